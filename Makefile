@@ -1,0 +1,59 @@
+# Every target works as the first command on a fresh machine with Python >= 3.11 and make: it sets up .venv by itself.
+
+PYTHON ?= python3
+UV ?= uv
+VENV := .venv
+BIN := $(VENV)/bin
+
+# CUDA 13 needs driver 580 or newer; `make BACKEND=default` keeps to mlx's own choice (Metal, or the CPU on Linux).
+BACKEND ?= $(shell v=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1); \
+	test "$${v:-0}" -ge 580 2>/dev/null && echo cuda13 || echo default)
+READY := $(VENV)/.installed-$(BACKEND)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check format bench wheel lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
+	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
+	@touch $@
+
+setup: $(READY)  ## create .venv from the locked versions, with a fast BLAS where that is allowed
+
+demo: $(READY)  ## train the embedded model against a real server: result.json and reward.png (ARGS="--steps 3")
+	$(BIN)/rollout-server demo $(ARGS)
+
+serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
+	$(BIN)/rollout-server serve $(ARGS)
+
+test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_laws.py
+
+format: $(READY)  ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's batch generator
+	$(BIN)/python -m benchmarks.decode $(ARGS)
+
+wheel: $(READY)  ## build dist/*.whl
+	$(BIN)/python -m hatchling build --target wheel
+
+LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--no-emit-index-url --custom-compile-command "make lock" $(ARGS)
+
+lock:  ## resolve the locks anew; needs uv (ARGS="--upgrade" takes newer versions)
+	$(LOCK) pyproject.toml --extra demo --group test --group check --output-file requirements.lock.txt
+	$(LOCK) --group cuda13 --constraints requirements.lock.txt --output-file requirements.cuda13.lock.txt
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,167 @@
+"""AdapterBundle: one immutable state of an adapter, and its name by content.
+
+The digest, which `trainer_client` computes without this package, is the SHA-256 of these bytes in this order:
+
+1. UTF-8 JSON, keys sorted, separators `,` and `:`, non-ASCII as it is, no newline after it:
+   `{"kind":"lora","modules":{"model.layers.0.mlp.down_proj":{"rank":8,"scale":2.0}}}`.
+   A module's name is its parameter path without `.weight`. `scale` is alpha/r or alpha/√r, divided in float64 and
+   rounded to float32; it is written with the fewest digits that give this float32 back, in Python's notation for
+   that decimal: `json.dumps(float(str(numpy.float32(scale))))`, so 2 is `2.0` and 16/√8 is `5.656854`.
+2. For each tensor, sorted by NAME (module + `.lora_A` or `.lora_B`; code point order): the UTF-8 line
+   `NAME DTYPE SHAPE\\n`, DTYPE as safetensors calls it (`F32`, `F16`, `BF16`), SHAPE as JSON without spaces
+   (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in] and B [out, rank], whatever the
+   file's layout; the dtype is the file's.
+
+The text form is `sha256:` and 64 hex digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from adapters import mlx_lm, peft
+from adapters.fit import HALVES, faults
+from adapters.math import DeltaMeasure, measure
+from adapters.spec import AdapterDoesNotFit, AdapterSpec, AdapterUnreadable, AdapterUnsupported, shown
+from adapters.tensors import AdapterTensor, read_safetensors
+
+FORMATS = {"peft": peft, "mlx": mlx_lm}
+MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
+"""Fields that only one of the formats has."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBundle:
+    """`tensors` are keyed NAME.lora_A [rank, in] and NAME.lora_B [out, rank], in the file's dtype, unscaled."""
+
+    spec: AdapterSpec
+    tensors: Mapping[str, AdapterTensor]
+    digest: str
+    measures: Mapping[str, DeltaMeasure]
+    """Of each module."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest of all modules."""
+        return max(module.rank for module in self.spec.modules.values())
+
+    @property
+    def delta_norm(self) -> float:
+        """Frobenius norm of all deltas together."""
+        return math.sqrt(sum(measure.norm**2 for measure in self.measures.values()))
+
+    @property
+    def zero_modules(self) -> tuple[str, ...]:
+        """Modules whose delta is exactly zero, as all are before the first step of training."""
+        return tuple(path for path, measure in self.measures.items() if measure.zero)
+
+
+def make_bundle(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> AdapterBundle:
+    """A bundle of tensors that fit `spec`: hashed and measured."""
+    measures = {
+        path: measure(*(tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES), module.scale)
+        for path, module in spec.modules.items()
+    }
+    held = MappingProxyType(dict(sorted(tensors.items())))
+    return AdapterBundle(spec, held, content_digest(spec, held), MappingProxyType(measures))
+
+
+def content_digest(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> str:
+    """`sha256:…` over the bytes that the module's docstring defines."""
+    modules = {
+        path: {"rank": module.rank, "scale": float(str(np.float32(module.scale)))}
+        for path, module in spec.modules.items()
+    }
+    head = {"kind": spec.kind, "modules": modules}
+    text = json.dumps(head, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        shape = ",".join(map(str, tensor.array.shape))
+        digest.update(f"{name} {tensor.dtype} [{shape}]\n".encode())
+        digest.update(tensor.array.data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_bundle(
+    weights: bytes | memoryview,
+    config: Mapping[str, Any] | None,
+    *,
+    format: str = "auto",
+    layers: Mapping[str, tuple[int, int]],
+) -> AdapterBundle:
+    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)) and hash.
+
+    `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
+    `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
+    """
+    tensors, metadata = read_safetensors(weights)
+    if config is None:
+        config = _config_of(metadata)
+    if not tensors:
+        raise AdapterUnreadable("The weights file holds no tensors.")
+    if config.get("kind", "lora") not in ("lora", None):
+        raise AdapterUnsupported(
+            {"kind": f"kind {shown(config['kind'])} is not served yet: send a LoRA or rsLoRA adapter."}
+        )
+    reader = FORMATS[_format(format, config, tensors)]
+    proposal = reader.read(tensors, config, layers)
+    found = faults(proposal, layers)
+    if found:
+        raise AdapterDoesNotFit(found)
+    held = {
+        f"{module}.{half}": tensor.read().transposed() if proposal.transposed else tensor.read()
+        for (module, half), tensor in proposal.tensors.items()
+    }
+    return make_bundle(proposal.spec, held)
+
+
+def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    if "adapter_config" not in metadata:
+        raise AdapterUnreadable(
+            "There is no adapter configuration: send adapter_config.json as `config`, or as JSON in the weights file's "
+            "metadata under `adapter_config`."
+        )
+    try:
+        config = json.loads(metadata["adapter_config"])
+    except (ValueError, RecursionError) as error:
+        raise AdapterUnreadable(
+            f"`adapter_config` in the weights file's metadata is not JSON: {shown(error)}."
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterUnreadable("`adapter_config` in the weights file's metadata must be a JSON object.")
+    return config
+
+
+def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]) -> str:
+    """`peft` or `mlx`: what the configuration looks like, else what the tensors are called."""
+    looks = [name for name, fields in MARKS.items() if any(field in config for field in fields)]
+    if asked not in ("auto", *FORMATS):
+        raise AdapterUnreadable(f"There is no format {shown(asked)!r}: auto, peft and mlx are known.")
+    if len(looks) > 1:
+        raise AdapterUnreadable("The adapter configuration mixes fields of PEFT and of mlx-lm: send one of the two.")
+    if asked != "auto":
+        if looks and looks != [asked]:
+            raise AdapterUnreadable(f"The format was given as {asked}, but the configuration is one of {looks[0]}.")
+        return asked
+    if looks:
+        return looks[0]
+    if any(name.endswith((".lora_a", ".lora_b")) for name in tensors):
+        return "mlx"
+    if any(".lora_A" in name or ".lora_B" in name for name in tensors):
+        return "peft"
+    raise AdapterUnreadable(
+        "Neither the configuration nor the tensor names are those of a PEFT or mlx-lm adapter; a PEFT configuration has "
+        "peft_type, r, lora_alpha and target_modules, one of mlx-lm has fine_tune_type, num_layers and lora_parameters."
+    )

@@ -1,0 +1,102 @@
+"""Does an adapter fit a base? Strict both ways, and every fault at once.
+
+A format reader makes a `Proposal` of a file: what the configuration promises, and the tensors under the base's own
+names. `faults` compares it with the base's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapters.spec import AdapterSpec, shown
+from adapters.tensors import STORAGE, FileTensor
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+HALVES = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """An adapter as a file tells it, in the file's layout, not yet checked against the base."""
+
+    spec: AdapterSpec
+    """Every layer of the base that the configuration targets."""
+    targets: str
+    """How the configuration names its targets, for the sentence that says they match nothing."""
+    tensors: Mapping[tuple[str, str], FileTensor]
+    """(module path, `lora_A` or `lora_B`) → tensor."""
+    strangers: tuple[str, ...]
+    """Faults met while reading: tensors that are no half of an adapter, or that are there twice."""
+    transposed: bool
+    """True where the file stores A as [in, rank] and B as [rank, out]."""
+    suffixes: tuple[str, str]
+    """What the file calls the halves: the end of their tensor names."""
+
+
+def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[str]:
+    """One sentence for each fault, in a fixed order; empty if the adapter fits `layers` (path → (out, in))."""
+    found = list(proposal.strangers)
+    if not proposal.spec.modules:
+        known = sorted({path.rsplit(".", 1)[-1] for path in layers})
+        found.append(
+            f"The configuration targets {shown(proposal.targets)}, which is no layer of this base; "
+            f"layers that can be adapted are called {shown(', '.join(known))}."
+        )
+    found += _missing(proposal)
+    for (module, half), tensor in sorted(proposal.tensors.items()):
+        if module not in layers:
+            found.append(f"{shown(tensor.name)} is unexpected: the base has no adaptable layer {shown(module)}.")
+        elif module not in proposal.spec.modules:
+            found.append(f"{shown(tensor.name)} is unexpected: the configuration does not target {shown(module)}.")
+        else:
+            found += _wrong(proposal, module, half, tensor, layers[module])
+    return found
+
+
+def _missing(proposal: Proposal) -> Iterator[str]:
+    for module in proposal.spec.modules:
+        present = [(module, half) in proposal.tensors for half in HALVES]
+        if not any(present):
+            yield f"{module} is targeted by the configuration, but the file has no tensors for it."
+        elif not all(present):
+            lacking, other = (proposal.suffixes[i] for i in ((1, 0) if present[0] else (0, 1)))
+            yield f"{module}.{lacking} is missing: the file has only {module}.{other}."
+
+
+def _wrong(proposal: Proposal, module: str, half: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[str]:
+    name = shown(tensor.name)
+    if tensor.dtype not in STORAGE:
+        yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
+    rank = proposal.spec.modules[module].rank
+    out, width = layer
+    expected = (rank, width) if half == "lora_A" else (out, rank)
+    if proposal.transposed:
+        expected = expected[::-1]
+    if tensor.shape != expected:
+        yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(expected)}{_why(tensor, expected, rank)}."
+    elif tensor.readable and not tensor.read().finite():
+        yield f"{name} holds values that are not finite (NaN or infinity)."
+
+
+def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> str:
+    if len(tensor.shape) == 2 and tensor.shape == expected[::-1]:
+        return ": it looks transposed"
+    at = expected.index(rank)
+    if len(tensor.shape) == 2 and tensor.shape[1 - at] == expected[1 - at]:
+        return f": the configuration says rank {rank}"
+    return ""
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return shown("[" + ", ".join(map(str, shape)) + "]")
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameter path → (out, in) of every layer of `model` that an adapter may target; see `layers.adaptable_layers`."""
+    from adapters.layers import adaptable_layers as find  # Checking a file must not need MLX.
+
+    return find(model)

@@ -1,0 +1,164 @@
+"""The file format of mlx-lm: adapter_config.json with `lora_parameters`, tensors `<path>.lora_a` and `<path>.lora_b`.
+
+A is stored as [in, rank] and B as [rank, out]. Which layers are targets is what `mlx_lm.tuner.utils` makes of the
+configuration. Its other fields describe the training and change nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapters.fit import Proposal
+from adapters.spec import (
+    MAX_RANK,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    ModuleSpec,
+    shown,
+    to_float32,
+)
+from adapters.tensors import FileTensor, write_safetensors
+
+if TYPE_CHECKING:
+    from adapters.bundle import AdapterBundle
+
+BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
+"""`model.layers.3.self_attn.q_proj` → what holds the blocks, the block's number, the name within the block."""
+LORA_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys"})
+KINDS = {
+    "dora": "fine_tune_type dora is not served yet: send a LoRA adapter.",
+    "full": "fine_tune_type full is not served yet: send a LoRA adapter.",
+}
+
+
+def read(
+    tensors: Mapping[str, FileTensor], config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+) -> Proposal:
+    """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
+    configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
+    refuse(config, tensors)
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, Mapping):
+        raise AdapterUnreadable("lora_parameters is missing from the adapter configuration: it holds rank and scale.")
+    rank, scale = _rank(parameters.get("rank")), _scale(parameters)
+    targets = _targets(_count(config.get("num_layers")), _keys(parameters.get("keys")), layers)
+    halves, strangers = _halves(tensors)
+    return Proposal(
+        spec=AdapterSpec("lora", dict.fromkeys(targets, ModuleSpec(rank, scale))),
+        targets=f"keys = {parameters.get('keys')} in the last {config['num_layers']} layers",
+        tensors=halves,
+        strangers=tuple(strangers),
+        transposed=True,
+        suffixes=("lora_a", "lora_b"),
+    )
+
+
+def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
+    refusals: dict[str, str] = {}
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        refusals["fine_tune_type"] = KINDS.get(str(kind), f"fine_tune_type {shown(kind)} is not known: send lora.")
+    if config.get("use_dora"):
+        refusals["use_dora"] = "use_dora is not served yet: send a LoRA adapter."
+    parameters = config.get("lora_parameters")
+    for field in sorted(set(parameters) - LORA_PARAMETERS) if isinstance(parameters, Mapping) else ():
+        refusals[f"lora_parameters.{shown(field)}"] = (
+            f"lora_parameters.{shown(field)} is not read by mlx-lm, so it cannot be meant: "
+            "rank, scale, dropout and keys are."
+        )
+    magnitude = next((name for name in tensors if name.endswith(".m")), None)
+    if magnitude is not None:
+        refusals.setdefault("m", f"DoRA magnitudes are not served yet; the file holds {shown(magnitude)}.")
+    if refusals:
+        raise AdapterUnsupported(refusals)
+
+
+def _targets(count: int, keys: frozenset[str] | None, layers: Mapping[str, tuple[int, int]]) -> list[str]:
+    """mlx-lm's rule: keys name layers within the last `count` blocks (0 and below: all) or from the model's root;
+    without keys, every layer of those blocks."""
+    blocks: dict[str, tuple[int, str]] = {}
+    holder = Counter(match[1] for path in layers if (match := BLOCK.fullmatch(path))).most_common(1)
+    for path in layers:
+        match = BLOCK.fullmatch(path)
+        if match and match[1] == holder[0][0]:
+            blocks[path] = int(match[2]), match[3]
+    number = max((index for index, _ in blocks.values()), default=-1) + 1
+    first = number - count if 0 < count < number else 0
+    inside = [path for path, (index, name) in blocks.items() if index >= first and (keys is None or name in keys)]
+    return inside + [path for path in layers if path in (keys or ())]
+
+
+def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    halves: dict[tuple[str, str], FileTensor] = {}
+    strangers: list[str] = []
+    for name, tensor in sorted(tensors.items()):
+        module, _, half = name.rpartition(".")
+        if module and half in ("lora_a", "lora_b"):
+            halves[module, f"lora_{half[-1].upper()}"] = tensor
+        else:
+            strangers.append(f"{shown(name)} is unexpected: it is no lora_a or lora_b.")
+    return halves, strangers
+
+
+def _rank(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterUnreadable(f"lora_parameters.rank must be a rank from 1 to {MAX_RANK}, not {shown(value)}.")
+    return value
+
+
+def _scale(parameters: Mapping[str, Any]) -> float:
+    value = parameters.get("scale")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        raise AdapterUnreadable(
+            f"lora_parameters.scale must be a number, not {shown(value)}: it is what multiplies B · A."
+        )
+    return to_float32(float(value))
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise AdapterUnreadable(
+            f"num_layers must be a whole number in the adapter configuration, not {shown(value)}: it says how many "
+            "of the last blocks are adapted, -1 for all."
+        )
+    return value
+
+
+def _keys(value: object) -> frozenset[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple | set) or not all(isinstance(key, str) for key in value):
+        raise AdapterUnreadable(f"lora_parameters.keys must be a list of layer names, not {shown(value)}.")
+    return frozenset(value)
+
+
+def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
+    """(adapters.safetensors, adapter_config.json) that mlx-lm loads, and that read back to the same digest.
+
+    Raises `AdapterUnsupported` where layers differ in rank or scale, which this format cannot say."""
+    kinds = set(bundle.spec.modules.values())
+    if len(kinds) != 1:
+        raise AdapterUnsupported(
+            {
+                "format": "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+            }
+        )
+    (module,) = kinds
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": module.rank,
+            "scale": module.scale,
+            "dropout": 0.0,
+            "keys": list(bundle.spec.modules),
+        },
+    }
+    tensors = {name[:-1] + name[-1].lower(): tensor.transposed() for name, tensor in bundle.tensors.items()}
+    return write_safetensors(tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config

@@ -1,0 +1,246 @@
+"""The file format of PEFT: adapter_config.json with `peft_type`, tensors `base_model.model.<path>.lora_A.weight`.
+
+What the fields mean is taken from PEFT itself (huggingface/peft, tuners/lora and tuners/tuners_utils). A field that
+is not known here and not neutral is refused by name, since it may change the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapters.fit import Proposal
+from adapters.patterns import Patterns
+from adapters.spec import MAX_RANK, AdapterSpec, AdapterUnreadable, AdapterUnsupported, ModuleSpec, lora_scale, shown
+from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
+
+if TYPE_CHECKING:
+    from adapters.bundle import AdapterBundle
+
+TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight")
+HEADS = ("lm_head", "output", "embed_out")
+"""What output layers are called; `all-linear` leaves them out."""
+
+READ = frozenset(
+    "peft_type r lora_alpha use_rslora target_modules exclude_modules rank_pattern alpha_pattern "
+    "layers_to_transform layers_pattern init_lora_weights kind".split()
+)
+WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout peft_version runtime_config "
+    "loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size".split()
+)
+"""Book-keeping, training and initialisation: what a trained adapter computes does not depend on them."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
+REASONS = {
+    "use_dora": "DoRA (use_dora) is not served yet: send a LoRA or rsLoRA adapter.",
+    "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
+    "bias": "Trained biases are not served: train with bias 'none'.",
+    "fan_in_fan_out": "fan_in_fan_out is not served: the linear layers here store their weight as [out, in].",
+    "lora_bias": "lora_bias is not served: train without a bias on B.",
+    "target_parameters": "target_parameters (adapted expert tensors) is not served yet: target linear layers.",
+    "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",
+}
+TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INITIALISATIONS = ("gaussian", "eva", "orthogonal")
+PARTS = {
+    "lora_magnitude_vector": "DoRA magnitude vectors are not served yet: send a LoRA or rsLoRA adapter.",
+    "lora_embedding_A": "Adapters on embeddings are not served yet: target linear layers.",
+    "lora_embedding_B": "Adapters on embeddings are not served yet: target linear layers.",
+    "modules_to_save": REASONS["modules_to_save"],
+}
+
+
+def read(
+    tensors: Mapping[str, FileTensor], config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+) -> Proposal:
+    """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
+    configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
+    refuse(config, tensors)
+    halves, strangers = _halves(tensors)
+    modules = _modules(config, layers)
+    return Proposal(
+        spec=AdapterSpec("lora", modules),
+        targets=f"target_modules = {config.get('target_modules')}",
+        tensors=halves,
+        strangers=tuple(strangers),
+        transposed=False,
+        suffixes=("lora_A.weight", "lora_B.weight"),
+    )
+
+
+def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
+    refusals: dict[str, str] = {}
+    if config.get("peft_type", "LORA") != "LORA":
+        refusals["peft_type"] = f"peft_type {shown(config['peft_type'])} is not served: send LORA."
+    for field, value in config.items():
+        if field in READ or field in WITHOUT_EFFECT:
+            continue
+        neutral = value in NEUTRAL[field] if field in NEUTRAL else not value
+        if not neutral:
+            default = f"{shown(field)} = {shown(value)} is not a field of LoRA that is served: leave it out or neutral."
+            refusals[field] = REASONS.get(field, default)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(TRAINED_BASE):
+        refusals["init_lora_weights"] = (
+            f"init_lora_weights {shown(start)} trains against a changed base: save the adapter with "
+            "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
+        )
+    elif isinstance(start, str) and start.lower() not in INITIALISATIONS:
+        refusals["init_lora_weights"] = f"init_lora_weights {shown(start)} is not known: is the base unchanged by it?"
+    for name in tensors:
+        for part in PARTS.keys() & set(name.split(".")):
+            refusals.setdefault(part, f"{PARTS[part]} The file holds {shown(name)}.")
+    if refusals:
+        raise AdapterUnsupported(refusals)
+
+
+def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    """(Tensors by module and half, faults)."""
+    halves: dict[tuple[str, str], FileTensor] = {}
+    strangers: list[str] = []
+    adapters: set[str] = set()
+    for name, tensor in sorted(tensors.items()):
+        match = TENSOR.fullmatch(name)
+        if match is None:
+            strangers.append(f"{shown(name)} is unexpected: it is no lora_A or lora_B weight.")
+            continue
+        module, half, adapter = match.groups()
+        if (module, half) in halves:
+            strangers.append(f"{shown(name)} is there twice: also as {shown(halves[module, half].name)}.")
+        halves[module, half] = tensor
+        adapters.add(adapter or "")
+    if len(adapters - {""}) > 1:
+        raise AdapterUnreadable(
+            f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time."
+        )
+    return halves, strangers
+
+
+def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
+    """The layers that the configuration targets, with the rank and scale of each."""
+    rank = _positive(config.get("r"), "r")
+    alpha = _number(config.get("lora_alpha"), "lora_alpha")
+    stabilised = config.get("use_rslora", False)
+    if not isinstance(stabilised, bool):
+        raise AdapterUnreadable(f"use_rslora must be true or false, not {shown(stabilised)}.")
+    ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
+    alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
+    patterns = Patterns()
+    modules: dict[str, ModuleSpec] = {}
+    for path in _targets(config, layers, patterns):
+        own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", path)), rank)
+        own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", path)), alpha)
+        modules[path] = ModuleSpec(own_rank, lora_scale(own_alpha, own_rank, rank_stabilised=stabilised))
+    return modules
+
+
+def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], patterns: Patterns) -> list[str]:
+    """PEFT's rule: a string is a regular expression for the whole path (or `all-linear`), a list holds paths or ends."""
+    wanted = _names(config, "target_modules")
+    if not wanted:
+        raise AdapterUnreadable(
+            "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them."
+        )
+    excluded = _names(config, "exclude_modules") or []
+    paths = [path for path in layers if not _named(excluded, path, patterns)]
+    indices = config.get("layers_to_transform")
+    if isinstance(wanted, str):
+        if indices is not None or config.get("layers_pattern"):
+            raise AdapterUnreadable("layers_to_transform and layers_pattern need target_modules to be a list.")
+        if wanted.lower() == "all-linear":
+            return [path for path in paths if not _is_head(path)]
+        return [path for path in paths if patterns.fullmatch(wanted, path)]
+    found = [path for path in paths if _named(wanted, path, patterns)]
+    if indices is None or indices == []:
+        return found
+    chosen = indices if isinstance(indices, list) else [indices]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
+        raise AdapterUnreadable(f"layers_to_transform must be layer numbers, not {shown(indices)}.")
+    prefixes = _names(config, "layers_pattern") or [r"[^.]*"]
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    return [path for path in found if path in wanted or _index(path, prefixes, patterns) in chosen]
+
+
+def _named(wanted: str | list[str], path: str, patterns: Patterns) -> bool:
+    if isinstance(wanted, str):
+        return patterns.fullmatch(wanted, path) is not None
+    return path in wanted or any(path.endswith(f".{name}") for name in wanted)
+
+
+def _index(path: str, prefixes: list[str], patterns: Patterns) -> int | None:
+    found = (patterns.match(rf".*\.{prefix}\.(\d+)\.", path) for prefix in prefixes)
+    return next((int(match.group(match.re.groups)) for match in found if match), None)
+
+
+def _is_head(path: str) -> bool:
+    parts = path.split(".")
+    return parts[-1] in HEADS and not any(part.isdigit() for part in parts)
+
+
+def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value):
+        return sorted(value)
+    raise AdapterUnreadable(f"{field} must be a list of names or a regular expression, not {shown(value)}.")
+
+
+def _table(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = config.get(field) or {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise AdapterUnreadable(f"{field} must map names to numbers, not {shown(value)}.")
+    return value
+
+
+def _positive(value: object, field: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterUnreadable(
+            f"{field} must be a rank from 1 to {MAX_RANK} in the adapter configuration, not {shown(value)}."
+        )
+    return value
+
+
+def _number(value: object, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        raise AdapterUnreadable(f"{field} must be a number in the adapter configuration, not {shown(value)}.")
+    return float(value)
+
+
+def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
+    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest."""
+    modules = bundle.spec.modules
+    rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
+    # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
+    alphas = {path: module.scale * module.rank for path, module in modules.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "target_modules": list(modules),
+        "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
+        "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
+    }
+    tensors: dict[str, AdapterTensor] = {f"base_model.model.{name}.weight": t for name, t in bundle.tensors.items()}
+    return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
+
+
+def _exactly(path: str) -> str:
+    return "^" + re.escape(path)
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value.is_integer() else value

@@ -1,0 +1,170 @@
+"""Which versions are resident: stacked A and B of every adapted layer, one slot per version, slot 0 the base.
+
+Only the engine thread may use this, and only while no dispatched step is in flight: a write is in place because
+nothing else refers to the stacks then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from adapters.bundle import AdapterBundle
+from adapters.layers import AdaptedLinear, SlotStack
+from adapters.spec import AdapterDoesNotFit
+
+BASE_SLOT = 0
+FIRST_CAPACITY = 4
+
+
+@dataclass(slots=True)
+class _Resident:
+    slot: int
+    references: int
+
+
+class AdapterSlots:
+    """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
+
+    Layers are wrapped when the first version that targets them is staged; the rest of the model stays as it was.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: mx.Dtype) -> None:
+        self._model = model
+        self._layers = dict(layers)
+        self._dtype = dtype
+        self._capacity = FIRST_CAPACITY
+        self._stacks: dict[str, SlotStack] = {}
+        self._residents: dict[str, _Resident] = {}
+        self._routed: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stacks, free slots included."""
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    @property
+    def slots_in_use(self) -> int:
+        return len(self._residents)
+
+    def stage(self, bundle: AdapterBundle) -> int:
+        """The slot (1 and up) that holds the bundle, with one more reference. Evaluates what it writes.
+
+        Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype."""
+        resident = self._residents.get(bundle.digest)
+        if resident is not None:
+            resident.references += 1
+            return resident.slot
+        factors = self._factors(bundle)
+        slot = self._free_slot()
+        for stack in self._stacks.values():
+            stack.rest()
+        try:
+            self._write(slot, factors)
+        finally:
+            self._aim(self._routed)
+        self._residents[bundle.digest] = _Resident(slot, 1)
+        return slot
+
+    def release(self, digest: str) -> None:
+        """One reference less; with the last the slot is free. Raises `KeyError` for a digest that is not staged."""
+        resident = self._residents[digest]
+        resident.references -= 1
+        if resident.references == 0:
+            del self._residents[digest]
+            self._routed = None
+
+    def slot(self, digest: str) -> int:
+        """Where a staged bundle sits. Raises `KeyError` for a digest that is not staged."""
+        return self._residents[digest].slot
+
+    def route(self, slots: Sequence[int]) -> None:
+        """Row i of every following forward uses slots[i]; 0 is the base. Raises `ValueError` for a free slot.
+
+        Where all are equal the batch may have any size, else it must be that of `slots`."""
+        wanted = tuple(slots)
+        if wanted == self._routed:
+            return
+        free = set(wanted) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
+        if free:
+            raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
+        self._aim(wanted)
+        self._routed = wanted
+
+    def unmount(self) -> None:
+        """Put the bare layers back, by reference, and forget every version."""
+        for path in self._stacks:
+            parent, name = self._parent(path)
+            adapted = parent[name]
+            if isinstance(adapted, AdaptedLinear):
+                parent[name] = adapted["base"]
+        self._stacks.clear()
+        self._residents.clear()
+        self._routed = None
+
+    def _aim(self, slots: tuple[int, ...] | None) -> None:
+        distinct = frozenset(slots or (BASE_SLOT,))
+        if len(distinct) == 1:
+            (slot,) = distinct
+            for stack in self._stacks.values():
+                stack.aim(slot)
+            return
+        rows = mx.array(slots, dtype=mx.uint32)
+        for stack in self._stacks.values():
+            stack.aim_rows(distinct, rows)
+
+    def _free_slot(self) -> int:
+        taken = {resident.slot for resident in self._residents.values()}
+        return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
+
+    def _factors(self, bundle: AdapterBundle) -> dict[str, tuple[mx.array, mx.array]]:
+        """Per layer A [rank, in] and scale · B [rank, out] in the model's dtype; the product is float32."""
+        limit = mx.finfo(self._dtype).max
+        faults = [
+            f"{path}: {measure.largest:.3g} is outside the range of {self._dtype}, the dtype of the model."
+            for path, measure in bundle.measures.items()
+            if measure.largest > limit
+        ]
+        if faults:
+            raise AdapterDoesNotFit(faults)
+        factors: dict[str, tuple[mx.array, mx.array]] = {}
+        for path, module in bundle.spec.modules.items():
+            a = bundle.tensors[f"{path}.lora_A"].float32()
+            b = np.ascontiguousarray(bundle.tensors[f"{path}.lora_B"].float32().T) * np.float32(module.scale)
+            factors[path] = mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype)
+        return factors
+
+    def _write(self, slot: int, factors: Mapping[str, tuple[mx.array, mx.array]]) -> None:
+        if slot >= self._capacity:
+            self._capacity = (self._capacity * 3 // 2 + 3) // 4 * 4
+        for path, (a, b) in factors.items():
+            stack = self._stacks.get(path) or self._mount(path)
+            stack.reserve(self._capacity, a.shape[0])
+            stack.write(slot, a, b)
+        for path, stack in self._stacks.items():
+            if path not in factors:
+                stack.reserve(self._capacity, 0)
+                stack.clear(slot)
+        mx.eval([(stack.a, stack.b) for stack in self._stacks.values()])
+        for path, stack in self._stacks.items():
+            if path not in factors:
+                stack.filled.pop(slot, None)
+
+    def _mount(self, path: str) -> SlotStack:
+        parent, name = self._parent(path)
+        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype)
+        parent[name] = AdaptedLinear(parent[name], stack)
+        self._stacks[path] = stack
+        return stack
+
+    def _parent(self, path: str) -> tuple[nn.Module, str]:
+        """The module (or the list within it) that holds the layer at `path`, and the layer's name there."""
+        *parts, name = path.split(".")
+        node = self._model
+        for part in parts:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        return node, name

@@ -1,0 +1,99 @@
+"""What an adapter is, before any tensor: its kind, and the rank and scale of every layer it changes.
+
+Errors of this package, for the caller to map to its own:
+
+    AdapterError
+    ├── AdapterUnreadable    not an adapter file, or a configuration that says nothing usable
+    ├── AdapterUnsupported   readable, but asks for something that is not served; `fields` names each
+    └── AdapterDoesNotFit    readable, but not for this base; `faults` holds one sentence for each fault
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["lora", "dora", "delta"]
+
+MAX_RANK = 1 << 20
+SHOWN_CHARACTERS = 160
+SHOWN_FAULTS = 2000
+
+
+class AdapterError(Exception):
+    """Base of the tree. `message` is what the user reads."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class AdapterUnreadable(AdapterError):
+    pass
+
+
+class AdapterUnsupported(AdapterError):
+    """`fields` names what is not served, as the configuration or the file spells it; one sentence each in `reasons`."""
+
+    def __init__(self, refusals: Mapping[str, str]) -> None:
+        super().__init__(" ".join(refusals.values()))
+        self.fields = tuple(refusals)
+        self.reasons = tuple(refusals.values())
+
+
+class AdapterDoesNotFit(AdapterError):
+    """Every fault at once. A file with thousands of faults gets the first `SHOWN_FAULTS` and a count of the rest."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        shown = tuple(faults[:SHOWN_FAULTS])
+        if len(faults) > len(shown):
+            shown += (f"{len(faults) - len(shown)} more faults are not listed.",)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__(f"The adapter does not fit the base; {count}: " + " ".join(shown))
+        self.faults = shown
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """One adapted layer: W' = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """`modules` maps the base's parameter path of each adapted layer (without `.weight`) to its rank and scale."""
+
+    kind: Kind
+    modules: Mapping[str, ModuleSpec]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+
+
+def lora_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
+    """alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732), divided in float64 and rounded to float32."""
+    return to_float32(alpha / (math.sqrt(rank) if rank_stabilised else rank))
+
+
+def to_float32(value: float) -> float:
+    """The float32 nearest to `value`, as a Python float. Raises `AdapterUnreadable` where there is no finite one."""
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+        raise AdapterUnreadable(f"The adapter's scale would be {value}, which is not a finite float32.")
+    return float(np.float32(value))
+
+
+def shown(value: object) -> str:
+    """What a stranger sent, for an error sentence: printable, and cut when very long."""
+    try:
+        text = str(value)
+    except RecursionError:
+        return "something deeply nested"
+    plain = text if text.isprintable() else ascii(text)
+    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"

@@ -1,0 +1,1 @@
+"""Speed, measured side by side in one process. Not shipped; run with `make bench`."""

@@ -1,0 +1,110 @@
+"""Decode throughput at 32 rows: the engine, mlx-lm's BatchGenerator and the bare forward pass, side by side.
+
+`python -m benchmarks.engine [--rounds 5] [--rows 32] [--json]`. What is timed: `measure.Load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout_server.blas import load_fast_blas
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Load, Result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each contender, taken in turns")
+    parser.add_argument("--rows", type=int, default=32, help="sequences that decode together")
+    parser.add_argument("--prompt-tokens", type=int, default=100, help="length of every prompt")
+    parser.add_argument("--steps", type=int, default=48, help="timed decode steps")
+    parser.add_argument("--top-p", action="store_true", help="also measure a different top-p for every row")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
+    options = parser.parse_args()
+    for name in ("rounds", "rows", "prompt_tokens", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    blas = load_fast_blas()  # Before anything imports mlx, hence the imports inside the functions below.
+    print(blas, file=sys.stderr)
+
+    from benchmarks.measure import Load
+
+    report = compare(Load(options.rows, options.prompt_tokens, options.steps), options.rounds, top_p=options.top_p)
+    report["blas"] = blas.name
+    print(json.dumps(report, indent=2) if options.json else table(report))
+    return 0
+
+
+def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
+    """Measure everybody and return machine, model, tok/s of each round and ratios to the faster bare loop."""
+    import mlx.core as mx
+    import mlx_lm
+    from mlx.utils import tree_flatten
+
+    from benchmarks.bare import BareLoop
+    from benchmarks.measure import interleave, matmul_gflops
+    from benchmarks.models import random_prompts, write_model
+    from benchmarks.ours import EngineDecode
+    from benchmarks.peers import BatchGeneratorDecode
+    from rollout_server.doctor import measure_gflops
+
+    variants = (False, True) if top_p else (False,)
+    prompts = random_prompts(load.rows, load.prompt_tokens)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_engines:
+        directory = write_model(Path(folder) / "qwen3-33m")
+        model, _ = mlx_lm.load(str(directory))
+        contenders = [
+            BareLoop(model, prompts, load, compiled=False),
+            BareLoop(model, prompts, load, compiled=True),
+            *(BatchGeneratorDecode(model, prompts, load, top_p=variant) for variant in variants),
+            *(open_engines.enter_context(EngineDecode(directory, prompts, load, top_p=v)) for v in variants),
+        ]
+        results = interleave(contenders, rounds, lambda line: print(line, file=sys.stderr, flush=True))
+    bare = max(result.median for result in results if result.name.startswith("bare"))
+    parameters = sum(leaf.size for _, leaf in tree_flatten(model.parameters()))
+    return {
+        "device": str(mx.default_device()),
+        "doctor_gflops": round(measure_gflops(), 1),
+        "gflops_at_this_batch": round(matmul_gflops(load.rows), 1),
+        "bare_gflops": round(2 * parameters * bare / 1e9, 1),
+        "parameters": parameters,
+        "rows": load.rows,
+        "prompt_tokens": load.prompt_tokens,
+        "steps": load.steps,
+        "rounds": rounds,
+        "results": {result.name: describe(result, bare) for result in results},
+    }
+
+
+def describe(result: Result, bare: float) -> dict[str, Any]:
+    return {
+        "tokens_per_s": round(result.median, 1),
+        "ratio_to_bare": round(result.median / bare, 3),
+        "rounds": [round(rate, 1) for rate in result.rates],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    head = (
+        f"{report['parameters'] / 1e6:.1f}M parameters, float32, {report['rows']} rows, prompts of "
+        f"{report['prompt_tokens']} tokens, {report['steps']} steps, medians of {report['rounds']} rounds\n"
+        f"{report['device']}, {report['blas']}: {report['doctor_gflops']} GFLOP/s in a square product (doctor), "
+        f"{report['gflops_at_this_batch']} with {report['rows']} rows; the bare loop's products alone come to "
+        f"{report['bare_gflops']}\n"
+    )
+    lines = [
+        f"{name:<30} {result['tokens_per_s']:>8.1f} tok/s  {result['ratio_to_bare']:>6.3f} of bare"
+        for name, result in report["results"].items()
+    ]
+    return "\n".join([head, *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

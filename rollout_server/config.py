@@ -1,0 +1,121 @@
+"""The server's configuration: one frozen model, and the only reader of the environment (`ROLLOUT_…`)."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+GIB = 2**30
+MIB = 2**20
+UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> Any:
+    """`2GiB`, `500MB`, `65536` → bytes. Raises ValueError on anything else that is text."""
+    if not isinstance(value, str):
+        return value
+    match = SIZE_PATTERN.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write a number of bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_adapters(value: Any) -> Any:
+    """`NAME=DIR` items, as a list or as one comma-separated text → pairs."""
+    items = value.split(",") if isinstance(value, str) else value
+    pairs = []
+    for item in items:
+        if isinstance(item, str):
+            name, equals, directory = item.strip().partition("=")
+            if not (name and equals and directory):
+                raise ValueError(f"{item!r} is not NAME=DIR")
+            item = (name, directory)
+        pairs.append(item)
+    return tuple(pairs)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
+
+
+class ServerConfig(BaseSettings):
+    """Everything `rollout-server serve` can be told. Values given in code win over `ROLLOUT_<NAME>` variables."""
+
+    model_config = SettingsConfigDict(env_prefix="ROLLOUT_", env_ignore_empty=True, frozen=True, extra="forbid")
+
+    model: str | None = None
+    """A directory or a Hub id; `None` serves the embedded demo model."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    served_model_name: str | None = Field(None, min_length=1, max_length=256)
+    """What the base is called on the wire, besides `base`."""
+    adapters: AdapterDirectories = ()
+    """Names and directories to publish before the server is ready."""
+    context_length: int | None = Field(None, ge=1)
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    """0 takes a free one."""
+    api_key: SecretStr | None = None
+    """Opens inference. Where any key is set, every route but /health, /ready and /schema needs one."""
+    admin_key: SecretStr | None = None
+    """Opens inference and whatever changes state. Where only `api_key` is set, state cannot be changed over HTTP."""
+    insecure: bool = False
+    """Allows a server without keys to listen on an address that others can reach."""
+
+    max_batch: int = Field(64, ge=1)
+    """Rows that decode together."""
+    kv_memory: Size | None = None
+    weights_memory: Size | None = None
+    max_queue: int = Field(4096, ge=1)
+    """Requests that may wait."""
+    max_rows_per_request: int = Field(65536, ge=1)
+    keep_versions: int = Field(8, ge=1)
+    max_upload: Size = 2 * GIB
+    """Bytes of one upload of weights."""
+    max_body: Size = 64 * MIB
+    """Bytes of any other request body."""
+    log_format: Literal["text", "json"] = "text"
+    shutdown_s: float = Field(10.0, gt=0)
+    """How long replies that are still being sent may take after the engine has stopped."""
+
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _key_is_ascii(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("a key is printable ASCII without spaces, so that it can travel in a header")
+        return value
+
+    @model_validator(mode="after")
+    def _loopback_rule(self) -> ServerConfig:
+        if self.protected or self.insecure or self.on_loopback:
+            return self
+        raise ValueError(
+            f"without keys the server listens only on loopback, not on {self.host}: set ROLLOUT_API_KEY and "
+            "ROLLOUT_ADMIN_KEY, or pass --insecure to let anybody who reaches this address use and change the model"
+        )
+
+    @property
+    def protected(self) -> bool:
+        """Whether any key is set."""
+        return self.api_key is not None or self.admin_key is not None
+
+    @property
+    def on_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False  # another host name may resolve to anything

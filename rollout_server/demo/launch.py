@@ -1,0 +1,24 @@
+"""Starts the trainer process: `python launch.py --url …` (run as a script, by its path).
+
+The trainer may not import the server, yet its process too needs the fast BLAS before mlx. So this script loads the
+BLAS and then runs the folder `trainer` beside it as a package of its own: no other module of the server is loaded.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from rollout_server.blas import load_fast_blas
+
+
+def main() -> None:
+    load_fast_blas()
+    # Python puts a script's own folder first on the path; said again for those who start it otherwise (`python -P`).
+    sys.path.insert(0, str(Path(__file__).parent))
+    runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`rollout-server demo`: a real server in one process, a GRPO trainer in a second one, HTTP between them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from rollout_server.config import ServerConfig
+
+START_S = 120.0
+"""Longest wait for the server to be ready."""
+STOP_S = 15.0
+"""Longest wait for a process that was asked to end."""
+LOG_LINES = 20
+"""Of a log shown in an error."""
+
+
+class DemoFailed(RuntimeError):
+    """One of the demo's two processes failed."""
+
+
+def model_directory() -> Path:
+    """The embedded model: a directory that mlx-lm and transformers load."""
+    return Path(__file__).parent / "model"
+
+
+def run_demo(output: Path, steps: int | None, seed: int, json_output: bool) -> dict[str, Any]:
+    """Runs the demo and returns the content of result.json, `seconds` being the whole run's. Its files are under
+    `output`. On stdout it shows progress and a table; with `json_output` only the result, as one object.
+
+    Raises `DemoFailed` if the server or the trainer fails."""
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    arguments = ["--model", str(model_directory()), "--output", str(output), "--seed", str(seed)]
+    if steps is not None:
+        arguments += ["--steps", str(steps)]
+    with serving(output / "server.log") as url:
+        run_trainer(["--url", url, *arguments], stdout=sys.stderr if json_output else None)
+    path = output / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result["seconds"] = time.perf_counter() - started
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if json_output:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        show(result, output)
+    return result
+
+
+@contextmanager
+def serving(log: Path) -> Iterator[str]:
+    """The address of a server of the embedded model that is ready; its log goes to the file `log`. It is stopped at the
+    end, whatever happens."""
+    port = free_port()
+    # The demo's server is the same everywhere: what the user has set for their own servers is taken away from it.
+    clean = [part for name in ServerConfig.model_fields for part in ("-u", f"ROLLOUT_{name.upper()}")]
+    command = ["env", *clean, sys.executable, "-m", "rollout_server", "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as sink:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            wait_ready(server, url, log)
+            yield url
+        finally:
+            stop(server)
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Returns once `/ready` answers 200. Raises `DemoFailed` if the server ends or takes longer than `START_S`."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise DemoFailed(f"The server ended with status {server.returncode}; the end of {log}:\n{tail(log)}")
+        try:
+            if httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    raise DemoFailed(f"The server was not ready after {START_S:.0f} s; the end of {log}:\n{tail(log)}")
+
+
+def run_trainer(arguments: Sequence[str], *, stdout: IO[str] | None = None) -> None:
+    """Runs the trainer process to its end. Raises `DemoFailed` if it fails; its own words are on stderr by then."""
+    launcher = Path(__file__).parent / "launch.py"
+    trainer = subprocess.Popen([sys.executable, str(launcher), *arguments], stdin=subprocess.DEVNULL, stdout=stdout)
+    try:
+        status = trainer.wait()
+    finally:
+        stop(trainer)
+    if status != 0:
+        raise DemoFailed(f"The trainer ended with status {status}; what it said is above.")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that may have ended already: asks first, then insists."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_LINES:]) or "(empty)"
+
+
+def show(result: dict[str, Any], output: Path) -> None:
+    """The short table at the end."""
+    table = Table(title=f"GRPO, {result['steps']} steps, {result['seconds']:.0f} s", title_justify="left")
+    table.add_column(f"greedy on {result['problems']} held-out problems")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    lenient = result["lenient_accuracy"]
+    table.add_row("right, in the rewarded style", f"{result['base_accuracy']:.3f}", f"{result['final_accuracy']:.3f}")
+    table.add_row("right, in any style", f"{lenient['before']:.3f}", f"{lenient['after']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"largest gap between trainer and server: {result['max_abs_logprob_gap']:.1e} nats over "
+        f"{result['sampled_tokens']} tokens\npush {result['push_ms_p50']:.0f} ms (p95 {result['push_ms_p95']:.0f}), "
+        f"{result['tokens_per_s']:.0f} tokens/s, final version {result['final_version']}\nwritten to {output}/",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

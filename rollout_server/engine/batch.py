@@ -1,0 +1,292 @@
+"""Prefill and decode over the model: the rows that run, the step in flight, and what it returned.
+
+One step ahead: step k+1 is built while step k runs and launched as soon as k was read; what k returned is recorded
+while k+1 runs. A stop token is therefore seen one step late: its extra token is dropped, and the row's place is freed
+when the step in flight has been read. Rows join and move only when no step is in flight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.sampling import Sampled, SamplerArrays, prepare, sample, uniforms
+from rollout_server.engine.scheduler import Admission
+from rollout_server.engine.sequence import Group, TopTokens
+from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.errors import NonFiniteLogits
+from rollout_server.rollout import FinishReason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joining:
+    """Samples of one group whose prompt is being prefilled."""
+
+    group: Group
+    prompt: Prompt
+    count: int
+    first_sample: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A dispatched step: which row sits where, and its results, still on the device."""
+
+    number: int
+    rows: tuple[tuple[int, Row], ...]
+    sampled: Sampled
+
+
+class Batch:
+    """`route(slots)` tells the adapter layers which slot each row of the next forward uses."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        store: RowStore,
+        route: Callable[[Sequence[int]], None],
+        tokenizer: Any,
+        eos: frozenset[int],
+        vocabulary: int,
+    ) -> None:
+        self._forward = forward
+        self._store = store
+        self._route = route
+        self._tokenizer = tokenizer
+        self._eos = eos
+        self._vocabulary = vocabulary
+        self._seats: dict[int, Row] = {}
+        self._joining: list[Joining] = []
+        self._flight: Flight | None = None
+        self._steps = 0
+        self._arrays: SamplerArrays | None = None
+
+    # ---- what runs ------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(self._seats.values())
+
+    @property
+    def joining(self) -> list[Joining]:
+        return self._joining
+
+    @property
+    def size(self) -> int:
+        """Places taken, by rows and by prompts on their way."""
+        return len(self._seats) + sum(joining.count for joining in self._joining)
+
+    @property
+    def longest(self) -> int:
+        """The most columns any of them can fill."""
+        groups = [row.group for row in self._seats.values()] + [joining.group for joining in self._joining]
+        return max((group.length for group in groups), default=0)
+
+    def cells(self, count: int, columns: int) -> int:
+        """KV columns over all rows that the cache could come to fill, see `cache.RowStore.cells`."""
+        return self._store.cells(count, columns)
+
+    @property
+    def active(self) -> bool:
+        return bool(self._seats) or self._flight is not None
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    # ---- joining --------------------------------------------------------------------------------------------------
+
+    def join(self, admission: Admission) -> None:
+        """Reserves places; no step may be in flight. A group whose KV was kept skips prefill."""
+        group = admission.group
+        if group.prompt is None:
+            group.prompt = Prompt(group.request.prompt_ids[:-1], group.slot)
+        self._store.begin(group.prompt, admission.count, admission.columns)
+        self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
+
+    def prefill(self, budget: int) -> list[Row]:
+        """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
+        chunks: list[tuple[Prompt, int]] = []
+        longest = 0
+        for joining in self._joining:
+            left = len(joining.prompt.tokens) - joining.prompt.fed
+            if not left:
+                continue
+            longest = max(longest, min(left, budget))
+            if chunks and (len(chunks) + 1) * longest > budget:
+                break
+            chunks.append((joining.prompt, min(left, budget)))
+        if chunks:
+            self._store.feed(self._forward, chunks, self._route)
+        ready = [joining for joining in self._joining if joining.prompt.done]
+        self._joining = [joining for joining in self._joining if not joining.prompt.done]
+        return [row for joining in ready for row in self._seat(joining)]
+
+    def _seat(self, joining: Joining) -> list[Row]:
+        group = joining.group
+        if group.version is None:
+            raise RuntimeError("A group is seated before it has a version.")
+        keep = group.waiting > 0
+        places = self._store.seat(joining.prompt, joining.count, keep)
+        rows = []
+        for i, place in enumerate(places):
+            index = joining.first_sample + i
+            text = IncrementalText(self._tokenizer) if group.request.sampling.stop else None
+            row = Row(group, index, group.request.seeds[index], group.version, group.slot, text)
+            self._seats[place] = row
+            rows.append(row)
+        if not keep:
+            group.prompt = None
+        self._arrays = None
+        return rows
+
+    # ---- leaving --------------------------------------------------------------------------------------------------
+
+    def release(self) -> list[Row]:
+        """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
+        would move other rows it waits until nothing is in flight."""
+        flying = self._flight.number if self._flight else -1
+        gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
+        if not gone or (self._flight and self._store.moves_on_leave(len(gone))):
+            return []
+        for place in gone:
+            del self._seats[place]
+        # Only a row that ended by itself is known to have left finite numbers behind.
+        scrub = [p for p, row in gone.items() if row.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)]
+        self._vacate(list(gone), scrub)
+        return list(gone.values())
+
+    def drop_cancelled(self) -> list[Joining]:
+        """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
+        dropped = [joining for joining in self._joining if joining.group.cancelled]
+        self._joining = [joining for joining in self._joining if not joining.group.cancelled]
+        for joining in dropped:
+            self._vacate(joining.prompt.places, joining.prompt.places)
+            joining.group.prompt = None
+        return dropped
+
+    def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:
+        moved = self._store.leave(places, scrub)
+        self._arrays = None
+        if moved is None:
+            return
+        self._seats = {moved[place]: row for place, row in self._seats.items()}
+        for joining in self._joining:
+            joining.prompt.places = [moved[place] for place in joining.prompt.places]
+
+    @property
+    def must_settle(self) -> bool:
+        """Rows that ended cannot leave while a step is in flight, because others would move."""
+        ended = sum(not row.running for row in self._seats.values())
+        return self._flight is not None and ended > 0 and self._store.moves_on_leave(ended)
+
+    # ---- stepping -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Row]:
+        """Builds the next step, reads the one in flight, launches the next; returns the rows that got a token."""
+        following = None if self.must_settle else self._build()
+        read = self._take()
+        if following is not None:
+            mx.async_eval(following.sampled.arrays(), self._store.pending())
+            self._flight = following
+        return self._record(*read) if read else []
+
+    def settle(self) -> list[Row]:
+        """Reads the step in flight without launching another."""
+        read = self._take()
+        return self._record(*read) if read else []
+
+    def _build(self) -> Flight | None:
+        rows = tuple((place, row) for place, row in self._seats.items() if row.wants_step)
+        if not rows:
+            return None
+        size = self._store.capacity
+        if self._arrays is None:
+            self._arrays = self._prepare(size)
+        offsets: list[int | None] = [None] * size
+        # Places that take no part use some row's slot, so that a batch on one version stays on the plain path.
+        seeds, positions, slots = [0] * size, [0] * size, [rows[0][1].slot] * size
+        for place, row in rows:
+            offsets[place], seeds[place], positions[place] = row.offset, row.seed, row.dispatched
+            slots[place] = row.slot
+        self._store.aim(offsets, 1 + max(row.offset for _, row in rows))
+        self._route(slots)
+        logits = self._forward(self._inputs(size)[:, None], self._store.layers)[:, -1]
+        draws = mx.array(uniforms(seeds, positions))
+        sampled = sample(logits, self._arrays, draws, self._banned(rows))
+        self._steps += 1
+        for _, row in rows:
+            row.stamp()
+            row.last_step = self._steps
+        return Flight(self._steps, rows, sampled)
+
+    def _inputs(self, size: int) -> mx.array:
+        if self._flight is not None:
+            return self._flight.sampled.ids
+        ids = [0] * size
+        for place, row in self._seats.items():
+            ids[place] = row.input_id
+        return mx.array(ids, dtype=mx.int32)
+
+    def _prepare(self, size: int) -> SamplerArrays:
+        wants = [row.group.request.wants for row in self._seats.values()]
+        by_place = [self._seats.get(place) for place in range(size)]
+        return prepare(
+            [row.group.request.sampling if row else None for row in by_place],
+            self._vocabulary,
+            entropy=any(want.entropy for want in wants),
+            top_logprobs=max(want.top_logprobs for want in wants),
+        )
+
+    def _banned(self, rows: Sequence[tuple[int, Row]]) -> tuple[mx.array, mx.array] | None:
+        """End tokens of rows that have not reached min_tokens, as (place, token) pairs."""
+        pairs = []
+        for place, row in rows:
+            sampling = row.group.request.sampling
+            if row.dispatched < sampling.min_tokens:
+                ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos)
+                pairs.extend((place, token) for token in ends)
+        if not pairs:
+            return None
+        places, tokens = zip(*pairs, strict=True)
+        return mx.array(places, dtype=mx.int32), mx.array(tokens, dtype=mx.int32)
+
+    def _take(self) -> tuple[Flight, list[int], list[list[float]], list[list[TopTokens]]] | None:
+        """Waits for the step in flight and copies its results to the host."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        sampled = flight.sampled
+        ids = np.array(sampled.ids).tolist()
+        values = np.array(sampled.values).T.tolist()
+        top: list[list[TopTokens]] = []
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            pairs = zip(np.array(sampled.top_ids).tolist(), np.array(sampled.top_logprobs).tolist(), strict=True)
+            top = [list(zip(tokens, logs, strict=True)) for tokens, logs in pairs]  # type: ignore[misc]
+        return flight, ids, values, top
+
+    def _record(
+        self, flight: Flight, ids: list[int], values: list[list[float]], top: list[list[TopTokens]]
+    ) -> list[Row]:
+        touched = []
+        for place, row in flight.rows:
+            if not row.running:
+                continue
+            if math.isfinite(values[place][0]):
+                row.record(ids[place], values[place], tuple(top[place]) if top else None, self._eos)  # type: ignore
+            else:
+                row.fail(
+                    NonFiniteLogits(
+                        f"The model produced NaN or infinity at token {len(row.token_ids)} of this row under "
+                        f"{row.version.name}@{row.version.number}; the other rows are not affected."
+                    )
+                )
+            touched.append(row)
+        return touched

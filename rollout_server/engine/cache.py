@@ -1,0 +1,305 @@
+"""KV memory of the running rows: fixed places that a row keeps from its first token to its last.
+
+`SlotRows` holds, per layer, one array [rows, heads, columns, head size]. A row writes its own column by scatter and
+reads the columns up to the longest live row, so joining and leaving never touch the other rows. Models whose state is
+not columns (recurrent, chunked, hybrid) use `joined_cache.JoinedRows` behind the same methods.
+
+An array is written in place only if nothing else holds it when the step is *scheduled*; on the CPU that includes the
+readers of a step still running. The batch therefore builds step k+1 while step k runs, but launches it after k ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+COLUMN_BUCKET = 32
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+Forward = Callable[[mx.array, list[Any]], mx.array]
+"""(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def row_bucket(rows: int, limit: int) -> int:
+    """The number of places allocated for `rows` running rows."""
+    for bucket in ROW_BUCKETS:
+        if bucket >= rows:
+            return min(bucket, max(limit, rows))
+    return round_up(rows, 512)
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt on its way into the cache. Its last token is not among `tokens`: it is the first decode step's input."""
+
+    tokens: tuple[int, ...]
+    slot: int
+    """Adapter slot its KV is computed under."""
+    fed: int = 0
+    places: list[int] = field(default_factory=list)
+    """Places reserved for its rows; the first one is prefilled, the others copied from it."""
+    kept: list[Any] | None = None
+    """Its KV, kept for samples of the group that are still waiting."""
+
+    @property
+    def done(self) -> bool:
+        return self.fed == len(self.tokens)
+
+
+class RowStore(Protocol):
+    """What the batch needs of a cache. Places index the batch dimension of a decode step."""
+
+    layers: list[Any]
+    capacity: int
+
+    def cells(self, count: int, columns: int) -> int:
+        """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
+
+    def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`."""
+
+    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+        """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
+
+    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
+        """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
+
+    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+        """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
+        many columns it reads."""
+
+    def pending(self) -> list[Any]:
+        """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""
+
+    def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
+        """Frees places, zeroing those in `scrub`; returns old → new places if rows moved. No step may be in flight
+        for rows that move; see `moves_on_leave`."""
+
+    def moves_on_leave(self, leaving: int) -> bool:
+        """Whether freeing `leaving` places now would move the rows that stay."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Addresses of one forward, shared by all layers. `offset` int32 [B] is each row's first new column, `columns`
+    int32 [B, N] all of them; `rows` int32 [B] the places, or None for every place in order."""
+
+    rows: mx.array | None
+    places: mx.array
+    offset: mx.array
+    columns: mx.array
+    width: int
+    masks: dict[int | None, mx.array] = field(default_factory=dict)
+
+    def mask(self, window_size: int | None) -> mx.array:
+        """bool [B, 1, N, width]: which columns each new token may read."""
+        found = self.masks.get(window_size)
+        if found is None:
+            position = self.columns[:, None, :, None]
+            column = mx.arange(self.width, dtype=mx.int32)
+            found = column <= position
+            if window_size is not None:
+                found = found & (column > position - window_size)
+            self.masks[window_size] = found
+        return found
+
+
+class SlotLayer:
+    """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
+
+    def __init__(self, rows: SlotRows, window_size: int | None) -> None:
+        self._rows = rows
+        self._window_size = window_size
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        return self._rows.window.offset
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        return self._rows.window.mask(window_size or self._window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys), self._allocate(values)
+        window = self._rows.window
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            if new.shape[2] == 1:
+                stored[window.places, :, window.columns[:, 0]] = new[:, :, 0]
+            else:
+                stored[window.places[:, None], :, window.columns] = new.transpose(0, 2, 1, 3)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        window = self._rows.window
+        if self.keys is None or self.values is None:
+            raise RuntimeError("A layer reads a KV cache that no layer has written.")
+        keys, values = self.keys[:, :, : window.width], self.values[:, :, : window.width]
+        if window.rows is None:
+            return keys, values
+        return mx.take(keys, window.rows, axis=0), mx.take(values, window.rows, axis=0)
+
+    def _allocate(self, like: mx.array) -> mx.array:
+        return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
+
+    def change(self, function: Callable[[mx.array], mx.array]) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+
+class SlotRows:
+    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None."""
+
+    def __init__(self, windows: Sequence[int | None], max_rows: int) -> None:
+        self.layers: list[Any] = [SlotLayer(self, window) for window in windows]
+        self.capacity = 0
+        self.columns = 0
+        self.window: Window
+        self._max_rows = max_rows
+        self._ceiling = 0
+        self._free: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            array.nbytes for layer in self.layers for array in (layer.keys, layer.values) if array is not None
+        )
+
+    def cells(self, count: int, columns: int) -> int:
+        rows, width = self._plan(count, columns)
+        return rows * width
+
+    def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        capacity, self._ceiling = self._plan(count, columns)
+        if capacity != self.capacity:
+            if len(self._free) == self.capacity:
+                self._clear()
+            self._resize(capacity, min(self.columns, self._ceiling))
+        self._free.sort()
+        prompt.places, self._free = self._free[:count], self._free[count:]
+
+    def pending(self) -> list[Any]:
+        return []
+
+    def _plan(self, count: int, columns: int) -> tuple[int, int]:
+        """Places, and the most columns they can come to, after `count` rows of at most `columns` join."""
+        used = self.capacity - len(self._free)
+        ceiling = round_up(columns + 1, COLUMN_BUCKET)
+        wanted = row_bucket(used + count, self._max_rows)
+        if wanted > self.capacity or (used == 0 and 2 * wanted * ceiling < self.capacity * self.columns):
+            return wanted, ceiling
+        return self.capacity, max(self.columns, ceiling)
+
+    def _clear(self) -> None:
+        for layer in self.layers:
+            layer.keys = layer.values = None
+        self.capacity = self.columns = 0
+        self._free = []
+
+    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+        length = max(n for _, n in chunks)
+        # Padding writes into columns of the row's own future, which are written again before anything reads them.
+        self._grow_columns(max(prompt.fed for prompt, _ in chunks) + length + 1)
+        tokens = [list(p.tokens[p.fed : p.fed + n]) + [0] * (length - n) for p, n in chunks]
+        offset = mx.array([p.fed for p, _ in chunks], dtype=mx.int32)
+        places = mx.array([p.places[0] for p, _ in chunks], dtype=mx.int32)
+        width = min(self.columns, round_up(max(p.fed for p, _ in chunks) + length, COLUMN_BUCKET))
+        columns = offset[:, None] + mx.arange(length, dtype=mx.int32)[None]
+        self.window = Window(places, places, offset, columns, width)
+        route([p.slot for p, _ in chunks])
+        forward(mx.array(tokens, dtype=mx.int32), self.layers)
+        self.evaluate()
+        for prompt, n in chunks:
+            prompt.fed += n
+
+    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
+        places, length = prompt.places[:count], len(prompt.tokens)
+        prompt.places = prompt.places[count:]
+        if length and prompt.kept is not None:
+            for layer, (keys, values) in zip(self.layers, prompt.kept, strict=True):
+                layer.keys[mx.array(places), :, :length] = keys
+                layer.values[mx.array(places), :, :length] = values
+        elif length and count > 1:
+            others = mx.array(places[1:])
+            for layer in self.layers:
+                if layer.keys is not None:
+                    layer.keys[others, :, :length] = layer.keys[places[0], :, :length][None]
+                    layer.values[others, :, :length] = layer.values[places[0], :, :length][None]
+        if keep and length and prompt.kept is None:
+            # Own copies: a live view of the rows would make every later write copy the whole array.
+            first = places[0]
+            prompt.kept = [
+                (mx.contiguous(layer.keys[first, :, :length]), mx.contiguous(layer.values[first, :, :length]))
+                for layer in self.layers
+                if layer.keys is not None
+            ]
+            mx.eval(prompt.kept)
+        self.evaluate()
+        return places
+
+    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+        self._grow_columns(width + 1)
+        # A place without a row writes into the last column, which no row ever fills.
+        spare = self.columns - 1
+        offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
+        every = mx.arange(self.capacity, dtype=mx.int32)
+        width = min(spare, round_up(width, COLUMN_BUCKET))
+        self.window = Window(None, every, offset, offset[:, None], width)
+
+    def moves_on_leave(self, leaving: int) -> bool:
+        staying = self.capacity - len(self._free) - leaving
+        return staying > 0 and row_bucket(staying, self._max_rows) <= self.capacity // 2
+
+    def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
+        for place in scrub:
+            # Masked is not ignored: 0 × NaN is NaN, so a row that went non-finite must not stay in the array.
+            for layer in self.layers:
+                if layer.keys is not None:
+                    layer.keys[place] = mx.zeros((), dtype=layer.keys.dtype)
+                    layer.values[place] = mx.zeros((), dtype=layer.values.dtype)
+        moves = self.moves_on_leave(len(places))
+        self._free.extend(places)
+        return self._compact() if moves else None
+
+    def evaluate(self) -> None:
+        mx.eval([a for layer in self.layers for a in (layer.keys, layer.values) if a is not None])
+
+    def _compact(self) -> dict[int, int]:
+        free = set(self._free)
+        live = [place for place in range(self.capacity) if place not in free]
+        capacity = row_bucket(len(live), self._max_rows)
+        order = mx.array(live + [live[0]] * (capacity - len(live)))
+        for layer in self.layers:
+            layer.change(lambda array: mx.take(array, order, axis=0))
+            mx.eval([a for a in (layer.keys, layer.values) if a is not None])
+        self.capacity = capacity
+        self._free = list(range(len(live), capacity))
+        return {old: new for new, old in enumerate(live)}
+
+    def _grow_columns(self, needed: int) -> None:
+        if needed > self.columns:
+            # Half as much again, so that the copies of a row that grows token by token stay constant per token.
+            columns = max(needed, min(self.columns * 3 // 2, self._ceiling))
+            self._resize(self.capacity, round_up(columns, COLUMN_BUCKET))
+
+    def _resize(self, capacity: int, columns: int) -> None:
+        """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""
+        more_rows, more_columns = capacity - self.capacity, max(0, columns - self.columns)
+        padding = [(0, more_rows), (0, 0), (0, more_columns), (0, 0)]
+        for layer in self.layers:
+            layer.change(lambda array: mx.contiguous(mx.pad(array[:, :, :columns], padding)))
+            mx.eval([a for a in (layer.keys, layer.values) if a is not None])
+        self._free.extend(range(self.capacity, capacity))
+        self.capacity, self.columns = capacity, columns

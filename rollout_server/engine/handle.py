@@ -1,0 +1,296 @@
+"""The asyncio face of the engine thread: four verbs (submit, publish, abort, status) and scoring.
+
+Commands go in through one queue. Events come back in one hop to the event loop per engine turn and are handed to the
+subscription or the future they belong to. Everything public here runs on the event loop that called `start`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, TypeVar
+
+from rollout_server.engine.messages import (
+    Abort,
+    Activate,
+    Command,
+    EngineOptions,
+    EngineStatus,
+    Event,
+    ModelInfo,
+    Ping,
+    Pong,
+    Publish,
+    Published,
+    RequestDone,
+    RequestFailed,
+    RowFinished,
+    Score,
+    Scored,
+    Stop,
+    Submit,
+    TokensSampled,
+)
+from rollout_server.engine.thread import EngineThread
+from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
+from rollout_server.rollout import RolloutRequest
+
+Reply = TypeVar("Reply", Published, Scored, Pong)
+
+
+class Subscription:
+    """The events of one request: an async iterator of `TokensSampled` and `RowFinished` that ends when every row was
+    reported, or raises the request's error. Leaving early should `abort`."""
+
+    def __init__(self, id: str, handle: EngineHandle) -> None:
+        self.id = id
+        self._handle = handle
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
+        return self
+
+    async def __anext__(self) -> TokensSampled | RowFinished:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        match event:
+            case TokensSampled() | RowFinished():
+                return event
+            case RequestFailed(error=error):
+                self._ended = True
+                raise error
+            case _:
+                self._ended = True
+                raise StopAsyncIteration
+
+    def abort(self, reason: str = "disconnect") -> None:
+        """Ends what is left of the request; its rows are still reported. Does nothing once the request is over."""
+        self._handle.abort([self.id], reason)
+
+    def deliver(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+
+class EngineHandle:
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._subscriptions: dict[str, Subscription] = {}
+        self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._status = EngineStatus("starting")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready = asyncio.Event()
+        self._thread = EngineThread(options, self._mailbox, self._post, self._show)
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the engine thread, which loads the model; call on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def wait_ready(self) -> None:
+        """Returns when the model is loaded; raises `EngineUnavailable` with the cause if it could not be."""
+        await self._ready.wait()
+        if self._status.state != "ready":
+            raise EngineUnavailable(self._status.fault or "The engine is not running.")
+
+    async def close(self) -> None:
+        """Ends the thread; open requests get `EngineUnavailable`."""
+        self._mailbox.put(Stop())
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def status(self) -> EngineStatus:
+        """A snapshot the engine thread replaces after every change."""
+        if self._status.state in ("starting", "ready") and self._loop is not None and not self._thread.is_alive():
+            return EngineStatus("dead", "The engine thread ended.")
+        return self._status
+
+    async def ping(self, timeout_s: float) -> bool:
+        """Whether the engine thread answers between two turns within `timeout_s` seconds."""
+        if self.status.state != "ready":
+            return False
+        try:
+            await asyncio.wait_for(self._ask(Ping(self.new_id("ping"))), timeout_s)
+        except (TimeoutError, EngineUnavailable):
+            return False
+        return True
+
+    @property
+    def info(self) -> ModelInfo:
+        info = self._thread.info
+        if info is None:
+            raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
+        return info
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the base, for the event loop's side."""
+        if self._thread.tokenizer is None:
+            raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
+        return self._thread.tokenizer
+
+    def new_id(self, kind: str) -> str:
+        """An id that no client can choose: theirs have no slash."""
+        return f"/{kind}/{next(self._numbers)}"
+
+    # ---- verbs ----------------------------------------------------------------------------------------------------
+
+    def submit(self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None) -> Subscription:
+        """Queues the groups of one request, all or none. `deadline` is on time.monotonic()'s clock.
+
+        Raises `QueueFull`, `ContextExceeded`, `InvalidField` or `Conflict` at once. An unknown or freed policy comes
+        as the subscription's first event."""
+        self._require_ready()
+        if id in self._subscriptions:
+            raise Conflict(f"A request with id {id!r} is still open; choose another id.", param="id")
+        if len(self._subscriptions) >= self._options.max_queue:
+            raise QueueFull(f"{len(self._subscriptions)} requests are open, as many as --max-queue allows; try again.")
+        rows = sum(group.n for group in groups)
+        if rows > self._options.max_rows_per_request:
+            raise InvalidField(
+                f"The request asks for {rows} rows; at most {self._options.max_rows_per_request} are taken at once "
+                "(--max-rows-per-request).",
+                param="n",
+            )
+        for group in groups:
+            self._check(group)
+        subscription = Subscription(id, self)
+        self._subscriptions[id] = subscription
+        self._mailbox.put(Submit(id, tuple(groups), deadline))
+        return subscription
+
+    async def score(self, score: Score) -> Scored:
+        """Log-probabilities of given tokens under a policy."""
+        self._require_ready()
+        for tokens in score.sequences:
+            self._check_ids(tokens, "sequences")
+            if len(tokens) > self.info.max_model_len:
+                raise ContextExceeded(
+                    f"A sequence has {len(tokens)} tokens; the context holds {self.info.max_model_len}.",
+                    param="sequences",
+                )
+        try:
+            return await self._ask(score)
+        except asyncio.CancelledError:
+            self._mailbox.put(Abort((score.id,), "disconnect"))
+            raise
+
+    async def publish(self, publish: Publish) -> Published:
+        """Stages a bundle that fits the base as a new version and moves the alias if asked to."""
+        self._require_ready()
+        return await self._ask(publish)
+
+    async def activate(self, activate: Activate) -> Published:
+        """Moves an alias to a kept version."""
+        self._require_ready()
+        return await self._ask(activate)
+
+    def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
+        """Ends the named requests; returns how many of them were open."""
+        found = tuple(id for id in ids if id in self._subscriptions)
+        if found:
+            self._mailbox.put(Abort(found, reason))
+        return len(found)
+
+    # ---- checks ---------------------------------------------------------------------------------------------------
+
+    def _require_ready(self) -> None:
+        status = self.status
+        if status.state != "ready":
+            raise EngineUnavailable(status.fault or f"The engine is {status.state}; try again in a moment.")
+
+    def _check(self, group: RolloutRequest) -> None:
+        info = self.info
+        self._check_ids(group.prompt_ids, "prompt")
+        for token in group.sampling.stop_token_ids:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidField(
+                    f"Stop token id {token} is outside the vocabulary of {info.vocab_size}.", param="stop_token_ids"
+                )
+        total = len(group.prompt_ids) + group.sampling.max_tokens
+        if total > info.max_model_len:
+            raise ContextExceeded(
+                f"A prompt of {len(group.prompt_ids)} tokens and max_tokens {group.sampling.max_tokens} exceed the "
+                f"context of {info.max_model_len} tokens.",
+                param="max_tokens",
+            )
+        if (total + 2 * 32) * info.kv_bytes_per_token > info.kv_memory:
+            raise ContextExceeded(
+                f"One row of {total} tokens needs more KV memory than the {info.kv_memory} bytes of --kv-memory.",
+                param="max_tokens",
+            )
+
+    def _check_ids(self, tokens: Sequence[int], param: str) -> None:
+        vocabulary = self.info.vocab_size
+        if tokens and not (0 <= min(tokens) and max(tokens) < vocabulary):
+            wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+            raise InvalidField(f"Token id {wrong} is outside the vocabulary of {vocabulary}.", param=param)
+
+    # ---- plumbing -------------------------------------------------------------------------------------------------
+
+    async def _ask(self, command: Publish | Activate | Score | Ping) -> Any:
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Any] = loop.create_future()
+        self._replies[command.id] = reply
+        self._mailbox.put(command)
+        try:
+            return await reply
+        finally:
+            self._replies.pop(command.id, None)
+
+    def _post(self, events: list[Event]) -> None:
+        """Called on the engine thread: one hop for everything a turn produced."""
+        if self._loop is not None and events:
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, events)
+            except RuntimeError:
+                # The event loop is closed: nobody is left to tell.
+                return
+
+    def _show(self, status: EngineStatus) -> None:
+        self._status = status
+        if status.state != "starting" and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._settle)
+            except RuntimeError:
+                return
+
+    def _settle(self) -> None:
+        """A ready or dead engine lets waiters go; a dead one leaves no request without an answer."""
+        self._ready.set()
+        if self._status.state in ("ready", "starting"):
+            return
+        error = EngineUnavailable(self._status.fault or "The server is stopping.")
+        for id in list(self._subscriptions):
+            self._subscriptions.pop(id).deliver(RequestFailed(id, error))
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(error)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case RequestDone() | RequestFailed() if event.id in self._subscriptions:
+                    self._subscriptions.pop(event.id).deliver(event)
+                case TokensSampled() | RowFinished() if event.id in self._subscriptions:
+                    self._subscriptions[event.id].deliver(event)
+                case _:
+                    self._answer(event)
+
+    def _answer(self, event: Event) -> None:
+        reply = self._replies.get(event.id)
+        if reply is None or reply.done():
+            return
+        if isinstance(event, RequestFailed):
+            reply.set_exception(event.error)
+        else:
+            reply.set_result(event)
+

@@ -1,0 +1,92 @@
+"""Rows on mlx-lm's own batch caches, for models whose state does not fit fixed columns, or that cannot be batched.
+
+Joining merges and finishing filters, so rows move and the cost of both follows the size of the cache. `serial` keeps
+one row at a time on the model's plain caches: the way out for families whose batched masks are wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from rollout_server.engine.cache import Forward, Prompt
+
+
+class JoinedRows:
+    """The methods of `cache.RowStore`. A place is the row's current index in the batch. `row_cells` is what a row's
+    state of fixed size costs, counted in columns."""
+
+    def __init__(self, make_caches: Callable[[], list[Any]], *, row_cells: int = 0, serial: bool = False) -> None:
+        self.layers: list[Any] = []
+        self.capacity = 0
+        self._make_caches = make_caches
+        self._row_cells = row_cells
+        self._serial = serial
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def cells(self, count: int, columns: int) -> int:
+        return (self.capacity + count) * (columns + self._row_cells)
+
+    def pending(self) -> list[Any]:
+        return [layer.state for layer in self.layers]
+
+    def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        if prompt.kept is None:
+            prompt.kept = self._make_caches()
+
+    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+        for prompt, n in chunks:
+            caches = prompt.kept
+            if caches is None:
+                raise RuntimeError("A prompt is fed before it has begun.")
+            route([prompt.slot])
+            forward(mx.array([prompt.tokens[prompt.fed : prompt.fed + n]], dtype=mx.int32), caches)
+            mx.eval([cache.state for cache in caches])
+            prompt.fed += n
+
+    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
+        caches = prompt.kept
+        if caches is None:
+            raise RuntimeError("A prompt is seated before it has begun.")
+        if self._serial:
+            if self.capacity or count != 1:
+                raise RuntimeError("This model is served one row at a time.")
+            self.layers = copy.deepcopy(caches) if keep else caches
+        else:
+            joining = [type(cache).merge([cache] * count) for cache in caches]
+            if self.layers:
+                for layer, more in zip(self.layers, joining, strict=True):
+                    layer.extend(more)
+            else:
+                self.layers = joining
+            mx.eval([layer.state for layer in self.layers])
+        if not keep:
+            prompt.kept = None
+        self.capacity += count
+        return list(range(self.capacity - count, self.capacity))
+
+    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+        """The caches keep their own offsets."""
+
+    def moves_on_leave(self, leaving: int) -> bool:
+        return True
+
+    def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
+        if not places:
+            return None
+        gone = set(places)
+        stay = [place for place in range(self.capacity) if place not in gone]
+        if stay:
+            for layer in self.layers:
+                layer.filter(mx.array(stay))
+            mx.eval([layer.state for layer in self.layers])
+        else:
+            self.layers = []
+        self.capacity = len(stay)
+        return {old: new for new, old in enumerate(stay)}

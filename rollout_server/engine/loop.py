@@ -1,0 +1,312 @@
+"""The central loop: one thread that owns the model, the batch and the versions.
+
+    take commands (waiting only when nothing runs) → admit → prefill a bounded chunk → step the batch once
+    → score a bounded chunk → one hop to the event loop with everything that happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+
+from rollout_server.engine.batch import Batch
+from rollout_server.engine.messages import (
+    Abort,
+    Activate,
+    Command,
+    EngineStatus,
+    Event,
+    Ping,
+    Pong,
+    Published,
+    Publish,
+    RequestFailed,
+    Score,
+    Scored,
+    ScoredSequence,
+    Stop,
+    Submit,
+)
+from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.score import ScoreJob, Scorer
+from rollout_server.engine.sequence import Group
+from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0
+
+
+class Engine:
+    """Lives on one thread. `post` carries events out, `show` replaces the status snapshot; both are thread-safe."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        policies: PolicyTable,
+        mailbox: queue.SimpleQueue[Command],
+        post: Callable[[list[Event]], None],
+        show: Callable[[EngineStatus], None],
+        *,
+        prefill_tokens: int,
+    ) -> None:
+        self._model = model
+        self._policies = policies
+        self._mailbox = mailbox
+        self._post = post
+        self._show = show
+        self._budget = prefill_tokens
+        self._stopping = False
+        self._jobs: deque[ScoreJob] = deque()
+        self._scorer = Scorer(model.forward, model.make_caches, policies.route, model.info.vocab_size)
+        self._batch = self._new_batch()
+        self._scheduler = Scheduler(
+            model.info.max_batch,
+            model.info.kv_memory // model.info.kv_bytes_per_token,
+            lambda count, columns: self._batch.cells(count, columns),
+        )
+        self._reports = Reports(self._scheduler, policies)
+
+    def _new_batch(self) -> Batch:
+        model = self._model
+        return Batch(
+            model.forward,
+            model.make_store(),
+            self._policies.route,
+            model.tokenizer,
+            frozenset(model.info.eos_token_ids),
+            model.info.vocab_size,
+        )
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Turns until a `Stop` arrives. An exception out of here means the engine is dead."""
+        self._show_status()
+        while not self._stopping:
+            self.turn()
+
+    def turn(self) -> None:
+        self._take_commands()
+        self._end_overdue()
+        try:
+            self._compute()
+        except Exception as error:  # the one place: whatever a step raises fails its rows by name
+            self._fail_step(error)
+        self._flush()
+
+    def _compute(self) -> None:
+        self._admit()
+        if self._batch.joining:
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._reports.drop(self._batch.drop_cancelled())
+            self._batch.prefill(self._budget)
+        if self._batch.active:
+            self._reports.progress(self._batch.step())
+            self._reports.release(self._batch.release())
+        self._score()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._batch.active or self._batch.joining or self._jobs or self._scheduler.waiting)
+
+    def _take_commands(self) -> None:
+        """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
+        wait = 0.0 if self._busy else IDLE_WAIT_S
+        try:
+            command = self._mailbox.get(timeout=wait) if wait else self._mailbox.get_nowait()
+            while True:
+                self._apply(command)
+                self._flush()
+                command = self._mailbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _apply(self, command: Command) -> None:
+        try:
+            match command:
+                case Submit():
+                    self._scheduler.submit(command)
+                    for group in command.groups:
+                        self._policies.check(group.policy)
+                case Score():
+                    self._start_score(command)
+                case Publish() | Activate():
+                    self._change_policy(command)
+                case Abort():
+                    for id in command.ids:
+                        self._end_request(id, command.reason)
+                case Ping():
+                    self._reports.add(Pong(command.id))
+                case Stop():
+                    self._stopping = True
+        except RolloutError as error:
+            self._reports.fail(getattr(command, "id", ""), error)
+
+    def _flush(self) -> None:
+        events = self._reports.take()
+        if events:
+            # The snapshot first: whoever was told of a change can see it.
+            self._show_status()
+            self._post(events)
+
+    def _show_status(self, state: str = "ready", fault: str | None = None) -> None:
+        self._show(
+            EngineStatus(
+                state=state,
+                fault=fault,
+                waiting=len({group.request.id for group in self._scheduler.waiting}),
+                running=self._batch.size,
+                policies=self._policies.snapshot(),
+                steps=self._batch.steps,
+                tokens=self._reports.tokens,
+            )
+        )
+
+    # ---- versions -------------------------------------------------------------------------------------------------
+
+    def _change_policy(self, command: Publish | Activate) -> None:
+        if isinstance(command, Publish) and self._policies.stages(command):
+            # Slot arrays are written in place only while no dispatched step refers to them.
+            self._reports.progress(self._batch.settle())
+        published: Published = self._policies.apply(command)
+        self._reports.add(published)
+
+    # ---- admission ------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while admission := self._scheduler.next_admission(self._batch.size, self._batch.longest):
+            group = admission.group
+            if group.version is None and not self._take_version(group):
+                continue
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._batch.join(admission)
+            self._scheduler.admitted(admission)
+            if group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None:
+                self._score_prompt(group)
+
+    def _take_version(self, group: Group) -> bool:
+        """Gives a group the version its policy names now, one reference a sample; False if there is none."""
+        request = group.request
+        try:
+            group.version, group.slot = self._policies.acquire(request.policy, request.n, request.min_version)
+        except RolloutError as error:
+            self._reports.fail_group(group, error)
+            return False
+        group.admitted_at = time.monotonic()
+        return True
+
+    # ---- scoring --------------------------------------------------------------------------------------------------
+
+    def _start_score(self, score: Score) -> None:
+        version, slot = self._policies.acquire(score.policy, 1, None)
+
+        def finished(sequences: tuple[ScoredSequence, ...]) -> None:
+            self._policies.release(version, 1)
+            self._reports.add(Scored(score.id, version, score.temperature, sequences))
+
+        def failed(error: RolloutError) -> None:
+            self._policies.release(version, 1)
+            self._reports.fail(score.id, error)
+
+        self._jobs.append(
+            ScoreJob(
+                score.id,
+                version,
+                slot,
+                score.sequences,
+                score.starts,
+                score.temperature,
+                score.entropy,
+                score.top_logprobs,
+                finished=finished,
+                failed=failed,
+            )
+        )
+
+    def _score_prompt(self, group: Group) -> None:
+        if group.version is None:
+            raise RuntimeError("A group is scored before it has a version.")
+        group.unscored = True
+        self._policies.acquire_again(group.version, 1)
+        version = group.version
+
+        def finished(sequences: tuple[ScoredSequence, ...]) -> None:
+            self._policies.release(version, 1)
+            self._reports.prompt_scored(group, sequences[0].logprobs)
+
+        def failed(error: RolloutError) -> None:
+            self._policies.release(version, 1)
+            self._reports.fail_group(group, error)
+
+        self._jobs.append(
+            ScoreJob(
+                group.request.id,
+                version,
+                group.slot,
+                (group.request.prompt_ids,),
+                (0,),
+                finished=finished,
+                failed=failed,
+            )
+        )
+
+    def _score(self) -> None:
+        """One bounded chunk for the job at the head; then the next one's turn."""
+        if not self._jobs:
+            return
+        job = self._jobs[0]
+        self._scorer.advance(job, self._budget)
+        self._jobs.popleft()
+        if job.done:
+            job.finished(tuple(job.results))
+        else:
+            self._jobs.append(job)
+
+    # ---- endings --------------------------------------------------------------------------------------------------
+
+    def _end_overdue(self) -> None:
+        for ticket in self._scheduler.overdue(time.monotonic()):
+            self._end_request(ticket.id, "timeout")
+
+    def _end_request(self, id: str, reason: str) -> None:
+        """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
+        for job in [job for job in self._jobs if job.id == id]:
+            self._jobs.remove(job)
+            job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
+        self._reports.end_request(id, reason, self._batch)
+
+    def _fail_step(self, error: Exception) -> None:
+        """Fails by name whatever was being computed and starts over with an empty batch."""
+        log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
+        fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
+        rows, joining = self._batch.rows, self._batch.joining
+        jobs, self._jobs = list(self._jobs), deque()
+        self._batch = self._new_batch()
+        self._reports.fail_rows(rows, joining, fault)
+        for job in jobs:
+            job.failed(fault)
+
+    def die(self, cause: BaseException) -> None:
+        """Last words: everything open fails by name and the status says why."""
+        fault = EngineUnavailable(f"The engine stopped: {type(cause).__name__}: {cause}")
+        self._close("dead", str(fault), fault)
+
+    def stop(self) -> None:
+        self._close("stopping", None, EngineUnavailable("The server is stopping."))
+
+    def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
+        for id in list(self._scheduler.tickets):
+            self._reports.fail(id, error)
+        for job in self._jobs:
+            self._reports.fail(job.id, error)
+        self._show_status(state, fault)
+        self._post(self._reports.take())

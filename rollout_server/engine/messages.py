@@ -1,0 +1,251 @@
+"""What crosses the border of the engine thread: frozen commands in, plain events out. No arrays, locks or futures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rollout_server.errors import RolloutError
+from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest
+
+if TYPE_CHECKING:
+    from adapters.bundle import AdapterBundle
+
+# ---- what the engine is started with, and what it says of itself --------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to start the engine. Sizes in bytes; `None` means chosen from the machine."""
+
+    model_path: str
+    """A local directory with config.json, safetensors and tokenizer files."""
+    model_id: str
+    """What the base is called on the wire (Hub id, directory name or --served-model-name)."""
+    context_length: int | None = None
+    """At most the model's own; shorter saves nothing but bounds requests."""
+    max_batch: int = 64
+    """Rows that decode together."""
+    kv_memory: int | None = None
+    weights_memory: int | None = None
+    max_queue: int = 4096
+    """Requests that may wait."""
+    max_rows_per_request: int = 65536
+    keep_versions: int = 8
+    prefill_tokens: int = 512
+    """Prompt tokens fed between two decode steps."""
+    adapters: tuple[tuple[str, AdapterBundle], ...] = ()
+    """Names to publish before the engine says it is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The resident base. Everything HTTP, fit checks and admission need to know without touching an array."""
+
+    id: str
+    digest: str
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    """`float32`, `bfloat16` or `float16`: of activations and KV."""
+    quantization: dict[str, Any] | None
+    eos_token_ids: tuple[int, ...]
+    parameters: int
+    layers: dict[str, tuple[int, int]]
+    """Every layer an adapter may target: parameter path → (out features, in features)."""
+    kv_bytes_per_token: int
+    kv_memory: int
+    cache: str
+    """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
+    max_batch: int
+    device: str
+
+
+# ---- commands -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Groups of one HTTP request; accepted or refused together."""
+
+    id: str
+    groups: tuple[RolloutRequest, ...]
+    deadline: float | None = None
+    """time.monotonic() at which what is left ends as `aborted` with stop_reason `timeout`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Teacher forcing: log-probabilities of given tokens."""
+
+    id: str
+    policy: PolicyAddress
+    sequences: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    """First scored position of each sequence; position 0 has no log-probability."""
+    temperature: float = 1.0
+    entropy: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Stage a bundle as a new version of `name` and, if `activate`, move the alias to it."""
+
+    id: str
+    name: str
+    bundle: AdapterBundle
+    activate: bool = True
+    label: str | None = None
+    if_match: str | None = None
+    """`7` or `sha256:…`: refuse unless the alias is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    id: str
+    name: str
+    number: int
+    if_match: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Ends every row of the named requests; unknown ids are ignored."""
+
+    ids: tuple[str, ...]
+    reason: str = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answered with a `Pong` between two turns: the thread lives."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the thread after failing what is left by name."""
+
+
+Command = Submit | Score | Publish | Activate | Abort | Ping | Stop
+
+# ---- events and replies -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokensSampled:
+    """New tokens of one row (only for requests that stream tokens)."""
+
+    id: str
+    prompt_index: int
+    sample_index: int
+    version: PolicyVersion
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowFinished:
+    """One row is done, whatever its finish_reason."""
+
+    id: str
+    rollout: Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDone:
+    """Terminal: every row of the request was reported."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Terminal: the request ends with an error; rows reported before it stand."""
+
+    id: str
+    error: RolloutError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSequence:
+    """Values for positions `start…`; position 0 is `None`."""
+
+    logprobs: tuple[float | None, ...]
+    entropy: tuple[float | None, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    id: str
+    version: PolicyVersion
+    temperature: float
+    sequences: tuple[ScoredSequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The reply means: every group admitted after it uses this version or a later one."""
+
+    id: str
+    version: PolicyVersion
+    live: bool
+    unchanged: bool
+    stage_ms: float
+    activate_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    id: str
+
+
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Published | Pong
+
+
+# ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VersionStatus:
+    version: PolicyVersion
+    kind: str
+    mode: str
+    rank: int
+    modules: int
+    live: bool
+    pinned: bool
+    rows_in_use: int
+    nbytes: int
+    created: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStatus:
+    name: str
+    live: PolicyVersion | None
+    versions: tuple[VersionStatus, ...]
+    """Kept versions, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """`state` is starting, ready, stopping or dead; `fault` says why it died."""
+
+    state: str
+    fault: str | None = None
+    waiting: int = 0
+    """Requests in the queue."""
+    running: int = 0
+    """Rows in the batch."""
+    policies: tuple[PolicyStatus, ...] = field(default=())
+    steps: int = 0
+    tokens: int = 0
+    """Sampled since the start."""

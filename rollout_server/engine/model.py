@@ -1,0 +1,247 @@
+"""Loads the base model on the engine thread and finds out how its rows can share a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import load_model
+from transformers import AutoTokenizer
+
+from adapters.fit import adaptable_layers
+from rollout_server.engine.base_digest import base_digest
+from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
+from rollout_server.engine.joined_cache import JoinedRows
+from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.errors import EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+SELF_TEST_LENGTHS = (3, 9, 6)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentModel:
+    """The base in memory. `make_store(max_rows)` gives empty KV rows of the kind the self-test chose."""
+
+    module: nn.Module
+    tokenizer: Any
+    """transformers' tokenizer for the engine thread (stop strings)."""
+    host_tokenizer: Any
+    """The same for the event loop: a tokenizer is not to be shared between threads."""
+    dtype: mx.Dtype
+    info: ModelInfo
+    make_store: Callable[[], RowStore]
+
+    def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
+        return self.module(tokens, cache=caches)
+
+    def make_caches(self) -> list[Any]:
+        """Fresh mlx-lm caches for one sequence."""
+        return make_prompt_cache(self.module)
+
+
+def load(options: EngineOptions) -> ResidentModel:
+    """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
+    path = Path(options.model_path)
+    try:
+        module, config = load_model(path)
+        tokenizer, host_tokenizer = (AutoTokenizer.from_pretrained(path) for _ in range(2))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise EngineUnavailable(f"The model at {path} could not be loaded: {error}") from error
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        _to_float32(module)
+    module.eval()
+    module.freeze()
+    mx.eval(module.parameters())
+    dtype = _activation_dtype(module)
+    vocabulary = _vocabulary(module, config)
+    kind, cells_bytes, make_store = _choose_store(module, vocabulary, options.max_batch)
+    context = _context_length(config, options.context_length)
+    info = ModelInfo(
+        id=options.model_id,
+        digest=base_digest(path),
+        model_type=str(config.get("model_type", "unknown")),
+        vocab_size=vocabulary,
+        max_model_len=context,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        quantization=config.get("quantization"),
+        eos_token_ids=_end_tokens(config, tokenizer),
+        parameters=_parameters(module),
+        layers=adaptable_layers(module),
+        kv_bytes_per_token=cells_bytes,
+        kv_memory=options.kv_memory or default_kv_memory(),
+        cache=kind,
+        max_batch=1 if kind == "serial" else options.max_batch,
+        device=str(mx.default_device()),
+    )
+    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, make_store)
+
+
+def _end_tokens(config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """What ends a row: the model's own end tokens (generation config included) and the tokenizer's."""
+    own = config.get("eos_token_id")
+    ends = {own} if isinstance(own, int) else set(own or ())
+    return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
+
+
+def default_kv_memory() -> int:
+    """A quarter of what the device may use, in bytes."""
+    memory = mx.device_info().get("memory_size")
+    if not isinstance(memory, int) or memory <= 0:
+        import os
+
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // 4
+
+
+def _to_float32(module: nn.Module) -> None:
+    """bf16 and f16 products do not go through BLAS on the CPU. Packed weights and their scales stay as they are,
+    except that scales decide the activations' dtype and so become float32 too."""
+
+    def cast(_: str, array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    module.update(tree_map_with_path(cast, module.parameters()))
+
+
+def _activation_dtype(module: nn.Module) -> mx.Dtype:
+    """The dtype of norms and scales: what the residual stream and the KV come out in."""
+    counts: dict[mx.Dtype, int] = {}
+    for _, array in tree_flatten(module.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] = counts.get(array.dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _parameters(module: nn.Module) -> int:
+    total = 0
+    for _, layer in module.named_modules():
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            total -= layer.weight.size + layer.scales.size
+            total += layer.weight.size * 32 // layer.bits
+            biases = layer.get("biases")
+            total -= biases.size if biases is not None else 0
+    return total + sum(array.size for _, array in tree_flatten(module.parameters()))
+
+
+def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
+    """Width of the logits, which may exceed the tokenizer's vocabulary."""
+    logits = module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module))
+    return int(logits.shape[-1])
+
+
+def _context_length(config: dict[str, Any], asked: int | None) -> int:
+    text = config.get("text_config") or config
+    own = text.get("max_position_embeddings") or config.get("max_position_embeddings")
+    if own is None:
+        return asked or 32768
+    return min(int(own), asked) if asked else int(own)
+
+
+# ---- which cache ---------------------------------------------------------------------------------------------------
+
+
+def _choose_store(
+    module: nn.Module, vocabulary: int, max_rows: int
+) -> tuple[str, int, Callable[[], RowStore]]:
+    """The first kind of cache under which rows of different lengths equal themselves alone, and its bytes per row
+    and column. Falls back to one row at a time, and says so."""
+    forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
+    make_caches = lambda: make_prompt_cache(module)  # noqa: E731
+    rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
+    expected = [_alone(forward, module, row) for row in rows]
+    windows = _windows(module)
+    if windows is not None:
+        store = SlotRows(windows, max_rows)
+        if (problem := _self_test(forward, store, rows, expected)) is None:
+            cell = store.nbytes // (store.capacity * store.columns)
+            return "slots", cell, lambda: SlotRows(windows, max_rows)
+        log.warning("This model cannot use slot caches (%s).", problem)
+    cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
+    if (problem := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
+        return "batch", cell, lambda: JoinedRows(make_caches, row_cells=row_cells)
+    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", problem)
+    return "serial", cell, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True)
+
+
+def _measure_caches(
+    forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int
+) -> tuple[int, int]:
+    """Bytes per token of mlx-lm's caches, and how many tokens' worth a row costs whatever its length."""
+    # KVCache allocates 256 columns at a time.
+    sizes = []
+    for length in (256, 512):
+        caches = make_caches()
+        forward(mx.array([[i % vocabulary for i in range(length)]], dtype=mx.int32), caches)
+        mx.eval([cache.state for cache in caches])
+        sizes.append(sum(cache.nbytes for cache in caches))
+    cell = max(1, (sizes[1] - sizes[0]) // 256)
+    return cell, max(0, sizes[0] - 256 * cell) // cell
+
+
+def _windows(module: nn.Module) -> list[int | None] | None:
+    """Per layer the sliding window or None; None for the whole if some layer's state is not columns."""
+    windows: list[int | None] = []
+    for cache in make_prompt_cache(module):
+        if type(cache) is KVCache:
+            windows.append(None)
+        elif type(cache) is RotatingKVCache and cache.keep == 0:
+            windows.append(int(cache.max_size))
+        else:
+            return None
+    return windows
+
+
+def _alone(forward: Forward, module: nn.Module, row: Sequence[int]) -> mx.array:
+    """float32 logits [V] after the row, by one plain forward."""
+    logits = forward(mx.array([list(row)], dtype=mx.int32), make_prompt_cache(module))[0, -1].astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _self_test(
+    forward: Forward, store: RowStore, rows: Sequence[Sequence[int]], expected: Sequence[mx.array]
+) -> str | None:
+    """Prefills all rows but their last token, decodes the last one in a batch, compares with each alone."""
+    ignore: Callable[[Sequence[int]], None] = lambda slots: None  # noqa: E731
+    longest = max(len(row) for row in rows)
+    prompts = [Prompt(tuple(row[:-1]), 0) for row in rows]
+    try:
+        for prompt in prompts:
+            store.begin(prompt, 1, longest)
+        store.feed(forward, [(prompt, len(prompt.tokens)) for prompt in prompts], ignore)
+        places = [store.seat(prompt, 1, False)[0] for prompt in prompts]
+        inputs, offsets = [0] * store.capacity, [None] * store.capacity
+        for place, row in zip(places, rows, strict=True):
+            inputs[place], offsets[place] = row[-1], len(row) - 1  # type: ignore[call-overload]
+        store.aim(offsets, longest)
+        logits = forward(mx.array(inputs, dtype=mx.int32)[:, None], store.layers)[:, -1].astype(mx.float32)
+        mx.eval(logits)
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    scale = max(float(mx.max(mx.abs(row))) for row in expected)
+    # float32 hardly depends on the batch's shape; the half precisions visibly do.
+    tolerance = 1e-4 * max(1.0, scale) if store_dtype(store) == mx.float32 else 0.05 * max(1.0, scale)
+    for index, (place, alone) in enumerate(zip(places, expected, strict=True)):
+        gap = float(mx.max(mx.abs(logits[place] - alone)))
+        if not gap <= tolerance:
+            return f"row {index} of three differs by {gap:.2g} from itself alone"
+    return None
+
+
+def store_dtype(store: RowStore) -> mx.Dtype:
+    for layer in store.layers:
+        keys = getattr(layer, "keys", None)
+        if keys is not None:
+            return keys.dtype
+    return mx.float32

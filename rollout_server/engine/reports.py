@@ -1,0 +1,168 @@
+"""Turns what happened to rows into events, and makes sure every request gets exactly one terminal event."""
+
+from __future__ import annotations
+
+from rollout_server.engine.batch import Batch, Joining
+from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.scheduler import Scheduler, Ticket
+from rollout_server.engine.sequence import Group, Sequence
+from rollout_server.errors import NeverAdmitted, RolloutError
+from rollout_server.rollout import FinishReason
+
+
+class Reports:
+    """Events of one turn, in order."""
+
+    def __init__(self, scheduler: Scheduler, policies: PolicyTable) -> None:
+        self._scheduler = scheduler
+        self._policies = policies
+        self._events: list[Event] = []
+        self.tokens = 0
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def add(self, event: Event) -> None:
+        self._events.append(event)
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def progress(self, rows: list[Sequence]) -> None:
+        """Rows that were read: one new token each, or an error."""
+        for row in rows:
+            request = row.group.request
+            failed = row.error is not None
+            if not failed:
+                self.tokens += 1
+            if request.wants.tokens_as_they_come and not failed:
+                self.add(
+                    TokensSampled(
+                        request.id,
+                        request.prompt_index,
+                        row.sample_index,
+                        row.version,
+                        (row.token_ids[-1],),
+                        (row.logprobs[-1],),
+                        (row.sampling_logprobs[-1],),
+                        (row.top_logprobs[-1],) if row.top_logprobs else None,
+                    )
+                )
+            if not row.running:
+                self._finished(row)
+
+    def release(self, rows: list[Sequence]) -> None:
+        """Rows whose place is free: no dispatched step needs their version any more."""
+        for row in rows:
+            self._policies.release(row.version, 1)
+
+    def prompt_scored(self, group: Group, logprobs: tuple[float | None, ...]) -> None:
+        group.prompt_logprobs, group.unscored = logprobs, False
+        held, group.held = group.held, []
+        for row in held:
+            self._finished(row)
+
+    def _finished(self, row: Sequence) -> None:
+        """Reports an ended row once; rows of a group whose prompt is still being scored wait for that."""
+        id = row.group.request.id
+        if id not in self._scheduler.tickets:
+            return
+        if row.group.unscored and row.error is None:
+            row.group.held.append(row)
+            return
+        ticket = self._scheduler.tickets[id]
+        ticket.produced = ticket.produced or bool(row.token_ids)
+        ticket.error = ticket.error or row.error
+        self.add(RowFinished(id, row.rollout()))
+        if closed := self._scheduler.row_reported(id):
+            self._close(closed)
+
+    def _close(self, ticket: Ticket) -> None:
+        if ticket.error is not None and not ticket.produced:
+            self.add(RequestFailed(ticket.id, ticket.error))
+        else:
+            self.add(RequestDone(ticket.id))
+
+    # ---- endings --------------------------------------------------------------------------------------------------
+
+    def fail(self, id: str, error: RolloutError) -> None:
+        """A request that ends as a whole; what it still had waiting is forgotten."""
+        ticket = self._scheduler.tickets.get(id)
+        if ticket is not None:
+            for group in ticket.groups:
+                self._forget(group)
+            self._scheduler.close(id)
+        self.add(RequestFailed(id, error))
+
+    def fail_group(self, group: Group, error: RolloutError) -> None:
+        """One group cannot start or go on; its samples are reported as errors, the rest of the request goes on."""
+        group.unscored = False
+        held, group.held = group.held, []
+        for row in held:
+            row.fail(error)
+            self._finished(row)
+        first = group.admitted
+        self._forget(group)
+        self._never_ran(group, range(first, group.request.n), error=error)
+
+    def fail_rows(self, rows: list[Sequence], joining: list[Joining], error: RolloutError) -> None:
+        """A step failed: the rows in the batch end as errors, keeping their tokens, and leave it."""
+        for row in rows:
+            if row.running:
+                row.fail(error)
+                self._finished(row)
+            self._policies.release(row.version, 1)
+        for join in joining:
+            self._forget(join.group)
+            join.group.prompt = None
+            self.drop([join])
+            self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)
+
+    def drop(self, joining: list[Joining]) -> None:
+        """Gives back the references of samples that never got a row."""
+        for join in joining:
+            if join.group.version is not None:
+                self._policies.release(join.group.version, join.count)
+
+    def end_request(self, id: str, reason: str, batch: Batch) -> None:
+        ticket = self._scheduler.tickets.get(id)
+        if ticket is None:
+            return
+        started = any(group.version is not None for group in ticket.groups)
+        if reason == "timeout" and not started:
+            self.fail(id, NeverAdmitted("The request waited in the queue until its timeout_s was over."))
+            return
+        running = [row for row in batch.rows if row.group.request.id == id and row.running]
+        joining = {join.group: join for join in batch.joining if join.group in ticket.groups}
+        for group in ticket.groups:
+            group.unscored = False
+            held, group.held = group.held, []
+            for row in held:
+                self._finished(row)
+        for row in running:
+            row.end(FinishReason.ABORTED, reason)
+            self._finished(row)
+        for group in ticket.groups:
+            first = joining[group].first_sample if group in joining else group.admitted
+            group.cancelled = group in joining
+            self._forget(group)
+            self._never_ran(group, range(first, group.request.n), reason=reason)
+
+    def _forget(self, group: Group) -> None:
+        """Takes a group's waiting samples out of the queue and gives back their references."""
+        dropped = self._scheduler.drop(group)
+        if dropped and group.version is not None:
+            self._policies.release(group.version, dropped)
+
+    def _never_ran(
+        self, group: Group, samples: range | list[int], *, reason: str | None = None, error: RolloutError | None = None
+    ) -> None:
+        """Reports samples that have no row."""
+        for index in samples:
+            row = Sequence(group, index, group.request.seeds[index], group.version or self._policies.base, 0, None)
+            if error is not None:
+                row.fail(error)
+            else:
+                row.end(FinishReason.ABORTED, reason)
+            self._finished(row)

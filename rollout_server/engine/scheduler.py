@@ -1,0 +1,99 @@
+"""Who waits, who may start, and when a request is over. Plain Python; knows neither arrays nor threads."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from rollout_server.engine.messages import Submit
+from rollout_server.engine.sequence import Group
+from rollout_server.errors import RolloutError
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """An open request: it ends when its last row was reported."""
+
+    id: str
+    groups: tuple[Group, ...]
+    open_rows: int
+    deadline: float | None
+    produced: bool = False
+    """Some row has at least one token, so the reply is a list of rows and not an error."""
+    error: RolloutError | None = None
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admission:
+    """`count` samples of a group may start; every row, running or starting, stays within `columns`."""
+
+    group: Group
+    count: int
+    columns: int
+
+
+class Scheduler:
+    """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves.
+
+    `cells(count, columns)` says how many KV columns over all rows the cache could come to fill."""
+
+    def __init__(self, max_rows: int, kv_cells: int, cells: Callable[[int, int], int]) -> None:
+        self.tickets: dict[str, Ticket] = {}
+        self.waiting: deque[Group] = deque()
+        self._max_rows = max_rows
+        self._kv_cells = kv_cells
+        self._cells = cells
+
+    def submit(self, submit: Submit) -> Ticket:
+        groups = tuple(Group(request) for request in submit.groups)
+        ticket = Ticket(submit.id, groups, sum(g.request.n for g in groups), submit.deadline)
+        self.tickets[submit.id] = ticket
+        self.waiting.extend(groups)
+        return ticket
+
+    def next_admission(self, running: int, longest: int) -> Admission | None:
+        """What may start now, given `running` rows of which none can exceed `longest` columns."""
+        if not self.waiting:
+            return None
+        group = self.waiting[0]
+        if group.prompt is not None and not group.prompt.done:
+            return None
+        columns = max(longest, group.length)
+        count = min(group.waiting, self._max_rows - running)
+        while count > 0 and self._cells(count, columns) > self._kv_cells:
+            count -= 1
+        return Admission(group, count, columns) if count > 0 else None
+
+    def admitted(self, admission: Admission) -> None:
+        admission.group.admitted += admission.count
+        if not admission.group.waiting:
+            self.waiting.popleft()
+
+    def drop(self, group: Group) -> int:
+        """Takes what still waits of a group out of the queue; returns how many samples that were."""
+        left = group.waiting
+        if left:
+            self.waiting.remove(group)
+            group.admitted = group.request.n
+        return left
+
+    def row_reported(self, id: str) -> Ticket | None:
+        """Counts a reported row; returns the ticket if that was its last."""
+        ticket = self.tickets[id]
+        ticket.open_rows -= 1
+        return self.close(id) if ticket.open_rows == 0 else None
+
+    def close(self, id: str) -> Ticket:
+        return self.tickets.pop(id)
+
+    def overdue(self, now: float) -> Iterator[Ticket]:
+        for ticket in list(self.tickets.values()):
+            if ticket.deadline is not None and ticket.deadline <= now:
+                yield ticket
+
+    @property
+    def next_deadline(self) -> float | None:
+        return min((t.deadline for t in self.tickets.values() if t.deadline is not None), default=None)

@@ -1,0 +1,183 @@
+"""The mutable life of groups and rows on the engine thread. Nothing here touches an array or a queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.cache import Prompt
+from rollout_server.errors import RolloutError
+from rollout_server.rollout import (
+    FinishReason,
+    PolicyVersion,
+    Rollout,
+    RolloutRequest,
+    RowError,
+    Span,
+    Timings,
+)
+
+TopTokens = tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The n samples of one prompt. `version` and `slot` are taken when its first sample is admitted."""
+
+    request: RolloutRequest
+    arrived: float = field(default_factory=time.monotonic)
+    version: PolicyVersion | None = None
+    slot: int = 0
+    prompt: Prompt | None = None
+    admitted: int = 0
+    """Samples admitted so far; they are admitted in order."""
+    admitted_at: float = 0.0
+    prefilled_at: float = 0.0
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    unscored: bool = False
+    """Prompt log-probabilities were asked for and are not there yet: finished rows wait for them."""
+    held: list[Sequence] = field(default_factory=list)
+    cancelled: bool = False
+    """Aborted before its rows were seated: its places are given back."""
+
+    @property
+    def waiting(self) -> int:
+        return self.request.n - self.admitted
+
+    @property
+    def length(self) -> int:
+        """Columns one of its rows can fill."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_tokens
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One row. `len(token_ids) == len(logprobs)`; spans tile the tokens."""
+
+    group: Group
+    sample_index: int
+    seed: int
+    version: PolicyVersion
+    slot: int
+    text: IncrementalText | None
+    """Only for rows with stop strings."""
+    dispatched: int = 0
+    """Tokens whose step was dispatched; at most one more than were recorded."""
+    last_step: int = -1
+    """Number of the last dispatched step that computes this row; its place is free once that was read."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    log_kept_mass: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    top_logprobs: list[TopTokens] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: RolloutError | None = None
+    ended_at: float = 0.0
+
+    @property
+    def running(self) -> bool:
+        return self.finish_reason is None
+
+    @property
+    def wants_step(self) -> bool:
+        """A length stop is known in advance and not dispatched."""
+        return self.running and self.dispatched < self.group.request.sampling.max_tokens
+
+    @property
+    def offset(self) -> int:
+        """Column of the next step's input token: the last prompt token, or the token sampled before."""
+        return len(self.group.request.prompt_ids) - 1 + self.dispatched
+
+    @property
+    def input_id(self) -> int:
+        """The next step's input, known on the host only when no step is in flight."""
+        return self.token_ids[-1] if self.token_ids else self.group.request.prompt_ids[-1]
+
+    def stamp(self) -> None:
+        """Counts a dispatched token under the version of this moment."""
+        self.dispatched += 1
+        if self.spans and self.spans[-1].version == self.version:
+            last = self.spans[-1]
+            self.spans[-1] = Span(last.version, last.start, self.dispatched)
+        else:
+            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched))
+
+    def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
+        """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
+        wants, sampling = self.group.request.wants, self.group.request.sampling
+        self.token_ids.append(token)
+        self.logprobs.append(values[0])
+        self.sampling_logprobs.append(values[1])
+        self.log_kept_mass.append(values[2])
+        if wants.entropy:
+            self.entropy.append(values[3])
+        if wants.top_logprobs and top is not None:
+            self.top_logprobs.append(top[: wants.top_logprobs])
+        if token in eos and not sampling.ignore_eos:
+            self.end(FinishReason.STOP, token)
+        elif token in sampling.stop_token_ids:
+            self.end(FinishReason.STOP, token)
+        elif (stop := self._stop_string(token)) is not None:
+            self.end(FinishReason.STOP, stop)
+        elif len(self.token_ids) == sampling.max_tokens:
+            self.end(FinishReason.LENGTH, None)
+
+    def _stop_string(self, token: int) -> str | None:
+        if self.text is None:
+            return None
+        new = len(self.text.push([token]))
+        sampling = self.group.request.sampling
+        if not new or len(self.token_ids) < sampling.min_tokens:
+            return None
+        tail = self.text.tail(new + max(map(len, sampling.stop)) - 1)
+        found = [
+            (place, stop)
+            for stop in sampling.stop
+            # A stop string may begin in older text, but ends in what this token decided.
+            if (place := tail.find(stop, max(0, len(tail) - new - len(stop) + 1))) >= 0
+        ]
+        return min(found)[1] if found else None
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None) -> None:
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.ended_at = time.monotonic()
+
+    def fail(self, error: RolloutError) -> None:
+        self.error = error
+        self.end(FinishReason.ERROR, None)
+
+    def rollout(self) -> Rollout:
+        """What the trainer gets. A step in flight may have stamped one token more than were recorded."""
+        group, count = self.group, len(self.token_ids)
+        wants = group.request.wants
+        spans = tuple(Span(s.version, s.start, min(s.end, count)) for s in self.spans if s.start < count)
+        began = group.prefilled_at or self.ended_at
+        return Rollout(
+            prompt_index=group.request.prompt_index,
+            sample_index=self.sample_index,
+            prompt_ids=group.request.prompt_ids,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            sampling_logprobs=tuple(self.sampling_logprobs),
+            log_kept_mass=tuple(self.log_kept_mass),
+            spans=spans,
+            finish_reason=self.finish_reason or FinishReason.ABORTED,
+            stop_reason=self.stop_reason,
+            seed=self.seed,
+            sampling=group.request.sampling,
+            timings=Timings(
+                queued_ms=1e3 * ((group.admitted_at or self.ended_at) - group.arrived),
+                prefill_ms=1e3 * max(0.0, began - (group.admitted_at or began)),
+                decode_ms=1e3 * max(0.0, self.ended_at - began),
+            ),
+            entropy=tuple(self.entropy) if wants.entropy else None,
+            top_logprobs=tuple(self.top_logprobs) if wants.top_logprobs else None,
+            prompt_logprobs=group.prompt_logprobs,
+            error=RowError(self.error.code, self.error.message) if self.error else None,
+        )

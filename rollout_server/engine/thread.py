@@ -1,0 +1,60 @@
+"""The thread the model lives on: loads, builds, steps and frees there, because MLX streams are thread-local."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rollout_server.engine.messages import Command, EngineOptions, EngineStatus, Event, ModelInfo
+
+if TYPE_CHECKING:
+    from rollout_server.engine.loop import Engine
+
+
+class EngineThread(threading.Thread):
+    """`info` and `tokenizer` are set before the status says ready."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        mailbox: queue.SimpleQueue[Command],
+        post: Callable[[list[Event]], None],
+        show: Callable[[EngineStatus], None],
+    ) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.info: ModelInfo | None = None
+        self.tokenizer: Any = None
+        self._options = options
+        self._mailbox = mailbox
+        self._post = post
+        self._show = show
+
+    def run(self) -> None:
+        # Imported here so that the event loop's side needs no MLX before the model's thread does.
+        from rollout_server.engine.loop import Engine
+        from rollout_server.engine.model import load
+        from rollout_server.engine.policy import PolicyTable
+
+        engine: Engine | None = None
+        try:
+            model = load(self._options)
+            policies = PolicyTable.start(model, self._options)
+            engine = Engine(
+                model, policies, self._mailbox, self._post, self._show, prefill_tokens=self._options.prefill_tokens
+            )
+            self.info, self.tokenizer = model.info, model.host_tokenizer
+            engine.run()
+        finally:
+            self._end(engine, sys.exception())
+
+    def _end(self, engine: Engine | None, cause: BaseException | None) -> None:
+        """Whatever ends the thread, nobody waits for ever: all that is open fails by name."""
+        if cause is None and engine is not None:
+            engine.stop()
+        elif engine is not None and cause is not None:
+            engine.die(cause)
+        else:
+            self._show(EngineStatus("dead", str(cause) or type(cause).__name__))

@@ -1,0 +1,1 @@
+"""The HTTP face: Litestar controllers over the four verbs of `EngineHandle`."""

@@ -1,0 +1,132 @@
+"""A Rollout, and what else a reply is made of, as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from litestar import Response
+
+from rollout_server.detokenize import IncrementalText
+from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span
+
+
+def json_response(
+    content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    """NaN and infinities become null."""
+    return Response(
+        content=msgspec.json.encode(content), status_code=status_code, headers=headers, media_type="application/json"
+    )
+
+
+def rollout_entry(
+    rollout: Rollout, *, request_id: str, prompt_id: str | None, returns: frozenset[str], text: str | None
+) -> dict[str, Any]:
+    """A Rollout as the contract writes it. Arrays that `returns` does not name are null; NaN becomes null."""
+    sampling = "sampling_logprobs" in returns
+    return {
+        "id": f"{request_id}/{rollout.prompt_index}/{rollout.sample_index}",
+        "prompt_id": prompt_id,
+        "prompt_index": rollout.prompt_index,
+        "sample_index": rollout.sample_index,
+        "prompt_token_ids": rollout.prompt_ids,
+        "token_ids": rollout.token_ids,
+        "loss_mask": [1] * len(rollout.token_ids),
+        "logprobs": rollout.logprobs,
+        "sampling_logprobs": rollout.sampling_logprobs if sampling else None,
+        "log_kept_mass": rollout.log_kept_mass if sampling else None,
+        "entropy": rollout.entropy if "entropy" in returns else None,
+        "base_logprobs": None,
+        "top_logprobs": rollout.top_logprobs,
+        "prompt_logprobs": rollout.prompt_logprobs if "prompt_logprobs" in returns else None,
+        "versions": [span_entry(span) for span in rollout.spans],
+        "finish_reason": rollout.finish_reason,
+        "stop_reason": rollout.stop_reason,
+        "error": error_entry(rollout),
+        "seed": rollout.seed,
+        "sampling": sampling_entry(rollout.sampling),
+        "text": text,
+        "timings_ms": {
+            "queued": round(rollout.timings.queued_ms, 3),
+            "prefill": round(rollout.timings.prefill_ms, 3),
+            "decode": round(rollout.timings.decode_ms, 3),
+        },
+    }
+
+
+def error_entry(rollout: Rollout) -> dict[str, str] | None:
+    return {"code": rollout.error.code, "message": rollout.error.message} if rollout.error else None
+
+
+def version_entry(version: PolicyVersion) -> dict[str, Any]:
+    return {
+        "policy": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "label": version.label,
+    }
+
+
+def span_entry(span: Span) -> dict[str, Any]:
+    return version_entry(span.version) | {"start": span.start, "end": span.end}
+
+
+def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
+    return {
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": sampling.stop,
+        "stop_token_ids": sampling.stop_token_ids,
+        "ignore_eos": sampling.ignore_eos,
+    }
+
+
+def usage(rollouts: Iterable[Rollout], prompt_tokens: int) -> dict[str, int]:
+    """`prompt_tokens` counts every prompt once whatever its n; the end token is a completion token."""
+    sampled = sum(len(rollout.token_ids) for rollout in rollouts)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": sampled, "total_tokens": prompt_tokens + sampled}
+
+
+def is_complete(rollouts: Iterable[Rollout]) -> bool:
+    return all(rollout.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for rollout in rollouts)
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def text_ids(rollout: Rollout, *, include_stop: bool = False) -> Sequence[int]:
+    """The tokens whose text belongs to the row: without the end token that stopped it."""
+    if rollout.finish_reason is not FinishReason.STOP or isinstance(rollout.stop_reason, str):
+        return rollout.token_ids
+    if include_stop and rollout.stop_reason in rollout.sampling.stop_token_ids:
+        return rollout.token_ids
+    return rollout.token_ids[:-1]
+
+
+def rollout_text(rollout: Rollout, tokenizer: Any, *, include_stop: bool = False) -> str:
+    """The decoded text of a row, cut before the stop string that ended it (or behind it)."""
+    ids = text_ids(rollout, include_stop=include_stop)
+    decoder = IncrementalText(tokenizer)
+    decoder.push(ids[:-1])
+    before = decoder.length
+    decoder.push(ids[-1:])
+    decoder.finish()
+    stop = rollout.stop_reason
+    if rollout.finish_reason is not FinishReason.STOP or not isinstance(stop, str):
+        return decoder.text
+    # The last token completes the string: one that stands earlier came before min_tokens and stopped nothing.
+    at = decoder.text.find(stop, max(0, before - len(stop) + 1))
+    if at < 0:
+        return decoder.text
+    return decoder.text[: at + len(stop)] if include_stop else decoder.text[:at]

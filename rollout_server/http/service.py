@@ -1,0 +1,119 @@
+"""What every route works with: configuration, engine, and what can be said of policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from litestar import Request
+from litestar.connection import ASGIConnection
+
+from rollout_server.config import ServerConfig
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.messages import ModelInfo, PolicyStatus
+from rollout_server.errors import InvalidField, UnknownPolicy
+from rollout_server.http.problems import RESOLVED
+from rollout_server.http.startup import Startup
+from rollout_server.http.token_strings import TokenStrings
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+
+STATE_KEY = "service"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One per application. Everything about the model raises `EngineUnavailable` until it is loaded."""
+
+    config: ServerConfig
+    engine: EngineHandle
+    instance: str
+    """New at each start; version numbers are comparable only within one."""
+    startup: Startup = field(repr=False)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine.tokenizer
+
+    @cached_property
+    def token_strings(self) -> TokenStrings:
+        return TokenStrings(self.tokenizer)
+
+    @property
+    def base(self) -> dict[str, str]:
+        return {"id": self.info.id, "digest": self.info.digest}
+
+    @property
+    def base_version(self) -> PolicyVersion:
+        return PolicyVersion(BASE, 0, self.info.digest)
+
+    def policies(self) -> tuple[PolicyStatus, ...]:
+        """Named policies; the base is none of them."""
+        return tuple(policy for policy in self.engine.status.policies if policy.name != BASE)
+
+    def policy(self, name: str) -> PolicyStatus:
+        for policy in self.policies():
+            if policy.name == name:
+                return policy
+        known = ", ".join(sorted(policy.name for policy in self.policies())) or "none was pushed yet"
+        raise UnknownPolicy(f"There is no policy {name!r} (known: {known}).", param="name")
+
+    def address(self, text: str, request: Request[Any, Any, Any], *, param: str) -> PolicyAddress:
+        """What a request's `policy` or `model` means. Remembers the alias, for the body of an error."""
+        info = self.info
+        if text in (info.id, BASE):
+            address = PolicyAddress(BASE)
+        else:
+            address = PolicyAddress.parse(text, param=param)
+        if address.name == BASE and not self._is_base(address):
+            raise UnknownPolicy(f"{text!r} does not exist: the base has one version, 0, {info.digest}.", param=param)
+        address = PolicyAddress(BASE) if address.name == BASE else address
+        alias = self.alias(address)
+        if alias is not None:
+            request.scope["state"][RESOLVED] = alias
+        return address
+
+    def _is_base(self, address: PolicyAddress) -> bool:
+        if address.number is not None:
+            return address.number == 0
+        return address.digest is None or self.info.digest.startswith(address.digest)
+
+    def alias(self, address: PolicyAddress) -> PolicyVersion | None:
+        """Where the name points now; None if it does not exist or was never activated."""
+        if address.name == BASE:
+            return self.base_version
+        return next((policy.live for policy in self.policies() if policy.name == address.name), None)
+
+    def policy_state(self, address: PolicyAddress) -> dict[str, Any]:
+        """`{"name", "version", "digest"}` of the alias, as every native reply carries it."""
+        alias = self.alias(address)
+        if alias is None:
+            return {"name": address.name, "version": None, "digest": None}
+        return {"name": alias.name, "version": alias.number, "digest": alias.digest}
+
+    def check_top_logprobs(self, count: int, param: str) -> None:
+        if count > self.info.vocab_size:
+            raise InvalidField(
+                f"{param} asks for {count} tokens; the vocabulary has {self.info.vocab_size}.", param=param
+            )
+
+    def check_ids(self, ids: list[int], param: str) -> None:
+        """Token ids of a request, so that the first wrong one can be named by its place."""
+        vocabulary = self.info.vocab_size
+        if ids and max(ids) >= vocabulary:
+            at = next(index for index, token in enumerate(ids) if token >= vocabulary)
+            raise InvalidField(
+                f"{param}[{at}]: token id {ids[at]} is outside the vocabulary of {vocabulary}.", param=f"{param}[{at}]"
+            )
+
+
+def service_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Service:
+    """The application's service; Litestar's dependency of the same name."""
+    service = connection.app.state[STATE_KEY]
+    if not isinstance(service, Service):
+        raise TypeError("The application was not made by create_app.")
+    return service

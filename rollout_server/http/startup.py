@@ -1,0 +1,136 @@
+"""From a configuration to a ready engine: which model, with which options, and what is published before it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from adapters.bundle import AdapterBundle, read_bundle
+from adapters.spec import AdapterError
+from rollout_server.config import ServerConfig
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.messages import EngineOptions, Publish
+from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
+from rollout_server.http.problems import from_adapters
+from rollout_server.rollout import BASE, NAME_PATTERN
+
+log = logging.getLogger("rollout_server.http")
+
+EMBEDDED_ID = "rollout-demo"
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapters.safetensors")
+
+
+def engine_options(config: ServerConfig) -> EngineOptions:
+    """Finds the model (downloading it from the Hub if need be) and says how to run it."""
+    path, name = resolve_model(config)
+    return EngineOptions(
+        model_path=str(path),
+        model_id=config.served_model_name or name,
+        context_length=config.context_length,
+        max_batch=config.max_batch,
+        kv_memory=config.kv_memory,
+        weights_memory=config.weights_memory,
+        max_queue=config.max_queue,
+        max_rows_per_request=config.max_rows_per_request,
+        keep_versions=config.keep_versions,
+    )
+
+
+def resolve_model(config: ServerConfig) -> tuple[Path, str]:
+    """(directory, id) of `--model`. Raises `InvalidField` with what to do if there is none."""
+    if config.model is None:
+        path = Path(str(files("rollout_server"))) / "demo" / "model"
+        if not (path / "config.json").is_file():
+            raise InvalidField("The embedded demo model is not installed; name a model with --model.", param="model")
+        return path, EMBEDDED_ID
+    local = Path(config.model).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise InvalidField(f"{local} holds no config.json, so it is no model directory.", param="model")
+        return local, local.resolve().name
+    try:
+        found = snapshot_download(config.model, revision=config.revision, allow_patterns=list(MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidField(
+            f"{config.model!r} is no directory here, and could not be had from the Hugging Face Hub: {reason}",
+            param="model",
+        ) from error
+    return Path(found), config.model
+
+
+def read_adapter_directory(directory: Path, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
+    """The adapter that PEFT or mlx-lm saved there. Raises `AdapterInvalid` and its kin."""
+    weights = next((path for name in WEIGHT_NAMES if (path := directory / name).is_file()), None)
+    if weights is None:
+        raise AdapterInvalid(f"{directory} holds neither {' nor '.join(WEIGHT_NAMES)}.", param="adapter")
+    config_path = directory / CONFIG_NAME
+    try:
+        config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
+        return read_bundle(weights.read_bytes(), config, layers=layers)
+    except AdapterError as error:
+        raise from_adapters(error) from error
+    except (OSError, ValueError) as error:
+        raise AdapterInvalid(f"{directory} cannot be read: {error}", param="adapter") from error
+
+
+class Startup:
+    """Waits for the engine, then publishes the configured adapters. `/ready` follows it."""
+
+    def __init__(self, config: ServerConfig, engine: EngineHandle) -> None:
+        self._config = config
+        self._engine = engine
+        self._settled = asyncio.Event()
+        self._fault: RolloutError | None = None
+
+    async def run(self) -> None:
+        """Ends when the server is ready or cannot become so; `check` tells which."""
+        try:
+            await self._engine.wait_ready()
+            for name, directory in self._config.adapters:
+                await self._publish(name, directory)
+        except RolloutError as error:
+            log.error("The server cannot start: %s", error.message)
+            self._fault = error
+        finally:
+            self._settled.set()
+
+    async def _publish(self, name: str, directory: Path) -> None:
+        info = self._engine.info
+        check_name(name, info.id)
+        bundle = await asyncio.to_thread(read_adapter_directory, directory, info.layers)
+        published = await self._engine.publish(Publish(self._engine.new_id("publish"), name, bundle))
+        log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
+
+    async def finished(self) -> None:
+        """Waits for the end of `run`; raises what stood in the way."""
+        await self._settled.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raises `EngineUnavailable` unless the server is ready."""
+        if self._fault is not None:
+            raise self._fault
+        status = self._engine.status
+        if status.state != "ready":
+            raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
+        if not self._settled.is_set():
+            raise EngineUnavailable("The configured adapters are still being loaded.")
+
+
+def check_name(name: str, base_id: str) -> None:
+    """Whether a policy may be called so."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidField(
+            f"{name!r} is not a policy name: letters, digits, '.', '_' and '-', at most 64 of them.", param="name"
+        )
+    if name in (BASE, base_id):
+        raise InvalidField(f"{name!r} is what the base is called; choose another name.", param="name")

@@ -1,0 +1,165 @@
+"""Events of a request → a reply: whole, as server-sent events, or as lines of JSON. A client that leaves aborts it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+from litestar.background_tasks import BackgroundTask
+from litestar.response import Stream
+
+from rollout_server.engine.handle import Subscription
+from rollout_server.engine.messages import RowFinished, TokensSampled
+from rollout_server.errors import BadBody, RolloutError
+from rollout_server.http.problems import body_of, error_of_row
+from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, RowError, Timings
+
+T = TypeVar("T")
+
+NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
+SSE_DONE = b"data: [DONE]\n\n"
+GONE = "The connection was closed before the reply."
+
+
+async def disconnected(request: Request[Any, Any, Any]) -> None:
+    """Returns when the client goes away; only after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(request: Request[Any, Any, Any], work: Awaitable[T]) -> T:
+    """Awaits `work`; cancels it if the client leaves first."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.create_task(disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise BadBody(GONE)
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+# ---- whole replies ------------------------------------------------------------------------------------------------
+
+
+async def collect(
+    request: Request[Any, Any, Any], subscription: Subscription, groups: Sequence[RolloutRequest]
+) -> list[Rollout]:
+    """Every row of the request, by prompt, then sample. An error is raised only if no row produced anything; else the
+    rows that are missing are reported with it."""
+    rows: dict[tuple[int, int], Rollout] = {}
+    try:
+        await while_connected(request, _gather(subscription, rows))
+    except RolloutError as error:
+        if not any(rollout.token_ids for rollout in rows.values()):
+            raise
+        for group in groups:
+            for sample in range(group.n):
+                rows.setdefault((group.prompt_index, sample), failed_row(group, sample, error))
+    finally:
+        subscription.abort("disconnect")
+    rollouts = [rows[key] for key in sorted(rows)]
+    refuse_if_nothing_ran(rollouts)
+    return rollouts
+
+
+async def _gather(subscription: Subscription, rows: dict[tuple[int, int], Rollout]) -> None:
+    async for event in subscription:
+        if isinstance(event, RowFinished):
+            rows[event.rollout.prompt_index, event.rollout.sample_index] = event.rollout
+
+
+def refuse_if_nothing_ran(rollouts: Sequence[Rollout]) -> None:
+    """A request whose rows all failed before their first token fails as a whole."""
+    failed = [rollout.error for rollout in rollouts if rollout.error is not None and not rollout.token_ids]
+    if rollouts and len(failed) == len(rollouts):
+        raise error_of_row(failed[0].code, failed[0].message)
+
+
+def failed_row(group: RolloutRequest, sample: int, error: RolloutError) -> Rollout:
+    """A row that the engine could not report any more."""
+    return Rollout(
+        prompt_index=group.prompt_index,
+        sample_index=sample,
+        prompt_ids=group.prompt_ids,
+        token_ids=(),
+        logprobs=(),
+        sampling_logprobs=(),
+        log_kept_mass=(),
+        spans=(),
+        finish_reason=FinishReason.ERROR,
+        stop_reason=None,
+        seed=group.seeds[sample],
+        sampling=group.sampling,
+        timings=Timings(0.0, 0.0, 0.0),
+        error=RowError(error.code, error.message),
+    )
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------
+
+
+async def first_event(
+    request: Request[Any, Any, Any], subscription: Subscription
+) -> TokensSampled | RowFinished | None:
+    """Waits for the first event, so that a request that fails before it answers with a status of its own."""
+
+    async def take() -> TokensSampled | RowFinished | None:
+        return await anext(subscription, None)
+
+    try:
+        event = await while_connected(request, take())
+    except (RolloutError, asyncio.CancelledError):
+        subscription.abort("disconnect")
+        raise
+    return event
+
+
+async def chained(
+    first: TokensSampled | RowFinished | None, subscription: Subscription
+) -> AsyncIterator[TokensSampled | RowFinished]:
+    """The first event, then the others."""
+    if first is not None:
+        yield first
+        async for event in subscription:
+            yield event
+
+
+def ndjson_line(content: Any) -> bytes:
+    return msgspec.json.encode(content) + b"\n"
+
+
+def sse_event(content: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def _ending_in_error(lines: AsyncIterator[bytes], media_type: str) -> AsyncIterator[bytes]:
+    """A fault after the start is the last line; then nothing says that the stream is done."""
+    try:
+        async for line in lines:
+            yield line
+    except RolloutError as error:
+        yield sse_event(body_of(error)) if media_type == SSE else ndjson_line(body_of(error))
+
+
+def stream(
+    lines: AsyncIterator[bytes],
+    *,
+    media_type: str,
+    subscription: Subscription | None = None,
+    headers: dict[str, str] | None = None,
+) -> Stream:
+    """A streamed reply. However it ends, the request behind it ends too."""
+    return Stream(
+        _ending_in_error(lines, media_type),
+        status_code=200,
+        media_type=media_type,
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no"} | (headers or {}),
+        background=None if subscription is None else BackgroundTask(subscription.abort, "disconnect"),
+    )

@@ -1,0 +1,220 @@
+"""The nouns everybody shares. Standard library only; nothing here knows MLX, HTTP or asyncio.
+
+policy   what generates: the base, or a named line of adapter versions
+version  one immutable state of a policy
+group    the n samples of one prompt: one prefill, one version
+row      one running sequence in the batch
+span     a run of tokens sampled under one version
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rollout_server.errors import InvalidField
+
+BASE = "base"
+MAX_SEED = 2**53 - 1
+MAX_STOP_STRINGS = 64
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class FinishReason(StrEnum):
+    """Why a row ended. The order is the number used in binary replies."""
+
+    STOP = "stop"
+    """An end token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` were sampled."""
+    SUPERSEDED = "superseded"
+    """A newer version of the policy arrived and the request asked to end."""
+    ABORTED = "aborted"
+    """The client, a deadline or an operator ended it; what exists is returned."""
+    ERROR = "error"
+    """The row failed; `Rollout.error` says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row is sampled. Filters apply in the order temperature, top-k, top-p, min-p, each on the renormalised
+    result of the one before, as transformers does. Raises `InvalidField` on values outside their domain."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """In (0, 1]; the token that crosses the threshold is kept."""
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    """In [0, 1], relative to the most probable token."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise InvalidField(f"{name} must be {rule}, not {getattr(self, name)!r}.", param=name)
+
+        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
+        need(self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 (greedy) or at least 0.001")
+        need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(0 <= self.top_k < 2**31, "top_k", "0 (off) or a positive number of tokens")
+        need(math.isfinite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        need(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+        need(all(self.stop), "stop", "strings that are not empty")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter can remove a token."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """One immutable state of a policy. `number` grows by one per name; the base is number 0 with the base's digest."""
+
+    name: str
+    number: int
+    digest: str
+    """`sha256:` and 64 hex digits."""
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAddress:
+    """How a request names a policy: `NAME`, `NAME@7` or `NAME@sha256:…`. Neither number nor digest: the alias."""
+
+    name: str
+    number: int | None = None
+    digest: str | None = None
+    """`sha256:` and a prefix of at least 8 hex digits."""
+
+    @classmethod
+    def parse(cls, text: str, *, param: str = "policy") -> PolicyAddress:
+        name, at, rest = text.partition("@")
+        if not NAME_PATTERN.fullmatch(name):
+            raise InvalidField(
+                f"{text!r} is not a policy name: letters, digits, '.', '_' and '-', at most 64 of them.", param=param
+            )
+        if not at:
+            return cls(name)
+        if re.fullmatch(r"[0-9]{1,12}", rest):
+            return cls(name, number=int(rest))
+        if re.fullmatch(r"sha256:[0-9a-f]{8,64}", rest):
+            return cls(name, digest=rest)
+        raise InvalidField(
+            f"{text!r} names no version: write NAME, NAME@7 or NAME@sha256: and at least 8 hex digits.", param=param
+        )
+
+    def __str__(self) -> str:
+        if self.number is not None:
+            return f"{self.name}@{self.number}"
+        return f"{self.name}@{self.digest}" if self.digest else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What a request asks for beyond ids, `logprobs` and `sampling_logprobs`, which are always computed."""
+
+    entropy: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    tokens_as_they_come: bool = False
+    """Stream every token, not only finished rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One group: n samples of one prompt under one policy. Token ids only; text is tokenised at the HTTP edge."""
+
+    id: str
+    """Shared by all groups of one HTTP request; what `abort` names."""
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    policy: PolicyAddress
+    n: int = 1
+    prompt_index: int = 0
+    seeds: tuple[int, ...] = ()
+    """One row seed per sample, see `row_seed`."""
+    min_version: int | None = None
+    wants: Wants = field(default_factory=Wants)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise InvalidField("The prompt is empty: give at least one token.", param="prompt")
+        if self.n < 1:
+            raise InvalidField(f"n must be at least 1, not {self.n}.", param="n")
+        if len(self.seeds) != self.n:
+            raise InvalidField(f"{self.n} samples need {self.n} seeds, not {len(self.seeds)}.", param="seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` (included) to `end` (excluded) were sampled under `version`."""
+
+    version: PolicyVersion
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds a row spent waiting, in prefill (its group's), and in decode."""
+
+    queued_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What a trainer stores. All per-token tuples have the length of `token_ids`; `None` means not asked for.
+    Log-probabilities are natural logarithms in float32 precision."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """Exactly what was sampled, the end token included."""
+    logprobs: tuple[float, ...]
+    """log-softmax of the model's unmodified float32 logits at the token."""
+    sampling_logprobs: tuple[float, ...]
+    """log-probability under the distribution sampled from; 0.0 for greedy rows."""
+    log_kept_mass: tuple[float, ...]
+    """log-mass the filters left, at the row's temperature; 0.0 without filters, NaN for greedy rows."""
+    spans: tuple[Span, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    """The stop string, the stop token's id, or the cause of an abort."""
+    seed: int
+    sampling: SamplingParams
+    timings: Timings
+    entropy: tuple[float, ...] | None = None
+    """Of the unmodified distribution, in nats."""
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """Per token the k most probable (id, log-probability) of the unmodified distribution, best first."""
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    error: RowError | None = None
+
+
+def row_seed(seed: int, prompt_index: int, sample_index: int) -> int:
+    """The seed of one row: the request's own for the first, else a 53-bit hash, so that equal prompts still differ."""
+    if prompt_index == 0 and sample_index == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{prompt_index}/{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 11

@@ -1,0 +1,112 @@
+"""`POST /v1/completions`, after the OpenAI API with vLLM's names for extensions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from rollout_server.schemas.fields import Count, OneOrMany, PolicyText, Request, Seed, TokenIds
+from rollout_server.schemas.rollouts import LATER_SAMPLING, ErrorInRow, SpanReply, Usage
+
+TEXT, TEXTS, IDS, ID_LISTS = "<text>", "<texts>", "<ids>", "<id lists>"
+
+
+def _prompt_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return TEXT
+    if value and isinstance(value[0], str):
+        return TEXTS
+    return ID_LISTS if value and isinstance(value[0], list) else IDS
+
+
+PromptForm = Annotated[
+    Annotated[str, Tag(TEXT)]
+    | Annotated[list[str], Tag(TEXTS)]
+    | Annotated[TokenIds, Tag(IDS)]
+    | Annotated[list[TokenIds], Tag(ID_LISTS)],
+    Discriminator(_prompt_form),
+]
+"""A string, strings, token ids, or lists of token ids."""
+
+
+class StreamOptions(Request):
+    include_usage: bool = False
+
+
+class CompletionsRequest(Request):
+    later: ClassVar = {**LATER_SAMPLING, "best_of": (1,), "suffix": (), "user": ()}
+
+    model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
+    prompt: PromptForm
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="What fits, if absent; 0 with echo.")
+    n: Count = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: Seed | None = None
+    stop: OneOrMany = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: TokenIds = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompletionsRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "stream_options needs \"stream\": true.", {"field": "stream_options"}
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError(
+                "max_tokens", "max_tokens 0 needs \"echo\": true: there would be nothing to return.", {"field": "max_tokens"}
+            )
+        return self
+
+
+# ---- replies ------------------------------------------------------------------------------------------------------
+
+
+class ChoiceLogprobs(BaseModel):
+    """Four arrays of one length. `text_offset` counts characters of `text`."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+    text_offset: list[int]
+
+
+class ChoiceRollout(BaseModel):
+    versions: list[SpanReply]
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"]
+    error: ErrorInRow | None = None
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: ChoiceLogprobs | None
+    finish_reason: Literal["stop", "length", "superseded", "aborted", "error"] | None
+    stop_reason: str | int | None
+    rollout: ChoiceRollout | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionsReply(BaseModel):
+    """The whole reply, and every chunk of a stream (there `usage` is null but in the last)."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None

@@ -1,0 +1,75 @@
+"""What the request models share: strictness, fields of the contract that are not served yet, one-or-many values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_SEED = 2**53 - 1
+UNSUPPORTED = "unsupported_field"
+"""Type of the validation error for what the contract knows and this server does not serve yet."""
+
+
+def unsupported(field: str, what: str) -> PydanticCustomError:
+    """The error for a known field or value that is not served; `what` completes '… is not supported: '."""
+    return PydanticCustomError(UNSUPPORTED, "{what}", {"field": field, "what": what})
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    numbers = (int, float)
+    if isinstance(value, numbers) and isinstance(neutral, numbers) and not isinstance(value, bool):
+        return value == neutral
+    return type(value) is type(neutral) and value == neutral
+
+
+class Request(BaseModel):
+    """Base of every request body and of its parts. A `null` means that the field is absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=False)
+
+    later: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of the contract that are not served yet → values that change nothing and are accepted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_later_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept = {}
+        for name, value in data.items():
+            if name in cls.later:
+                if value is not None and not any(_same(value, neutral) for neutral in cls.later[name]):
+                    raise unsupported(name, f"{name!r} is not supported by this server yet; leave it out.")
+            elif value is not None or name not in known:
+                kept[name] = value
+        return kept
+
+
+# Tags are put in angle brackets so that the place of an error can be written without them.
+ONE, MANY = "<one>", "<many>"
+
+
+def _one_or_many(value: Any) -> str:
+    return MANY if isinstance(value, list) else ONE
+
+
+OneOrMany = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[list[str], Tag(MANY)],
+    Discriminator(_one_or_many),
+]
+"""A string or a list of strings."""
+
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-.0-~]+$")]
+"""Printable ASCII without spaces and slashes."""
+Count = Annotated[int, Field(ge=1)]
+PolicyText = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def stops(value: str | list[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

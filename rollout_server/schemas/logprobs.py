@@ -1,0 +1,52 @@
+"""`POST /v1/logprobs`: teacher forcing."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from rollout_server.schemas.fields import PolicyText, Request, TokenIds
+from rollout_server.schemas.rollouts import BaseState, PolicyState
+
+
+class SequenceToScore(Request):
+    later: ClassVar = {"versions": ()}
+
+    token_ids: Annotated[TokenIds, Field(min_length=1)]
+    start: Annotated[int, Field(ge=0)] = 0
+
+
+class LogprobsRequest(Request):
+    policy: PolicyText
+    sequences: Annotated[list[SequenceToScore], Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(1.0, description="Divides the logits first.")
+    returns: list[Literal["entropy"]] = Field(default_factory=list, alias="return")
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+
+
+# ---- replies ------------------------------------------------------------------------------------------------------
+
+
+class VersionReply(BaseModel):
+    policy: str
+    version: int
+    digest: str
+    label: str | None
+
+
+class ScoredSequenceReply(BaseModel):
+    """Values for positions `start…`; position 0 is null."""
+
+    logprobs: list[float | None]
+    entropy: list[float | None] | None
+    top_logprobs: list[list[tuple[int, float | None]] | None] | None
+
+
+class LogprobsReply(BaseModel):
+    sequences: list[ScoredSequenceReply]
+    policy: PolicyState
+    versions: list[VersionReply]
+    temperature: float
+    base: BaseState
+    instance: str

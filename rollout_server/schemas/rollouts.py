@@ -1,0 +1,249 @@
+"""`POST /v1/rollouts`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from rollout_server.schemas.fields import (
+    Count,
+    OneOrMany,
+    PolicyText,
+    Request,
+    RequestId,
+    Seed,
+    TokenIds,
+    unsupported,
+)
+
+SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "prompt_logprobs")
+LATER_RETURNS = ("base_logprobs",)
+LATER_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "response_format": (),
+    "structured_outputs": (),
+}
+
+
+class SamplingOptions(Request):
+    """How to sample; the domains of the numbers are those of `rollout.SamplingParams`."""
+
+    later: ClassVar = LATER_SAMPLING
+
+    max_tokens: int | None = Field(None, description="What fits, if absent.")
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: OneOrMany = Field(default_factory=list, description="Up to 64 strings.")
+    stop_token_ids: TokenIds = Field(default_factory=list)
+    ignore_eos: bool = False
+    seed: Seed | None = None
+
+
+class Message(Request):
+    """One chat message, as the model's chat template reads it."""
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Prompt(Request):
+    """Exactly one of `token_ids`, `text` and `messages`."""
+
+    later: ClassVar = {"prefix": ()}
+
+    token_ids: TokenIds | None = None
+    text: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    id: Annotated[str, Field(max_length=256)] | None = None
+    n: Count | None = None
+    max_tokens: int | None = None
+    seed: Seed | None = None
+    add_special_tokens: bool = True
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Prompt:
+        given = [name for name in ("token_ids", "text", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise PydanticCustomError(
+                "prompt_kind", "A prompt is one of token_ids, text and messages; this one has {found}.", {"found": found}
+            )
+        owner = {
+            "add_special_tokens": "text",
+            "tools": "messages",
+            "chat_template_kwargs": "messages",
+            "add_generation_prompt": "messages",
+            "continue_final_message": "messages",
+        }
+        for name in sorted(self.model_fields_set & owner.keys()):
+            if owner[name] != given[0]:
+                raise PydanticCustomError(
+                    "prompt_option",
+                    "'{field}' goes with {owner}, not with {kind}.",
+                    {"field": name, "owner": owner[name], "kind": given[0]},
+                )
+        return self
+
+
+class RolloutsRequest(Request):
+    """n samples of every prompt under one policy."""
+
+    later: ClassVar = {"max_staleness": (), "wait_s": (), "return_when": ()}
+
+    id: RequestId | None = Field(None, description="Names the request; also sent as X-Request-Id.")
+    policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    n: Count = 1
+    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
+    returns: list[str] = Field(
+        default_factory=list, alias="return", description=f"Any of {', '.join(SERVED_RETURNS)}."
+    )
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    on_update: str = Field("finish", description="`finish`: rows end on the version they started with.")
+    min_version: Annotated[int, Field(ge=0)] | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    stream: bool = Field(False, description="NDJSON: a line per rollout when it finishes.")
+
+    @field_validator("returns")
+    @classmethod
+    def _known_returns(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name in LATER_RETURNS:
+                raise unsupported("", f"{name!r} cannot be returned by this server yet.")
+            if name not in SERVED_RETURNS:
+                raise PydanticCustomError(
+                    "unknown_return",
+                    "'{name}' is nothing a rollout has; ask for {known}.",
+                    {"name": name, "known": ", ".join(SERVED_RETURNS)},
+                )
+        return value
+
+    @field_validator("on_update")
+    @classmethod
+    def _served_on_update(cls, value: str) -> str:
+        if value in ("switch", "abort"):
+            raise unsupported("", f"on_update {value!r} is not supported by this server yet; use 'finish'.")
+        if value != "finish":
+            raise PydanticCustomError("unknown_on_update", "on_update is 'finish', not '{value}'.", {"value": value})
+        return value
+
+
+# ---- replies ------------------------------------------------------------------------------------------------------
+
+
+class PolicyState(BaseModel):
+    """A policy and the version its alias points to; `version` and `digest` are null before the first activation."""
+
+    name: str
+    version: int | None
+    digest: str | None
+
+
+class BaseState(BaseModel):
+    id: str
+    digest: str
+
+
+class SpanReply(BaseModel):
+    """Tokens `start` to `end` (excluded) were sampled under this version."""
+
+    policy: str
+    version: int
+    digest: str
+    label: str | None
+    start: int
+    end: int
+
+
+class ErrorInRow(BaseModel):
+    code: str
+    message: str
+
+
+class RowTimings(BaseModel):
+    """Milliseconds."""
+
+    queued: float
+    prefill: float
+    decode: float
+
+
+class EffectiveSampling(BaseModel):
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+
+
+class RolloutReply(BaseModel):
+    """One sample. Per-token arrays have the length of `token_ids`; they are null unless asked for, except
+    `loss_mask` and `logprobs`."""
+
+    id: str
+    prompt_id: str | None
+    prompt_index: int
+    sample_index: int
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    loss_mask: list[int]
+    logprobs: list[float | None]
+    sampling_logprobs: list[float | None] | None
+    log_kept_mass: list[float | None] | None
+    entropy: list[float | None] | None
+    base_logprobs: list[float | None] | None
+    top_logprobs: list[list[tuple[int, float | None]]] | None
+    prompt_logprobs: list[float | None] | None
+    versions: list[SpanReply]
+    finish_reason: Literal["stop", "length", "superseded", "aborted", "error"]
+    stop_reason: str | int | None
+    error: ErrorInRow | None
+    seed: int
+    sampling: EffectiveSampling
+    text: str | None
+    timings_ms: RowTimings
+
+
+class Usage(BaseModel):
+    """Tokens; a prompt counts once whatever `n`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class RequestTimings(BaseModel):
+    """Milliseconds from the parsed request to the last row."""
+
+    total: float
+
+
+class RolloutsReply(BaseModel):
+    id: str
+    policy: PolicyState
+    base: BaseState
+    instance: str
+    complete: bool = Field(description="Every row ended as stop or length.")
+    rollouts: list[RolloutReply]
+    usage: Usage
+    timings_ms: RequestTimings

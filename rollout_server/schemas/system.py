@@ -1,0 +1,58 @@
+"""`/v1/models`, `/health`, `/ready`, and the body of every error."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    quantization: dict[str, Any] | None
+    eos_token_ids: list[int]
+    digest: str
+
+
+class ModelsReply(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class HealthReply(BaseModel):
+    """`waiting` counts requests, `running` rows; `steps` and `tokens` since the start."""
+
+    status: Literal["ok"]
+    state: str
+    waiting: int
+    running: int
+    steps: int
+    tokens: int
+    instance: str
+
+
+class ReadyReply(BaseModel):
+    status: Literal["ready"]
+    instance: str
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+    retryable: bool
+    faults: list[str] | None = None
+    policy: str | None = None
+    version: int | None = None
+    digest: str | None = None
+
+
+class ErrorReply(BaseModel):
+    error: Problem

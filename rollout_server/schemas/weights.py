@@ -1,0 +1,119 @@
+"""`/v1/weights`: options of a push, and what is said of versions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from rollout_server.schemas.fields import Request, unsupported
+from rollout_server.schemas.rollouts import BaseState
+
+
+class WeightsOptions(Request):
+    """Form fields or query parameters of a push: text, so booleans are the words `true` and `false`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    format: Literal["auto", "peft", "mlx"] = "auto"
+    activate: Literal["true", "false"] = "true"
+    mode: str = "adapter"
+    dequantize: str = "false"
+    label: Annotated[str, Field(max_length=64)] | None = None
+
+    @field_validator("mode")
+    @classmethod
+    def _served_mode(cls, value: str) -> str:
+        if value != "adapter":
+            raise unsupported("", f"mode {value!r} is not supported by this server yet; use 'adapter'.")
+        return value
+
+    @field_validator("dequantize")
+    @classmethod
+    def _served_dequantize(cls, value: str) -> str:
+        if value != "false":
+            raise unsupported("", "dequantize belongs to mode 'merged', which this server does not support yet.")
+        return value
+
+
+class ActivateRequest(Request):
+    version: Annotated[int, Field(ge=1)]
+
+
+# ---- replies ------------------------------------------------------------------------------------------------------
+
+
+class PushReport(BaseModel):
+    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero)."""
+
+    modules: int
+    delta_norm: float
+    zero_modules: list[str]
+
+
+class PushTimings(BaseModel):
+    """Milliseconds."""
+
+    receive: float
+    validate_: float = Field(alias="validate")
+    stage: float
+    activate: float
+
+
+class PublishedReply(BaseModel):
+    """A version, live or not. `unchanged`: the same weights were already there."""
+
+    name: str
+    version: int
+    digest: str
+    label: str | None
+    kind: str
+    mode: str
+    rank: int
+    live: bool
+    unchanged: bool
+    base: BaseState
+    bytes: int
+    instance: str
+
+
+class PushReply(PublishedReply):
+    report: PushReport
+    timings_ms: PushTimings
+
+
+class ActivateTimings(BaseModel):
+    activate: float
+
+
+class ActivateReply(PublishedReply):
+    timings_ms: ActivateTimings
+
+
+class KeptVersion(BaseModel):
+    version: int
+    digest: str
+    label: str | None
+    kind: str
+    mode: str
+    live: bool
+    pinned: bool
+    rows_in_use: int
+    bytes: int
+    created: float = Field(description="Unix time, seconds.")
+
+
+class PolicyReply(BaseModel):
+    name: str
+    live: int | None
+    versions: list[KeptVersion]
+
+
+class OnePolicyReply(PolicyReply):
+    base: BaseState
+    instance: str
+
+
+class PoliciesReply(BaseModel):
+    policies: list[PolicyReply]
+    base: BaseState
+    instance: str

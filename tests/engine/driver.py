@@ -1,0 +1,190 @@
+"""Drives the real engine one turn at a time on the test's own thread, so that a test decides what happens between
+two steps."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages import (
+    Abort,
+    Activate,
+    Command,
+    EngineOptions,
+    EngineStatus,
+    Event,
+    Publish,
+    Published,
+    RequestDone,
+    RequestFailed,
+    RowFinished,
+    Score,
+    Scored,
+    ScoredSequence,
+    Submit,
+    TokensSampled,
+)
+from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants, row_seed
+from tests import tiny_models
+
+
+@dataclass
+class Driver:
+    model: ResidentModel
+    engine: Engine
+    mailbox: queue.SimpleQueue[Command]
+    events: list[Event] = field(default_factory=list)
+    status: EngineStatus = field(default_factory=lambda: EngineStatus("starting"))
+    count: int = 0
+
+    @classmethod
+    def start(cls, path: Path, model: ResidentModel | None = None, **options: Any) -> Driver:
+        chosen = EngineOptions(str(path), path.name, **options)
+        model = model or load(chosen)
+        mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        events: list[Event] = []
+        engine = Engine(
+            model,
+            PolicyTable.start(model, chosen),
+            mailbox,
+            events.extend,
+            lambda status: setattr(driver, "status", status),
+            prefill_tokens=chosen.prefill_tokens,
+        )
+        driver = cls(model, engine, mailbox, events)
+        return driver
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.engine.turn()
+
+    def send(self, command: Command) -> None:
+        self.mailbox.put(command)
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        policy: str = "base",
+        seed: int = 0,
+        wants: Wants | None = None,
+        deadline: float | None = None,
+        seeds: Sequence[Sequence[int]] | None = None,
+        min_version: int | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Sends one request of a group for each prompt; returns its id."""
+        self.count += 1
+        id = f"r{self.count}"
+        sampling.setdefault("max_tokens", 12)
+        groups = tuple(
+            RolloutRequest(
+                id=id,
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(**sampling),
+                policy=PolicyAddress.parse(policy),
+                n=n,
+                prompt_index=index,
+                seeds=tuple(seeds[index]) if seeds else tuple(row_seed(seed, index, k) for k in range(n)),
+                min_version=min_version,
+                wants=wants or Wants(),
+            )
+            for index, prompt in enumerate(prompts)
+        )
+        self.send(Submit(id, groups, deadline))
+        return id
+
+    def over(self, id: str) -> bool:
+        return any(isinstance(e, RequestDone | RequestFailed) and e.id == id for e in self.events)
+
+    def finish(self, *ids: str, turns: int = 3000) -> None:
+        """Turns until the requests are over, then until nothing is left in flight."""
+        self.until(lambda: all(self.over(id) for id in ids), turns)
+
+    def until(self, reached: Callable[[], bool], turns: int = 3000) -> None:
+        for _ in range(turns):
+            if reached():
+                return
+            self.turn()
+        raise AssertionError(f"not reached in {turns} turns: {self.status}")
+
+    def rollouts(self, id: str) -> list[Rollout]:
+        """Rows reported so far, by prompt and sample."""
+        rows = [e.rollout for e in self.events if isinstance(e, RowFinished) and e.id == id]
+        return sorted(rows, key=lambda row: (row.prompt_index, row.sample_index))
+
+    def tokens(self, id: str) -> list[TokensSampled]:
+        return [e for e in self.events if isinstance(e, TokensSampled) and e.id == id]
+
+    def error(self, id: str) -> Any:
+        return next((e.error for e in self.events if isinstance(e, RequestFailed) and e.id == id), None)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Rollout]:
+        id = self.submit(prompts, **options)
+        self.finish(id)
+        assert self.error(id) is None, self.error(id)
+        return self.rollouts(id)
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, policy: str = "base", **options: Any
+    ) -> list[ScoredSequence]:
+        self.count += 1
+        id = f"s{self.count}"
+        starts = starts or [0] * len(sequences)
+        self.send(
+            Score(id, PolicyAddress.parse(policy), tuple(map(tuple, sequences)), tuple(starts), **options)
+        )
+        self.until(lambda: self.error(id) is not None or any(isinstance(e, Scored) and e.id == id for e in self.events))
+        if self.error(id):
+            raise self.error(id)
+        return list(next(e for e in self.events if isinstance(e, Scored) and e.id == id).sequences)
+
+    def bundle(self, seed: int, rank: int = 4, kind: str = "peft", **options: Any) -> AdapterBundle:
+        tensors, config = tiny_models.random_adapter(self.model.info.layers, rank, seed, kind=kind, **options)
+        return read_bundle(save(tensors), config, layers=self.model.info.layers)
+
+    def publish(self, name: str, bundle: AdapterBundle, **options: Any) -> str:
+        """Sends a publish; returns its id."""
+        self.count += 1
+        id = f"p{self.count}"
+        self.send(Publish(id, name, bundle, **options))
+        return id
+
+    def published(self, id: str) -> Published:
+        self.until(lambda: self.error(id) is not None or any(isinstance(e, Published) and e.id == id for e in self.events))
+        if self.error(id):
+            raise self.error(id)
+        return next(e for e in self.events if isinstance(e, Published) and e.id == id)
+
+    def push(self, name: str, bundle: AdapterBundle, **options: Any) -> Published:
+        return self.published(self.publish(name, bundle, **options))
+
+    def activate(self, name: str, number: int) -> Published:
+        self.count += 1
+        id = f"a{self.count}"
+        self.send(Activate(id, name, number))
+        return self.published(id)
+
+    def abort(self, id: str, reason: str = "abort") -> None:
+        self.send(Abort((id,), reason))
+
+
+def prompts_of(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocabulary, size=length).tolist() for length in lengths]
+
+
+def random_seed() -> int:
+    return secrets.randbits(53)

@@ -1,0 +1,352 @@
+"""The verbs: one pure function per route that says what to send and how to read the reply. No I/O but reading an
+adapter directory; both clients make their methods out of these (see `client.py`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
+
+import numpy as np
+
+from trainer_client.batch import RolloutBatch
+from trainer_client.body import Body
+from trainer_client.digest import adapter_digest
+from trainer_client.parsing import (
+    Scored,
+    parse_line,
+    parse_models,
+    parse_policy,
+    parse_published,
+    parse_reply,
+    parse_scored,
+    parse_weights,
+)
+from trainer_client.replies import Reply, parse_json
+from trainer_client.rollout import Rollout
+from trainer_client.tensors import host_tensors, read_adapter, safetensors_body
+from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion, ServedModel
+
+T = TypeVar("T")
+
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""Text, token ids, chat messages, or a prompt object of the contract with its own `id`, `n`, `seed`, …"""
+Match = int | str | PublishedVersion | PolicyRef
+"""Where the alias must be: a version number, a digest, or an object that has one."""
+Addressed = str | PublishedVersion | PolicyRef
+"""A policy by address (`NAME`, `NAME@7`, `NAME@sha256:…`, `base`), or exactly the version a push returned."""
+
+PROBE_S = 5.0
+"""How long to wait for the answer of a health check."""
+SPARE_S = 60.0
+"""How much longer than the server's own deadline to wait for its reply."""
+
+
+class RolloutOptions(TypedDict, total=False):
+    """What `rollouts` and `stream_rollouts` take besides the prompts. Everything from `max_tokens` on is sent as a
+    sampling parameter; what is left out has the server's default, and what the server does not support it names."""
+
+    policy: Addressed
+    """Default `base`. `NAME` is where the name points when a group starts; a pushed version pins exactly that one."""
+    n: int
+    """Samples per prompt, default 1."""
+    returns: Sequence[str]
+    """Default `text` and `sampling_logprobs` (`log_kept_mass` comes with it); also `entropy` and what else the server
+    offers. Ids, `logprobs`, `loss_mask` and versions always come."""
+    top_logprobs: int
+    on_update: Literal["finish", "switch", "abort"]
+    min_version: int
+    """Fail with `StalePolicy` unless the name is at least there,"""
+    wait_s: float
+    """or wait so many seconds for it."""
+    max_staleness: int
+    """End rows that fall further behind the name as `superseded`."""
+    timeout_s: float
+    """End what is not done after so many seconds as `aborted`."""
+    id: str
+    """Names the request, for aborting it."""
+
+    max_tokens: int
+    """What fits, if absent."""
+    min_tokens: int
+    temperature: float
+    """Default 1.0; 0 is greedy."""
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    """Below 2⁵³; fresh entropy if absent."""
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[str, float]
+
+
+_REQUEST_FIELDS = frozenset(
+    {"n", "top_logprobs", "on_update", "min_version", "wait_s", "max_staleness", "timeout_s", "id"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[T]):
+    """One request and how to read its reply."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    parse: Callable[[Reply], T]
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Body = field(default_factory=Body)
+    idempotent: bool = False
+    """Sending it twice is as good as once, so a lost connection is a reason to try again."""
+    accepts: tuple[int, ...] = ()
+    """Error statuses that are an answer."""
+    timeout_s: float | None = None
+    """Seconds to wait for the reply, instead of the client's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCall(Call[None], Generic[T]):
+    """A request whose reply comes line by line."""
+
+    parse_line: Callable[[bytes], T | None]
+    """A value, or None for the line that ends the stream."""
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+
+def push(
+    name: str,
+    tensors: Mapping[str, Any] | str | PathLike[str],
+    config: Mapping[str, Any] | None = None,
+    *,
+    activate: bool = True,
+    label: str | None = None,
+    if_match: Match | None = None,
+) -> Call[PublishedVersion]:
+    """Publishes an adapter as a new version of `name`; every rollout asked for afterwards uses it or a later one.
+
+    tensors    name → array (numpy, MLX, torch, anything with `__array__`; bfloat16 too), named and laid out as PEFT or
+               mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of either
+    config     what that format's adapter_config.json holds; not needed with a directory that has one
+    activate   False stages the version without moving the name to it
+    label      your own mark, at most 64 characters, echoed wherever the version is reported
+    if_match   fail with `PreconditionFailed` unless the name points at this version now
+
+    Safe to repeat: weights the server already holds under this name give the same version, `unchanged`. Raises
+    `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch` if they do not fit the base."""
+    if isinstance(tensors, Mapping):
+        host = host_tensors(tensors)
+    else:
+        host, own_config = read_adapter(Path(tensors))
+        if config is not None and own_config is not None:
+            raise ValueError(f"{tensors} has its own adapter_config.json: leave out the argument config.")
+        config = own_config if config is None else config
+    if config is None:
+        raise ValueError(
+            "The config is missing: give the content of adapter_config.json, with rank and alpha or scale."
+        )
+    body = safetensors_body(host, config)
+    return Call(
+        method="POST",
+        path="/v1/weights",
+        parse=partial(parse_published, sent_digest=adapter_digest(host, config)),
+        query={"name": name, "activate": _flag(activate), **_given(label=label)},
+        headers={"content-type": "application/octet-stream", **_if_match(if_match)},
+        body=body,
+        idempotent=True,
+    )
+
+
+def weights() -> Call[tuple[PolicyLine, ...]]:
+    """Every name with the versions the server keeps under it."""
+    return Call(method="GET", path="/v1/weights", parse=parse_weights, idempotent=True)
+
+
+def policy(name: str) -> Call[PolicyLine]:
+    """One name with the versions the server keeps under it. Raises `UnknownPolicy`."""
+    return Call(method="GET", path=f"/v1/weights/{quote(name, safe='')}", parse=parse_policy, idempotent=True)
+
+
+def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[PublishedVersion]:
+    """Points `name` at a kept version: promotes a staged one, or rolls back. Raises `VersionGone` if it was freed.
+
+    Every rollout of `name` asked for afterwards uses this version or a later one."""
+    return _post(
+        f"/v1/weights/{quote(name, safe='')}/activate",
+        {"version": version},
+        partial(parse_published, sent_digest=None),
+        headers=_if_match(if_match),
+        # after a lost reply the alias has moved, and the same if_match would fail
+        idempotent=if_match is None,
+    )
+
+
+# ---- rollouts -----------------------------------------------------------------------------------------------------
+
+
+def rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> Call[RolloutBatch]:
+    """Samples `n` rollouts of every prompt and returns when all have ended.
+
+    prompts   a list of texts, token ids, lists of chat messages, or prompt objects of the contract; may be mixed
+    options   `policy`, `n`, `max_tokens`, `temperature`, `top_p`, `seed`, `stop`, …: see `RolloutOptions`
+
+    Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
+    when the connection is lost."""
+    return _post("/v1/rollouts", _rollouts_body(prompts, options), parse_reply, timeout_s=_patience(options))
+
+
+def stream_rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
+    """As `rollouts`, but yields each row when it finishes, in that order; `RolloutBatch.of` joins them. Leaving the
+    loop early ends the rows still running. Raises where the stream breaks off, so its end means that all came."""
+    call = _post("/v1/rollouts", _rollouts_body(prompts, options, stream=True), lambda reply: None)
+    return StreamCall(
+        method=call.method,
+        path=call.path,
+        parse=call.parse,
+        headers=call.headers,
+        body=call.body,
+        timeout_s=_patience(options),
+        parse_line=parse_line,
+    )
+
+
+# ---- the rest -----------------------------------------------------------------------------------------------------
+
+
+def logprobs(
+    sequences: RolloutBatch | Sequence[Sequence[int] | np.ndarray | Mapping[str, Any]],
+    *,
+    policy: Addressed = "base",
+    temperature: float = 1.0,
+    returns: Sequence[str] = (),
+    top_logprobs: int | None = None,
+) -> Call[Scored]:
+    """Log-probabilities of given tokens under a policy, by teacher forcing.
+
+    sequences    token ids each, scored from position 0 (whose value is NaN); or `{"token_ids", "start"}`; or a batch,
+                 scored over its completions, so that the flat result lines up with `batch.logprobs`
+    temperature  divides the logits first
+    returns      `entropy`"""
+    entries = sequences.sequences if isinstance(sequences, RolloutBatch) else [_sequence(entry) for entry in sequences]
+    body = {"policy": _address(policy), "sequences": entries, "temperature": temperature, "return": list(returns)}
+    return _post("/v1/logprobs", {**body, **_given(top_logprobs=top_logprobs)}, parse_scored, idempotent=True)
+
+
+def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
+    """`POST /v1/completions` of the OpenAI API, for evaluation: sends `fields` as they are, returns the reply as JSON.
+
+    prompt   a string, strings, token ids, or lists of token ids"""
+    if fields.get("stream"):
+        raise ValueError("completions does not stream here: use stream_rollouts, or any OpenAI client.")
+    body = {"model": _address(model), "prompt": _plain_ids(prompt), **fields}
+    return _post("/v1/completions", body, lambda reply: parse_json(reply.body))
+
+
+def models() -> Call[tuple[ServedModel, ...]]:
+    """What can be asked for: the base, names, and kept versions, with context length, vocabulary and digest."""
+    return Call(method="GET", path="/v1/models", parse=parse_models, idempotent=True)
+
+
+def health() -> Call[bool]:
+    """Whether the server's engine lives and answers. Asked once; raises `ServerUnreachable` if nobody answers."""
+    return _yes_or_no("/health")
+
+
+def ready() -> Call[bool]:
+    """Whether the server has its model and can sample. Asked once; raises `ServerUnreachable` if nobody answers."""
+    return _yes_or_no("/ready")
+
+
+# ---- how a body is made -------------------------------------------------------------------------------------------
+
+
+def _post(path: str, body: Mapping[str, Any], parse: Callable[[Reply], T], **about: Any) -> Call[T]:
+    headers = {"content-type": "application/json", **about.pop("headers", {})}
+    encoded = json.dumps(body, separators=(",", ":"), default=_numpy).encode()
+    return Call(method="POST", path=path, parse=parse, headers=headers, body=Body((encoded,)), **about)
+
+
+def _yes_or_no(path: str) -> Call[bool]:
+    return Call(method="GET", path=path, parse=lambda reply: reply.status < 400, accepts=(503,), timeout_s=PROBE_S)
+
+
+def _rollouts_body(prompts: Sequence[Prompt], options: RolloutOptions, *, stream: bool = False) -> dict[str, Any]:
+    if isinstance(prompts, str | bytes | Mapping):
+        raise TypeError("prompts is a list of prompts: put a single one in brackets.")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    policy = given.pop("policy", "base")
+    returns = given.pop("returns", ("text", "sampling_logprobs"))
+    request = {name: given.pop(name) for name in list(given) if name in _REQUEST_FIELDS}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    return {
+        "policy": _address(policy),
+        "prompts": [_prompt(prompt) for prompt in prompts],
+        "return": list(returns),
+        "sampling": given,
+        **request,
+        **({"stream": True} if stream else {}),
+    }
+
+
+def _prompt(prompt: Prompt) -> Mapping[str, Any]:
+    """A prompt object; the kind is told by what is in it."""
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    if isinstance(prompt, Mapping):
+        return {name: _plain_ids(value) if name == "token_ids" else value for name, value in prompt.items()}
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise TypeError(f"A prompt is text, token ids, chat messages or a mapping, not {type(prompt).__name__}.")
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return {"messages": list(prompt)}
+    return {"token_ids": _plain_ids(prompt)}
+
+
+def _sequence(entry: Sequence[int] | np.ndarray | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(entry, Mapping):
+        return {**entry, "token_ids": _plain_ids(entry["token_ids"])}
+    return {"token_ids": _plain_ids(entry)}
+
+
+def _plain_ids(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _numpy(value: Any) -> Any:
+    """What json does not know: numpy scalars and arrays inside lists and mappings."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"A request cannot hold a {type(value).__name__}: {value!r}.")
+
+
+def _address(policy: Addressed) -> str:
+    return policy if isinstance(policy, str) else f"{policy.name}@{policy.digest}"
+
+
+def _if_match(match: Match | None) -> dict[str, str]:
+    if match is None:
+        return {}
+    return {"if-match": f'"{match if isinstance(match, int | str) else match.digest}"'}
+
+
+def _patience(options: RolloutOptions) -> float | None:
+    timeout_s = options.get("timeout_s")
+    return None if timeout_s is None else timeout_s + SPARE_S
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,88 @@
+"""The content hash of an adapter, computed by the trainer itself: numpy and hashlib only.
+
+SHA-256 of the JSON (sorted keys, no spaces) `{"kind", "modules": {NAME: {"rank", "scale"}}}`, then per tensor, sorted
+by name, the line `NAME DTYPE SHAPE\\n` and its little-endian bytes in PEFT layout (A [r, in], B [out, r]). It depends
+on the weights alone: PEFT and mlx-lm files of one adapter, in any order, have one digest. The server computes the same
+from what it received, so equality proves that nothing was lost, transposed or scaled differently on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer_client.tensors import HostTensor
+
+_PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
+
+
+def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
+    """`sha256:` and 64 hex digits of a LoRA or rsLoRA adapter; None for what has no digest here (DoRA, dense, experts).
+
+    `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
+    named = _peft_layout(tensors)
+    if named is None or not _is_lora(config):
+        return None
+    modules = {}
+    for name, tensor in named.items():
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            scale = _scale(module, tensor.shape[0], config)
+            if scale is None:
+                return None
+            modules[module] = {"rank": tensor.shape[0], "scale": scale}
+    head = {"kind": "lora", "modules": modules}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    for name in sorted(named):
+        tensor = named[name]
+        shape = json.dumps(list(tensor.shape), separators=(",", ":"))
+        digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | None:
+    """Tensors as `NAME.lora_A` [r, in] and `NAME.lora_B` [out, r]; None if any is not half of a low-rank pair."""
+    named = {}
+    for given, tensor in tensors.items():
+        if tensor.array.ndim != 2:
+            return None
+        if match := _PEFT_NAME.fullmatch(given):
+            named[f"{match[1]}.lora_{match[2]}"] = tensor
+        elif match := _MLX_NAME.fullmatch(given):
+            named[f"{match[1]}.lora_{match[2].upper()}"] = HostTensor(tensor.dtype, tensor.array.T)
+        else:
+            return None
+    return named
+
+
+def _is_lora(config: Mapping[str, Any]) -> bool:
+    kind = config.get("peft_type") or config.get("fine_tune_type") or config.get("kind") or "lora"
+    return str(getattr(kind, "value", kind)).lower() == "lora" and not config.get("use_dora")
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float | None:
+    """alpha/r, or alpha/√r for rsLoRA, or mlx-lm's own scale: rounded to float32, as its shortest decimal."""
+    if "lora_parameters" in config:
+        scale = config["lora_parameters"].get("scale")
+    else:
+        alpha = _pattern_value(module, config.get("alpha_pattern"), config.get("lora_alpha"))
+        rank = _pattern_value(module, config.get("rank_pattern"), config.get("r", rank))
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+        scale = None if alpha is None else alpha / divisor
+    return None if scale is None else float(str(np.float32(scale)))
+
+
+def _pattern_value(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's path."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
