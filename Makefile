@@ -43,7 +43,7 @@ format: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's batch generator
-	$(BIN)/python -m benchmarks.decode $(ARGS)
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

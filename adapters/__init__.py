@@ -1,1 +1,1 @@
-"""What a set of adapter weights is: kinds, files, fit, slots and versions. Knows numpy, safetensors and MLX; no server."""
+"""What a set of adapter weights is: kinds, files, fit, slots and versions. Knows no server and no HTTP."""

@@ -70,10 +70,10 @@ class AdapterBundle:
 
 def make_bundle(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> AdapterBundle:
     """A bundle of tensors that fit `spec`: hashed and measured."""
-    measures = {
-        path: measure(*(tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES), module.scale)
-        for path, module in spec.modules.items()
-    }
+    measures: dict[str, DeltaMeasure] = {}
+    for path, module in spec.modules.items():
+        a, b = (tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
+        measures[path] = measure(a, b, module.scale)
     held = MappingProxyType(dict(sorted(tensors.items())))
     return AdapterBundle(spec, held, content_digest(spec, held), MappingProxyType(measures))
 
@@ -112,9 +112,7 @@ def read_bundle(
     if not tensors:
         raise AdapterUnreadable("The weights file holds no tensors.")
     if config.get("kind", "lora") not in ("lora", None):
-        raise AdapterUnsupported(
-            {"kind": f"kind {shown(config['kind'])} is not served yet: send a LoRA or rsLoRA adapter."}
-        )
+        raise AdapterUnsupported({"kind": f"kind {shown(config['kind'])} is not served yet: send a LoRA adapter."})
     reader = FORMATS[_format(format, config, tensors)]
     proposal = reader.read(tensors, config, layers)
     found = faults(proposal, layers)
@@ -162,6 +160,6 @@ def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]
     if any(".lora_A" in name or ".lora_B" in name for name in tensors):
         return "peft"
     raise AdapterUnreadable(
-        "Neither the configuration nor the tensor names are those of a PEFT or mlx-lm adapter; a PEFT configuration has "
-        "peft_type, r, lora_alpha and target_modules, one of mlx-lm has fine_tune_type, num_layers and lora_parameters."
+        "Neither the configuration nor the tensor names are those of a PEFT or mlx-lm adapter; PEFT writes "
+        "peft_type, r, lora_alpha and target_modules, mlx-lm writes fine_tune_type, num_layers and lora_parameters."
     )

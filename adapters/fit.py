@@ -96,7 +96,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameter path → (out, in) of every layer of `model` that an adapter may target; see `layers.adaptable_layers`."""
+    """Parameter path → (out, in) of every layer of `model` that an adapter may target."""
     from adapters.layers import adaptable_layers as find  # Checking a file must not need MLX.
 
     return find(model)

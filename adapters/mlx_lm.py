@@ -144,11 +144,8 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     Raises `AdapterUnsupported` where layers differ in rank or scale, which this format cannot say."""
     kinds = set(bundle.spec.modules.values())
     if len(kinds) != 1:
-        raise AdapterUnsupported(
-            {
-                "format": "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
-            }
-        )
+        reason = "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+        raise AdapterUnsupported({"format": reason})
     (module,) = kinds
     config = {
         "fine_tune_type": "lora",

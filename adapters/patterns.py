@@ -1,7 +1,7 @@
 """Regular expressions sent by a stranger, as PEFT configurations hold them, within bounds of length and time.
 
-The expressions are those of Python's `re`; they run on the `regex` package because it can stop after a time and
-lets other threads run meanwhile, so that no expression can hold the server.
+The expressions are those of Python's `re`; they run on the `regex` package because it can stop after a time, so that
+no expression can hold the server.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from adapters.spec import AdapterUnreadable, shown
 MAX_LENGTH = 4096
 MAX_REPEAT = 64
 """Largest product of all counted repeats of one expression: `regex` unrolls them when it compiles."""
+SECONDS_EACH = 0.1
+"""Of processor time, for one match; an honest one on a module path takes microseconds."""
+SECONDS_TOGETHER = 1.0
 COUNTED = re.compile(r"\{(\d{0,4})(?:,(\d{0,4}))?\}")
 
 
 class Patterns:
-    """Compiles and matches the expressions of one configuration; all of them together may take `seconds`."""
+    """Compiles and matches the expressions of one configuration; all of them together have `SECONDS_TOGETHER`."""
 
-    def __init__(self, seconds: float = 2.0) -> None:
-        self._end = time.monotonic() + seconds
+    def __init__(self) -> None:
+        self._spent = 0.0
         self._compiled: dict[str, regex.Pattern[str]] = {}
 
     def fullmatch(self, pattern: str, text: str) -> regex.Match[str] | None:
@@ -35,17 +38,27 @@ class Patterns:
         return self._run(pattern, text, whole=False)
 
     def _run(self, pattern: str, text: str, *, whole: bool) -> regex.Match[str] | None:
+        began = time.perf_counter()
         compiled = self._compiled.get(pattern)
         if compiled is None:
             compiled = self._compiled[pattern] = _compile(pattern)
         method = compiled.fullmatch if whole else compiled.match
         try:
-            return method(text, timeout=max(self._end - time.monotonic(), 0.001), concurrent=True)
+            # Giving the GIL up for microseconds would cost milliseconds each time while the engine is busy.
+            found = method(text, timeout=SECONDS_EACH, concurrent=False)
         except (TimeoutError, MemoryError) as error:
-            raise AdapterUnreadable(
-                f"The regular expressions of the adapter configuration take too long; the last one was "
-                f"{shown(pattern)!r}. List the target modules by name instead."
-            ) from error
+            raise _too_slow(pattern) from error
+        self._spent += time.perf_counter() - began
+        if self._spent > SECONDS_TOGETHER:
+            raise _too_slow(pattern)
+        return found
+
+
+def _too_slow(pattern: str) -> AdapterUnreadable:
+    return AdapterUnreadable(
+        f"The regular expressions of the adapter configuration take too long; the last one was {shown(pattern)!r}. "
+        "List the target modules by name instead."
+    )
 
 
 def _compile(pattern: str) -> regex.Pattern[str]:

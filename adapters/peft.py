@@ -25,12 +25,13 @@ HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
 READ = frozenset(
-    "peft_type r lora_alpha use_rslora target_modules exclude_modules rank_pattern alpha_pattern "
-    "layers_to_transform layers_pattern init_lora_weights kind".split()
+    {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
+    | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind"}
 )
 WITHOUT_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout peft_version runtime_config "
-    "loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size".split()
+    {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
+    | {"peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    | {"megatron_core", "qalora_group_size"}
 )
 """Book-keeping, training and initialisation: what a trained adapter computes does not depend on them."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
@@ -74,7 +75,7 @@ def read(
 def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
-    if config.get("peft_type", "LORA") != "LORA":
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
         refusals["peft_type"] = f"peft_type {shown(config['peft_type'])} is not served: send LORA."
     for field, value in config.items():
         if field in READ or field in WITHOUT_EFFECT:
@@ -139,7 +140,7 @@ def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -
 
 
 def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], patterns: Patterns) -> list[str]:
-    """PEFT's rule: a string is a regular expression for the whole path (or `all-linear`), a list holds paths or ends."""
+    """PEFT's rule: a string is an expression for the whole path, or `all-linear`; a list, paths or their ends."""
     wanted = _names(config, "target_modules")
     if not wanted:
         raise AdapterUnreadable(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,7 +108,8 @@ class AdapterSlots:
         self._routed = None
 
     def _aim(self, slots: tuple[int, ...] | None) -> None:
-        distinct = frozenset(slots or (BASE_SLOT,))
+        slots = slots or (BASE_SLOT,)
+        distinct = frozenset(slots)
         if len(distinct) == 1:
             (slot,) = distinct
             for stack in self._stacks.values():
@@ -161,10 +163,10 @@ class AdapterSlots:
         self._stacks[path] = stack
         return stack
 
-    def _parent(self, path: str) -> tuple[nn.Module, str]:
-        """The module (or the list within it) that holds the layer at `path`, and the layer's name there."""
-        *parts, name = path.split(".")
-        node = self._model
+    def _parent(self, path: str) -> tuple[Any, str | int]:
+        """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
+        node: Any = self._model
+        *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
         for part in parts:
-            node = node[int(part)] if isinstance(node, list) else node[part]
+            node = node[part]
         return node, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 
 from adapters.spec import AdapterUnreadable, shown
 
-STORAGE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Served dtypes → how numpy holds them; bf16 as its upper 16 bits."""
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
@@ -22,7 +23,7 @@ class AdapterTensor:
     """`dtype` is the safetensors name. `array` is read-only, C-contiguous and little-endian; BF16 as uint16 bits."""
 
     dtype: str
-    array: NDArray[np.generic]
+    array: NDArray[Any]
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,7 @@ class FileTensor:
         return AdapterTensor(self.dtype, frozen(np.frombuffer(self.data, STORAGE[self.dtype]).reshape(self.shape)))
 
 
-def frozen(array: NDArray[np.generic]) -> NDArray[np.generic]:
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """The same array, marked read-only."""
     array.flags.writeable = False
     return array
@@ -71,13 +72,14 @@ def frozen(array: NDArray[np.generic]) -> NDArray[np.generic]:
 def read_safetensors(weights: bytes | memoryview) -> tuple[dict[str, FileTensor], dict[str, str]]:
     """(tensors by the file's names, metadata). Raises `AdapterUnreadable` for anything that is not a whole file."""
     content = bytes(weights)  # No copy where it is `bytes` already.
-    if content.startswith(PICKLES):
-        raise AdapterUnreadable(
-            "The weights are a pickle or a zip archive, which is never opened here: save them as safetensors."
-        )
     try:
         entries = deserialize(content)
     except SafetensorError as error:
+        # Only here: the length of a header can begin like a pickle.
+        if content.startswith(PICKLES):
+            raise AdapterUnreadable(
+                "The weights are a pickle or a zip archive, which is never opened here: save them as safetensors."
+            ) from error
         raise AdapterUnreadable(
             f"The weights ({len(content)} bytes) are not a complete safetensors file: {shown(error)}. "
             "Send the file again, whole."

@@ -96,9 +96,13 @@ def serve(
         blas = _load_blas()
         config = configure(given)
 
+        from rollout_server import logs
+
+        logs.configure(config.log_format)
+        log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+
         from rollout_server.http.server import serve as serve_http
 
-        _announce(blas)
         serve_http(config)
 
 
@@ -115,9 +119,10 @@ def demo(
     with one_sentence():
         blas = _load_blas()
 
+        typer.echo(blas, err=True)
+
         from rollout_server.demo.run import run_demo
 
-        _announce(blas)
         run_demo(output, steps, seed, json_output)
 
 
@@ -202,6 +207,8 @@ def one_sentence() -> Iterator[None]:
         raise
     except RolloutError as error:
         _fail(error.message)
+    except ImportError as error:
+        _fail(f"{error}. `rollout-server doctor` says what is wrong with this installation.")
     except (OSError, RuntimeError, ValueError) as error:
         log.debug("Where it came from:", exc_info=True)
         _fail(str(error) or type(error).__name__)
@@ -220,11 +227,6 @@ def _load_blas() -> BlasChoice:
     return load_fast_blas()
 
 
-def _announce(blas: BlasChoice) -> None:
-    """Say which BLAS was taken; where one is missing, with the command that mends it."""
-    log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
-
-
 def configure(given: dict[str, Any]) -> ServerConfig:
     """The configuration from options and environment. Raises ValueError with one line that names every bad option."""
     from pydantic import ValidationError
@@ -240,7 +242,11 @@ def configure(given: dict[str, Any]) -> ServerConfig:
 
 def _fault(loc: tuple[int | str, ...], message: str) -> str:
     text = message.removeprefix("Value error, ")
-    return f"--{str(loc[0]).replace('_', '-')}: {text}" if loc else text
+    if not loc:
+        return text
+    field = str(loc[0])
+    flag = "adapter" if field == "adapters" else field.replace("_", "-")
+    return f"--{flag} (ROLLOUT_{field.upper()}): {text}"
 
 
 @contextmanager

@@ -27,7 +27,9 @@ def parse_size(value: Any) -> Any:
         return value
     match = SIZE_PATTERN.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"{value!r} is not a size: write a number of bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
+        raise ValueError(
+            f"{value!r} is not a size: write a number of bytes, or a number with KiB, MiB, GiB, KB, MB or GB"
+        )
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
@@ -58,14 +60,14 @@ class ServerConfig(BaseSettings):
     """A directory or a Hub id; `None` serves the embedded demo model."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
-    served_model_name: str | None = Field(None, min_length=1, max_length=256)
+    served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
     """What the base is called on the wire, besides `base`."""
     adapters: AdapterDirectories = ()
     """Names and directories to publish before the server is ready."""
-    context_length: int | None = Field(None, ge=1)
+    context_length: int | None = Field(default=None, ge=1)
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
     api_key: SecretStr | None = None
     """Opens inference. Where any key is set, every route but /health, /ready and /schema needs one."""
@@ -74,20 +76,20 @@ class ServerConfig(BaseSettings):
     insecure: bool = False
     """Allows a server without keys to listen on an address that others can reach."""
 
-    max_batch: int = Field(64, ge=1)
+    max_batch: int = Field(default=64, ge=1)
     """Rows that decode together."""
     kv_memory: Size | None = None
     weights_memory: Size | None = None
-    max_queue: int = Field(4096, ge=1)
+    max_queue: int = Field(default=4096, ge=1)
     """Requests that may wait."""
-    max_rows_per_request: int = Field(65536, ge=1)
-    keep_versions: int = Field(8, ge=1)
+    max_rows_per_request: int = Field(default=65536, ge=1)
+    keep_versions: int = Field(default=8, ge=1)
     max_upload: Size = 2 * GIB
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
     """Bytes of any other request body."""
     log_format: Literal["text", "json"] = "text"
-    shutdown_s: float = Field(10.0, gt=0)
+    shutdown_s: float = Field(default=10.0, gt=0)
     """How long replies that are still being sent may take after the engine has stopped."""
 
     @field_validator("api_key", "admin_key")

@@ -39,7 +39,7 @@ class IncrementalText:
     `decode` turns the valid ones into U+FFFD as well; here they stay what they were.
     """
 
-    __slots__ = ("_parts", "_length", "_read", "_skip", "_tokenizer", "_window")
+    __slots__ = ("_length", "_parts", "_read", "_skip", "_tokenizer", "_window")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer

@@ -7,6 +7,7 @@ gathered adapters, float32 log-softmax, keyed random numbers. mlx before 0.32 fa
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -65,10 +66,11 @@ def examine() -> Report:
     blas = load_fast_blas()
     versions = installed_versions()
     checks = [check_version(versions), check_backend(versions)]
-    advice = list(_advice(blas, versions))
+    if all(check.ok for check in checks):
+        checks.append(check_import())
     device, name, gflops, memory = "none", "unknown", None, machine_memory()
     if all(check.ok for check in checks):
-        # Lazy: too old or half an mlx must be reported, not imported.
+        # Lazy: an mlx that is too old or broken is reported, not imported.
         import mlx.core as mx
 
         from rollout_server import selftest
@@ -90,7 +92,7 @@ def examine() -> Report:
         gflops=gflops,
         memory=memory,
         checks=tuple(checks),
-        advice=tuple(advice),
+        advice=tuple(_advice(blas, versions)),
     )
 
 
@@ -127,6 +129,15 @@ def check_backend(versions: dict[str, str]) -> Check:
         return Check("mlx backend", False, f"mlx has no backend: {sys.executable} -m pip install 'mlx[cpu]'")
     remedy = f"uninstall {' and '.join(builds)}, then install the one you want"
     return Check("mlx backend", False, f"{' and '.join(builds)} overwrite each other: {remedy}")
+
+
+def check_import() -> Check:
+    """mlx loads: its CUDA build needs the driver's library, its CPU build a C++ runtime."""
+    try:
+        importlib.import_module("mlx.core")
+    except ImportError as error:
+        return Check("mlx import", False, f"mlx cannot be loaded: {error}")
+    return Check("mlx import", True, "loaded")
 
 
 def run_checks(checks: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...]) -> Iterator[Check]:

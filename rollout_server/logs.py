@@ -29,7 +29,9 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def configure(style: Literal["text", "json"] = "text", *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+def configure(
+    style: Literal["text", "json"] = "text", *, level: int = logging.INFO, stream: TextIO | None = None
+) -> None:
     """Sends the server's and uvicorn's records to `stream` (stderr). Other loggers are left as they are."""
     handler = logging.StreamHandler(stream or sys.stderr)
     if style == "json":

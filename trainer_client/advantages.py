@@ -40,7 +40,8 @@ def group_advantages(
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
         raise ValueError(f"The reward of row {row} is {values[row]}: one such value would spoil its whole group.")
-    _, group, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    _, first, group, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
+    values = values - values[first][group]  # equal rewards are now exactly 0, and so is their advantage
     centred = values - (np.bincount(group, values) / counts)[group]
     if not scale_by_std:
         return centred.astype(np.float32)

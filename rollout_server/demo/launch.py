@@ -1,7 +1,7 @@
-"""Starts the trainer process: `python launch.py --url …` (run as a script, by its path).
+"""Starts the trainer process: `python -m rollout_server.demo.launch --url …`.
 
-The trainer may not import the server, yet its process too needs the fast BLAS before mlx. So this script loads the
-BLAS and then runs the folder `trainer` beside it as a package of its own: no other module of the server is loaded.
+The trainer may not import the server, yet its process too needs the fast BLAS before mlx. So this module loads the BLAS
+and then runs the folder `trainer` beside it as a package of its own: no other module of the server is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from rollout_server.blas import load_fast_blas
 
 def main() -> None:
     load_fast_blas()
-    # Python puts a script's own folder first on the path; said again for those who start it otherwise (`python -P`).
     sys.path.insert(0, str(Path(__file__).parent))
     runpy.run_module("trainer", run_name="__main__", alter_sys=True)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rollout_server.blas import load_fast_blas
-from rollout_server.demo.make_tokenizer import END, PAD, START, build_tokenizer, write_tokenizer
+from rollout_server.demo.make_tokenizer import END, PAD, START, build_tokenizer, special_id, write_tokenizer
 from rollout_server.demo.trainer.task import Problem, Style, habitual_style, training_problems
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         "attention_bias": False,
         "hidden_act": "silu",
         "torch_dtype": "float32",
-        "eos_token_id": tokenizer.token_to_id(END),
-        "pad_token_id": tokenizer.token_to_id(PAD),
+        "eos_token_id": special_id(tokenizer, END),
+        "pad_token_id": special_id(tokenizer, PAD),
     }
 
 
@@ -85,7 +85,7 @@ def batches(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[n
     """Endless (inputs, positions, labels), see `loss`; only answers and their end token are learned."""
     draw = random.Random(seed)
     problems = training_problems()
-    end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+    end, pad = special_id(tokenizer, END), special_id(tokenizer, PAD)
     while True:
         chat = draw.random() < recipe.chat_share
         rows: list[tuple[list[int], list[int]]] = []

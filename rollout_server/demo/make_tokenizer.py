@@ -38,6 +38,14 @@ def build_tokenizer(corpus: Iterable[str], merges: int) -> Tokenizer:
     return tokenizer
 
 
+def special_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a special token. Raises `ValueError` if the tokenizer has none of that name."""
+    number = tokenizer.token_to_id(text)
+    if number is None:
+        raise ValueError(f"The tokenizer has no token {text!r}.")
+    return int(number)
+
+
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json as transformers reads them."""
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -87,22 +87,25 @@ def free_port() -> int:
 def wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Returns once `/ready` answers 200. Raises `DemoFailed` if the server ends or takes longer than `START_S`."""
     deadline = time.monotonic() + START_S
+    answer = "never asked"
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise DemoFailed(f"The server ended with status {server.returncode}; the end of {log}:\n{tail(log)}")
         try:
-            if httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200:
+            reply = httpx.get(f"{url}/ready", timeout=5.0, trust_env=False)
+            if reply.status_code == 200:
                 return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.1)
-    raise DemoFailed(f"The server was not ready after {START_S:.0f} s; the end of {log}:\n{tail(log)}")
+            answer = reply.text
+        except httpx.TransportError as error:
+            answer = str(error)
+        time.sleep(0.25)
+    raise DemoFailed(f"The server is not ready after {START_S:.0f} s ({answer}); the end of {log}:\n{tail(log)}")
 
 
 def run_trainer(arguments: Sequence[str], *, stdout: IO[str] | None = None) -> None:
     """Runs the trainer process to its end. Raises `DemoFailed` if it fails; its own words are on stderr by then."""
-    launcher = Path(__file__).parent / "launch.py"
-    trainer = subprocess.Popen([sys.executable, str(launcher), *arguments], stdin=subprocess.DEVNULL, stdout=stdout)
+    command = [sys.executable, "-m", "rollout_server.demo.launch", *arguments]
+    trainer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout)
     try:
         status = trainer.wait()
     finally:
@@ -111,13 +114,13 @@ def run_trainer(arguments: Sequence[str], *, stdout: IO[str] | None = None) -> N
         raise DemoFailed(f"The trainer ended with status {status}; what it said is above.")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], patience_s: float = STOP_S) -> None:
     """Ends a process that may have ended already: asks first, then insists."""
     if process.poll() is not None:
         return
     process.terminate()
     try:
-        process.wait(STOP_S)
+        process.wait(patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

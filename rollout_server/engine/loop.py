@@ -151,10 +151,9 @@ class Engine:
             self._reports.fail(getattr(command, "id", ""), error)
 
     def _flush(self) -> None:
-        events = self._reports.take()
-        if events:
-            # The snapshot first: whoever was told of a change can see it.
-            self._show_status()
+        # The snapshot first: whoever is told of a change can see it.
+        self._show_status()
+        if events := self._reports.take():
             self._post(events)
 
     def _show_status(self, state: str = "ready", fault: str | None = None) -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from adapters.registry import Entry, GoneVersion, Mismatch, Registry, RegistryError, UnknownName, UnknownVersion
-from adapters.slots import AdapterSlots
+from adapters.registry import (
+    Change,
+    Entry,
+    Facts,
+    GoneVersion,
+    Mismatch,
+    Registry,
+    RegistryError,
+)
+from adapters.slots import BASE_SLOT, AdapterSlots
+from adapters.spec import AdapterDoesNotFit
 from rollout_server.engine.messages import (
     Activate,
     EngineOptions,
@@ -16,5 +26,192 @@ from rollout_server.engine.messages import (
     VersionStatus,
 )
 from rollout_server.engine.model import ResidentModel
-from rollout_server.errors import PreconditionFailed, RolloutError, StalePolicy, UnknownPolicy, VersionGone
+from rollout_server.errors import (
+    AdapterMismatch,
+    PreconditionFailed,
+    StalePolicy,
+    UnknownPolicy,
+    VersionGone,
+    WeightsMemoryExceeded,
+)
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+
+MODE = "adapter"
+
+
+class PolicyTable:
+    """The registry of versions and the slots that hold their weights. `base` is version 0 and never freed."""
+
+    def __init__(self, base: PolicyVersion, slots: AdapterSlots, keep_versions: int, weights_memory: int | None) -> None:
+        self.base = base
+        self._slots = slots
+        self._registry = Registry(keep_versions)
+        self._weights_memory = weights_memory
+        self._shown: tuple[PolicyStatus, ...] | None = None
+
+    @classmethod
+    def start(cls, model: ResidentModel, options: EngineOptions) -> PolicyTable:
+        """With `--adapter` versions already published."""
+        base = PolicyVersion(BASE, 0, model.info.digest)
+        slots = AdapterSlots(model.module, model.info.layers, model.dtype)
+        table = cls(base, slots, options.keep_versions, options.weights_memory)
+        for name, bundle in options.adapters:
+            table.apply(Publish(f"start {name}", name, bundle))
+        return table
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def check(self, address: PolicyAddress) -> None:
+        """Raises `UnknownPolicy` or `VersionGone` if nothing has this address now."""
+        if address.name != BASE or address.number or address.digest:
+            self._resolve(address)
+
+    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, int]:
+        """The version an address means now and its slot, with one reference for each of `rows` rows.
+
+        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
+        entry = self._resolve(address)
+        number = entry.number if entry else 0
+        if min_version is not None and number < min_version:
+            raise StalePolicy(
+                f"min_version is {min_version}, but {address.name} is at version {number}.", param="min_version"
+            )
+        if entry is None:
+            return self.base, BASE_SLOT
+        self._registry.acquire(entry.name, entry.number, rows)
+        self._shown = None
+        return _version(entry), self._slots.slot(entry.digest)
+
+    def acquire_again(self, version: PolicyVersion, rows: int) -> None:
+        """More references to a version that is already held."""
+        if version.number:
+            self._shown = None
+            self._registry.acquire(version.name, version.number, rows)
+
+    def release(self, version: PolicyVersion, rows: int) -> None:
+        """Gives references back; a version nothing keeps any more is freed."""
+        if version.number and rows:
+            self._shown = None
+            self._free(self._registry.release(version.name, version.number, rows))
+
+    def route(self, slots: Sequence[int]) -> None:
+        """Row i of the next forwards uses slots[i]."""
+        self._slots.route(slots)
+
+    # ---- versions -------------------------------------------------------------------------------------------------
+
+    def stages(self, publish: Publish) -> bool:
+        """Whether a publish will write into the slot arrays."""
+        return self._registry.same(publish.name, publish.bundle.digest, MODE) is None
+
+    def apply(self, command: Publish | Activate) -> Published:
+        """Stages what is new, then moves the alias; nothing has changed if it raises."""
+        self._shown = None
+        with _as_ours():
+            return self._publish(command) if isinstance(command, Publish) else self._activate(command)
+
+    def _publish(self, command: Publish) -> Published:
+        bundle = command.bundle
+        began = time.perf_counter()
+        fresh = self.stages(command)
+        if fresh:
+            self._registry.require(command.name, command.if_match)
+            self._require_memory(command)
+            self._slots.stage(bundle)
+        staged = time.perf_counter()
+        spec = bundle.spec
+        change = self._registry.publish(
+            command.name,
+            bundle.digest,
+            Facts(spec.kind, MODE, bundle.rank, len(spec.modules), bundle.nbytes),
+            created=time.time(),
+            activate=command.activate,
+            label=command.label,
+            if_match=command.if_match,
+        )
+        self._free(change.freed)
+        return self._published(command.id, change, staged - began, time.perf_counter() - staged)
+
+    def _activate(self, command: Activate) -> Published:
+        began = time.perf_counter()
+        change = self._registry.activate(command.name, command.number, command.if_match)
+        self._free(change.freed)
+        return self._published(command.id, change, 0.0, time.perf_counter() - began)
+
+    @staticmethod
+    def _published(id: str, change: Change, stage_s: float, activate_s: float) -> Published:
+        return Published(
+            id, _version(change.entry), change.entry.live, change.unchanged, 1e3 * stage_s, 1e3 * activate_s
+        )
+
+    def _require_memory(self, command: Publish) -> None:
+        if self._weights_memory is None:
+            return
+        held = sum(entry.facts.nbytes for name in self._registry.names for entry in self._registry.versions(name))
+        if held + command.bundle.nbytes > self._weights_memory:
+            raise WeightsMemoryExceeded(
+                f"The adapter has {command.bundle.nbytes} bytes and {held} are held by kept versions; --weights-memory "
+                f"is {self._weights_memory}. Nothing changed; keep fewer versions (--keep-versions) or allow more."
+            )
+
+    def _free(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            self._slots.release(digest)
+
+    def _resolve(self, address: PolicyAddress) -> Entry | None:
+        """None for the base."""
+        if address.name == BASE:
+            wrong = address.number or (address.digest and not self.base.digest.startswith(address.digest))
+            if wrong:
+                raise UnknownPolicy(f"The base has only version 0 ({self.base.digest}), not {address}.", param="policy")
+            return None
+        with _as_ours():
+            return self._registry.resolve(address.name, address.number, address.digest)
+
+    # ---- status ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[PolicyStatus, ...]:
+        """All names and kept versions; made again only after a change, since it is asked for at every step."""
+        if self._shown is None:
+            self._shown = tuple(self._line(name) for name in self._registry.names)
+        return self._shown
+
+    def _line(self, name: str) -> PolicyStatus:
+        live = self._registry.live(name)
+        versions = tuple(_status(entry) for entry in self._registry.versions(name))
+        return PolicyStatus(name, _version(live) if live else None, versions)
+
+
+def _version(entry: Entry) -> PolicyVersion:
+    return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
+
+
+def _status(entry: Entry) -> VersionStatus:
+    facts = entry.facts
+    return VersionStatus(
+        _version(entry),
+        facts.kind,
+        facts.mode,
+        facts.rank,
+        facts.modules,
+        entry.live,
+        entry.pinned,
+        entry.in_use,
+        facts.nbytes,
+        entry.created,
+    )
+
+
+@contextmanager
+def _as_ours() -> Iterator[None]:
+    """The adapters' own errors in the words of the one tree the server speaks."""
+    try:
+        yield
+    except GoneVersion as error:
+        raise VersionGone(error.message, param="policy") from error
+    except Mismatch as error:
+        raise PreconditionFailed(error.message, param="If-Match") from error
+    except RegistryError as error:
+        raise UnknownPolicy(error.message, param="policy") from error
+    except AdapterDoesNotFit as error:
+        raise AdapterMismatch(str(error), faults=error.faults) from error

@@ -54,7 +54,7 @@ def exponential(x: mx.array) -> mx.array:
     """exp of float32 values that are at most 0; exactly 0 below about −87.
 
     MLX's exp on the CPU is scalar and would be a quarter of a decode step (12 ms for 32 × 16,384 against 3 ms here);
-    the polynomial's relative error is that of MLX's own, 2e-6 at the far end of the range and 1e-7 near 0."""
+    the polynomial's relative error is that of MLX's own: 1e-7 near 0, 2e-6 at 1e-30."""
     if mx.default_device() != mx.cpu:
         return mx.exp(x)
     power = mx.maximum(x * 1.4426950408889634, -126.0)

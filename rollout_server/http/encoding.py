@@ -13,9 +13,7 @@ from rollout_server.detokenize import IncrementalText
 from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span
 
 
-def json_response(
-    content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None
-) -> Response[bytes]:
+def json_response(content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
     """NaN and infinities become null."""
     return Response(
         content=msgspec.json.encode(content), status_code=status_code, headers=headers, media_type="application/json"

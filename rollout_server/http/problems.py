@@ -1,12 +1,12 @@
 """The one table from error class to status, and the one body every error travels in.
 
-    {"error": {"message", "type", "param", "code", "retryable"}}        header x-should-retry
+{"error": {"message", "type", "param", "code", "retryable"}}        header x-should-retry
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ REQUEST, PERMISSION, MISSING, SERVER = (
     "server_error",
 )
 
-TABLE = MappingProxyType(
+TABLE: Mapping[type[RolloutError], Row] = MappingProxyType(
     {
         errors.InvalidField: Row(400, REQUEST),
         errors.UnsupportedField: Row(400, REQUEST),
@@ -137,7 +137,7 @@ def from_adapters(error: adapter_errors.AdapterError) -> RolloutError:
     if isinstance(error, adapter_errors.AdapterDoesNotFit):
         return errors.AdapterMismatch(message, faults=error.faults, param="weights")
     if isinstance(error, adapter_errors.AdapterUnsupported):
-        return errors.UnsupportedField(message, param="config")
+        return errors.UnsupportedField(message, param=f"config.{error.fields[0]}" if error.fields else "config")
     return errors.AdapterInvalid(message, param="weights")
 
 

@@ -50,9 +50,7 @@ async def tokens_of(prompt: Prompt, tokenizer: Any, *, param: str) -> PromptToke
             raise InvalidField(f"{param}.token_ids is empty: give at least one token.", param=f"{param}.token_ids")
         return PromptTokens(prompt.token_ids)
     if prompt.text is not None:
-        ids = await encode(
-            tokenizer, prompt.text, add_special_tokens=prompt.add_special_tokens, param=f"{param}.text"
-        )
+        ids = await encode(tokenizer, prompt.text, add_special_tokens=prompt.add_special_tokens, param=f"{param}.text")
         return PromptTokens(ids, prompt.text)
     return PromptTokens(render(prompt, tokenizer, param=f"{param}.messages"))
 
@@ -61,9 +59,9 @@ def render(prompt: Prompt, tokenizer: Any, *, param: str) -> list[int]:
     """`messages` through the tokenizer's chat template."""
     if not tokenizer.chat_template:
         raise InvalidField("This model has no chat template; send text or token_ids.", param=param)
-    if prompt.add_generation_prompt and prompt.continue_final_message:
-        if "add_generation_prompt" in prompt.model_fields_set:
-            raise InvalidField("continue_final_message excludes add_generation_prompt.", param=param)
+    both = prompt.add_generation_prompt and prompt.continue_final_message
+    if both and "add_generation_prompt" in prompt.model_fields_set:
+        raise InvalidField("continue_final_message excludes add_generation_prompt.", param=param)
     extra = prompt.chat_template_kwargs or {}
     if wrong := sorted(TEMPLATE_ARGUMENTS & extra.keys()):
         raise InvalidField(f"chat_template_kwargs may not set {wrong[0]!r}.", param=param)

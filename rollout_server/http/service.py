@@ -30,6 +30,8 @@ class Service:
     instance: str
     """New at each start; version numbers are comparable only within one."""
     startup: Startup = field(repr=False)
+    created: int
+    """Unix time of the start."""
 
     @property
     def info(self) -> ModelInfo:

@@ -105,30 +105,38 @@ def failed_row(group: RolloutRequest, sample: int, error: RolloutError) -> Rollo
 # ---- streams ------------------------------------------------------------------------------------------------------
 
 
-async def first_event(
-    request: Request[Any, Any, Any], subscription: Subscription
-) -> TokensSampled | RowFinished | None:
-    """Waits for the first event, so that a request that fails before it answers with a status of its own."""
+def _produced(event: TokensSampled | RowFinished) -> bool:
+    return isinstance(event, TokensSampled) or event.rollout.error is None or bool(event.rollout.token_ids)
 
-    async def take() -> TokensSampled | RowFinished | None:
-        return await anext(subscription, None)
+
+async def opening(request: Request[Any, Any, Any], subscription: Subscription) -> list[TokensSampled | RowFinished]:
+    """Events up to the first that shows a row at work, so that a request of which nothing ran answers with a status
+    of its own."""
+    events: list[TokensSampled | RowFinished] = []
+
+    async def take() -> None:
+        async for event in subscription:
+            events.append(event)
+            if _produced(event):
+                return
 
     try:
-        event = await while_connected(request, take())
+        await while_connected(request, take())
     except (RolloutError, asyncio.CancelledError):
         subscription.abort("disconnect")
         raise
-    return event
+    refuse_if_nothing_ran([event.rollout for event in events if isinstance(event, RowFinished)])
+    return events
 
 
 async def chained(
-    first: TokensSampled | RowFinished | None, subscription: Subscription
+    first: Sequence[TokensSampled | RowFinished], subscription: Subscription
 ) -> AsyncIterator[TokensSampled | RowFinished]:
-    """The first event, then the others."""
-    if first is not None:
-        yield first
-        async for event in subscription:
-            yield event
+    """The events of the opening, then the others."""
+    for event in first:
+        yield event
+    async for event in subscription:
+        yield event
 
 
 def ndjson_line(content: Any) -> bytes:

@@ -40,7 +40,9 @@ class CompletionsRequest(Request):
 
     model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
     prompt: PromptForm
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="What fits, if absent; 0 with echo.")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="What fits, if absent; 0 with echo."
+    )
     n: Count = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -63,11 +65,13 @@ class CompletionsRequest(Request):
     def _fits_together(self) -> CompletionsRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
-                "stream_options", "stream_options needs \"stream\": true.", {"field": "stream_options"}
+                "stream_options", 'stream_options needs "stream": true.', {"field": "stream_options"}
             )
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError(
-                "max_tokens", "max_tokens 0 needs \"echo\": true: there would be nothing to return.", {"field": "max_tokens"}
+                "max_tokens",
+                'max_tokens 0 needs "echo": true: there would be nothing to return.',
+                {"field": "max_tokens"},
             )
         return self
 

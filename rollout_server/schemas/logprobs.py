@@ -20,7 +20,7 @@ class SequenceToScore(Request):
 class LogprobsRequest(Request):
     policy: PolicyText
     sequences: Annotated[list[SequenceToScore], Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(1.0, description="Divides the logits first.")
+    temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(default=1.0, description="Divides the logits first.")
     returns: list[Literal["entropy"]] = Field(default_factory=list, alias="return")
     top_logprobs: Annotated[int, Field(ge=0)] = 0
 

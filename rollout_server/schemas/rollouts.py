@@ -35,7 +35,7 @@ class SamplingOptions(Request):
 
     later: ClassVar = LATER_SAMPLING
 
-    max_tokens: int | None = Field(None, description="What fits, if absent.")
+    max_tokens: int | None = Field(default=None, description="What fits, if absent.")
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -82,7 +82,9 @@ class Prompt(Request):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise PydanticCustomError(
-                "prompt_kind", "A prompt is one of token_ids, text and messages; this one has {found}.", {"found": found}
+                "prompt_kind",
+                "A prompt is one of token_ids, text and messages; this one has {found}.",
+                {"found": found},
             )
         owner = {
             "add_special_tokens": "text",
@@ -106,19 +108,17 @@ class RolloutsRequest(Request):
 
     later: ClassVar = {"max_staleness": (), "wait_s": (), "return_when": ()}
 
-    id: RequestId | None = Field(None, description="Names the request; also sent as X-Request-Id.")
+    id: RequestId | None = Field(default=None, description="Names the request; also sent as X-Request-Id.")
     policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
     prompts: Annotated[list[Prompt], Field(min_length=1)]
     n: Count = 1
-    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
-    returns: list[str] = Field(
-        default_factory=list, alias="return", description=f"Any of {', '.join(SERVED_RETURNS)}."
-    )
+    sampling: SamplingOptions = SamplingOptions()
+    returns: list[str] = Field(default_factory=list, alias="return", description=f"Any of {', '.join(SERVED_RETURNS)}.")
     top_logprobs: Annotated[int, Field(ge=0)] = 0
-    on_update: str = Field("finish", description="`finish`: rows end on the version they started with.")
+    on_update: str = Field(default="finish", description="`finish`: rows end on the version they started with.")
     min_version: Annotated[int, Field(ge=0)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
-    stream: bool = Field(False, description="NDJSON: a line per rollout when it finishes.")
+    stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
 
     @field_validator("returns")
     @classmethod

@@ -59,7 +59,7 @@ class PushTimings(BaseModel):
     activate: float
 
 
-class PublishedReply(BaseModel):
+class PushReply(BaseModel):
     """A version, live or not. `unchanged`: the same weights were already there."""
 
     name: str
@@ -74,19 +74,14 @@ class PublishedReply(BaseModel):
     base: BaseState
     bytes: int
     instance: str
-
-
-class PushReply(PublishedReply):
     report: PushReport
     timings_ms: PushTimings
 
 
 class ActivateTimings(BaseModel):
+    """Milliseconds."""
+
     activate: float
-
-
-class ActivateReply(PublishedReply):
-    timings_ms: ActivateTimings
 
 
 class KeptVersion(BaseModel):
@@ -111,6 +106,13 @@ class PolicyReply(BaseModel):
 class OnePolicyReply(PolicyReply):
     base: BaseState
     instance: str
+
+
+class ActivateReply(OnePolicyReply):
+    """`unchanged`: the alias was there already."""
+
+    unchanged: bool
+    timings_ms: ActivateTimings
 
 
 class PoliciesReply(BaseModel):

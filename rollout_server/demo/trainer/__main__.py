@@ -78,7 +78,7 @@ def main() -> None:
     try:
         with watching(Console(), settings.steps) as watch:
             run(settings, watch)
-    except TrainerClientError as error:
+    except (TrainerClientError, OSError) as error:
         sys.exit(f"trainer: {error}")
 
 

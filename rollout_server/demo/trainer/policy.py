@@ -23,6 +23,9 @@ class Policy:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # mlx-lm would look for the name on the Hub.
+        if not (settings.model / "config.json").is_file():
+            raise FileNotFoundError(f"{settings.model} holds no config.json: give the directory of the server's base.")
         loaded = mlx_lm.load(str(settings.model))
         self.model, self.tokenizer = loaded[0], loaded[1]
         self.model.set_dtype(mx.float32)

@@ -1,0 +1,291 @@
+"""Names, versions, aliases, reference counts and retention, in plain Python.
+
+A version is immutable and numbered from 1 within its name; the alias of a name is the number that is live. Kept are
+the newest `keep_versions` of each name and, beyond these, whatever is live, pinned or in use by rows; the rest is freed
+at once, and the caller is told the digests, one for each freed version, to give their slots back. Not thread-safe: the
+engine owns the only one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+GONE_DIGESTS = 4096
+"""Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
+
+
+class RegistryError(Exception):
+    """Base of the tree. `message` is what the user reads."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class UnknownName(RegistryError):
+    """Nothing was ever published under this name."""
+
+
+class UnknownVersion(RegistryError):
+    """The name exists, but never had this version, or none of its versions is live."""
+
+
+class GoneVersion(RegistryError):
+    """The version existed, but was freed."""
+
+
+class Mismatch(RegistryError):
+    """The alias is not where the caller expects it (If-Match)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is worth telling about a version; the registry itself reads only `mode`."""
+
+    kind: str
+    mode: str
+    rank: int
+    modules: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One version, as it was when asked for."""
+
+    name: str
+    number: int
+    digest: str
+    label: str | None
+    facts: Facts
+    created: float
+    live: bool
+    pinned: bool
+    in_use: int
+    """References of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """`entry` is the version after the change; `freed` the digest of each version that retention let go."""
+
+    entry: Entry
+    unchanged: bool = False
+    """The publish met a version that is already there."""
+    freed: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Version:
+    number: int
+    digest: str
+    facts: Facts
+    created: float
+    label: str | None = None
+    pinned: bool = False
+    in_use: int = 0
+
+
+@dataclass(slots=True)
+class _Line:
+    """All that is known of one name. `kept` is in order of number."""
+
+    name: str
+    last: int = 0
+    live: int | None = None
+    kept: dict[int, _Version] = field(default_factory=dict)
+    gone: dict[str, None] = field(default_factory=dict)
+
+    def entry(self, version: _Version) -> Entry:
+        return Entry(
+            name=self.name,
+            number=version.number,
+            digest=version.digest,
+            label=version.label,
+            facts=version.facts,
+            created=version.created,
+            live=version.number == self.live,
+            pinned=version.pinned,
+            in_use=version.in_use,
+        )
+
+    def current(self) -> _Version | None:
+        return None if self.live is None else self.kept[self.live]
+
+    def find(self, number: int) -> _Version:
+        version = self.kept.get(number)
+        if version is None and 1 <= number <= self.last:
+            raise GoneVersion(f"{self.name}@{number} was freed: only the newest, live, pinned and used ones are kept.")
+        if version is None:
+            raise UnknownVersion(f"{self.name} has no version {number}; its newest is {self.last}.")
+        return version
+
+    def find_digest(self, prefix: str) -> _Version:
+        for version in reversed(self.kept.values()):
+            if version.digest.startswith(prefix):
+                return version
+        if any(digest.startswith(prefix) for digest in self.gone):
+            raise GoneVersion(f"{self.name}@{prefix} was freed: only the newest, live, pinned and used ones are kept.")
+        raise UnknownVersion(f"{self.name} has no version with digest {prefix}.")
+
+
+class Registry:
+    """`keep_versions` is how many of the newest versions of each name are kept in any case, at least 1."""
+
+    def __init__(self, keep_versions: int) -> None:
+        if keep_versions < 1:
+            raise ValueError(f"keep_versions must be at least 1, not {keep_versions}.")
+        self._keep = keep_versions
+        self._lines: dict[str, _Line] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._lines))
+
+    def versions(self, name: str) -> tuple[Entry, ...]:
+        """Kept versions, oldest first. Raises `UnknownName`."""
+        line = self._line(name)
+        return tuple(line.entry(version) for version in line.kept.values())
+
+    def live(self, name: str) -> Entry | None:
+        """Where the alias points, if anywhere. Raises `UnknownName`."""
+        line = self._line(name)
+        current = line.current()
+        return None if current is None else line.entry(current)
+
+    def resolve(self, name: str, number: int | None = None, digest: str | None = None) -> Entry:
+        """The version that `NAME`, `NAME@number` or `NAME@digest` means; `digest` is `sha256:` and a prefix of the
+        hex digits, and where several versions share it the newest is meant.
+
+        Raises `UnknownName`, `UnknownVersion` or `GoneVersion`."""
+        line = self._line(name)
+        if number is not None:
+            return line.entry(line.find(number))
+        if digest is not None:
+            return line.entry(line.find_digest(digest))
+        current = line.current()
+        if current is None:
+            raise UnknownVersion(f"No version of {name} is live: activate one, or ask for {name}@{line.last}.")
+        return line.entry(current)
+
+    def same(self, name: str, digest: str, mode: str) -> Entry | None:
+        """The version that publishing this content would leave as it is: the live or else the newest one of `name`,
+        if it has this digest and mode. None means that a publish makes a new version."""
+        line = self._lines.get(name)
+        version = _same(line, digest, mode) if line else None
+        return line.entry(version) if line and version else None
+
+    def require(self, name: str, if_match: str | None) -> None:
+        """Raises `Mismatch` unless the alias is at `if_match`: a number, or `sha256:` and at least 8 hex digits."""
+        if if_match is None:
+            return
+        line = self._lines.get(name)
+        current = line.current() if line else None
+        number = re.fullmatch(r"[0-9]{1,12}", if_match)
+        if not number and not re.fullmatch(r"sha256:[0-9a-f]{8,64}", if_match):
+            raise Mismatch(f"If-Match names a version by number or by sha256:…, and not as {if_match[:80]!r}.")
+        if current is None:
+            raise Mismatch(f"If-Match asks for {if_match}, but no version of {name} is live.")
+        if current.number != int(if_match) if number else not current.digest.startswith(if_match):
+            raise Mismatch(
+                f"If-Match asks for {if_match}, but {name} is at version {current.number} ({current.digest})."
+            )
+
+    def publish(
+        self,
+        name: str,
+        digest: str,
+        facts: Facts,
+        *,
+        created: float,
+        activate: bool = True,
+        label: str | None = None,
+        if_match: str | None = None,
+    ) -> Change:
+        """Make the next version of `name`, and with `activate` move the alias to it.
+
+        Content equal to the live or the newest version makes none: that version is the answer, `unchanged`, with the
+        label replaced if one is given. This is decided before `if_match`, so that repeating a publish is safe.
+        Raises `Mismatch`; nothing has changed then."""
+        line = self._lines.get(name)
+        version = _same(line, digest, facts.mode) if line else None
+        unchanged = version is not None
+        if version is None:
+            self.require(name, if_match)
+            line = self._lines.setdefault(name, _Line(name))
+            line.last += 1
+            version = line.kept[line.last] = _Version(line.last, digest, facts, created)
+            line.gone.pop(digest, None)
+        line = self._lines[name]
+        if label is not None:
+            version.label = label
+        if activate:
+            line.live = version.number
+        freed = self._retain(line)
+        return Change(line.entry(version), unchanged=unchanged, freed=freed)
+
+    def activate(self, name: str, number: int, if_match: str | None = None) -> Change:
+        """Move the alias to a kept version. Raises `UnknownName`, `UnknownVersion`, `GoneVersion` or `Mismatch`."""
+        line = self._line(name)
+        version = line.find(number)
+        self.require(name, if_match)
+        unchanged = line.live == number
+        line.live = number
+        freed = self._retain(line)
+        return Change(line.entry(version), unchanged=unchanged, freed=freed)
+
+    def pin(self, name: str, number: int, pinned: bool) -> Change:
+        """Keep a version whatever its age, or no longer. Raises `UnknownName`, `UnknownVersion` or `GoneVersion`."""
+        line = self._line(name)
+        version = line.find(number)
+        unchanged = version.pinned == pinned
+        version.pinned = pinned
+        entry = line.entry(version)
+        return Change(entry, unchanged=unchanged, freed=self._retain(line))
+
+    def acquire(self, name: str, number: int, rows: int = 1) -> None:
+        """`rows` more rows use a kept version. Raises `UnknownName`, `UnknownVersion` or `GoneVersion`."""
+        if rows < 1:
+            raise ValueError(f"At least one row acquires a version, not {rows}.")
+        self._line(name).find(number).in_use += rows
+
+    def release(self, name: str, number: int, rows: int = 1) -> tuple[str, ...]:
+        """`rows` rows less use the version; returns the digests freed by that. Raises `ValueError` where fewer rows
+        hold it: that is a fault of the caller, and nothing has changed."""
+        line = self._lines.get(name)
+        version = line.kept.get(number) if line else None
+        if line is None or version is None or not 1 <= rows <= version.in_use:
+            raise ValueError(f"{rows} rows release {name}@{number}, which fewer rows hold.")
+        version.in_use -= rows
+        return () if version.in_use else self._retain(line)
+
+    def _line(self, name: str) -> _Line:
+        line = self._lines.get(name)
+        if line is None:
+            raise UnknownName(f"There is no policy {name[:80]!r}; push weights under this name first.")
+        return line
+
+    def _retain(self, line: _Line) -> tuple[str, ...]:
+        freed = list(self._surplus(line))
+        for version in freed:
+            del line.kept[version.number]
+            line.gone.pop(version.digest, None)
+            line.gone[version.digest] = None
+        while len(line.gone) > GONE_DIGESTS:
+            del line.gone[next(iter(line.gone))]
+        return tuple(version.digest for version in freed)
+
+    def _surplus(self, line: _Line) -> Iterator[_Version]:
+        """Versions that nothing keeps, oldest first."""
+        for version in list(line.kept.values())[: -self._keep]:
+            if version.number != line.live and not version.pinned and not version.in_use:
+                yield version
+
+
+def _same(line: _Line, digest: str, mode: str) -> _Version | None:
+    """The live version comes first, so that equal content never moves the alias."""
+    newest = line.kept.get(line.last)
+    candidates = (line.current(), newest)
+    return next((v for v in candidates if v and v.digest == digest and v.facts.mode == mode), None)

@@ -1,0 +1,87 @@
+"""The application: routes, errors, and the life of the engine behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from litestar import Litestar
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from pydantic import ValidationError
+
+from rollout_server import __version__
+from rollout_server.config import ServerConfig
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.errors import RolloutError
+from rollout_server.http.completions import CompletionsController
+from rollout_server.http.courtesy import Courtesy
+from rollout_server.http.logprobs import LogprobsController
+from rollout_server.http.problems import to_response
+from rollout_server.http.rollouts import RolloutsController
+from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.http.startup import Startup, engine_options
+from rollout_server.http.system import HealthController, ModelsController
+from rollout_server.http.weights import AliasController, WeightsController
+
+
+def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
+    """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
+    been started. Without one, the model is looked up now, which may download it."""
+    handle = engine or EngineHandle(engine_options(config))
+    service = Service(
+        config=config,
+        engine=handle,
+        instance=secrets.token_hex(8),
+        startup=Startup(config, handle),
+        created=int(time.time()),
+    )
+
+    def lifespan(_: Litestar) -> AbstractAsyncContextManager[None]:
+        return running(service)
+
+    return Litestar(
+        route_handlers=[
+            RolloutsController,
+            CompletionsController,
+            LogprobsController,
+            WeightsController,
+            AliasController,
+            ModelsController,
+            HealthController,
+        ],
+        state=State({STATE_KEY: service}, deep_copy=False),
+        lifespan=[lifespan],
+        middleware=[Courtesy()],
+        exception_handlers={
+            RolloutError: to_response,
+            ValidationError: to_response,
+            HTTPException: to_response,
+            Exception: to_response,
+        },
+        request_max_body_size=config.max_body,
+        openapi_config=OpenAPIConfig(
+            title="rollout-server",
+            version=__version__,
+            path="/schema",
+            render_plugins=[JsonRenderPlugin(path="/openapi.json")],
+        ),
+        logging_config=None,
+    )
+
+
+@asynccontextmanager
+async def running(service: Service) -> AsyncIterator[None]:
+    """The engine runs inside; the server answers while the model is loading."""
+    service.engine.start()
+    startup = asyncio.create_task(service.startup.run())
+    try:
+        yield
+    finally:
+        await service.engine.close()
+        startup.cancel()

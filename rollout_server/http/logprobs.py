@@ -1,0 +1,89 @@
+"""`POST /v1/logprobs`: log-probabilities of given tokens, teacher-forced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.engine.messages import Score
+from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.http.auth import may_infer
+from rollout_server.http.body import StrictJson
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response, version_entry
+from rollout_server.http.service import Service, service_of
+from rollout_server.http.streaming import while_connected
+from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest
+
+
+class LogprobsController(Controller):
+    """Teacher forcing."""
+
+    path = "/v1/logprobs"
+    guards = (may_infer,)
+    tags = ("logprobs",)
+
+    @post(
+        dto=StrictJson[LogprobsRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Score given tokens",
+        description="Values for positions `start…` of every sequence; position 0 is null.",
+        responses={200: ResponseSpec(LogprobsReply, description="In the order of the request."), **failures()},
+    )
+    async def score(self, data: JSONBody[LogprobsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        address = service.address(data.policy, request, param="policy")
+        check(data, service)
+        scored = await while_connected(
+            request,
+            service.engine.score(
+                Score(
+                    id=service.engine.new_id("score"),
+                    policy=address,
+                    sequences=tuple(tuple(sequence.token_ids) for sequence in data.sequences),
+                    starts=tuple(sequence.start for sequence in data.sequences),
+                    temperature=data.temperature,
+                    entropy="entropy" in data.returns,
+                    top_logprobs=data.top_logprobs,
+                )
+            ),
+        )
+        return json_response(
+            {
+                "sequences": [
+                    {
+                        "logprobs": sequence.logprobs,
+                        "entropy": sequence.entropy if "entropy" in data.returns else None,
+                        "top_logprobs": sequence.top_logprobs if data.top_logprobs else None,
+                    }
+                    for sequence in scored.sequences
+                ],
+                "policy": service.policy_state(address),
+                "versions": [version_entry(scored.version)],
+                "temperature": scored.temperature,
+                "base": service.base,
+                "instance": service.instance,
+            }
+        )
+
+
+def check(data: LogprobsRequest, service: Service) -> None:
+    """Lengths and vocabulary, with the place of what is wrong."""
+    service.check_top_logprobs(data.top_logprobs, "top_logprobs")
+    context = service.info.max_model_len
+    for index, sequence in enumerate(data.sequences):
+        place = f"sequences[{index}]"
+        count = len(sequence.token_ids)
+        service.check_ids(sequence.token_ids, f"{place}.token_ids")
+        if count > context:
+            raise ContextExceeded(
+                f"{place} has {count} tokens; the context holds {context}.", param=f"{place}.token_ids"
+            )
+        if sequence.start >= count:
+            raise InvalidField(
+                f"{place}.start is {sequence.start}, but the sequence has {count} tokens.", param=f"{place}.start"
+            )

@@ -1,0 +1,160 @@
+"""`POST /v1/rollouts`: what a trainer calls."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+from pydantic import TypeAdapter
+
+from rollout_server.engine.handle import Subscription
+from rollout_server.engine.messages import RowFinished, TokensSampled
+from rollout_server.errors import InvalidField
+from rollout_server.http.auth import may_infer
+from rollout_server.http.body import StrictJson
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage
+from rollout_server.http.prompts import room, tokens_of
+from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.service import Service, service_of
+from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
+from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, Wants
+from rollout_server.schemas.fields import RequestId
+from rollout_server.schemas.rollouts import RolloutsReply, RolloutsRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request as the engine gets it, and what the reply needs besides."""
+
+    id: str
+    data: RolloutsRequest
+    address: PolicyAddress
+    groups: list[RolloutRequest]
+    service: Service
+    began: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(group.prompt_ids) for group in self.groups)
+
+    def entry(self, rollout: Rollout) -> dict[str, Any]:
+        returns = frozenset(self.data.returns)
+        return rollout_entry(
+            rollout,
+            request_id=self.id,
+            prompt_id=self.data.prompts[rollout.prompt_index].id,
+            returns=returns,
+            text=rollout_text(rollout, self.service.tokenizer) if "text" in returns else None,
+        )
+
+
+class RolloutsController(Controller):
+    """Samples with what a policy-gradient trainer needs of them."""
+
+    path = "/v1/rollouts"
+    guards = (may_infer,)
+    tags = ("rollouts",)
+
+    @post(
+        dto=StrictJson[RolloutsRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Sample rollouts",
+        description="n samples of every prompt. With `stream`, NDJSON: a line per rollout, then a `done` line.",
+        responses={200: ResponseSpec(RolloutsReply, description="By prompt, then sample."), **failures()},
+    )
+    async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
+        service = service_of(request)
+        job = await plan(data, request, service)
+        deadline = None if data.timeout_s is None else time.monotonic() + data.timeout_s
+        subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
+        if data.stream:
+            first = await opening(request, subscription)
+            return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
+        rollouts = await collect(request, subscription, job.groups)
+        return json_response(
+            {
+                "id": job.id,
+                "policy": service.policy_state(job.address),
+                "base": service.base,
+                "instance": service.instance,
+                "complete": is_complete(rollouts),
+                "rollouts": [job.entry(rollout) for rollout in rollouts],
+                "usage": usage(rollouts, job.prompt_tokens),
+                "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
+            }
+        )
+
+
+async def lines(
+    job: Job, first: Sequence[TokensSampled | RowFinished], subscription: Subscription
+) -> AsyncIterator[bytes]:
+    """A line per rollout when it finishes, then the one that says that these were all."""
+    done: list[Rollout] = []
+    async for event in chained(first, subscription):
+        if isinstance(event, RowFinished):
+            done.append(event.rollout)
+            yield ndjson_line(job.entry(event.rollout))
+    yield ndjson_line({"done": True, "complete": is_complete(done), "usage": usage(done, job.prompt_tokens)})
+
+
+def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str) -> str:
+    """The body's `id`, else `X-Request-Id`, else a fresh one."""
+    header = request.headers.get("x-request-id")
+    if header is not None:
+        TypeAdapter(RequestId).validate_python(header)
+        if given not in (None, header):
+            raise InvalidField(f"The body calls the request {given!r} and X-Request-Id {header!r}.", param="id")
+    return given or header or f"{kind}-{secrets.token_hex(12)}"
+
+
+async def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service) -> Job:
+    """Everything that can be wrong with a request is found here, before the engine hears of it."""
+    began = time.monotonic()
+    address = service.address(data.policy, request, param="policy")
+    service.check_top_logprobs(data.top_logprobs, "top_logprobs")
+    service.check_ids(data.sampling.stop_token_ids, "sampling.stop_token_ids")
+    counts = [prompt.n or data.n for prompt in data.prompts]
+    check_rows(counts, service.config.max_rows_per_request)
+    wants = Wants(
+        entropy="entropy" in data.returns,
+        top_logprobs=data.top_logprobs,
+        prompt_logprobs="prompt_logprobs" in data.returns,
+    )
+    id = request_id(data.id, request, kind="ro")
+    seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
+    groups = []
+    for index, prompt in enumerate(data.prompts):
+        place = f"prompts[{index}]"
+        tokens = await tokens_of(prompt, service.tokenizer, param=place)
+        if prompt.token_ids is not None:
+            service.check_ids(prompt.token_ids, f"{place}.token_ids")
+        own = prompt.max_tokens is not None
+        max_tokens = room(
+            len(tokens.ids),
+            prompt.max_tokens if own else data.sampling.max_tokens,
+            service.info.max_model_len,
+            prompt_param=place,
+            param=f"{place}.max_tokens" if own else "sampling.max_tokens",
+        )
+        groups.append(
+            RolloutRequest(
+                id=id,
+                prompt_ids=tuple(tokens.ids),
+                sampling=sampling_params(data.sampling, max_tokens, prefix="sampling."),
+                policy=address,
+                n=counts[index],
+                prompt_index=index,
+                seeds=row_seeds(seed, prompt.seed, index, counts[index]),
+                min_version=data.min_version,
+                wants=wants,
+            )
+        )
+    return Job(id, data, address, groups, service, began)

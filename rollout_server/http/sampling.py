@@ -1,0 +1,54 @@
+"""Request fields → `SamplingParams` and row seeds."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from rollout_server.errors import InvalidField
+from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
+from rollout_server.schemas.completions import CompletionsRequest
+from rollout_server.schemas.fields import stops
+from rollout_server.schemas.rollouts import SamplingOptions
+
+
+def sampling_params(
+    options: SamplingOptions | CompletionsRequest, max_tokens: int, *, prefix: str = ""
+) -> SamplingParams:
+    """Raises `InvalidField` whose `param` has `prefix` in front, the place of the options in the request."""
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=options.min_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            stop=stops(options.stop),
+            stop_token_ids=tuple(options.stop_token_ids),
+            ignore_eos=options.ignore_eos,
+        )
+    except InvalidField as error:
+        error.param = f"{prefix}{error.param}"
+        raise
+
+
+def fresh_seed() -> int:
+    """For a request that gives none."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def row_seeds(seed: int, own_seed: int | None, prompt_index: int, n: int) -> tuple[int, ...]:
+    """One seed per sample. A prompt's own seed counts as if the prompt had index 0."""
+    if own_seed is not None:
+        seed, prompt_index = own_seed, 0
+    return tuple(row_seed(seed, prompt_index, sample) for sample in range(n))
+
+
+def check_rows(counts: Sequence[int], limit: int) -> None:
+    """Before anything of that size is made."""
+    rows = sum(counts)
+    if rows > limit:
+        raise InvalidField(
+            f"The request asks for {rows} rows; at most {limit} are taken at once (--max-rows-per-request).", param="n"
+        )

@@ -1,0 +1,151 @@
+"""`serve`: the application behind a socket, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from litestar import Litestar
+
+from rollout_server import logs
+from rollout_server.config import ServerConfig
+from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.http.app import create_app
+from rollout_server.http.service import STATE_KEY, Service
+
+log = logging.getLogger("rollout_server.http")
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted: a trainer opens hundreds at once."""
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that they close them and not we under a request."""
+OPEN_FILES = 65536
+
+
+def announce(url: str) -> None:
+    """The line that a person, or a process that started us, waits for."""
+    sys.stdout.write(f"rollout-server is ready at {url}\n")
+    sys.stdout.flush()
+
+
+def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> None:
+    """Runs until SIGTERM or SIGINT, then ends open requests by name and returns. `ready` is called with the URL when
+    the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
+    logs.configure(config.log_format)
+    raise_file_limit()
+    app = create_app(config)
+    with bound_socket(config) as listener:
+        asyncio.run(_Server(app, config, listener, ready).until_stopped())
+
+
+@contextmanager
+def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
+    """Bound before anything is loaded, so that a taken port fails at once and port 0 has a number."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise EngineUnavailable(f"The address {config.host}:{config.port} cannot be used: {error}.") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise EngineUnavailable(f"The address {config.host}:{config.port} cannot be used: {error}.") from error
+        yield listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def raise_file_limit() -> None:
+    """A client is an open file, and some systems allow 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError) as error:
+            log.warning("At most %d files may be open, and so clients: %s", soft, error)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but open requests are ended by the engine before connections are waited for, and a signal that was
+    obeyed is not raised again."""
+
+    def __init__(
+        self, app: Litestar, config: ServerConfig, listener: socket.socket, ready: Callable[[str], None]
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=round(config.shutdown_s) or 1,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                server_header=False,
+            )
+        )
+        self._service: Service = app.state[STATE_KEY]
+        self._listener = listener
+        self._ready = ready
+
+    async def until_stopped(self) -> None:
+        """Serves until a signal comes, or the start fails: then its error is raised."""
+        starting = asyncio.create_task(self._wait_ready())
+        await self.serve(sockets=[self._listener])
+        if starting.done():
+            starting.result()
+        else:
+            starting.cancel()
+
+    async def _wait_ready(self) -> None:
+        try:
+            await self._service.startup.finished()
+        except RolloutError:
+            self.should_exit = True
+            raise
+        url = url_of(self._listener)
+        info = self._service.info
+        log.info("%s (%s, %s, cache %s) is ready at %s", info.id, info.dtype, info.device, info.cache, url)
+        self._ready(url)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        # Only the main thread hears signals.
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        for number in signals:
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        log.info("Stopping: open requests end now.")
+        await self._service.engine.close()
+        await super().shutdown(sockets)

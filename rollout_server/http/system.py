@@ -1,0 +1,98 @@
+"""`/v1/models`, `/health`, `/ready`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Request, Response, get
+from litestar.openapi.datastructures import ResponseSpec
+
+from rollout_server.errors import EngineUnavailable
+from rollout_server.http.auth import may_infer
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.service import Service, service_of
+from rollout_server.rollout import BASE
+from rollout_server.schemas.system import HealthReply, ModelsReply, ReadyReply
+
+PING_S = 5.0
+"""How long the engine thread may take to answer between two steps."""
+
+
+class ModelsController(Controller):
+    """The names a request's `model` may have."""
+
+    path = "/v1/models"
+    guards = (may_infer,)
+    tags = ("openai",)
+
+    @get(
+        summary="What can be sampled from",
+        responses={200: ResponseSpec(ModelsReply, description="The base, names, versions."), **failures()},
+    )
+    async def models(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        return json_response({"object": "list", "data": cards(service_of(request))})
+
+
+class HealthController(Controller):
+    """For supervisors; open without a key."""
+
+    path = "/"
+    tags = ("system",)
+
+    @get(
+        "/health",
+        summary="Whether the engine thread lives and answers",
+        responses={200: ResponseSpec(HealthReply, description="It does."), **failures()},
+    )
+    async def health(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        status = service.engine.status
+        if status.state != "ready":
+            raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
+        if not await service.engine.ping(PING_S):
+            raise EngineUnavailable(f"The engine thread did not answer within {PING_S:g} s.")
+        return json_response(
+            {
+                "status": "ok",
+                "state": status.state,
+                "waiting": status.waiting,
+                "running": status.running,
+                "steps": status.steps,
+                "tokens": status.tokens,
+                "instance": service.instance,
+            }
+        )
+
+    @get(
+        "/ready",
+        summary="Whether the model and the configured adapters are loaded",
+        responses={200: ResponseSpec(ReadyReply, description="They are."), **failures()},
+    )
+    async def ready(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        service.startup.check()
+        return json_response({"status": "ready", "instance": service.instance})
+
+
+def cards(service: Service) -> list[dict[str, Any]]:
+    """The base under both its names, every policy under its name if it is live, and every kept version."""
+    info = service.info
+    shared = {
+        "object": "model",
+        "created": service.created,
+        "owned_by": "rollout-server",
+        "max_model_len": info.max_model_len,
+        "vocab_size": info.vocab_size,
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "eos_token_ids": info.eos_token_ids,
+    }
+    found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((BASE, info.id))]
+    for policy in service.policies():
+        if policy.live is not None:
+            found.append({"id": policy.name, **shared, "digest": policy.live.digest})
+        for kept in policy.versions:
+            name = f"{policy.name}@{kept.version.number}"
+            found.append({"id": name, **shared, "created": int(kept.created), "digest": kept.version.digest})
+    return found

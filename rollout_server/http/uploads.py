@@ -1,0 +1,148 @@
+"""The two encodings of `POST /v1/weights`, read as they arrive and never past the limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from litestar import Request
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
+
+from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
+from rollout_server.http.body import chunks, parse_json
+from rollout_server.schemas.weights import WeightsOptions
+
+OPTION = "--max-upload"
+MAX_PARTS = 32
+MAX_CONFIG = 8 * 2**20
+MAX_FIELD = 4096
+BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    options: WeightsOptions
+    weights: memoryview
+    """Read-only safetensors bytes."""
+    config: dict[str, Any] | None
+    """None: look for it in the file's metadata."""
+
+
+async def read_upload(request: Request[Any, Any, Any], limit: int) -> Upload:
+    """Raises `BodyTooLarge`, `UnsupportedMedia`, `BadBody`, `InvalidField` or pydantic's ValidationError."""
+    content_type = request.headers.get("content-type", "")
+    match content_type.partition(";")[0].strip().lower():
+        case "application/octet-stream":
+            return await _read_stream(request, limit)
+        case "multipart/form-data":
+            return await _read_form(request, content_type, limit)
+        case other:
+            raise UnsupportedMedia(
+                "Weights travel as multipart/form-data or application/octet-stream, not as "
+                f"{other or 'a body without a content type'}.",
+                param="Content-Type",
+            )
+
+
+def _query(request: Request[Any, Any, Any]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in options:
+            raise InvalidField(f"The query has {name!r} twice.", param=name)
+        options[name] = value
+    return options
+
+
+async def _read_stream(request: Request[Any, Any, Any], limit: int) -> Upload:
+    fields = _query(request)
+    config = _config(fields.pop("config").encode()) if "config" in fields else None
+    # Checked before the body is read: a wrong option should not cost an upload.
+    options = WeightsOptions.model_validate(fields)
+    weights = bytearray()
+    async for chunk in chunks(request, limit, OPTION):
+        weights += chunk
+    return Upload(options, _whole(weights), config)
+
+
+def _config(raw: bytes) -> dict[str, Any]:
+    config = parse_json(raw, param="config")
+    if not isinstance(config, dict):
+        raise InvalidField("config must be a JSON object, as adapter_config.json is.", param="config")
+    return config
+
+
+def _whole(weights: bytearray) -> memoryview:
+    if not weights:
+        raise BadBody("The weights are empty; a safetensors file was expected.", param="weights")
+    return memoryview(weights).toreadonly()
+
+
+# ---- multipart ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Form:
+    """Parts read so far."""
+
+    fields: dict[str, bytearray] = field(default_factory=dict)
+    current: bytearray | None = None
+    room: int = 0
+    name: str = ""
+
+    def open(self, name: str, limit: int) -> None:
+        if name in self.fields:
+            raise InvalidField(f"The form has {name!r} twice.", param=name)
+        if name not in ("weights", "config", *WeightsOptions.model_fields):
+            raise InvalidField(f"Unknown field {name!r}.", param=name)
+        self.name = name
+        self.room = {"weights": limit, "config": MAX_CONFIG}.get(name, MAX_FIELD)
+        self.current = self.fields[name] = bytearray()
+
+    def add(self, data: bytes | bytearray) -> None:
+        if self.current is None:
+            raise BadBody("The form has data outside of its parts.")
+        if len(self.current) + len(data) > self.room:
+            raise BodyTooLarge(f"The form field {self.name!r} is larger than {self.room} bytes.", param=self.name)
+        self.current += data
+
+
+async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: int) -> Upload:
+    if wrong := next(iter(_query(request)), None):
+        raise InvalidField(f"With multipart/form-data, {wrong!r} belongs into the form, not the query.", param=wrong)
+    boundary = BOUNDARY.search(content_type)
+    if boundary is None:
+        raise BadBody("The multipart content type names no boundary.", param="Content-Type")
+    form = _Form()
+    try:
+        await _parse_form(chunks(request, limit, OPTION), boundary[1] or boundary[2], form, limit)
+    except ParserLimitReached as error:
+        raise BodyTooLarge(f"The form has too many parts, or headers that are too long: {error}.") from error
+    except MultipartError as error:
+        raise BadBody(f"The body is not multipart/form-data: {error}.") from error
+    parts = form.fields
+    if "weights" not in parts:
+        raise InvalidField("'weights' is required: the safetensors file.", param="weights")
+    config = _config(bytes(parts["config"])) if "config" in parts else None
+    options = {name: _text(name, raw) for name, raw in parts.items() if name not in ("weights", "config")}
+    return Upload(WeightsOptions.model_validate(options), _whole(parts["weights"]), config)
+
+
+async def _parse_form(body: AsyncIterator[bytes], boundary: str, form: _Form, limit: int) -> None:
+    with PushMultipartParser(boundary, max_segment_count=MAX_PARTS, content_length=-1) as parser:
+        async for chunk in body:
+            for event in parser.parse(chunk):
+                if isinstance(event, MultipartSegment):
+                    form.open(event.name, limit)
+                elif event:
+                    form.add(event)
+                else:
+                    form.current = None
+
+
+def _text(name: str, raw: bytes | bytearray) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidField(f"The form field {name!r} is not UTF-8 text.", param=name) from error

@@ -1,0 +1,198 @@
+"""`/v1/weights`: push a version, look at versions, move an alias."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+
+from litestar import Controller, Request, Response, get, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import FromPath, JSONBody
+
+from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.messages import Activate, PolicyStatus, Publish, Published, VersionStatus
+from rollout_server.errors import InvalidField
+from rollout_server.http.auth import may_administer, may_infer
+from rollout_server.http.body import StrictJson
+from rollout_server.http.documented import UploadOperation, failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.service import Service, service_of
+from rollout_server.http.startup import check_name
+from rollout_server.http.uploads import Upload, read_upload
+from rollout_server.schemas.weights import (
+    ActivateReply,
+    ActivateRequest,
+    OnePolicyReply,
+    PoliciesReply,
+    PushReply,
+)
+
+MATCH = re.compile(r'"(?:(\d{1,12})|(sha256:[0-9a-f]{64}))"')
+
+
+class WeightsController(Controller):
+    """Versions are immutable; a name is an alias that moves between two engine steps."""
+
+    path = "/v1/weights"
+    guards = (may_infer,)
+    tags = ("weights",)
+
+    @post(
+        guards=[may_administer],
+        status_code=201,
+        request_max_body_size=None,  # counted while it is read, against --max-upload
+        operation_class=UploadOperation,
+        summary="Push an adapter as a new version",
+        description="201 for a new version, 200 where the name already has these weights.",
+        responses={
+            200: ResponseSpec(PushReply, description="Unchanged: these weights were already there."),
+            201: ResponseSpec(PushReply, description="Every group admitted after this reply uses it or a later one."),
+            **failures(),
+        },
+    )
+    async def push(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        info = service.info  # before the upload: there is no use in one while the model is loading
+        match = if_match(request)
+        began = time.perf_counter()
+        upload = await read_upload(request, service.config.max_upload)
+        received = time.perf_counter()
+        options = upload.options
+        check_name(options.name, info.id)
+        bundle = await asyncio.to_thread(read, upload, info.layers)
+        validated = time.perf_counter()
+        published = await service.engine.publish(
+            Publish(
+                id=service.engine.new_id("publish"),
+                name=options.name,
+                bundle=bundle,
+                activate=options.activate == "true",
+                label=options.label,
+                if_match=match,
+            )
+        )
+        reply = push_reply(published, bundle, service)
+        reply["timings_ms"] = {
+            "receive": milliseconds(received - began),
+            "validate": milliseconds(validated - received),
+            "stage": round(published.stage_ms, 3),
+            "activate": round(published.activate_ms, 3),
+        }
+        return json_response(reply, status_code=200 if published.unchanged else 201)
+
+    @get(
+        summary="All policies and their kept versions",
+        responses={200: ResponseSpec(PoliciesReply, description="By name."), **failures()},
+    )
+    async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        policies = [policy_entry(policy) for policy in sorted(service.policies(), key=lambda policy: policy.name)]
+        return json_response({"policies": policies, "base": service.base, "instance": service.instance})
+
+    @get(
+        "/{name:str}",
+        summary="One policy and its kept versions",
+        responses={200: ResponseSpec(OnePolicyReply, description="Oldest version first."), **failures()},
+    )
+    async def one(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        return json_response(one_policy(service, name))
+
+
+class AliasController(Controller):
+    """Promote or roll back."""
+
+    path = "/v1/weights/{name:str}/activate"
+    guards = (may_administer,)
+    tags = ("weights",)
+
+    @post(
+        dto=StrictJson[ActivateRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Move the alias to a kept version",
+        responses={200: ResponseSpec(ActivateReply, description="The policy after it."), **failures()},
+    )
+    async def activate(self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        service.policy(name)
+        published = await service.engine.activate(
+            Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
+        )
+        reply = one_policy(service, name) | {"unchanged": published.unchanged}
+        return json_response(reply | {"timings_ms": {"activate": round(published.activate_ms, 3)}})
+
+
+def if_match(request: Request[Any, Any, Any]) -> str | None:
+    """`7` or `sha256:…` out of `If-Match: "7"`."""
+    header = request.headers.get("if-match")
+    if header is None:
+        return None
+    found = MATCH.fullmatch(header.strip())
+    if found is None:
+        raise InvalidField(
+            f'If-Match is a quoted version or digest, "7" or "sha256:" and 64 hex digits, not {header[:80]!r}.',
+            param="If-Match",
+        )
+    return found[1] or found[2]
+
+
+def read(upload: Upload, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
+    """Parses, converts, checks against the base and hashes; runs on a thread of its own."""
+    return read_bundle(upload.weights, upload.config, format=upload.options.format, layers=layers)
+
+
+def push_reply(published: Published, bundle: AdapterBundle, service: Service) -> dict[str, Any]:
+    version = published.version
+    return {
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "label": version.label,
+        "kind": bundle.spec.kind,
+        "mode": "adapter",
+        "rank": bundle.rank,
+        "live": published.live,
+        "unchanged": published.unchanged,
+        "base": service.base,
+        "bytes": bundle.nbytes,
+        "instance": service.instance,
+        "report": {
+            "modules": len(bundle.spec.modules),
+            "delta_norm": bundle.delta_norm,
+            "zero_modules": bundle.zero_modules,
+        },
+    }
+
+
+def one_policy(service: Service, name: str) -> dict[str, Any]:
+    return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
+
+
+def policy_entry(policy: PolicyStatus) -> dict[str, Any]:
+    return {
+        "name": policy.name,
+        "live": policy.live.number if policy.live else None,
+        "versions": [version_status(version) for version in policy.versions],
+    }
+
+
+def version_status(status: VersionStatus) -> dict[str, Any]:
+    return {
+        "version": status.version.number,
+        "digest": status.version.digest,
+        "label": status.version.label,
+        "kind": status.kind,
+        "mode": status.mode,
+        "live": status.live,
+        "pinned": status.pinned,
+        "rows_in_use": status.rows_in_use,
+        "bytes": status.nbytes,
+        "created": status.created,
+    }
+
+
+def milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)

@@ -1,0 +1,358 @@
+"""EngineHandle's surface over a script instead of a model: what the HTTP room is tested against.
+
+A row's tokens come from `script`; log-probabilities are functions of the token, so that tests can tell them apart.
+Real messages, real policy versions, no thread and no arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout_server.engine.messages import (
+    Activate,
+    EngineStatus,
+    ModelInfo,
+    PolicyStatus,
+    Publish,
+    Published,
+    RowFinished,
+    Score,
+    Scored,
+    ScoredSequence,
+    TokensSampled,
+    VersionStatus,
+)
+from rollout_server.errors import (
+    Conflict,
+    EngineUnavailable,
+    PreconditionFailed,
+    RolloutError,
+    StalePolicy,
+    UnknownPolicy,
+    VersionGone,
+)
+from rollout_server.rollout import (
+    BASE,
+    FinishReason,
+    PolicyVersion,
+    Rollout,
+    RolloutRequest,
+    RowError,
+    Span,
+    Timings,
+)
+
+CONTEXT = 512
+VOCABULARY = 400
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": (6, 4),
+    "model.layers.0.mlp.down_proj": (4, 10),
+}
+BASE_DIGEST = "sha256:" + "b" * 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the script says of one row."""
+
+    token_ids: Sequence[int]
+    finish_reason: FinishReason = FinishReason.LENGTH
+    stop_reason: str | int | None = None
+    error: RolloutError | None = None
+    hangs: bool = False
+    """Never ends by itself."""
+
+
+Script = Callable[[RolloutRequest, int], Row]
+
+
+def logprob(token: int) -> float:
+    return -0.001 * token - 0.25
+
+
+def sampling_logprob(token: int) -> float:
+    return -0.002 * token - 0.125
+
+
+def top_of(token: int, count: int) -> tuple[tuple[int, float], ...]:
+    """The token and the ids after it."""
+    return tuple((token + at, logprob(token) - at) for at in range(count))
+
+
+def plain(request: RolloutRequest, sample: int) -> Row:
+    """Three letters that depend on prompt and sample."""
+    return Row([(sum(request.prompt_ids) + sample + at) % 26 + 60 for at in range(3)])
+
+
+class FakeSubscription:
+    def __init__(self, id: str, engine: FakeEngine, groups: Sequence[RolloutRequest]) -> None:
+        self.id = id
+        self.reasons: list[str] = []
+        self._aborted = asyncio.Event()
+        self._engine = engine
+        self._events = self._run(groups)
+        self._over = False
+
+    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
+        return self
+
+    async def __anext__(self) -> TokensSampled | RowFinished:
+        try:
+            return await anext(self._events)
+        except (StopAsyncIteration, RolloutError):
+            self._over = True
+            self._engine.open.pop(self.id, None)
+            raise
+
+    def abort(self, reason: str = "disconnect") -> None:
+        if not self._over:
+            self.reasons.append(reason)
+            self._engine.aborted.append((self.id, reason))
+            self._aborted.set()
+
+    async def _run(self, groups: Sequence[RolloutRequest]) -> AsyncIterator[TokensSampled | RowFinished]:
+        if self._engine.fault is not None:
+            raise self._engine.fault
+        produced, error = False, None
+        for group in groups:
+            version = self._engine.resolve(group)
+            for sample in range(group.n):
+                row = self._engine.script(group, sample)
+                if group.wants.tokens_as_they_come:
+                    for id in row.token_ids:
+                        await asyncio.sleep(0)
+                        yield _token(group, sample, version, id)
+                if row.hangs:
+                    await asyncio.wait({asyncio.ensure_future(self._aborted.wait())})
+                    if self._engine.closing is not None:
+                        raise self._engine.closing
+                    row = Row(row.token_ids, FinishReason.ABORTED, self.reasons[-1])
+                produced, error = produced or bool(row.token_ids), error or row.error
+                yield RowFinished(group.id, _rollout(group, sample, version, row))
+        if error is not None and not produced:
+            raise error
+
+
+def _token(group: RolloutRequest, sample: int, version: PolicyVersion, id: int) -> TokensSampled:
+    top = (top_of(id, group.wants.top_logprobs),) if group.wants.top_logprobs else None
+    return TokensSampled(
+        group.id, group.prompt_index, sample, version, (id,), (logprob(id),), (sampling_logprob(id),), top
+    )
+
+
+def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Row) -> Rollout:
+    ids = tuple(row.token_ids)
+    wants = group.wants
+    greedy = group.sampling.temperature == 0
+    return Rollout(
+        prompt_index=group.prompt_index,
+        sample_index=sample,
+        prompt_ids=group.prompt_ids,
+        token_ids=ids,
+        logprobs=tuple(logprob(id) for id in ids),
+        sampling_logprobs=tuple(sampling_logprob(id) for id in ids),
+        log_kept_mass=tuple(float("nan") if greedy else 0.0 for _ in ids),
+        spans=(Span(version, 0, len(ids)),) if ids else (),
+        finish_reason=FinishReason.ERROR if row.error else row.finish_reason,
+        stop_reason=row.stop_reason,
+        seed=group.seeds[sample],
+        sampling=group.sampling,
+        timings=Timings(1.0, 2.0, 3.0),
+        entropy=tuple(0.5 for _ in ids) if wants.entropy else None,
+        top_logprobs=tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
+        prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
+        error=RowError(row.error.code, row.error.message) if row.error else None,
+    )
+
+
+@dataclass
+class Line:
+    """A named policy."""
+
+    versions: list[PolicyVersion] = field(default_factory=list)
+    bundles: list[Any] = field(default_factory=list)
+    live: PolicyVersion | None = None
+    freed: int = 0
+    """Versions up to this number are gone."""
+
+
+class FakeEngine:
+    def __init__(self, tokenizer: Any, script: Script = plain) -> None:
+        self.script = script
+        self.fault: RolloutError | None = None
+        """Raised by every request, submitted or scored."""
+        self.refusal: RolloutError | None = None
+        """Raised by submit itself."""
+        self.state = "ready"
+        self.answers = True
+        self.closing: RolloutError | None = None
+        self.lines: dict[str, Line] = {}
+        self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
+        self.scored: list[Score] = []
+        self.published: list[Publish] = []
+        self.aborted: list[tuple[str, str]] = []
+        self.open: dict[str, FakeSubscription] = {}
+        self.life: list[str] = []
+        self._tokenizer = tokenizer
+        self._count = 0
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        asyncio.get_running_loop()
+        self.life.append("started")
+
+    async def wait_ready(self) -> None:
+        if self.state != "ready":
+            raise EngineUnavailable("The model cannot be loaded.")
+
+    async def close(self) -> None:
+        self.life.append("closed")
+        self.closing = EngineUnavailable("The server is stopping.")
+        for subscription in list(self.open.values()):
+            subscription.abort("stop")
+
+    @property
+    def status(self) -> EngineStatus:
+        fault = None if self.state == "ready" else "The engine ended: a test."
+        policies = tuple(self._policy(name, line) for name, line in self.lines.items())
+        return EngineStatus(self.state, fault, waiting=1, running=2, policies=policies, steps=3, tokens=4)
+
+    async def ping(self, timeout_s: float) -> bool:
+        return self.answers
+
+    @property
+    def info(self) -> ModelInfo:
+        if self.state == "starting":
+            raise EngineUnavailable("The model is still loading; try again in a moment.")
+        return ModelInfo(
+            id="org/tiny",
+            digest=BASE_DIGEST,
+            model_type="qwen3",
+            vocab_size=VOCABULARY,
+            max_model_len=CONTEXT,
+            dtype="float32",
+            quantization=None,
+            eos_token_ids=(self._tokenizer.eos_token_id,),
+            parameters=1000,
+            layers=LAYERS,
+            kv_bytes_per_token=16,
+            kv_memory=2**20,
+            cache="slots",
+            max_batch=64,
+            device="cpu",
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def new_id(self, kind: str) -> str:
+        self._count += 1
+        return f"/{kind}/{self._count}"
+
+    # ---- verbs ----------------------------------------------------------------------------------------------------
+
+    def submit(self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None) -> FakeSubscription:
+        if self.refusal is not None:
+            raise self.refusal
+        if id in self.open:
+            raise Conflict(f"A request with id {id!r} is still open.", param="id")
+        self.submitted.append((id, tuple(groups), deadline))
+        self.open[id] = FakeSubscription(id, self, groups)
+        return self.open[id]
+
+    async def score(self, score: Score) -> Scored:
+        self.scored.append(score)
+        if self.fault is not None:
+            raise self.fault
+        sequences = []
+        for ids, start in zip(score.sequences, score.starts, strict=True):
+            values = [None if at == 0 else logprob(id) for at, id in enumerate(ids)][start:]
+            entropy = [None if value is None else 0.5 for value in values] if score.entropy else None
+            tops = [
+                None if value is None else top_of(id, score.top_logprobs)
+                for id, value in zip(ids[start:], values, strict=True)
+            ]
+            sequences.append(
+                ScoredSequence(
+                    tuple(values), tuple(entropy) if entropy else None, tuple(tops) if score.top_logprobs else None
+                )
+            )
+        version = self._find(score.policy.name, score.policy.number, score.policy.digest)
+        return Scored(score.id, version, score.temperature, tuple(sequences))
+
+    async def publish(self, publish: Publish) -> Published:
+        self.published.append(publish)
+        line = self.lines.setdefault(publish.name, Line())
+        for version in line.versions:
+            if version.digest == publish.bundle.digest:
+                return Published(publish.id, version, version == line.live, True, 0.0, 0.0)
+        self._match(line, publish.if_match)
+        version = PolicyVersion(publish.name, len(line.versions) + 1, publish.bundle.digest, publish.label)
+        line.versions.append(version)
+        line.bundles.append(publish.bundle)
+        if publish.activate:
+            line.live = version
+        return Published(publish.id, version, publish.activate, False, 1.5, 0.5)
+
+    async def activate(self, activate: Activate) -> Published:
+        line = self.lines[activate.name]
+        self._match(line, activate.if_match)
+        version = self._find(activate.name, activate.number, None)
+        unchanged, line.live = line.live == version, version
+        return Published(activate.id, version, True, unchanged, 0.0, 0.25)
+
+    def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
+        found = [self.open[id] for id in ids if id in self.open]
+        for subscription in found:
+            subscription.abort(reason)
+        return len(found)
+
+    # ---- versions -------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Versions 1…count of a name, the last one live."""
+        line = self.lines.setdefault(name, Line())
+        for number in range(1, count + 1):
+            digest = "sha256:" + hashlib.sha256(f"{name}/{number}".encode()).hexdigest()
+            line.versions.append(PolicyVersion(name, number, digest, f"step-{number}"))
+        line.live = line.versions[-1]
+
+    def resolve(self, request: RolloutRequest) -> PolicyVersion:
+        version = self._find(request.policy.name, request.policy.number, request.policy.digest)
+        if request.min_version is not None and version.number < request.min_version:
+            raise StalePolicy(f"{version.name} is at {version.number}.", param="min_version")
+        return version
+
+    def _find(self, name: str, number: int | None, digest: str | None) -> PolicyVersion:
+        if name == BASE:
+            return PolicyVersion(BASE, 0, BASE_DIGEST)
+        line = self.lines.get(name)
+        if line is None or line.live is None:
+            raise UnknownPolicy(f"There is no policy {name!r}.", param="policy")
+        if number is None and digest is None:
+            return line.live
+        for version in line.versions:
+            if version.number == number or (digest and version.digest.startswith(digest)):
+                if version.number <= line.freed:
+                    raise VersionGone(f"{name}@{number} was freed.", param="policy")
+                return version
+        raise UnknownPolicy(f"{name} has no version {number or digest}.", param="policy")
+
+    def _match(self, line: Line, if_match: str | None) -> None:
+        at = line.live
+        if if_match is not None and (at is None or if_match not in (str(at.number), at.digest)):
+            raise PreconditionFailed("The alias is elsewhere.", param="If-Match")
+
+    def _policy(self, name: str, line: Line) -> PolicyStatus:
+        kept = tuple(
+            VersionStatus(version, "lora", "adapter", 2, 2, version == line.live, False, 0, 64, 1700000000.0)
+            for version in line.versions
+            if version.number > line.freed
+        )
+        return PolicyStatus(name, line.live, kept)

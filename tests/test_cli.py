@@ -1,0 +1,138 @@
+"""The command line, from outside: a real server process, and the commands that talk to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner, Result
+
+from rollout_server import __version__, config
+from rollout_server.cli import app
+
+KEY = "test-admin-key"
+
+
+def run(*arguments: str, **environment: str | None) -> Result:
+    return CliRunner().invoke(app, [*arguments], env={"ROLLOUT_ADMIN_KEY": None, "COLUMNS": "200", **environment})
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server of the embedded model that wants a key for everything."""
+    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", "--kv-memory", "64MiB"]
+    environment = os.environ | {"ROLLOUT_ADMIN_KEY": KEY}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            ready = re.fullmatch(r"rollout-server is ready at (http://127\.0\.0\.1:\d+)\n", server.stdout.readline())
+            assert ready, "the server ended before it was ready"
+            yield ready[1]
+        finally:
+            server.terminate()
+            assert server.wait(timeout=30) == 0
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A rank-2 LoRA of one projection of the embedded model, as PEFT saves it."""
+    model = json.loads((files("rollout_server") / "demo" / "model" / "config.json").read_text())
+    hidden, out = model["hidden_size"], model["num_attention_heads"] * model["head_dim"]
+    noise = np.random.default_rng(0).normal(size=(2, hidden)).astype(np.float32)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{prefix}.lora_A.weight": noise, f"{prefix}.lora_B.weight": np.ones((out, 2), np.float32)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_push_list_activate(url: str, adapter: Path) -> None:
+    first = run("push", str(adapter), "--name", "cli", "--label", "one", "--url", url, "--json", ROLLOUT_ADMIN_KEY=KEY)
+    assert first.exit_code == 0, first.output
+    pushed = json.loads(first.stdout)
+    assert (pushed["name"], pushed["version"], pushed["live"], pushed["label"]) == ("cli", 1, True, "one")
+
+    again = run("push", str(adapter), "--name", "cli", "--url", url, ROLLOUT_ADMIN_KEY=KEY)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == f"cli@1 unchanged: {pushed['digest']}\n"
+
+    moved = run("weights", "activate", "cli", "1", "--url", url, ROLLOUT_ADMIN_KEY=KEY)
+    assert moved.exit_code == 0 and moved.stdout == "cli@1 is live\n", moved.output
+
+    table = run("weights", "list", "--url", url, ROLLOUT_ADMIN_KEY=KEY)
+    assert re.search(r"cli@1 +live +one +lora .*" + pushed["digest"][:19], table.stdout), table.output
+
+    listed = run("weights", "list", "cli", "--url", url, "--json", ROLLOUT_ADMIN_KEY=KEY)
+    (policy,) = json.loads(listed.stdout)["policies"]
+    assert policy["live"] == 1 and policy["versions"][0]["bytes"] > 0
+
+
+def test_what_the_server_refuses_is_one_sentence(url: str, adapter: Path) -> None:
+    for arguments, environment, said in (
+        (["push", str(adapter), "--name", "cli"], {}, "key"),
+        (["weights", "activate", "cli", "999"], {"ROLLOUT_ADMIN_KEY": KEY}, "999"),
+        (["weights", "list", "nobody"], {"ROLLOUT_ADMIN_KEY": KEY}, "nobody"),
+    ):
+        refused = run(*arguments, "--url", url, **environment)
+        assert refused.exit_code == 1 and refused.stdout == "", refused.output
+        assert said in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_no_server_is_one_sentence() -> None:
+    refused = run("weights", "list", "--url", "http://127.0.0.1:9")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("rollout-server: No rollout server answers at http://127.0.0.1:9 ")
+
+
+def test_bad_options_are_all_named_and_nothing_starts() -> None:
+    refused = run("serve", "--port", "99999", "--kv-memory", "lots", "--adapter", "nowhere")
+    assert refused.exit_code == 1
+    for option in ("--port (ROLLOUT_PORT): ", "--kv-memory (ROLLOUT_KV_MEMORY): ", "--adapter (ROLLOUT_ADAPTERS): "):
+        assert option in refused.stderr
+
+
+def test_without_keys_only_loopback() -> None:
+    refused = run("serve", "--host", "0.0.0.0")
+    assert refused.exit_code == 1
+    assert "ROLLOUT_API_KEY" in refused.stderr and "--insecure" in refused.stderr
+
+
+def test_a_model_that_is_not_there_ends_with_a_sentence(tmp_path: Path) -> None:
+    refused = run("serve", "--port", "0", "--model", str(tmp_path))
+    assert refused.exit_code == 1
+    assert "config.json" in refused.stderr and "Traceback" not in refused.output
+
+
+def test_help_names_the_defaults_of_the_configuration() -> None:
+    text = " ".join(run("serve", "--help").stdout.replace("│", " ").split())
+    sizes = {"2GiB": 2 * config.GIB, "64MiB": 64 * config.MIB}
+    named = re.findall(r"--([a-z-]+) \S+ [^-]*? Default: (\S+)\.", text)
+    assert len(named) >= 9, text
+    for option, default in named:
+        value = config.ServerConfig.model_fields[option.replace("-", "_")].default
+        assert sizes.get(default, default) in (value, str(value)), option
+
+
+def test_version_and_commands() -> None:
+    assert run("--version").stdout == f"rollout-server {__version__}\n"
+    listed = run("--help").stdout
+    for command in ("serve", "demo", "push", "weights", "doctor"):
+        assert f" {command} " in listed
+
+
+def test_help_and_push_start_without_mlx() -> None:
+    code = "import sys, rollout_server.cli, trainer_client; print([m for m in sys.modules if m.startswith('mlx')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
