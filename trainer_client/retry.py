@@ -13,8 +13,8 @@ from trainer_client.calls import Call, ready
 from trainer_client.errors import ServerError, ServerUnreachable
 from trainer_client.replies import Reply, parse_error
 
-POLL_S = 0.1
-"""Between two questions whether the server is ready."""
+FIRST_POLL_S, LONGEST_POLL_S = 0.1, 1.0
+"""Between two questions whether the server is ready; loading a large model takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ def until_ready(timeout_s: float) -> Flow:
     """Asks `/ready` until it says yes. Raises `ServerUnreachable` with the last answer when the time is up, and at once
     what is not a matter of time, such as a wrong address."""
     deadline = time.monotonic() + timeout_s
+    pause_s = FIRST_POLL_S
     while True:
         error: ServerError | ServerUnreachable
         try:
@@ -96,7 +97,8 @@ def until_ready(timeout_s: float) -> Flow:
             error = parse_error(reply)
             if reply.status not in ready().accepts:
                 raise error
-        if time.monotonic() + POLL_S > deadline:
+        if time.monotonic() + pause_s > deadline:
             message = f"The server was not ready within {timeout_s:g} s. Its last answer: {error.message}"
             raise ServerUnreachable(message, sent=True, timed_out=True) from error
-        yield Sleep(POLL_S)
+        yield Sleep(pause_s)
+        pause_s = min(pause_s * 1.5, LONGEST_POLL_S)

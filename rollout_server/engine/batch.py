@@ -167,8 +167,11 @@ class Batch:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
         dropped = [joining for joining in self._joining if joining.group.cancelled]
         self._joining = [joining for joining in self._joining if not joining.group.cancelled]
+        # All at once: freeing places one by one could move those still to be freed.
+        places = [place for joining in dropped for place in joining.prompt.places]
+        if places:
+            self._vacate(places, places)
         for joining in dropped:
-            self._vacate(joining.prompt.places, joining.prompt.places)
             joining.group.prompt = None
         return dropped
 

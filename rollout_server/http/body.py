@@ -14,12 +14,20 @@ from litestar.openapi.spec import Reference, Schema
 from litestar.typing import FieldDefinition
 from pydantic import BaseModel
 
-from rollout_server.errors import BadBody, BodyTooLarge, UnsupportedMedia
+from rollout_server.errors import BadBody, BodyTooLarge, UnsupportedField, UnsupportedMedia
 
 T = TypeVar("T", bound=BaseModel)
 
 MAX_DEPTH = 64
+SAFETENSORS = "application/vnd.safetensors"
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def refuse_binary_reply(request: Request[Any, Any, Any]) -> None:
+    """The contract's binary encoding is not served yet; who accepts JSON as well gets JSON."""
+    accepted = {item.partition(";")[0].strip().lower() for item in request.headers.get("accept", "").split(",")}
+    if SAFETENSORS in accepted and not accepted & {"application/json", "application/*", "*/*"}:
+        raise UnsupportedField(f"Replies as {SAFETENSORS} are not supported by this server yet.", param="Accept")
 
 
 async def chunks(request: Request[Any, Any, Any], limit: int, option: str) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages import Score
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson
+from rollout_server.http.body import StrictJson, refuse_binary_reply
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response, version_entry
 from rollout_server.http.service import Service, service_of
@@ -36,6 +36,7 @@ class LogprobsController(Controller):
     )
     async def score(self, data: JSONBody[LogprobsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
+        refuse_binary_reply(request)
         address = service.address(data.policy, request, param="policy")
         check(data, service)
         scored = await while_connected(

@@ -148,6 +148,9 @@ def from_litestar(error: litestar_errors.HTTPException) -> RolloutError:
             return errors.NotFound("There is no such route. GET /schema lists what there is.")
         case litestar_errors.MethodNotAllowedException():
             return errors.MethodNotAllowed("This route does not answer to this method.")
+        case litestar_errors.ValidationException():
+            # Nothing but the body is validated by the framework, and of that only whether it is there.
+            return errors.BadBody("The body is empty; a JSON object was expected.")
         case litestar_errors.InternalServerException():
             return errors.EngineFault("The server failed to handle this request.")
     if error.status_code == 413:

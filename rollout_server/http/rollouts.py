@@ -17,7 +17,7 @@ from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson
+from rollout_server.http.body import StrictJson, refuse_binary_reply
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage
 from rollout_server.http.prompts import room, tokens_of
@@ -72,6 +72,7 @@ class RolloutsController(Controller):
     )
     async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
+        refuse_binary_reply(request)
         job = await plan(data, request, service)
         deadline = None if data.timeout_s is None else time.monotonic() + data.timeout_s
         subscription = service.engine.submit(job.id, job.groups, deadline=deadline)

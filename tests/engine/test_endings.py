@@ -1,0 +1,148 @@
+"""How rows end, and that every way to end reports them once."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from rollout_server.errors import NeverAdmitted
+from rollout_server.rollout import FinishReason, Wants
+from tests.engine.driver import Driver, prompts_of
+
+PROMPT = prompts_of([10], 286, seed=8)[0]
+
+
+def test_the_end_token_belongs_to_the_row(base: Driver) -> None:
+    (end,) = base.model.info.eos_token_ids
+    rows = base.generate([PROMPT], n=64, max_tokens=60)
+    stopped = [row for row in rows if row.finish_reason is FinishReason.STOP]
+    assert stopped, "no row of 64 met the end token"
+    for row in rows:
+        if row.finish_reason is FinishReason.STOP:
+            assert row.token_ids[-1] == row.stop_reason == end and end not in row.token_ids[:-1]
+        else:
+            assert row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 60
+        assert len(row.token_ids) == len(row.logprobs) == row.spans[-1].end and row.spans[0].start == 0
+    going_on = base.generate([PROMPT], n=64, max_tokens=60, ignore_eos=True)
+    assert all(row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 60 for row in going_on)
+    # Up to its end the same seed draws the same tokens.
+    for short, long in zip(rows, going_on, strict=True):
+        assert long.token_ids[: len(short.token_ids)] == short.token_ids
+
+
+def test_stop_ids_and_min_tokens(base: Driver) -> None:
+    free = base.generate([PROMPT], seed=1, max_tokens=30, ignore_eos=True)[0]
+    stop = free.token_ids[5]
+    first = free.token_ids.index(stop)
+    row = base.generate([PROMPT], seed=1, max_tokens=30, ignore_eos=True, stop_token_ids=(stop,))[0]
+    assert row.token_ids == free.token_ids[: first + 1]
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.STOP, stop)
+    held = base.generate([PROMPT], seed=1, max_tokens=30, min_tokens=20, stop_token_ids=(stop,), n=8)
+    (end,) = base.model.info.eos_token_ids
+    for row in held:
+        assert len(row.token_ids) >= 20 and not {stop, end} & set(row.token_ids[:20])
+        # What was banned is missing from the sampling distribution, not from the model's.
+        assert all(s >= m - 1e-5 for s, m in zip(row.sampling_logprobs, row.logprobs, strict=True))
+        assert max(s - m for s, m in zip(row.sampling_logprobs[:20], row.logprobs[:20], strict=True)) > 1e-6
+
+
+def test_a_stop_string_ends_the_row_at_the_token_that_completes_it(base: Driver) -> None:
+    free = base.generate([PROMPT], seed=2, max_tokens=40, ignore_eos=True, temperature=1.5)[0]
+    tokenizer = base.model.host_tokenizer
+    text = tokenizer.decode(free.token_ids, skip_special_tokens=True)
+    plain = [i for i in range(len(text) - 3) if "\ufffd" not in text[i : i + 3]]
+    stop = text[plain[len(plain) // 2] :][:3]
+    row = base.generate([PROMPT], seed=2, max_tokens=40, ignore_eos=True, temperature=1.5, stop=("never there", stop))[0]
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.STOP, stop)
+    count = len(row.token_ids)
+    assert row.token_ids == free.token_ids[:count]
+    assert stop in tokenizer.decode(row.token_ids, skip_special_tokens=True)
+    assert stop not in tokenizer.decode(row.token_ids[:-1], skip_special_tokens=True)
+
+
+def test_a_stop_beats_length_at_the_last_token(base: Driver) -> None:
+    free = base.generate([PROMPT], seed=3, max_tokens=6, ignore_eos=True)[0]
+    stop = free.token_ids[-1]
+    if stop in free.token_ids[:-1]:
+        raise AssertionError("choose another seed: the last token is not new")
+    row = base.generate([PROMPT], seed=3, max_tokens=6, ignore_eos=True, stop_token_ids=(stop,))[0]
+    assert row.finish_reason is FinishReason.STOP and row.token_ids == free.token_ids
+
+
+def test_abort_keeps_what_rows_have(base: Driver) -> None:
+    expected = base.generate([PROMPT], seed=4, max_tokens=50, ignore_eos=True)[0]
+    id = base.submit([PROMPT], seed=4, n=2, max_tokens=50, ignore_eos=True)
+    base.turn(9)
+    base.abort(id)
+    base.finish(id, turns=3)
+    rows = base.rollouts(id)
+    assert [row.finish_reason for row in rows] == [FinishReason.ABORTED] * 2 and rows[0].stop_reason == "abort"
+    assert 0 < len(rows[0].token_ids) < 50
+    assert rows[0].token_ids == expected.token_ids[: len(rows[0].token_ids)]
+    assert rows[0].spans[-1].end == len(rows[0].token_ids)
+    base.abort(id)
+    base.turn(3)
+    assert len(base.rollouts(id)) == 2
+
+
+def test_abort_in_the_queue_and_in_prefill(base: Driver, qwen) -> None:  # type: ignore[no-untyped-def]
+    small = Driver.start(qwen, base.model, max_batch=2, prefill_tokens=8)
+    small.engine._scheduler._max_rows = 2
+    slow = small.submit(prompts_of([100], 286), max_tokens=4, ignore_eos=True)
+    queued = small.submit([PROMPT], n=5, max_tokens=4, ignore_eos=True)
+    small.turn(2)
+    assert small.engine._batch.joining
+    small.abort(slow)
+    small.abort(queued)
+    small.finish(slow, queued, turns=4)
+    assert [row.token_ids for row in small.rollouts(slow) + small.rollouts(queued)] == [()] * 6
+    assert all(row.spans == () for row in small.rollouts(slow))
+    small.turn(2)
+    assert small.status.running == 0
+    assert len(small.generate([PROMPT], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
+
+
+def test_a_deadline_returns_partial_rows_or_says_it_never_started(base: Driver, qwen) -> None:  # type: ignore[no-untyped-def]
+    id = base.submit([PROMPT], max_tokens=1500, ignore_eos=True, deadline=time.monotonic() + 0.3)
+    base.finish(id)
+    (row,) = base.rollouts(id)
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.ABORTED, "timeout") and row.token_ids
+    small = Driver.start(qwen, base.model)
+    small.engine._scheduler._max_rows = 1
+    long = small.submit([PROMPT], max_tokens=300, ignore_eos=True)
+    small.turn(2)
+    late = small.submit([PROMPT], deadline=time.monotonic() + 0.05)
+    small.finish(late, long)
+    assert isinstance(small.error(late), NeverAdmitted) and small.rollouts(late) == []
+
+
+def test_prompt_logprobs_come_with_the_rows(base: Driver) -> None:
+    prompts = prompts_of([25, 1, 300], 286)
+    rows = base.generate(prompts, n=2, max_tokens=4, ignore_eos=True, wants=Wants(prompt_logprobs=True))
+    for row, prompt in zip(rows[::2], prompts, strict=True):
+        (score,) = base.score([prompt])
+        assert row.prompt_logprobs is not None and row.prompt_logprobs[0] is None
+        assert len(row.prompt_logprobs) == len(prompt)
+        assert row.prompt_logprobs == score.logprobs
+
+
+def test_every_token_is_streamed_once(base: Driver) -> None:
+    id = base.submit([PROMPT], n=3, max_tokens=12, wants=Wants(tokens_as_they_come=True, top_logprobs=2))
+    base.finish(id)
+    for row in base.rollouts(id):
+        pieces = [t for t in base.tokens(id) if t.sample_index == row.sample_index]
+        assert tuple(token for piece in pieces for token in piece.token_ids) == row.token_ids
+        assert tuple(value for piece in pieces for value in piece.logprobs) == row.logprobs
+
+
+def test_the_scorer_tempers_and_starts_where_told(base: Driver) -> None:
+    (row,) = base.generate([PROMPT], max_tokens=12, temperature=0.6, ignore_eos=True)
+    tokens = row.prompt_ids + row.token_ids
+    (score,) = base.score([tokens], [len(row.prompt_ids)], temperature=0.6)
+    np.testing.assert_allclose(score.logprobs, row.sampling_logprobs, atol=1e-4, rtol=0)
+    (whole,) = base.score([tokens], temperature=0.6)
+    assert whole.logprobs[0] is None
+    np.testing.assert_allclose(whole.logprobs[len(row.prompt_ids) :], score.logprobs, atol=1e-4, rtol=0)
+    (single,) = base.score([[7]])
+    assert single.logprobs == (None,)
