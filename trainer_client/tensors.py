@@ -65,13 +65,11 @@ def host_tensor(name: str, tensor: Any) -> HostTensor:
     if hasattr(tensor, "detach"):  # torch refuses to show a tensor that needs a gradient or lives on a device
         tensor = tensor.detach().cpu()
     if _dtype_name(tensor) == "bfloat16":
-        return HostTensor("BF16", np.ascontiguousarray(_bfloat16_bits(tensor)))
-    array = np.asarray(tensor)
+        return HostTensor("BF16", np.asarray(_bfloat16_bits(tensor), order="C"))
+    array = np.asarray(tensor, order="C")  # unlike ascontiguousarray, leaves a scalar a scalar
     dtype = _DTYPES.get(array.dtype.name)
     if dtype is None:
         raise TypeError(f"Tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold: cast it to float32.")
-    # ascontiguousarray would turn a scalar into a vector
-    array = array if array.flags.c_contiguous else np.ascontiguousarray(array)
     return HostTensor(dtype, array.astype(array.dtype.newbyteorder("<"), copy=False))
 
 

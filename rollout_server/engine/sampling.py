@@ -179,8 +179,10 @@ def sample(
     taken out of the sampling distribution (but not out of `logprobs`). Non-finite logits give non-finite logprobs."""
     raw = logits.astype(mx.float32)
     peak = mx.max(raw, axis=-1, keepdims=True)
-    exponentials = exponential(raw - peak)
-    normaliser = peak + mx.log(mx.sum(exponentials, axis=-1, keepdims=True))
+    shifted = raw - peak
+    exponentials = exponential(shifted)
+    # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
+    log_total = mx.log(mx.sum(exponentials, axis=-1, keepdims=True))
     shaped = raw
     if banned is not None:
         shaped = raw + 0.0
@@ -196,15 +198,13 @@ def sample(
             ids = mx.where(arrays.greedy, best, ids)
             sampling = mx.where(arrays.greedy, 0.0, sampling)
             kept = mx.where(arrays.greedy, mx.nan, kept)
-    logprobs = (mx.take_along_axis(raw, ids[:, None], axis=-1) - normaliser)[:, 0]
+    logprobs = (mx.take_along_axis(shifted, ids[:, None], axis=-1) - log_total)[:, 0]
     values = [logprobs, sampling, kept]
     if arrays.entropy:
-        # Bounded below, because 0 × −inf is NaN.
-        mean = mx.sum(exponentials * mx.maximum(raw, -1e30), axis=-1) * mx.exp(peak - normaliser)[:, 0]
-        values.append(normaliser[:, 0] - mean)
+        values.append(entropy_of(shifted, exponentials, log_total))
     top_ids = top_logprobs = None
     if arrays.top_logprobs:
-        top_ids, top_logprobs = top_of(raw, normaliser, arrays.top_logprobs)
+        top_ids, top_logprobs = top_of(shifted, log_total, arrays.top_logprobs)
     return Sampled(ids, mx.stack(values), top_ids, top_logprobs)
 
 
@@ -233,12 +233,20 @@ def _sample_rows(
     return ids, sampling, kept
 
 
-def top_of(raw: mx.array, normaliser: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """The k largest of float32 logits [R, V], best first: ids int32 [R, k] and log-probabilities float32 [R, k]."""
-    if k >= raw.shape[-1]:
-        chosen = mx.argsort(-raw, axis=-1)
+def entropy_of(shifted: mx.array, exponentials: mx.array, log_total: mx.array) -> mx.array:
+    """Entropy in nats, float32 [R], of the distribution whose logits less their peak are `shifted` [R, V]."""
+    # Bounded below, because 0 × −inf is NaN.
+    mean = mx.sum(exponentials * mx.maximum(shifted, -1e30), axis=-1) / mx.sum(exponentials, axis=-1)
+    return log_total[:, 0] - mean
+
+
+def top_of(shifted: mx.array, log_total: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The k largest of float32 logits less their peak [R, V], best first: ids int32 [R, k] and log-probabilities
+    float32 [R, k]."""
+    if k >= shifted.shape[-1]:
+        chosen = mx.argsort(-shifted, axis=-1)
     else:
-        part = mx.argpartition(-raw, k - 1, axis=-1)[:, :k]
-        order = mx.argsort(-mx.take_along_axis(raw, part, axis=-1), axis=-1)
+        part = mx.argpartition(-shifted, k - 1, axis=-1)[:, :k]
+        order = mx.argsort(-mx.take_along_axis(shifted, part, axis=-1), axis=-1)
         chosen = mx.take_along_axis(part, order, axis=-1)
-    return chosen.astype(mx.int32), mx.take_along_axis(raw, chosen, axis=-1) - normaliser
+    return chosen.astype(mx.int32), mx.take_along_axis(shifted, chosen, axis=-1) - log_total

@@ -15,7 +15,7 @@ import numpy as np
 
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.messages import ScoredSequence
-from rollout_server.engine.sampling import top_of
+from rollout_server.engine.sampling import entropy_of, exponential, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.rollout import PolicyVersion
 
@@ -99,12 +99,13 @@ class Scorer:
 
     def _read(self, job: ScoreJob, logits: mx.array, targets: tuple[int, ...]) -> None:
         raw = logits.astype(mx.float32) / job.temperature
-        normaliser = mx.logsumexp(raw, axis=-1, keepdims=True)
-        logprobs = raw - normaliser
-        chosen = mx.take_along_axis(logprobs, mx.array(targets, dtype=mx.int32)[:, None], axis=-1)[:, 0]
-        entropy = -mx.sum(mx.where(mx.exp(logprobs) > 0, mx.exp(logprobs) * logprobs, 0.0), axis=-1)
+        shifted = raw - mx.max(raw, axis=-1, keepdims=True)
+        exponentials = exponential(shifted)
+        log_total = mx.log(mx.sum(exponentials, axis=-1, keepdims=True))
+        chosen = (mx.take_along_axis(shifted, mx.array(targets, dtype=mx.int32)[:, None], axis=-1) - log_total)[:, 0]
+        entropy = entropy_of(shifted, exponentials, log_total)
         wanted = [chosen] + ([entropy] if job.entropy else [])
-        top = top_of(raw, normaliser, min(job.top_logprobs, raw.shape[-1])) if job.top_logprobs else None
+        top = top_of(shifted, log_total, min(job.top_logprobs, raw.shape[-1])) if job.top_logprobs else None
         mx.eval(wanted, top, [cache.state for cache in job.caches or []])
         values = np.array(chosen).tolist()
         entropies = np.array(entropy).tolist() if job.entropy else [None] * len(values)

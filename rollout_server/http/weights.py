@@ -115,7 +115,9 @@ class AliasController(Controller):
         summary="Move the alias to a kept version",
         responses={200: ResponseSpec(ActivateReply, description="The policy after it."), **failures()},
     )
-    async def activate(self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+    async def activate(
+        self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
+    ) -> Response[bytes]:
         service = service_of(request)
         service.policy(name)
         published = await service.engine.activate(

@@ -10,11 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.layers import AdaptedLinear, adaptable_layers
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit
+from tests import tiny_models
 from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 
@@ -158,7 +160,7 @@ def test_a_reused_slot_has_no_residue(load: Load, layers: Layers) -> None:
     slots.route([slot, 0, slot])
     assert np.abs(logits(model, text)[[0, 2]] - merged[[0, 2]]).max() < CLOSE
     for path, stack in slots._stacks.items():
-        assert float(mx.abs(stack.a[slot, 3:]).sum()) == 0
+        assert float(mx.abs(stack.a[slot, 3:]).sum()) == 0 == float(mx.abs(stack.b[slot, 3:]).sum())
         assert path.endswith("k_proj") or float(mx.abs(stack.b[slot]).sum()) == 0
 
 
@@ -210,6 +212,23 @@ def test_modes_and_freezing_reach_the_base(model: nn.Module, layers: Layers) -> 
     assert adapted.base.training
     model.freeze()
     assert not tree_flatten(model.trainable_parameters())
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny_models.FAMILIES) - {"qwen3"}))
+def test_every_family_keeps_rows_apart(family: str, tmp_path: Path) -> None:
+    """Every linear layer of every kind of model, routers and mixers among them, gets each row's own version."""
+    directory = tiny_models.build(family, tmp_path)
+    model, text = load_model(directory)[0], tokens(3)
+    layers = adaptable_layers(model)
+    bundle = make(layers, 1, rank=3)
+    plain, merged = (logits(each, text) for each in (model, merge(load_model(directory)[0], bundle)))
+    slots = slots_for(model)
+    slot = slots.stage(bundle)
+    slots.route([0, slot, 0])
+    mixed = logits(model, text)
+    assert np.abs(mixed[1] - merged[1]).max() < 1e-3
+    assert np.abs(mixed[[0, 2]] - plain[[0, 2]]).max() < 1e-3
+    assert np.abs(mixed[1] - plain[1]).max() > 0.01
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -109,9 +109,7 @@ def adapter() -> Callable[..., bytes]:
 def push(client: TestClient[Any], adapter: Callable[..., bytes]) -> Callable[..., Any]:
     """Pushes a form; `weights` and `config` may be replaced, other keywords are fields."""
 
-    def send(
-        name: str = "policy", *, weights: bytes | None = None, config: Any = PEFT_CONFIG, **fields: Any
-    ) -> Any:
+    def send(name: str = "policy", *, weights: bytes | None = None, config: Any = PEFT_CONFIG, **fields: Any) -> Any:
         files = {"weights": ("a.safetensors", adapter() if weights is None else weights)}
         if config is not None:
             raw = config if isinstance(config, (bytes, str)) else json.dumps(config)

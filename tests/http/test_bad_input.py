@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from litestar.testing import TestClient
 
+from rollout_server.config import ServerConfig
+from rollout_server.http.app import create_app
 from tests.http.fake_engine import CONTEXT, LAYERS, VOCABULARY, FakeEngine
 
 Client = TestClient[Any]
@@ -18,10 +20,24 @@ PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(autouse=True)
-def unharmed(client: Client, engine: FakeEngine) -> Iterator[None]:
-    """Around every test here: a version is live, and still is afterwards, and rollouts go on."""
+@pytest.fixture(scope="module")
+def engine(tokenizer: Any) -> FakeEngine:
+    """One for the whole file: nothing here may change it."""
+    engine = FakeEngine(tokenizer)
     engine.add("policy", 2)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def client(engine: FakeEngine) -> Iterator[Client]:
+    config = ServerConfig(max_body=200_000, max_upload=100_000)
+    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def unharmed(client: Client) -> Iterator[None]:
+    """Around every test here: the live version still is afterwards, and rollouts go on."""
     yield
     body = {"policy": "policy", "prompts": [{"token_ids": [1]}]}
     after = client.post("/v1/rollouts", json=body)
@@ -157,10 +173,10 @@ def test_json_that_is_no_object(client: Client, route: str, body: bytes, problem
     problem(send(client, route, body), 400, "invalid_field")
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
-def test_wrong_content_type(
-    client: Client, route: str, content_type: str | None, problem: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None]
+)
+def test_wrong_content_type(client: Client, route: str, content_type: str | None, problem: Callable[..., Any]) -> None:
     body = json.dumps(JSON_ROUTES[route]).encode()
     problem(send(client, route, body, content_type), 415, "unsupported_media_type")
 
@@ -225,7 +241,9 @@ def test_infinite_numbers_too_large_to_write(client: Client, problem: Callable[.
 def test_token_ids_out_of_the_vocabulary(client: Client, wrong: Any, problem: Callable[..., Any]) -> None:
     ids = [1, wrong]
     place = "token_ids[1]"
-    problem(rollouts(client, prompts=[{"token_ids": [3]}, {"token_ids": ids}]), 400, "invalid_field", f"prompts[1].{place}")
+    problem(
+        rollouts(client, prompts=[{"token_ids": [3]}, {"token_ids": ids}]), 400, "invalid_field", f"prompts[1].{place}"
+    )
     scored = client.post("/v1/logprobs", json={"policy": "base", "sequences": [{"token_ids": ids}]})
     problem(scored, 400, "invalid_field", f"sequences[0].{place}")
     problem(completions(client, prompt=ids), 400, "invalid_field", "prompt[1]")
@@ -241,7 +259,13 @@ def test_empty_prompts(client: Client, problem: Callable[..., Any]) -> None:
         ([{}], "prompts[0]"),
     ):
         problem(rollouts(client, prompts=prompts), 400, "invalid_field", param)
-    for prompt, param in (("", "prompt"), ([], "prompt"), ([""], "prompt[0]"), ([[]], "prompt[0]"), ([[1], []], "prompt[1]")):
+    for prompt, param in (
+        ("", "prompt"),
+        ([], "prompt"),
+        ([""], "prompt[0]"),
+        ([[]], "prompt[0]"),
+        ([[1], []], "prompt[1]"),
+    ):
         problem(completions(client, prompt=prompt), 400, "invalid_field", param)
     problem(client.post("/v1/logprobs", json={"policy": "base", "sequences": []}), 400, "invalid_field", "sequences")
 
@@ -284,7 +308,11 @@ def test_prompts_longer_than_the_context(client: Client, problem: Callable[..., 
 def test_too_many_rows_are_refused_before_they_are_made(client: Client, problem: Callable[..., Any]) -> None:
     problem(rollouts(client, n=10**12), 400, "invalid_field", "n")
     problem(completions(client, n=10**12), 400, "invalid_field", "n")
-    problem(rollouts(client, prompts=[{"token_ids": [1], "n": 40_000}, {"token_ids": [1], "n": 40_000}]), 400, "invalid_field")
+    problem(
+        rollouts(client, prompts=[{"token_ids": [1], "n": 40_000}, {"token_ids": [1], "n": 40_000}]),
+        400,
+        "invalid_field",
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +367,14 @@ def test_what_is_not_served_yet_is_named(client: Client, changes: Any, param: st
 
 @pytest.mark.parametrize(
     "changes",
-    [{"presence_penalty": 1}, {"logit_bias": {"1": 2}}, {"best_of": 2}, {"suffix": "x"}, {"user": "me"}, {"response_format": {}}],
+    [
+        {"presence_penalty": 1},
+        {"logit_bias": {"1": 2}},
+        {"best_of": 2},
+        {"suffix": "x"},
+        {"user": "me"},
+        {"response_format": {}},
+    ],
     ids=str,
 )
 def test_what_completions_do_not_serve_yet(client: Client, changes: Any, problem: Callable[..., Any]) -> None:

@@ -248,5 +248,3 @@ def test_the_streamed_text_is_that_of_rollout_text(client: Client, engine: FakeE
         chunks = events(ask(client, stream=True, stop=["the", "a", "qq"]))
         row = engine.tokenizer.decode(ids)
         assert joined(chunks)["text"] == row
-
-

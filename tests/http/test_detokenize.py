@@ -127,8 +127,6 @@ def test_an_invalid_byte_keeps_the_valid_ones_before_it() -> None:
 
 
 def test_special_ids_are_those_that_decode_skips(tokenizer: PreTrainedTokenizerFast) -> None:
-    skipped = {
-        id for id in range(len(tokenizer)) if tokenizer.decode([id], skip_special_tokens=True) == ""
-    }
+    skipped = {id for id in range(len(tokenizer)) if tokenizer.decode([id], skip_special_tokens=True) == ""}
     assert special_ids(tokenizer) == skipped
     assert tokenizer.eos_token_id in skipped

@@ -256,9 +256,7 @@ def test_an_engine_that_dies_half_way_loses_no_finished_row(client: Client, engi
     assert len(rows) == 1 and last["error"]["code"] == "engine_fault" and last["error"]["retryable"] is True
 
 
-def test_a_full_queue_says_when_to_come_back(
-    client: Client, engine: FakeEngine, problem: Callable[..., Any]
-) -> None:
+def test_a_full_queue_says_when_to_come_back(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
     engine.refusal = QueueFull("4096 requests are waiting.", retry_after_s=3.4)
     response = ask(client)
     assert problem(response, 429, "queue_full")["retryable"] is True

@@ -77,7 +77,7 @@ def test_if_match_is_a_version_or_a_digest(
 ) -> None:
     engine.add("policy", 2)
     problem(push(headers={"if-match": '"1"'}), 412, "precondition_failed")
-    for wrong in ("2", "W/\"2\"", '"latest"', '"sha256:12"'):
+    for wrong in ("2", 'W/"2"', '"latest"', '"sha256:12"'):
         problem(push(headers={"if-match": wrong}), 400, "invalid_field", "If-Match")
     live = engine.lines["policy"].live
     assert live is not None

@@ -50,7 +50,8 @@ def test_the_library_reads_back_every_dtype_and_shape() -> None:
 
 def test_bfloat16_keeps_its_bits() -> None:
     values = mx.array([[1.0, -2.5, 3.140625], [0.0, 1e30, -1e-30]], dtype=mx.bfloat16)
-    for array in (values, values.T):
+    for array in (values, values.T, values[0, 0]):
+        assert host_tensor("x", array).shape == tuple(array.shape)
         tensor = host_tensor("x", array)
         assert tensor.dtype == "BF16"
         assert tensor.array.flags.c_contiguous

@@ -1,0 +1,95 @@
+"""Two keys, three kinds of routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from rollout_server.config import ServerConfig
+from rollout_server.http.app import create_app
+from tests.http.fake_engine import FakeEngine
+
+API, ADMIN = "inference-key", "admin-key"
+OPEN = [("GET", "/health"), ("GET", "/ready"), ("GET", "/schema")]
+INFERENCE = [
+    ("POST", "/v1/rollouts"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/logprobs"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/weights"),
+    ("GET", "/v1/weights/policy"),
+]
+STATE = [("POST", "/v1/weights"), ("POST", "/v1/weights/policy/activate")]
+KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
+
+# keys of the server → key that is sent → what each kind of route answers; None: it lets in
+MATRIX: dict[tuple[str | None, str | None], dict[str | None, dict[str, int | None]]] = {
+    (None, None): {
+        None: {"inference": None, "state": None},
+        "anything": {"inference": None, "state": None},
+    },
+    (API, ADMIN): {
+        None: {"inference": 401, "state": 401},
+        "anything": {"inference": 401, "state": 401},
+        API: {"inference": None, "state": 403},
+        ADMIN: {"inference": None, "state": None},
+    },
+    (API, None): {
+        None: {"inference": 401, "state": 401},
+        "anything": {"inference": 401, "state": 401},
+        API: {"inference": None, "state": 403},
+    },
+    (None, ADMIN): {
+        None: {"inference": 401, "state": 401},
+        "anything": {"inference": 401, "state": 401},
+        ADMIN: {"inference": None, "state": None},
+    },
+}
+
+
+@contextmanager
+def serving(engine: FakeEngine, api: str | None, admin: str | None) -> Iterator[TestClient[Any]]:
+    config = ServerConfig(api_key=api, admin_key=admin)  # type: ignore[arg-type]
+    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+        yield client
+
+
+@pytest.mark.parametrize("keys", MATRIX, ids=str)
+def test_who_may_do_what(keys: tuple[str | None, str | None], engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    engine.add("policy")
+    with serving(engine, *keys) as client:
+        for sent, expected in MATRIX[keys].items():
+            headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
+            for kind, status in ({"open": None} | expected).items():
+                for method, path in KINDS[kind]:
+                    response = client.request(method, path, headers=headers)
+                    if status is None:
+                        assert response.status_code not in (401, 403), (keys, sent, path)
+                    else:
+                        problem(response, status, {401: "unauthorized", 403: "forbidden"}[status])
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Basic " + API, API, f"Bearer {API}x", f"Bearer {API[:-1]}", f"Token {API}"]
+)
+def test_what_is_no_key(engine: FakeEngine, header: str, problem: Callable[..., Any]) -> None:
+    with serving(engine, API, ADMIN) as client:
+        response = client.get("/v1/models", headers={"authorization": header})
+        problem(response, 401, "unauthorized")
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_the_scheme_has_no_case_and_keys_do(engine: FakeEngine) -> None:
+    with serving(engine, API, ADMIN) as client:
+        assert client.get("/v1/models", headers={"authorization": f"bearer {API}"}).status_code == 200
+        assert client.get("/v1/models", headers={"authorization": f"Bearer {API.upper()}"}).status_code == 401
+
+
+def test_nothing_is_read_of_a_push_without_a_key(engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    with serving(engine, API, ADMIN) as client:
+        response = client.post("/v1/weights", content=b"x" * 10, headers={"content-type": "text/plain"})
+        problem(response, 401, "unauthorized")

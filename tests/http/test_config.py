@@ -1,0 +1,83 @@
+"""The configuration: sizes, environment, the loopback rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rollout_server.config import ServerConfig, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("2 GiB", 2 * 2**30),
+        ("1.5gib", 3 * 2**29),
+        ("500MB", 500_000_000),
+        ("64k", 64_000),
+        ("64Ki", 65536),
+        ("7", 7),
+        ("7B", 7),
+        (9, 9),
+    ],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+    assert ServerConfig(max_upload=text).max_upload == size  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "2 parsecs", "0", 0, -5])
+def test_what_is_no_size(text: str | int) -> None:
+    with pytest.raises(ValidationError):
+        ServerConfig(max_upload=text)  # type: ignore[arg-type]
+
+
+def test_the_environment_is_read_and_code_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "API_KEY": "a-key",
+        "ADMIN_KEY": "",
+        "PORT": "9000",
+        "MAX_BODY": "1MiB",
+        "ADAPTERS": "one=/a,two=/b",
+        "KV_MEMORY": "1GiB",
+    }.items():
+        monkeypatch.setenv(f"ROLLOUT_{name}", value)
+    config = ServerConfig(port=9001)
+    assert config.port == 9001
+    assert config.api_key is not None and config.api_key.get_secret_value() == "a-key"
+    assert config.admin_key is None
+    assert (config.max_body, config.kv_memory) == (2**20, 2**30)
+    assert config.adapters == (("one", Path("/a")), ("two", Path("/b")))
+    assert "a-key" not in repr(config)
+
+
+def test_adapters_are_names_and_directories() -> None:
+    assert ServerConfig(adapters=["one=/a"]).adapters == (("one", Path("/a")),)  # type: ignore[arg-type]
+    for wrong in ("one", "=dir", "one="):
+        with pytest.raises(ValidationError):
+            ServerConfig(adapters=[wrong])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert not ServerConfig(host=host).protected
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "my-host", ""])
+def test_other_addresses_need_a_key_or_a_word(host: str) -> None:
+    with pytest.raises(ValidationError, match="ROLLOUT_API_KEY"):
+        ServerConfig(host=host)
+    assert ServerConfig(host=host, insecure=True).host == host
+    assert ServerConfig(host=host, api_key="x").protected  # type: ignore[arg-type]
+
+
+def test_nothing_can_be_changed_or_added() -> None:
+    with pytest.raises(ValidationError):
+        ServerConfig().port = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        ServerConfig(colour="red")  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        ServerConfig(api_key="two words")  # type: ignore[arg-type]

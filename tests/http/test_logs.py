@@ -1,0 +1,50 @@
+"""One line a record, as text or as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from rollout_server import logs
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    names = (logs.ROOT, "adapters", "uvicorn")
+    before = {name: (logging.getLogger(name).handlers, logging.getLogger(name).level) for name in names}
+    yield
+    for name, (handlers, level) in before.items():
+        logger = logging.getLogger(name)
+        logger.handlers, logger.level, logger.propagate = handlers, level, True
+
+
+def test_json_lines(restored: None) -> None:
+    stream = io.StringIO()
+    logs.configure("json", stream=stream)
+    log = logging.getLogger("rollout_server.http")
+    log.info("one\ntwo %s", 3, extra={"fields": {"status": 200}})
+    try:
+        raise ValueError("é")
+    except ValueError:
+        log.exception("failed")
+    first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (first["level"], first["message"], first["status"]) == ("info", "one\ntwo 3", 200)
+    assert first["logger"] == "rollout_server.http" and first["time"].endswith("Z")
+    assert "ValueError: é" in second["exception"]
+
+
+def test_every_request_has_a_line(restored: None, client: TestClient[Any], push: Callable[..., Any]) -> None:
+    stream = io.StringIO()
+    logs.configure("text", stream=stream)
+    client.get("/v1/models?x=1")
+    client.get("/v1/nothing")
+    client.post("/v1/rollouts", content=b"{", headers={"content-type": "application/json"})
+    models, _, rollouts = stream.getvalue().splitlines()
+    assert "GET /v1/models 200" in models
+    assert "POST /v1/rollouts 400" in rollouts
