@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from rollout_server.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from benchmarks.measure import Load, Result
+
+QUIET_SPREAD = 1.25
+LEAST_SHARE = 0.1
 
 
 def main() -> int:
@@ -67,11 +71,14 @@ def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
             *(open_engines.enter_context(EngineDecode(directory, prompts, load, top_p=v)) for v in variants),
         ]
         results = interleave(contenders, rounds, lambda line: print(line, file=sys.stderr, flush=True))
-    bare = max(result.median for result in results if result.name.startswith("bare"))
+    loops = [result for result in results if result.name.startswith("bare")]
+    bare = max(result.median for result in loops)
+    spread = min(max(result.rates) / min(result.rates) for result in loops)
     parameters = sum(leaf.size for _, leaf in tree_flatten(model.parameters()))
+    doctor = measure_gflops()
     return {
         "device": str(mx.default_device()),
-        "doctor_gflops": round(measure_gflops(), 1),
+        "doctor_gflops": round(doctor, 1),
         "gflops_at_this_batch": round(matmul_gflops(load.rows), 1),
         "bare_gflops": round(2 * parameters * bare / 1e9, 1),
         "parameters": parameters,
@@ -80,7 +87,16 @@ def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
         "steps": load.steps,
         "rounds": rounds,
         "results": {result.name: describe(result, bare) for result in results},
+        "warnings": list(doubts(spread, 2 * parameters * bare / 1e9 / doctor)),
     }
+
+
+def doubts(spread: float, share: float) -> Iterator[str]:
+    """Reasons not to quote this run. `share`: of the doctor's GFLOP/s in the bare loop, 0.16 on a quiet CPU."""
+    if spread > QUIET_SPREAD:
+        yield f"The bare loop's rounds differ by a factor of {spread:.2f}: the machine was busy, measure again."
+    if share < LEAST_SHARE:
+        yield f"The bare loop reaches only {share:.2f} of the doctor's GFLOP/s: the denominator is too slow to count."
 
 
 def describe(result: Result, bare: float) -> dict[str, Any]:
@@ -103,7 +119,7 @@ def table(report: dict[str, Any]) -> str:
         f"{name:<30} {result['tokens_per_s']:>8.1f} tok/s  {result['ratio_to_bare']:>6.3f} of bare"
         for name, result in report["results"].items()
     ]
-    return "\n".join([head, *lines])
+    return "\n".join([head, *lines, *report["warnings"]])
 
 
 if __name__ == "__main__":

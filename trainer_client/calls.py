@@ -29,7 +29,7 @@ from trainer_client.parsing import (
 )
 from trainer_client.replies import Reply, parse_json
 from trainer_client.rollout import Rollout
-from trainer_client.tensors import host_tensors, read_adapter, safetensors_body
+from trainer_client.tensors import HostTensor, host_tensors, peft_adapter, read_adapter, safetensors_body
 from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion, ServedModel
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class StreamCall(Call[None], Generic[T]):
 
 def push(
     name: str,
-    tensors: Mapping[str, Any] | str | PathLike[str],
+    tensors: Mapping[str, Any] | str | PathLike[str] | Any,
     config: Mapping[str, Any] | None = None,
     *,
     activate: bool = True,
@@ -136,25 +136,16 @@ def push(
     """Publishes an adapter as a new version of `name`; every rollout asked for afterwards uses it or a later one.
 
     tensors    name → array (numpy, MLX, torch, anything with `__array__`; bfloat16 too), named and laid out as PEFT or
-               mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of either
-    config     what that format's adapter_config.json holds; not needed with a directory that has one
+               mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of either; or a
+               peft model, whose active adapter is taken
+    config     what that format's adapter_config.json holds; not needed with such a directory or model
     activate   False stages the version without moving the name to it
     label      your own mark, at most 64 characters, echoed wherever the version is reported
     if_match   fail with `PreconditionFailed` unless the name points at this version now
 
     Safe to repeat: weights the server already holds under this name give the same version, `unchanged`. Raises
     `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch` if they do not fit the base."""
-    if isinstance(tensors, Mapping):
-        host = host_tensors(tensors)
-    else:
-        host, own_config = read_adapter(Path(tensors))
-        if config is not None and own_config is not None:
-            raise ValueError(f"{tensors} has its own adapter_config.json: leave out the argument config.")
-        config = own_config if config is None else config
-    if config is None:
-        raise ValueError(
-            "The config is missing: give the content of adapter_config.json, with rank and alpha or scale."
-        )
+    host, config = _adapter(tensors, config)
     body = safetensors_body(host, config)
     return Call(
         method="POST",
@@ -268,6 +259,25 @@ def ready() -> Call[bool]:
 
 
 # ---- how a body is made -------------------------------------------------------------------------------------------
+
+
+def _adapter(source: Any, config: Mapping[str, Any] | None) -> tuple[dict[str, HostTensor], Mapping[str, Any]]:
+    """What `push` was given, as host tensors and the one config."""
+    own: Mapping[str, Any] | None = None
+    if isinstance(source, Mapping):
+        host = host_tensors(source)
+    elif isinstance(source, str | PathLike):
+        host, own = read_adapter(Path(source))
+    elif hasattr(source, "peft_config"):
+        host, own = peft_adapter(source)
+    else:
+        raise TypeError(f"push takes named tensors, a directory or a peft model, not {type(source).__name__}.")
+    if config is not None and own is not None:
+        raise ValueError("This adapter brings its own config: leave out the argument config.")
+    config = own if config is None else config
+    if config is None:
+        raise ValueError("The config is missing: give what adapter_config.json holds, with rank and alpha or scale.")
+    return host, config
 
 
 def _post(path: str, body: Mapping[str, Any], parse: Callable[[Reply], T], **about: Any) -> Call[T]:

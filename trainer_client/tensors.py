@@ -106,6 +106,15 @@ def read_adapter(directory: Path) -> tuple[dict[str, HostTensor], dict[str, Any]
     return tensors, config
 
 
+def peft_adapter(model: Any) -> tuple[dict[str, HostTensor], dict[str, Any]]:
+    """Tensors and config of the active adapter of a peft model, as `save_pretrained` would write them."""
+    adapter = model.active_adapter
+    if not isinstance(adapter, str):
+        raise ValueError(f"The model has several active adapters ({adapter}): activate one with set_adapter.")
+    state = sys.modules["peft"].get_peft_model_state_dict(model, adapter_name=adapter)
+    return host_tensors(state), model.peft_config[adapter].to_dict()
+
+
 def safetensors_body(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> Body:
     """One file of all tensors, with the adapter's config as JSON in its metadata under `adapter_config`."""
     # Wide dtypes first, then by name, as the library orders them: every tensor starts at a multiple of its item size.

@@ -34,8 +34,6 @@ class EngineOptions:
     keep_versions: int = 8
     prefill_tokens: int = 512
     """Prompt tokens fed between two decode steps."""
-    adapters: tuple[tuple[str, AdapterBundle], ...] = ()
-    """Names to publish before the engine says it is ready."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,13 +51,9 @@ class PolicyTable:
 
     @classmethod
     def start(cls, model: ResidentModel, options: EngineOptions) -> PolicyTable:
-        """With `--adapter` versions already published."""
         base = PolicyVersion(BASE, 0, model.info.digest)
         slots = AdapterSlots(model.module, model.info.layers, model.dtype)
-        table = cls(base, slots, options.keep_versions, options.weights_memory)
-        for name, bundle in options.adapters:
-            table.apply(Publish(f"start {name}", name, bundle))
-        return table
+        return cls(base, slots, options.keep_versions, options.weights_memory)
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from litestar import Litestar
 from litestar.datastructures import State
@@ -20,7 +21,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.http.completions import CompletionsController
-from rollout_server.http.courtesy import Courtesy
+from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.problems import to_response
 from rollout_server.http.rollouts import RolloutsController
@@ -28,6 +29,16 @@ from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options
 from rollout_server.http.system import HealthController, ModelsController
 from rollout_server.http.weights import AliasController, WeightsController
+
+
+class Application(Litestar):
+    """Litestar's middleware sees matched routes only; this wraps whatever is answered."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await courteous(super().__call__, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
@@ -45,7 +56,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     def lifespan(_: Litestar) -> AbstractAsyncContextManager[None]:
         return running(service)
 
-    return Litestar(
+    return Application(
         route_handlers=[
             RolloutsController,
             CompletionsController,
@@ -57,7 +68,6 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         ],
         state=State({STATE_KEY: service}, deep_copy=False),
         lifespan=[lifespan],
-        middleware=[Courtesy()],
         exception_handlers={
             RolloutError: to_response,
             ValidationError: to_response,
@@ -69,6 +79,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             title="rollout-server",
             version=__version__,
             path="/schema",
+            create_examples=False,
             render_plugins=[JsonRenderPlugin(path="/openapi.json")],
         ),
         logging_config=None,

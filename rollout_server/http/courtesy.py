@@ -1,4 +1,4 @@
-"""What every reply gets, whatever the route: a line in the log, and a client that is still sending is let finish."""
+"""What every exchange gets, whatever the route: a line in the log, and a client that is still sending is let finish."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import logging
 import time
 from typing import cast
 
-from litestar.enums import ScopeType
-from litestar.middleware import ASGIMiddleware
-from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
 log = logging.getLogger("rollout_server.access")
 
@@ -17,32 +15,27 @@ DRAIN_BYTES = 64 * 2**20
 DRAIN_S = 5.0
 
 
-class Courtesy(ASGIMiddleware):
-    """A reply to a body that was not read to its end (413, 401) would be lost: closing the socket with unread data
-    resets the connection. So what is left of the body is read and dropped first, within bounds."""
-
-    scopes = (ScopeType.HTTP,)
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        began = time.perf_counter()
-        exchange = _Exchange(scope, receive, send)
-        try:
-            await next_app(scope, exchange.receive, exchange.send)
-        finally:
-            took = 1e3 * (time.perf_counter() - began)
-            fields = {
-                "method": scope["method"],  # type: ignore[typeddict-item]
-                "path": scope["path"],
-                "status": exchange.status,
-                "ms": round(took, 1),
-            }
-            log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
+async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send) -> None:
+    """Runs `app`. An error reply to a body that was not read to its end (401, 413) would be lost: closing a socket with
+    unread data resets the connection. So what is left of the body is read and dropped first, within bounds."""
+    began = time.perf_counter()
+    exchange = _Exchange(scope, receive, send)
+    try:
+        await app(scope, cast("Receive", exchange.receive), exchange.send)
+    finally:
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": exchange.status,
+            "ms": round(1e3 * (time.perf_counter() - began), 1),
+        }
+        log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
 
 
 class _Exchange:
     """One request and its reply, watched."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         self.status = 0
         self._receive = receive
         self._send = send

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
@@ -55,4 +55,5 @@ def _upload_body() -> RequestBody:
 class UploadOperation(Operation):
     """`POST /v1/weights`, whose body is read as a stream."""
 
-    request_body: RequestBody | None = field(default_factory=_upload_body)
+    def __post_init__(self) -> None:
+        self.request_body = _upload_body()

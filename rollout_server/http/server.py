@@ -41,9 +41,13 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
     the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
     logs.configure(config.log_format)
     raise_file_limit()
-    app = create_app(config)
+    serve_app(create_app(config), config, ready)
+
+
+def serve_app(app: Litestar, config: ServerConfig, ready: Callable[[str], None]) -> None:
+    """`serve` for an application that is there already."""
     with bound_socket(config) as listener:
-        asyncio.run(_Server(app, config, listener, ready).until_stopped())
+        asyncio.run(StoppableServer(app, config, listener, ready).until_stopped())
 
 
 @contextmanager
@@ -80,7 +84,7 @@ def raise_file_limit() -> None:
             log.warning("At most %d files may be open, and so clients: %s", soft, error)
 
 
-class _Server(uvicorn.Server):
+class StoppableServer(uvicorn.Server):
     """uvicorn, but open requests are ended by the engine before connections are waited for, and a signal that was
     obeyed is not raised again."""
 

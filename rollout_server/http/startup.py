@@ -113,12 +113,13 @@ class Startup:
     async def finished(self) -> None:
         """Waits for the end of `run`; raises what stood in the way."""
         await self._settled.wait()
-        self.check()
+        if self._fault is not None:
+            raise self._fault
 
     def check(self) -> None:
         """Raises `EngineUnavailable` unless the server is ready."""
         if self._fault is not None:
-            raise self._fault
+            raise EngineUnavailable(f"The server could not start: {self._fault.message}")
         status = self._engine.status
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}.")

@@ -40,9 +40,11 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
     whole = dict(parts[-1])
     whole["text"] = "".join(part["text"] for part in parts)
     if whole["logprobs"] is not None:
-        whole["logprobs"] = {name: sum((part["logprobs"][name] for part in parts), []) for name in whole["logprobs"]}
+        whole["logprobs"] = {
+            name: [value for part in parts for value in part["logprobs"][name]] for name in whole["logprobs"]
+        }
     if "token_ids" in whole:
-        whole["token_ids"] = sum((part["token_ids"] for part in parts), [])
+        whole["token_ids"] = [id for part in parts for id in part["token_ids"]]
         whole["prompt_token_ids"] = parts[0]["prompt_token_ids"]
     return whole
 

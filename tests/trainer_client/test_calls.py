@@ -114,13 +114,29 @@ def test_a_directory_is_pushed_as_the_same_tensors(tmp_path: Path) -> None:
     assert bytes(calls.push("policy", tmp_path, CONFIG).body) == bytes(calls.push("policy", TENSORS, CONFIG).body)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     assert bytes(calls.push("policy", str(tmp_path)).body) == bytes(calls.push("policy", TENSORS, CONFIG).body)
-    with pytest.raises(ValueError, match="has its own"):
+    with pytest.raises(ValueError, match="brings its own config"):
         calls.push("policy", tmp_path, CONFIG)
 
 
-def test_tensors_without_a_config_are_refused() -> None:
+def test_tensors_without_a_config_and_what_is_no_adapter_are_refused() -> None:
     with pytest.raises(ValueError, match="config is missing"):
         calls.push("policy", TENSORS)
+    with pytest.raises(TypeError, match="not list"):
+        calls.push("policy", [1], CONFIG)
+
+
+def test_a_peft_model_is_pushed_as_it_would_be_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="a peft model needs peft and torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    model.save_pretrained(tmp_path)
+    saved, given = calls.push("policy", tmp_path), calls.push("policy", model)
+    assert dict(deserialize(bytes(given.body))) == dict(deserialize(bytes(saved.body)))
+    assert given.parse.keywords["sent_digest"] == saved.parse.keywords["sent_digest"]  # type: ignore[attr-defined]
 
 
 def test_activate_is_only_repeatable_without_a_condition() -> None:

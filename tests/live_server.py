@@ -1,0 +1,75 @@
+"""A real server process on loopback, for tests that go the whole way."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class LiveServer:
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str] = field(default_factory=list)
+
+    def stop(self, *, within_s: float = 30.0) -> int:
+        """Asks it to end as a process manager would; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=within_s)
+
+
+@contextmanager
+def live_server(model: Path | None, *options: str, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
+    """`rollout-server serve` on a free port; without `model` it serves the embedded one."""
+    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *options]
+    if model is not None:
+        command += ["--model", str(model)]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ROLLOUT_")}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+    )
+    log: list[str] = []
+    found = threading.Event()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            log.append(line)
+            if "ready at http" in line:
+                found.set()
+        found.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        if not found.wait(90) or process.poll() is not None:
+            raise RuntimeError("the server did not start:\n" + "".join(log))
+        url = next(m[0] for line in log if (m := re.search(r"http://\S+", line)) and "ready" in line)
+        yield LiveServer(process, url, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def until(reached: object, within_s: float = 20.0) -> None:
+    """Waits until `reached()` is true."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if reached():  # type: ignore[operator]
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
