@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rollout_server.blas import load_fast_blas
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Load, Result
+    from benchmarks.measure import Contender, Load, Result
 
 QUIET_SPREAD = 1.25
 LEAST_SHARE = 0.1
@@ -64,7 +64,7 @@ def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_engines:
         directory = write_model(Path(folder) / "qwen3-33m")
         model, _ = mlx_lm.load(str(directory))
-        contenders = [
+        contenders: list[Contender] = [
             BareLoop(model, prompts, load, compiled=False),
             BareLoop(model, prompts, load, compiled=True),
             *(BatchGeneratorDecode(model, prompts, load, top_p=variant) for variant in variants),

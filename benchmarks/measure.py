@@ -52,7 +52,7 @@ class Load:
 def interleave(
     contenders: Sequence[Contender], rounds: int, progress: Callable[[str], None] = lambda line: None
 ) -> list[Result]:
-    """Run every contender once to warm up, then `rounds` times in turns, so that drift of the machine hits all alike."""
+    """Run every contender once to warm up, then `rounds` times in turns, so that drift of the machine hits all."""
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
         contender.run()
@@ -66,7 +66,7 @@ def interleave(
 
 
 def matmul_gflops(rows: int, inner: int = 2048, columns: int = 2048, repeats: int = 5) -> float:
-    """Billions of float32 operations per second of `mx.matmul` on [rows, inner] × [inner, columns]; best of `repeats`."""
+    """Billions of float32 operations per second of `mx.matmul`, [rows, inner] × [inner, columns]; best of `repeats`."""
     a, b = mx.random.normal((rows, inner)), mx.random.normal((columns, inner)).T
     mx.eval(a, b, a @ b)
     best = float("inf")

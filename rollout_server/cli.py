@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,10 +117,10 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Train the embedded model with GRPO against a real server, over HTTP alone, and show what it learned."""
+    # Its two processes are ended on the way out; a plain SIGTERM would leave them running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with one_sentence():
-        blas = _load_blas()
-
-        typer.echo(blas, err=True)
+        typer.echo(_load_blas(), err=True)
 
         from rollout_server.demo.run import run_demo
 

@@ -101,7 +101,12 @@ def test_leaving_ends_the_rows(server: LiveServer) -> None:
         return int(httpx.get(f"{server.url}/health").json()["running"])
 
     until(lambda: running() == 0)
-    body = {"policy": "base", "n": 4, "prompts": [{"token_ids": [1, 2]}], "sampling": {"max_tokens": 2000, "ignore_eos": True}}
+    body = {
+        "policy": "base",
+        "n": 4,
+        "prompts": [{"token_ids": [1, 2]}],
+        "sampling": {"max_tokens": 2000, "ignore_eos": True},
+    }
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/rollouts", json=body, timeout=httpx.Timeout(10, read=0.4))
     until(lambda: running() == 0, within_s=5)
@@ -167,7 +172,12 @@ def test_a_full_queue_says_so_and_loses_nothing(model: Path) -> None:
 
 def test_stopping_ends_open_requests_by_name(model: Path) -> None:
     with live_server(model) as live:
-        body = {"policy": "base", "prompts": [{"token_ids": [1]}], "sampling": {"max_tokens": 2040, "ignore_eos": True}, "n": 48}
+        body = {
+            "policy": "base",
+            "prompts": [{"token_ids": [1]}],
+            "sampling": {"max_tokens": 2040, "ignore_eos": True},
+            "n": 48,
+        }
 
         async def run() -> httpx.Response:
             async with httpx.AsyncClient(timeout=60) as http:
@@ -198,19 +208,28 @@ def bad_uploads(model: Path) -> dict[str, tuple[bytes, str, int]]:
         "wrong shape": (save(shaped, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
         "missing half": (save(half, metadata), "missing", 422),
         "nan": (save(broken, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
-        "pickle": (b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.", "safetensors", 422),
+        "pickle": (
+            b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+            "safetensors",
+            422,
+        ),
         "2 GB header": (struct.pack("<Q", 2**31) + b"{}", "safetensors", 422),
         "no config": (save(tensors), "adapter_config", 422),
         "empty": (b"", "", 422),
     }
 
 
-def test_bad_uploads_get_their_sentence_and_change_nothing(server: LiveServer, client: RolloutClient, model: Path) -> None:
+def test_bad_uploads_get_their_sentence_and_change_nothing(
+    server: LiveServer, client: RolloutClient, model: Path
+) -> None:
     good = client.push("kept", *adapter(model, 3))
     before = sample(client, "kept")
     for name, (body, mention, status) in bad_uploads(model).items():
         reply = httpx.post(
-            f"{server.url}/v1/weights", params={"name": "kept"}, content=body, headers={"content-type": "application/octet-stream"}
+            f"{server.url}/v1/weights",
+            params={"name": "kept"},
+            content=body,
+            headers={"content-type": "application/octet-stream"},
         )
         assert 400 <= reply.status_code < 500, (name, reply.text)
         assert reply.status_code == status or name == "empty", (name, reply.text)
@@ -219,7 +238,9 @@ def test_bad_uploads_get_their_sentence_and_change_nothing(server: LiveServer, c
         line = client.policy("kept")
         assert (line.live, [v.digest for v in line.versions]) == (1, [good.digest])
     after = sample(client, "kept")
-    assert after.token_ids.tolist() == before.token_ids.tolist() and after.logprobs.tobytes() == before.logprobs.tobytes()
+    assert (
+        after.token_ids.tolist() == before.token_ids.tolist() and after.logprobs.tobytes() == before.logprobs.tobytes()
+    )
 
 
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str | None]] = {
@@ -241,7 +262,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str | None]] = {
 
 
 @pytest.mark.parametrize("name", list(BAD_REQUESTS))
-def test_bad_requests_get_a_4xx_that_names_the_field(name: str, server: LiveServer, client: RolloutClient, model: Path) -> None:
+def test_bad_requests_get_a_4xx_that_names_the_field(
+    name: str, server: LiveServer, client: RolloutClient, model: Path
+) -> None:
     client.push("steady", *adapter(model, 3))
     change, status, param = BAD_REQUESTS[name]
     body = {"policy": "base", "prompts": [{"token_ids": [1, 2, 3]}], "sampling": {"max_tokens": 4}} | change

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 320
@@ -256,7 +256,7 @@ def write_tokenizer(directory: Path) -> dict[str, int]:
 
 def linear_layers(directory: Path) -> dict[str, tuple[int, int]]:
     """Parameter path → (out, in) of every plain linear layer stored under `directory`, without loading the model."""
-    weights = mx.load(str(directory / "model.safetensors"))
+    weights = load_file(directory / "model.safetensors")
     return {
         name.removesuffix(".weight"): (value.shape[0], value.shape[1])
         for name, value in sorted(weights.items())

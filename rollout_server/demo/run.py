@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +47,7 @@ def run_demo(output: Path, steps: int | None, seed: int, json_output: bool) -> d
     arguments = ["--model", str(model_directory()), "--output", str(output), "--seed", str(seed)]
     if steps is not None:
         arguments += ["--steps", str(steps)]
-    with serving(output / "server.log") as url:
+    with ending_in_order(), serving(output / "server.log") as url:
         run_trainer(["--url", url, *arguments], stdout=sys.stderr if json_output else None)
     path = output / "result.json"
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -75,6 +77,19 @@ def serving(log: Path) -> Iterator[str]:
             yield url
         finally:
             stop(server)
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Makes SIGTERM leave by way of the `finally`s, so that a demo that is told to stop takes its processes along."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what signals do
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:

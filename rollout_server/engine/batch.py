@@ -250,7 +250,7 @@ class Batch:
 
     def _banned(self, rows: Sequence[tuple[int, Row]]) -> tuple[mx.array, mx.array] | None:
         """End tokens of rows that have not reached min_tokens, as (place, token) pairs."""
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         for place, row in rows:
             sampling = row.group.request.sampling
             if row.dispatched < sampling.min_tokens:
@@ -261,7 +261,7 @@ class Batch:
         places, tokens = zip(*pairs, strict=True)
         return mx.array(places, dtype=mx.int32), mx.array(tokens, dtype=mx.int32)
 
-    def _take(self) -> tuple[Flight, list[int], list[list[float]], list[list[TopTokens]]] | None:
+    def _take(self) -> tuple[Flight, list[int], list[list[float]], list[TopTokens]] | None:
         """Waits for the step in flight and copies its results to the host."""
         flight, self._flight = self._flight, None
         if flight is None:
@@ -269,21 +269,19 @@ class Batch:
         sampled = flight.sampled
         ids = np.array(sampled.ids).tolist()
         values = np.array(sampled.values).T.tolist()
-        top: list[list[TopTokens]] = []
+        top: list[TopTokens] = []
         if sampled.top_ids is not None and sampled.top_logprobs is not None:
             pairs = zip(np.array(sampled.top_ids).tolist(), np.array(sampled.top_logprobs).tolist(), strict=True)
-            top = [list(zip(tokens, logs, strict=True)) for tokens, logs in pairs]  # type: ignore[misc]
+            top = [tuple(zip(tokens, logs, strict=True)) for tokens, logs in pairs]
         return flight, ids, values, top
 
-    def _record(
-        self, flight: Flight, ids: list[int], values: list[list[float]], top: list[list[TopTokens]]
-    ) -> list[Row]:
+    def _record(self, flight: Flight, ids: list[int], values: list[list[float]], top: list[TopTokens]) -> list[Row]:
         touched = []
         for place, row in flight.rows:
             if not row.running:
                 continue
             if math.isfinite(values[place][0]):
-                row.record(ids[place], values[place], tuple(top[place]) if top else None, self._eos)  # type: ignore
+                row.record(ids[place], values[place], top[place] if top else None, self._eos)
             else:
                 row.fail(
                     NonFiniteLogits(

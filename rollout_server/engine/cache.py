@@ -173,9 +173,7 @@ class SlotRows:
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            array.nbytes for layer in self.layers for array in (layer.keys, layer.values) if array is not None
-        )
+        return sum(array.nbytes for layer in self.layers for array in (layer.keys, layer.values) if array is not None)
 
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)

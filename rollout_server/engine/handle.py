@@ -230,7 +230,7 @@ class EngineHandle:
 
     def _check_ids(self, tokens: Sequence[int], param: str) -> None:
         vocabulary = self.info.vocab_size
-        if tokens and not (0 <= min(tokens) and max(tokens) < vocabulary):
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
             wrong = next(token for token in tokens if not 0 <= token < vocabulary)
             raise InvalidField(f"Token id {wrong} is outside the vocabulary of {vocabulary}.", param=param)
 
@@ -293,4 +293,3 @@ class EngineHandle:
             reply.set_exception(event.error)
         else:
             reply.set_result(event)
-

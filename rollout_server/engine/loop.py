@@ -1,7 +1,7 @@
 """The central loop: one thread that owns the model, the batch and the versions.
 
-    take commands (waiting only when nothing runs) → admit → prefill a bounded chunk → step the batch once
-    → score a bounded chunk → one hop to the event loop with everything that happened.
+take commands (waiting only when nothing runs) → admit → prefill a bounded chunk → step the batch once
+→ score a bounded chunk → one hop to the event loop with everything that happened.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from rollout_server.engine.messages import (
     Event,
     Ping,
     Pong,
-    Published,
     Publish,
-    RequestFailed,
+    Published,
     Score,
     Scored,
     ScoredSequence,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,6 @@ def default_kv_memory() -> int:
     """A quarter of what the device may use, in bytes."""
     memory = mx.device_info().get("memory_size")
     if not isinstance(memory, int) or memory <= 0:
-        import os
-
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory // 4
 
@@ -114,10 +113,15 @@ def _to_float32(module: nn.Module) -> None:
     module.update(tree_map_with_path(cast, module.parameters()))
 
 
+def _arrays(module: nn.Module) -> list[mx.array]:
+    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    return [array for _, array in flat]
+
+
 def _activation_dtype(module: nn.Module) -> mx.Dtype:
     """The dtype of norms and scales: what the residual stream and the KV come out in."""
     counts: dict[mx.Dtype, int] = {}
-    for _, array in tree_flatten(module.parameters()):
+    for array in _arrays(module):
         if mx.issubdtype(array.dtype, mx.floating):
             counts[array.dtype] = counts.get(array.dtype, 0) + 1
     return max(counts, key=lambda dtype: counts[dtype])
@@ -131,7 +135,7 @@ def _parameters(module: nn.Module) -> int:
             total += layer.weight.size * 32 // layer.bits
             biases = layer.get("biases")
             total -= biases.size if biases is not None else 0
-    return total + sum(array.size for _, array in tree_flatten(module.parameters()))
+    return total + sum(array.size for array in _arrays(module))
 
 
 def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
@@ -151,9 +155,7 @@ def _context_length(config: dict[str, Any], asked: int | None) -> int:
 # ---- which cache ---------------------------------------------------------------------------------------------------
 
 
-def _choose_store(
-    module: nn.Module, vocabulary: int, max_rows: int
-) -> tuple[str, int, Callable[[], RowStore]]:
+def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[str, int, Callable[[], RowStore]]:
     """The first kind of cache under which rows of different lengths equal themselves alone, and its bytes per row
     and column. Falls back to one row at a time, and says so."""
     forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
@@ -174,9 +176,7 @@ def _choose_store(
     return "serial", cell, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True)
 
 
-def _measure_caches(
-    forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int
-) -> tuple[int, int]:
+def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:
     """Bytes per token of mlx-lm's caches, and how many tokens' worth a row costs whatever its length."""
     # KVCache allocates 256 columns at a time.
     sizes = []

@@ -42,7 +42,9 @@ MODE = "adapter"
 class PolicyTable:
     """The registry of versions and the slots that hold their weights. `base` is version 0 and never freed."""
 
-    def __init__(self, base: PolicyVersion, slots: AdapterSlots, keep_versions: int, weights_memory: int | None) -> None:
+    def __init__(
+        self, base: PolicyVersion, slots: AdapterSlots, keep_versions: int, weights_memory: int | None
+    ) -> None:
         self.base = base
         self._slots = slots
         self._registry = Registry(keep_versions)

@@ -17,6 +17,7 @@ from rollout_server.engine.cache import Forward
 from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.sampling import entropy_of, exponential, top_of
 from rollout_server.engine.sequence import TopTokens
+from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyVersion
 
 LOGIT_BYTES = 64 * 2**20
@@ -37,7 +38,7 @@ class ScoreJob:
     top_logprobs: int = 0
     finished: Callable[[tuple[ScoredSequence, ...]], None] = field(kw_only=True)
     """Called on the engine thread with the results."""
-    failed: Callable[[Exception], None] = field(kw_only=True)
+    failed: Callable[[RolloutError], None] = field(kw_only=True)
     results: list[ScoredSequence] = field(default_factory=list)
     fed: int = 0
     caches: list[Any] | None = None

@@ -118,9 +118,7 @@ class Sequence:
             self.entropy.append(values[3])
         if wants.top_logprobs and top is not None:
             self.top_logprobs.append(top[: wants.top_logprobs])
-        if token in eos and not sampling.ignore_eos:
-            self.end(FinishReason.STOP, token)
-        elif token in sampling.stop_token_ids:
+        if (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             self.end(FinishReason.STOP, token)
         elif (stop := self._stop_string(token)) is not None:
             self.end(FinishReason.STOP, stop)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.engine.messages import Command, EngineOptions, EngineStatus, Event, ModelInfo
+from rollout_server.errors import RolloutError
 
 if TYPE_CHECKING:
     from rollout_server.engine.loop import Engine
@@ -39,6 +40,7 @@ class EngineThread(threading.Thread):
         from rollout_server.engine.policy import PolicyTable
 
         engine: Engine | None = None
+        cause: BaseException | None = None
         try:
             model = load(self._options)
             policies = PolicyTable.start(model, self._options)
@@ -47,8 +49,10 @@ class EngineThread(threading.Thread):
             )
             self.info, self.tokenizer = model.info, model.host_tokenizer
             engine.run()
+        except RolloutError as error:
+            cause = error  # a sentence for the user; it needs no traceback
         finally:
-            self._end(engine, sys.exception())
+            self._end(engine, cause or sys.exception())
 
     def _end(self, engine: Engine | None, cause: BaseException | None) -> None:
         """Whatever ends the thread, nobody waits for ever: all that is open fails by name."""
@@ -56,5 +60,5 @@ class EngineThread(threading.Thread):
             engine.stop()
         elif engine is not None and cause is not None:
             engine.die(cause)
-        else:
+        elif cause is not None:
             self._show(EngineStatus("dead", str(cause) or type(cause).__name__))

@@ -102,6 +102,7 @@ class StoppableServer(uvicorn.Server):
                 lifespan="on",
                 ws="none",
                 server_header=False,
+                proxy_headers=False,
             )
         )
         self._service: Service = app.state[STATE_KEY]

@@ -138,14 +138,16 @@ class Driver:
         return self.rollouts(id)
 
     def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, policy: str = "base", **options: Any
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int] | None = None,
+        policy: str = "base",
+        **options: Any,
     ) -> list[ScoredSequence]:
         self.count += 1
         id = f"s{self.count}"
         starts = starts or [0] * len(sequences)
-        self.send(
-            Score(id, PolicyAddress.parse(policy), tuple(map(tuple, sequences)), tuple(starts), **options)
-        )
+        self.send(Score(id, PolicyAddress.parse(policy), tuple(map(tuple, sequences)), tuple(starts), **options))
         self.until(lambda: self.error(id) is not None or any(isinstance(e, Scored) and e.id == id for e in self.events))
         if self.error(id):
             raise self.error(id)
@@ -163,7 +165,9 @@ class Driver:
         return id
 
     def published(self, id: str) -> Published:
-        self.until(lambda: self.error(id) is not None or any(isinstance(e, Published) and e.id == id for e in self.events))
+        self.until(
+            lambda: self.error(id) is not None or any(isinstance(e, Published) and e.id == id for e in self.events)
+        )
         if self.error(id):
             raise self.error(id)
         return next(e for e in self.events if isinstance(e, Published) and e.id == id)

@@ -63,7 +63,10 @@ def test_every_logprob_equals_the_scorer(
     wants = Wants(entropy=True, top_logprobs=3)
     rows = driver.generate(prompts_of([5, 30, 1, 70], model.info.vocab_size), n=2, max_tokens=20, wants=wants)
     scored = driver.score(
-        [row.prompt_ids + row.token_ids for row in rows], [len(row.prompt_ids) for row in rows], entropy=True, top_logprobs=3
+        [row.prompt_ids + row.token_ids for row in rows],
+        [len(row.prompt_ids) for row in rows],
+        entropy=True,
+        top_logprobs=3,
     )
     within = tolerance(driver, rows)
     for row, score in zip(rows, scored, strict=True):

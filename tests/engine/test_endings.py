@@ -53,7 +53,9 @@ def test_a_stop_string_ends_the_row_at_the_token_that_completes_it(base: Driver)
     text = tokenizer.decode(free.token_ids, skip_special_tokens=True)
     plain = [i for i in range(len(text) - 3) if "\ufffd" not in text[i : i + 3]]
     stop = text[plain[len(plain) // 2] :][:3]
-    row = base.generate([PROMPT], seed=2, max_tokens=40, ignore_eos=True, temperature=1.5, stop=("never there", stop))[0]
+    row = base.generate([PROMPT], seed=2, max_tokens=40, ignore_eos=True, temperature=1.5, stop=("never there", stop))[
+        0
+    ]
     assert (row.finish_reason, row.stop_reason) == (FinishReason.STOP, stop)
     count = len(row.token_ids)
     assert row.token_ids == free.token_ids[:count]

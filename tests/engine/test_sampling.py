@@ -126,7 +126,9 @@ def test_the_reported_numbers_are_those_of_the_definition(name: str) -> None:
 
 def test_greedy_takes_the_best_and_has_probability_one() -> None:
     logits = logits_of(512)
-    arrays = prepare([SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1)], 512, entropy=False, top_logprobs=0)
+    arrays = prepare(
+        [SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1)], 512, entropy=False, top_logprobs=0
+    )
     out = sample(mx.array(np.tile(logits, (2, 1))), arrays, mx.array(uniforms([1, 2], [0, 0])))
     assert int(out.ids[0]) == int(logits.argmax())
     assert float(out.values[1, 0]) == 0.0 and math.isnan(float(out.values[2, 0]))
@@ -145,7 +147,9 @@ def test_top_p_below_the_best_token_keeps_it_and_ties_are_kept_together() -> Non
 def test_banned_tokens_leave_the_sampling_distribution_only() -> None:
     logits = logits_of(128)
     best = int(logits.argmax())
-    arrays = prepare([SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1)], 128, entropy=False, top_logprobs=0)
+    arrays = prepare(
+        [SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1)], 128, entropy=False, top_logprobs=0
+    )
     banned = (mx.array([0, 1]), mx.array([best, best]))
     wide = logits.astype(np.float64)
     raw = wide - np.log(np.exp(wide).sum())

@@ -220,7 +220,7 @@ class FakeEngine:
     def status(self) -> EngineStatus:
         fault = None if self.state == "ready" else "The engine ended: a test."
         policies = tuple(self._policy(name, line) for name, line in self.lines.items())
-        return EngineStatus(self.state, fault, waiting=1, running=2, policies=policies, steps=3, tokens=4)
+        return EngineStatus(self.state, fault, waiting=len(self.open), running=2, policies=policies, steps=3, tokens=4)
 
     async def ping(self, timeout_s: float) -> bool:
         return self.answers

@@ -32,7 +32,7 @@ def test_models_are_the_base_names_and_versions(client: Client, engine: FakeEngi
 def test_health_follows_the_engine(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
     body = client.get("/health").json()
     HealthReply.model_validate(body)
-    assert (body["waiting"], body["running"], body["steps"], body["tokens"]) == (1, 2, 3, 4)
+    assert (body["waiting"], body["running"], body["steps"], body["tokens"]) == (0, 2, 3, 4)
     engine.answers = False
     problem(client.get("/health"), 503, "engine_unavailable")
     engine.answers = True

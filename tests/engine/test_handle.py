@@ -1,0 +1,133 @@
+"""The asyncio face: readiness, refusal at the door, and nobody left waiting when the thread ends."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages import EngineOptions, RowFinished, Score
+from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull, UnknownPolicy
+from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
+
+
+def group(
+    max_tokens: int = 8, policy: str = "base", prompt: tuple[int, ...] = (1, 2, 3), **kwargs: object
+) -> RolloutRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return RolloutRequest("x", prompt, sampling, PolicyAddress.parse(policy), seeds=(1,), **kwargs)  # type: ignore[arg-type]
+
+
+def renamed(request: RolloutRequest, id: str) -> RolloutRequest:
+    return replace(request, id=id)
+
+
+def test_many_requests_each_answered_once(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", max_batch=8))
+        with pytest.raises(EngineUnavailable):
+            handle.submit("early", [group()])
+        handle.start()
+        await handle.wait_ready()
+        assert handle.status.state == "ready" and await handle.ping(10)
+
+        async def one(k: int) -> int:
+            events = [e async for e in handle.submit(f"r{k}", [renamed(group(3 + k % 5), f"r{k}")])]
+            assert len(events) == 1 and isinstance(events[0], RowFinished)
+            return len(events[0].rollout.token_ids)
+
+        assert await asyncio.gather(*(one(k) for k in range(60))) == [3 + k % 5 for k in range(60)]
+        await handle.close()
+        assert handle.status.state == "stopping" and not await handle.ping(1)
+
+    asyncio.run(run())
+
+
+def test_refused_at_the_door(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", max_queue=2, max_rows_per_request=4, kv_memory=2**20))
+        handle.start()
+        await handle.wait_ready()
+        with pytest.raises(InvalidField, match="outside the vocabulary"):
+            handle.submit("a", [group(prompt=(1, 99999))])
+        with pytest.raises(ContextExceeded, match="context of 2048"):
+            handle.submit("a", [group(2047)])
+        with pytest.raises(ContextExceeded, match="--kv-memory"):
+            handle.submit("a", [group(1500)])
+        with pytest.raises(InvalidField, match="rows"):
+            handle.submit("a", [group(), group(), group(), group(), group()])
+        first = handle.submit("a", [renamed(group(500), "a")])
+        with pytest.raises(Conflict):
+            handle.submit("a", [renamed(group(), "a")])
+        second = handle.submit("b", [renamed(group(500), "b")])
+        with pytest.raises(QueueFull) as full:
+            handle.submit("c", [renamed(group(), "c")])
+        assert full.value.retryable
+        first.abort()
+        second.abort()
+        assert [type(e).__name__ async for e in first] == ["RowFinished"]
+        assert [type(e).__name__ async for e in second] == ["RowFinished"]
+        with pytest.raises(UnknownPolicy):
+            [e async for e in handle.submit("d", [renamed(group(policy="nobody"), "d")])]
+        assert handle.abort(["a", "nobody"]) == 0
+        await handle.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_leaves_nobody_waiting(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny"))
+        handle.start()
+        await handle.wait_ready()
+        running = handle.submit("a", [renamed(group(1500), "a")])
+
+        def dying(self: Engine) -> None:
+            raise MemoryError("no memory left")
+
+        original, Engine.turn = Engine.turn, dying  # type: ignore[method-assign]
+        try:
+            with pytest.raises(EngineUnavailable, match="no memory left"):
+                await handle.score(Score("s", PolicyAddress("base"), ((1, 2),), (0,)))
+            with pytest.raises(EngineUnavailable, match="no memory left"):
+                async for _ in running:
+                    pass
+        finally:
+            Engine.turn = original  # type: ignore[method-assign]
+        assert handle.status.state == "dead" and "no memory left" in (handle.status.fault or "")
+        assert not await handle.ping(1)
+        with pytest.raises(EngineUnavailable, match="no memory left"):
+            handle.submit("b", [renamed(group(), "b")])
+
+    asyncio.run(run())
+
+
+def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(tmp_path), "nothing"))
+        handle.start()
+        with pytest.raises(EngineUnavailable, match="could not be loaded"):
+            await handle.wait_ready()
+        assert handle.status.state == "dead"
+
+    asyncio.run(run())
+
+
+def test_scoring_many_sequences_beside_running_rows(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", prefill_tokens=64))
+        handle.start()
+        await handle.wait_ready()
+        rows = handle.submit("a", [renamed(group(200), "a")])
+        sequences = tuple(tuple(range(k, k + 40)) for k in range(20))
+        scored = await handle.score(Score("s", PolicyAddress("base"), sequences, (0,) * 20))
+        assert [len(s.logprobs) for s in scored.sequences] == [40] * 20
+        assert [type(e).__name__ async for e in rows] == ["RowFinished"]
+        await handle.close()
+
+    asyncio.run(run())

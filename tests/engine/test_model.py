@@ -1,0 +1,79 @@
+"""What the loader finds out about a base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from rollout_server.engine.base_digest import base_digest
+from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.model import ResidentModel, load
+from rollout_server.errors import EngineUnavailable
+from tests import tiny_models
+from tests.engine.driver import Driver, prompts_of
+
+
+def quantised(source: Path, target: Path, bits: int) -> Path:
+    shutil.copytree(source, target)
+    model, _ = load_model(source)
+    nn.quantize(model, group_size=32, bits=bits)
+    mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = json.loads((target / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": bits}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_stays_quantised_under_an_adapter(bits: int, tmp_path: Path) -> None:
+    small = tiny_models.build("qwen3", tmp_path / "whole", head_dim=32)
+    driver = Driver.start(quantised(small, tmp_path / "packed", bits))
+    info = driver.model.info
+    assert info.quantization == {"group_size": 32, "bits": bits} and info.dtype == "float32"
+    assert info.parameters == load(EngineOptions(str(small), "whole")).info.parameters
+    driver.push("p", driver.bundle(1))
+    rows = driver.generate(prompts_of([9, 30], 286), n=2, policy="p", max_tokens=10)
+    assert rows[0].token_ids != driver.generate(prompts_of([9, 30], 286), n=2, max_tokens=10)[0].token_ids
+    scored = driver.score([r.prompt_ids + r.token_ids for r in rows], [len(r.prompt_ids) for r in rows], policy="p")
+    for row, score in zip(rows, scored, strict=True):
+        np.testing.assert_allclose(row.logprobs, score.logprobs, atol=1e-4, rtol=0)
+    # Nothing was promoted: residual and KV keep the model's dtype.
+    assert {layer.keys.dtype for layer in driver.engine._batch._store.layers} == {mx.float32}
+    assert driver.model.module.layers[0].self_attn.q_proj["base"].weight.dtype == mx.uint32
+
+
+def test_facts_about_the_base(bare_model: Callable[[str], ResidentModel]) -> None:
+    info = bare_model("qwen3").info
+    assert (info.model_type, info.dtype, info.cache, info.quantization) == ("qwen3", "float32", "slots", None)
+    assert info.max_model_len == 2048 and info.eos_token_ids == (286,)
+    assert info.layers["model.layers.0.self_attn.q_proj"] == (96, 64)
+
+
+def test_two_fine_tunes_of_one_architecture_have_two_digests(tmp_path: Path) -> None:
+    """Config, sizes and headers are equal; the bytes are not."""
+    one = tiny_models.build("qwen3", tmp_path / "one", seed=1)
+    two = tiny_models.build("qwen3", tmp_path / "two", seed=2)
+    cache = tmp_path / "digests.json"
+    first, second = base_digest(one, cache), base_digest(two, cache)
+    assert first != second and first.startswith("sha256:") and len(first) == 71
+    assert base_digest(one, cache) == first and base_digest(one, tmp_path / "other.json") == first
+    shutil.copytree(one, tmp_path / "copy")
+    assert base_digest(tmp_path / "copy", cache) == first
+    config = json.loads((one / "tokenizer_config.json").read_text())
+    (one / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}))
+    assert base_digest(one, cache) not in (first, second)
+
+
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
+    with pytest.raises(EngineUnavailable, match=r"could not be loaded"):
+        load(EngineOptions(str(tmp_path), "x"))
