@@ -109,6 +109,7 @@ class Batch:
         if group.prompt is None:
             group.prompt = Prompt(group.request.prompt_ids[:-1], group.slot)
         self._store.begin(group.prompt, admission.count, admission.columns)
+        group.joining = True
         self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
     def prefill(self, budget: int) -> list[Row]:
@@ -125,9 +126,12 @@ class Batch:
             chunks.append((joining.prompt, min(left, budget)))
         if chunks:
             self._store.feed(self._forward, chunks, self._route)
-        ready = [joining for joining in self._joining if joining.prompt.done]
-        self._joining = [joining for joining in self._joining if not joining.prompt.done]
-        return [row for joining in ready for row in self._seat(joining)]
+        rows: list[Row] = []
+        for joining in [joining for joining in self._joining if joining.prompt.done]:
+            # One after another: what a failure leaves unseated is still known to be joining.
+            rows += self._seat(joining)
+            self._joining.remove(joining)
+        return rows
 
     def _seat(self, joining: Joining) -> list[Row]:
         group = joining.group
@@ -144,6 +148,7 @@ class Batch:
             rows.append(row)
         if not keep:
             group.prompt = None
+        group.joining = False
         self._arrays = None
         return rows
 
@@ -173,6 +178,7 @@ class Batch:
             self._vacate(places, places)
         for joining in dropped:
             joining.group.prompt = None
+            joining.group.joining = False
         return dropped
 
     def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:

@@ -115,7 +115,7 @@ class Reports:
             self._policies.release(row.version, 1)
         for join in joining:
             self._forget(join.group)
-            join.group.prompt = None
+            join.group.prompt, join.group.joining = None, False
             self.drop([join])
             self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)
 

@@ -152,21 +152,31 @@ def _threshold(weights: mx.array, arrays: SamplerArrays) -> mx.array:
     return mx.take_along_axis(ordered, last, axis=-1)
 
 
-def _draw(weights: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
-    """Inverse-CDF draw from unnormalised probabilities [R, V]; returns ids int32 [R] and the total weight [R, 1]."""
-    rows, vocabulary = weights.shape
+def blocks_of(values: mx.array) -> mx.array:
+    """[R, V] → [R, blocks, block size], padded with zeros where the vocabulary has no suitable divisor."""
+    rows, vocabulary = values.shape
     size = block_size(vocabulary)
     if vocabulary % size:
-        weights = mx.pad(weights, [(0, 0), (0, -vocabulary % size)])
-    blocks = weights.reshape(rows, -1, size)
-    sums = blocks.sum(axis=-1)
+        values = mx.pad(values, [(0, 0), (0, -vocabulary % size)])
+    return values.reshape(rows, -1, size)
+
+
+def block_sums(values: mx.array) -> mx.array:
+    """[R, V] → [R, blocks]. One float32 sum over 152k exponentials is off by 3e-4 nat, a sum of block sums by 2e-6."""
+    return blocks_of(values).sum(axis=-1)
+
+
+def _draw(weights: mx.array, sums: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
+    """Inverse-CDF draw from unnormalised probabilities [R, V] with their `block_sums`; returns ids int32 [R] and the
+    total weight [R, 1]."""
+    blocks = blocks_of(weights)
     running = mx.cumsum(sums, axis=-1)
     total = running[:, -1:]
     block = mx.argmax((running > uniform[:, :1] * total) & (sums > 0), axis=-1)
     inside = mx.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     running = mx.cumsum(inside, axis=-1)
     token = mx.argmax((running > uniform[:, 1:] * running[:, -1:]) & (inside > 0), axis=-1)
-    return (block * size + token).astype(mx.int32), total
+    return (block * blocks.shape[-1] + token).astype(mx.int32), total
 
 
 def sample(
@@ -182,7 +192,8 @@ def sample(
     shifted = raw - peak
     exponentials = exponential(shifted)
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
-    log_total = mx.log(mx.sum(exponentials, axis=-1, keepdims=True))
+    sums = block_sums(exponentials)
+    log_total = mx.log(mx.sum(sums, axis=-1, keepdims=True))
     shaped = raw
     if banned is not None:
         shaped = raw + 0.0
@@ -193,7 +204,9 @@ def sample(
         sampling = mx.zeros(ids.shape, dtype=mx.float32)
         kept = mx.full(ids.shape, mx.nan)
     else:
-        ids, sampling, kept = _sample_rows(shaped, exponentials, peak, arrays, uniform, reuse=banned is None)
+        ids, sampling, kept = _sample_rows(
+            shaped, (exponentials, sums, peak) if banned is None else None, arrays, uniform
+        )
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
             sampling = mx.where(arrays.greedy, 0.0, sampling)
@@ -209,23 +222,30 @@ def sample(
 
 
 def _sample_rows(
-    shaped: mx.array, exponentials: mx.array, peak: mx.array, arrays: SamplerArrays, uniform: mx.array, *, reuse: bool
+    shaped: mx.array,
+    known: tuple[mx.array, mx.array, mx.array] | None,
+    arrays: SamplerArrays,
+    uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]; `reuse` when nothing is banned."""
-    weights, top = exponentials, peak
-    if arrays.inverse_temperature is not None:
-        shaped = shaped * arrays.inverse_temperature
-    if arrays.inverse_temperature is not None or not reuse:
-        top = mx.max(shaped, axis=-1, keepdims=True)
-        weights = exponential(shaped - top)
-    everything = weights
+    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, block sums and peak of
+    `shaped`, which serve as they are where every row has temperature 1."""
+    if known is None or arrays.inverse_temperature is not None:
+        if arrays.inverse_temperature is not None:
+            shaped = shaped * arrays.inverse_temperature
+        peak = mx.max(shaped, axis=-1, keepdims=True)
+        weights = exponential(shaped - peak)
+        sums = block_sums(weights)
+    else:
+        weights, sums, peak = known
+    everything = sums
     if arrays.filtered is not None:
         threshold = mx.zeros((weights.shape[0], 1), dtype=mx.float32)
         threshold[arrays.filtered] = _threshold(mx.take(weights, arrays.filtered, axis=0), arrays)
         weights = weights * (weights >= threshold)
-    ids, total = _draw(weights, uniform)
+        sums = block_sums(weights)
+    ids, total = _draw(weights, sums, uniform)
     chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
-    sampling = (chosen - top - mx.log(total))[:, 0]
+    sampling = (chosen - peak - mx.log(total))[:, 0]
     kept = mx.zeros(ids.shape, dtype=mx.float32)
     if arrays.is_filtered is not None:
         all_mass = mx.sum(everything, axis=-1, keepdims=True)
@@ -236,7 +256,7 @@ def _sample_rows(
 def entropy_of(shifted: mx.array, exponentials: mx.array, log_total: mx.array) -> mx.array:
     """Entropy in nats, float32 [R], of the distribution whose logits less their peak are `shifted` [R, V]."""
     # Bounded below, because 0 × −inf is NaN.
-    mean = mx.sum(exponentials * mx.maximum(shifted, -1e30), axis=-1) / mx.sum(exponentials, axis=-1)
+    mean = mx.sum(block_sums(exponentials * mx.maximum(shifted, -1e30)), axis=-1) * mx.exp(-log_total)[:, 0]
     return log_total[:, 0] - mean
 
 

@@ -59,7 +59,7 @@ class Scheduler:
         if not self.waiting:
             return None
         group = self.waiting[0]
-        if group.prompt is not None and not group.prompt.done:
+        if group.joining:
             return None
         columns = max(longest, group.length)
         count = min(group.waiting, self._max_rows - running)

@@ -15,7 +15,7 @@ import numpy as np
 
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.messages import ScoredSequence
-from rollout_server.engine.sampling import entropy_of, exponential, top_of
+from rollout_server.engine.sampling import block_sums, entropy_of, exponential, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyVersion
@@ -102,7 +102,7 @@ class Scorer:
         raw = logits.astype(mx.float32) / job.temperature
         shifted = raw - mx.max(raw, axis=-1, keepdims=True)
         exponentials = exponential(shifted)
-        log_total = mx.log(mx.sum(exponentials, axis=-1, keepdims=True))
+        log_total = mx.log(mx.sum(block_sums(exponentials), axis=-1, keepdims=True))
         chosen = (mx.take_along_axis(shifted, mx.array(targets, dtype=mx.int32)[:, None], axis=-1) - log_total)[:, 0]
         entropy = entropy_of(shifted, exponentials, log_total)
         wanted = [chosen] + ([entropy] if job.entropy else [])

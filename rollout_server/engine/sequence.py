@@ -39,6 +39,8 @@ class Group:
     unscored: bool = False
     """Prompt log-probabilities were asked for and are not there yet: finished rows wait for them."""
     held: list[Sequence] = field(default_factory=list)
+    joining: bool = False
+    """Admitted samples wait for their rows to be seated; no more are admitted meanwhile."""
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
 

@@ -113,7 +113,7 @@ class AliasController(Controller):
         return_dto=None,
         status_code=200,
         summary="Move the alias to a kept version",
-        responses={200: ResponseSpec(ActivateReply, description="The policy after it."), **failures()},
+        responses={200: ResponseSpec(ActivateReply, description="The version that is live now."), **failures()},
     )
     async def activate(
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
@@ -123,8 +123,7 @@ class AliasController(Controller):
         published = await service.engine.activate(
             Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
         )
-        reply = one_policy(service, name) | {"unchanged": published.unchanged}
-        return json_response(reply | {"timings_ms": {"activate": round(published.activate_ms, 3)}})
+        return json_response(activate_reply(published, service))
 
 
 def if_match(request: Request[Any, Any, Any]) -> str | None:
@@ -166,6 +165,21 @@ def push_reply(published: Published, bundle: AdapterBundle, service: Service) ->
             "delta_norm": bundle.delta_norm,
             "zero_modules": bundle.zero_modules,
         },
+    }
+
+
+def activate_reply(published: Published, service: Service) -> dict[str, Any]:
+    version = published.version
+    return {
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "label": version.label,
+        "live": published.live,
+        "unchanged": published.unchanged,
+        "base": service.base,
+        "instance": service.instance,
+        "timings_ms": {"activate": round(published.activate_ms, 3)},
     }
 
 

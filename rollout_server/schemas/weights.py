@@ -108,10 +108,17 @@ class OnePolicyReply(PolicyReply):
     instance: str
 
 
-class ActivateReply(OnePolicyReply):
-    """`unchanged`: the alias was there already."""
+class ActivateReply(BaseModel):
+    """The version the alias points to. `unchanged`: it was there already."""
 
+    name: str
+    version: int
+    digest: str
+    label: str | None
+    live: bool
     unchanged: bool
+    base: BaseState
+    instance: str
     timings_ms: ActivateTimings
 
 

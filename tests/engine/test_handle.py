@@ -103,6 +103,7 @@ def test_a_dead_thread_leaves_nobody_waiting(qwen: Path) -> None:
         assert not await handle.ping(1)
         with pytest.raises(EngineUnavailable, match="no memory left"):
             handle.submit("b", [renamed(group(), "b")])
+        await handle.close()
 
     asyncio.run(run())
 
