@@ -55,10 +55,11 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        if not found.wait(90) or process.poll() is not None:
+        found.wait(90)
+        ready = re.search(r"ready at (http://\S+)", "".join(log))
+        if ready is None:
             raise RuntimeError("the server did not start:\n" + "".join(log))
-        url = next(m[0] for line in log if (m := re.search(r"http://\S+", line)) and "ready" in line)
-        yield LiveServer(process, url, log)
+        yield LiveServer(process, ready[1], log)
     finally:
         if process.poll() is None:
             process.kill()

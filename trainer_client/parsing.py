@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from trainer_client.batch import RolloutBatch
 from trainer_client.errors import BadReply, DigestMismatch
-from trainer_client.replies import Reply, error_of, need, parse_json
+from trainer_client.replies import Reply, error_of, need, need_objects, parse_json
 from trainer_client.rollout import PER_TOKEN, Rollout, RowFault, Span
 from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
 
@@ -59,7 +59,7 @@ def parse_reply(reply: Reply) -> RolloutBatch:
     if reply.media_type != "application/json":
         raise BadReply(f"The rollouts came as {reply.media_type or 'no content type'!r}; this client reads JSON.")
     body = parse_json(reply.body)
-    rows = need(body, "rollouts", list)
+    rows = need_objects(body, "rollouts")
     return RolloutBatch.of(
         (parse_rollout(row) for row in rows),
         policy=_alias(need(body, "policy", dict)),
@@ -74,7 +74,7 @@ def parse_rollout(row: Mapping[str, Any]) -> Rollout:
     """One Rollout object: of a JSON reply or of a line of the stream."""
     where = f"rollout of prompt {row.get('prompt_index')}, sample {row.get('sample_index')},"
     token_ids = need(row, "token_ids", list, where)
-    spans = tuple(_span(span, where) for span in need(row, "versions", list, where))
+    spans = tuple(_span(span, where) for span in need_objects(row, "versions", where))
     _check_tiling(spans, len(token_ids), where)
     arrays: dict[str, Any] = {
         name: _values(need(row, name, list, where) if name in _ALWAYS_THERE else row.get(name), name, dtype, where)
@@ -87,7 +87,7 @@ def parse_rollout(row: Mapping[str, Any]) -> Rollout:
     return Rollout(
         prompt_index=need(row, "prompt_index", int, where),
         sample_index=need(row, "sample_index", int, where),
-        prompt_token_ids=np.array(need(row, "prompt_token_ids", list, where), np.int32),
+        prompt_token_ids=_values(need(row, "prompt_token_ids", list, where), "prompt_token_ids", np.int32, where),
         **arrays,
         spans=spans,
         finish_reason=need(row, "finish_reason", str, where),
@@ -145,7 +145,7 @@ def _check_tiling(spans: tuple[Span, ...], tokens: int, where: str) -> None:
 
 def parse_scored(reply: Reply) -> Scored:
     body = parse_json(reply.body)
-    sequences = need(body, "sequences", list)
+    sequences = need_objects(body, "sequences")
     logprobs = [_values(need(entry, "logprobs", list), "logprobs", np.float32, "reply") for entry in sequences]
     entropy = [_values(entry.get("entropy"), "entropy", np.float32, "reply") for entry in sequences]
     return Scored(
@@ -156,7 +156,7 @@ def parse_scored(reply: Reply) -> Scored:
         temperature=float(body.get("temperature", 1.0)),
         versions=tuple(
             PolicyRef(need(entry, "policy", str), need(entry, "version", int), need(entry, "digest", str))
-            for entry in need(body, "versions", list)
+            for entry in need_objects(body, "versions")
         ),
     )
 
@@ -197,7 +197,7 @@ def parse_published(reply: Reply, sent_digest: str | None) -> PublishedVersion:
 def parse_weights(reply: Reply) -> tuple[PolicyLine, ...]:
     """Every name of `GET /v1/weights`."""
     body = parse_json(reply.body)
-    return tuple(_policy_line({"instance": body.get("instance"), **entry}) for entry in need(body, "policies", list))
+    return tuple(_policy_line({"instance": body.get("instance"), **entry}) for entry in need_objects(body, "policies"))
 
 
 def parse_policy(reply: Reply) -> PolicyLine:
@@ -215,7 +215,7 @@ def parse_models(reply: Reply) -> tuple[ServedModel, ...]:
             quantization=entry.get("quantization"),
             eos_token_ids=tuple(entry.get("eos_token_ids") or ()),
         )
-        for entry in need(parse_json(reply.body), "data", list)
+        for entry in need_objects(parse_json(reply.body), "data")
     )
 
 
@@ -231,7 +231,7 @@ def _policy_line(entry: Mapping[str, Any]) -> PolicyLine:
     return PolicyLine(
         name=name,
         live=entry.get("live"),
-        versions=tuple(_kept_version(version, f"policy {name!r}") for version in need(entry, "versions", list)),
+        versions=tuple(_kept_version(version, f"policy {name!r}") for version in need_objects(entry, "versions")),
         instance=entry.get("instance"),
     )
 

@@ -66,6 +66,14 @@ def need(entry: Mapping[str, Any], name: str, kind: type[T], where: str = "reply
     return value
 
 
+def need_objects(entry: Mapping[str, Any], name: str, where: str = "reply") -> list[dict[str, Any]]:
+    """A required list of JSON objects."""
+    values = need(entry, name, list, where)
+    if not all(isinstance(value, dict) for value in values):
+        raise BadReply(f"The server's {where} is not as the contract says: {name!r} holds something else than objects.")
+    return values
+
+
 def parse_json(body: bytes | str) -> dict[str, Any]:
     """A JSON object; `BadReply` for anything else."""
     try:

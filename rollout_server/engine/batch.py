@@ -8,6 +8,7 @@ when the step in flight has been read. Rows join and move only when no step is i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,11 +140,13 @@ class Batch:
             raise RuntimeError("A group is seated before it has a version.")
         keep = group.waiting > 0
         places = self._store.seat(joining.prompt, joining.count, keep)
+        seated_at = time.monotonic()
+        group.prefilled_at = group.prefilled_at or seated_at
         rows = []
         for i, place in enumerate(places):
             index = joining.first_sample + i
             text = IncrementalText(self._tokenizer) if group.request.sampling.stop else None
-            row = Row(group, index, group.request.seeds[index], group.version, group.slot, text)
+            row = Row(group, index, group.request.seeds[index], group.version, group.slot, text, seated_at=seated_at)
             self._seats[place] = row
             rows.append(row)
         if not keep:

@@ -69,7 +69,8 @@ class Subscription:
 
     def abort(self, reason: str = "disconnect") -> None:
         """Ends what is left of the request; its rows are still reported. Does nothing once the request is over."""
-        self._handle.abort([self.id], reason)
+        if not self._ended:
+            self._handle.abort_subscription(self, reason)
 
     def deliver(self, event: Event) -> None:
         self._events.put_nowait(event)
@@ -199,6 +200,11 @@ class EngineHandle:
         if found:
             self._mailbox.put(Abort(found, reason))
         return len(found)
+
+    def abort_subscription(self, subscription: Subscription, reason: str) -> None:
+        """Ends this very request: its id may have been taken again once it was over."""
+        if self._subscriptions.get(subscription.id) is subscription:
+            self._mailbox.put(Abort((subscription.id,), reason))
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 

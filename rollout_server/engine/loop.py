@@ -299,12 +299,18 @@ class Engine:
         self._close("dead", str(fault), fault)
 
     def stop(self) -> None:
-        self._close("stopping", None, EngineUnavailable("The server is stopping."))
+        """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
+        error = EngineUnavailable("The server is stopping.")
+        for id in list(self._scheduler.tickets):
+            if self._reports.has_tokens(id, self._batch):
+                self._end_request(id, "stopping")
+        self._close("stopping", None, error)
 
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
         for job in self._jobs:
             self._reports.fail(job.id, error)
-        self._show_status(state, fault)
+        # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())
+        self._show_status(state, fault)

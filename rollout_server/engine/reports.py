@@ -125,6 +125,11 @@ class Reports:
             if join.group.version is not None:
                 self._policies.release(join.group.version, join.count)
 
+    def has_tokens(self, id: str, batch: Batch) -> bool:
+        """Whether some row of a request, reported or running, has sampled anything."""
+        ticket = self._scheduler.tickets[id]
+        return ticket.produced or any(row.token_ids for row in batch.rows if row.group.request.id == id)
+
     def end_request(self, id: str, reason: str, batch: Batch) -> None:
         ticket = self._scheduler.tickets.get(id)
         if ticket is None:

@@ -79,6 +79,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: RolloutError | None = None
+    seated_at: float = 0.0
     ended_at: float = 0.0
 
     @property
@@ -157,7 +158,6 @@ class Sequence:
         group, count = self.group, len(self.token_ids)
         wants = group.request.wants
         spans = tuple(Span(s.version, s.start, min(s.end, count)) for s in self.spans if s.start < count)
-        began = group.prefilled_at or self.ended_at
         return Rollout(
             prompt_index=group.request.prompt_index,
             sample_index=self.sample_index,
@@ -171,13 +171,22 @@ class Sequence:
             stop_reason=self.stop_reason,
             seed=self.seed,
             sampling=group.request.sampling,
-            timings=Timings(
-                queued_ms=1e3 * ((group.admitted_at or self.ended_at) - group.arrived),
-                prefill_ms=1e3 * max(0.0, began - (group.admitted_at or began)),
-                decode_ms=1e3 * max(0.0, self.ended_at - began),
-            ),
+            timings=self._timings(),
             entropy=tuple(self.entropy) if wants.entropy else None,
             top_logprobs=tuple(self.top_logprobs) if wants.top_logprobs else None,
             prompt_logprobs=group.prompt_logprobs,
             error=RowError(self.error.code, self.error.message) if self.error else None,
+        )
+
+    def _timings(self) -> Timings:
+        """A sample that starts from its group's kept prefill waited until it was seated."""
+        group, end = self.group, self.ended_at
+        admitted = group.admitted_at or end
+        prefilled = min(group.prefilled_at or end, end)
+        seated = self.seated_at or prefilled
+        prefill_ms = 1e3 * max(0.0, prefilled - admitted)
+        return Timings(
+            queued_ms=max(0.0, 1e3 * (seated - group.arrived) - prefill_ms),
+            prefill_ms=prefill_ms,
+            decode_ms=1e3 * max(0.0, end - seated),
         )

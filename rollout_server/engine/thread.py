@@ -34,14 +34,14 @@ class EngineThread(threading.Thread):
         self._show = show
 
     def run(self) -> None:
-        # Imported here so that the event loop's side needs no MLX before the model's thread does.
-        from rollout_server.engine.loop import Engine
-        from rollout_server.engine.model import load
-        from rollout_server.engine.policy import PolicyTable
-
         engine: Engine | None = None
         cause: BaseException | None = None
         try:
+            # Imported here so that the event loop's side needs no MLX before the model's thread does.
+            from rollout_server.engine.loop import Engine
+            from rollout_server.engine.model import load
+            from rollout_server.engine.policy import PolicyTable
+
             model = load(self._options)
             policies = PolicyTable.start(model, self._options)
             engine = Engine(

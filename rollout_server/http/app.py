@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -90,7 +89,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
 async def running(service: Service) -> AsyncIterator[None]:
     """The engine runs inside; the server answers while the model is loading."""
     service.engine.start()
-    startup = asyncio.create_task(service.startup.run())
+    startup = service.startup.begin()
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
@@ -110,7 +110,11 @@ def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str)
     """The body's `id`, else `X-Request-Id`, else a fresh one."""
     header = request.headers.get("x-request-id")
     if header is not None:
-        TypeAdapter(RequestId).validate_python(header)
+        try:
+            TypeAdapter(RequestId).validate_python(header)
+        except ValidationError as error:
+            rule = "1 to 128 printable ASCII characters without spaces and slashes"
+            raise InvalidField(f"X-Request-Id must be {rule}.", param="X-Request-Id") from error
         if given not in (None, header):
             raise InvalidField(f"The body calls the request {given!r} and X-Request-Id {header!r}.", param="id")
     return given or header or f"{kind}-{secrets.token_hex(12)}"

@@ -17,7 +17,7 @@ from litestar import Litestar
 
 from rollout_server import logs
 from rollout_server.config import ServerConfig
-from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
 from rollout_server.http.service import STATE_KEY, Service
 
@@ -108,22 +108,25 @@ class StoppableServer(uvicorn.Server):
         self._service: Service = app.state[STATE_KEY]
         self._listener = listener
         self._ready = ready
+        self._starting: asyncio.Task[None] | None = None
 
     async def until_stopped(self) -> None:
         """Serves until a signal comes, or the start fails: then its error is raised."""
-        starting = asyncio.create_task(self._wait_ready())
         await self.serve(sockets=[self._listener])
-        if starting.done():
-            starting.result()
-        else:
-            starting.cancel()
+        if self._starting is not None and self._starting.done():
+            self._starting.result()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._starting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:
+        ready = False
         try:
             await self._service.startup.finished()
-        except RolloutError:
-            self.should_exit = True
-            raise
+            ready = True
+        finally:
+            self.should_exit = self.should_exit or not ready
         url = url_of(self._listener)
         info = self._service.info
         log.info("%s (%s, %s, cache %s) is ready at %s", info.id, info.dtype, info.device, info.cache, url)

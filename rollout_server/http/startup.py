@@ -88,20 +88,18 @@ class Startup:
     def __init__(self, config: ServerConfig, engine: EngineHandle) -> None:
         self._config = config
         self._engine = engine
-        self._settled = asyncio.Event()
-        self._fault: RolloutError | None = None
+        self._task: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Ends when the server is ready or cannot become so; `check` tells which."""
-        try:
-            await self._engine.wait_ready()
-            for name, directory in self._config.adapters:
-                await self._publish(name, directory)
-        except RolloutError as error:
-            log.error("The server cannot start: %s", error.message)
-            self._fault = error
-        finally:
-            self._settled.set()
+    def begin(self) -> asyncio.Task[None]:
+        """On the running event loop; `check` and `finished` tell how it went."""
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(_log_fault)
+        return self._task
+
+    async def _run(self) -> None:
+        await self._engine.wait_ready()
+        for name, directory in self._config.adapters:
+            await self._publish(name, directory)
 
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
@@ -111,20 +109,26 @@ class Startup:
         log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
 
     async def finished(self) -> None:
-        """Waits for the end of `run`; raises what stood in the way."""
-        await self._settled.wait()
-        if self._fault is not None:
-            raise self._fault
+        """Waits until the server is ready; raises what stood in the way."""
+        if self._task is None:
+            raise EngineUnavailable("The server was not started.")
+        await asyncio.shield(self._task)
 
     def check(self) -> None:
         """Raises `EngineUnavailable` unless the server is ready."""
-        if self._fault is not None:
-            raise EngineUnavailable(f"The server could not start: {self._fault.message}")
+        if self._task is not None and self._task.done() and (fault := self._task.exception()) is not None:
+            raise EngineUnavailable(f"The server could not start: {fault}") from fault
         status = self._engine.status
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
-        if not self._settled.is_set():
+        if self._task is None or not self._task.done():
             raise EngineUnavailable("The configured adapters are still being loaded.")
+
+
+def _log_fault(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (fault := task.exception()) is not None:
+        known = isinstance(fault, RolloutError)
+        log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
 
 
 def check_name(name: str, base_id: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -112,3 +114,23 @@ def test_without_matplotlib_the_picture_is_left_out(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw(tmp_path / "reward.png", []) is False
     assert not (tmp_path / "reward.png").exists()
+
+
+def test_a_demo_that_is_told_to_stop_takes_its_server_along(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from rollout_server.demo.run import ending_in_order, serving\n"
+        "with ending_in_order(), serving(Path(sys.argv[1])) as url:\n    print(url, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "server.log")]
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert demo.stdout is not None
+        url = demo.stdout.readline().strip()
+        assert httpx.get(f"{url}/ready").status_code == 200
+        demo.terminate()
+        assert demo.wait(30) == 128 + signal.SIGTERM
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/ready")
+        demo.stdout.close()
+    finally:
+        demo.kill()

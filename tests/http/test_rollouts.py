@@ -204,7 +204,9 @@ def test_the_id_comes_from_body_or_header(client: Client, engine: FakeEngine, pr
     both = client.post("/v1/rollouts", json=body | {"id": "b-1"}, headers={"x-request-id": "h-1"})
     problem(both, 400, "invalid_field", "id")
     problem(client.post("/v1/rollouts", json=body | {"id": "/engine/1"}), 400, "invalid_field", "id")
-    problem(client.post("/v1/rollouts", json=body, headers={"x-request-id": "a b"}), 400, "invalid_field")
+    problem(
+        client.post("/v1/rollouts", json=body, headers={"x-request-id": "a b"}), 400, "invalid_field", "X-Request-Id"
+    )
 
 
 def test_a_stream_has_a_line_per_rollout_and_a_last_one(client: Client) -> None:

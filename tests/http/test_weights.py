@@ -184,7 +184,7 @@ def test_an_alias_moves(client: Client, engine: FakeEngine, problem: Callable[..
     body = response.json()
     assert response.status_code == 200
     ActivateReply.model_validate(body)
-    assert (body["live"], body["unchanged"]) == (1, False)
+    assert body["live"] is True and body["unchanged"] is False
     assert activate(1).json()["unchanged"] is True
     problem(activate(2, **{"if-match": '"3"'}), 412, "precondition_failed")
     problem(activate(9), 404, "unknown_policy")

@@ -107,6 +107,8 @@ def test_a_missing_field_of_the_reply_is_named(field: str) -> None:
         ({"versions": [contract.span(7, 0, 2), contract.span(7, 1, 3)]}, "do not tile"),
         ({"versions": [contract.span(7, 0, 3), contract.span(7, 3, 3)]}, "do not tile"),
         ({"seed": True}, "'seed' is bool"),
+        ({"prompt_token_ids": ["a"]}, "not numbers"),
+        ({"versions": [7]}, "something else than objects"),
     ],
 )
 def test_a_rollout_that_contradicts_itself_is_refused(changed: dict[str, Any], message: str) -> None:
