@@ -154,6 +154,21 @@ class SlotLayer:
     def _allocate(self, like: mx.array) -> mx.array:
         return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
 
+    def fill(self, places: Sequence[int], keys: mx.array, values: mx.array) -> None:
+        """Writes a prompt's keys and values [heads, length, head size] into the first columns of `places`."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys[None]), self._allocate(values[None])
+        at, length = mx.array(list(places)), keys.shape[1]
+        self.keys[at, :, :length] = keys[None]
+        self.values[at, :, :length] = values[None]
+
+    def copy(self, place: int, length: int) -> tuple[mx.array, mx.array] | None:
+        """The first columns of a place as arrays of their own: a live view would make every later write copy the
+        whole array."""
+        if self.keys is None or self.values is None:
+            return None
+        return mx.contiguous(self.keys[place, :, :length]), mx.contiguous(self.values[place, :, :length])
+
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
@@ -185,6 +200,8 @@ class SlotRows:
             if len(self._free) == self.capacity:
                 self._clear()
             self._resize(capacity, min(self.columns, self._ceiling))
+        # A group whose KV was kept writes it all at once.
+        self._grow_columns(len(prompt.tokens) + 1 if prompt.kept is not None else 1)
         self._free.sort()
         prompt.places, self._free = self._free[:count], self._free[count:]
 
@@ -226,23 +243,15 @@ class SlotRows:
         places, length = prompt.places[:count], len(prompt.tokens)
         prompt.places = prompt.places[count:]
         if length and prompt.kept is not None:
-            for layer, (keys, values) in zip(self.layers, prompt.kept, strict=True):
-                layer.keys[mx.array(places), :, :length] = keys
-                layer.values[mx.array(places), :, :length] = values
+            for layer, pair in zip(self.layers, prompt.kept, strict=True):
+                if pair is not None:
+                    layer.fill(places, *pair)
         elif length and count > 1:
-            others = mx.array(places[1:])
             for layer in self.layers:
                 if layer.keys is not None:
-                    layer.keys[others, :, :length] = layer.keys[places[0], :, :length][None]
-                    layer.values[others, :, :length] = layer.values[places[0], :, :length][None]
+                    layer.fill(places[1:], layer.keys[places[0], :, :length], layer.values[places[0], :, :length])
         if keep and length and prompt.kept is None:
-            # Own copies: a live view of the rows would make every later write copy the whole array.
-            first = places[0]
-            prompt.kept = [
-                (mx.contiguous(layer.keys[first, :, :length]), mx.contiguous(layer.values[first, :, :length]))
-                for layer in self.layers
-                if layer.keys is not None
-            ]
+            prompt.kept = [layer.copy(places[0], length) for layer in self.layers]
             mx.eval(prompt.kept)
         self.evaluate()
         return places

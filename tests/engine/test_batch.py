@@ -139,6 +139,31 @@ def test_a_group_prefills_once_and_later_samples_reuse_it(
         assert_same(alone, row, tolerance(driver, [row]))
 
 
+def test_kept_prompts_survive_a_cache_that_was_given_back(
+    bare_model: Callable[[str], ResidentModel], qwen: Path
+) -> None:
+    """All rows end together and the cache was wide: it is made anew before the group's next samples are seated."""
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=2)
+    driver.generate(prompts_of([900], 286), max_tokens=3, ignore_eos=True)
+    for length in (1, 40):
+        (prompt,) = prompts_of([length], 286, seed=length)
+        rows = driver.generate([prompt], n=7, max_tokens=5, ignore_eos=True)
+        for row in rows:
+            alone = driver.generate([prompt], seeds=[[row.seed]], max_tokens=5, ignore_eos=True)[0]
+            assert_same(alone, row, tolerance(driver, [row]))
+        driver.generate(prompts_of([900], 286), max_tokens=3, ignore_eos=True)
+
+
+def test_many_groups_through_few_rows(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=12, prefill_tokens=32)
+    prompts = prompts_of([1 + k % 9 for k in range(24)], 286)
+    rows = driver.generate(prompts, n=8, max_tokens=9)
+    assert [(r.prompt_index, r.sample_index) for r in rows] == [(p, s) for p in range(24) for s in range(8)]
+    for row in rows[::17]:
+        alone = driver.generate([prompts[row.prompt_index]], seeds=[[row.seed]], max_tokens=9)[0]
+        assert_same(alone, row, tolerance(driver, [row]))
+
+
 def test_samples_differ_and_see_the_prompt(base: Driver) -> None:
     first, second = prompts_of([30, 30], 286)
     rows = base.generate([first], n=8, max_tokens=16, ignore_eos=True)
