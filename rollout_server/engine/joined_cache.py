@@ -24,6 +24,7 @@ class JoinedRows:
         self.capacity = 0
         self._make_caches = make_caches
         self._row_cells = row_cells
+        self._reserved = 0
         self._serial = serial
 
     @property
@@ -31,14 +32,19 @@ class JoinedRows:
         return sum(layer.nbytes for layer in self.layers)
 
     def cells(self, count: int, columns: int) -> int:
-        return (self.capacity + count) * (columns + self._row_cells)
+        return (self.capacity + self._reserved + count) * (columns + self._row_cells)
 
     def pending(self) -> list[Any]:
         return [layer.state for layer in self.layers]
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        self._reserved += count
         if prompt.kept is None:
             prompt.kept = self._make_caches()
+
+    def cancel(self, prompt: Prompt, count: int) -> None:
+        self._reserved -= count
+        prompt.kept = None
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
         for prompt, n in chunks:
@@ -68,6 +74,7 @@ class JoinedRows:
             mx.eval([layer.state for layer in self.layers])
         if not keep:
             prompt.kept = None
+        self._reserved -= count
         self.capacity += count
         return list(range(self.capacity - count, self.capacity))
 
