@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.cache import Forward, Prompt
+from rollout_server.engine.messages import JOINED_KV_SPARE
 
 
 class JoinedRows:
@@ -32,7 +33,8 @@ class JoinedRows:
         return sum(layer.nbytes for layer in self.layers)
 
     def cells(self, count: int, columns: int) -> int:
-        return (self.capacity + self._reserved + count) * (columns + self._row_cells)
+        rows = self.capacity + self._reserved + count
+        return rows * (columns + JOINED_KV_SPARE + self._row_cells)
 
     def pending(self) -> list[Any]:
         return [layer.state for layer in self.layers]

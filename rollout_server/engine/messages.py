@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
 
 KV_BUCKET = 32
-"""KV columns are allocated and read in multiples of this."""
+"""KV columns are allocated and read in multiples of this,"""
+JOINED_KV_SPARE = 256
+"""and mlx-lm's own caches allocate up to so many more than they hold."""
 
 # ---- what the engine is started with, and what it says of itself --------------------------------------------------
 
@@ -66,7 +68,9 @@ class ModelInfo:
 
     def row_bytes(self, tokens: int) -> int:
         """KV memory of a row of so many tokens, bytes."""
-        return -(-(tokens + 1) // KV_BUCKET) * KV_BUCKET * self.kv_bytes_per_token + self.kv_bytes_per_row
+        slots = -(-(tokens + 1) // KV_BUCKET) * KV_BUCKET
+        columns = slots if self.cache == "slots" else tokens + JOINED_KV_SPARE
+        return columns * self.kv_bytes_per_token + self.kv_bytes_per_row
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------

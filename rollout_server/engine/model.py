@@ -100,10 +100,13 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
 
 def default_kv_memory() -> int:
     """A quarter of what the device may use, in bytes."""
-    memory = mx.device_info().get("memory_size")
-    if not isinstance(memory, int) or memory <= 0:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // 4
+    info = mx.device_info()
+    # Metal says memory_size, CUDA total_memory, the CPU neither.
+    for name in ("memory_size", "total_memory"):
+        memory = info.get(name)
+        if isinstance(memory, int) and memory > 0:
+            return memory // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _to_float32(module: nn.Module) -> None:
