@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -22,9 +22,13 @@ from rollout_server import __version__
 from rollout_server.errors import RolloutError
 
 if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
     from rollout_server.blas import BlasChoice
     from rollout_server.config import ServerConfig
     from trainer_client import PolicyLine, RolloutClient
+
+    S = TypeVar("S", bound=BaseSettings)
 
 log = logging.getLogger("rollout_server")
 
@@ -79,7 +83,7 @@ def serve(
     max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
     kv_memory: Annotated[str | None, option("For keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
     weights_memory: Annotated[str | None, option("For adapter versions.", metavar="SIZE")] = None,
-    max_queue: Annotated[int | None, option("Requests that may wait; more are answered 429.", "4096")] = None,
+    max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
     max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,
     keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
@@ -230,12 +234,16 @@ def _load_blas() -> BlasChoice:
 
 def configure(given: dict[str, Any]) -> ServerConfig:
     """The configuration from options and environment. Raises ValueError with one line that names every bad option."""
-    from pydantic import ValidationError
-
     from rollout_server.config import ServerConfig
 
+    return _read(ServerConfig, given)
+
+
+def _read(settings: type[S], given: dict[str, Any]) -> S:
+    from pydantic import ValidationError
+
     try:
-        return ServerConfig(**given)
+        return settings(**given)
     except ValidationError as error:
         faults = [_fault(fault["loc"], fault["msg"]) for fault in error.errors()]
         raise ValueError("; ".join(faults)) from None
@@ -253,15 +261,13 @@ def _fault(loc: tuple[int | str, ...], message: str) -> str:
 @contextmanager
 def _client(url: str | None) -> Iterator[RolloutClient]:
     """A client with this environment's key; what the server refuses leaves as one sentence."""
+    from rollout_server.config import ClientSettings
     from trainer_client import Retry, RolloutClient, TrainerClientError
 
-    config = configure({})
-    secret = config.admin_key or config.api_key
-    key = secret.get_secret_value() if secret else None
+    # With --url it does not matter what the variables say of an address.
+    settings = _read(ClientSettings, {} if url is None else {"host": "127.0.0.1", "port": 8000})
     try:
-        with RolloutClient(
-            url or f"http://{config.host}:{config.port}", api_key=key, retry=Retry(attempts=3)
-        ) as client:
+        with RolloutClient(url or settings.url, api_key=settings.key, retry=Retry(attempts=3)) as client:
             yield client
     except TrainerClientError as error:
         raise RuntimeError(str(error)) from error

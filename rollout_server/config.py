@@ -1,4 +1,5 @@
-"""The server's configuration: one frozen model, and the only reader of the environment (`ROLLOUT_…`)."""
+"""Configuration of the server and of the commands that talk to one: frozen models, and the only readers of the
+environment (`ROLLOUT_…`)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 GIB = 2**30
@@ -47,6 +48,24 @@ def parse_adapters(value: Any) -> Any:
     return tuple(pairs)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine and nothing else. Another name may resolve to anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_key(value: SecretStr | None) -> SecretStr | None:
+    """Raises ValueError for what cannot travel in a header."""
+    if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+        raise ValueError("a key is printable ASCII without spaces, so that it can travel in a header")
+    return value
+
+
+Key = Annotated[SecretStr | None, AfterValidator(check_key)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
 
@@ -69,9 +88,9 @@ class ServerConfig(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
-    api_key: SecretStr | None = None
+    api_key: Key = None
     """Opens inference. Where any key is set, every route but /health, /ready and /schema needs one."""
-    admin_key: SecretStr | None = None
+    admin_key: Key = None
     """Opens inference and whatever changes state. Where only `api_key` is set, state cannot be changed over HTTP."""
     insecure: bool = False
     """Allows a server without keys to listen on an address that others can reach."""
@@ -81,7 +100,7 @@ class ServerConfig(BaseSettings):
     kv_memory: Size | None = None
     weights_memory: Size | None = None
     max_queue: int = Field(default=4096, ge=1)
-    """Requests that may wait."""
+    """Requests that may be open at once, whether they wait or run."""
     max_rows_per_request: int = Field(default=65536, ge=1)
     keep_versions: int = Field(default=8, ge=1)
     max_upload: Size = 2 * GIB
@@ -91,13 +110,6 @@ class ServerConfig(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     shutdown_s: float = Field(default=10.0, gt=0)
     """How long replies that are still being sent may take after the engine has stopped."""
-
-    @field_validator("api_key", "admin_key")
-    @classmethod
-    def _key_is_ascii(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-            raise ValueError("a key is printable ASCII without spaces, so that it can travel in a header")
-        return value
 
     @model_validator(mode="after")
     def _loopback_rule(self) -> ServerConfig:
@@ -115,9 +127,28 @@ class ServerConfig(BaseSettings):
 
     @property
     def on_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False  # another host name may resolve to anything
+        return is_loopback(self.host)
+
+
+class ClientSettings(BaseSettings):
+    """Where commands that talk to a server find it, and with which key. They read the server's own variables, but only
+    these: a server on another machine has a configuration that this one cannot judge."""
+
+    model_config = SettingsConfigDict(env_prefix="ROLLOUT_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    api_key: Key = None
+    admin_key: Key = None
+
+    @property
+    def url(self) -> str:
+        """Of a server that listens on every address, the loopback one."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host.strip("[]"), self.host.strip("[]"))
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def key(self) -> str | None:
+        """The more powerful of the two."""
+        secret = self.admin_key or self.api_key
+        return secret.get_secret_value() if secret else None

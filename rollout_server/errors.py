@@ -13,6 +13,7 @@ To add one: subclass `RolloutError`, give it a code, add a row to the status tab
     ├── UnsupportedMedia        content type                          unsupported_media_type
     ├── Unauthorized / Forbidden                                      unauthorized / forbidden
     ├── NotFound                no such route or object               not_found
+    ├── MethodNotAllowed        the route has other methods           method_not_allowed
     ├── UnknownPolicy           no such name or version               unknown_policy
     ├── VersionGone             existed, but was freed                version_gone
     ├── StalePolicy             alias older than min_version          stale_policy

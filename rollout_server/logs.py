@@ -12,6 +12,17 @@ ROOT = "rollout_server"
 """Every logger of the server is a child of this one."""
 
 
+class TextLines(logging.Formatter):
+    """The time, the level, the message on one line; an exception follows on lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class JsonLines(logging.Formatter):
     """`{"time", "level", "logger", "message"}`, with `exception` where there is one, and what `extra={"fields": {…}}`
     carries beside them."""
@@ -37,7 +48,7 @@ def configure(
     if style == "json":
         handler.setFormatter(JsonLines())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(TextLines())
     for name, threshold in ((ROOT, level), ("adapters", level), ("uvicorn", max(level, logging.WARNING))):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -15,12 +15,14 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rollout_server.errors import InvalidField
+from rollout_server.errors import InvalidField, UnknownPolicy
+from rollout_server.quoting import counted, quoted
 
 BASE = "base"
 MAX_SEED = 2**53 - 1
 MAX_STOP_STRINGS = 64
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
 
 
 class FinishReason(StrEnum):
@@ -60,10 +62,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, rule: str) -> None:
             if not ok:
-                raise InvalidField(f"{name} must be {rule}, not {getattr(self, name)!r}.", param=name)
+                value = getattr(self, name)
+                found = "" if isinstance(value, tuple) else f", not {quoted(value)}"
+                raise InvalidField(f"{name} must be {rule}{found}.", param=name)
 
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
-        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        need(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"between 0 and max_tokens ({quoted(self.max_tokens)})",
+        )
         need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         need(self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 (greedy) or at least 0.001")
         need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
@@ -100,19 +108,19 @@ class PolicyAddress:
 
     @classmethod
     def parse(cls, text: str, *, param: str = "policy") -> PolicyAddress:
+        """Raises `UnknownPolicy` for what can be no name, and `InvalidField` for what can be no version."""
         name, at, rest = text.partition("@")
         if not NAME_PATTERN.fullmatch(name):
-            raise InvalidField(
-                f"{text!r} is not a policy name: letters, digits, '.', '_' and '-', at most 64 of them.", param=param
-            )
+            raise UnknownPolicy(f"There is no policy {quoted(text)}: a name is {NAME_RULE}.", param=param)
         if not at:
             return cls(name)
-        if re.fullmatch(r"[0-9]{1,12}", rest):
+        if re.fullmatch(r"0|[1-9][0-9]{0,11}", rest):
             return cls(name, number=int(rest))
         if re.fullmatch(r"sha256:[0-9a-f]{8,64}", rest):
             return cls(name, digest=rest)
         raise InvalidField(
-            f"{text!r} names no version: write NAME, NAME@7 or NAME@sha256: and at least 8 hex digits.", param=param
+            f"{quoted(text)} names no version: write NAME, NAME@7 or NAME@sha256: and at least 8 hex digits.",
+            param=param,
         )
 
     def __str__(self) -> str:
@@ -152,9 +160,10 @@ class RolloutRequest:
         if not self.prompt_ids:
             raise InvalidField("The prompt is empty: give at least one token.", param="prompt")
         if self.n < 1:
-            raise InvalidField(f"n must be at least 1, not {self.n}.", param="n")
+            raise InvalidField(f"n must be at least 1, not {quoted(self.n)}.", param="n")
         if len(self.seeds) != self.n:
-            raise InvalidField(f"{self.n} samples need {self.n} seeds, not {len(self.seeds)}.", param="seed")
+            wanted = f"{counted(self.n, 'sample')} need as many seeds"
+            raise InvalidField(f"{wanted}, not {len(self.seeds)}.", param="seed")
 
 
 @dataclass(frozen=True, slots=True)

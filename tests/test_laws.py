@@ -28,9 +28,10 @@ INDEX_HOSTS = re.compile(
 # What each room may import beyond the standard library and itself.
 IMPORTS = {
     "rollout_server/errors.py": set(),
-    "rollout_server/rollout.py": {"rollout_server.errors"},
+    "rollout_server/quoting.py": set(),
+    "rollout_server/rollout.py": {"rollout_server.errors", "rollout_server.quoting"},
     "rollout_server/blas.py": set(),
-    "rollout_server/schemas": {"pydantic", "pydantic_core"},
+    "rollout_server/schemas": {"pydantic", "pydantic_core", "rollout_server.quoting"},
     "trainer_client": {"numpy", "httpx", "safetensors"},
 }
 

@@ -29,7 +29,7 @@ V = TypeVar("V", bound=Callable[..., Any])
 
 CONNECT_S = 10.0
 IDLE_S = 2.0
-"""A kept connection is dropped before the server drops it (uvicorn: after 5 s), or a request could meet its end."""
+"""A kept connection is dropped before the server, or a proxy before it, drops it, or a request could meet its end."""
 
 
 class _Connection:

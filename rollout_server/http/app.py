@@ -19,6 +19,7 @@ from rollout_server import __version__
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
+from rollout_server.http.body import WholeRequest
 from rollout_server.http.completions import CompletionsController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
@@ -73,7 +74,8 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             HTTPException: to_response,
             Exception: to_response,
         },
-        request_max_body_size=config.max_body,
+        request_class=WholeRequest,
+        request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
         openapi_config=OpenAPIConfig(
             title="rollout-server",
             version=__version__,

@@ -1,20 +1,24 @@
 """Who may do what: two bearer keys, compared in constant time.
 
 `ROLLOUT_API_KEY` opens inference, `ROLLOUT_ADMIN_KEY` that and whatever changes state. A server without keys ignores
-the header; one with only an inference key lets nobody change state over HTTP.
+the header, but lets no web page of another site change state; one with only an inference key lets nobody change state
+over HTTP.
 """
 
 from __future__ import annotations
 
 import hmac
 from typing import Any
+from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from pydantic import SecretStr
 
+from rollout_server.config import is_loopback
 from rollout_server.errors import Forbidden, Unauthorized
 from rollout_server.http.service import service_of
+from rollout_server.quoting import quoted
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 
@@ -28,6 +32,27 @@ def _bearer(connection: Connection) -> bytes:
     if scheme.lower() != "bearer" or not token.strip():
         raise Unauthorized("This server wants a key: send 'Authorization: Bearer <key>'.")
     return token.strip().encode("utf-8", "surrogateescape")
+
+
+def _refuse_other_sites(connection: Connection) -> None:
+    """Without keys, any web page that the user opens could send a form to this server; a browser names the page's
+    origin then."""
+    origin = connection.headers.get("origin")
+    if origin is None:
+        return
+    site = _host_of(origin)
+    if site is None or not (site == _host_of(f"//{connection.headers.get('host', '')}") or is_loopback(site)):
+        raise Forbidden(
+            f"A page of {quoted(origin)} may not change the state of this server: set ROLLOUT_ADMIN_KEY and send it.",
+            param="Origin",
+        )
+
+
+def _host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # brackets that hold no address
+        return None
 
 
 def may_infer(connection: Connection, _: BaseRouteHandler) -> None:
@@ -45,6 +70,7 @@ def may_administer(connection: Connection, _: BaseRouteHandler) -> None:
     """Guard of every route that changes state."""
     config = service_of(connection).config
     if not config.protected:
+        _refuse_other_sites(connection)
         return
     given = _bearer(connection)
     inference, administration = _matches(given, config.api_key), _matches(given, config.admin_key)

@@ -1,10 +1,11 @@
-"""Request bodies: read within a limit, parsed strictly."""
+"""Request bodies: read within a limit, parsed strictly, and off the event loop where they are long."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 from litestar import Request
@@ -14,12 +15,19 @@ from litestar.openapi.spec import Reference, Schema
 from litestar.typing import FieldDefinition
 from pydantic import BaseModel
 
-from rollout_server.errors import BadBody, BodyTooLarge, UnsupportedField, UnsupportedMedia
+from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedField, UnsupportedMedia
+from rollout_server.http.service import service_of
+from rollout_server.quoting import quoted, shortened
 
 T = TypeVar("T", bound=BaseModel)
+R = TypeVar("R")
 
 MAX_DEPTH = 64
 SAFETENSORS = "application/vnd.safetensors"
+LONG = 32_768
+"""Bytes of a body, or rows, from which on a request is worked on beside the event loop."""
+PARSED = "parsed_body"
+"""Key of the request's state under which `read_json` leaves the validated body."""
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -30,8 +38,31 @@ def refuse_binary_reply(request: Request[Any, Any, Any]) -> None:
         raise UnsupportedField(f"Replies as {SAFETENSORS} are not supported by this server yet.", param="Accept")
 
 
+def refuse_query(request: Request[Any, Any, Any]) -> None:
+    """For routes that take none."""
+    name = next(iter(request.query_params), None)
+    if name is not None:
+        raise InvalidField(f"This route takes no query parameters, so not {quoted(name)}.", param=shortened(name))
+
+
+async def no_query(request: Request[Any, Any, Any]) -> None:
+    """Litestar's `before_request` of routes that read nothing but their path."""
+    refuse_query(request)
+
+
+async def beside(weight: int, work: Callable[[], R]) -> R:
+    """`work()`: here if it is light, else on another thread, so that the server goes on answering."""
+    return await asyncio.to_thread(work) if weight >= LONG else work()
+
+
 async def chunks(request: Request[Any, Any, Any], limit: int, option: str) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises `BodyTooLarge` as soon as more than `limit` bytes are announced or read."""
+    """The body as it arrives. Raises `BodyTooLarge` as soon as more than `limit` bytes are announced or read, and
+    `UnsupportedMedia` for a compressed one."""
+    encoding = request.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise UnsupportedMedia(
+            f"Bodies are read as they are, not with Content-Encoding {quoted(encoding)}.", param="Content-Encoding"
+        )
     too_large = BodyTooLarge(f"The body is larger than the {limit} bytes that {option} allows.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
@@ -50,28 +81,43 @@ async def chunks(request: Request[Any, Any, Any], limit: int, option: str) -> As
             return
 
 
+class WholeRequest(Request[Any, Any, Any]):
+    """Litestar's request, whose `body` is read by `chunks`: our limit, our sentences, and a client that leaves is no
+    fault of the server."""
+
+    _whole: bytes | None = None
+
+    async def body(self) -> bytes:
+        if self._whole is None:
+            limit = service_of(self).config.max_body
+            self._whole = b"".join([chunk async for chunk in chunks(self, limit, "--max-body")])
+        return self._whole
+
+
 def parse_json(body: bytes, *, param: str | None = None) -> Any:
-    """Strict JSON: UTF-8, no duplicate names, no NaN, no lone surrogates, at most `MAX_DEPTH` levels."""
+    """Strict JSON: UTF-8, no duplicate names, no NaN, no lone surrogates, at most `MAX_DEPTH` levels. `param` is the
+    field it came in, if it was not the whole body."""
+    what = param or "The body"
     if not body.strip():
-        raise BadBody("The body is empty; a JSON object was expected.", param=param)
+        raise BadBody(f"{what} is empty; a JSON object was expected.", param=param)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadBody(f"The JSON is not UTF-8 (byte {error.start}).", param=param) from error
+        raise BadBody(f"{what} is not UTF-8 (byte {error.start}).", param=param) from error
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except _Refused as refused:
-        raise BadBody(str(refused), param=param) from refused
+        raise BadBody(f"{what} is not JSON that can be used: {refused}", param=param) from refused
     except json.JSONDecodeError as error:
         raise BadBody(
-            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", param=param
+            f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", param=param
         ) from error
     except RecursionError as error:
-        raise BadBody(f"The JSON is nested deeper than {MAX_DEPTH} levels.", param=param) from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise BadBody(f"The JSON holds a number nobody can mean: {error}.", param=param) from error
+        raise BadBody(f"{what} is nested deeper than {MAX_DEPTH} levels.", param=param) from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise BadBody(f"{what} holds a number of thousands of digits.", param=param) from error
     if _deeper_than(value, MAX_DEPTH):
-        raise BadBody(f"The JSON is nested deeper than {MAX_DEPTH} levels.", param=param)
+        raise BadBody(f"{what} is nested deeper than {MAX_DEPTH} levels.", param=param)
     if SURROGATE_ESCAPE.search(body):
         _refuse_lone_surrogates(value, param)
     return value
@@ -86,7 +132,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise _Refused(f"The field {twice!a} is there twice.")
+        raise _Refused(f"the field {quoted(twice)} is there twice.")
     return members
 
 
@@ -114,21 +160,35 @@ def _refuse_lone_surrogates(value: Any, param: str | None) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadBody("The JSON holds half of a surrogate pair, which is no character.", param=param) from error
+        raise BadBody(
+            f"{param or 'The body'} holds half of a surrogate pair, which is no character.", param=param
+        ) from error
+
+
+async def read_json(request: Request[Any, Any, Any]) -> None:
+    """Litestar's `before_request` of routes with `StrictJson`: reads, parses and validates the body, so that a long one
+    does not hold the event loop as the DTO, which cannot wait, would."""
+    refuse_query(request)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        found = quoted(media_type) if media_type else "a body without a content type"
+        raise UnsupportedMedia(f"This route reads application/json, not {found}.", param="Content-Type")
+    dto = request.route_handler.resolve_data_dto()
+    if dto is None:
+        raise TypeError("A route that reads JSON lacks dto=StrictJson[…].")
+    model = dto.model_type
+    body = await request.body()
+    request.scope["state"][PARSED] = await beside(len(body), lambda: model.model_validate(parse_json(body)))
 
 
 class StrictJson(AbstractDTO[T]):
-    """`@post(dto=StrictJson[Model])`: Litestar reads the body within its limit and documents `Model`; parsing and
-    validation are ours."""
+    """`@post(before_request=read_json, dto=StrictJson[Model])`: `read_json` does the work, Litestar documents it."""
 
     def decode_bytes(self, value: bytes) -> T:
-        media_type = self.asgi_connection.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            raise UnsupportedMedia(
-                f"This route reads application/json, not {media_type or 'a body without a content type'}.",
-                param="Content-Type",
-            )
-        return self.model_type.model_validate(parse_json(value))
+        parsed = self.asgi_connection.scope["state"][PARSED]
+        if not isinstance(parsed, self.model_type):
+            raise TypeError("This route lacks before_request=read_json.")
+        return parsed
 
     def decode_builtins(self, value: dict[str, Any]) -> T:
         return self.model_type.model_validate(value)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from litestar import Controller, Request, Response, post
@@ -15,10 +16,11 @@ from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, Score, Scored, TokensSampled
 from rollout_server.errors import ContextExceeded
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson
+from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.choices import Choice, Echo, Piece, Reading
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response, usage
+from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import PromptTokens, completion_prompts, room
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
@@ -33,6 +35,7 @@ from rollout_server.http.streaming import (
     stream,
     while_connected,
 )
+from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,
     FinishReason,
@@ -44,6 +47,9 @@ from rollout_server.rollout import (
     Wants,
 )
 from rollout_server.schemas.completions import CompletionsReply, CompletionsRequest
+
+OUR_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})
+"""The engine's names of fields → this route's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +96,14 @@ class Job:
             entry["prompt_token_ids"] = self.prompts[index // data.n].ids if first else None
         return entry
 
-    def body(self, choices: list[dict[str, Any]], counted: dict[str, int] | None) -> dict[str, Any]:
+    def body(self, choices: list[dict[str, Any]], tally: dict[str, int] | None) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
             "model": self.data.model,
             "choices": choices,
-            "usage": counted,
+            "usage": tally,
         }
 
 
@@ -109,6 +115,7 @@ class CompletionsController(Controller):
     tags = ("openai",)
 
     @post(
+        before_request=read_json,
         dto=StrictJson[CompletionsRequest],
         return_dto=None,
         status_code=200,
@@ -117,35 +124,42 @@ class CompletionsController(Controller):
         responses={200: ResponseSpec(CompletionsReply, description="n choices of every prompt."), **failures()},
     )
     async def complete(self, data: JSONBody[CompletionsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
-        service = service_of(request)
-        address = service.address(data.model, request, param="model")
-        prompts = await read_prompts(data, service)
-        scored = await score_prompts(data, address, prompts, request, service)
-        job = plan(data, address, prompts, scored, request, service)
-        if data.max_tokens == 0 and scored is not None:
-            return echo_only(job, scored.version)
-        subscription = service.engine.submit(job.id, job.groups)
-        if data.stream:
-            first = await opening(request, subscription)
-            versions = versions_of(first)
-            return stream(
-                chunks(job, first, subscription),
-                media_type=SSE,
-                subscription=subscription,
-                headers=policy_headers(versions),
-            )
-        rollouts = await collect(request, subscription, job.groups)
-        choices = []
-        for rollout in rollouts:
-            choice = job.choice(rollout.prompt_index, rollout.sample_index)
-            choices.append(job.entry(choice.index, choice.start() + choice.finish(rollout), first=True))
-        versions = [span.version for rollout in rollouts for span in rollout.spans]
-        return json_response(job.body(choices, usage(rollouts, job.prompt_tokens)), headers=policy_headers(versions))
+        with renamed(OUR_WORDS):
+            return await answer(data, request, service_of(request))
 
 
-async def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[PromptTokens, SamplingParams]]:
+async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], service: Service) -> Response[Any]:
+    """The reply, or its stream."""
+    address = service.address(data.model, request, param="model")
+    length = len(await request.body())
+    prompts = await beside(length, lambda: read_prompts(data, service))
+    scored = await score_prompts(data, address, prompts, request, service)
+    weight = length + len(prompts) * data.n
+    job = await beside(weight, lambda: plan(data, address, prompts, scored, request, service))
+    if data.max_tokens == 0 and scored is not None:
+        return echo_only(job, scored.version)
+    subscription = service.engine.submit(job.id, job.groups)
+    if data.stream:
+        first = await opening(request, subscription)
+        versions = versions_of(first)
+        return stream(
+            chunks(job, first, subscription),
+            media_type=SSE,
+            subscription=subscription,
+            headers=policy_headers(versions),
+        )
+    rollouts = await collect(request, subscription, job.groups)
+    choices = []
+    for rollout in rollouts:
+        choice = job.choice(rollout.prompt_index, rollout.sample_index)
+        choices.append(job.entry(choice.index, choice.start() + choice.finish(rollout), first=True))
+    versions = [span.version for rollout in rollouts for span in rollout.spans]
+    return json_response(job.body(choices, usage(rollouts, job.prompt_tokens)), headers=policy_headers(versions))
+
+
+def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[PromptTokens, SamplingParams]]:
     """Prompts and how to sample each, checked for vocabulary and length; what is wrong is named by its place."""
-    found = await completion_prompts(data, service.tokenizer)
+    found = completion_prompts(data, service.tokenizer)
     check_rows([data.n] * len(found), service.config.max_rows_per_request)
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")
@@ -157,9 +171,11 @@ async def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple
         service.check_ids(prompt.ids, place)
         if data.max_tokens == 0:
             if count > context:
-                raise ContextExceeded(f"{place} has {count} tokens; the context holds {context}.", param=place)
+                raise ContextExceeded(
+                    f"{place} has {counted(count, 'token')}; the context holds {context}.", param=place
+                )
             # Nothing will be sampled, but the other parameters are checked all the same.
-            limit = max(1, data.min_tokens)
+            limit = 1
         else:
             limit = room(count, data.max_tokens, context, prompt_param=place, param="max_tokens")
         prompts.append((prompt, sampling_params(data, limit)))
@@ -253,19 +269,20 @@ async def chunks(
     """A chunk whenever a choice gains something, one with its finish_reason, then the usage if asked for."""
     choices: dict[tuple[int, int], Choice] = {}
     done: list[Rollout] = []
-    async for event in chained(first, subscription):
-        row = event.rollout if isinstance(event, RowFinished) else event
-        place = (row.prompt_index, row.sample_index)
-        new = place not in choices
-        choice = choices[place] if not new else choices.setdefault(place, job.choice(*place))
-        piece = choice.start() if new else Piece()
-        if isinstance(event, RowFinished):
-            done.append(event.rollout)
-            piece = piece + choice.finish(event.rollout)
-        else:
-            piece = piece + choice.push(event)
-        if worth_sending(piece, job.data):
-            yield sse_event(job.body([job.entry(choice.index, piece, first=new)], None))
+    with renamed(OUR_WORDS):
+        async for event in chained(first, subscription):
+            row = event.rollout if isinstance(event, RowFinished) else event
+            place = (row.prompt_index, row.sample_index)
+            new = place not in choices
+            choice = choices[place] if not new else choices.setdefault(place, job.choice(*place))
+            piece = choice.start() if new else Piece()
+            if isinstance(event, RowFinished):
+                done.append(event.rollout)
+                piece = piece + choice.finish(event.rollout)
+            else:
+                piece = piece + choice.push(event)
+            if worth_sending(piece, job.data):
+                yield sse_event(job.body([job.entry(choice.index, piece, first=new)], None))
     for tail in last_events(job, done):
         yield tail
 

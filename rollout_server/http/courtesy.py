@@ -1,4 +1,5 @@
-"""What every exchange gets, whatever the route: a line in the log, and a client that is still sending is let finish."""
+"""What every exchange gets, whatever the route: a line in the log, HEAD where there is GET, the time it arrived, and a
+client that is still sending is let finish."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from typing import cast
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
+from rollout_server.http.service import ARRIVED
+from rollout_server.quoting import shortened
+
 log = logging.getLogger("rollout_server.access")
 
 DRAIN_BYTES = 64 * 2**20
 DRAIN_S = 5.0
+PATH_SHOWN = 200
 
 
 async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send) -> None:
@@ -20,12 +25,15 @@ async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send
     unread data resets the connection. So what is left of the body is read and dropped first, within bounds."""
     began = time.perf_counter()
     exchange = _Exchange(scope, receive, send)
+    method = scope["method"]
+    inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
+    inner.setdefault("state", {})[ARRIVED] = time.monotonic()
     try:
-        await app(scope, cast("Receive", exchange.receive), exchange.send)
+        await app(inner, cast("Receive", exchange.receive), exchange.send)
     finally:
         fields = {
-            "method": scope["method"],
-            "path": scope["path"],
+            "method": method,
+            "path": shortened(scope["path"], PATH_SHOWN),
             "status": exchange.status,
             "ms": round(1e3 * (time.perf_counter() - began), 1),
         }
@@ -39,6 +47,7 @@ class _Exchange:
         self.status = 0
         self._receive = receive
         self._send = send
+        self._head = scope["method"] == "HEAD"
         headers = dict(scope["headers"])
         # Such a client sends its body only when asked to: nothing is on its way.
         waits = headers.get(b"expect", b"").lower() == b"100-continue"
@@ -55,6 +64,8 @@ class _Exchange:
             self.status = message["status"]
             if self._unread and self.status >= 400:
                 await self._drain()
+        elif message["type"] == "http.response.body" and self._head:
+            message["body"] = b""
         await self._send(message)
 
     async def _drain(self) -> None:

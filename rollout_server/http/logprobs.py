@@ -11,11 +11,13 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages import Score
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, refuse_binary_reply
+from rollout_server.http.body import StrictJson, beside, read_json, refuse_binary_reply
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response, version_entry
+from rollout_server.http.rollouts import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
+from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest
 
 
@@ -27,6 +29,7 @@ class LogprobsController(Controller):
     tags = ("logprobs",)
 
     @post(
+        before_request=read_json,
         dto=StrictJson[LogprobsRequest],
         return_dto=None,
         status_code=200,
@@ -38,7 +41,8 @@ class LogprobsController(Controller):
         service = service_of(request)
         refuse_binary_reply(request)
         address = service.address(data.policy, request, param="policy")
-        check(data, service)
+        header_id(request)
+        await beside(len(await request.body()), lambda: check(data, service))
         scored = await while_connected(
             request,
             service.engine.score(
@@ -82,9 +86,10 @@ def check(data: LogprobsRequest, service: Service) -> None:
         service.check_ids(sequence.token_ids, f"{place}.token_ids")
         if count > context:
             raise ContextExceeded(
-                f"{place} has {count} tokens; the context holds {context}.", param=f"{place}.token_ids"
+                f"{place} has {counted(count, 'token')}; the context holds {context}.", param=f"{place}.token_ids"
             )
         if sequence.start >= count:
             raise InvalidField(
-                f"{place}.start is {sequence.start}, but the sequence has {count} tokens.", param=f"{place}.start"
+                f"{place}.start is {quoted(sequence.start)}, but the sequence has {counted(count, 'token')}.",
+                param=f"{place}.start",
             )

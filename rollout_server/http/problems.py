@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,42 @@ from pydantic import ValidationError
 from adapters import spec as adapter_errors
 from rollout_server import errors
 from rollout_server.errors import RolloutError
+from rollout_server.quoting import counted, quoted, shortened
 from rollout_server.rollout import PolicyVersion
-from rollout_server.schemas.fields import UNSUPPORTED
+from rollout_server.schemas.fields import ID_RULE, UNSUPPORTED
 
 log = logging.getLogger("rollout_server.http")
 
 MESSAGES_SHOWN = 5
+MESSAGE_LIMIT = 4000
+"""Characters of a message, unless it lists the faults of an adapter."""
+PARAM_LIMIT = 256
+LENGTHS = frozenset({"string_too_short", "string_too_long", "too_short", "too_long"})
+RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "int_parsing": "a whole number",
+        "int_parsing_size": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "string_type": "text",
+        "string_unicode": "text",
+        "list_type": "a list",
+        "dict_type": "an object",
+        "model_type": "an object",
+        "model_attributes_type": "an object",
+        "greater_than": "above {gt}",
+        "greater_than_equal": "at least {ge}",
+        "less_than": "below {lt}",
+        "less_than_equal": "at most {le}",
+        "literal_error": "{expected}",
+    }
+)
+"""Types of pydantic's errors → what the value must be."""
 RESOLVED = "resolved_policy"
 """Key of the request's state under which the policy version it resolved to is kept."""
 
@@ -91,7 +122,8 @@ def place(loc: tuple[int | str, ...]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not (step.startswith("<") and step.endswith(">")):
-            path += f".{step}" if path else step
+            name = shortened(step)
+            path += f".{name}" if path else name
     return path
 
 
@@ -100,35 +132,36 @@ def from_validation(error: ValidationError) -> RolloutError:
     sentences: list[str] = []
     param = None
     cls: type[RolloutError] = errors.InvalidField
-    for position, fault in enumerate(error.errors(include_url=False)):
+    for position, fault in enumerate(error.errors(include_url=False)[:MESSAGES_SHOWN]):
         context = fault.get("ctx") or {}
-        loc = (*fault["loc"], context["field"]) if context.get("field") else fault["loc"]
-        where = place(loc)
+        where = place((*fault["loc"], context["field"]) if context.get("field") else fault["loc"])
         if position == 0:
             param = where or None
             cls = errors.UnsupportedField if fault["type"] == UNSUPPORTED else errors.InvalidField
-        if position < MESSAGES_SHOWN:
-            sentences.append(_sentence(where, fault))
+        sentences.append(f"{where or 'The body'} {said_of(fault)}.")
     left = error.error_count() - len(sentences)
     if left > 0:
         sentences.append(f"And {left} more.")
     return cls(" ".join(sentences), param=param)
 
 
-def _sentence(where: str, fault: Any) -> str:
-    kind, said = fault["type"], str(fault["msg"]).rstrip(".")
+def said_of(fault: Any) -> str:
+    """What follows the place in the sentence about one fault of pydantic's."""
+    kind, context = fault["type"], fault.get("ctx") or {}
     if kind == "extra_forbidden":
-        return f"Unknown field {where!r}."
+        return "is an unknown field"
     if kind == "missing":
-        return f"{where!r} is required."
-    if kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "string_unicode", "finite_number"):
-        return f"{where or 'The body'}: {said}, not {_short(fault.get('input'))}."
-    return f"{where}: {said}." if where else f"{said}."
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
-    return text if len(text) <= 60 else text[:57] + "…"
+        return "is required"
+    if kind == "string_pattern_mismatch":
+        return f"must be {ID_RULE}"
+    if kind in LENGTHS:
+        noun = "character" if kind.startswith("string_") else "item"
+        bound = context["min_length" if kind.endswith("short") else "max_length"]
+        return "must not be empty" if kind.endswith("short") else f"must have at most {counted(bound, noun)}"
+    if rule := RULES.get(kind):
+        return f"must be {rule.format_map(context)}, not {quoted(fault.get('input'))}"
+    # The validators of our own schemas speak in this form already.
+    return str(fault["msg"]).rstrip(".")
 
 
 def from_adapters(error: adapter_errors.AdapterError) -> RolloutError:
@@ -138,7 +171,18 @@ def from_adapters(error: adapter_errors.AdapterError) -> RolloutError:
         return errors.AdapterMismatch(message, faults=error.faults, param="weights")
     if isinstance(error, adapter_errors.AdapterUnsupported):
         return errors.UnsupportedField(message, param=f"config.{error.fields[0]}" if error.fields else "config")
-    return errors.AdapterInvalid(message, param="weights")
+    return errors.AdapterInvalid(message, param=getattr(error, "field", "weights"))
+
+
+@contextmanager
+def renamed(fields: Mapping[str, str]) -> Iterator[None]:
+    """Errors from within name the field as the route calls it: `fields` maps the engine's names to these."""
+    try:
+        yield
+    except RolloutError as error:
+        if error.param is not None:
+            error.param = fields.get(error.param, error.param)
+        raise
 
 
 def from_litestar(error: litestar_errors.HTTPException) -> RolloutError:
@@ -149,8 +193,7 @@ def from_litestar(error: litestar_errors.HTTPException) -> RolloutError:
         case litestar_errors.MethodNotAllowedException():
             return errors.MethodNotAllowed("This route does not answer to this method.")
         case litestar_errors.ValidationException():
-            # Nothing but the body is validated by the framework, and of that only whether it is there.
-            return errors.BadBody("The body is empty; a JSON object was expected.")
+            return errors.BadBody("The request cannot be read.")
         case litestar_errors.InternalServerException():
             return errors.EngineFault("The server failed to handle this request.")
     if error.status_code == 413:
@@ -182,10 +225,13 @@ def row_of(error: RolloutError) -> Row:
 
 def body_of(error: RolloutError, resolved: PolicyVersion | None = None) -> dict[str, Any]:
     """`{"error": …}`, with the policy version the request had resolved to, if any."""
+    listed = isinstance(error, errors.AdapterMismatch)
     problem: dict[str, Any] = {
-        "message": error.message,
+        "message": error.message
+        if listed or len(error.message) <= MESSAGE_LIMIT
+        else error.message[:MESSAGE_LIMIT] + "…",
         "type": row_of(error).type,
-        "param": error.param,
+        "param": None if error.param is None else shortened(error.param, PARAM_LIMIT),
         "code": error.code,
         "retryable": error.retryable,
     }
@@ -205,7 +251,9 @@ def to_response(request: Request[Any, Any, Any], exception: Exception) -> Respon
     if isinstance(error, errors.Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, errors.MethodNotAllowed) and isinstance(exception, litestar_errors.HTTPException):
-        headers |= {name: value for name, value in (exception.headers or {}).items() if name.lower() == "allow"}
+        allowed = {name.lower(): value for name, value in (exception.headers or {}).items()}.get("allow", "")
+        # HEAD is answered wherever GET is.
+        headers["allow"] = allowed.replace("GET", "GET, HEAD")
     resolved = request.scope.get("state", {}).get(RESOLVED)
     return Response(
         content=msgspec.json.encode(body_of(error, resolved)),

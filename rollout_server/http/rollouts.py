@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from litestar import Controller, Request, Response, post
@@ -17,16 +18,21 @@ from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, refuse_binary_reply
+from rollout_server.http.body import StrictJson, beside, read_json, refuse_binary_reply
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage
+from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
+from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, Wants
-from rollout_server.schemas.fields import RequestId
+from rollout_server.schemas.fields import ID_RULE, RequestId
 from rollout_server.schemas.rollouts import RolloutsReply, RolloutsRequest
+
+OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": "sampling.max_tokens"})
+"""The engine's names of fields → this route's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class RolloutsController(Controller):
     tags = ("rollouts",)
 
     @post(
+        before_request=read_json,
         dto=StrictJson[RolloutsRequest],
         return_dto=None,
         status_code=200,
@@ -73,13 +80,15 @@ class RolloutsController(Controller):
     async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
         refuse_binary_reply(request)
-        job = await plan(data, request, service)
-        deadline = None if data.timeout_s is None else time.monotonic() + data.timeout_s
-        subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
-        if data.stream:
-            first = await opening(request, subscription)
-            return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
-        rollouts = await collect(request, subscription, job.groups)
+        weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
+        job = await beside(weight, lambda: plan(data, request, service))
+        deadline = None if data.timeout_s is None else job.began + data.timeout_s
+        with renamed(OUR_WORDS):
+            subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
+            if data.stream:
+                first = await opening(request, subscription)
+                return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
+            rollouts = await collect(request, subscription, job.groups)
         return json_response(
             {
                 "id": job.id,
@@ -106,28 +115,34 @@ async def lines(
     yield ndjson_line({"done": True, "complete": is_complete(done), "usage": usage(done, job.prompt_tokens)})
 
 
-def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str) -> str:
-    """The body's `id`, else `X-Request-Id`, else a fresh one."""
+def header_id(request: Request[Any, Any, Any]) -> str | None:
+    """`X-Request-Id`, if it is there and can be one."""
     header = request.headers.get("x-request-id")
     if header is not None:
         try:
             TypeAdapter(RequestId).validate_python(header)
         except ValidationError as error:
-            rule = "1 to 128 printable ASCII characters without spaces and slashes"
-            raise InvalidField(f"X-Request-Id must be {rule}.", param="X-Request-Id") from error
-        if given not in (None, header):
-            raise InvalidField(f"The body calls the request {given!r} and X-Request-Id {header!r}.", param="id")
+            raise InvalidField(f"X-Request-Id must be {ID_RULE}.", param="X-Request-Id") from error
+    return header
+
+
+def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str) -> str:
+    """The body's `id`, else `X-Request-Id`, else a fresh one."""
+    header = header_id(request)
+    if header is not None and given not in (None, header):
+        raise InvalidField(f"The body calls the request {quoted(given)} and X-Request-Id {quoted(header)}.", param="id")
     return given or header or f"{kind}-{secrets.token_hex(12)}"
 
 
-async def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service) -> Job:
+def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service) -> Job:
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
-    began = time.monotonic()
+    began = request.scope["state"][ARRIVED]
     address = service.address(data.policy, request, param="policy")
     service.check_top_logprobs(data.top_logprobs, "top_logprobs")
     service.check_ids(data.sampling.stop_token_ids, "sampling.stop_token_ids")
     counts = [prompt.n or data.n for prompt in data.prompts]
-    check_rows(counts, service.config.max_rows_per_request)
+    places = [f"prompts[{index}].n" if prompt.n else "n" for index, prompt in enumerate(data.prompts)]
+    check_rows(counts, service.config.max_rows_per_request, places)
     wants = Wants(
         entropy="entropy" in data.returns,
         top_logprobs=data.top_logprobs,
@@ -138,10 +153,16 @@ async def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: 
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens = await tokens_of(prompt, service.tokenizer, param=place)
+        tokens = tokens_of(prompt, service.tokenizer, param=place)
         if prompt.token_ids is not None:
             service.check_ids(prompt.token_ids, f"{place}.token_ids")
         own = prompt.max_tokens is not None
+        if prompt.max_tokens is not None and prompt.max_tokens < data.sampling.min_tokens:
+            raise InvalidField(
+                f"{place}.max_tokens is {quoted(prompt.max_tokens)}, less than sampling.min_tokens, which is "
+                f"{quoted(data.sampling.min_tokens)}.",
+                param=f"{place}.max_tokens",
+            )
         max_tokens = room(
             len(tokens.ids),
             prompt.max_tokens if own else data.sampling.max_tokens,

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 
 from rollout_server.errors import InvalidField
+from rollout_server.quoting import quoted
 from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
 from rollout_server.schemas.completions import CompletionsRequest
 from rollout_server.schemas.fields import stops
@@ -15,7 +16,7 @@ from rollout_server.schemas.rollouts import SamplingOptions
 def sampling_params(
     options: SamplingOptions | CompletionsRequest, max_tokens: int, *, prefix: str = ""
 ) -> SamplingParams:
-    """Raises `InvalidField` whose `param` has `prefix` in front, the place of the options in the request."""
+    """Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -29,8 +30,7 @@ def sampling_params(
             ignore_eos=options.ignore_eos,
         )
     except InvalidField as error:
-        error.param = f"{prefix}{error.param}"
-        raise
+        raise InvalidField(f"{prefix}{error.message}", param=f"{prefix}{error.param}") from error
 
 
 def fresh_seed() -> int:
@@ -45,10 +45,12 @@ def row_seeds(seed: int, own_seed: int | None, prompt_index: int, n: int) -> tup
     return tuple(row_seed(seed, prompt_index, sample) for sample in range(n))
 
 
-def check_rows(counts: Sequence[int], limit: int) -> None:
-    """Before anything of that size is made."""
+def check_rows(counts: Sequence[int], limit: int, places: Sequence[str] | None = None) -> None:
+    """Before anything of that size is made. `places` names the field that each count comes from, `n` if not given."""
     rows = sum(counts)
     if rows > limit:
+        most = max(range(len(counts)), key=lambda index: counts[index])
         raise InvalidField(
-            f"The request asks for {rows} rows; at most {limit} are taken at once (--max-rows-per-request).", param="n"
+            f"The request asks for {quoted(rows)} rows; at most {limit} are taken at once (--max-rows-per-request).",
+            param=places[most] if places else "n",
         )

@@ -16,9 +16,13 @@ from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.http.problems import RESOLVED
 from rollout_server.http.startup import Startup
 from rollout_server.http.token_strings import TokenStrings
-from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
 
 STATE_KEY = "service"
+ARRIVED = "arrived"
+"""Key of the request's state: when it came, on time.monotonic()'s clock."""
+NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,33 @@ class Service:
         for policy in self.policies():
             if policy.name == name:
                 return policy
-        known = ", ".join(sorted(policy.name for policy in self.policies())) or "none was pushed yet"
-        raise UnknownPolicy(f"There is no policy {name!r} (known: {known}).", param="name")
+        known = self._some(sorted(policy.name for policy in self.policies())) or "none was pushed yet"
+        raise UnknownPolicy(f"There is no policy {quoted(name)} (known: {known}).", param="name")
+
+    def _some(self, names: list[str]) -> str:
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        return ", ".join(names[:NAMES_SHOWN]) + more
 
     def address(self, text: str, request: Request[Any, Any, Any], *, param: str) -> PolicyAddress:
-        """What a request's `policy` or `model` means. Remembers the alias, for the body of an error."""
+        """What a request's `policy` or `model` means. A bare name's version is remembered for the body of an error; a
+        pinned one is whatever the address says."""
         info = self.info
-        if text in (info.id, BASE):
-            address = PolicyAddress(BASE)
+        if text == info.id or text.startswith(f"{info.id}@"):
+            # The base's id need not look like a name: a Hub id has a slash.
+            address = PolicyAddress.parse(BASE + text[len(info.id) :], param=param)
+        elif not NAME_PATTERN.fullmatch(text.partition("@")[0]):
+            served = self._some([BASE, info.id, *sorted(policy.name for policy in self.policies())])
+            raise UnknownPolicy(f"{param} {quoted(text)} is not served here; served are {served}.", param=param)
         else:
             address = PolicyAddress.parse(text, param=param)
-        if address.name == BASE and not self._is_base(address):
-            raise UnknownPolicy(f"{text!r} does not exist: the base has one version, 0, {info.digest}.", param=param)
-        address = PolicyAddress(BASE) if address.name == BASE else address
-        alias = self.alias(address)
-        if alias is not None:
+        if address.name == BASE:
+            if not self._is_base(address):
+                raise UnknownPolicy(
+                    f"{quoted(text)} does not exist: the base has one version, 0, {info.digest}.", param=param
+                )
+            address = PolicyAddress(BASE)
+        bare = address.number is None and address.digest is None
+        if bare and (alias := self.alias(address)) is not None:
             request.scope["state"][RESOLVED] = alias
         return address
 
@@ -100,7 +116,7 @@ class Service:
     def check_top_logprobs(self, count: int, param: str) -> None:
         if count > self.info.vocab_size:
             raise InvalidField(
-                f"{param} asks for {count} tokens; the vocabulary has {self.info.vocab_size}.", param=param
+                f"{param} asks for {quoted(count)} tokens; the vocabulary has {self.info.vocab_size}.", param=param
             )
 
     def check_ids(self, ids: list[int], param: str) -> None:
@@ -109,12 +125,13 @@ class Service:
         if ids and max(ids) >= vocabulary:
             at = next(index for index, token in enumerate(ids) if token >= vocabulary)
             raise InvalidField(
-                f"{param}[{at}]: token id {ids[at]} is outside the vocabulary of {vocabulary}.", param=f"{param}[{at}]"
+                f"{param}[{at}] is {quoted(ids[at])}, which is outside the vocabulary of {vocabulary} tokens.",
+                param=f"{param}[{at}]",
             )
 
 
 def service_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Service:
-    """The application's service; Litestar's dependency of the same name."""
+    """The service of the application that this connection belongs to."""
     service = connection.app.state[STATE_KEY]
     if not isinstance(service, Service):
         raise TypeError("The application was not made by create_app.")

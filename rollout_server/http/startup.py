@@ -18,7 +18,8 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import EngineOptions, Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.problems import from_adapters
-from rollout_server.rollout import BASE, NAME_PATTERN
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 
 log = logging.getLogger("rollout_server.http")
 
@@ -98,8 +99,20 @@ class Startup:
 
     async def _run(self) -> None:
         await self._engine.wait_ready()
+        self._check_context()
+        # transformers sets truncation and padding at the first call; later ones may then share it between threads.
+        self._engine.tokenizer.encode("")
         for name, directory in self._config.adapters:
             await self._publish(name, directory)
+
+    def _check_context(self) -> None:
+        asked, own = self._config.context_length, self._engine.info.max_model_len
+        if asked is not None and own < asked:
+            raise InvalidField(
+                f"--context-length asks for {asked} tokens, but the context of {self._engine.info.id} holds {own}: "
+                "leave the option out, or give less.",
+                param="context_length",
+            )
 
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
@@ -134,8 +147,6 @@ def _log_fault(task: asyncio.Task[None]) -> None:
 def check_name(name: str, base_id: str) -> None:
     """Whether a policy may be called so."""
     if not NAME_PATTERN.fullmatch(name):
-        raise InvalidField(
-            f"{name!r} is not a policy name: letters, digits, '.', '_' and '-', at most 64 of them.", param="name"
-        )
+        raise InvalidField(f"{quoted(name)} is not a policy name, which is {NAME_RULE}.", param="name")
     if name in (BASE, base_id):
-        raise InvalidField(f"{name!r} is what the base is called; choose another name.", param="name")
+        raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")

@@ -9,6 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.auth import may_infer
+from rollout_server.http.body import no_query
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.service import Service, service_of
@@ -27,6 +28,7 @@ class ModelsController(Controller):
     tags = ("openai",)
 
     @get(
+        before_request=no_query,
         summary="What can be sampled from",
         responses={200: ResponseSpec(ModelsReply, description="The base, names, versions."), **failures()},
     )
@@ -42,6 +44,7 @@ class HealthController(Controller):
 
     @get(
         "/health",
+        before_request=no_query,
         summary="Whether the engine thread lives and answers",
         responses={200: ResponseSpec(HealthReply, description="It does."), **failures()},
     )
@@ -66,6 +69,7 @@ class HealthController(Controller):
 
     @get(
         "/ready",
+        before_request=no_query,
         summary="Whether the model and the configured adapters are loaded",
         responses={200: ResponseSpec(ReadyReply, description="They are."), **failures()},
     )

@@ -12,12 +12,15 @@ from multipart import MultipartError, MultipartSegment, ParserLimitReached, Push
 
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
 from rollout_server.http.body import chunks, parse_json
+from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.weights import WeightsOptions
 
 OPTION = "--max-upload"
 MAX_PARTS = 32
 MAX_CONFIG = 8 * 2**20
 MAX_FIELD = 4096
+REASON = 200
+"""Characters repeated of what the parser says."""
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 
 
@@ -41,7 +44,7 @@ async def read_upload(request: Request[Any, Any, Any], limit: int) -> Upload:
         case other:
             raise UnsupportedMedia(
                 "Weights travel as multipart/form-data or application/octet-stream, not as "
-                f"{other or 'a body without a content type'}.",
+                f"{quoted(other) if other else 'a body without a content type'}.",
                 param="Content-Type",
             )
 
@@ -50,7 +53,7 @@ def _query(request: Request[Any, Any, Any]) -> dict[str, str]:
     options: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name in options:
-            raise InvalidField(f"The query has {name!r} twice.", param=name)
+            raise InvalidField(f"The query has {quoted(name)} twice.", param=shortened(name))
         options[name] = value
     return options
 
@@ -92,10 +95,12 @@ class _Form:
     name: str = ""
 
     def open(self, name: str, limit: int) -> None:
+        if not name:
+            raise BadBody("A part of the form has no name: send name, weights, config and the options by name.")
         if name in self.fields:
-            raise InvalidField(f"The form has {name!r} twice.", param=name)
+            raise InvalidField(f"The form has {quoted(name)} twice.", param=shortened(name))
         if name not in ("weights", "config", *WeightsOptions.model_fields):
-            raise InvalidField(f"Unknown field {name!r}.", param=name)
+            raise InvalidField(f"{quoted(name)} is no field of a push.", param=shortened(name))
         self.name = name
         self.room = {"weights": limit, "config": MAX_CONFIG}.get(name, MAX_FIELD)
         self.current = self.fields[name] = bytearray()
@@ -104,13 +109,18 @@ class _Form:
         if self.current is None:
             raise BadBody("The form has data outside of its parts.")
         if len(self.current) + len(data) > self.room:
-            raise BodyTooLarge(f"The form field {self.name!r} is larger than {self.room} bytes.", param=self.name)
+            option = f" ({OPTION})" if self.name == "weights" else ""
+            raise BodyTooLarge(
+                f"The form field {self.name!r} is larger than {self.room} bytes{option}.", param=self.name
+            )
         self.current += data
 
 
 async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: int) -> Upload:
     if wrong := next(iter(_query(request)), None):
-        raise InvalidField(f"With multipart/form-data, {wrong!r} belongs into the form, not the query.", param=wrong)
+        raise InvalidField(
+            f"With multipart/form-data, {quoted(wrong)} belongs into the form, not the query.", param=shortened(wrong)
+        )
     boundary = BOUNDARY.search(content_type)
     if boundary is None:
         raise BadBody("The multipart content type names no boundary.", param="Content-Type")
@@ -118,9 +128,11 @@ async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: 
     try:
         await _parse_form(chunks(request, limit, OPTION), boundary[1] or boundary[2], form, limit)
     except ParserLimitReached as error:
-        raise BodyTooLarge(f"The form has too many parts, or headers that are too long: {error}.") from error
+        raise BodyTooLarge(
+            f"The form has too many parts, or headers that are too long: {shortened(str(error), REASON)}."
+        ) from error
     except MultipartError as error:
-        raise BadBody(f"The body is not multipart/form-data: {error}.") from error
+        raise BadBody(f"The body is not multipart/form-data: {shortened(str(error), REASON)}.") from error
     parts = form.fields
     if "weights" not in parts:
         raise InvalidField("'weights' is required: the safetensors file.", param="weights")

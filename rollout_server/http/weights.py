@@ -15,12 +15,14 @@ from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.messages import Activate, PolicyStatus, Publish, Published, VersionStatus
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.body import StrictJson
+from rollout_server.http.body import StrictJson, no_query, read_json
 from rollout_server.http.documented import UploadOperation, failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.problems import renamed
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.startup import check_name
 from rollout_server.http.uploads import Upload, read_upload
+from rollout_server.quoting import quoted
 from rollout_server.schemas.weights import (
     ActivateReply,
     ActivateRequest,
@@ -29,7 +31,7 @@ from rollout_server.schemas.weights import (
     PushReply,
 )
 
-MATCH = re.compile(r'"(?:(\d{1,12})|(sha256:[0-9a-f]{64}))"')
+MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{64}))"')
 
 
 class WeightsController(Controller):
@@ -42,7 +44,6 @@ class WeightsController(Controller):
     @post(
         guards=[may_administer],
         status_code=201,
-        request_max_body_size=None,  # counted while it is read, against --max-upload
         operation_class=UploadOperation,
         summary="Push an adapter as a new version",
         description="201 for a new version, 200 where the name already has these weights.",
@@ -83,6 +84,7 @@ class WeightsController(Controller):
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(
+        before_request=no_query,
         summary="All policies and their kept versions",
         responses={200: ResponseSpec(PoliciesReply, description="By name."), **failures()},
     )
@@ -93,6 +95,7 @@ class WeightsController(Controller):
 
     @get(
         "/{name:str}",
+        before_request=no_query,
         summary="One policy and its kept versions",
         responses={200: ResponseSpec(OnePolicyReply, description="Oldest version first."), **failures()},
     )
@@ -109,6 +112,7 @@ class AliasController(Controller):
     tags = ("weights",)
 
     @post(
+        before_request=read_json,
         dto=StrictJson[ActivateRequest],
         return_dto=None,
         status_code=200,
@@ -120,9 +124,10 @@ class AliasController(Controller):
     ) -> Response[bytes]:
         service = service_of(request)
         service.policy(name)
-        published = await service.engine.activate(
-            Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
-        )
+        command = Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
+        # That the name is known was seen above: what the engine does not find is the version.
+        with renamed({"policy": "version"}):
+            published = await service.engine.activate(command)
         return json_response(activate_reply(published, service))
 
 
@@ -134,7 +139,7 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     found = MATCH.fullmatch(header.strip())
     if found is None:
         raise InvalidField(
-            f'If-Match is a quoted version or digest, "7" or "sha256:" and 64 hex digits, not {header[:80]!r}.',
+            f'If-Match is a quoted version or digest, "7" or "sha256:" and 64 hex digits, not {quoted(header)}.',
             param="If-Match",
         )
     return found[1] or found[2]

@@ -7,15 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Count, OneOrMany, PolicyText, Request, Seed, TokenIds
+from rollout_server.schemas.fields import Count, OneOrMany, PolicyText, Request, Seed, TokenIds, Whole
 from rollout_server.schemas.rollouts import LATER_SAMPLING, ErrorInRow, SpanReply, Usage
 
 TEXT, TEXTS, IDS, ID_LISTS = "<text>", "<texts>", "<ids>", "<id lists>"
 
 
-def _prompt_form(value: Any) -> str:
-    if not isinstance(value, list):
+def _prompt_form(value: Any) -> str | None:
+    if isinstance(value, str):
         return TEXT
+    if not isinstance(value, list):
+        return None
     if value and isinstance(value[0], str):
         return TEXTS
     return ID_LISTS if value and isinstance(value[0], list) else IDS
@@ -26,7 +28,11 @@ PromptForm = Annotated[
     | Annotated[list[str], Tag(TEXTS)]
     | Annotated[TokenIds, Tag(IDS)]
     | Annotated[list[TokenIds], Tag(ID_LISTS)],
-    Discriminator(_prompt_form),
+    Discriminator(
+        _prompt_form,
+        custom_error_type="prompt_form",
+        custom_error_message="must be a string, a list of strings, a list of token ids or a list of such lists",
+    ),
 ]
 """A string, strings, token ids, or lists of token ids."""
 
@@ -40,9 +46,7 @@ class CompletionsRequest(Request):
 
     model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
     prompt: PromptForm
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="What fits, if absent; 0 with echo."
-    )
+    max_tokens: Whole | None = Field(default=None, description="What fits, if absent; 0 with echo.")
     n: Count = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -50,7 +54,7 @@ class CompletionsRequest(Request):
     stop: OneOrMany = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Whole | None = None
     echo: bool = False
     top_k: int = 0
     min_p: float = 0.0
@@ -64,14 +68,16 @@ class CompletionsRequest(Request):
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionsRequest:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options", 'stream_options needs "stream": true.', {"field": "stream_options"}
-            )
+            raise PydanticCustomError("stream_options", 'needs "stream": true', {"field": "stream_options"})
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError(
                 "max_tokens",
-                'max_tokens 0 needs "echo": true: there would be nothing to return.',
+                'is 0, which needs "echo": true: there would be nothing to return',
                 {"field": "max_tokens"},
+            )
+        if self.max_tokens == 0 and self.min_tokens > 0:
+            raise PydanticCustomError(
+                "min_tokens", "is above 0, but with max_tokens 0 nothing is sampled", {"field": "min_tokens"}
             )
         return self
 

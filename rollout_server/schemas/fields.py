@@ -8,13 +8,15 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_SEED = 2**53 - 1
+MAX_SEED = MAX_COUNT = 2**53 - 1
 UNSUPPORTED = "unsupported_field"
 """Type of the validation error for what the contract knows and this server does not serve yet."""
+ID_RULE = "1 to 128 printable ASCII characters without spaces and slashes"
 
 
 def unsupported(field: str, what: str) -> PydanticCustomError:
-    """The error for a known field or value that is not served; `what` completes '… is not supported: '."""
+    """The error for a known field or value that is not served; `what` follows the place in a sentence, as in every
+    error made here: `sampling.logit_bias` + `is not supported …`."""
     return PydanticCustomError(UNSUPPORTED, "{what}", {"field": field, "what": what})
 
 
@@ -43,7 +45,7 @@ class Request(BaseModel):
         for name, value in data.items():
             if name in cls.later:
                 if value is not None and not any(_same(value, neutral) for neutral in cls.later[name]):
-                    raise unsupported(name, f"{name!r} is not supported by this server yet; leave it out.")
+                    raise unsupported(name, "is not supported by this server yet; leave it out")
             elif value is not None or name not in known:
                 kept[name] = value
         return kept
@@ -53,21 +55,28 @@ class Request(BaseModel):
 ONE, MANY = "<one>", "<many>"
 
 
-def _one_or_many(value: Any) -> str:
-    return MANY if isinstance(value, list) else ONE
+def _one_or_many(value: Any) -> str | None:
+    if isinstance(value, str):
+        return ONE
+    return MANY if isinstance(value, list) else None
 
 
+Piece = Annotated[str, Field(min_length=1)]
 OneOrMany = Annotated[
-    Annotated[str, Tag(ONE)] | Annotated[list[str], Tag(MANY)],
-    Discriminator(_one_or_many),
+    Annotated[Piece, Tag(ONE)] | Annotated[list[Piece], Tag(MANY)],
+    Discriminator(
+        _one_or_many, custom_error_type="one_or_many", custom_error_message="must be a string or a list of strings"
+    ),
 ]
-"""A string or a list of strings."""
+"""A string or a list of strings, none of them empty."""
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+"""Checked up to the first wrong one: a list may have millions."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-.0-~]+$")]
 """Printable ASCII without spaces and slashes."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Whole = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PolicyText = Annotated[str, Field(min_length=1, max_length=256)]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from rollout_server.schemas.fields import PolicyText, Request, TokenIds
+from rollout_server.schemas.fields import PolicyText, Request, TokenIds, Whole
 from rollout_server.schemas.rollouts import BaseState, PolicyState
 
 
@@ -14,7 +14,7 @@ class SequenceToScore(Request):
     later: ClassVar = {"versions": ()}
 
     token_ids: Annotated[TokenIds, Field(min_length=1)]
-    start: Annotated[int, Field(ge=0)] = 0
+    start: Whole = 0
 
 
 class LogprobsRequest(Request):
@@ -22,7 +22,7 @@ class LogprobsRequest(Request):
     sequences: Annotated[list[SequenceToScore], Field(min_length=1)]
     temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(default=1.0, description="Divides the logits first.")
     returns: list[Literal["entropy"]] = Field(default_factory=list, alias="return")
-    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    top_logprobs: Whole = 0
 
 
 # ---- replies ------------------------------------------------------------------------------------------------------

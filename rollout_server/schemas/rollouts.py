@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import (
     Count,
     OneOrMany,
@@ -15,6 +16,7 @@ from rollout_server.schemas.fields import (
     RequestId,
     Seed,
     TokenIds,
+    Whole,
     unsupported,
 )
 
@@ -35,7 +37,7 @@ class SamplingOptions(Request):
 
     later: ClassVar = LATER_SAMPLING
 
-    max_tokens: int | None = Field(default=None, description="What fits, if absent.")
+    max_tokens: Count | None = Field(default=None, description="What fits, if absent.")
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -68,7 +70,7 @@ class Prompt(Request):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     id: Annotated[str, Field(max_length=256)] | None = None
     n: Count | None = None
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     seed: Seed | None = None
     add_special_tokens: bool = True
     tools: list[dict[str, Any]] | None = None
@@ -83,7 +85,7 @@ class Prompt(Request):
             found = " and ".join(given) or "none"
             raise PydanticCustomError(
                 "prompt_kind",
-                "A prompt is one of token_ids, text and messages; this one has {found}.",
+                "must have one of token_ids, text and messages; this one has {found}",
                 {"found": found},
             )
         owner = {
@@ -97,7 +99,7 @@ class Prompt(Request):
             if owner[name] != given[0]:
                 raise PydanticCustomError(
                     "prompt_option",
-                    "'{field}' goes with {owner}, not with {kind}.",
+                    "goes with {owner}, not with {kind}",
                     {"field": name, "owner": owner[name], "kind": given[0]},
                 )
         return self
@@ -114,9 +116,9 @@ class RolloutsRequest(Request):
     n: Count = 1
     sampling: SamplingOptions = SamplingOptions()
     returns: list[str] = Field(default_factory=list, alias="return", description=f"Any of {', '.join(SERVED_RETURNS)}.")
-    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    top_logprobs: Whole = 0
     on_update: str = Field(default="finish", description="`finish`: rows end on the version they started with.")
-    min_version: Annotated[int, Field(ge=0)] | None = None
+    min_version: Whole | None = None
     timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
 
@@ -125,12 +127,12 @@ class RolloutsRequest(Request):
     def _known_returns(cls, value: list[str]) -> list[str]:
         for name in value:
             if name in LATER_RETURNS:
-                raise unsupported("", f"{name!r} cannot be returned by this server yet.")
+                raise unsupported("", f"cannot have {name!r} with this server yet")
             if name not in SERVED_RETURNS:
                 raise PydanticCustomError(
                     "unknown_return",
-                    "'{name}' is nothing a rollout has; ask for {known}.",
-                    {"name": name, "known": ", ".join(SERVED_RETURNS)},
+                    "has {name}, which is nothing a rollout has; ask for {known}",
+                    {"name": quoted(name), "known": ", ".join(SERVED_RETURNS)},
                 )
         return value
 
@@ -138,9 +140,9 @@ class RolloutsRequest(Request):
     @classmethod
     def _served_on_update(cls, value: str) -> str:
         if value in ("switch", "abort"):
-            raise unsupported("", f"on_update {value!r} is not supported by this server yet; use 'finish'.")
+            raise unsupported("", f"is {value!r}, which is not supported by this server yet; use 'finish'")
         if value != "finish":
-            raise PydanticCustomError("unknown_on_update", "on_update is 'finish', not '{value}'.", {"value": value})
+            raise PydanticCustomError("unknown_on_update", "must be 'finish', not {value}", {"value": quoted(value)})
         return value
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Request, unsupported
+from rollout_server.quoting import quoted
+from rollout_server.schemas.fields import Count, Request, unsupported
 from rollout_server.schemas.rollouts import BaseState
 
 
@@ -20,23 +23,31 @@ class WeightsOptions(Request):
     dequantize: str = "false"
     label: Annotated[str, Field(max_length=64)] | None = None
 
+    @field_validator("label")
+    @classmethod
+    def _on_one_line(cls, value: str) -> str:
+        # It is shown in logs and tables.
+        if not value.isprintable():
+            raise PydanticCustomError("label", "must be printable characters on one line")
+        return value
+
     @field_validator("mode")
     @classmethod
     def _served_mode(cls, value: str) -> str:
         if value != "adapter":
-            raise unsupported("", f"mode {value!r} is not supported by this server yet; use 'adapter'.")
+            raise unsupported("", f"is {quoted(value)}, which is not supported by this server yet; use 'adapter'")
         return value
 
     @field_validator("dequantize")
     @classmethod
     def _served_dequantize(cls, value: str) -> str:
         if value != "false":
-            raise unsupported("", "dequantize belongs to mode 'merged', which this server does not support yet.")
+            raise unsupported("", "belongs to mode 'merged', which this server does not support yet")
         return value
 
 
 class ActivateRequest(Request):
-    version: Annotated[int, Field(ge=1)]
+    version: Count
 
 
 # ---- replies ------------------------------------------------------------------------------------------------------
@@ -50,11 +61,12 @@ class PushReport(BaseModel):
     zero_modules: list[str]
 
 
-class PushTimings(BaseModel):
-    """Milliseconds."""
+@dataclass
+class PushTimings:
+    """Milliseconds. No pydantic model, in which `validate` would be a method."""
 
     receive: float
-    validate_: float = Field(alias="validate")
+    validate: float
     stage: float
     activate: float
 

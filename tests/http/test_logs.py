@@ -42,9 +42,12 @@ def test_json_lines(restored: None) -> None:
 def test_every_request_has_a_line(restored: None, client: TestClient[Any], push: Callable[..., Any]) -> None:
     stream = io.StringIO()
     logs.configure("text", stream=stream)
+    client.get("/v1/models")
     client.get("/v1/models?x=1")
+    client.get("/v1/a%0a12:00:00%20ERROR%20forged")
     client.get("/v1/nothing")
     client.post("/v1/rollouts", content=b"{", headers={"content-type": "application/json"})
-    models, _, rollouts = stream.getvalue().splitlines()
-    assert "GET /v1/models 200" in models
+    models, queried, forged, _, rollouts = stream.getvalue().splitlines()
+    assert "GET /v1/models 200" in models and "GET /v1/models 400" in queried
+    assert r"\n12:00:00 ERROR forged 404" in forged
     assert "POST /v1/rollouts 400" in rollouts

@@ -96,7 +96,7 @@ def test_prompts_of_a_wrong_kind(client: Client, problem: Callable[..., Any]) ->
         ({"messages": [{"content": "a"}]}, "prompts[0].messages[0].role"),
         (
             {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tokenize": False}},
-            "prompts[0].messages",
+            "prompts[0].chat_template_kwargs",
         ),
     ):
         problem(rollouts(client, prompts=[prompt_]), 400, "invalid_field", param)
@@ -113,7 +113,9 @@ def test_prompts_longer_than_the_context(client: Client, problem: Callable[..., 
     problem(client.post("/v1/logprobs", json=scored), 400, code, "sequences[0].token_ids")
     # prompt and reply together
     problem(completions(client, prompt=[1] * 10, max_tokens=CONTEXT - 9), 400, code, "max_tokens")
-    problem(rollouts(client, sampling={"max_tokens": 10**30}), 400, code, "sampling.max_tokens")
+    problem(rollouts(client, sampling={"max_tokens": 10**12}), 400, code, "sampling.max_tokens")
+    error = problem(rollouts(client, sampling={"max_tokens": 10**400}), 400, "invalid_field", "sampling.max_tokens")
+    assert len(error["message"]) < 300
     prompts = [{"token_ids": [1], "max_tokens": CONTEXT}]
     problem(rollouts(client, prompts=prompts), 400, code, "prompts[0].max_tokens")
     assert completions(client, prompt=[1] * 10, max_tokens=CONTEXT - 10).status_code == 200
@@ -143,7 +145,6 @@ def test_too_many_rows_are_refused_before_they_are_made(client: Client, problem:
         ({"timeout_s": 0}, "timeout_s"),
         ({"timeout_s": "5"}, "timeout_s"),
         ({"stream": "true"}, "stream"),
-        ({"policy": "a b"}, "policy"),
         ({"policy": "policy@x"}, "policy"),
         ({"policy": "policy@sha256:12"}, "policy"),
         ({"policy": ""}, "policy"),
@@ -205,7 +206,7 @@ def test_binary_replies_are_not_served_yet(client: Client, problem: Callable[...
 
 def test_several_faults_are_told_at_once(client: Client, problem: Callable[..., Any]) -> None:
     error = problem(rollouts(client, n="x", colour=1, stream=5), 400, "invalid_field")
-    assert all(name in error["message"] for name in ("n:", "colour", "stream"))
+    assert all(name in error["message"] for name in ("n must", "colour", "stream"))
 
 
 def test_logprobs_values(client: Client, problem: Callable[..., Any]) -> None:
