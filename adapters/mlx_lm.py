@@ -1,7 +1,7 @@
 """The file format of mlx-lm: adapter_config.json with `lora_parameters`, tensors `<path>.lora_a` and `<path>.lora_b`.
 
-A is stored as [in, rank] and B as [rank, out]. Which layers are targets is what `mlx_lm.tuner.utils` makes of the
-configuration. Its other fields describe the training and change nothing here.
+A is stored as [in, rank] and B as [rank, out]; DoRA's magnitudes [out] as `<path>.m`. Which layers are targets is what
+`mlx_lm.tuner.utils` makes of the configuration. Its other fields describe the training and change nothing here.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.spec import (
+    MAGNITUDE,
     MAX_RANK,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
+    Kind,
     ModuleSpec,
     shown,
     to_float32,
 )
-from adapters.tensors import FileTensor, write_safetensors
+from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
 BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
 """`model.layers.3.self_attn.q_proj` → what holds the blocks, the block's number, the name within the block."""
 LORA_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys"})
-KINDS = {
-    "dora": "fine_tune_type dora is not served yet: send a LoRA adapter.",
-    "full": "fine_tune_type full is not served yet: send a LoRA adapter.",
-}
+KINDS = ("lora", "dora")
+NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", MAGNITUDE: "m"}
+PARTS = {name: part for part, name in NAMES.items()}
 
 
 def read(
@@ -41,40 +42,40 @@ def read(
 ) -> Proposal:
     """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
     configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
-    refuse(config, tensors)
+    refuse(config)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, Mapping):
         raise AdapterUnreadable("lora_parameters is missing from the adapter configuration: it holds rank and scale.")
     rank, scale = _rank(parameters.get("rank")), _scale(parameters)
     targets = _targets(_count(config.get("num_layers")), _keys(parameters.get("keys")), layers)
-    halves, strangers = _halves(tensors)
+    parts, strangers = _parts(tensors)
+    kind: Kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
     return Proposal(
-        spec=AdapterSpec("lora", dict.fromkeys(targets, ModuleSpec(rank, scale))),
+        spec=AdapterSpec(kind, dict.fromkeys(targets, ModuleSpec(rank, scale))),
         targets=f"keys = {parameters.get('keys')} in the last {config['num_layers']} layers",
-        tensors=halves,
+        tensors=parts,
         strangers=tuple(strangers),
         transposed=True,
-        suffixes=("lora_a", "lora_b"),
+        names=NAMES,
     )
 
 
-def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+def refuse(config: Mapping[str, Any]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
     kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        refusals["fine_tune_type"] = KINDS.get(str(kind), f"fine_tune_type {shown(kind)} is not known: send lora.")
-    if config.get("use_dora"):
-        refusals["use_dora"] = "use_dora is not served yet: send a LoRA adapter."
+    if kind == "full":
+        refusals["fine_tune_type"] = "fine_tune_type full is not served yet: send a LoRA or DoRA adapter."
+    elif kind not in KINDS:
+        refusals["fine_tune_type"] = f"fine_tune_type {shown(kind)} is not known: send lora or dora."
+    if config.get("use_dora") and kind != "dora":
+        refusals["use_dora"] = "use_dora is a field of PEFT, which mlx-lm does not read: send fine_tune_type dora."
     parameters = config.get("lora_parameters")
     for field in sorted(set(parameters) - LORA_PARAMETERS) if isinstance(parameters, Mapping) else ():
         refusals[f"lora_parameters.{shown(field)}"] = (
             f"lora_parameters.{shown(field)} is not read by mlx-lm, so it cannot be meant: "
             "rank, scale, dropout and keys are."
         )
-    magnitude = next((name for name in tensors if name.endswith(".m")), None)
-    if magnitude is not None:
-        refusals.setdefault("m", f"DoRA magnitudes are not served yet; the file holds {shown(magnitude)}.")
     if refusals:
         raise AdapterUnsupported(refusals)
 
@@ -94,16 +95,17 @@ def _targets(count: int, keys: frozenset[str] | None, layers: Mapping[str, tuple
     return inside + [path for path in layers if path in (keys or ())]
 
 
-def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
-    halves: dict[tuple[str, str], FileTensor] = {}
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    """(Tensors by module and part, faults)."""
+    parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[str] = []
     for name, tensor in sorted(tensors.items()):
-        module, _, half = name.rpartition(".")
-        if module and half in ("lora_a", "lora_b"):
-            halves[module, f"lora_{half[-1].upper()}"] = tensor
+        module, _, part = name.rpartition(".")
+        if module and part in PARTS:
+            parts[module, PARTS[part]] = tensor
         else:
             strangers.append(f"{shown(name)} is unexpected: it is no lora_a or lora_b.")
-    return halves, strangers
+    return parts, strangers
 
 
 def _rank(value: object) -> int:
@@ -148,7 +150,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         raise AdapterUnsupported({"format": reason})
     (module,) = kinds
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": bundle.spec.kind,
         "num_layers": -1,
         "lora_parameters": {
             "rank": module.rank,
@@ -157,5 +159,8 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
             "keys": list(bundle.spec.modules),
         },
     }
-    tensors = {name[:-1] + name[-1].lower(): tensor.transposed() for name, tensor in bundle.tensors.items()}
+    tensors: dict[str, AdapterTensor] = {}
+    for name, tensor in bundle.tensors.items():
+        path, _, part = name.rpartition(".")
+        tensors[f"{path}.{NAMES[part]}"] = tensor.transposed()
     return write_safetensors(tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config

@@ -14,19 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.patterns import Patterns
-from adapters.spec import MAX_RANK, AdapterSpec, AdapterUnreadable, AdapterUnsupported, ModuleSpec, lora_scale, shown
+from adapters.spec import (
+    MAGNITUDE,
+    MAX_RANK,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    ModuleSpec,
+    lora_scale,
+    shown,
+)
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
 
-TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight")
+TENSORS = (
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight"),
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?"),
+)
+"""Layer, part, and the adapter's name where a file keeps it."""
+NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", MAGNITUDE: MAGNITUDE}
 HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
-    | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind"}
+    | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind", "use_dora"}
 )
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
@@ -36,7 +50,6 @@ WITHOUT_EFFECT = frozenset(
 """Book-keeping, training and initialisation: what a trained adapter computes does not depend on them."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
-    "use_dora": "DoRA (use_dora) is not served yet: send a LoRA or rsLoRA adapter.",
     "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
     "fan_in_fan_out": "fan_in_fan_out is not served: the linear layers here store their weight as [out, in].",
@@ -47,7 +60,6 @@ REASONS = {
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 PARTS = {
-    "lora_magnitude_vector": "DoRA magnitude vectors are not served yet: send a LoRA or rsLoRA adapter.",
     "lora_embedding_A": "Adapters on embeddings are not served yet: target linear layers.",
     "lora_embedding_B": "Adapters on embeddings are not served yet: target linear layers.",
     "modules_to_save": REASONS["modules_to_save"],
@@ -60,15 +72,15 @@ def read(
     """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
     configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
     refuse(config, tensors)
-    halves, strangers = _halves(tensors)
+    parts, strangers = _parts(tensors)
     modules = _modules(config, layers)
     return Proposal(
-        spec=AdapterSpec("lora", modules),
+        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules),
         targets=f"target_modules = {config.get('target_modules')}",
-        tensors=halves,
+        tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
-        suffixes=("lora_A.weight", "lora_B.weight"),
+        names=NAMES,
     )
 
 
@@ -99,35 +111,33 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
         raise AdapterUnsupported(refusals)
 
 
-def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
-    """(Tensors by module and half, faults)."""
-    halves: dict[tuple[str, str], FileTensor] = {}
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    """(Tensors by module and part, faults)."""
+    parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[str] = []
     adapters: set[str] = set()
     for name, tensor in sorted(tensors.items()):
-        match = TENSOR.fullmatch(name)
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
         if match is None:
             strangers.append(f"{shown(name)} is unexpected: it is no lora_A or lora_B weight.")
             continue
-        module, half, adapter = match.groups()
-        if (module, half) in halves:
-            strangers.append(f"{shown(name)} is there twice: also as {shown(halves[module, half].name)}.")
-        halves[module, half] = tensor
+        module, part, adapter = match.groups()
+        if (module, part) in parts:
+            strangers.append(f"{shown(name)} is there twice: also as {shown(parts[module, part].name)}.")
+        parts[module, part] = tensor
         adapters.add(adapter or "")
     if len(adapters - {""}) > 1:
         raise AdapterUnreadable(
             f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time."
         )
-    return halves, strangers
+    return parts, strangers
 
 
 def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
     """The layers that the configuration targets, with the rank and scale of each."""
     rank = _positive(config.get("r"), "r")
     alpha = _number(config.get("lora_alpha"), "lora_alpha")
-    stabilised = config.get("use_rslora", False)
-    if not isinstance(stabilised, bool):
-        raise AdapterUnreadable(f"use_rslora must be true or false, not {shown(stabilised)}.")
+    stabilised = _flag(config, "use_rslora")
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
     patterns = Patterns()
@@ -191,6 +201,13 @@ def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
     raise AdapterUnreadable(f"{field} must be a list of names or a regular expression, not {shown(value)}.")
 
 
+def _flag(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field, False)
+    if not isinstance(value, bool):
+        raise AdapterUnreadable(f"{field} must be true or false, not {shown(value)}.")
+    return value
+
+
 def _table(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     value = config.get(field) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -227,7 +244,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "lora_alpha": _plain(alpha),
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bundle.spec.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -235,7 +252,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
     }
-    tensors: dict[str, AdapterTensor] = {f"base_model.model.{name}.weight": t for name, t in bundle.tensors.items()}
+    tensors: dict[str, AdapterTensor] = {}
+    for name, tensor in bundle.tensors.items():
+        path, _, part = name.rpartition(".")
+        tensors[f"base_model.model.{path}.{NAMES[part]}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 
 

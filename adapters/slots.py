@@ -1,4 +1,4 @@
-"""Which versions are resident: stacked A and B of every adapted layer, one slot per version, slot 0 the base.
+"""Which versions are resident: stacked A, B and gain of every adapted layer, one slot per version, slot 0 the base.
 
 Only the engine thread may use this, and only while no dispatched step is in flight: a write is in place because
 nothing else refers to the stacks then.
@@ -13,10 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.layers import AdaptedLinear, SlotStack
-from adapters.spec import AdapterDoesNotFit
+from adapters.norms import RowNorms
+from adapters.spec import MAGNITUDE, AdapterDoesNotFit
 
 BASE_SLOT = 0
 FIRST_CAPACITY = 4
@@ -26,6 +28,18 @@ FIRST_CAPACITY = 4
 class _Resident:
     slot: int
     references: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """Of one layer, in the model's dtype."""
+
+    a: mx.array
+    """[rank, in]"""
+    b: mx.array
+    """[rank, out], scale folded in."""
+    gain: mx.array | None
+    """[out]; None for LoRA."""
 
 
 class AdapterSlots:
@@ -41,6 +55,7 @@ class AdapterSlots:
         self._capacity = FIRST_CAPACITY
         self._stacks: dict[str, SlotStack] = {}
         self._residents: dict[str, _Resident] = {}
+        self._norms = RowNorms()
         self._routed: tuple[int, ...] | None = None
 
     @property
@@ -55,7 +70,8 @@ class AdapterSlots:
     def stage(self, bundle: AdapterBundle) -> int:
         """The slot (1 and up) that holds the bundle, with one more reference. Evaluates what it writes.
 
-        Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype."""
+        Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
+        a DoRA gain is not finite."""
         resident = self._residents.get(bundle.digest)
         if resident is not None:
             resident.references += 1
@@ -123,9 +139,9 @@ class AdapterSlots:
         taken = {resident.slot for resident in self._residents.values()}
         return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
 
-    def _factors(self, bundle: AdapterBundle) -> dict[str, tuple[mx.array, mx.array]]:
-        """Per layer A [rank, in] and scale · B [rank, out] in the model's dtype; the product is float32."""
-        limit = mx.finfo(self._dtype).max
+    def _factors(self, bundle: AdapterBundle) -> dict[str, _Factors]:
+        """Of each layer. Scale and B are multiplied in float32, gains computed in float64."""
+        limit = float(mx.finfo(self._dtype).max)
         faults = [
             f"{path}: {measure.largest:.3g} is outside the range of {self._dtype}, the dtype of the model."
             for path, measure in bundle.measures.items()
@@ -133,28 +149,53 @@ class AdapterSlots:
         ]
         if faults:
             raise AdapterDoesNotFit(faults)
-        factors: dict[str, tuple[mx.array, mx.array]] = {}
+        gains = self._gains(bundle, limit)
+        factors: dict[str, _Factors] = {}
         for path, module in bundle.spec.modules.items():
             a = bundle.tensors[f"{path}.lora_A"].float32()
             b = np.ascontiguousarray(bundle.tensors[f"{path}.lora_B"].float32().T) * np.float32(module.scale)
-            factors[path] = mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype)
+            gain = mx.array(gains[path]).astype(self._dtype) if path in gains else None
+            factors[path] = _Factors(mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype), gain)
         return factors
 
-    def _write(self, slot: int, factors: Mapping[str, tuple[mx.array, mx.array]]) -> None:
+    def _gains(self, bundle: AdapterBundle, limit: float) -> dict[str, NDArray[np.float32]]:
+        """m / ‖W + scale · B · A‖ of each layer [out]; empty for LoRA."""
+        gains: dict[str, NDArray[np.float32]] = {}
+        faults: list[str] = []
+        for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
+            a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
+            norms = self._norms.adapted(path, self._bare(path), a, b, module.scale)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                gain = magnitude / norms
+            if np.all(np.abs(gain) <= limit):
+                gains[path] = gain.astype(np.float32)
+            else:
+                row = int(np.argmin(np.abs(gain) <= limit))
+                faults.append(
+                    f"{path}.{MAGNITUDE}: {magnitude[row]:.3g} for output {row}, whose weights have the length "
+                    f"{norms[row]:.3g}, is a gain outside the range of {self._dtype}, the dtype of the model."
+                )
+        if faults:
+            raise AdapterDoesNotFit(faults)
+        return gains
+
+    def _write(self, slot: int, factors: Mapping[str, _Factors]) -> None:
         if slot >= self._capacity:
             self._capacity = (self._capacity * 3 // 2 + 3) // 4 * 4
-        for path, (a, b) in factors.items():
+        for path, new in factors.items():
             stack = self._stacks.get(path) or self._mount(path)
-            stack.reserve(self._capacity, a.shape[0])
-            stack.write(slot, a, b)
+            stack.reserve(self._capacity, new.a.shape[0])
+            stack.write(slot, new.a, new.b, new.gain)
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.reserve(self._capacity, 0)
                 stack.clear(slot)
-        mx.eval([(stack.a, stack.b) for stack in self._stacks.values()])
+        mx.eval([stack.arrays() for stack in self._stacks.values()])
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.filled.pop(slot, None)
+            if path not in factors or factors[path].gain is None:
+                stack.gained.discard(slot)
 
     def _mount(self, path: str) -> SlotStack:
         parent, name = self._parent(path)
@@ -162,6 +203,11 @@ class AdapterSlots:
         parent[name] = AdaptedLinear(parent[name], stack)
         self._stacks[path] = stack
         return stack
+
+    def _bare(self, path: str) -> Any:
+        parent, name = self._parent(path)
+        layer = parent[name]
+        return layer["base"] if isinstance(layer, AdaptedLinear) else layer
 
     def _parent(self, path: str) -> tuple[Any, str | int]:
         """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""

@@ -20,6 +20,8 @@ import numpy as np
 
 Kind = Literal["lora", "dora", "delta"]
 
+HALVES = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude_vector"
 MAX_RANK = 1 << 20
 SHOWN_CHARACTERS = 160
 SHOWN_FAULTS = 2000
@@ -60,7 +62,9 @@ class AdapterDoesNotFit(AdapterError):
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """One adapted layer: W' = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value."""
+    """One adapted layer: V = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value.
+
+    W' = V for LoRA; for DoRA (arXiv 2402.09353) each row of V is brought to the length that a magnitude [out] says."""
 
     rank: int
     scale: float
@@ -75,6 +79,11 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What every module has a tensor for."""
+        return (*HALVES, MAGNITUDE) if self.kind == "dora" else HALVES
 
 
 def lora_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:

@@ -273,9 +273,10 @@ def random_adapter(
     *,
     targets: Sequence[str] | None = None,
     rslora: bool = False,
+    dora: bool = False,
     strength: float = 0.5,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A LoRA adapter as the file format `kind` writes it: (float32 tensors by name, adapter_config).
+    """A LoRA or DoRA adapter as the file format `kind` writes it: (float32 tensors by name, adapter_config).
 
     `model_layers` holds all adaptable layers of the model: path → (out, in). `targets` are last name components
     (`q_proj`); all layers by default. The same arguments with another `kind` give the same adapter in the other format.
@@ -299,6 +300,11 @@ def random_adapter(
     config = (
         _peft_config(chosen, rank, scale, rslora) if kind == "peft" else _mlx_config(chosen, model_layers, rank, scale)
     )
+    if dora:  # Drawn last, so that A and B are those of the LoRA adapter.
+        config |= {"use_dora": True} if kind == "peft" else {"fine_tune_type": "dora"}
+        for path, (out, _) in chosen.items():
+            name = f"base_model.model.{path}.lora_magnitude_vector" if kind == "peft" else f"{path}.m"
+            tensors[name] = np.exp(0.3 * generator.standard_normal(out)).astype(np.float32)
     return tensors, config
 
 

@@ -27,8 +27,9 @@ def make(
     targets: Sequence[str] | None = None,
     kind: Literal["peft", "mlx"] = "peft",
     scale: float = 2.0,
+    dora: bool = False,
 ) -> AdapterBundle:
-    tensors, config = random_adapter(layers, rank, seed, scale, kind, targets=targets)
+    tensors, config = random_adapter(layers, rank, seed, scale, kind, targets=targets, dora=dora)
     return read_bundle(save(tensors), config, layers=layers)
 
 
@@ -38,14 +39,17 @@ def file_of(tensors: Tensors, config: dict[str, Any] | None = None) -> bytes:
 
 
 def merge(model: nn.Module, bundle: AdapterBundle) -> nn.Module:
-    """W + scale · B · A in every layer, by hand, in float32; returns the same model."""
+    """W + scale · B · A, and for DoRA its rows brought to their magnitudes, in every layer, by hand, in float64;
+    returns the same model, whose weights must be plain float32."""
     weights = dict(tree_flatten(model.parameters()))
     merged = []
     for path, module in bundle.spec.modules.items():
-        a, b = (bundle.tensors[f"{path}.{half}"].float32().astype(np.float64) for half in ("lora_A", "lora_B"))
+        a, b, *magnitude = (bundle.tensors[f"{path}.{p}"].float32().astype(np.float64) for p in bundle.spec.parts)
         name = f"{path}.weight"
-        delta = (module.scale * (b @ a)).astype(np.float32)
-        merged.append((name, weights[name] + mx.array(delta)))
+        weight = np.array(weights[name]).astype(np.float64) + module.scale * (b @ a)
+        if magnitude:
+            weight *= (magnitude[0] / np.linalg.norm(weight, axis=1))[:, None]
+        merged.append((name, mx.array(weight.astype(np.float32))))
     model.update(tree_unflatten(merged))
     return model
 
