@@ -10,7 +10,8 @@ The digest, which `trainer_client` computes without this package, is the SHA-256
 2. For each tensor, sorted by NAME (module + `.lora_A`, `.lora_B` or, for kind `dora`, `.lora_magnitude_vector`;
    code point order): the UTF-8 line `NAME DTYPE SHAPE\\n`, DTYPE as safetensors calls it (`F32`, `F16`, `BF16`),
    SHAPE as JSON without spaces (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in],
-   B [out, rank] and the magnitude [out], whatever the file's layout; the dtype is the file's.
+   B [out, rank] and the magnitude [out], whatever the file's layout; the dtype is the file's. An embedding's A is
+   [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`.
 
 The text form is `sha256:` and 64 hex digits.
 """
@@ -123,7 +124,7 @@ def read_bundle(
         f"{module}.{part}": tensor.read().transposed() if proposal.transposed else tensor.read()
         for (module, part), tensor in proposal.tensors.items()
     }
-    return make_bundle(proposal.spec, held)
+    return make_bundle(*reader.complete(proposal.spec, held))
 
 
 def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:

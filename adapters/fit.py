@@ -6,11 +6,11 @@ names. `faults` compares it with the base's layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.spec import MAGNITUDE, AdapterSpec, shown
+from adapters.spec import MAGNITUDE, AdapterSpec, Place, shown
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class Proposal:
     """Faults met while reading: tensors that are no part of an adapter, or that are there twice."""
     transposed: bool
     """True where the file stores A as [in, rank] and B as [rank, out]."""
-    names: Mapping[str, str]
-    """What the file calls each part: the end of its tensor's name."""
+    spell: Callable[[str, Place], str]
+    """What the file calls a part of a layer at such a place: the end of its tensor's name."""
 
 
 def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -58,15 +58,15 @@ def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[st
 
 
 def _missing(proposal: Proposal) -> Iterator[str]:
-    for module in proposal.spec.modules:
+    for module, spec in proposal.spec.modules.items():
         present = [part for part in proposal.spec.parts if (module, part) in proposal.tensors]
         if not present:
             yield f"{module} is targeted by the configuration, but the file has no tensors for it."
             continue
-        there = " and ".join(f"{module}.{proposal.names[part]}" for part in present)
+        there = " and ".join(f"{module}.{proposal.spell(part, spec.place)}" for part in present)
         for part in proposal.spec.parts:
             if part not in present:
-                yield f"{module}.{proposal.names[part]} is missing: the file has only {there}."
+                yield f"{module}.{proposal.spell(part, spec.place)} is missing: the file has only {there}."
 
 
 def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[str]:

@@ -1,10 +1,14 @@
-"""A linear layer that adds, row by row, the low-rank product of whichever adapter version each row runs on, and
-multiplies by its DoRA gain where it has one."""
+"""Linear layers and embeddings that add, row by row, the low-rank product of whichever adapter version each row runs
+on, and multiply by its DoRA gain where it has one."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+
+from adapters.spec import TIED_HEAD, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 
 RANK_BUCKET = 8
 """Ranks are padded with zeros to a multiple of this, so that few shapes exist and ranks can share a stack."""
@@ -17,7 +21,7 @@ class SlotStack:
     a write copies the whole stack; `rest` drops the views that routing made.
     """
 
-    __slots__ = ("a", "b", "filled", "gain", "gained", "one_gain", "pair", "row_gains", "rows")
+    __slots__ = ("a", "b", "filled", "gain", "gained", "one_gain", "pair", "rows", "scales")
 
     def __init__(self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype) -> None:
         out, width = layer
@@ -37,8 +41,8 @@ class SlotStack:
         """Slot of each row, uint32 [batch], when rows differ."""
         self.one_gain: mx.array | None = None
         """[out], when all rows use one slot and it has a gain."""
-        self.row_gains = False
-        """Whether any of `rows` has a gain."""
+        self.scales = False
+        """Whether any row in use has a gain."""
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +95,7 @@ class SlotStack:
     def rest(self) -> None:
         """The layer is the bare base until it is aimed again."""
         self.pair = self.rows = self.one_gain = None
-        self.row_gains = False
+        self.scales = False
 
     def aim(self, slot: int) -> None:
         """Every row uses this slot."""
@@ -102,13 +106,51 @@ class SlotStack:
             self.pair = self.a[slot, :rank].T, self.b[slot, :rank]
             if self.gain is not None and slot in self.gained:
                 self.one_gain = self.gain[slot]
+                self.scales = True
 
     def aim_rows(self, slots: frozenset[int], rows: mx.array) -> None:
         """Row i uses slot rows[i]; `slots` is the set of them."""
         self.rest()
         if not slots.isdisjoint(self.filled):
             self.rows = rows
-            self.row_gains = not slots.isdisjoint(self.gained)
+            self.scales = not slots.isdisjoint(self.gained)
+
+    @property
+    def aimed(self) -> bool:
+        return self.pair is not None or self.rows is not None
+
+    def product(self, x: mx.array) -> mx.array:
+        """(x · A[row]) · B[row], [batch, …, out], for x [batch, …, in]. Only while `aimed`."""
+        if self.pair is not None:
+            a, b = self.pair
+            return (x @ a) @ b
+        rows = self._rows_of(x)
+        hidden = mx.gather_mm(x.reshape(rows.size, -1, x.shape[-1]), self.a.swapaxes(-1, -2), rhs_indices=rows)
+        return mx.gather_mm(hidden, self.b, rhs_indices=rows).reshape(*x.shape[:-1], self.b.shape[-1])
+
+    def entries(self, tokens: mx.array) -> mx.array:
+        """A[row]'s columns for the tokens times B[row], [batch, …, out], for ids [batch, …]. Only while `aimed`."""
+        if self.pair is not None:
+            a, b = self.pair
+            return a[tokens] @ b
+        rows = self._rows_of(tokens)
+        hidden = self.a.swapaxes(-1, -2)[rows[:, None], tokens.reshape(rows.size, -1)]
+        return mx.gather_mm(hidden, self.b, rhs_indices=rows).reshape(*tokens.shape, self.b.shape[-1])
+
+    def scaled(self, y: mx.array) -> mx.array:
+        """gain[row] * y for y [batch, …, out]; y itself where no row has a gain."""
+        if self.one_gain is not None:
+            return self.one_gain * y
+        if self.gain is None or self.rows is None or not self.scales:
+            return y
+        return self.gain[self.rows].reshape(self.rows.size, *(1,) * (y.ndim - 2), -1) * y
+
+    def _rows_of(self, x: mx.array) -> mx.array:
+        if self.rows is None or x.shape[0] != self.rows.size:
+            # A family that flattens rows into tokens would silently get another row's version.
+            size = 0 if self.rows is None else self.rows.size
+            raise ValueError(f"The batch has {size} rows, but an adapted layer got an input of shape {x.shape}.")
+        return self.rows
 
 
 class AdaptedLinear(nn.Module):
@@ -128,20 +170,39 @@ class AdaptedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         base, stack = self["base"], self._stack
-        if stack.pair is not None:
-            a, b = stack.pair
-            if stack.one_gain is None:
-                return base(x) + (x @ a) @ b
-            return _with_bias(base, stack.one_gain * (_without_bias(base, x) + (x @ a) @ b))
-        if stack.rows is None:
+        if not stack.aimed:
             return base(x)
-        added = _gathered(x, stack.a, stack.b, stack.rows)
-        if stack.gain is None or not stack.row_gains:
-            y = base(x)
-            return y + added.reshape(y.shape)
-        y = _without_bias(base, x)
-        gain = stack.gain[stack.rows][:, None]
-        return _with_bias(base, (gain * (y.reshape(added.shape) + added)).reshape(y.shape))
+        if not stack.scales:
+            return base(x) + stack.product(x)
+        y = stack.scaled(_without_bias(base, x) + stack.product(x))
+        return y + base["bias"] if "bias" in base else y
+
+
+class AdaptedEmbedding(nn.Module):
+    """An embedding and, where the head shares its weight, that head; each with a stack of its own once it has one,
+    so that an adapter may change either or both."""
+
+    def __init__(self, base: nn.Embedding | nn.QuantizedEmbedding) -> None:
+        super().__init__()
+        self.base = base
+        self._table: SlotStack | None = None
+        self._head: SlotStack | None = None
+        if not base.training:
+            self.eval()
+
+    def attach(self, stack: SlotStack, *, head: bool) -> None:
+        if head:
+            self._head = stack
+        else:
+            self._table = stack
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        y, stack = self["base"](tokens), self._table
+        return y if stack is None or not stack.aimed else stack.scaled(y + stack.entries(tokens))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y, stack = self["base"].as_linear(x), self._head
+        return y if stack is None or not stack.aimed else stack.scaled(y + stack.product(x))
 
 
 def _without_bias(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
@@ -162,38 +223,80 @@ def _without_bias(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.arra
     )
 
 
-def _with_bias(layer: nn.Linear | nn.QuantizedLinear, y: mx.array) -> mx.array:
-    return y + layer["bias"] if "bias" in layer else y
-
-
-def _gathered(x: mx.array, a: mx.array, b: mx.array, rows: mx.array) -> mx.array:
-    """(x · A[row]) · B[row], [batch, tokens, out], for x [batch, …, in]."""
-    if x.shape[0] != rows.size:
-        # A family that flattens rows into tokens would silently get another row's version.
-        raise ValueError(f"The batch has {rows.size} rows, but an adapted layer got an input of shape {x.shape}.")
-    x = x.reshape(rows.size, -1, x.shape[-1])
-    hidden = mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=rows)
-    return mx.gather_mm(hidden, b, rhs_indices=rows)
+# ---- what can be adapted ------------------------------------------------------------------------------------------
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameter path → (out, in) of every linear layer, quantised or not, adapted or not, sorted by path."""
+    """Parameter path → (out, in) of every linear layer, quantised or not, adapted or not, of the token embedding, and
+    of the head that shares its weight, sorted by path."""
     modules = dict(model.named_modules())
     found: dict[str, tuple[int, int]] = {}
     for path, module in modules.items():
         if isinstance(module, AdaptedLinear):
-            found[path] = linear_shape(module["base"])
+            found[path] = _shape(module["base"])
         elif isinstance(module, nn.Linear | nn.QuantizedLinear):
             parent = modules.get(path.rpartition(".")[0])
             if not isinstance(parent, AdaptedLinear):
-                found[path] = linear_shape(module)
-    return dict(sorted(found.items()))
+                found[path] = _shape(module)
+    return dict(sorted((found | _embedding(model, modules)).items()))
 
 
-def linear_shape(layer: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
-    """(out, in). A quantised weight is packed; its groups count the inputs."""
-    if isinstance(layer, nn.QuantizedLinear):
-        out, groups = layer.scales.shape
-        return out, groups * layer.group_size
-    out, width = layer.weight.shape
-    return out, width
+def _embedding(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """The token embedding, found by watching a forward pass that is never evaluated; none if the model reads the
+    embedding's weight past the layer, as an adapter would not reach it there."""
+    tables = {
+        path: module["base"] if isinstance(module, AdaptedEmbedding) else module
+        for path, module in modules.items()
+        if isinstance(module, AdaptedEmbedding | nn.Embedding | nn.QuantizedEmbedding) and not path.endswith(".base")
+    }
+    if not tables:
+        return {}
+    path = max(tables, key=lambda name: tables[name]["weight"].shape[0])
+    parent, name = holder(model, path)
+    watched = _Watched(tables[path])
+    mounted = parent[name]
+    parent[name] = watched
+    try:
+        model(mx.array([[0]]))
+    except AttributeError:
+        return {}
+    finally:
+        parent[name] = mounted
+    vocabulary, values = _shape(tables[path])
+    if not watched.is_head:
+        return {path: EmbeddingShape(values, vocabulary)}
+    return {path: TiedEmbeddingShape(values, vocabulary), TIED_HEAD: TiedHeadShape(vocabulary, values)}
+
+
+class _Watched(nn.Module):
+    """An embedding that notes whether it is used as a head."""
+
+    def __init__(self, base: nn.Embedding | nn.QuantizedEmbedding) -> None:
+        super().__init__()
+        self._base = (base,)  # No child: a mode that is set while it is watched is set on the model's own layer.
+        self.is_head = False
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self._base[0](tokens)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        self.is_head = True
+        return self._base[0].as_linear(x)
+
+
+def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
+    """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
+    node: Any = model
+    *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parts:
+        node = node[part]
+    return node, name
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Of the weight as it stands, unpacked: a quantised one is packed, its groups count the columns."""
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        rows, groups = layer.scales.shape
+        return rows, groups * layer.group_size
+    rows, columns = layer.weight.shape
+    return rows, columns

@@ -10,17 +10,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.spec import (
     MAGNITUDE,
     MAX_RANK,
+    TIED_HEAD,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
     Kind,
     ModuleSpec,
+    place_of,
     shown,
     to_float32,
 )
@@ -33,6 +36,10 @@ BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
 """`model.layers.3.self_attn.q_proj` → what holds the blocks, the block's number, the name within the block."""
 LORA_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys"})
 KINDS = ("lora", "dora")
+DORA_EMBEDDING = (
+    "DoRA on embeddings is not served in mlx-lm's form, which has a magnitude for every token: leave the embedding out "
+    "of lora_parameters.keys."
+)
 NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", MAGNITUDE: "m"}
 PARTS = {name: part for part, name in NAMES.items()}
 
@@ -48,16 +55,35 @@ def read(
         raise AdapterUnreadable("lora_parameters is missing from the adapter configuration: it holds rank and scale.")
     rank, scale = _rank(parameters.get("rank")), _scale(parameters)
     targets = _targets(_count(config.get("num_layers")), _keys(parameters.get("keys")), layers)
+    modules = {path: ModuleSpec(rank, scale, place_of(layers[path])) for path in targets}
     parts, strangers = _parts(tensors)
     kind: Kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
+    if kind == "dora" and any(module.place != "linear" for module in modules.values()):
+        raise AdapterUnsupported({"fine_tune_type": DORA_EMBEDDING})
     return Proposal(
-        spec=AdapterSpec(kind, dict.fromkeys(targets, ModuleSpec(rank, scale))),
+        spec=AdapterSpec(kind, modules),
         targets=f"keys = {parameters.get('keys')} in the last {config['num_layers']} layers",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=True,
-        names=NAMES,
+        spell=lambda part, _: NAMES[part],
     )
+
+
+def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
+    """mlx-lm adapts a head that shares the embedding's weight together with it: ΔW of the head is that of the table."""
+    modules, tensors = dict(spec.modules), dict(tensors)
+    for path, module in spec.modules.items():
+        if module.place == "tied_embedding":
+            modules[TIED_HEAD] = replace(module, place="tied_head")
+            tensors |= _tied(tensors, path)
+    return AdapterSpec(spec.kind, modules), tensors
+
+
+def _tied(tensors: Mapping[str, AdapterTensor], path: str) -> dict[str, AdapterTensor]:
+    """The head's halves, given the embedding's."""
+    halves = {f"{TIED_HEAD}.lora_A": f"{path}.lora_B", f"{TIED_HEAD}.lora_B": f"{path}.lora_A"}
+    return {mine: tensors[other].transposed() for mine, other in halves.items()}
 
 
 def refuse(config: Mapping[str, Any]) -> None:
@@ -89,10 +115,11 @@ def _targets(count: int, keys: frozenset[str] | None, layers: Mapping[str, tuple
         match = BLOCK.fullmatch(path)
         if match and match[1] == holder[0][0]:
             blocks[path] = int(match[2]), match[3]
+    own = [path for path in layers if place_of(layers[path]) != "tied_head"]  # Which no model of mlx-lm has.
     number = max((index for index, _ in blocks.values()), default=-1) + 1
     first = number - count if 0 < count < number else 0
     inside = [path for path, (index, name) in blocks.items() if index >= first and (keys is None or name in keys)]
-    return inside + [path for path in layers if path in (keys or ())]
+    return inside + [path for path in own if path in (keys or ())]
 
 
 def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
@@ -143,12 +170,12 @@ def _keys(value: object) -> frozenset[str] | None:
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     """(adapters.safetensors, adapter_config.json) that mlx-lm loads, and that read back to the same digest.
 
-    Raises `AdapterUnsupported` where layers differ in rank or scale, which this format cannot say."""
-    kinds = set(bundle.spec.modules.values())
-    if len(kinds) != 1:
-        reason = "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+    Raises `AdapterUnsupported` for what this format cannot say, as layers that differ in rank or scale."""
+    module = next(iter(bundle.spec.modules.values()))
+    reason = _unsayable(bundle)
+    if reason is not None:
         raise AdapterUnsupported({"format": reason})
-    (module,) = kinds
+    own = {path: module for path, module in bundle.spec.modules.items() if module.place != "tied_head"}
     config = {
         "fine_tune_type": bundle.spec.kind,
         "num_layers": -1,
@@ -156,11 +183,33 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
             "rank": module.rank,
             "scale": module.scale,
             "dropout": 0.0,
-            "keys": list(bundle.spec.modules),
+            "keys": list(own),
         },
     }
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
-        tensors[f"{path}.{NAMES[part]}"] = tensor.transposed()
+        if path in own:
+            tensors[f"{path}.{NAMES[part]}"] = tensor.transposed()
     return write_safetensors(tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config
+
+
+def _unsayable(bundle: AdapterBundle) -> str | None:
+    modules = bundle.spec.modules
+    if len({(module.rank, module.scale) for module in modules.values()}) != 1:
+        return "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+    places = {module.place: path for path, module in modules.items()}
+    if bundle.spec.kind == "dora" and places.keys() != {"linear"}:
+        return "mlx-lm's DoRA on embeddings is another than this adapter's: use peft."
+    if "tied_embedding" in places or "tied_head" in places:
+        both = {"tied_embedding", "tied_head"} <= places.keys()
+        tied = _tied(bundle.tensors, places["tied_embedding"]) if both else {}
+        if not both or any(
+            (bundle.tensors[name].dtype, bundle.tensors[name].array.tobytes()) != (half.dtype, half.array.tobytes())
+            for name, half in tied.items()
+        ):
+            return (
+                "mlx-lm adapts an embedding and the head that shares its weight together, and this adapter does not: "
+                "use peft."
+            )
+    return None

@@ -21,7 +21,9 @@ from adapters.spec import (
     AdapterUnreadable,
     AdapterUnsupported,
     ModuleSpec,
+    Place,
     lora_scale,
+    place_of,
     shown,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
 
 TENSORS = (
     re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight"),
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_embedding_[AB])(?:\.([^.]+))?"),
     re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?"),
 )
 """Layer, part, and the adapter's name where a file keeps it."""
-NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", MAGNITUDE: MAGNITUDE}
+EMBEDDINGS = ("embedding", "tied_embedding")
 HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
@@ -60,8 +63,6 @@ REASONS = {
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 PARTS = {
-    "lora_embedding_A": "Adapters on embeddings are not served yet: target linear layers.",
-    "lora_embedding_B": "Adapters on embeddings are not served yet: target linear layers.",
     "modules_to_save": REASONS["modules_to_save"],
 }
 
@@ -80,8 +81,19 @@ def read(
         tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
-        names=NAMES,
+        spell=_spell,
     )
+
+
+def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
+    """The file says everything: an embedding's adapter leaves a head that shares its weight alone, as PEFT does."""
+    return spec, tensors
+
+
+def _spell(part: str, place: Place) -> str:
+    if part == MAGNITUDE:
+        return part
+    return part.replace("lora", "lora_embedding") if place in EMBEDDINGS else f"{part}.weight"
 
 
 def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
@@ -119,9 +131,10 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
     for name, tensor in sorted(tensors.items()):
         match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
         if match is None:
-            strangers.append(f"{shown(name)} is unexpected: it is no lora_A or lora_B weight.")
+            strangers.append(f"{shown(name)} is unexpected: {_stranger(name)}.")
             continue
         module, part, adapter = match.groups()
+        part = part.replace("lora_embedding", "lora")
         if (module, part) in parts:
             strangers.append(f"{shown(name)} is there twice: also as {shown(parts[module, part].name)}.")
         parts[module, part] = tensor
@@ -131,6 +144,12 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
             f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time."
         )
     return parts, strangers
+
+
+def _stranger(name: str) -> str:
+    if name.endswith(".base_layer.weight"):
+        return "it is the base's own weight, which PEFT adds to the file unless saved with save_embedding_layers=False"
+    return "it is no lora_A or lora_B weight"
 
 
 def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
@@ -145,7 +164,8 @@ def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -
     for path in _targets(config, layers, patterns):
         own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", path)), rank)
         own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", path)), alpha)
-        modules[path] = ModuleSpec(own_rank, lora_scale(own_alpha, own_rank, rank_stabilised=stabilised))
+        scale = lora_scale(own_alpha, own_rank, rank_stabilised=stabilised)
+        modules[path] = ModuleSpec(own_rank, scale, place_of(layers[path]))
     return modules
 
 
@@ -163,7 +183,7 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
         if indices is not None or config.get("layers_pattern"):
             raise AdapterUnreadable("layers_to_transform and layers_pattern need target_modules to be a list.")
         if wanted.lower() == "all-linear":
-            return [path for path in paths if not _is_head(path)]
+            return [path for path in paths if place_of(layers[path]) == "linear" and not _is_head(path)]
         return [path for path in paths if patterns.fullmatch(wanted, path)]
     found = [path for path in paths if _named(wanted, path, patterns)]
     if indices is None or indices == []:
@@ -255,7 +275,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
-        tensors[f"base_model.model.{path}.{NAMES[part]}"] = tensor
+        tensors[f"base_model.model.{path}.{_spell(part, modules[path].place)}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
-from adapters.layers import AdaptedLinear, SlotStack
-from adapters.norms import RowNorms
-from adapters.spec import MAGNITUDE, AdapterDoesNotFit
+from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, holder
+from adapters.norms import RowNorms, Rows, TableRows
+from adapters.spec import MAGNITUDE, AdapterDoesNotFit, place_of
 
 BASE_SLOT = 0
 FIRST_CAPACITY = 4
@@ -115,10 +114,8 @@ class AdapterSlots:
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""
         for path in self._stacks:
-            parent, name = self._parent(path)
-            adapted = parent[name]
-            if isinstance(adapted, AdaptedLinear):
-                parent[name] = adapted["base"]
+            parent, name = holder(self._model, self._weight_path(path))
+            parent[name] = _bare(parent[name])
         self._stacks.clear()
         self._residents.clear()
         self._routed = None
@@ -164,7 +161,7 @@ class AdapterSlots:
         faults: list[str] = []
         for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
             a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
-            norms = self._norms.adapted(path, self._bare(path), a, b, module.scale)
+            norms = self._norms.adapted(path, self._weights(path), a, b, module.scale)
             with np.errstate(divide="ignore", invalid="ignore"):
                 gain = magnitude / norms
             if np.all(np.abs(gain) <= limit):
@@ -198,21 +195,31 @@ class AdapterSlots:
                 stack.gained.discard(slot)
 
     def _mount(self, path: str) -> SlotStack:
-        parent, name = self._parent(path)
-        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype)
-        parent[name] = AdaptedLinear(parent[name], stack)
+        place = place_of(self._layers[path])
+        parent, name = holder(self._model, self._weight_path(path))
+        out, width = self._layers[path]
+        stack = SlotStack(self._capacity, 0, (out, width), self._dtype)
+        if place == "linear":
+            parent[name] = AdaptedLinear(parent[name], stack)
+        else:
+            if not isinstance(parent[name], AdaptedEmbedding):
+                parent[name] = AdaptedEmbedding(parent[name])
+            parent[name].attach(stack, head=place == "tied_head")
         self._stacks[path] = stack
         return stack
 
-    def _bare(self, path: str) -> Any:
-        parent, name = self._parent(path)
-        layer = parent[name]
-        return layer["base"] if isinstance(layer, AdaptedLinear) else layer
+    def _weights(self, path: str) -> Rows:
+        parent, name = holder(self._model, self._weight_path(path))
+        kind = TableRows if place_of(self._layers[path]) in ("embedding", "tied_embedding") else Rows
+        return kind(_bare(parent[name]))
 
-    def _parent(self, path: str) -> tuple[Any, str | int]:
-        """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
-        node: Any = self._model
-        *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
-        for part in parts:
-            node = node[part]
-        return node, name
+    def _weight_path(self, path: str) -> str:
+        """Where the weight of the layer at `path` is: a tied head's is the embedding's."""
+        if place_of(self._layers[path]) != "tied_head":
+            return path
+        return next(other for other, shape in self._layers.items() if place_of(shape) == "tied_embedding")
+
+
+def _bare(layer: nn.Module) -> nn.Module:
+    bare: nn.Module = layer["base"] if isinstance(layer, AdaptedLinear | AdaptedEmbedding) else layer
+    return bare

@@ -14,11 +14,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 Kind = Literal["lora", "dora", "delta"]
+Place = Literal["linear", "embedding", "tied_embedding", "tied_head"]
+"""Where a module sits: a linear layer, an embedding, one whose weight is also the head's, that head."""
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -60,14 +62,52 @@ class AdapterDoesNotFit(AdapterError):
         self.faults = shown
 
 
+class EmbeddingShape(NamedTuple):
+    """Of a table [width = vocabulary, out]."""
+
+    out: int
+    width: int
+
+
+class TiedEmbeddingShape(NamedTuple):
+    """Of a table whose values are the head's weight as well."""
+
+    out: int
+    width: int
+
+
+class TiedHeadShape(NamedTuple):
+    """Of a head that has no weight of its own. Its path is `TIED_HEAD`, though the model has no such layer."""
+
+    out: int
+    width: int
+
+
+TIED_HEAD = "lm_head"
+
+
+def place_of(shape: tuple[int, int]) -> Place:
+    """A plain tuple is the shape of a linear layer."""
+    match shape:
+        case EmbeddingShape():
+            return "embedding"
+        case TiedEmbeddingShape():
+            return "tied_embedding"
+        case TiedHeadShape():
+            return "tied_head"
+    return "linear"
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
     """One adapted layer: V = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value.
 
-    W' = V for LoRA; for DoRA (arXiv 2402.09353) each row of V is brought to the length that a magnitude [out] says."""
+    W' = V for LoRA; for DoRA (arXiv 2402.09353) each row of V is brought to the length that a magnitude [out] says.
+    An embedding is a layer from tokens to values: W [values, vocabulary] is its table transposed, as PEFT has it."""
 
     rank: int
     scale: float
+    place: Place = "linear"
 
 
 @dataclass(frozen=True, slots=True)

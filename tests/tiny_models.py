@@ -22,6 +22,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from adapters.spec import place_of
+
 VOCAB_SIZE = 320
 """Of the models. The tokenizer knows fewer ids, as padded vocabularies of real models do."""
 LOGIT_STD = 2.3
@@ -279,11 +281,15 @@ def random_adapter(
     """A LoRA or DoRA adapter as the file format `kind` writes it: (float32 tensors by name, adapter_config).
 
     `model_layers` holds all adaptable layers of the model: path → (out, in). `targets` are last name components
-    (`q_proj`); all layers by default. The same arguments with another `kind` give the same adapter in the other format.
-    ‖scale · B · A · x‖ is about `strength` times ‖x‖ whatever the scale and rank.
+    (`q_proj`, `embed_tokens`); all linear layers by default. The same arguments with another `kind` give the same
+    adapter in the other format. ‖scale · B · A · x‖ is about `strength` times ‖x‖ whatever the scale and rank.
     """
     last = {path: path.rsplit(".", 1)[-1] for path in model_layers}
-    chosen = {path: shape for path, shape in sorted(model_layers.items()) if targets is None or last[path] in targets}
+    chosen = {
+        path: shape
+        for path, shape in sorted(model_layers.items())
+        if (place_of(shape) == "linear" if targets is None else last[path] in targets)
+    }
     if not chosen:
         raise ValueError(f"No layer of the model is called any of {targets}.")
     generator = np.random.default_rng(seed)
@@ -291,9 +297,12 @@ def random_adapter(
     for path, (out, width) in chosen.items():
         a = (generator.standard_normal((rank, width)) / math.sqrt(width)).astype(np.float32)
         b = (generator.standard_normal((out, rank)) * strength / (scale * math.sqrt(rank))).astype(np.float32)
+        embedding = "embedding" in place_of(model_layers[path])
+        if embedding:
+            a *= np.float32(math.sqrt(width))  # A column is what one token reads.
         if kind == "peft":
-            tensors[f"base_model.model.{path}.lora_A.weight"] = a
-            tensors[f"base_model.model.{path}.lora_B.weight"] = b
+            names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+            tensors |= {f"base_model.model.{path}.{name}": half for name, half in zip(names, (a, b), strict=True)}
         else:
             tensors[f"{path}.lora_a"] = np.ascontiguousarray(a.T)
             tensors[f"{path}.lora_b"] = np.ascontiguousarray(b.T)

@@ -22,13 +22,17 @@ from trainer_client.tensors import HostTensor
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_PEFT_EMBEDDING = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_embedding_([AB])(?:\.[^.]+)?")
 _PEFT_MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
+_MLX_EMBEDDING = re.compile(r"(.+\.)?(wte|[^.]*emb[^.]*)\.lora_[ab]")
+"""Only the server knows whether the head shares its weight, and is then adapted with it."""
 _MLX_MAGNITUDE = re.compile(r"(.+)\.m")
 
 
 def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
-    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense, experts).
+    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense, experts,
+    embeddings in mlx-lm's form).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
     named, kind = _peft_layout(tensors), _kind(config)
@@ -62,9 +66,9 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
     for given, tensor in tensors.items():
         if tensor.array.ndim == 1 and (match := _PEFT_MAGNITUDE.fullmatch(given) or _MLX_MAGNITUDE.fullmatch(given)):
             named[f"{match[1]}.{_MAGNITUDE}"] = tensor
-        elif tensor.array.ndim != 2:
+        elif tensor.array.ndim != 2 or _MLX_EMBEDDING.fullmatch(given):
             return None
-        elif match := _PEFT_NAME.fullmatch(given):
+        elif match := _PEFT_NAME.fullmatch(given) or _PEFT_EMBEDDING.fullmatch(given):
             named[f"{match[1]}.lora_{match[2]}"] = tensor
         elif match := _MLX_NAME.fullmatch(given):
             named[f"{match[1]}.lora_{match[2].upper()}"] = HostTensor(tensor.dtype, tensor.array.T)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.layers import holder
 from tests.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]
@@ -42,16 +43,41 @@ def merge(model: nn.Module, bundle: AdapterBundle) -> nn.Module:
     """W + scale · B · A, and for DoRA its rows brought to their magnitudes, in every layer, by hand, in float64;
     returns the same model, whose weights must be plain float32."""
     weights = dict(tree_flatten(model.parameters()))
+    embedding = next((name for name in weights if "embed" in name), "")
+    two = TwoTables(weights.get(embedding, mx.zeros((1, 1))))
     merged = []
     for path, module in bundle.spec.modules.items():
         a, b, *magnitude = (bundle.tensors[f"{path}.{p}"].float32().astype(np.float64) for p in bundle.spec.parts)
-        name = f"{path}.weight"
-        weight = np.array(weights[name]).astype(np.float64) + module.scale * (b @ a)
+        name = f"{path}.weight" if module.place == "linear" else embedding
+        weight = np.array(weights[name]).astype(np.float64)
+        weight = (weight.T if "embedding" in module.place else weight) + module.scale * (b @ a)
         if magnitude:
             weight *= (magnitude[0] / np.linalg.norm(weight, axis=1))[:, None]
-        merged.append((name, mx.array(weight.astype(np.float32))))
+        if module.place == "linear":
+            merged.append((name, mx.array(weight.astype(np.float32))))
+        elif module.place == "tied_head":
+            two.head = mx.array(weight.astype(np.float32))
+        else:
+            two.table = mx.array(np.ascontiguousarray(weight.T).astype(np.float32))
     model.update(tree_unflatten(merged))
+    if any(module.place != "linear" for module in bundle.spec.modules.values()):
+        parent, name = holder(model, embedding.removesuffix(".weight"))
+        parent[name] = two
     return model
+
+
+class TwoTables(nn.Module):
+    """An embedding whose head has a weight of its own."""
+
+    def __init__(self, table: mx.array) -> None:
+        super().__init__()
+        self.table, self.head = table, table
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.table[tokens]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.head.T
 
 
 def logits(model: nn.Module, tokens: np.ndarray) -> np.ndarray:

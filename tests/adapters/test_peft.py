@@ -157,7 +157,6 @@ def test_a_configuration_as_peft_saves_it_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "lora_embedding_A"),
         ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
     ],
 )
