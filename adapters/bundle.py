@@ -11,7 +11,8 @@ The digest, which `trainer_client` computes without this package, is the SHA-256
    code point order): the UTF-8 line `NAME DTYPE SHAPE\\n`, DTYPE as safetensors calls it (`F32`, `F16`, `BF16`),
    SHAPE as JSON without spaces (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in],
    B [out, rank] and the magnitude [out], whatever the file's layout; the dtype is the file's. An embedding's A is
-   [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`.
+   [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`. A stack of
+   experts is one module, with A [experts, rank, in] and B [experts, out, rank].
 
 The text form is `sha256:` and 64 hex digits.
 """
@@ -31,7 +32,15 @@ import numpy as np
 from adapters import mlx_lm, peft
 from adapters.fit import faults
 from adapters.math import DeltaMeasure, measure
-from adapters.spec import HALVES, AdapterDoesNotFit, AdapterSpec, AdapterUnreadable, AdapterUnsupported, shown
+from adapters.spec import (
+    HALVES,
+    AdapterDoesNotFit,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    experts_of,
+    shown,
+)
 from adapters.tensors import AdapterTensor, read_safetensors
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
@@ -121,7 +130,9 @@ def read_bundle(
     if found:
         raise AdapterDoesNotFit(found)
     held = {
-        f"{module}.{part}": tensor.read().transposed() if proposal.transposed else tensor.read()
+        f"{module}.{part}": tensor.read().transposed()
+        if proposal.transposed and not experts_of(layers[module])
+        else tensor.read()
         for (module, part), tensor in proposal.tensors.items()
     }
     return make_bundle(*reader.complete(proposal.spec, held))

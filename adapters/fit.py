@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.spec import MAGNITUDE, AdapterSpec, Place, shown
+from adapters.spec import MAGNITUDE, AdapterSpec, Place, experts_of, shown
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Proposal:
     strangers: tuple[str, ...]
     """Faults met while reading: tensors that are no part of an adapter, or that are there twice."""
     transposed: bool
-    """True where the file stores A as [in, rank] and B as [rank, out]."""
+    """True where the file stores A as [in, rank] and B as [rank, out]; stacks of experts are never turned."""
     spell: Callable[[str, Place], str]
     """What the file calls a part of a layer at such a place: the end of its tensor's name."""
 
@@ -75,8 +75,10 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
         yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
     rank = proposal.spec.modules[module].rank
     out, width = layer
-    expected = (out,) if part == MAGNITUDE else (rank, width) if part == "lora_A" else (out, rank)
-    if proposal.transposed:
+    expected: tuple[int, ...] = (out,) if part == MAGNITUDE else (rank, width) if part == "lora_A" else (out, rank)
+    if experts_of(layer):
+        expected = experts_of(layer) + expected
+    elif proposal.transposed:
         expected = expected[::-1]
     if tensor.shape != expected:
         yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(expected)}{_why(tensor, expected, rank)}."
@@ -85,8 +87,10 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
 
 
 def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> str:
-    if len(expected) != 2:
+    if len(expected) == 1:
         return ": one number for each output"
+    if len(expected) == 3:
+        return ": one matrix for each expert" if tensor.shape[:-2] != expected[:-2] else ""
     if len(tensor.shape) == 2 and tensor.shape == expected[::-1]:
         return ": it looks transposed"
     at = expected.index(rank)
@@ -101,6 +105,6 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameter path → (out, in) of every layer of `model` that an adapter may target."""
-    from adapters.layers import adaptable_layers as find  # Checking a file must not need MLX.
+    from adapters import find  # Checking a file must not need MLX.
 
-    return find(model)
+    return find.adaptable_layers(model)

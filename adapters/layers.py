@@ -3,12 +3,10 @@ on, and multiply by its DoRA gain where it has one."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from adapters.spec import TIED_HEAD, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
+from adapters.spec import experts_of
 
 RANK_BUCKET = 8
 """Ranks are padded with zeros to a multiple of this, so that few shapes exist and ranks can share a stack."""
@@ -25,10 +23,10 @@ class SlotStack:
 
     def __init__(self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype) -> None:
         out, width = layer
-        self.a = mx.zeros((slots, rank, width), dtype)
-        """[slots, rank, in], zero where nothing was written."""
-        self.b = mx.zeros((slots, rank, out), dtype)
-        """[slots, rank, out], scale folded in."""
+        self.a = mx.zeros((slots, *experts_of(layer), rank, width), dtype)
+        """[slots, rank, in], zero where nothing was written; [slots, experts, rank, in] for stacked experts."""
+        self.b = mx.zeros((slots, *experts_of(layer), rank, out), dtype)
+        """[slots, rank, out] or [slots, experts, rank, out], scale folded in."""
         self.gain: mx.array | None = None
         """[slots, out], one where no DoRA version is; made when the first of them comes."""
         self.gained: set[int] = set()
@@ -54,25 +52,26 @@ class SlotStack:
 
     def reserve(self, slots: int, rank: int) -> None:
         """Grow to at least this many slots and this rank, keeping what is there. Evaluates, to bound the peak."""
-        have_slots, have_rank, _ = self.a.shape
+        have_slots, have_rank = self.a.shape[0], self.a.shape[-2]
         rank = -(-rank // RANK_BUCKET) * RANK_BUCKET
         if slots <= have_slots and rank <= have_rank:
             return
-        pad = [(0, max(slots - have_slots, 0)), (0, max(rank - have_rank, 0)), (0, 0)]
+        more, wider = (0, max(slots - have_slots, 0)), (0, max(rank - have_rank, 0))
+        pad = [more, *[(0, 0)] * (self.a.ndim - 3), wider, (0, 0)]
         self.a, self.b = mx.pad(self.a, pad), mx.pad(self.b, pad)
         if self.gain is not None:
-            self.gain = mx.pad(self.gain, pad[::2], constant_values=1)
+            self.gain = mx.pad(self.gain, [more, (0, 0)], constant_values=1)
         mx.eval(self.arrays())
 
     def write(self, slot: int, a: mx.array, b: mx.array, gain: mx.array | None) -> None:
         """Put a [rank, in], b [rank, out] and a gain [out] into a slot. Lazy: the caller evaluates."""
         # Marked first: if the evaluation fails, the next owner of the slot knows that it is not clean.
-        rank = self.filled[slot] = a.shape[0]
-        self.a[slot, :rank] = a
-        self.b[slot, :rank] = b
-        if rank < self.a.shape[1]:
-            self.a[slot, rank:] = 0
-            self.b[slot, rank:] = 0
+        rank = self.filled[slot] = a.shape[-2]
+        self.a[slot, ..., :rank, :] = a
+        self.b[slot, ..., :rank, :] = b
+        if rank < self.a.shape[-2]:
+            self.a[slot, ..., rank:, :] = 0
+            self.b[slot, ..., rank:, :] = 0
         self._write_gain(slot, gain)
 
     def clear(self, slot: int) -> None:
@@ -88,7 +87,7 @@ class SlotStack:
                 self.gain[slot] = 1
             return
         if self.gain is None:
-            self.gain = mx.ones((self.b.shape[0], self.b.shape[2]), self.b.dtype)
+            self.gain = mx.ones((self.b.shape[0], self.b.shape[-1]), self.b.dtype)
         self.gained.add(slot)
         self.gain[slot] = gain
 
@@ -103,7 +102,7 @@ class SlotStack:
         rank = self.filled.get(slot)
         if rank is not None:
             # Cut to the version's own rank, so that its numbers do not depend on what else is staged.
-            self.pair = self.a[slot, :rank].T, self.b[slot, :rank]
+            self.pair = self.a[slot, ..., :rank, :].swapaxes(-1, -2), self.b[slot, ..., :rank, :]
             if self.gain is not None and slot in self.gained:
                 self.one_gain = self.gain[slot]
                 self.scales = True
@@ -136,6 +135,17 @@ class SlotStack:
         rows = self._rows_of(tokens)
         hidden = self.a.swapaxes(-1, -2)[rows[:, None], tokens.reshape(rows.size, -1)]
         return mx.gather_mm(hidden, self.b, rhs_indices=rows).reshape(*tokens.shape, self.b.shape[-1])
+
+    def of_experts(self, x: mx.array, experts: mx.array, stacked: mx.array, *, in_order: bool) -> mx.array:
+        """(x · A) · B of each choice's expert and row's slot, for x and indices as a SwitchLinear gets them. `stacked`
+        is slot × experts + expert. Only while `aimed`."""
+        if self.pair is not None:
+            a, b = self.pair
+            hidden = mx.gather_mm(x, a, rhs_indices=experts, sorted_indices=in_order)
+            return mx.gather_mm(hidden, b, rhs_indices=experts, sorted_indices=in_order)
+        a, b = self.a.flatten(0, 1), self.b.flatten(0, 1)
+        hidden = mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=stacked)
+        return mx.gather_mm(hidden, b, rhs_indices=stacked)
 
     def scaled(self, y: mx.array) -> mx.array:
         """gain[row] * y for y [batch, …, out]; y itself where no row has a gain."""
@@ -221,82 +231,3 @@ def _without_bias(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.arra
         bits=layer.bits,
         mode=layer.mode,
     )
-
-
-# ---- what can be adapted ------------------------------------------------------------------------------------------
-
-
-def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameter path → (out, in) of every linear layer, quantised or not, adapted or not, of the token embedding, and
-    of the head that shares its weight, sorted by path."""
-    modules = dict(model.named_modules())
-    found: dict[str, tuple[int, int]] = {}
-    for path, module in modules.items():
-        if isinstance(module, AdaptedLinear):
-            found[path] = _shape(module["base"])
-        elif isinstance(module, nn.Linear | nn.QuantizedLinear):
-            parent = modules.get(path.rpartition(".")[0])
-            if not isinstance(parent, AdaptedLinear):
-                found[path] = _shape(module)
-    return dict(sorted((found | _embedding(model, modules)).items()))
-
-
-def _embedding(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """The token embedding, found by watching a forward pass that is never evaluated; none if the model reads the
-    embedding's weight past the layer, as an adapter would not reach it there."""
-    tables = {
-        path: module["base"] if isinstance(module, AdaptedEmbedding) else module
-        for path, module in modules.items()
-        if isinstance(module, AdaptedEmbedding | nn.Embedding | nn.QuantizedEmbedding) and not path.endswith(".base")
-    }
-    if not tables:
-        return {}
-    path = max(tables, key=lambda name: tables[name]["weight"].shape[0])
-    parent, name = holder(model, path)
-    watched = _Watched(tables[path])
-    mounted = parent[name]
-    parent[name] = watched
-    try:
-        model(mx.array([[0]]))
-    except AttributeError:
-        return {}
-    finally:
-        parent[name] = mounted
-    vocabulary, values = _shape(tables[path])
-    if not watched.is_head:
-        return {path: EmbeddingShape(values, vocabulary)}
-    return {path: TiedEmbeddingShape(values, vocabulary), TIED_HEAD: TiedHeadShape(vocabulary, values)}
-
-
-class _Watched(nn.Module):
-    """An embedding that notes whether it is used as a head."""
-
-    def __init__(self, base: nn.Embedding | nn.QuantizedEmbedding) -> None:
-        super().__init__()
-        self._base = (base,)  # No child: a mode that is set while it is watched is set on the model's own layer.
-        self.is_head = False
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self._base[0](tokens)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        self.is_head = True
-        return self._base[0].as_linear(x)
-
-
-def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
-    """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
-    node: Any = model
-    *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
-    for part in parts:
-        node = node[part]
-    return node, name
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """Of the weight as it stands, unpacked: a quantised one is packed, its groups count the columns."""
-    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        rows, groups = layer.scales.shape
-        return rows, groups * layer.group_size
-    rows, columns = layer.weight.shape
-    return rows, columns

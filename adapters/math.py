@@ -25,7 +25,7 @@ class DeltaMeasure:
 
 
 def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> DeltaMeasure:
-    """Of A [rank, in] and B [out, rank]."""
+    """Of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
     largest_a, largest_b = float(np.abs(a).max()), float(np.abs(b).max()) * abs(scale)
     return DeltaMeasure(
         norm=delta_norm(a, b, scale),
@@ -35,9 +35,9 @@ def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> Del
 
 
 def delta_norm(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> float:
-    """‖scale · B · A‖ (Frobenius) for A [rank, in] and B [out, rank], without forming the product:
+    """‖scale · B · A‖ (Frobenius) for A […, rank, in] and B […, out, rank], without forming the product:
     ‖BA‖² = tr(BᵀB · AAᵀ), the product of two rank × rank matrices."""
-    squared = float(np.sum((b.T @ b) * (a @ a.T)))
+    squared = float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
     return abs(scale) * float(np.sqrt(max(squared, 0.0)))
 
 

@@ -1,6 +1,7 @@
 """The file format of mlx-lm: adapter_config.json with `lora_parameters`, tensors `<path>.lora_a` and `<path>.lora_b`.
 
-A is stored as [in, rank] and B as [rank, out]; DoRA's magnitudes [out] as `<path>.m`. Which layers are targets is what
+A is stored as [in, rank] and B as [rank, out], but of stacked experts as [experts, rank, in] and [experts, out, rank];
+DoRA's magnitudes [out] as `<path>.m`. Which layers are targets is what
 `mlx_lm.tuner.utils` makes of the configuration. Its other fields describe the training and change nothing here.
 """
 
@@ -36,6 +37,7 @@ BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
 """`model.layers.3.self_attn.q_proj` → what holds the blocks, the block's number, the name within the block."""
 LORA_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys"})
 KINDS = ("lora", "dora")
+DORA_EXPERTS = "DoRA on stacked experts does not exist in mlx-lm: leave them out of lora_parameters.keys."
 DORA_EMBEDDING = (
     "DoRA on embeddings is not served in mlx-lm's form, which has a magnitude for every token: leave the embedding out "
     "of lora_parameters.keys."
@@ -58,7 +60,10 @@ def read(
     modules = {path: ModuleSpec(rank, scale, place_of(layers[path])) for path in targets}
     parts, strangers = _parts(tensors)
     kind: Kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
-    if kind == "dora" and any(module.place != "linear" for module in modules.values()):
+    places = {module.place for module in modules.values()} if kind == "dora" else set()
+    if "experts" in places:
+        raise AdapterUnsupported({"fine_tune_type": DORA_EXPERTS})
+    if places - {"linear"}:
         raise AdapterUnsupported({"fine_tune_type": DORA_EMBEDDING})
     return Proposal(
         spec=AdapterSpec(kind, modules),
@@ -190,7 +195,8 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
         if path in own:
-            tensors[f"{path}.{NAMES[part]}"] = tensor.transposed()
+            turned = own[path].place != "experts"
+            tensors[f"{path}.{NAMES[part]}"] = tensor.transposed() if turned else tensor
     return write_safetensors(tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config
 
 

@@ -177,7 +177,8 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
             "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them."
         )
     excluded = _names(config, "exclude_modules") or []
-    paths = [path for path in layers if not _named(excluded, path, patterns)]
+    # In transformers' models stacked experts are no layers, so that none of these rules can mean them.
+    paths = [path for path in layers if place_of(layers[path]) != "experts" and not _named(excluded, path, patterns)]
     indices = config.get("layers_to_transform")
     if isinstance(wanted, str):
         if indices is not None or config.get("layers_pattern"):
@@ -250,8 +251,14 @@ def _number(value: object, field: str) -> float:
 
 
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
-    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest."""
+    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest.
+
+    Raises `AdapterUnsupported` for adapters on stacked experts."""
     modules = bundle.spec.modules
+    stacked = next((path for path, module in modules.items() if module.place == "experts"), None)
+    if stacked is not None:
+        reason = f"PEFT has no layer for an adapter on stacked experts ({stacked}): use mlx."
+        raise AdapterUnsupported({"format": reason})
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
     alphas = {path: module.scale * module.rank for path, module in modules.items()}

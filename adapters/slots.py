@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
-from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, holder
+from adapters.experts import AdaptedExperts
+from adapters.find import bare_layer, holder
+from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
 from adapters.norms import RowNorms, Rows, TableRows
 from adapters.spec import MAGNITUDE, AdapterDoesNotFit, place_of
 
@@ -34,9 +36,9 @@ class _Factors:
     """Of one layer, in the model's dtype."""
 
     a: mx.array
-    """[rank, in]"""
+    """[rank, in], or [experts, rank, in]."""
     b: mx.array
-    """[rank, out], scale folded in."""
+    """[rank, out] or [experts, rank, out], scale folded in."""
     gain: mx.array | None
     """[out]; None for LoRA."""
 
@@ -114,8 +116,8 @@ class AdapterSlots:
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""
         for path in self._stacks:
-            parent, name = holder(self._model, self._weight_path(path))
-            parent[name] = _bare(parent[name])
+            parent, name = holder(self._model, self._wrapped_path(path))
+            parent[name] = bare_layer(parent[name])
         self._stacks.clear()
         self._residents.clear()
         self._routed = None
@@ -150,7 +152,8 @@ class AdapterSlots:
         factors: dict[str, _Factors] = {}
         for path, module in bundle.spec.modules.items():
             a = bundle.tensors[f"{path}.lora_A"].float32()
-            b = np.ascontiguousarray(bundle.tensors[f"{path}.lora_B"].float32().T) * np.float32(module.scale)
+            b = bundle.tensors[f"{path}.lora_B"].float32().swapaxes(-1, -2)
+            b = np.ascontiguousarray(b) * np.float32(module.scale)
             gain = mx.array(gains[path]).astype(self._dtype) if path in gains else None
             factors[path] = _Factors(mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype), gain)
         return factors
@@ -181,7 +184,7 @@ class AdapterSlots:
             self._capacity = (self._capacity * 3 // 2 + 3) // 4 * 4
         for path, new in factors.items():
             stack = self._stacks.get(path) or self._mount(path)
-            stack.reserve(self._capacity, new.a.shape[0])
+            stack.reserve(self._capacity, new.a.shape[-2])
             stack.write(slot, new.a, new.b, new.gain)
         for path, stack in self._stacks.items():
             if path not in factors:
@@ -196,11 +199,14 @@ class AdapterSlots:
 
     def _mount(self, path: str) -> SlotStack:
         place = place_of(self._layers[path])
-        parent, name = holder(self._model, self._weight_path(path))
-        out, width = self._layers[path]
-        stack = SlotStack(self._capacity, 0, (out, width), self._dtype)
+        parent, name = holder(self._model, self._wrapped_path(path))
+        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype)
         if place == "linear":
             parent[name] = AdaptedLinear(parent[name], stack)
+        elif place == "experts":
+            if not isinstance(parent[name], AdaptedExperts):
+                parent[name] = AdaptedExperts(parent[name])
+            parent[name].attach(stack, path.rpartition(".")[2])
         else:
             if not isinstance(parent[name], AdaptedEmbedding):
                 parent[name] = AdaptedEmbedding(parent[name])
@@ -209,17 +215,15 @@ class AdapterSlots:
         return stack
 
     def _weights(self, path: str) -> Rows:
-        parent, name = holder(self._model, self._weight_path(path))
+        parent, name = holder(self._model, self._wrapped_path(path))
         kind = TableRows if place_of(self._layers[path]) in ("embedding", "tied_embedding") else Rows
-        return kind(_bare(parent[name]))
+        return kind(bare_layer(parent[name]))
 
-    def _weight_path(self, path: str) -> str:
-        """Where the weight of the layer at `path` is: a tied head's is the embedding's."""
-        if place_of(self._layers[path]) != "tied_head":
+    def _wrapped_path(self, path: str) -> str:
+        """What is wrapped for the layer at `path`: for a tied head the embedding, for experts the block around them."""
+        place = place_of(self._layers[path])
+        if place == "experts":
+            return path.rpartition(".")[0]
+        if place != "tied_head":
             return path
         return next(other for other, shape in self._layers.items() if place_of(shape) == "tied_embedding")
-
-
-def _bare(layer: nn.Module) -> nn.Module:
-    bare: nn.Module = layer["base"] if isinstance(layer, AdaptedLinear | AdaptedEmbedding) else layer
-    return bare

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Kind = Literal["lora", "dora", "delta"]
-Place = Literal["linear", "embedding", "tied_embedding", "tied_head"]
-"""Where a module sits: a linear layer, an embedding, one whose weight is also the head's, that head."""
+Place = Literal["linear", "embedding", "tied_embedding", "tied_head", "experts"]
+"""A linear layer, an embedding, one whose weight is also the head's, that head, or stacked experts."""
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -83,7 +83,23 @@ class TiedHeadShape(NamedTuple):
     width: int
 
 
+class ExpertsShape(tuple[int, int]):
+    """Of each of `experts` linear layers in one stack; A is [experts, rank, in] and B [experts, out, rank]."""
+
+    experts: int
+
+    def __new__(cls, out: int, width: int, experts: int) -> ExpertsShape:
+        shape = super().__new__(cls, (out, width))
+        shape.experts = experts
+        return shape
+
+
 TIED_HEAD = "lm_head"
+
+
+def experts_of(shape: tuple[int, int]) -> tuple[int, ...]:
+    """The leading dimension of A and B: (experts,), or () for all but stacks of experts."""
+    return (shape.experts,) if isinstance(shape, ExpertsShape) else ()
 
 
 def place_of(shape: tuple[int, int]) -> Place:
@@ -95,6 +111,8 @@ def place_of(shape: tuple[int, int]) -> Place:
             return "tied_embedding"
         case TiedHeadShape():
             return "tied_head"
+        case ExpertsShape():
+            return "experts"
     return "linear"
 
 

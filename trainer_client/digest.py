@@ -2,9 +2,9 @@
 
 SHA-256 of the JSON (sorted keys, no spaces) `{"kind", "modules": {NAME: {"rank", "scale"}}}`, then per tensor, sorted
 by name, the line `NAME DTYPE SHAPE\\n` and its little-endian bytes in PEFT layout (A [r, in], B [out, r], DoRA's
-magnitude [out]). It depends on the weights alone: PEFT and mlx-lm files of one adapter, in any order, have one digest.
-The server computes the same from what it received, so equality proves that nothing was lost, transposed or scaled
-differently on the way.
+magnitude [out]; of stacked experts A [experts, r, in] and B [experts, out, r]). It depends on the weights alone: PEFT
+and mlx-lm files of one adapter, in any order, have one digest. The server computes the same from what it received, so
+equality proves that nothing was lost, transposed or scaled differently on the way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MLX_MAGNITUDE = re.compile(r"(.+)\.m")
 
 
 def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
-    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense, experts,
+    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense,
     embeddings in mlx-lm's form).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
@@ -42,10 +42,11 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
     for name, tensor in named.items():
         if name.endswith(".lora_A"):
             module = name.removesuffix(".lora_A")
-            scale = _scale(module, tensor.shape[0], config)
+            rank = tensor.shape[-2]
+            scale = _scale(module, rank, config)
             if scale is None:
                 return None
-            modules[module] = {"rank": tensor.shape[0], "scale": scale}
+            modules[module] = {"rank": rank, "scale": scale}
     magnitudes = {name for name in named if name.endswith(f".{_MAGNITUDE}")}
     if magnitudes != ({f"{module}.{_MAGNITUDE}" for module in modules} if kind == "dora" else set()):
         return None
@@ -66,6 +67,8 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
     for given, tensor in tensors.items():
         if tensor.array.ndim == 1 and (match := _PEFT_MAGNITUDE.fullmatch(given) or _MLX_MAGNITUDE.fullmatch(given)):
             named[f"{match[1]}.{_MAGNITUDE}"] = tensor
+        elif tensor.array.ndim == 3 and (match := _MLX_NAME.fullmatch(given)):
+            named[f"{match[1]}.lora_{match[2].upper()}"] = tensor  # Stacked experts are stored as they are hashed.
         elif tensor.array.ndim != 2 or _MLX_EMBEDDING.fullmatch(given):
             return None
         elif match := _PEFT_NAME.fullmatch(given) or _PEFT_EMBEDDING.fullmatch(given):

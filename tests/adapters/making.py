@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.layers import holder
+from adapters.find import holder
 from tests.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]
@@ -48,19 +48,19 @@ def merge(model: nn.Module, bundle: AdapterBundle) -> nn.Module:
     merged = []
     for path, module in bundle.spec.modules.items():
         a, b, *magnitude = (bundle.tensors[f"{path}.{p}"].float32().astype(np.float64) for p in bundle.spec.parts)
-        name = f"{path}.weight" if module.place == "linear" else embedding
+        name = f"{path}.weight" if module.place in ("linear", "experts") else embedding
         weight = np.array(weights[name]).astype(np.float64)
         weight = (weight.T if "embedding" in module.place else weight) + module.scale * (b @ a)
         if magnitude:
             weight *= (magnitude[0] / np.linalg.norm(weight, axis=1))[:, None]
-        if module.place == "linear":
+        if module.place in ("linear", "experts"):
             merged.append((name, mx.array(weight.astype(np.float32))))
         elif module.place == "tied_head":
             two.head = mx.array(weight.astype(np.float32))
         else:
             two.table = mx.array(np.ascontiguousarray(weight.T).astype(np.float32))
     model.update(tree_unflatten(merged))
-    if any(module.place != "linear" for module in bundle.spec.modules.values()):
+    if any(module.place not in ("linear", "experts") for module in bundle.spec.modules.values()):
         parent, name = holder(model, embedding.removesuffix(".weight"))
         parent[name] = two
     return model

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 from adapters import mlx_lm, norms, peft
 from adapters.bundle import read_bundle
-from adapters.layers import adaptable_layers
+from adapters.find import adaptable_layers
 from adapters.math import squared_row_norms
 from adapters.norms import RowNorms, Rows
 from adapters.slots import AdapterSlots

@@ -16,7 +16,8 @@ from mlx_lm.utils import load_model
 
 from adapters import mlx_lm, norms, peft
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.layers import AdaptedEmbedding, adaptable_layers
+from adapters.find import adaptable_layers
+from adapters.layers import AdaptedEmbedding
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from adapters import mlx_lm
 from adapters.bundle import read_bundle
-from adapters.layers import adaptable_layers
+from adapters.find import adaptable_layers
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterUnreadable, AdapterUnsupported
 from tests.adapters.making import Layers, file_of, logits, make, tokens

@@ -13,7 +13,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.layers import AdaptedLinear, adaptable_layers
+from adapters.find import adaptable_layers
+from adapters.layers import AdaptedLinear
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models

@@ -171,11 +171,10 @@ def test_the_scale_is_the_shortest_decimal_of_its_float32() -> None:
         (as_peft(), peft_config(use_dora=True)),
         ({**as_peft(), "base_model.model.q.lora_magnitude_vector": np.ones(3, np.float32)}, peft_config()),
         ({"q.weight": np.zeros((3, 3), np.float32)}, {"kind": "delta"}),
-        ({"q.lora_a": np.zeros((4, 2, 3), np.float32), "q.lora_b": np.zeros((4, 3, 2), np.float32)}, mlx_config()),
         (as_mlx(), {"fine_tune_type": "dora", "lora_parameters": {"rank": 3, "scale": 1.0}}),
         (as_mlx(), {"fine_tune_type": "lora", "lora_parameters": {"rank": 3}}),
     ],
-    ids=["no magnitudes", "magnitude", "dense", "experts", "mlx no magnitudes", "no scale"],
+    ids=["no magnitudes", "magnitude", "dense", "mlx no magnitudes", "no scale"],
 )
 def test_what_it_is_not_defined_for_has_none(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     assert digest(tensors, config) is None
