@@ -63,6 +63,23 @@ class SlotStack:
             self.gain = mx.pad(self.gain, [more, (0, 0)], constant_values=1)
         mx.eval(self.arrays())
 
+    def shrink(self, slots: int, in_use: set[int]) -> None:
+        """Give back the slots from this number on, and ranks that none in use needs if half of all. Evaluates."""
+        have_slots, have_rank = self.a.shape[0], self.a.shape[-2]
+        rank = max((self.filled[slot] for slot in in_use if slot in self.filled), default=0)
+        rank = -(-rank // RANK_BUCKET) * RANK_BUCKET
+        if 2 * rank > have_rank:
+            rank = have_rank
+        if slots >= have_slots and rank >= have_rank:
+            return
+        # Slices are views, which would keep the whole arrays.
+        self.a, self.b = (mx.contiguous(stack[:slots, ..., :rank, :]) for stack in (self.a, self.b))
+        if self.gain is not None:
+            self.gain = mx.contiguous(self.gain[:slots]) if self.gained & in_use else None
+        self.filled = {slot: min(held, rank) for slot, held in self.filled.items() if slot < slots}
+        self.gained &= in_use
+        mx.eval(self.arrays())
+
     def write(self, slot: int, a: mx.array, b: mx.array, gain: mx.array | None) -> None:
         """Put a [rank, in], b [rank, out] and a gain [out] into a slot. Lazy: the caller evaluates."""
         # Marked first: if the evaluation fails, the next owner of the slot knows that it is not clean.

@@ -48,14 +48,14 @@ READ = frozenset(
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
     | {"peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-    | {"megatron_core", "qalora_group_size"}
+    | {"megatron_core", "qalora_group_size", "fan_in_fan_out"}
 )
-"""Book-keeping, training and initialisation: what a trained adapter computes does not depend on them."""
+"""Book-keeping, training, initialisation and how torch stores the base: what an adapter computes does not depend on
+them, A and B being [rank, in] and [out, rank] in any case."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
     "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
-    "fan_in_fan_out": "fan_in_fan_out is not served: the linear layers here store their weight as [out, in].",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
     "target_parameters": "target_parameters (adapted expert tensors) is not served yet: target linear layers.",
     "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",

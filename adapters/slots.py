@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
 from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
 from adapters.norms import RowNorms, Rows, TableRows
+from adapters.prepare import LARGEST, HostFactors, PreparedBundle, cast, prepare
 from adapters.spec import MAGNITUDE, AdapterDoesNotFit, place_of
 
 BASE_SLOT = 0
@@ -31,18 +33,6 @@ class _Resident:
     references: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """Of one layer, in the model's dtype."""
-
-    a: mx.array
-    """[rank, in], or [experts, rank, in]."""
-    b: mx.array
-    """[rank, out] or [experts, rank, out], scale folded in."""
-    gain: mx.array | None
-    """[out]; None for LoRA."""
-
-
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
 
@@ -53,6 +43,7 @@ class AdapterSlots:
         self._model = model
         self._layers = dict(layers)
         self._dtype = dtype
+        self._dtype_name = str(dtype).removeprefix("mlx.core.")
         self._capacity = FIRST_CAPACITY
         self._stacks: dict[str, SlotStack] = {}
         self._residents: dict[str, _Resident] = {}
@@ -68,21 +59,26 @@ class AdapterSlots:
     def slots_in_use(self) -> int:
         return len(self._residents)
 
-    def stage(self, bundle: AdapterBundle) -> int:
-        """The slot (1 and up) that holds the bundle, with one more reference. Evaluates what it writes.
+    def stage(self, version: AdapterBundle | PreparedBundle) -> int:
+        """The slot (1 and up) that holds the version, with one more reference. Evaluates what it writes. A bundle that
+        was prepared elsewhere, for the model's dtype, is only copied.
 
         Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
         a DoRA gain is not finite."""
+        bundle = version if isinstance(version, AdapterBundle) else version.bundle
         resident = self._residents.get(bundle.digest)
         if resident is not None:
             resident.references += 1
             return resident.slot
-        factors = self._factors(bundle)
+        if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
+            version = prepare(bundle, self._dtype_name)
+        gains = self._gains(bundle)
         slot = self._free_slot()
         for stack in self._stacks.values():
             stack.rest()
         try:
-            self._write(slot, factors)
+            self._fit_capacity(slot)
+            self._write(slot, version.factors, gains)
         finally:
             self._aim(self._routed)
         self._residents[bundle.digest] = _Resident(slot, 1)
@@ -138,28 +134,20 @@ class AdapterSlots:
         taken = {resident.slot for resident in self._residents.values()}
         return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
 
-    def _factors(self, bundle: AdapterBundle) -> dict[str, _Factors]:
-        """Of each layer. Scale and B are multiplied in float32, gains computed in float64."""
-        limit = float(mx.finfo(self._dtype).max)
-        faults = [
-            f"{path}: {measure.largest:.3g} is outside the range of {self._dtype}, the dtype of the model."
-            for path, measure in bundle.measures.items()
-            if measure.largest > limit
-        ]
-        if faults:
-            raise AdapterDoesNotFit(faults)
-        gains = self._gains(bundle, limit)
-        factors: dict[str, _Factors] = {}
-        for path, module in bundle.spec.modules.items():
-            a = bundle.tensors[f"{path}.lora_A"].float32()
-            b = bundle.tensors[f"{path}.lora_B"].float32().swapaxes(-1, -2)
-            b = np.ascontiguousarray(b) * np.float32(module.scale)
-            gain = mx.array(gains[path]).astype(self._dtype) if path in gains else None
-            factors[path] = _Factors(mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype), gain)
-        return factors
+    def _fit_capacity(self, slot: int) -> None:
+        """Room for this slot and those in use; what is twice too large, in slots or in rank, is given back."""
+        in_use = {resident.slot for resident in self._residents.values()}
+        needed = max(in_use | {slot, FIRST_CAPACITY - 1}) + 1
+        if needed > self._capacity:
+            self._capacity = max((self._capacity * 3 // 2 + 3) // 4 * 4, needed)
+        elif 2 * needed <= self._capacity:
+            self._capacity = (needed + 3) // 4 * 4
+        for stack in self._stacks.values():
+            stack.shrink(self._capacity, in_use)
 
-    def _gains(self, bundle: AdapterBundle, limit: float) -> dict[str, NDArray[np.float32]]:
-        """m / ‖W + scale · B · A‖ of each layer [out]; empty for LoRA."""
+    def _gains(self, bundle: AdapterBundle) -> dict[str, NDArray[np.float32]]:
+        """m / ‖W + scale · B · A‖ of each layer [out], computed in float64; empty for LoRA."""
+        limit = LARGEST[self._dtype_name]
         gains: dict[str, NDArray[np.float32]] = {}
         faults: list[str] = []
         for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
@@ -179,13 +167,12 @@ class AdapterSlots:
             raise AdapterDoesNotFit(faults)
         return gains
 
-    def _write(self, slot: int, factors: Mapping[str, _Factors]) -> None:
-        if slot >= self._capacity:
-            self._capacity = (self._capacity * 3 // 2 + 3) // 4 * 4
+    def _write(self, slot: int, factors: Mapping[str, HostFactors], gains: Mapping[str, NDArray[np.float32]]) -> None:
         for path, new in factors.items():
             stack = self._stacks.get(path) or self._mount(path)
             stack.reserve(self._capacity, new.a.shape[-2])
-            stack.write(slot, new.a, new.b, new.gain)
+            gain = self._array(cast(gains[path], self._dtype_name)) if path in gains else None
+            stack.write(slot, self._array(new.a), self._array(new.b), gain)
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.reserve(self._capacity, 0)
@@ -194,8 +181,11 @@ class AdapterSlots:
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.filled.pop(slot, None)
-            if path not in factors or factors[path].gain is None:
+            if path not in gains:
                 stack.gained.discard(slot)
+
+    def _array(self, values: NDArray[Any]) -> mx.array:
+        return mx.array(values).view(self._dtype) if self._dtype == mx.bfloat16 else mx.array(values)
 
     def _mount(self, path: str) -> SlotStack:
         place = place_of(self._layers[path])

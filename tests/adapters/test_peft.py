@@ -93,7 +93,6 @@ def test_scales_are_float32() -> None:
     [
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("bias", "lora_only", "Trained biases"),
-        ("fan_in_fan_out", True, "fan_in_fan_out"),
         ("lora_bias", True, "lora_bias"),
         ("peft_type", "LOHA", "LOHA"),
         ("target_parameters", ["experts.gate_up_proj"], "target_parameters"),
@@ -215,6 +214,10 @@ def test_an_expression_that_never_ends_is_stopped() -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(a|aa)+b"}
     with pytest.raises(AdapterUnreadable, match="take too long"):
         peft.read({}, config, layers)
+
+
+def test_how_torch_stores_a_layer_does_not_matter() -> None:
+    assert targets(fan_in_fan_out=True) == targets()
 
 
 def test_two_adapters_or_two_spellings_in_one_file() -> None:
