@@ -7,10 +7,12 @@ The digest, which `trainer_client` computes without this package, is the SHA-256
    A module's name is its parameter path without `.weight`. `scale` is alpha/r or alpha/√r, divided in float64 and
    rounded to float32; it is written with the fewest digits that give this float32 back, in Python's notation for
    that decimal: `json.dumps(float(str(numpy.float32(scale))))`, so 2 is `2.0` and 16/√8 is `5.656854`.
-2. For each tensor, sorted by NAME (module + `.lora_A` or `.lora_B`; code point order): the UTF-8 line
-   `NAME DTYPE SHAPE\\n`, DTYPE as safetensors calls it (`F32`, `F16`, `BF16`), SHAPE as JSON without spaces
-   (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in] and B [out, rank], whatever the
-   file's layout; the dtype is the file's.
+2. For each tensor, sorted by NAME (module + `.lora_A`, `.lora_B` or, for kind `dora`, `.lora_magnitude_vector`;
+   code point order): the UTF-8 line `NAME DTYPE SHAPE\\n`, DTYPE as safetensors calls it (`F32`, `F16`, `BF16`),
+   SHAPE as JSON without spaces (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in],
+   B [out, rank] and the magnitude [out], whatever the file's layout; the dtype is the file's. An embedding's A is
+   [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`. A stack of
+   experts is one module, with A [experts, rank, in] and B [experts, out, rank].
 
 The text form is `sha256:` and 64 hex digits.
 """
@@ -28,9 +30,17 @@ from typing import Any
 import numpy as np
 
 from adapters import mlx_lm, peft
-from adapters.fit import HALVES, faults
+from adapters.fit import faults
 from adapters.math import DeltaMeasure, measure
-from adapters.spec import AdapterDoesNotFit, AdapterSpec, AdapterUnreadable, AdapterUnsupported, shown
+from adapters.spec import (
+    HALVES,
+    AdapterDoesNotFit,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    experts_of,
+    shown,
+)
 from adapters.tensors import AdapterTensor, read_safetensors
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
@@ -40,7 +50,8 @@ MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_pa
 
 @dataclass(frozen=True, slots=True)
 class AdapterBundle:
-    """`tensors` are keyed NAME.lora_A [rank, in] and NAME.lora_B [out, rank], in the file's dtype, unscaled."""
+    """`tensors` are keyed NAME.lora_A [rank, in], NAME.lora_B [out, rank] and, for DoRA, NAME.lora_magnitude_vector
+    [out], in the file's dtype, unscaled."""
 
     spec: AdapterSpec
     tensors: Mapping[str, AdapterTensor]
@@ -59,7 +70,7 @@ class AdapterBundle:
 
     @property
     def delta_norm(self) -> float:
-        """Frobenius norm of all deltas together."""
+        """Frobenius norm of all deltas, scale · B · A, together; what DoRA's magnitudes change is not in it."""
         return math.sqrt(sum(measure.norm**2 for measure in self.measures.values()))
 
     @property
@@ -119,10 +130,12 @@ def read_bundle(
     if found:
         raise AdapterDoesNotFit(found)
     held = {
-        f"{module}.{half}": tensor.read().transposed() if proposal.transposed else tensor.read()
-        for (module, half), tensor in proposal.tensors.items()
+        f"{module}.{part}": tensor.read().transposed()
+        if proposal.transposed and not experts_of(layers[module])
+        else tensor.read()
+        for (module, part), tensor in proposal.tensors.items()
     }
-    return make_bundle(proposal.spec, held)
+    return make_bundle(*reader.complete(proposal.spec, held))
 
 
 def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:

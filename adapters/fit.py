@@ -6,17 +6,15 @@ names. `faults` compares it with the base's layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.spec import AdapterSpec, shown
+from adapters.spec import MAGNITUDE, AdapterSpec, Place, experts_of, shown
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:
     import mlx.nn as nn
-
-HALVES = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +26,13 @@ class Proposal:
     targets: str
     """How the configuration names its targets, for the sentence that says they match nothing."""
     tensors: Mapping[tuple[str, str], FileTensor]
-    """(module path, `lora_A` or `lora_B`) → tensor."""
+    """(module path, `lora_A`, `lora_B` or `lora_magnitude_vector`) → tensor."""
     strangers: tuple[str, ...]
-    """Faults met while reading: tensors that are no half of an adapter, or that are there twice."""
+    """Faults met while reading: tensors that are no part of an adapter, or that are there twice."""
     transposed: bool
-    """True where the file stores A as [in, rank] and B as [rank, out]."""
-    suffixes: tuple[str, str]
-    """What the file calls the halves: the end of their tensor names."""
+    """True where the file stores A as [in, rank] and B as [rank, out]; stacks of experts are never turned."""
+    spell: Callable[[str, Place], str]
+    """What the file calls a part of a layer at such a place: the end of its tensor's name."""
 
 
 def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -47,34 +45,40 @@ def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[st
             f"layers that can be adapted are called {shown(', '.join(known))}."
         )
     found += _missing(proposal)
-    for (module, half), tensor in sorted(proposal.tensors.items()):
+    for (module, part), tensor in sorted(proposal.tensors.items()):
         if module not in layers:
             found.append(f"{shown(tensor.name)} is unexpected: the base has no adaptable layer {shown(module)}.")
         elif module not in proposal.spec.modules:
             found.append(f"{shown(tensor.name)} is unexpected: the configuration does not target {shown(module)}.")
+        elif part not in proposal.spec.parts:
+            found.append(f"{shown(tensor.name)} is unexpected: the configuration does not say that this is DoRA.")
         else:
-            found += _wrong(proposal, module, half, tensor, layers[module])
+            found += _wrong(proposal, module, part, tensor, layers[module])
     return found
 
 
 def _missing(proposal: Proposal) -> Iterator[str]:
-    for module in proposal.spec.modules:
-        present = [(module, half) in proposal.tensors for half in HALVES]
-        if not any(present):
+    for module, spec in proposal.spec.modules.items():
+        present = [part for part in proposal.spec.parts if (module, part) in proposal.tensors]
+        if not present:
             yield f"{module} is targeted by the configuration, but the file has no tensors for it."
-        elif not all(present):
-            lacking, other = (proposal.suffixes[i] for i in ((1, 0) if present[0] else (0, 1)))
-            yield f"{module}.{lacking} is missing: the file has only {module}.{other}."
+            continue
+        there = " and ".join(f"{module}.{proposal.spell(part, spec.place)}" for part in present)
+        for part in proposal.spec.parts:
+            if part not in present:
+                yield f"{module}.{proposal.spell(part, spec.place)} is missing: the file has only {there}."
 
 
-def _wrong(proposal: Proposal, module: str, half: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[str]:
+def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[str]:
     name = shown(tensor.name)
     if tensor.dtype not in STORAGE:
         yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
     rank = proposal.spec.modules[module].rank
     out, width = layer
-    expected = (rank, width) if half == "lora_A" else (out, rank)
-    if proposal.transposed:
+    expected: tuple[int, ...] = (out,) if part == MAGNITUDE else (rank, width) if part == "lora_A" else (out, rank)
+    if experts_of(layer):
+        expected = experts_of(layer) + expected
+    elif proposal.transposed:
         expected = expected[::-1]
     if tensor.shape != expected:
         yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(expected)}{_why(tensor, expected, rank)}."
@@ -83,6 +87,10 @@ def _wrong(proposal: Proposal, module: str, half: str, tensor: FileTensor, layer
 
 
 def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> str:
+    if len(expected) == 1:
+        return ": one number for each output"
+    if len(expected) == 3:
+        return ": one matrix for each expert" if tensor.shape[:-2] != expected[:-2] else ""
     if len(tensor.shape) == 2 and tensor.shape == expected[::-1]:
         return ": it looks transposed"
     at = expected.index(rank)
@@ -97,6 +105,6 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameter path → (out, in) of every layer of `model` that an adapter may target."""
-    from adapters.layers import adaptable_layers as find  # Checking a file must not need MLX.
+    from adapters import find  # Checking a file must not need MLX.
 
-    return find(model)
+    return find.adaptable_layers(model)

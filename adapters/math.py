@@ -1,11 +1,15 @@
-"""Numbers of an adapter, as pure functions of host arrays in float64."""
+"""Numbers of an adapter, as pure functions of host arrays, computed in float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+CANCELLED = 1e-3
+"""A sum that is this much smaller than its terms has lost three of the seven digits they have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class DeltaMeasure:
 
 
 def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> DeltaMeasure:
-    """Of A [rank, in] and B [out, rank]."""
+    """Of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
     largest_a, largest_b = float(np.abs(a).max()), float(np.abs(b).max()) * abs(scale)
     return DeltaMeasure(
         norm=delta_norm(a, b, scale),
@@ -31,7 +35,21 @@ def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> Del
 
 
 def delta_norm(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> float:
-    """‖scale · B · A‖ (Frobenius) for A [rank, in] and B [out, rank], without forming the product:
+    """‖scale · B · A‖ (Frobenius) for A […, rank, in] and B […, out, rank], without forming the product:
     ‖BA‖² = tr(BᵀB · AAᵀ), the product of two rank × rank matrices."""
-    squared = float(np.sum((b.T @ b) * (a @ a.T)))
+    squared = float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
     return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def squared_row_norms(
+    base: NDArray[np.float64], product: NDArray[Any], a: NDArray[Any], b: NDArray[Any], scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """(‖W + scale · B · A‖² of each row [out], rows whose terms cancel so far that this is not accurate).
+
+    `base` is ‖W‖² of each row [out], `product` W · Aᵀ [out, rank], both exact to float32; A [rank, in], B [out, rank].
+    ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: nothing of the size of W is formed.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    added = scale**2 * np.einsum("or,or->o", b @ (a @ a.T), b)
+    squared = base + 2 * scale * np.einsum("or,or->o", product.astype(np.float64), b) + added
+    return squared, np.flatnonzero(squared < CANCELLED * (base + added))

@@ -1,7 +1,8 @@
 """The file format of mlx-lm: adapter_config.json with `lora_parameters`, tensors `<path>.lora_a` and `<path>.lora_b`.
 
-A is stored as [in, rank] and B as [rank, out]. Which layers are targets is what `mlx_lm.tuner.utils` makes of the
-configuration. Its other fields describe the training and change nothing here.
+A is stored as [in, rank] and B as [rank, out], but of stacked experts as [experts, rank, in] and [experts, out, rank];
+DoRA's magnitudes [out] as `<path>.m`. Which layers are targets is what
+`mlx_lm.tuner.utils` makes of the configuration. Its other fields describe the training and change nothing here.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.spec import (
+    MAGNITUDE,
     MAX_RANK,
+    TIED_HEAD,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
+    Kind,
     ModuleSpec,
+    place_of,
     shown,
     to_float32,
 )
-from adapters.tensors import FileTensor, write_safetensors
+from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
@@ -30,10 +36,14 @@ if TYPE_CHECKING:
 BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
 """`model.layers.3.self_attn.q_proj` → what holds the blocks, the block's number, the name within the block."""
 LORA_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys"})
-KINDS = {
-    "dora": "fine_tune_type dora is not served yet: send a LoRA adapter.",
-    "full": "fine_tune_type full is not served yet: send a LoRA adapter.",
-}
+KINDS = ("lora", "dora")
+DORA_EXPERTS = "DoRA on stacked experts does not exist in mlx-lm: leave them out of lora_parameters.keys."
+DORA_EMBEDDING = (
+    "DoRA on embeddings is not served in mlx-lm's form, which has a magnitude for every token: leave the embedding out "
+    "of lora_parameters.keys."
+)
+NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", MAGNITUDE: "m"}
+PARTS = {name: part for part, name in NAMES.items()}
 
 
 def read(
@@ -41,40 +51,62 @@ def read(
 ) -> Proposal:
     """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
     configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
-    refuse(config, tensors)
+    refuse(config)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, Mapping):
         raise AdapterUnreadable("lora_parameters is missing from the adapter configuration: it holds rank and scale.")
     rank, scale = _rank(parameters.get("rank")), _scale(parameters)
     targets = _targets(_count(config.get("num_layers")), _keys(parameters.get("keys")), layers)
-    halves, strangers = _halves(tensors)
+    modules = {path: ModuleSpec(rank, scale, place_of(layers[path])) for path in targets}
+    parts, strangers = _parts(tensors)
+    kind: Kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
+    places = {module.place for module in modules.values()} if kind == "dora" else set()
+    if "experts" in places:
+        raise AdapterUnsupported({"fine_tune_type": DORA_EXPERTS})
+    if places - {"linear"}:
+        raise AdapterUnsupported({"fine_tune_type": DORA_EMBEDDING})
     return Proposal(
-        spec=AdapterSpec("lora", dict.fromkeys(targets, ModuleSpec(rank, scale))),
+        spec=AdapterSpec(kind, modules),
         targets=f"keys = {parameters.get('keys')} in the last {config['num_layers']} layers",
-        tensors=halves,
+        tensors=parts,
         strangers=tuple(strangers),
         transposed=True,
-        suffixes=("lora_a", "lora_b"),
+        spell=lambda part, _: NAMES[part],
     )
 
 
-def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
+    """mlx-lm adapts a head that shares the embedding's weight together with it: ΔW of the head is that of the table."""
+    modules, tensors = dict(spec.modules), dict(tensors)
+    for path, module in spec.modules.items():
+        if module.place == "tied_embedding":
+            modules[TIED_HEAD] = replace(module, place="tied_head")
+            tensors |= _tied(tensors, path)
+    return AdapterSpec(spec.kind, modules), tensors
+
+
+def _tied(tensors: Mapping[str, AdapterTensor], path: str) -> dict[str, AdapterTensor]:
+    """The head's halves, given the embedding's."""
+    halves = {f"{TIED_HEAD}.lora_A": f"{path}.lora_B", f"{TIED_HEAD}.lora_B": f"{path}.lora_A"}
+    return {mine: tensors[other].transposed() for mine, other in halves.items()}
+
+
+def refuse(config: Mapping[str, Any]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
     kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        refusals["fine_tune_type"] = KINDS.get(str(kind), f"fine_tune_type {shown(kind)} is not known: send lora.")
-    if config.get("use_dora"):
-        refusals["use_dora"] = "use_dora is not served yet: send a LoRA adapter."
+    if kind == "full":
+        refusals["fine_tune_type"] = "fine_tune_type full is not served yet: send a LoRA or DoRA adapter."
+    elif kind not in KINDS:
+        refusals["fine_tune_type"] = f"fine_tune_type {shown(kind)} is not known: send lora or dora."
+    if config.get("use_dora") and kind != "dora":
+        refusals["use_dora"] = "use_dora is a field of PEFT, which mlx-lm does not read: send fine_tune_type dora."
     parameters = config.get("lora_parameters")
     for field in sorted(set(parameters) - LORA_PARAMETERS) if isinstance(parameters, Mapping) else ():
         refusals[f"lora_parameters.{shown(field)}"] = (
             f"lora_parameters.{shown(field)} is not read by mlx-lm, so it cannot be meant: "
             "rank, scale, dropout and keys are."
         )
-    magnitude = next((name for name in tensors if name.endswith(".m")), None)
-    if magnitude is not None:
-        refusals.setdefault("m", f"DoRA magnitudes are not served yet; the file holds {shown(magnitude)}.")
     if refusals:
         raise AdapterUnsupported(refusals)
 
@@ -88,22 +120,24 @@ def _targets(count: int, keys: frozenset[str] | None, layers: Mapping[str, tuple
         match = BLOCK.fullmatch(path)
         if match and match[1] == holder[0][0]:
             blocks[path] = int(match[2]), match[3]
+    own = [path for path in layers if place_of(layers[path]) != "tied_head"]  # Which no model of mlx-lm has.
     number = max((index for index, _ in blocks.values()), default=-1) + 1
     first = number - count if 0 < count < number else 0
     inside = [path for path, (index, name) in blocks.items() if index >= first and (keys is None or name in keys)]
-    return inside + [path for path in layers if path in (keys or ())]
+    return inside + [path for path in own if path in (keys or ())]
 
 
-def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
-    halves: dict[tuple[str, str], FileTensor] = {}
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    """(Tensors by module and part, faults)."""
+    parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[str] = []
     for name, tensor in sorted(tensors.items()):
-        module, _, half = name.rpartition(".")
-        if module and half in ("lora_a", "lora_b"):
-            halves[module, f"lora_{half[-1].upper()}"] = tensor
+        module, _, part = name.rpartition(".")
+        if module and part in PARTS:
+            parts[module, PARTS[part]] = tensor
         else:
             strangers.append(f"{shown(name)} is unexpected: it is no lora_a or lora_b.")
-    return halves, strangers
+    return parts, strangers
 
 
 def _rank(value: object) -> int:
@@ -141,21 +175,47 @@ def _keys(value: object) -> frozenset[str] | None:
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     """(adapters.safetensors, adapter_config.json) that mlx-lm loads, and that read back to the same digest.
 
-    Raises `AdapterUnsupported` where layers differ in rank or scale, which this format cannot say."""
-    kinds = set(bundle.spec.modules.values())
-    if len(kinds) != 1:
-        reason = "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+    Raises `AdapterUnsupported` for what this format cannot say, as layers that differ in rank or scale."""
+    module = next(iter(bundle.spec.modules.values()))
+    reason = _unsayable(bundle)
+    if reason is not None:
         raise AdapterUnsupported({"format": reason})
-    (module,) = kinds
+    own = {path: module for path, module in bundle.spec.modules.items() if module.place != "tied_head"}
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": bundle.spec.kind,
         "num_layers": -1,
         "lora_parameters": {
             "rank": module.rank,
             "scale": module.scale,
             "dropout": 0.0,
-            "keys": list(bundle.spec.modules),
+            "keys": list(own),
         },
     }
-    tensors = {name[:-1] + name[-1].lower(): tensor.transposed() for name, tensor in bundle.tensors.items()}
+    tensors: dict[str, AdapterTensor] = {}
+    for name, tensor in bundle.tensors.items():
+        path, _, part = name.rpartition(".")
+        if path in own:
+            turned = own[path].place != "experts"
+            tensors[f"{path}.{NAMES[part]}"] = tensor.transposed() if turned else tensor
     return write_safetensors(tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config
+
+
+def _unsayable(bundle: AdapterBundle) -> str | None:
+    modules = bundle.spec.modules
+    if len({(module.rank, module.scale) for module in modules.values()}) != 1:
+        return "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
+    places = {module.place: path for path, module in modules.items()}
+    if bundle.spec.kind == "dora" and places.keys() != {"linear"}:
+        return "mlx-lm's DoRA on embeddings is another than this adapter's: use peft."
+    if "tied_embedding" in places or "tied_head" in places:
+        both = {"tied_embedding", "tied_head"} <= places.keys()
+        tied = _tied(bundle.tensors, places["tied_embedding"]) if both else {}
+        if not both or any(
+            (bundle.tensors[name].dtype, bundle.tensors[name].array.tobytes()) != (half.dtype, half.array.tobytes())
+            for name, half in tied.items()
+        ):
+            return (
+                "mlx-lm adapts an embedding and the head that shares its weight together, and this adapter does not: "
+                "use peft."
+            )
+    return None

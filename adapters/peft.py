@@ -14,32 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.patterns import Patterns
-from adapters.spec import MAX_RANK, AdapterSpec, AdapterUnreadable, AdapterUnsupported, ModuleSpec, lora_scale, shown
+from adapters.spec import (
+    MAGNITUDE,
+    MAX_RANK,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    ModuleSpec,
+    Place,
+    lora_scale,
+    place_of,
+    shown,
+)
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
 
-TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight")
+TENSORS = (
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight"),
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_embedding_[AB])(?:\.([^.]+))?"),
+    re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?"),
+)
+"""Layer, part, and the adapter's name where a file keeps it."""
+EMBEDDINGS = ("embedding", "tied_embedding")
 HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
-    | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind"}
+    | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind", "use_dora"}
 )
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
     | {"peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-    | {"megatron_core", "qalora_group_size"}
+    | {"megatron_core", "qalora_group_size", "fan_in_fan_out"}
 )
-"""Book-keeping, training and initialisation: what a trained adapter computes does not depend on them."""
+"""Book-keeping, training, initialisation and how torch stores the base: what an adapter computes does not depend on
+them, A and B being [rank, in] and [out, rank] in any case."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
-    "use_dora": "DoRA (use_dora) is not served yet: send a LoRA or rsLoRA adapter.",
     "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
-    "fan_in_fan_out": "fan_in_fan_out is not served: the linear layers here store their weight as [out, in].",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
     "target_parameters": "target_parameters (adapted expert tensors) is not served yet: target linear layers.",
     "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",
@@ -47,9 +63,6 @@ REASONS = {
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 PARTS = {
-    "lora_magnitude_vector": "DoRA magnitude vectors are not served yet: send a LoRA or rsLoRA adapter.",
-    "lora_embedding_A": "Adapters on embeddings are not served yet: target linear layers.",
-    "lora_embedding_B": "Adapters on embeddings are not served yet: target linear layers.",
     "modules_to_save": REASONS["modules_to_save"],
 }
 
@@ -60,16 +73,27 @@ def read(
     """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
     configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
     refuse(config, tensors)
-    halves, strangers = _halves(tensors)
+    parts, strangers = _parts(tensors)
     modules = _modules(config, layers)
     return Proposal(
-        spec=AdapterSpec("lora", modules),
+        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules),
         targets=f"target_modules = {config.get('target_modules')}",
-        tensors=halves,
+        tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
-        suffixes=("lora_A.weight", "lora_B.weight"),
+        spell=_spell,
     )
+
+
+def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
+    """The file says everything: an embedding's adapter leaves a head that shares its weight alone, as PEFT does."""
+    return spec, tensors
+
+
+def _spell(part: str, place: Place) -> str:
+    if part == MAGNITUDE:
+        return part
+    return part.replace("lora", "lora_embedding") if place in EMBEDDINGS else f"{part}.weight"
 
 
 def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
@@ -99,35 +123,40 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
         raise AdapterUnsupported(refusals)
 
 
-def _halves(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
-    """(Tensors by module and half, faults)."""
-    halves: dict[tuple[str, str], FileTensor] = {}
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+    """(Tensors by module and part, faults)."""
+    parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[str] = []
     adapters: set[str] = set()
     for name, tensor in sorted(tensors.items()):
-        match = TENSOR.fullmatch(name)
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
         if match is None:
-            strangers.append(f"{shown(name)} is unexpected: it is no lora_A or lora_B weight.")
+            strangers.append(f"{shown(name)} is unexpected: {_stranger(name)}.")
             continue
-        module, half, adapter = match.groups()
-        if (module, half) in halves:
-            strangers.append(f"{shown(name)} is there twice: also as {shown(halves[module, half].name)}.")
-        halves[module, half] = tensor
+        module, part, adapter = match.groups()
+        part = part.replace("lora_embedding", "lora")
+        if (module, part) in parts:
+            strangers.append(f"{shown(name)} is there twice: also as {shown(parts[module, part].name)}.")
+        parts[module, part] = tensor
         adapters.add(adapter or "")
     if len(adapters - {""}) > 1:
         raise AdapterUnreadable(
             f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time."
         )
-    return halves, strangers
+    return parts, strangers
+
+
+def _stranger(name: str) -> str:
+    if name.endswith(".base_layer.weight"):
+        return "it is the base's own weight, which PEFT adds to the file unless saved with save_embedding_layers=False"
+    return "it is no lora_A or lora_B weight"
 
 
 def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
     """The layers that the configuration targets, with the rank and scale of each."""
     rank = _positive(config.get("r"), "r")
     alpha = _number(config.get("lora_alpha"), "lora_alpha")
-    stabilised = config.get("use_rslora", False)
-    if not isinstance(stabilised, bool):
-        raise AdapterUnreadable(f"use_rslora must be true or false, not {shown(stabilised)}.")
+    stabilised = _flag(config, "use_rslora")
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
     patterns = Patterns()
@@ -135,7 +164,8 @@ def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -
     for path in _targets(config, layers, patterns):
         own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", path)), rank)
         own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", path)), alpha)
-        modules[path] = ModuleSpec(own_rank, lora_scale(own_alpha, own_rank, rank_stabilised=stabilised))
+        scale = lora_scale(own_alpha, own_rank, rank_stabilised=stabilised)
+        modules[path] = ModuleSpec(own_rank, scale, place_of(layers[path]))
     return modules
 
 
@@ -147,13 +177,14 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
             "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them."
         )
     excluded = _names(config, "exclude_modules") or []
-    paths = [path for path in layers if not _named(excluded, path, patterns)]
+    # In transformers' models stacked experts are no layers, so that none of these rules can mean them.
+    paths = [path for path in layers if place_of(layers[path]) != "experts" and not _named(excluded, path, patterns)]
     indices = config.get("layers_to_transform")
     if isinstance(wanted, str):
         if indices is not None or config.get("layers_pattern"):
             raise AdapterUnreadable("layers_to_transform and layers_pattern need target_modules to be a list.")
         if wanted.lower() == "all-linear":
-            return [path for path in paths if not _is_head(path)]
+            return [path for path in paths if place_of(layers[path]) == "linear" and not _is_head(path)]
         return [path for path in paths if patterns.fullmatch(wanted, path)]
     found = [path for path in paths if _named(wanted, path, patterns)]
     if indices is None or indices == []:
@@ -191,6 +222,13 @@ def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
     raise AdapterUnreadable(f"{field} must be a list of names or a regular expression, not {shown(value)}.")
 
 
+def _flag(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field, False)
+    if not isinstance(value, bool):
+        raise AdapterUnreadable(f"{field} must be true or false, not {shown(value)}.")
+    return value
+
+
 def _table(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     value = config.get(field) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -213,8 +251,14 @@ def _number(value: object, field: str) -> float:
 
 
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
-    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest."""
+    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest.
+
+    Raises `AdapterUnsupported` for adapters on stacked experts."""
     modules = bundle.spec.modules
+    stacked = next((path for path, module in modules.items() if module.place == "experts"), None)
+    if stacked is not None:
+        reason = f"PEFT has no layer for an adapter on stacked experts ({stacked}): use mlx."
+        raise AdapterUnsupported({"format": reason})
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
     alphas = {path: module.scale * module.rank for path, module in modules.items()}
@@ -227,7 +271,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "lora_alpha": _plain(alpha),
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bundle.spec.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -235,7 +279,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
     }
-    tensors: dict[str, AdapterTensor] = {f"base_model.model.{name}.weight": t for name, t in bundle.tensors.items()}
+    tensors: dict[str, AdapterTensor] = {}
+    for name, tensor in bundle.tensors.items():
+        path, _, part = name.rpartition(".")
+        tensors[f"base_model.model.{path}.{_spell(part, modules[path].place)}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 
 

@@ -1,4 +1,4 @@
-"""Which versions are resident: stacked A and B of every adapted layer, one slot per version, slot 0 the base.
+"""Which versions are resident: stacked A, B and gain of every adapted layer, one slot per version, slot 0 the base.
 
 Only the engine thread may use this, and only while no dispatched step is in flight: a write is in place because
 nothing else refers to the stacks then.
@@ -13,10 +13,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
-from adapters.layers import AdaptedLinear, SlotStack
-from adapters.spec import AdapterDoesNotFit
+from adapters.experts import AdaptedExperts
+from adapters.find import bare_layer, holder
+from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
+from adapters.norms import RowNorms, Rows, TableRows
+from adapters.prepare import LARGEST, HostFactors, PreparedBundle, cast, prepare
+from adapters.spec import MAGNITUDE, AdapterDoesNotFit, place_of
 
 BASE_SLOT = 0
 FIRST_CAPACITY = 4
@@ -38,9 +43,11 @@ class AdapterSlots:
         self._model = model
         self._layers = dict(layers)
         self._dtype = dtype
+        self._dtype_name = str(dtype).removeprefix("mlx.core.")
         self._capacity = FIRST_CAPACITY
         self._stacks: dict[str, SlotStack] = {}
         self._residents: dict[str, _Resident] = {}
+        self._norms = RowNorms()
         self._routed: tuple[int, ...] | None = None
 
     @property
@@ -52,20 +59,26 @@ class AdapterSlots:
     def slots_in_use(self) -> int:
         return len(self._residents)
 
-    def stage(self, bundle: AdapterBundle) -> int:
-        """The slot (1 and up) that holds the bundle, with one more reference. Evaluates what it writes.
+    def stage(self, version: AdapterBundle | PreparedBundle) -> int:
+        """The slot (1 and up) that holds the version, with one more reference. Evaluates what it writes. A bundle that
+        was prepared elsewhere, for the model's dtype, is only copied.
 
-        Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype."""
+        Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
+        a DoRA gain is not finite."""
+        bundle = version if isinstance(version, AdapterBundle) else version.bundle
         resident = self._residents.get(bundle.digest)
         if resident is not None:
             resident.references += 1
             return resident.slot
-        factors = self._factors(bundle)
+        if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
+            version = prepare(bundle, self._dtype_name)
+        gains = self._gains(bundle)
         slot = self._free_slot()
         for stack in self._stacks.values():
             stack.rest()
         try:
-            self._write(slot, factors)
+            self._fit_capacity(slot)
+            self._write(slot, version.factors, gains)
         finally:
             self._aim(self._routed)
         self._residents[bundle.digest] = _Resident(slot, 1)
@@ -99,10 +112,8 @@ class AdapterSlots:
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""
         for path in self._stacks:
-            parent, name = self._parent(path)
-            adapted = parent[name]
-            if isinstance(adapted, AdaptedLinear):
-                parent[name] = adapted["base"]
+            parent, name = holder(self._model, self._wrapped_path(path))
+            parent[name] = bare_layer(parent[name])
         self._stacks.clear()
         self._residents.clear()
         self._routed = None
@@ -123,50 +134,86 @@ class AdapterSlots:
         taken = {resident.slot for resident in self._residents.values()}
         return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
 
-    def _factors(self, bundle: AdapterBundle) -> dict[str, tuple[mx.array, mx.array]]:
-        """Per layer A [rank, in] and scale · B [rank, out] in the model's dtype; the product is float32."""
-        limit = mx.finfo(self._dtype).max
-        faults = [
-            f"{path}: {measure.largest:.3g} is outside the range of {self._dtype}, the dtype of the model."
-            for path, measure in bundle.measures.items()
-            if measure.largest > limit
-        ]
+    def _fit_capacity(self, slot: int) -> None:
+        """Room for this slot and those in use; what is twice too large, in slots or in rank, is given back."""
+        in_use = {resident.slot for resident in self._residents.values()}
+        needed = max(in_use | {slot, FIRST_CAPACITY - 1}) + 1
+        if needed > self._capacity:
+            self._capacity = max((self._capacity * 3 // 2 + 3) // 4 * 4, needed)
+        elif 2 * needed <= self._capacity:
+            self._capacity = (needed + 3) // 4 * 4
+        for stack in self._stacks.values():
+            stack.shrink(self._capacity, in_use)
+
+    def _gains(self, bundle: AdapterBundle) -> dict[str, NDArray[np.float32]]:
+        """m / ‖W + scale · B · A‖ of each layer [out], computed in float64; empty for LoRA."""
+        limit = LARGEST[self._dtype_name]
+        gains: dict[str, NDArray[np.float32]] = {}
+        faults: list[str] = []
+        for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
+            a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
+            norms = self._norms.adapted(path, self._weights(path), a, b, module.scale)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                gain = magnitude / norms
+            if np.all(np.abs(gain) <= limit):
+                gains[path] = gain.astype(np.float32)
+            else:
+                row = int(np.argmin(np.abs(gain) <= limit))
+                faults.append(
+                    f"{path}.{MAGNITUDE}: {magnitude[row]:.3g} for output {row}, whose weights have the length "
+                    f"{norms[row]:.3g}, is a gain outside the range of {self._dtype}, the dtype of the model."
+                )
         if faults:
             raise AdapterDoesNotFit(faults)
-        factors: dict[str, tuple[mx.array, mx.array]] = {}
-        for path, module in bundle.spec.modules.items():
-            a = bundle.tensors[f"{path}.lora_A"].float32()
-            b = np.ascontiguousarray(bundle.tensors[f"{path}.lora_B"].float32().T) * np.float32(module.scale)
-            factors[path] = mx.array(a).astype(self._dtype), mx.array(b).astype(self._dtype)
-        return factors
+        return gains
 
-    def _write(self, slot: int, factors: Mapping[str, tuple[mx.array, mx.array]]) -> None:
-        if slot >= self._capacity:
-            self._capacity = (self._capacity * 3 // 2 + 3) // 4 * 4
-        for path, (a, b) in factors.items():
+    def _write(self, slot: int, factors: Mapping[str, HostFactors], gains: Mapping[str, NDArray[np.float32]]) -> None:
+        for path, new in factors.items():
             stack = self._stacks.get(path) or self._mount(path)
-            stack.reserve(self._capacity, a.shape[0])
-            stack.write(slot, a, b)
+            stack.reserve(self._capacity, new.a.shape[-2])
+            gain = self._array(cast(gains[path], self._dtype_name)) if path in gains else None
+            stack.write(slot, self._array(new.a), self._array(new.b), gain)
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.reserve(self._capacity, 0)
                 stack.clear(slot)
-        mx.eval([(stack.a, stack.b) for stack in self._stacks.values()])
+        mx.eval([stack.arrays() for stack in self._stacks.values()])
         for path, stack in self._stacks.items():
             if path not in factors:
                 stack.filled.pop(slot, None)
+            if path not in gains:
+                stack.gained.discard(slot)
+
+    def _array(self, values: NDArray[Any]) -> mx.array:
+        return mx.array(values).view(self._dtype) if self._dtype == mx.bfloat16 else mx.array(values)
 
     def _mount(self, path: str) -> SlotStack:
-        parent, name = self._parent(path)
+        place = place_of(self._layers[path])
+        parent, name = holder(self._model, self._wrapped_path(path))
         stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype)
-        parent[name] = AdaptedLinear(parent[name], stack)
+        if place == "linear":
+            parent[name] = AdaptedLinear(parent[name], stack)
+        elif place == "experts":
+            if not isinstance(parent[name], AdaptedExperts):
+                parent[name] = AdaptedExperts(parent[name])
+            parent[name].attach(stack, path.rpartition(".")[2])
+        else:
+            if not isinstance(parent[name], AdaptedEmbedding):
+                parent[name] = AdaptedEmbedding(parent[name])
+            parent[name].attach(stack, head=place == "tied_head")
         self._stacks[path] = stack
         return stack
 
-    def _parent(self, path: str) -> tuple[Any, str | int]:
-        """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
-        node: Any = self._model
-        *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
-        for part in parts:
-            node = node[part]
-        return node, name
+    def _weights(self, path: str) -> Rows:
+        parent, name = holder(self._model, self._wrapped_path(path))
+        kind = TableRows if place_of(self._layers[path]) in ("embedding", "tied_embedding") else Rows
+        return kind(bare_layer(parent[name]))
+
+    def _wrapped_path(self, path: str) -> str:
+        """What is wrapped for the layer at `path`: for a tied head the embedding, for experts the block around them."""
+        place = place_of(self._layers[path])
+        if place == "experts":
+            return path.rpartition(".")[0]
+        if place != "tied_head":
+            return path
+        return next(other for other, shape in self._layers.items() if place_of(shape) == "tied_embedding")

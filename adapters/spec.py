@@ -14,12 +14,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 Kind = Literal["lora", "dora", "delta"]
+Place = Literal["linear", "embedding", "tied_embedding", "tied_head", "experts"]
+"""A linear layer, an embedding, one whose weight is also the head's, that head, or stacked experts."""
 
+HALVES = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude_vector"
 MAX_RANK = 1 << 20
 SHOWN_CHARACTERS = 160
 SHOWN_FAULTS = 2000
@@ -58,12 +62,70 @@ class AdapterDoesNotFit(AdapterError):
         self.faults = shown
 
 
+class EmbeddingShape(NamedTuple):
+    """Of a table [width = vocabulary, out]."""
+
+    out: int
+    width: int
+
+
+class TiedEmbeddingShape(NamedTuple):
+    """Of a table whose values are the head's weight as well."""
+
+    out: int
+    width: int
+
+
+class TiedHeadShape(NamedTuple):
+    """Of a head that has no weight of its own. Its path is `TIED_HEAD`, though the model has no such layer."""
+
+    out: int
+    width: int
+
+
+class ExpertsShape(tuple[int, int]):
+    """Of each of `experts` linear layers in one stack; A is [experts, rank, in] and B [experts, out, rank]."""
+
+    experts: int
+
+    def __new__(cls, out: int, width: int, experts: int) -> ExpertsShape:
+        shape = super().__new__(cls, (out, width))
+        shape.experts = experts
+        return shape
+
+
+TIED_HEAD = "lm_head"
+
+
+def experts_of(shape: tuple[int, int]) -> tuple[int, ...]:
+    """The leading dimension of A and B: (experts,), or () for all but stacks of experts."""
+    return (shape.experts,) if isinstance(shape, ExpertsShape) else ()
+
+
+def place_of(shape: tuple[int, int]) -> Place:
+    """A plain tuple is the shape of a linear layer."""
+    match shape:
+        case EmbeddingShape():
+            return "embedding"
+        case TiedEmbeddingShape():
+            return "tied_embedding"
+        case TiedHeadShape():
+            return "tied_head"
+        case ExpertsShape():
+            return "experts"
+    return "linear"
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """One adapted layer: W' = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value."""
+    """One adapted layer: V = W + scale · B · A with A [rank, in] and B [out, rank]. `scale` is a float32 value.
+
+    W' = V for LoRA; for DoRA (arXiv 2402.09353) each row of V is brought to the length that a magnitude [out] says.
+    An embedding is a layer from tokens to values: W [values, vocabulary] is its table transposed, as PEFT has it."""
 
     rank: int
     scale: float
+    place: Place = "linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +137,11 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What every module has a tensor for."""
+        return (*HALVES, MAGNITUDE) if self.kind == "dora" else HALVES
 
 
 def lora_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:

@@ -42,6 +42,7 @@ class AdapterTensor:
         return bool(np.isfinite(self.array).all())
 
     def transposed(self) -> AdapterTensor:
+        """A matrix the other way round; a vector as it is."""
         return AdapterTensor(self.dtype, frozen(np.ascontiguousarray(self.array.T)))
 
 

@@ -22,6 +22,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from adapters.spec import experts_of, place_of
+
 VOCAB_SIZE = 320
 """Of the models. The tokenizer knows fewer ids, as padded vocabularies of real models do."""
 LOGIT_STD = 2.3
@@ -273,33 +275,54 @@ def random_adapter(
     *,
     targets: Sequence[str] | None = None,
     rslora: bool = False,
+    dora: bool = False,
     strength: float = 0.5,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A LoRA adapter as the file format `kind` writes it: (float32 tensors by name, adapter_config).
+    """A LoRA or DoRA adapter as the file format `kind` writes it: (float32 tensors by name, adapter_config).
 
     `model_layers` holds all adaptable layers of the model: path → (out, in). `targets` are last name components
-    (`q_proj`); all layers by default. The same arguments with another `kind` give the same adapter in the other format.
+    (`q_proj`, `embed_tokens`); all linear layers by default. The same arguments with another `kind` give the same
+    adapter in the other format, but that PEFT has none on stacked experts.
     ‖scale · B · A · x‖ is about `strength` times ‖x‖ whatever the scale and rank.
     """
     last = {path: path.rsplit(".", 1)[-1] for path in model_layers}
-    chosen = {path: shape for path, shape in sorted(model_layers.items()) if targets is None or last[path] in targets}
+    chosen = {
+        path: shape
+        for path, shape in sorted(model_layers.items())
+        if (place_of(shape) == "linear" if targets is None else last[path] in targets)
+        and (kind == "mlx" or place_of(shape) != "experts")
+    }
     if not chosen:
         raise ValueError(f"No layer of the model is called any of {targets}.")
     generator = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for path, (out, width) in chosen.items():
-        a = (generator.standard_normal((rank, width)) / math.sqrt(width)).astype(np.float32)
-        b = (generator.standard_normal((out, rank)) * strength / (scale * math.sqrt(rank))).astype(np.float32)
-        if kind == "peft":
-            tensors[f"base_model.model.{path}.lora_A.weight"] = a
-            tensors[f"base_model.model.{path}.lora_B.weight"] = b
-        else:
-            tensors[f"{path}.lora_a"] = np.ascontiguousarray(a.T)
-            tensors[f"{path}.lora_b"] = np.ascontiguousarray(b.T)
+        experts = experts_of(model_layers[path])
+        a = (generator.standard_normal((*experts, rank, width)) / math.sqrt(width)).astype(np.float32)
+        b = generator.standard_normal((*experts, out, rank)) * strength / (scale * math.sqrt(rank))
+        b = b.astype(np.float32)
+        if "embedding" in place_of(model_layers[path]):
+            a *= np.float32(math.sqrt(width))  # A column is what one token reads.
+        tensors |= _named(path, model_layers[path], a, b, kind)
     config = (
         _peft_config(chosen, rank, scale, rslora) if kind == "peft" else _mlx_config(chosen, model_layers, rank, scale)
     )
+    if dora:  # Drawn last, so that A and B are those of the LoRA adapter.
+        config |= {"use_dora": True} if kind == "peft" else {"fine_tune_type": "dora"}
+        for path, (out, _) in chosen.items():
+            name = f"base_model.model.{path}.lora_magnitude_vector" if kind == "peft" else f"{path}.m"
+            tensors[name] = np.exp(0.3 * generator.standard_normal(out)).astype(np.float32)
     return tensors, config
+
+
+def _named(path: str, shape: tuple[int, int], a: np.ndarray, b: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """A [rank, in] and B [out, rank] as the file format stores them."""
+    if kind == "peft":
+        part = "lora_embedding_{}" if "embedding" in place_of(shape) else "lora_{}.weight"
+        return {f"base_model.model.{path}.{part.format(half)}": value for half, value in (("A", a), ("B", b))}
+    turned = not experts_of(shape)
+    halves = {"a": a, "b": b}
+    return {f"{path}.lora_{half}": np.ascontiguousarray(v.T) if turned else v for half, v in halves.items()}
 
 
 def save_adapter(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
@@ -336,7 +359,7 @@ def _mlx_config(chosen: Mapping[str, Any], layers: Mapping[str, Any], rank: int,
     indices = [int(match[1]) for path in layers if (match := numbered.match(path))]
     return {
         "fine_tune_type": "lora",
-        "num_layers": max(indices) + 1,
+        "num_layers": max(indices, default=-1) + 1,
         "lora_parameters": {
             "rank": rank,
             "scale": scale,

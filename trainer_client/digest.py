@@ -1,9 +1,10 @@
 """The content hash of an adapter, computed by the trainer itself: numpy and hashlib only.
 
 SHA-256 of the JSON (sorted keys, no spaces) `{"kind", "modules": {NAME: {"rank", "scale"}}}`, then per tensor, sorted
-by name, the line `NAME DTYPE SHAPE\\n` and its little-endian bytes in PEFT layout (A [r, in], B [out, r]). It depends
-on the weights alone: PEFT and mlx-lm files of one adapter, in any order, have one digest. The server computes the same
-from what it received, so equality proves that nothing was lost, transposed or scaled differently on the way.
+by name, the line `NAME DTYPE SHAPE\\n` and its little-endian bytes in PEFT layout (A [r, in], B [out, r], DoRA's
+magnitude [out]; of stacked experts A [experts, r, in] and B [experts, out, r]). It depends on the weights alone: PEFT
+and mlx-lm files of one adapter, in any order, have one digest. The server computes the same from what it received, so
+equality proves that nothing was lost, transposed or scaled differently on the way.
 """
 
 from __future__ import annotations
@@ -19,26 +20,37 @@ import numpy as np
 
 from trainer_client.tensors import HostTensor
 
+_MAGNITUDE = "lora_magnitude_vector"
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_PEFT_EMBEDDING = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_embedding_([AB])(?:\.[^.]+)?")
+_PEFT_MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
+_MLX_EMBEDDING = re.compile(r"(.+\.)?(wte|[^.]*emb[^.]*)\.lora_[ab]")
+"""Only the server knows whether the head shares its weight, and is then adapted with it."""
+_MLX_MAGNITUDE = re.compile(r"(.+)\.m")
 
 
 def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
-    """`sha256:` and 64 hex digits of a LoRA or rsLoRA adapter; None for what has no digest here (DoRA, dense, experts).
+    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense,
+    embeddings in mlx-lm's form).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
-    named = _peft_layout(tensors)
-    if named is None or not _is_lora(config):
+    named, kind = _peft_layout(tensors), _kind(config)
+    if named is None or kind is None:
         return None
     modules = {}
     for name, tensor in named.items():
         if name.endswith(".lora_A"):
             module = name.removesuffix(".lora_A")
-            scale = _scale(module, tensor.shape[0], config)
+            rank = tensor.shape[-2]
+            scale = _scale(module, rank, config)
             if scale is None:
                 return None
-            modules[module] = {"rank": tensor.shape[0], "scale": scale}
-    head = {"kind": "lora", "modules": modules}
+            modules[module] = {"rank": rank, "scale": scale}
+    magnitudes = {name for name in named if name.endswith(f".{_MAGNITUDE}")}
+    if magnitudes != ({f"{module}.{_MAGNITUDE}" for module in modules} if kind == "dora" else set()):
+        return None
+    head = {"kind": kind, "modules": modules}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
     for name in sorted(named):
         tensor = named[name]
@@ -49,12 +61,17 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
 
 
 def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | None:
-    """Tensors as `NAME.lora_A` [r, in] and `NAME.lora_B` [out, r]; None if any is not half of a low-rank pair."""
+    """Tensors as `NAME.lora_A` [r, in], `NAME.lora_B` [out, r] and `NAME.lora_magnitude_vector` [out]; None if any is
+    something else."""
     named = {}
     for given, tensor in tensors.items():
-        if tensor.array.ndim != 2:
+        if tensor.array.ndim == 1 and (match := _PEFT_MAGNITUDE.fullmatch(given) or _MLX_MAGNITUDE.fullmatch(given)):
+            named[f"{match[1]}.{_MAGNITUDE}"] = tensor
+        elif tensor.array.ndim == 3 and (match := _MLX_NAME.fullmatch(given)):
+            named[f"{match[1]}.lora_{match[2].upper()}"] = tensor  # Stacked experts are stored as they are hashed.
+        elif tensor.array.ndim != 2 or _MLX_EMBEDDING.fullmatch(given):
             return None
-        if match := _PEFT_NAME.fullmatch(given):
+        elif match := _PEFT_NAME.fullmatch(given) or _PEFT_EMBEDDING.fullmatch(given):
             named[f"{match[1]}.lora_{match[2]}"] = tensor
         elif match := _MLX_NAME.fullmatch(given):
             named[f"{match[1]}.lora_{match[2].upper()}"] = HostTensor(tensor.dtype, tensor.array.T)
@@ -63,9 +80,13 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
     return named
 
 
-def _is_lora(config: Mapping[str, Any]) -> bool:
+def _kind(config: Mapping[str, Any]) -> str | None:
+    """`lora` or `dora`; None for others."""
     kind = config.get("peft_type") or config.get("fine_tune_type") or config.get("kind") or "lora"
-    return str(getattr(kind, "value", kind)).lower() == "lora" and not config.get("use_dora")
+    name = str(getattr(kind, "value", kind)).lower()
+    if name == "lora" and config.get("use_dora"):
+        return "dora"
+    return name if name in ("lora", "dora") else None
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float | None:

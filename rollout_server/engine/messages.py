@@ -10,6 +10,7 @@ from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, Rollou
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
+    from adapters.prepare import PreparedBundle
 
 KV_BUCKET = 32
 """KV columns are allocated and read in multiples of this,"""
@@ -111,6 +112,8 @@ class Publish:
     label: str | None = None
     if_match: str | None = None
     """`7` or `sha256:…`: refuse unless the alias is there."""
+    prepared: PreparedBundle | None = None
+    """The same bundle, made ready on another thread, so that staging only copies."""
 
 
 @dataclass(frozen=True, slots=True)

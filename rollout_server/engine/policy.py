@@ -123,7 +123,7 @@ class PolicyTable:
         if fresh:
             self._registry.require(command.name, command.if_match)
             self._require_memory(command)
-            self._slots.stage(bundle)
+            self._slots.stage(command.prepared or bundle)
         staged = time.perf_counter()
         spec = bundle.spec
         change = self._registry.publish(

@@ -12,7 +12,8 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
-from rollout_server.engine.messages import Activate, PolicyStatus, Publish, Published, VersionStatus
+from adapters.prepare import PreparedBundle, prepare
+from rollout_server.engine.messages import Activate, ModelInfo, PolicyStatus, Publish, Published, VersionStatus
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson, no_query, read_json
@@ -62,7 +63,8 @@ class WeightsController(Controller):
         received = time.perf_counter()
         options = upload.options
         check_name(options.name, info.id)
-        bundle = await asyncio.to_thread(read, upload, info.layers)
+        prepared = await asyncio.to_thread(read, upload, info)
+        bundle = prepared.bundle
         validated = time.perf_counter()
         published = await service.engine.publish(
             Publish(
@@ -72,6 +74,7 @@ class WeightsController(Controller):
                 activate=options.activate == "true",
                 label=options.label,
                 if_match=match,
+                prepared=prepared,
             )
         )
         reply = push_reply(published, bundle, service)
@@ -145,9 +148,10 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     return found[1] or found[2]
 
 
-def read(upload: Upload, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
-    """Parses, converts, checks against the base and hashes; runs on a thread of its own."""
-    return read_bundle(upload.weights, upload.config, format=upload.options.format, layers=layers)
+def read(upload: Upload, info: ModelInfo) -> PreparedBundle:
+    """Parses, converts, checks against the base, hashes and casts; runs on a thread of its own."""
+    bundle = read_bundle(upload.weights, upload.config, format=upload.options.format, layers=info.layers)
+    return prepare(bundle, info.dtype)
 
 
 def push_reply(published: Published, bundle: AdapterBundle, service: Service) -> dict[str, Any]:

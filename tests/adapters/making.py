@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.find import holder
 from tests.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]
@@ -27,8 +28,9 @@ def make(
     targets: Sequence[str] | None = None,
     kind: Literal["peft", "mlx"] = "peft",
     scale: float = 2.0,
+    dora: bool = False,
 ) -> AdapterBundle:
-    tensors, config = random_adapter(layers, rank, seed, scale, kind, targets=targets)
+    tensors, config = random_adapter(layers, rank, seed, scale, kind, targets=targets, dora=dora)
     return read_bundle(save(tensors), config, layers=layers)
 
 
@@ -38,16 +40,44 @@ def file_of(tensors: Tensors, config: dict[str, Any] | None = None) -> bytes:
 
 
 def merge(model: nn.Module, bundle: AdapterBundle) -> nn.Module:
-    """W + scale · B · A in every layer, by hand, in float32; returns the same model."""
+    """W + scale · B · A, and for DoRA its rows brought to their magnitudes, in every layer, by hand, in float64;
+    returns the same model, whose weights must be plain float32."""
     weights = dict(tree_flatten(model.parameters()))
+    embedding = next((name for name in weights if "embed" in name), "")
+    two = TwoTables(weights.get(embedding, mx.zeros((1, 1))))
     merged = []
     for path, module in bundle.spec.modules.items():
-        a, b = (bundle.tensors[f"{path}.{half}"].float32().astype(np.float64) for half in ("lora_A", "lora_B"))
-        name = f"{path}.weight"
-        delta = (module.scale * (b @ a)).astype(np.float32)
-        merged.append((name, weights[name] + mx.array(delta)))
+        a, b, *magnitude = (bundle.tensors[f"{path}.{p}"].float32().astype(np.float64) for p in bundle.spec.parts)
+        name = f"{path}.weight" if module.place in ("linear", "experts") else embedding
+        weight = np.array(weights[name]).astype(np.float64)
+        weight = (weight.T if "embedding" in module.place else weight) + module.scale * (b @ a)
+        if magnitude:
+            weight *= (magnitude[0] / np.linalg.norm(weight, axis=1))[:, None]
+        if module.place in ("linear", "experts"):
+            merged.append((name, mx.array(weight.astype(np.float32))))
+        elif module.place == "tied_head":
+            two.head = mx.array(weight.astype(np.float32))
+        else:
+            two.table = mx.array(np.ascontiguousarray(weight.T).astype(np.float32))
     model.update(tree_unflatten(merged))
+    if any(module.place not in ("linear", "experts") for module in bundle.spec.modules.values()):
+        parent, name = holder(model, embedding.removesuffix(".weight"))
+        parent[name] = two
     return model
+
+
+class TwoTables(nn.Module):
+    """An embedding whose head has a weight of its own."""
+
+    def __init__(self, table: mx.array) -> None:
+        super().__init__()
+        self.table, self.head = table, table
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.table[tokens]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.head.T
 
 
 def logits(model: nn.Module, tokens: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.layers import AdaptedLinear, adaptable_layers
+from adapters.find import adaptable_layers
+from adapters.layers import AdaptedLinear
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models
@@ -216,11 +217,14 @@ def test_modes_and_freezing_reach_the_base(model: nn.Module, layers: Layers) -> 
 
 @pytest.mark.parametrize("family", sorted(set(tiny_models.FAMILIES) - {"qwen3"}))
 def test_every_family_keeps_rows_apart(family: str, tmp_path: Path) -> None:
-    """Every linear layer of every kind of model, routers and mixers among them, gets each row's own version."""
+    """Every layer of every kind of model, routers, mixers, embeddings and tied heads among them, gets each row's own
+    version."""
     directory = tiny_models.build(family, tmp_path)
     model, text = load_model(directory)[0], tokens(3)
     layers = adaptable_layers(model)
-    bundle = make(layers, 1, rank=3)
+    named = {path.rsplit(".", 1)[-1] for path in layers}
+    assert any("embed" in name for name in named)
+    bundle = make(layers, 1, rank=3, targets=sorted(named))
     plain, merged = (logits(each, text) for each in (model, merge(load_model(directory)[0], bundle)))
     slots = slots_for(model)
     slot = slots.stage(bundle)

@@ -91,7 +91,7 @@ def test_if_match_is_a_version_or_a_digest(
         ({"dequantize": "true"}, "unsupported_field", "dequantize"),
         ({"config": PEFT_CONFIG | {"kind": "delta"}}, "unsupported_field", "config.kind"),
         ({"config": {"kind": "full"}}, "unsupported_field", "config.kind"),
-        ({"config": PEFT_CONFIG | {"use_dora": True}}, "unsupported_field", "config.use_dora"),
+        ({"config": PEFT_CONFIG | {"lora_bias": True}}, "unsupported_field", "config.lora_bias"),
         ({"format": "gguf"}, "invalid_field", "format"),
         ({"activate": "yes"}, "invalid_field", "activate"),
         ({"label": "x" * 65}, "invalid_field", "label"),

@@ -48,6 +48,13 @@ def as_mlx(dtype: str = "float32") -> dict[str, Any]:
     return named
 
 
+def with_magnitudes(tensors: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """The same adapter as DoRA; `suffix` is `lora_magnitude_vector` or `m`."""
+    draw = np.random.default_rng(8)
+    prefix = "" if suffix == "m" else "base_model.model."
+    return tensors | {f"{prefix}{path}.{suffix}": draw.random(out, dtype="f4") for path, (out, _) in LAYERS.items()}
+
+
 def peft_config(**fields: Any) -> dict[str, Any]:
     return {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], **fields}
 
@@ -82,8 +89,10 @@ def test_it_is_the_hash_that_the_contract_describes() -> None:
         (as_mlx(), mlx_config()),
         (as_mlx(), mlx_config(1 / 3)),
         ({name: mx.array(value) for name, value in as_mlx().items()}, mlx_config(20.0)),
+        (with_magnitudes(as_peft("float16"), "lora_magnitude_vector"), peft_config(use_dora=True)),
+        (with_magnitudes(as_mlx(), "m"), mlx_config() | {"fine_tune_type": "dora"}),
     ],
-    ids=["peft", "rslora", "all-linear", "patterns", "f16", "bf16", "mlx", "mlx scale", "mlx arrays"],
+    ids=["peft", "rslora", "all-linear", "patterns", "f16", "bf16", "mlx", "mlx scale", "mlx arrays", "dora", "mlx m"],
 )
 def test_the_server_computes_the_same_from_what_is_sent(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     host = host_tensors(tensors)
@@ -111,6 +120,15 @@ def test_one_adapter_in_both_formats_and_any_order_has_one_digest() -> None:
     assert digest(unwrapped, peft_config()) == expected
     named = {name.replace(".weight", ".default.weight"): value for name, value in as_peft().items()}
     assert digest(named, peft_config()) == expected
+
+
+def test_dora_has_one_digest_in_both_formats_and_not_that_of_lora() -> None:
+    magnitudes = with_magnitudes(as_peft(), "lora_magnitude_vector")
+    expected = digest(magnitudes, peft_config(use_dora=True))
+    assert expected not in (None, digest(as_peft(), peft_config()))
+    assert digest(with_magnitudes(as_mlx(), "m"), mlx_config() | {"fine_tune_type": "dora"}) == expected
+    named = {name.replace("_vector", "_vector.default.weight"): value for name, value in magnitudes.items()}
+    assert digest(named, peft_config(use_dora=True)) == expected
 
 
 def test_what_changes_the_weights_changes_it() -> None:
@@ -153,11 +171,10 @@ def test_the_scale_is_the_shortest_decimal_of_its_float32() -> None:
         (as_peft(), peft_config(use_dora=True)),
         ({**as_peft(), "base_model.model.q.lora_magnitude_vector": np.ones(3, np.float32)}, peft_config()),
         ({"q.weight": np.zeros((3, 3), np.float32)}, {"kind": "delta"}),
-        ({"q.lora_a": np.zeros((4, 2, 3), np.float32), "q.lora_b": np.zeros((4, 3, 2), np.float32)}, mlx_config()),
         (as_mlx(), {"fine_tune_type": "dora", "lora_parameters": {"rank": 3, "scale": 1.0}}),
         (as_mlx(), {"fine_tune_type": "lora", "lora_parameters": {"rank": 3}}),
     ],
-    ids=["dora", "magnitude", "dense", "experts", "mlx dora", "no scale"],
+    ids=["no magnitudes", "magnitude", "dense", "mlx no magnitudes", "no scale"],
 )
 def test_what_it_is_not_defined_for_has_none(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     assert digest(tensors, config) is None

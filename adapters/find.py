@@ -1,0 +1,96 @@
+"""Which layers of a model an adapter may change, and where each of them hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from adapters.experts import EXPERT_LAYERS, AdaptedExperts
+from adapters.layers import AdaptedEmbedding, AdaptedLinear
+from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, TiedEmbeddingShape, TiedHeadShape
+
+ADAPTED = (AdaptedLinear, AdaptedEmbedding, AdaptedExperts)
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameter path → (out, in) of every linear layer, quantised or not, adapted or not, of stacked experts, of the
+    token embedding, and of the head that shares its weight, sorted by path. Not while a batch of several versions is
+    routed: it runs a forward pass, lazily."""
+    modules = {path: bare_layer(module) for path, module in model.named_modules()}
+    wrapped = {f"{path}.base" for path, module in model.named_modules() if isinstance(module, ADAPTED)}
+    modules = {path: module for path, module in modules.items() if path not in wrapped}
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in modules.items():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            found[path] = _shape(module)
+        elif type(module) in EXPERT_LAYERS:
+            found |= {f"{path}.{name}": _experts_shape(module[name]) for name in EXPERT_LAYERS[type(module)]}
+    return dict(sorted((found | _embedding(model, modules)).items()))
+
+
+def _embedding(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """The token embedding, found by watching a forward pass that is never evaluated; none if the model reads the
+    embedding's weight past the layer, as an adapter would not reach it there."""
+    tables = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)}
+    if not tables:
+        return {}
+    path = max(tables, key=lambda name: tables[name]["weight"].shape[0])
+    parent, name = holder(model, path)
+    watched = _Watched(tables[path])
+    mounted = parent[name]
+    parent[name] = watched
+    try:
+        model(mx.array([[0]]))
+    except AttributeError:
+        return {}
+    finally:
+        parent[name] = mounted
+    vocabulary, values = _shape(tables[path])
+    if not watched.is_head:
+        return {path: EmbeddingShape(values, vocabulary)}
+    return {path: TiedEmbeddingShape(values, vocabulary), TIED_HEAD: TiedHeadShape(vocabulary, values)}
+
+
+def bare_layer(layer: nn.Module) -> nn.Module:
+    bare: nn.Module = layer["base"] if isinstance(layer, ADAPTED) else layer
+    return bare
+
+
+class _Watched(nn.Module):
+    """An embedding that notes whether it is used as a head."""
+
+    def __init__(self, base: nn.Embedding | nn.QuantizedEmbedding) -> None:
+        super().__init__()
+        self._base = (base,)  # No child: a mode that is set while it is watched is set on the model's own layer.
+        self.is_head = False
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self._base[0](tokens)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        self.is_head = True
+        return self._base[0].as_linear(x)
+
+
+def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
+    """The module, list or dictionary that holds the layer at `path`, and the layer's key there."""
+    node: Any = model
+    *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parts:
+        node = node[part]
+    return node, name
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Of the weight as it stands, unpacked: a quantised one is packed, its groups count the columns."""
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        rows, groups = layer.scales.shape
+        return rows, groups * layer.group_size
+    rows, columns = layer.weight.shape
+    return rows, columns
+
+
+def _experts_shape(layer: nn.Module) -> ExpertsShape:
+    return ExpertsShape(layer.output_dims, layer.input_dims, layer.num_experts)

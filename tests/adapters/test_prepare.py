@@ -1,0 +1,68 @@
+"""Versions made ready off the engine's thread, and room that is given back when they are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from adapters.find import adaptable_layers
+from adapters.prepare import cast, prepare
+from adapters.slots import AdapterSlots
+from tests.adapters.making import Layers, logits, make, merge, tokens
+
+Load = Callable[[], nn.Module]
+CLOSE = 1e-4
+
+
+def slots_for(model: nn.Module, dtype: mx.Dtype = mx.float32) -> AdapterSlots:
+    return AdapterSlots(model, adaptable_layers(model), dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_what_is_made_ready_on_the_host_is_what_mlx_would_round_to(dtype: mx.Dtype) -> None:
+    values = np.random.default_rng(0).normal(size=4096).astype(np.float32) * np.float32(1e3)
+    values[:6] = [0.0, -0.0, 1.00390625, 1.01171875, 65504.0, 1e-40]  # Ties to even, the largest, a subnormal.
+    name = str(dtype).removeprefix("mlx.core.")
+    given = mx.array(cast(values, name))
+    given = given.view(dtype) if dtype == mx.bfloat16 else given
+    assert mx.array_equal(given, mx.array(values).astype(dtype)).item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_prepared_version_is_the_same_version(load: Load, layers: Layers, dtype: str, dora: bool) -> None:
+    bundle, text, answers = make(layers, dora=dora), tokens(2), []
+    assert prepare(bundle, dtype).dtype == dtype
+    for version in (bundle, prepare(bundle, dtype), prepare(bundle, "float16")):  # The last is made ready once more.
+        model = load()
+        model.set_dtype(getattr(mx, dtype))
+        slots = slots_for(model, getattr(mx, dtype))
+        slots.route([slots.stage(version)] * 2)  # A CPU gathers in float32 only.
+        answers.append(logits(model, text))
+    assert np.array_equal(answers[0], answers[1]) and np.array_equal(answers[0], answers[2])
+
+
+def test_memory_of_versions_that_are_gone_is_given_back(load: Load, layers: Layers) -> None:
+    model, text = load(), tokens(2)
+    slots = slots_for(model)
+    kept = make(layers, 1, rank=4)
+    slots.stage(kept)
+    slots.route([slots.slot(kept.digest), 0])
+    before, small = logits(model, text), slots.nbytes
+    many = [make(layers, seed, rank=40, dora=seed % 2 == 0, targets=["v_proj", "o_proj"]) for seed in range(2, 22)]
+    for bundle in many:
+        slots.stage(bundle)
+    assert slots.nbytes > 2 * small
+    for bundle in many:
+        slots.release(bundle.digest)
+    last = make(layers, 50, rank=3, targets=["v_proj"])
+    slot = slots.stage(last)
+    assert slots.slots_in_use == 2 and slots.nbytes <= small
+    slots.route([slots.slot(kept.digest), 0])
+    assert np.array_equal(logits(model, text), before)
+    slots.route([slot, 0])
+    assert np.abs(logits(model, text)[0] - logits(merge(load(), last), text)[0]).max() < CLOSE
