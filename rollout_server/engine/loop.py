@@ -15,14 +15,12 @@ from collections.abc import Callable
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.messages import (
     Abort,
-    Activate,
     Command,
     EngineStatus,
     Event,
     Ping,
+    PolicyCommand,
     Pong,
-    Publish,
-    Published,
     Score,
     Scored,
     ScoredSequence,
@@ -137,8 +135,6 @@ class Engine:
                         self._policies.check(group.policy)
                 case Score():
                     self._start_score(command)
-                case Publish() | Activate():
-                    self._change_policy(command)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
@@ -146,6 +142,8 @@ class Engine:
                     self._reports.add(Pong(command.id))
                 case Stop():
                     self._stopping = True
+                case _:
+                    self._change_policy(command)
         except RolloutError as error:
             self._reports.fail(getattr(command, "id", ""), error)
 
@@ -170,12 +168,11 @@ class Engine:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def _change_policy(self, command: Publish | Activate) -> None:
-        if isinstance(command, Publish) and self._policies.stages(command):
+    def _change_policy(self, command: PolicyCommand) -> None:
+        if self._policies.stages(command):
             # Slot arrays are written in place only while no dispatched step refers to them.
             self._reports.progress(self._batch.settle())
-        published: Published = self._policies.apply(command)
-        self._reports.add(published)
+        self._reports.add(self._policies.apply(command))
 
     # ---- admission ------------------------------------------------------------------------------------------------
 

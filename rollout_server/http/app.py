@@ -27,6 +27,7 @@ from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options
 from rollout_server.http.system import HealthController, ModelsController
+from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
 
 
@@ -62,6 +63,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             LogprobsController,
             WeightsController,
             AliasController,
+            VersionController,
             ModelsController,
             HealthController,
         ],

@@ -7,23 +7,26 @@ import re
 import time
 from typing import Any
 
-from litestar import Controller, Request, Response, get, post
+from litestar import Controller, Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
-from rollout_server.engine.messages import Activate, PolicyStatus, Publish, Published, VersionStatus
+from rollout_server.engine.messages import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson
 from rollout_server.http.documented import UploadOperation, failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.policy_replies import policy_entry
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.startup import check_name
 from rollout_server.http.uploads import Upload, read_upload
+from rollout_server.http.versions import deletion
 from rollout_server.schemas.weights import (
     ActivateReply,
     ActivateRequest,
+    DeleteReply,
     OnePolicyReply,
     PoliciesReply,
     PushReply,
@@ -100,6 +103,17 @@ class WeightsController(Controller):
         service = service_of(request)
         return json_response(one_policy(service, name))
 
+    @delete(
+        "/{name:str}",
+        guards=[may_administer],
+        status_code=200,
+        summary="Delete a name and all its versions",
+        description="Its versions are gone from then on; pushed again, the name goes on numbering where it was.",
+        responses={200: ResponseSpec(DeleteReply, description="What was deleted."), **failures()},
+    )
+    async def delete(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
+        return json_response(await deletion(request, name, None))
+
 
 class AliasController(Controller):
     """Promote or roll back."""
@@ -119,7 +133,6 @@ class AliasController(Controller):
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
         service = service_of(request)
-        service.policy(name)
         published = await service.engine.activate(
             Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
         )
@@ -185,29 +198,6 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
     return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
-
-
-def policy_entry(policy: PolicyStatus) -> dict[str, Any]:
-    return {
-        "name": policy.name,
-        "live": policy.live.number if policy.live else None,
-        "versions": [version_status(version) for version in policy.versions],
-    }
-
-
-def version_status(status: VersionStatus) -> dict[str, Any]:
-    return {
-        "version": status.version.number,
-        "digest": status.version.digest,
-        "label": status.version.label,
-        "kind": status.kind,
-        "mode": status.mode,
-        "live": status.live,
-        "pinned": status.pinned,
-        "rows_in_use": status.rows_in_use,
-        "bytes": status.nbytes,
-        "created": status.created,
-    }
 
 
 def milliseconds(seconds: float) -> float:

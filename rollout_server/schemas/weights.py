@@ -39,6 +39,10 @@ class ActivateRequest(Request):
     version: Annotated[int, Field(ge=1)]
 
 
+class PinRequest(Request):
+    pinned: bool
+
+
 # ---- replies ------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +99,22 @@ class KeptVersion(BaseModel):
     rows_in_use: int
     bytes: int
     created: float = Field(description="Unix time, seconds.")
+
+
+class PinReply(KeptVersion):
+    name: str
+    base: BaseState
+    instance: str
+
+
+class DeleteReply(BaseModel):
+    """Version numbers that are gone from now on. `rows_in_use` still run on them and keep their memory."""
+
+    name: str
+    deleted: list[int]
+    rows_in_use: int
+    base: BaseState
+    instance: str
 
 
 class PolicyReply(BaseModel):

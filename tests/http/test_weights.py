@@ -79,7 +79,7 @@ def test_if_match_is_a_version_or_a_digest(
     problem(push(headers={"if-match": '"1"'}), 412, "precondition_failed")
     for wrong in ("2", 'W/"2"', '"latest"', '"sha256:12"'):
         problem(push(headers={"if-match": wrong}), 400, "invalid_field", "If-Match")
-    live = engine.lines["policy"].live
+    live = engine.live("policy")
     assert live is not None
     assert push(headers={"if-match": f'"{live.digest}"'}).status_code == 201
 
@@ -189,7 +189,7 @@ def test_an_alias_moves(client: Client, engine: FakeEngine, problem: Callable[..
     problem(activate(2, **{"if-match": '"3"'}), 412, "precondition_failed")
     problem(activate(9), 404, "unknown_policy")
     problem(activate(1, name="nobody"), 404, "unknown_policy")
-    engine.lines["policy"].freed = 2
+    engine.free("policy", 2)
     problem(activate(2), 409, "version_gone")
     for wrong in ("2", True, 0, -1, 1.5, None):
         problem(activate(wrong), 400, "invalid_field", "version")
