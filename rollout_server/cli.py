@@ -82,6 +82,9 @@ def serve(
     max_queue: Annotated[int | None, option("Requests that may wait; more are answered 429.", "4096")] = None,
     max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,
     keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
+    state_dir: Annotated[
+        str | None, option("Where versions outlive a restart; one server each.", metavar="DIR")
+    ] = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,

@@ -106,6 +106,8 @@ class Activate:
     name: str
     number: int
     if_match: str | None = None
+    check_only: bool = False
+    """Say whether it would be done, and leave the alias where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,8 @@ class Published:
     unchanged: bool
     stage_ms: float
     activate_ms: float
+    persist_ms: float | None = None
+    """Time on the state directory; the engine knows none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,10 @@ class PolicyTable:
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
+        if command.check_only:
+            entry = self._registry.resolve(command.name, command.number)
+            self._registry.require(command.name, command.if_match)
+            return self._published(command.id, Change(entry), 0.0, 0.0)
         change = self._registry.activate(command.name, command.number, command.if_match)
         self._free(change.freed)
         return self._published(command.id, change, 0.0, time.perf_counter() - began)

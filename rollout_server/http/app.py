@@ -23,9 +23,10 @@ from rollout_server.http.completions import CompletionsController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.problems import to_response
+from rollout_server.http.publishing import Publisher
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
-from rollout_server.http.startup import Startup, engine_options
+from rollout_server.http.startup import Startup, engine_options, open_state
 from rollout_server.http.system import HealthController, ModelsController
 from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
@@ -45,11 +46,14 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
     handle = engine or EngineHandle(engine_options(config))
+    store = open_state(config)
+    publisher = Publisher(handle, store)
     service = Service(
         config=config,
         engine=handle,
-        instance=secrets.token_hex(8),
-        startup=Startup(config, handle),
+        publisher=publisher,
+        instance=store.instance if store else secrets.token_hex(8),
+        startup=Startup(config, handle, publisher),
         created=int(time.time()),
     )
 
@@ -97,3 +101,4 @@ async def running(service: Service) -> AsyncIterator[None]:
     finally:
         await service.engine.close()
         startup.cancel()
+        await service.publisher.close()

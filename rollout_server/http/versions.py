@@ -44,7 +44,7 @@ class VersionController(Controller):
     ) -> Response[bytes]:
         service = service_of(request)
         unconditional(request)
-        pinned = await service.engine.pin(Pin(service.engine.new_id("pin"), name, version, data.pinned))
+        pinned = await service.publisher.pin(Pin(service.engine.new_id("pin"), name, version, data.pinned))
         reply = {"name": name, **version_status(pinned.status), "base": service.base, "instance": service.instance}
         return json_response(reply)
 
@@ -74,6 +74,7 @@ class VersionController(Controller):
     ) -> Response[bytes]:
         service = service_of(request)
         format = asked_format(request)
+        service.require_restored()
         exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
         body = await asyncio.to_thread(write, exported.bundle, format)
         return Response(body, headers=file_headers(exported.version, format), media_type=SAFETENSORS)
@@ -82,7 +83,7 @@ class VersionController(Controller):
 async def deletion(request: Request[Any, Any, Any], name: str, number: int | None) -> dict[str, Any]:
     service = service_of(request)
     unconditional(request)
-    deleted = await service.engine.delete(Delete(service.engine.new_id("delete"), name, number))
+    deleted = await service.publisher.delete(Delete(service.engine.new_id("delete"), name, number))
     return delete_reply(deleted, service)
 
 

@@ -66,7 +66,7 @@ class WeightsController(Controller):
         check_name(options.name, info.id)
         bundle = await asyncio.to_thread(read, upload, info.layers)
         validated = time.perf_counter()
-        published = await service.engine.publish(
+        published = await service.publisher.publish(
             Publish(
                 id=service.engine.new_id("publish"),
                 name=options.name,
@@ -82,6 +82,7 @@ class WeightsController(Controller):
             "validate": milliseconds(validated - received),
             "stage": round(published.stage_ms, 3),
             "activate": round(published.activate_ms, 3),
+            **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
         }
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
@@ -133,7 +134,7 @@ class AliasController(Controller):
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
         service = service_of(request)
-        published = await service.engine.activate(
+        published = await service.publisher.activate(
             Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
         )
         return json_response(activate_reply(published, service))

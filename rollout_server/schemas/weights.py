@@ -55,12 +55,13 @@ class PushReport(BaseModel):
 
 
 class PushTimings(BaseModel):
-    """Milliseconds."""
+    """Milliseconds. `persist`: writing to the state directory, where there is one."""
 
     receive: float
     validate_: float = Field(alias="validate")
     stage: float
     activate: float
+    persist: float | None = None
 
 
 class PushReply(BaseModel):

@@ -51,12 +51,11 @@ class FakeVersions:
     async def publish(self, publish: Publish) -> Published:
         self.published.append(publish)
         bundle = publish.bundle
-        facts = Facts(bundle.spec.kind, "adapter", bundle.rank, len(bundle.spec.modules), bundle.nbytes)
         with ours():
             change = self.registry.publish(
                 publish.name,
                 bundle.digest,
-                facts,
+                facts(bundle),
                 created=1700000000.0,
                 activate=publish.activate,
                 label=publish.label,
@@ -67,6 +66,10 @@ class FakeVersions:
 
     async def activate(self, activate: Activate) -> Published:
         with ours():
+            if activate.check_only:
+                entry = self.registry.resolve(activate.name, activate.number)
+                self.registry.require(activate.name, activate.if_match)
+                return published(activate.id, Change(entry), 0.0, 0.0)
             change = self.registry.activate(activate.name, activate.number, activate.if_match)
         return published(activate.id, change, 0.0, 0.25)
 
@@ -97,7 +100,7 @@ class FakeVersions:
                     kept.number,
                     kept.bundle.digest,
                     kept.label,
-                    FACTS,
+                    facts(kept.bundle),
                     kept.created,
                     kept.live,
                     kept.pinned,
@@ -138,22 +141,26 @@ class FakeVersions:
         return tuple(found)
 
 
+def facts(bundle: AdapterBundle) -> Facts:
+    return Facts(bundle.spec.kind, "adapter", bundle.rank, len(bundle.spec.modules), bundle.nbytes)
+
+
 def version(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
 
 
 def status(entry: Entry) -> VersionStatus:
-    facts = entry.facts
+    known = entry.facts
     return VersionStatus(
         version(entry),
-        facts.kind,
-        facts.mode,
-        facts.rank,
-        facts.modules,
+        known.kind,
+        known.mode,
+        known.rank,
+        known.modules,
         entry.live,
         entry.pinned,
         entry.in_use,
-        facts.nbytes,
+        known.nbytes,
         entry.created,
     )
 
