@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -85,3 +86,23 @@ def test_the_command_line_exports_and_deletes(
     assert run("delete", "cli", "--all") == "deleted cli@2\n"
     wrong = CliRunner().invoke(app, ["weights", "delete", "cli", "--url", server.url])
     assert wrong.exit_code == 1 and "--all" in wrong.stderr
+
+
+def test_metrics_count_what_happened(server: LiveServer, client: RolloutClient, model: Path) -> None:
+    def read() -> dict[str, float]:
+        lines = httpx.get(f"{server.url}/metrics").raise_for_status().text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    before = read()
+    pushed = client.push("counted", *adapter(model, 1))
+    batch = client.rollouts(PROMPTS, policy="counted", n=2, max_tokens=6, ignore_eos=True)
+    after = read()
+    assert after["rollout_tokens_total"] - before["rollout_tokens_total"] == len(batch.token_ids) == 24
+    assert after["rollout_steps_total"] > before["rollout_steps_total"]
+    assert after['rollout_weights_bytes{policy="counted"}'] == pushed.nbytes
+    assert after["rollout_slot_bytes"] >= (pushed.nbytes or 0)
+    pushes = 'rollout_push_seconds_count{phase="activate"}'
+    assert after[pushes] - before.get(pushes, 0) == 1
+    asked = 'rollout_request_seconds_count{method="POST",route="/v1/rollouts",status="200"}'
+    assert after[asked] - before.get(asked, 0) == 1

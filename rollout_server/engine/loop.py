@@ -163,6 +163,7 @@ class Engine:
                 policies=self._policies.snapshot(),
                 steps=self._batch.steps,
                 tokens=self._reports.tokens,
+                slot_bytes=self._policies.slot_bytes,
             )
         )
 

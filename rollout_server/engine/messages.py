@@ -338,3 +338,5 @@ class EngineStatus:
     steps: int = 0
     tokens: int = 0
     """Sampled since the start."""
+    slot_bytes: int = 0
+    """Device memory of all adapter slots, free ones included."""

@@ -74,6 +74,8 @@ class PolicyTable:
         self._weights_memory = weights_memory
         self._bundles: dict[str, _Held] = {}
         self._shown: tuple[PolicyStatus, ...] | None = None
+        self.slot_bytes = 0
+        """Device memory of all slots; counted when one is written, since it is asked for at every step."""
 
     @classmethod
     def start(cls, model: ResidentModel, options: EngineOptions) -> PolicyTable:
@@ -231,6 +233,7 @@ class PolicyTable:
 
     def _stage(self, bundle: AdapterBundle) -> None:
         self._slots.stage(bundle)
+        self.slot_bytes = self._slots.nbytes
         self._bundles.setdefault(bundle.digest, _Held(bundle, 0)).versions += 1
 
     def _free(self, digests: Sequence[str]) -> None:

@@ -22,12 +22,13 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.completions import CompletionsController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
+from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import to_response
 from rollout_server.http.publishing import Publisher
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options, open_state
-from rollout_server.http.system import HealthController, ModelsController
+from rollout_server.http.system import HealthController, MetricsController, ModelsController
 from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
 
@@ -37,7 +38,7 @@ class Application(Litestar):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await courteous(super().__call__, scope, receive, send)
+            await courteous(super().__call__, scope, receive, send, self.state[STATE_KEY].metrics.request)
         else:
             await super().__call__(scope, receive, send)
 
@@ -52,6 +53,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         config=config,
         engine=handle,
         publisher=publisher,
+        metrics=Metrics(handle),
         instance=store.instance if store else secrets.token_hex(8),
         startup=Startup(config, handle, publisher),
         created=int(time.time()),
@@ -70,6 +72,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             VersionController,
             ModelsController,
             HealthController,
+            MetricsController,
         ],
         state=State({STATE_KEY: service}, deep_copy=False),
         lifespan=[lifespan],

@@ -13,6 +13,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import ModelInfo, PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
+from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
 from rollout_server.http.publishing import Publisher
 from rollout_server.http.startup import Startup
@@ -29,6 +30,7 @@ class Service:
     config: ServerConfig
     engine: EngineHandle
     publisher: Publisher = field(repr=False)
+    metrics: Metrics = field(repr=False)
     instance: str
     """Version numbers are comparable only within one: new at each start, unless a state directory has one."""
     startup: Startup = field(repr=False)

@@ -84,6 +84,7 @@ class WeightsController(Controller):
             "activate": round(published.activate_ms, 3),
             **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
         }
+        service.metrics.push(reply["timings_ms"], bundle.nbytes)
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(

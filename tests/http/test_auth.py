@@ -20,6 +20,7 @@ INFERENCE = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/logprobs"),
     ("GET", "/v1/models"),
+    ("GET", "/metrics"),
     ("GET", "/v1/weights"),
     ("GET", "/v1/weights/policy"),
     ("GET", "/v1/weights/policy/1/export"),
