@@ -43,6 +43,8 @@ def adapter(model: Path, seed: int) -> tuple[dict[str, np.ndarray], dict[str, ob
 
 def test_pin_export_delete_and_push_back(client: RolloutClient, model: Path, tmp_path: Path) -> None:
     first = client.push("p", *adapter(model, 1))
+    assert 1 < first.report["effective_rank"] <= 4 and first.report["bytes"] == first.nbytes
+    assert first.report["delta_norm"] > first.report["largest_modules"][0]["delta_norm"] > 0
     before = client.rollouts(PROMPTS, policy="p", max_tokens=8, seed=1)
     assert client.pin("p", 1).pinned
     for seed in (2, 3, 4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import asdict
 from typing import Any
 
 from litestar import Controller, Request, Response, delete, get, post
@@ -12,6 +13,8 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.report import BundleReport
+from adapters.report import report as report_on
 from rollout_server.engine.messages import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
@@ -64,7 +67,7 @@ class WeightsController(Controller):
         received = time.perf_counter()
         options = upload.options
         check_name(options.name, info.id)
-        bundle = await asyncio.to_thread(read, upload, info.layers)
+        bundle, report = await asyncio.to_thread(read, upload, info.layers)
         validated = time.perf_counter()
         published = await service.publisher.publish(
             Publish(
@@ -76,7 +79,7 @@ class WeightsController(Controller):
                 if_match=match,
             )
         )
-        reply = push_reply(published, bundle, service)
+        reply = push_reply(published, bundle, report, service)
         reply["timings_ms"] = {
             "receive": milliseconds(received - began),
             "validate": milliseconds(validated - received),
@@ -155,12 +158,13 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     return found[1] or found[2]
 
 
-def read(upload: Upload, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
-    """Parses, converts, checks against the base and hashes; runs on a thread of its own."""
-    return read_bundle(upload.weights, upload.config, format=upload.options.format, layers=layers)
+def read(upload: Upload, layers: dict[str, tuple[int, int]]) -> tuple[AdapterBundle, BundleReport]:
+    """Parses, converts, checks against the base, hashes and measures; runs on a thread of its own."""
+    bundle = read_bundle(upload.weights, upload.config, format=upload.options.format, layers=layers)
+    return bundle, report_on(bundle)
 
 
-def push_reply(published: Published, bundle: AdapterBundle, service: Service) -> dict[str, Any]:
+def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:
     version = published.version
     return {
         "name": version.name,
@@ -176,9 +180,12 @@ def push_reply(published: Published, bundle: AdapterBundle, service: Service) ->
         "bytes": bundle.nbytes,
         "instance": service.instance,
         "report": {
-            "modules": len(bundle.spec.modules),
-            "delta_norm": bundle.delta_norm,
-            "zero_modules": bundle.zero_modules,
+            "modules": report.modules,
+            "delta_norm": report.delta_norm,
+            "effective_rank": report.effective_rank,
+            "largest_modules": [asdict(module) for module in report.largest_modules],
+            "zero_modules": report.zero_modules,
+            "bytes": report.nbytes,
         },
     }
 

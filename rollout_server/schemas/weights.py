@@ -46,12 +46,22 @@ class PinRequest(Request):
 # ---- replies ------------------------------------------------------------------------------------------------------
 
 
+class ModuleReport(BaseModel):
+    module: str
+    delta_norm: float
+    effective_rank: float | None
+
+
 class PushReport(BaseModel):
-    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero)."""
+    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero).
+    `effective_rank` is exp of the entropy of ΔW's singular values, the mean over modules that are not zero."""
 
     modules: int
     delta_norm: float
+    effective_rank: float | None
+    largest_modules: list[ModuleReport]
     zero_modules: list[str]
+    bytes: int
 
 
 class PushTimings(BaseModel):

@@ -32,7 +32,13 @@ def test_a_push_answers_with_what_the_contract_says(
     assert (body["label"], body["kind"], body["mode"], body["rank"]) == ("step-120", "lora", "adapter", 2)
     assert (body["live"], body["unchanged"], body["bytes"]) == (True, False, bundle.nbytes)
     assert body["base"] == {"id": "org/tiny", "digest": BASE_DIGEST}
-    assert body["report"] == {"modules": 2, "delta_norm": pytest.approx(bundle.delta_norm), "zero_modules": []}
+    report = body["report"]
+    assert (report["modules"], report["zero_modules"], report["bytes"]) == (2, [], bundle.nbytes)
+    assert report["delta_norm"] == pytest.approx(bundle.delta_norm) and 1 < report["effective_rank"] <= 2
+    norms = {path: measure.norm for path, measure in bundle.measures.items()}
+    largest = sorted(norms, key=lambda path: -norms[path])
+    assert [module["module"] for module in report["largest_modules"]] == largest
+    assert report["largest_modules"][0]["delta_norm"] == pytest.approx(norms[largest[0]])
     assert set(body["timings_ms"]) == {"receive", "validate", "stage", "activate"}
     assert (body["timings_ms"]["stage"], body["timings_ms"]["activate"]) == (1.5, 0.5)
     assert engine.published[-1].bundle.digest == bundle.digest
