@@ -107,7 +107,9 @@ def test_only_config_reads_the_environment() -> None:
             return any(alias.name.startswith(("environ", "getenv", "putenv")) for alias in node.names)
         return False
 
-    found = places((path for path in sources(*PACKAGES) if name_of(path) != READS_THE_ENVIRONMENT), reads)
+    # blas.py sets one variable for MLX before MLX is imported; it reads none for us.
+    allowed = {READS_THE_ENVIRONMENT, "rollout_server/blas.py"}
+    found = places((path for path in sources(*PACKAGES) if name_of(path) not in allowed), reads)
     assert not found, f"read it in rollout_server/config.py: {found}"
 
 

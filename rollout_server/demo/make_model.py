@@ -44,6 +44,8 @@ class Recipe:
     steps: int = 1500
     batch: int = 128
     learning_rate: float = 3e-3
+    weight_decay: float = 0.5
+    """Strong, so that activations stay small: at 0.05 they are twenty times larger, and rounding with them."""
     chat_share: float = 0.2
     """Part of the batches that are written as a chat."""
 
@@ -132,7 +134,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer, seed: int, say: Callable[[str], 
         ],
         [warmup],
     )
-    optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05)
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=recipe.weight_decay)
     step = nn.value_and_grad(model, partial(loss, model))
     source = batches(recipe, tokenizer, seed)
     started = time.perf_counter()

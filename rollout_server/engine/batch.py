@@ -166,10 +166,15 @@ class Batch:
             return []
         for place in gone:
             del self._seats[place]
-        # Only a row that ended by itself is known to have left finite numbers behind.
-        scrub = [p for p, row in gone.items() if row.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)]
+        scrub = [place for place, row in gone.items() if not self._ended_clean(row)]
         self._vacate(list(gone), scrub)
         return list(gone.values())
+
+    @staticmethod
+    def _ended_clean(row: Row) -> bool:
+        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
+        ended = row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return ended and row.dispatched == len(row.token_ids)
 
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
@@ -180,6 +185,7 @@ class Batch:
         if places:
             self._vacate(places, places)
         for joining in dropped:
+            self._store.cancel(joining.prompt, joining.count)
             joining.group.prompt = None
             joining.group.joining = False
         return dropped
@@ -289,7 +295,7 @@ class Batch:
         for place, row in flight.rows:
             if not row.running:
                 continue
-            if math.isfinite(values[place][0]):
+            if math.isfinite(values[place][0]) and math.isfinite(values[place][1]):
                 row.record(ids[place], values[place], top[place] if top else None, self._eos)
             else:
                 row.fail(

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-COLUMN_BUCKET = 32
+from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
+
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Forward = Callable[[mx.array, list[Any]], mx.array]
@@ -64,6 +65,9 @@ class RowStore(Protocol):
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`."""
+
+    def cancel(self, prompt: Prompt, count: int) -> None:
+        """Forgets a prompt that was begun for `count` rows and never seated; its places are left separately."""
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
         """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
@@ -196,14 +200,17 @@ class SlotRows:
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         capacity, self._ceiling = self._plan(count, columns)
+        if len(self._free) == self.capacity and (capacity != self.capacity or self.columns > self._ceiling):
+            self._clear()
         if capacity != self.capacity:
-            if len(self._free) == self.capacity:
-                self._clear()
             self._resize(capacity, min(self.columns, self._ceiling))
         # A group whose KV was kept writes it all at once.
         self._grow_columns(len(prompt.tokens) + 1 if prompt.kept is not None else 1)
         self._free.sort()
         prompt.places, self._free = self._free[:count], self._free[count:]
+
+    def cancel(self, prompt: Prompt, count: int) -> None:
+        """Its places say it all."""
 
     def pending(self) -> list[Any]:
         return []
@@ -213,7 +220,7 @@ class SlotRows:
         used = self.capacity - len(self._free)
         ceiling = round_up(columns + 1, COLUMN_BUCKET)
         wanted = row_bucket(used + count, self._max_rows)
-        if wanted > self.capacity or (used == 0 and 2 * wanted * ceiling < self.capacity * self.columns):
+        if wanted > self.capacity or used == 0:
             return wanted, ceiling
         return self.capacity, max(self.columns, ceiling)
 
@@ -225,13 +232,15 @@ class SlotRows:
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
         length = max(n for _, n in chunks)
-        # Padding writes into columns of the row's own future, which are written again before anything reads them.
-        self._grow_columns(max(prompt.fed for prompt, _ in chunks) + length + 1)
+        self._grow_columns(max(prompt.fed + n for prompt, n in chunks) + 1)
         tokens = [list(p.tokens[p.fed : p.fed + n]) + [0] * (length - n) for p, n in chunks]
         offset = mx.array([p.fed for p, _ in chunks], dtype=mx.int32)
         places = mx.array([p.places[0] for p, _ in chunks], dtype=mx.int32)
-        width = min(self.columns, round_up(max(p.fed for p, _ in chunks) + length, COLUMN_BUCKET))
-        columns = offset[:, None] + mx.arange(length, dtype=mx.int32)[None]
+        width = min(self.columns, round_up(max(p.fed + n for p, n in chunks), COLUMN_BUCKET))
+        step = mx.arange(length, dtype=mx.int32)[None]
+        own = step < mx.array([n for _, n in chunks], dtype=mx.int32)[:, None]
+        # Padding goes where no row ever stands, see `aim`.
+        columns = mx.where(own, offset[:, None] + step, self.columns - 1)
         self.window = Window(places, places, offset, columns, width)
         route([p.slot for p, _ in chunks])
         forward(mx.array(tokens, dtype=mx.int32), self.layers)
@@ -248,8 +257,11 @@ class SlotRows:
                     layer.fill(places, *pair)
         elif length and count > 1:
             for layer in self.layers:
-                if layer.keys is not None:
-                    layer.fill(places[1:], layer.keys[places[0], :, :length], layer.values[places[0], :, :length])
+                pair = layer.copy(places[0], length)
+                if pair is not None:
+                    mx.eval(pair)
+                    layer.fill(places[1:], *pair)
+                    mx.eval(layer.keys, layer.values)
         if keep and length and prompt.kept is None:
             prompt.kept = [layer.copy(places[0], length) for layer in self.layers]
             mx.eval(prompt.kept)
@@ -270,14 +282,16 @@ class SlotRows:
         return staying > 0 and row_bucket(staying, self._max_rows) <= self.capacity // 2
 
     def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
-        for place in scrub:
-            # Masked is not ignored: 0 × NaN is NaN, so a row that went non-finite must not stay in the array.
-            for layer in self.layers:
-                if layer.keys is not None:
-                    layer.keys[place] = mx.zeros((), dtype=layer.keys.dtype)
-                    layer.values[place] = mx.zeros((), dtype=layer.values.dtype)
         moves = self.moves_on_leave(len(places))
         self._free.extend(places)
+        if scrub:
+            # Masked is not ignored: 0 × NaN is NaN, so a row that went non-finite must not stay in the array. Free
+            # places computed beside it under its version.
+            dirty = mx.array(self._free)
+            for layer in self.layers:
+                if layer.keys is not None:
+                    layer.keys[dirty] = mx.zeros((), dtype=layer.keys.dtype)
+                    layer.values[dirty] = mx.zeros((), dtype=layer.values.dtype)
         return self._compact() if moves else None
 
     def evaluate(self) -> None:

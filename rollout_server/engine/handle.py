@@ -156,10 +156,11 @@ class EngineHandle:
         Raises `QueueFull`, `ContextExceeded`, `InvalidField` or `Conflict` at once. An unknown or freed policy comes
         as the subscription's first event."""
         self._require_ready()
+        if not groups:
+            raise InvalidField("The request has no prompts.", param="prompts")
         if id in self._subscriptions:
             raise Conflict(f"A request with id {id!r} is still open; choose another id.", param="id")
-        if len(self._subscriptions) >= self._options.max_queue:
-            raise QueueFull(f"{len(self._subscriptions)} requests are open, as many as --max-queue allows; try again.")
+        self._require_room()
         rows = sum(group.n for group in groups)
         if rows > self._options.max_rows_per_request:
             raise InvalidField(
@@ -177,8 +178,16 @@ class EngineHandle:
     async def score(self, score: Score) -> Scored:
         """Log-probabilities of given tokens under a policy."""
         self._require_ready()
-        for tokens in score.sequences:
+        self._require_room()
+        if not 1e-3 <= score.temperature <= 100:
+            raise InvalidField("temperature must be between 0.001 and 100.", param="temperature")
+        for tokens, start in zip(score.sequences, score.starts, strict=True):
             self._check_ids(tokens, "sequences")
+            if not 0 <= start < len(tokens):
+                raise InvalidField(
+                    f"start is {start}, but the sequence has {len(tokens)} tokens: it lies within them.",
+                    param="sequences",
+                )
             if len(tokens) > self.info.max_model_len:
                 raise ContextExceeded(
                     f"A sequence has {len(tokens)} tokens; the context holds {self.info.max_model_len}.",
@@ -239,6 +248,10 @@ class EngineHandle:
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}; try again in a moment.")
 
+    def _require_room(self) -> None:
+        if len(self._subscriptions) + len(self._replies) >= self._options.max_queue:
+            raise QueueFull(f"As many requests are open as --max-queue allows ({self._options.max_queue}); try again.")
+
     def _check(self, group: RolloutRequest) -> None:
         info = self.info
         self._check_ids(group.prompt_ids, "prompt")
@@ -254,7 +267,11 @@ class EngineHandle:
                 f"context of {info.max_model_len} tokens.",
                 param="max_tokens",
             )
-        if (total + 2 * 32) * info.kv_bytes_per_token > info.kv_memory:
+        if group.sampling.min_tokens and len({*group.sampling.stop_token_ids, *info.eos_token_ids}) >= info.vocab_size:
+            raise InvalidField(
+                "min_tokens leaves no token to sample: every one of them would stop.", param="min_tokens"
+            )
+        if info.row_bytes(total) > info.kv_memory:
             raise ContextExceeded(
                 f"One row of {total} tokens needs more KV memory than the {info.kv_memory} bytes of --kv-memory.",
                 param="max_tokens",
@@ -288,8 +305,8 @@ class EngineHandle:
                 return
 
     def _show(self, status: EngineStatus) -> None:
-        self._status = status
-        if status.state != "starting" and self._loop is not None:
+        changed, self._status = status.state != self._status.state, status
+        if changed and self._loop is not None:
             try:
                 self._loop.call_soon_threadsafe(self._settle)
             except RuntimeError:

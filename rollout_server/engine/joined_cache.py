@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.cache import Forward, Prompt
+from rollout_server.engine.messages import JOINED_KV_SPARE
 
 
 class JoinedRows:
@@ -24,6 +25,7 @@ class JoinedRows:
         self.capacity = 0
         self._make_caches = make_caches
         self._row_cells = row_cells
+        self._reserved = 0
         self._serial = serial
 
     @property
@@ -31,14 +33,20 @@ class JoinedRows:
         return sum(layer.nbytes for layer in self.layers)
 
     def cells(self, count: int, columns: int) -> int:
-        return (self.capacity + count) * (columns + self._row_cells)
+        rows = self.capacity + self._reserved + count
+        return rows * (columns + JOINED_KV_SPARE + self._row_cells)
 
     def pending(self) -> list[Any]:
         return [layer.state for layer in self.layers]
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        self._reserved += count
         if prompt.kept is None:
             prompt.kept = self._make_caches()
+
+    def cancel(self, prompt: Prompt, count: int) -> None:
+        self._reserved -= count
+        prompt.kept = None
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
         for prompt, n in chunks:
@@ -68,6 +76,7 @@ class JoinedRows:
             mx.eval([layer.state for layer in self.layers])
         if not keep:
             prompt.kept = None
+        self._reserved -= count
         self.capacity += count
         return list(range(self.capacity - count, self.capacity))
 

@@ -33,7 +33,7 @@ from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.score import ScoreJob, Scorer
 from rollout_server.engine.sequence import Group
-from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, NonFiniteLogits, RolloutError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,13 @@ class Engine:
         self._show = show
         self._budget = prefill_tokens
         self._stopping = False
+        self._changes: deque[PolicyCommand] = deque()
         self._jobs: deque[ScoreJob] = deque()
+        self._steps_before = 0
+        # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
+        self._changing: PolicyCommand | None = None
+        self._admitting: Group | None = None
+        self._scoring: ScoreJob | None = None
         self._scorer = Scorer(model.forward, model.make_caches, policies.route, model.info.vocab_size)
         self._batch = self._new_batch()
         self._scheduler = Scheduler(
@@ -99,6 +105,7 @@ class Engine:
         self._flush()
 
     def _compute(self) -> None:
+        self._change_policies()
         self._admit()
         if self._batch.joining:
             self._reports.progress(self._batch.settle())
@@ -112,7 +119,9 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._batch.active or self._batch.joining or self._jobs or self._scheduler.waiting)
+        return bool(
+            self._batch.active or self._batch.joining or self._jobs or self._changes or self._scheduler.waiting_requests
+        )
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
@@ -132,7 +141,9 @@ class Engine:
                 case Submit():
                     self._scheduler.submit(command)
                     for group in command.groups:
-                        self._policies.check(group.policy)
+                        # A name that is being pushed in this very turn may not be there yet.
+                        if not self._changes:
+                            self._policies.check(group.policy)
                 case Score():
                     self._start_score(command)
                 case Abort():
@@ -143,7 +154,7 @@ class Engine:
                 case Stop():
                     self._stopping = True
                 case _:
-                    self._change_policy(command)
+                    self._changes.append(command)
         except RolloutError as error:
             self._reports.fail(getattr(command, "id", ""), error)
 
@@ -158,10 +169,10 @@ class Engine:
             EngineStatus(
                 state=state,
                 fault=fault,
-                waiting=len({group.request.id for group in self._scheduler.waiting}),
+                waiting=self._scheduler.waiting_requests,
                 running=self._batch.size,
                 policies=self._policies.snapshot(),
-                steps=self._batch.steps,
+                steps=self._steps_before + self._batch.steps,
                 tokens=self._reports.tokens,
                 slot_bytes=self._policies.slot_bytes,
             )
@@ -169,11 +180,19 @@ class Engine:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def _change_policy(self, command: PolicyCommand) -> None:
-        if self._policies.stages(command):
-            # Slot arrays are written in place only while no dispatched step refers to them.
-            self._reports.progress(self._batch.settle())
-        self._reports.add(self._policies.apply(command))
+    def _change_policies(self) -> None:
+        while self._changes:
+            if self._policies.stages(self._changes[0]):
+                # Slot arrays are written in place only while no dispatched step refers to them.
+                self._reports.progress(self._batch.settle())
+            self._changing = self._changes.popleft()
+            try:
+                self._reports.add(self._policies.apply(self._changing))
+            except RolloutError as error:
+                self._reports.fail(self._changing.id, error)
+            self._changing = None
+            # The reply need not wait for the step of this turn.
+            self._flush()
 
     # ---- admission ------------------------------------------------------------------------------------------------
 
@@ -184,7 +203,9 @@ class Engine:
                 continue
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
+            self._admitting = group
             self._batch.join(admission)
+            self._admitting = None
             self._scheduler.admitted(admission)
             if group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None:
                 self._score_prompt(group)
@@ -250,22 +271,29 @@ class Engine:
                 group.slot,
                 (group.request.prompt_ids,),
                 (0,),
+                group=group,
                 finished=finished,
                 failed=failed,
             )
         )
 
     def _score(self) -> None:
-        """One bounded chunk for the job at the head; then the next one's turn."""
+        """One bounded chunk of the sequence that is being scored; between two sequences it is the next job's turn."""
         if not self._jobs:
             return
-        job = self._jobs[0]
-        self._scorer.advance(job, self._budget)
-        self._jobs.popleft()
-        if job.done:
-            job.finished(tuple(job.results))
+        job = self._scoring = self._jobs.popleft()
+        try:
+            self._scorer.advance(job, self._budget)
+        except NonFiniteLogits as error:
+            job.failed(error)
         else:
-            self._jobs.append(job)
+            if job.done:
+                job.finished(tuple(job.results))
+            elif job.caches is None:
+                self._jobs.append(job)
+            else:
+                self._jobs.appendleft(job)
+        self._scoring = None
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
@@ -277,19 +305,31 @@ class Engine:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
         for job in [job for job in self._jobs if job.id == id]:
             self._jobs.remove(job)
-            job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
+            if job.group is None:
+                job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
+            else:
+                # Rows that are held for the prompt's values are reported without them.
+                self._policies.release(job.version, 1)
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
         """Fails by name whatever was being computed and starts over with an empty batch."""
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
+        if self._scoring is not None:
+            self._scoring.failed(fault)
+            self._scoring = None
+            return
+        if self._changing is not None:
+            self._reports.fail(self._changing.id, fault)
+            self._changing = None
         rows, joining = self._batch.rows, self._batch.joining
-        jobs, self._jobs = list(self._jobs), deque()
+        self._steps_before += self._batch.steps
         self._batch = self._new_batch()
         self._reports.fail_rows(rows, joining, fault)
-        for job in jobs:
-            job.failed(fault)
+        if self._admitting is not None:
+            self._reports.fail_group(self._admitting, fault)
+            self._admitting = None
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
@@ -307,8 +347,8 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        for job in self._jobs:
-            self._reports.fail(job.id, error)
+        for id in [job.id for job in self._jobs if job.group is None] + [change.id for change in self._changes]:
+            self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())
         self._show_status(state, fault)

@@ -11,6 +11,11 @@ from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, Rollou
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
 
+KV_BUCKET = 32
+"""KV columns are allocated and read in multiples of this,"""
+JOINED_KV_SPARE = 256
+"""and mlx-lm's own caches allocate up to so many more than they hold."""
+
 # ---- what the engine is started with, and what it says of itself --------------------------------------------------
 
 
@@ -58,6 +63,14 @@ class ModelInfo:
     """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
     max_batch: int
     device: str
+    kv_bytes_per_row: int = 0
+    """State of fixed size (recurrent layers), besides what its tokens take."""
+
+    def row_bytes(self, tokens: int) -> int:
+        """KV memory of a row of so many tokens, bytes."""
+        slots = -(-(tokens + 1) // KV_BUCKET) * KV_BUCKET
+        columns = slots if self.cache == "slots" else tokens + JOINED_KV_SPARE
+        return columns * self.kv_bytes_per_token + self.kv_bytes_per_row
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def load(options: EngineOptions) -> ResidentModel:
     mx.eval(module.parameters())
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
-    kind, cells_bytes, make_store = _choose_store(module, vocabulary, options.max_batch)
+    kind, cell_bytes, row_cells, make_store = _choose_store(module, vocabulary, options.max_batch)
     context = _context_length(config, options.context_length)
     info = ModelInfo(
         id=options.model_id,
@@ -76,10 +76,11 @@ def load(options: EngineOptions) -> ResidentModel:
         max_model_len=context,
         dtype=str(dtype).removeprefix("mlx.core."),
         quantization=config.get("quantization"),
-        eos_token_ids=_end_tokens(config, tokenizer),
+        eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
         parameters=_parameters(module),
         layers=adaptable_layers(module),
-        kv_bytes_per_token=cells_bytes,
+        kv_bytes_per_token=cell_bytes,
+        kv_bytes_per_row=cell_bytes * row_cells,
         kv_memory=options.kv_memory or default_kv_memory(),
         cache=kind,
         max_batch=1 if kind == "serial" else options.max_batch,
@@ -88,19 +89,24 @@ def load(options: EngineOptions) -> ResidentModel:
     return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, make_store)
 
 
-def _end_tokens(config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
     """What ends a row: the model's own end tokens (generation config included) and the tokenizer's."""
     own = config.get("eos_token_id")
     ends = {own} if isinstance(own, int) else set(own or ())
-    return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
+    ends |= {tokenizer.eos_token_id} - {None}
+    # One outside the logits could never be sampled, and would be written out of bounds where it is banned.
+    return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
 
 
 def default_kv_memory() -> int:
     """A quarter of what the device may use, in bytes."""
-    memory = mx.device_info().get("memory_size")
-    if not isinstance(memory, int) or memory <= 0:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // 4
+    info = mx.device_info()
+    # Metal says memory_size, CUDA total_memory, the CPU neither.
+    for name in ("memory_size", "total_memory"):
+        memory = info.get(name)
+        if isinstance(memory, int) and memory > 0:
+            return memory // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _to_float32(module: nn.Module) -> None:
@@ -155,9 +161,9 @@ def _context_length(config: dict[str, Any], asked: int | None) -> int:
 # ---- which cache ---------------------------------------------------------------------------------------------------
 
 
-def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[str, int, Callable[[], RowStore]]:
-    """The first kind of cache under which rows of different lengths equal themselves alone, and its bytes per row
-    and column. Falls back to one row at a time, and says so."""
+def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[str, int, int, Callable[[], RowStore]]:
+    """The first kind of cache under which rows of different lengths equal themselves alone, its bytes per row and
+    column, and how many columns' worth a row takes besides. Falls back to one row at a time, and says so."""
     forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
@@ -167,13 +173,13 @@ def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[st
         store = SlotRows(windows, max_rows)
         if (problem := _self_test(forward, store, rows, expected)) is None:
             cell = store.nbytes // (store.capacity * store.columns)
-            return "slots", cell, lambda: SlotRows(windows, max_rows)
+            return "slots", cell, 0, lambda: SlotRows(windows, max_rows)
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
     if (problem := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
-        return "batch", cell, lambda: JoinedRows(make_caches, row_cells=row_cells)
+        return "batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells)
     log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", problem)
-    return "serial", cell, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True)
+    return "serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True)
 
 
 def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:

@@ -95,16 +95,24 @@ class PolicyTable:
 
         Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
         entry = self._resolve(address)
-        number = entry.number if entry else 0
-        if min_version is not None and number < min_version:
-            raise StalePolicy(
-                f"min_version is {min_version}, but {address.name} is at version {number}.", param="min_version"
-            )
+        if min_version is not None:
+            self._require_version(address, min_version)
         if entry is None:
             return self.base, BASE_SLOT
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
         return _version(entry), self._slots.slot(entry.digest)
+
+    def _require_version(self, address: PolicyAddress, min_version: int) -> None:
+        """Raises `StalePolicy` unless the alias has come that far; for the base it never will."""
+        alias = None if address.name == BASE else self._registry.live(address.name)
+        number = alias.number if alias else 0
+        if number < min_version:
+            error = StalePolicy(
+                f"min_version is {min_version}, but {address.name} is at version {number}.", param="min_version"
+            )
+            error.retryable = address.name != BASE
+            raise error
 
     def acquire_again(self, version: PolicyVersion, rows: int) -> None:
         """More references to a version that is already held."""

@@ -66,7 +66,9 @@ class Reports:
     def _finished(self, row: Sequence) -> None:
         """Reports an ended row once; rows of a group whose prompt is still being scored wait for that."""
         id = row.group.request.id
-        if id not in self._scheduler.tickets:
+        row.reported = True
+        # A group that outlived its request has nobody to report to, even if the id was taken again.
+        if id not in self._scheduler.tickets or row.group not in self._scheduler.tickets[id].groups:
             return
         if row.group.unscored and row.error is None:
             row.group.held.append(row)
@@ -111,13 +113,15 @@ class Reports:
         for row in rows:
             if row.running:
                 row.fail(error)
+            if not row.reported:
                 self._finished(row)
             self._policies.release(row.version, 1)
         for join in joining:
             self._forget(join.group)
             join.group.prompt, join.group.joining = None, False
             self.drop([join])
-            self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)
+            if not join.group.cancelled:
+                self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)
 
     def drop(self, joining: list[Joining]) -> None:
         """Gives back the references of samples that never got a row."""

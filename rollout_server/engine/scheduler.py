@@ -20,6 +20,7 @@ class Ticket:
     groups: tuple[Group, ...]
     open_rows: int
     deadline: float | None
+    waiting_groups: int
     produced: bool = False
     """Some row has at least one token, so the reply is a list of rows and not an error."""
     error: RolloutError | None = None
@@ -42,23 +43,27 @@ class Scheduler:
 
     def __init__(self, max_rows: int, kv_cells: int, cells: Callable[[int, int], int]) -> None:
         self.tickets: dict[str, Ticket] = {}
-        self.waiting: deque[Group] = deque()
+        self.waiting_requests = 0
+        self._waiting: deque[Group] = deque()
         self._max_rows = max_rows
         self._kv_cells = kv_cells
         self._cells = cells
 
     def submit(self, submit: Submit) -> Ticket:
         groups = tuple(Group(request) for request in submit.groups)
-        ticket = Ticket(submit.id, groups, sum(g.request.n for g in groups), submit.deadline)
+        ticket = Ticket(submit.id, groups, sum(g.request.n for g in groups), submit.deadline, len(groups))
         self.tickets[submit.id] = ticket
-        self.waiting.extend(groups)
+        self._waiting.extend(groups)
+        self.waiting_requests += 1
         return ticket
 
     def next_admission(self, running: int, longest: int) -> Admission | None:
         """What may start now, given `running` rows of which none can exceed `longest` columns."""
-        if not self.waiting:
+        while self._waiting and not self._waiting[0].waiting:
+            self._waiting.popleft()
+        if not self._waiting:
             return None
-        group = self.waiting[0]
+        group = self._waiting[0]
         if group.joining:
             return None
         columns = max(longest, group.length)
@@ -70,15 +75,22 @@ class Scheduler:
     def admitted(self, admission: Admission) -> None:
         admission.group.admitted += admission.count
         if not admission.group.waiting:
-            self.waiting.popleft()
+            self._left_queue(admission.group)
 
     def drop(self, group: Group) -> int:
         """Takes what still waits of a group out of the queue; returns how many samples that were."""
         left = group.waiting
         if left:
-            self.waiting.remove(group)
+            # Taken out of the queue when it comes to its head: removing it now would search the queue.
             group.admitted = group.request.n
+            self._left_queue(group)
         return left
+
+    def _left_queue(self, group: Group) -> None:
+        ticket = self.tickets.get(group.request.id)
+        if ticket is not None:
+            ticket.waiting_groups -= 1
+            self.waiting_requests -= ticket.waiting_groups == 0
 
     def row_reported(self, id: str) -> Ticket | None:
         """Counts a reported row; returns the ticket if that was its last."""
@@ -93,7 +105,3 @@ class Scheduler:
         for ticket in list(self.tickets.values()):
             if ticket.deadline is not None and ticket.deadline <= now:
                 yield ticket
-
-    @property
-    def next_deadline(self) -> float | None:
-        return min((t.deadline for t in self.tickets.values() if t.deadline is not None), default=None)

@@ -6,6 +6,7 @@ Positions before `start` go through the model without its head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.sampling import block_sums, entropy_of, exponential, top_of
-from rollout_server.engine.sequence import TopTokens
-from rollout_server.errors import RolloutError
+from rollout_server.engine.sequence import Group, TopTokens
+from rollout_server.errors import NonFiniteLogits, RolloutError
 from rollout_server.rollout import PolicyVersion
 
 LOGIT_BYTES = 64 * 2**20
@@ -36,6 +37,8 @@ class ScoreJob:
     temperature: float = 1.0
     entropy: bool = False
     top_logprobs: int = 0
+    group: Group | None = field(kw_only=True, default=None)
+    """The group whose prompt it scores; None for a request of its own."""
     finished: Callable[[tuple[ScoredSequence, ...]], None] = field(kw_only=True)
     """Called on the engine thread with the results."""
     failed: Callable[[RolloutError], None] = field(kw_only=True)
@@ -52,7 +55,8 @@ class ScoreJob:
 
 
 class Scorer:
-    """Feeds score jobs through the model, a bounded number of tokens at a time."""
+    """Feeds score jobs through the model, a bounded number of tokens at a time. Only the sequence it is at has
+    caches."""
 
     def __init__(
         self,
@@ -67,7 +71,9 @@ class Scorer:
         self._chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
 
     def advance(self, job: ScoreJob, budget: int) -> int:
-        """Feeds up to `budget` tokens of the job; returns how many it fed (at least one unless the job is done)."""
+        """Feeds up to `budget` tokens of the job; returns how many it fed (at least one unless the job is done).
+
+        Raises `NonFiniteLogits` if a log-probability is not a number."""
         used = 0
         while used < budget and not job.done:
             tokens, start = job.sequences[len(job.results)], job.starts[len(job.results)]
@@ -109,6 +115,10 @@ class Scorer:
         top = top_of(shifted, log_total, min(job.top_logprobs, raw.shape[-1])) if job.top_logprobs else None
         mx.eval(wanted, top, [cache.state for cache in job.caches or []])
         values = np.array(chosen).tolist()
+        if any(math.isnan(value) for value in values):
+            raise NonFiniteLogits(
+                f"The model produced NaN or infinity while scoring under {job.version.name}@{job.version.number}."
+            )
         entropies = np.array(entropy).tolist() if job.entropy else [None] * len(values)
         rows: list[TopTokens | None] = [None] * len(values)
         if top is not None:

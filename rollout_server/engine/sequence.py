@@ -79,6 +79,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: RolloutError | None = None
+    reported: bool = False
+    """Its end was told, or is held until the prompt is scored."""
     seated_at: float = 0.0
     ended_at: float = 0.0
 

@@ -53,6 +53,7 @@ class EngineThread(threading.Thread):
             cause = error  # a sentence for the user; it needs no traceback
         finally:
             self._end(engine, cause or sys.exception())
+            clear_streams()
 
     def _end(self, engine: Engine | None, cause: BaseException | None) -> None:
         """Whatever ends the thread, nobody waits for ever: all that is open fails by name."""
@@ -62,3 +63,10 @@ class EngineThread(threading.Thread):
             engine.die(cause)
         elif cause is not None:
             self._show(EngineStatus("dead", str(cause) or type(cause).__name__))
+
+
+def clear_streams() -> None:
+    """Ends MLX's worker of this thread; left running, it can abort the process at its exit."""
+    import mlx.core as mx
+
+    mx.clear_streams()

@@ -93,10 +93,10 @@ def test_a_dead_thread_leaves_nobody_waiting(qwen: Path) -> None:
         original, Engine.turn = Engine.turn, dying  # type: ignore[method-assign]
         try:
             with pytest.raises(EngineUnavailable, match="no memory left"):
-                await handle.score(Score("s", PolicyAddress("base"), ((1, 2),), (0,)))
-            with pytest.raises(EngineUnavailable, match="no memory left"):
                 async for _ in running:
                     pass
+            with pytest.raises(EngineUnavailable, match="no memory left"):
+                await handle.score(Score("s", PolicyAddress("base"), ((1, 2),), (0,)))
         finally:
             Engine.turn = original  # type: ignore[method-assign]
         assert handle.status.state == "dead" and "no memory left" in (handle.status.fault or "")
