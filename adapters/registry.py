@@ -2,14 +2,15 @@
 
 A version is immutable and numbered from 1 within its name; the alias of a name is the number that is live. Kept are
 the newest `keep_versions` of each name and, beyond these, whatever is live, pinned or in use by rows; the rest is freed
-at once, and the caller is told the digests, one for each freed version, to give their slots back. Not thread-safe: the
-engine owns the only one.
+at once, and the caller is told the digests, one for each freed version, to give their slots back. A deleted version is
+gone for whoever asks at once, and freed when the last row that uses it ends. Not thread-safe: the engine owns the only
+one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 GONE_DIGESTS = 4096
@@ -34,6 +35,10 @@ class UnknownVersion(RegistryError):
 
 class GoneVersion(RegistryError):
     """The version existed, but was freed."""
+
+
+class LiveVersion(RegistryError):
+    """The alias points to the version, so it cannot be deleted by itself."""
 
 
 class Mismatch(RegistryError):
@@ -77,6 +82,15 @@ class Change:
     freed: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What was deleted, as it was before."""
+
+    entries: tuple[Entry, ...]
+    freed: tuple[str, ...]
+    """The digest of each of them that no row uses; the others follow when their last row ends."""
+
+
 @dataclass(slots=True)
 class _Version:
     number: int
@@ -90,12 +104,15 @@ class _Version:
 
 @dataclass(slots=True)
 class _Line:
-    """All that is known of one name. `kept` is in order of number."""
+    """All that is known of one name. `kept` is in order of number. A name without kept versions was deleted: only its
+    numbering goes on."""
 
     name: str
     last: int = 0
     live: int | None = None
     kept: dict[int, _Version] = field(default_factory=dict)
+    leaving: dict[int, _Version] = field(default_factory=dict)
+    """Deleted, but still in use by rows."""
     gone: dict[str, None] = field(default_factory=dict)
 
     def entry(self, version: _Version) -> Entry:
@@ -117,7 +134,7 @@ class _Line:
     def find(self, number: int) -> _Version:
         version = self.kept.get(number)
         if version is None and 1 <= number <= self.last:
-            raise GoneVersion(f"{self.name}@{number} was freed: only the newest, live, pinned and used ones are kept.")
+            raise GoneVersion(f"{self.name}@{number} was freed: it was deleted, or too old to be kept without a pin.")
         if version is None:
             raise UnknownVersion(f"{self.name} has no version {number}; its newest is {self.last}.")
         return version
@@ -127,8 +144,12 @@ class _Line:
             if version.digest.startswith(prefix):
                 return version
         if any(digest.startswith(prefix) for digest in self.gone):
-            raise GoneVersion(f"{self.name}@{prefix} was freed: only the newest, live, pinned and used ones are kept.")
+            raise GoneVersion(f"{self.name}@{prefix} was freed: it was deleted, or too old to be kept without a pin.")
         raise UnknownVersion(f"{self.name} has no version with digest {prefix}.")
+
+    def used(self, number: int) -> _Version:
+        """A version that rows may hold, deleted or not."""
+        return self.leaving.get(number) or self.find(number)
 
 
 class Registry:
@@ -142,16 +163,28 @@ class Registry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._lines))
+        """Those with kept versions."""
+        return tuple(sorted(name for name, line in self._lines.items() if line.kept))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all versions, deleted ones that rows still use included."""
+        lines = self._lines.values()
+        return sum(v.facts.nbytes for line in lines for held in (line.kept, line.leaving) for v in held.values())
+
+    def last(self, name: str) -> int:
+        """The newest number that a name ever had; 0 for one that was never published."""
+        line = self._lines.get(name)
+        return line.last if line else 0
 
     def versions(self, name: str) -> tuple[Entry, ...]:
         """Kept versions, oldest first. Raises `UnknownName`."""
-        line = self._line(name)
+        line = self._kept_line(name)
         return tuple(line.entry(version) for version in line.kept.values())
 
     def live(self, name: str) -> Entry | None:
         """Where the alias points, if anywhere. Raises `UnknownName`."""
-        line = self._line(name)
+        line = self._kept_line(name)
         current = line.current()
         return None if current is None else line.entry(current)
 
@@ -165,7 +198,7 @@ class Registry:
             return line.entry(line.find(number))
         if digest is not None:
             return line.entry(line.find_digest(digest))
-        current = line.current()
+        current = self._kept_line(name).current()
         if current is None:
             raise UnknownVersion(f"No version of {name} is live: activate one, or ask for {name}@{line.last}.")
         return line.entry(current)
@@ -237,7 +270,9 @@ class Registry:
         return Change(line.entry(version), unchanged=unchanged, freed=freed)
 
     def pin(self, name: str, number: int, pinned: bool) -> Change:
-        """Keep a version whatever its age, or no longer. Raises `UnknownName`, `UnknownVersion` or `GoneVersion`."""
+        """Keep a version whatever its age, or no longer. Raises `UnknownName`, `UnknownVersion` or `GoneVersion`.
+
+        Unpinning may free the version itself: then it is in `freed`, and `entry` is how it was left."""
         line = self._line(name)
         version = line.find(number)
         unchanged = version.pinned == pinned
@@ -245,21 +280,53 @@ class Registry:
         entry = line.entry(version)
         return Change(entry, unchanged=unchanged, freed=self._retain(line))
 
+    def delete(self, name: str, number: int) -> Deletion:
+        """Let a version go, pinned or not. Raises `UnknownName`, `UnknownVersion`, `GoneVersion` or `LiveVersion`."""
+        line = self._line(name)
+        version = line.find(number)
+        if line.live == number:
+            raise LiveVersion(f"{name}@{number} is live: activate another version first, or delete {name} as a whole.")
+        return self._delete(line, [version])
+
+    def delete_name(self, name: str) -> Deletion:
+        """Let all versions of a name go, the live one too. Raises `UnknownName`."""
+        line = self._kept_line(name)
+        line.live = None
+        return self._delete(line, list(line.kept.values()))
+
+    def restore(self, name: str, last: int, entries: Sequence[Entry]) -> tuple[str, ...]:
+        """Put back a name that is not known here: its numbering, its versions and its alias, as `entries` say, oldest
+        first. Returns the digests of those that retention frees at once."""
+        if name in self._lines or any(not 1 <= entry.number <= last for entry in entries):
+            raise ValueError(f"{name} is known already, or has versions beyond its last, {last}.")
+        line = self._lines[name] = _Line(name, last)
+        for entry in entries:
+            line.kept[entry.number] = _Version(
+                entry.number, entry.digest, entry.facts, entry.created, entry.label, entry.pinned
+            )
+            line.live = entry.number if entry.live else line.live
+        return self._retain(line)
+
     def acquire(self, name: str, number: int, rows: int = 1) -> None:
-        """`rows` more rows use a kept version. Raises `UnknownName`, `UnknownVersion` or `GoneVersion`."""
+        """`rows` more rows use a version that is kept, or deleted but still held by others. Raises `UnknownName`,
+        `UnknownVersion` or `GoneVersion`."""
         if rows < 1:
             raise ValueError(f"At least one row acquires a version, not {rows}.")
-        self._line(name).find(number).in_use += rows
+        self._line(name).used(number).in_use += rows
 
     def release(self, name: str, number: int, rows: int = 1) -> tuple[str, ...]:
         """`rows` rows less use the version; returns the digests freed by that. Raises `ValueError` where fewer rows
         hold it: that is a fault of the caller, and nothing has changed."""
         line = self._lines.get(name)
-        version = line.kept.get(number) if line else None
+        version = (line.kept.get(number) or line.leaving.get(number)) if line else None
         if line is None or version is None or not 1 <= rows <= version.in_use:
             raise ValueError(f"{rows} rows release {name}@{number}, which fewer rows hold.")
         version.in_use -= rows
-        return () if version.in_use else self._retain(line)
+        if version.in_use:
+            return ()
+        if line.leaving.pop(number, None) is not None:
+            return (version.digest,)
+        return self._retain(line)
 
     def _line(self, name: str) -> _Line:
         line = self._lines.get(name)
@@ -267,15 +334,31 @@ class Registry:
             raise UnknownName(f"There is no policy {name[:80]!r}; push weights under this name first.")
         return line
 
+    def _kept_line(self, name: str) -> _Line:
+        line = self._line(name)
+        if not line.kept:
+            raise UnknownName(f"The policy {name} was deleted; push weights under this name again.")
+        return line
+
+    def _delete(self, line: _Line, versions: list[_Version]) -> Deletion:
+        entries = tuple(line.entry(version) for version in versions)
+        self._forget(line, versions)
+        line.leaving |= {version.number: version for version in versions if version.in_use}
+        return Deletion(entries, tuple(version.digest for version in versions if not version.in_use))
+
     def _retain(self, line: _Line) -> tuple[str, ...]:
         freed = list(self._surplus(line))
-        for version in freed:
+        self._forget(line, freed)
+        return tuple(version.digest for version in freed)
+
+    @staticmethod
+    def _forget(line: _Line, versions: list[_Version]) -> None:
+        for version in versions:
             del line.kept[version.number]
             line.gone.pop(version.digest, None)
             line.gone[version.digest] = None
         while len(line.gone) > GONE_DIGESTS:
             del line.gone[next(iter(line.gone))]
-        return tuple(version.digest for version in freed)
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
         """Versions that nothing keeps, oldest first."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -39,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-weights_app = typer.Typer(help="List policies and their versions, or move a name to another version.")
+weights_app = typer.Typer(help="List policies and their versions; move a name, delete, export.")
 app.add_typer(weights_app, name="weights")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -86,6 +86,9 @@ def serve(
     max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
     max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,
     keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
+    state_dir: Annotated[
+        str | None, option("Where versions outlive a restart; one server each.", metavar="DIR")
+    ] = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
@@ -181,6 +184,43 @@ def activate_weights(
         if json_output:
             return _print_json(moved)
         typer.echo(f"{name}@{version} is live")
+
+
+@weights_app.command("delete")
+def delete_weights(
+    name: Annotated[str, typer.Argument(help="The policy.")],
+    version: Annotated[int | None, typer.Argument(min=1, help="One version; it must not be live.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The name and all its versions.")] = False,
+    url: Url = None,
+    json_output: Json = False,
+) -> None:
+    """Delete one version of NAME, or with --all the whole name. Rows that still use them run on."""
+    with one_sentence(), _client(url) as client:
+        if everything == (version is not None):
+            raise ValueError("name one version to delete, or say --all for the whole name")
+        gone = client.delete_policy(name) if version is None else client.delete(name, version)
+        if json_output:
+            return _print_json(gone)
+        typer.echo(f"deleted {', '.join(f'{name}@{number}' for number in gone.versions)}")
+
+
+@weights_app.command("export")
+def export_weights(
+    name: Annotated[str, typer.Argument(help="The policy.")],
+    version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.")],
+    directory: Annotated[Path, typer.Argument(help="Where the two files go; it is made.", file_okay=False)],
+    format: Annotated[Literal["peft", "mlx"], typer.Option(help="Whose files to write.")] = "peft",
+    url: Url = None,
+    json_output: Json = False,
+) -> None:
+    """Write a version as the adapter directory that PEFT or mlx-lm loads."""
+    with one_sentence(), _client(url) as client:
+        exported = client.export(name, version, format=format)
+        exported.save(directory)
+        if json_output:
+            done = {"name": name, "version": version, "digest": exported.digest, "format": format}
+            return _print_json(done | {"directory": str(directory), "bytes": len(exported.body)})
+        typer.echo(f"{directory} holds {name}@{version}: {exported.digest}")
 
 
 # ---- doctor -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ class ServerConfig(BaseSettings):
     """Requests that may be open at once, whether they wait or run."""
     max_rows_per_request: int = Field(default=65536, ge=1)
     keep_versions: int = Field(default=8, ge=1)
+    state_dir: Path | None = None
+    """Where versions are kept over restarts; without it they end with the process."""
     max_upload: Size = 2 * GIB
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB

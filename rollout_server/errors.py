@@ -22,6 +22,7 @@ To add one: subclass `RolloutError`, give it a code, add a row to the status tab
     ├── AdapterInvalid          not a readable adapter                adapter_invalid
     │   └── AdapterMismatch     does not fit the base; lists all      adapter_mismatch
     ├── WeightsMemoryExceeded   no room for another version           weights_memory_exceeded
+    ├── StorageFailed           the state directory                   storage_failed
     ├── QueueFull               too many requests waiting             queue_full
     ├── NeverAdmitted           deadline passed in the queue          never_admitted
     ├── EngineUnavailable       starting, stopping or dead            engine_unavailable
@@ -125,6 +126,12 @@ class AdapterMismatch(AdapterInvalid):
 
 class WeightsMemoryExceeded(RolloutError):
     code = "weights_memory_exceeded"
+
+
+class StorageFailed(RolloutError):
+    """A change could not be made durable, so it was not made live."""
+
+    code = "storage_failed"
 
 
 class QueueFull(RolloutError):

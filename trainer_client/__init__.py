@@ -23,6 +23,7 @@ from trainer_client.errors import (
     ServerUnreachable,
     TrainerClientError,
 )
+from trainer_client.keeping import Deletion, ExportedAdapter
 from trainer_client.parsing import Scored
 from trainer_client.retry import Retry
 from trainer_client.rollout import Rollout, RowFault, Span
@@ -31,8 +32,10 @@ from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, Publishe
 __all__ = [
     "AsyncRolloutClient",
     "BadReply",
+    "Deletion",
     "Denominator",
     "DigestMismatch",
+    "ExportedAdapter",
     "KeptVersion",
     "NotSynced",
     "PolicyLine",

@@ -99,7 +99,7 @@ _REQUEST_FIELDS = frozenset(
 class Call(Generic[T]):
     """One request and how to read its reply."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     parse: Callable[[Reply], T]
     query: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """`RolloutClient` and `AsyncRolloutClient`: the same verbs over a blocking and an asyncio transport.
 
-A verb is written once, in `calls.py`, as a pure function that says what to send and how to read the reply; `retry.py`
-says when to send it again. Here is only the difference between the two: how bytes travel and how one waits.
+A verb is written once, in `calls.py` or `keeping.py`, as a pure function that says what to send and how to read the
+reply; `retry.py` says when to send it again. Here is only the difference between the two: how bytes travel and how one
+waits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
-from trainer_client import calls
+from trainer_client import calls, keeping
 from trainer_client.calls import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
@@ -159,6 +160,10 @@ class RolloutClient:
     weights = _blocking(calls.weights)
     policy = _blocking(calls.policy)
     activate = _blocking(calls.activate)
+    pin = _blocking(keeping.pin)
+    delete = _blocking(keeping.delete)
+    delete_policy = _blocking(keeping.delete_policy)
+    export = _blocking(keeping.export)
     rollouts = _blocking(calls.rollouts)
     stream_rollouts = _blocking_stream(calls.stream_rollouts)
     logprobs = _blocking(calls.logprobs)
@@ -252,6 +257,10 @@ class AsyncRolloutClient:
     weights = _awaited(calls.weights)
     policy = _awaited(calls.policy)
     activate = _awaited(calls.activate)
+    pin = _awaited(keeping.pin)
+    delete = _awaited(keeping.delete)
+    delete_policy = _awaited(keeping.delete_policy)
+    export = _awaited(keeping.export)
     rollouts = _awaited(calls.rollouts)
     stream_rollouts = _awaited_stream(calls.stream_rollouts)
     logprobs = _awaited(calls.logprobs)

@@ -164,6 +164,10 @@ class WeightsMemoryExceeded(ServerError):
     code = "weights_memory_exceeded"
 
 
+class StorageFailed(ServerError):
+    code = "storage_failed"
+
+
 class QueueFull(ServerError):
     code = "queue_full"
 
@@ -207,6 +211,7 @@ _CODES: Mapping[str, type[ServerError]] = MappingProxyType(
             AdapterInvalid,
             AdapterMismatch,
             WeightsMemoryExceeded,
+            StorageFailed,
             QueueFull,
             NeverAdmitted,
             EngineUnavailable,

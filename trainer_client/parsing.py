@@ -231,12 +231,13 @@ def _policy_line(entry: Mapping[str, Any]) -> PolicyLine:
     return PolicyLine(
         name=name,
         live=entry.get("live"),
-        versions=tuple(_kept_version(version, f"policy {name!r}") for version in need_objects(entry, "versions")),
+        versions=tuple(parse_kept_version(version, f"policy {name!r}") for version in need_objects(entry, "versions")),
         instance=entry.get("instance"),
     )
 
 
-def _kept_version(entry: Mapping[str, Any], where: str) -> KeptVersion:
+def parse_kept_version(entry: Mapping[str, Any], where: str) -> KeptVersion:
+    """One entry of a policy's `versions`."""
     return KeptVersion(
         version=need(entry, "version", int, where),
         digest=need(entry, "digest", str, where),

@@ -93,7 +93,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, HostTensor], dict[str, Any]
         entries = deserialize(found[0].read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{found[0]} is not a readable safetensors file: {error}.") from error
-    tensors = {name: _from_file(found[0], name, entry) for name, entry in entries}
+    tensors = {name: tensor_of_file(str(found[0]), name, entry) for name, entry in entries}
     config_path = directory / CONFIG_FILE
     if not config_path.is_file():
         return tensors, None
@@ -148,12 +148,12 @@ def _bfloat16_bits(tensor: Any) -> np.ndarray:
     return np.asarray(bits).view(np.uint16)
 
 
-def _from_file(path: Path, name: str, entry: Mapping[str, Any]) -> HostTensor:
-    """One entry of the library's `deserialize`; its bytes stay where they are."""
+def tensor_of_file(file: str, name: str, entry: Mapping[str, Any]) -> HostTensor:
+    """One entry of the library's `deserialize`; its bytes stay where they are. `file` is for the error's sentence."""
     names = {dtype: np.dtype("uint16" if dtype == "BF16" else host) for host, dtype in _DTYPES.items()}
     dtype = names.get(entry["dtype"])
     if dtype is None:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which no adapter can have.")
+        raise ValueError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which no adapter can have.")
     return HostTensor(entry["dtype"], np.frombuffer(entry["data"], dtype=dtype).reshape(entry["shape"]))
 
 

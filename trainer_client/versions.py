@@ -40,7 +40,8 @@ class PublishedVersion:
     base: Mapping[str, Any] = field(default_factory=dict)
     """`id` and `digest` of the base it was fitted to."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """`modules`: how many layers are adapted; `delta_norm`; `zero_modules`."""
+    """`modules`: how many layers are adapted; `delta_norm` (‖ΔW‖ of all); `effective_rank` (mean of modules, of
+    singular values); `largest_modules` with both for the largest; `zero_modules`; `bytes`."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -10,22 +10,30 @@ import asyncio
 import itertools
 import queue
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from rollout_server.engine.messages import (
     Abort,
     Activate,
     Command,
+    Delete,
+    Deleted,
     EngineOptions,
     EngineStatus,
     Event,
+    Export,
+    Exported,
     ModelInfo,
+    Pin,
     Ping,
-    Pong,
+    Pinned,
+    PolicyCommand,
     Publish,
     Published,
     RequestDone,
     RequestFailed,
+    Restore,
+    Restored,
     RowFinished,
     Score,
     Scored,
@@ -36,8 +44,6 @@ from rollout_server.engine.messages import (
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.rollout import RolloutRequest
-
-Reply = TypeVar("Reply", Published, Scored, Pong)
 
 
 class Subscription:
@@ -203,6 +209,26 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(activate)
 
+    async def pin(self, pin: Pin) -> Pinned:
+        """Keeps a version whatever its age, or no longer."""
+        self._require_ready()
+        return await self._ask(pin)
+
+    async def delete(self, delete: Delete) -> Deleted:
+        """Lets a version, or a whole name, go; never waits for the rows that use it."""
+        self._require_ready()
+        return await self._ask(delete)
+
+    async def export(self, export: Export) -> Exported:
+        """The bundle of a kept version."""
+        self._require_ready()
+        return await self._ask(export)
+
+    async def restore(self, restore: Restore) -> Restored:
+        """Puts back a name that an earlier run left."""
+        self._require_ready()
+        return await self._ask(restore)
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
         """Ends the named requests; returns how many of them were open."""
         found = tuple(id for id in ids if id in self._subscriptions)
@@ -259,7 +285,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: Publish | Activate | Score | Ping) -> Any:
+    async def _ask(self, command: PolicyCommand | Score | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -15,13 +15,12 @@ from collections.abc import Callable
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.messages import (
     Abort,
-    Activate,
     Command,
     EngineStatus,
     Event,
     Ping,
+    PolicyCommand,
     Pong,
-    Publish,
     Score,
     Scored,
     ScoredSequence,
@@ -61,11 +60,11 @@ class Engine:
         self._show = show
         self._budget = prefill_tokens
         self._stopping = False
-        self._changes: deque[Publish | Activate] = deque()
+        self._changes: deque[PolicyCommand] = deque()
         self._jobs: deque[ScoreJob] = deque()
         self._steps_before = 0
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
-        self._changing: Publish | Activate | None = None
+        self._changing: PolicyCommand | None = None
         self._admitting: Group | None = None
         self._scoring: ScoreJob | None = None
         self._scorer = Scorer(model.forward, model.make_caches, policies.route, model.info.vocab_size)
@@ -147,8 +146,6 @@ class Engine:
                             self._policies.check(group.policy)
                 case Score():
                     self._start_score(command)
-                case Publish() | Activate():
-                    self._changes.append(command)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
@@ -156,6 +153,8 @@ class Engine:
                     self._reports.add(Pong(command.id))
                 case Stop():
                     self._stopping = True
+                case _:
+                    self._changes.append(command)
         except RolloutError as error:
             self._reports.fail(getattr(command, "id", ""), error)
 
@@ -175,6 +174,7 @@ class Engine:
                 policies=self._policies.snapshot(),
                 steps=self._steps_before + self._batch.steps,
                 tokens=self._reports.tokens,
+                slot_bytes=self._policies.slot_bytes,
             )
         )
 
@@ -182,7 +182,7 @@ class Engine:
 
     def _change_policies(self) -> None:
         while self._changes:
-            if isinstance(self._changes[0], Publish) and self._policies.stages(self._changes[0]):
+            if self._policies.stages(self._changes[0]):
                 # Slot arrays are written in place only while no dispatched step refers to them.
                 self._reports.progress(self._batch.settle())
             self._changing = self._changes.popleft()

@@ -122,6 +122,58 @@ class Activate:
     name: str
     number: int
     if_match: str | None = None
+    check_only: bool = False
+    """Say whether it would be done, and leave the alias where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keep a version whatever its age, or no longer."""
+
+    id: str
+    name: str
+    number: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Let a version go, or with `number` None all of a name. Rows that use one run on; it is freed with the last."""
+
+    id: str
+    name: str
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Ask for the bundle of a kept version."""
+
+    id: str
+    name: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredVersion:
+    number: int
+    bundle: AdapterBundle
+    label: str | None
+    created: float
+    """Unix time, seconds, of the first publish."""
+    live: bool
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Put back a name as an earlier run left it; `versions` are oldest first."""
+
+    id: str
+    name: str
+    last: int
+    """The newest number the name ever had."""
+    versions: tuple[RestoredVersion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +196,9 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-Command = Submit | Score | Publish | Activate | Abort | Ping | Stop
+PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
+"""What the versions answer to, with one reply each."""
+Command = Submit | Score | PolicyCommand | Abort | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -213,6 +267,40 @@ class Published:
     unchanged: bool
     stage_ms: float
     activate_ms: float
+    persist_ms: float | None = None
+    """Time on the state directory; the engine knows none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    id: str
+    status: VersionStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Addresses of these versions are refused from now on."""
+
+    id: str
+    name: str
+    last: int
+    """The newest number the name ever had."""
+    numbers: tuple[int, ...]
+    rows_in_use: int
+    """Rows that still run on them; the memory is given back with the last of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    id: str
+    version: PolicyVersion
+    bundle: AdapterBundle
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    id: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +308,8 @@ class Pong:
     id: str
 
 
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Published | Pong
+PolicyReply = Published | Pinned | Deleted | Exported | Restored
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -247,6 +336,8 @@ class PolicyStatus:
     live: PolicyVersion | None
     versions: tuple[VersionStatus, ...]
     """Kept versions, oldest first."""
+    last: int
+    """The newest number the name ever had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,3 +354,5 @@ class EngineStatus:
     steps: int = 0
     tokens: int = 0
     """Sampled since the start."""
+    slot_bytes: int = 0
+    """Device memory of all adapter slots, free ones included."""

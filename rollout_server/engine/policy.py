@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from adapters.bundle import AdapterBundle
+from adapters.prepare import PreparedBundle
 from adapters.registry import (
     Change,
     Entry,
     Facts,
     GoneVersion,
+    LiveVersion,
     Mismatch,
     Registry,
     RegistryError,
@@ -19,15 +23,27 @@ from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import AdapterDoesNotFit
 from rollout_server.engine.messages import (
     Activate,
+    Delete,
+    Deleted,
     EngineOptions,
+    Export,
+    Exported,
+    Pin,
+    Pinned,
+    PolicyCommand,
+    PolicyReply,
     PolicyStatus,
     Publish,
     Published,
+    Restore,
+    Restored,
+    RestoredVersion,
     VersionStatus,
 )
 from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import (
     AdapterMismatch,
+    Conflict,
     PreconditionFailed,
     StalePolicy,
     UnknownPolicy,
@@ -37,6 +53,14 @@ from rollout_server.errors import (
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 MODE = "adapter"
+
+
+@dataclass(slots=True)
+class _Held:
+    """A bundle on the host, for exports; `versions` of equal content share it."""
+
+    bundle: AdapterBundle
+    versions: int
 
 
 class PolicyTable:
@@ -49,7 +73,10 @@ class PolicyTable:
         self._slots = slots
         self._registry = Registry(keep_versions)
         self._weights_memory = weights_memory
+        self._bundles: dict[str, _Held] = {}
         self._shown: tuple[PolicyStatus, ...] | None = None
+        self.slot_bytes = 0
+        """Device memory of all slots; counted when one is written, since it is asked for at every step."""
 
     @classmethod
     def start(cls, model: ResidentModel, options: EngineOptions) -> PolicyTable:
@@ -106,15 +133,29 @@ class PolicyTable:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def stages(self, publish: Publish) -> bool:
-        """Whether a publish will write into the slot arrays."""
-        return self._registry.same(publish.name, publish.bundle.digest, MODE) is None
+    def stages(self, command: PolicyCommand) -> bool:
+        """Whether a command will write into the slot arrays."""
+        if isinstance(command, Publish):
+            return self._registry.same(command.name, command.bundle.digest, MODE) is None
+        return isinstance(command, Restore)
 
-    def apply(self, command: Publish | Activate) -> Published:
-        """Stages what is new, then moves the alias; nothing has changed if it raises."""
+    def apply(self, command: PolicyCommand) -> PolicyReply:
+        """Does what a command says, or raises and has changed nothing."""
         self._shown = None
         with _as_ours():
-            return self._publish(command) if isinstance(command, Publish) else self._activate(command)
+            match command:
+                case Publish():
+                    return self._publish(command)
+                case Activate():
+                    return self._activate(command)
+                case Pin():
+                    return self._pin(command)
+                case Delete():
+                    return self._delete(command)
+                case Export():
+                    return self._export(command)
+                case Restore():
+                    return self._restore(command)
 
     def _publish(self, command: Publish) -> Published:
         bundle = command.bundle
@@ -122,14 +163,13 @@ class PolicyTable:
         fresh = self.stages(command)
         if fresh:
             self._registry.require(command.name, command.if_match)
-            self._require_memory(command)
-            self._slots.stage(command.prepared or bundle)
+            self._require_memory(bundle)
+            self._stage(bundle, command.prepared)
         staged = time.perf_counter()
-        spec = bundle.spec
         change = self._registry.publish(
             command.name,
             bundle.digest,
-            Facts(spec.kind, MODE, bundle.rank, len(spec.modules), bundle.nbytes),
+            _facts(bundle),
             created=time.time(),
             activate=command.activate,
             label=command.label,
@@ -140,9 +180,48 @@ class PolicyTable:
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
+        if command.check_only:
+            entry = self._registry.resolve(command.name, command.number)
+            self._registry.require(command.name, command.if_match)
+            return self._published(command.id, Change(entry), 0.0, 0.0)
         change = self._registry.activate(command.name, command.number, command.if_match)
         self._free(change.freed)
         return self._published(command.id, change, 0.0, time.perf_counter() - began)
+
+    def _pin(self, command: Pin) -> Pinned:
+        change = self._registry.pin(command.name, command.number, command.pinned)
+        self._free(change.freed)
+        return Pinned(command.id, _status(change.entry))
+
+    def _delete(self, command: Delete) -> Deleted:
+        name, number = command.name, command.number
+        deletion = self._registry.delete_name(name) if number is None else self._registry.delete(name, number)
+        self._free(deletion.freed)
+        return Deleted(
+            command.id,
+            name,
+            self._registry.last(name),
+            tuple(entry.number for entry in deletion.entries),
+            sum(entry.in_use for entry in deletion.entries),
+        )
+
+    def _export(self, command: Export) -> Exported:
+        entry = self._registry.resolve(command.name, command.number)
+        return Exported(command.id, _version(entry), self._bundles[entry.digest].bundle)
+
+    def _restore(self, command: Restore) -> Restored:
+        staged: list[str] = []
+        try:
+            for version in command.versions:
+                self._require_memory(version.bundle, beside=staged)
+                self._stage(version.bundle)
+                staged.append(version.bundle.digest)
+        except (AdapterDoesNotFit, WeightsMemoryExceeded):
+            self._free(staged)
+            raise
+        entries = [_entry(command.name, version) for version in command.versions]
+        self._free(self._registry.restore(command.name, command.last, entries))
+        return Restored(command.id, command.name)
 
     @staticmethod
     def _published(id: str, change: Change, stage_s: float, activate_s: float) -> Published:
@@ -150,19 +229,29 @@ class PolicyTable:
             id, _version(change.entry), change.entry.live, change.unchanged, 1e3 * stage_s, 1e3 * activate_s
         )
 
-    def _require_memory(self, command: Publish) -> None:
+    def _require_memory(self, bundle: AdapterBundle, beside: Sequence[str] = ()) -> None:
+        """`beside` are digests that are staged, but of no version yet."""
         if self._weights_memory is None:
             return
-        held = sum(entry.facts.nbytes for name in self._registry.names for entry in self._registry.versions(name))
-        if held + command.bundle.nbytes > self._weights_memory:
+        held = self._registry.nbytes + sum(self._bundles[digest].bundle.nbytes for digest in beside)
+        if held + bundle.nbytes > self._weights_memory:
             raise WeightsMemoryExceeded(
-                f"The adapter has {command.bundle.nbytes} bytes and {held} are held by kept versions; --weights-memory "
+                f"The adapter has {bundle.nbytes} bytes and {held} are held by kept versions; --weights-memory "
                 f"is {self._weights_memory}. Nothing changed; keep fewer versions (--keep-versions) or allow more."
             )
+
+    def _stage(self, bundle: AdapterBundle, prepared: PreparedBundle | None = None) -> None:
+        self._slots.stage(prepared or bundle)
+        self.slot_bytes = self._slots.nbytes
+        self._bundles.setdefault(bundle.digest, _Held(bundle, 0)).versions += 1
 
     def _free(self, digests: Sequence[str]) -> None:
         for digest in digests:
             self._slots.release(digest)
+            held = self._bundles[digest]
+            held.versions -= 1
+            if not held.versions:
+                del self._bundles[digest]
 
     def _resolve(self, address: PolicyAddress) -> Entry | None:
         """None for the base."""
@@ -185,7 +274,25 @@ class PolicyTable:
     def _line(self, name: str) -> PolicyStatus:
         live = self._registry.live(name)
         versions = tuple(_status(entry) for entry in self._registry.versions(name))
-        return PolicyStatus(name, _version(live) if live else None, versions)
+        return PolicyStatus(name, _version(live) if live else None, versions, self._registry.last(name))
+
+
+def _facts(bundle: AdapterBundle) -> Facts:
+    return Facts(bundle.spec.kind, MODE, bundle.rank, len(bundle.spec.modules), bundle.nbytes)
+
+
+def _entry(name: str, version: RestoredVersion) -> Entry:
+    return Entry(
+        name=name,
+        number=version.number,
+        digest=version.bundle.digest,
+        label=version.label,
+        facts=_facts(version.bundle),
+        created=version.created,
+        live=version.live,
+        pinned=version.pinned,
+        in_use=0,
+    )
 
 
 def _version(entry: Entry) -> PolicyVersion:
@@ -215,6 +322,8 @@ def _as_ours() -> Iterator[None]:
         yield
     except GoneVersion as error:
         raise VersionGone(error.message, param="policy") from error
+    except LiveVersion as error:
+        raise Conflict(error.message, param="version") from error
     except Mismatch as error:
         raise PreconditionFailed(error.message, param="If-Match") from error
     except RegistryError as error:

@@ -23,11 +23,14 @@ from rollout_server.http.body import WholeRequest
 from rollout_server.http.completions import CompletionsController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
+from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import to_response
+from rollout_server.http.publishing import Publisher
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
-from rollout_server.http.startup import Startup, engine_options
-from rollout_server.http.system import HealthController, ModelsController
+from rollout_server.http.startup import Startup, engine_options, open_state
+from rollout_server.http.system import HealthController, MetricsController, ModelsController
+from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
 
 
@@ -36,7 +39,7 @@ class Application(Litestar):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await courteous(super().__call__, scope, receive, send)
+            await courteous(super().__call__, scope, receive, send, self.state[STATE_KEY].metrics.request)
         else:
             await super().__call__(scope, receive, send)
 
@@ -45,11 +48,15 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
     handle = engine or EngineHandle(engine_options(config))
+    store = open_state(config)
+    publisher = Publisher(handle, store)
     service = Service(
         config=config,
         engine=handle,
-        instance=secrets.token_hex(8),
-        startup=Startup(config, handle),
+        publisher=publisher,
+        metrics=Metrics(handle),
+        instance=store.instance if store else secrets.token_hex(8),
+        startup=Startup(config, handle, publisher),
         created=int(time.time()),
     )
 
@@ -63,8 +70,10 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             LogprobsController,
             WeightsController,
             AliasController,
+            VersionController,
             ModelsController,
             HealthController,
+            MetricsController,
         ],
         state=State({STATE_KEY: service}, deep_copy=False),
         lifespan=[lifespan],
@@ -97,3 +106,4 @@ async def running(service: Service) -> AsyncIterator[None]:
     finally:
         await service.engine.close()
         startup.cancel()
+        await service.publisher.close()

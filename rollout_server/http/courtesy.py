@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import cast
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
@@ -20,7 +21,11 @@ DRAIN_S = 5.0
 PATH_SHOWN = 200
 
 
-async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send) -> None:
+Observe = Callable[[str, str | None, int, float], None]
+"""Told of every exchange: method, template of the path, status, seconds."""
+
+
+async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send, observe: Observe) -> None:
     """Runs `app`. An error reply to a body that was not read to its end (401, 413) would be lost: closing a socket with
     unread data resets the connection. So what is left of the body is read and dropped first, within bounds."""
     began = time.perf_counter()
@@ -31,11 +36,13 @@ async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send
     try:
         await app(inner, cast("Receive", exchange.receive), exchange.send)
     finally:
+        seconds = time.perf_counter() - began
+        observe(scope["method"], scope.get("path_template"), exchange.status, seconds)
         fields = {
             "method": method,
             "path": shortened(scope["path"], PATH_SHOWN),
             "status": exchange.status,
-            "ms": round(1e3 * (time.perf_counter() - began), 1),
+            "ms": round(1e3 * seconds, 1),
         }
         log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
 

@@ -91,6 +91,7 @@ TABLE: Mapping[type[RolloutError], Row] = MappingProxyType(
         errors.AdapterInvalid: Row(422, REQUEST),
         errors.AdapterMismatch: Row(422, REQUEST),
         errors.WeightsMemoryExceeded: Row(507, SERVER),
+        errors.StorageFailed: Row(507, SERVER),
         errors.QueueFull: Row(429, "rate_limit_error"),
         errors.NeverAdmitted: Row(408, "timeout_error"),
         errors.EngineUnavailable: Row(503, SERVER),

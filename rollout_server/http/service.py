@@ -12,8 +12,10 @@ from litestar.connection import ASGIConnection
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import ModelInfo, PolicyStatus
-from rollout_server.errors import InvalidField, UnknownPolicy
+from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
+from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
+from rollout_server.http.publishing import Publisher
 from rollout_server.http.startup import Startup
 from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import quoted
@@ -31,15 +33,24 @@ class Service:
 
     config: ServerConfig
     engine: EngineHandle
+    publisher: Publisher = field(repr=False)
+    metrics: Metrics = field(repr=False)
     instance: str
-    """New at each start; version numbers are comparable only within one."""
+    """Version numbers are comparable only within one: new at each start, unless a state directory has one."""
     startup: Startup = field(repr=False)
     created: int
     """Unix time of the start."""
 
     @property
     def info(self) -> ModelInfo:
-        return self.engine.info
+        info = self.engine.info
+        self.require_restored()
+        return info
+
+    def require_restored(self) -> None:
+        """Before the kept versions are there, nothing can be said of any name."""
+        if not self.publisher.restored:
+            raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 
     @property
     def tokenizer(self) -> Any:
@@ -59,6 +70,7 @@ class Service:
 
     def policies(self) -> tuple[PolicyStatus, ...]:
         """Named policies; the base is none of them."""
+        self.require_restored()
         return tuple(policy for policy in self.engine.status.policies if policy.name != BASE)
 
     def policy(self, name: str) -> PolicyStatus:

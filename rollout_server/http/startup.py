@@ -13,11 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.spec import AdapterError
+from adapters.store import StateStore, StoreError
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import EngineOptions, Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.problems import from_adapters
+from rollout_server.http.publishing import Publisher
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 
@@ -68,6 +70,16 @@ def resolve_model(config: ServerConfig) -> tuple[Path, str]:
     return Path(found), config.model
 
 
+def open_state(config: ServerConfig) -> StateStore | None:
+    """The store of `--state-dir`. Raises `InvalidField` where it cannot be used."""
+    if config.state_dir is None:
+        return None
+    try:
+        return StateStore(config.state_dir.expanduser())
+    except StoreError as error:
+        raise InvalidField(error.message, param="state_dir") from error
+
+
 def read_adapter_directory(directory: Path, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
     """The adapter that PEFT or mlx-lm saved there. Raises `AdapterInvalid` and its kin."""
     weights = next((path for name in WEIGHT_NAMES if (path := directory / name).is_file()), None)
@@ -84,11 +96,13 @@ def read_adapter_directory(directory: Path, layers: dict[str, tuple[int, int]]) 
 
 
 class Startup:
-    """Waits for the engine, then publishes the configured adapters. `/ready` follows it."""
+    """Waits for the engine, then restores what the state directory holds and publishes the configured adapters.
+    `/ready` follows it."""
 
-    def __init__(self, config: ServerConfig, engine: EngineHandle) -> None:
+    def __init__(self, config: ServerConfig, engine: EngineHandle, publisher: Publisher) -> None:
         self._config = config
         self._engine = engine
+        self._publisher = publisher
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> asyncio.Task[None]:
@@ -102,7 +116,12 @@ class Startup:
         self._check_context()
         # transformers sets truncation and padding at the first call; later ones may then share it between threads.
         self._engine.tokenizer.encode("")
+        restored = await self._publisher.restore()
         for name, directory in self._config.adapters:
+            if name in restored:
+                # It serves what was live, and not again what it began with.
+                log.info("%s was restored, so %s is not published again", name, directory)
+                continue
             await self._publish(name, directory)
 
     def _check_context(self) -> None:
@@ -118,7 +137,7 @@ class Startup:
         info = self._engine.info
         check_name(name, info.id)
         bundle = await asyncio.to_thread(read_adapter_directory, directory, info.layers)
-        published = await self._engine.publish(Publish(self._engine.new_id("publish"), name, bundle))
+        published = await self._publisher.publish(Publish(self._engine.new_id("publish"), name, bundle))
         log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
 
     async def finished(self) -> None:
@@ -135,7 +154,7 @@ class Startup:
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
         if self._task is None or not self._task.done():
-            raise EngineUnavailable("The configured adapters are still being loaded.")
+            raise EngineUnavailable("Kept versions and configured adapters are still being loaded.")
 
 
 def _log_fault(task: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/health`, `/ready`."""
+"""`/v1/models`, `/health`, `/ready`, `/metrics`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.body import no_query
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.metrics import CONTENT_TYPE
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import BASE
 from rollout_server.schemas.system import HealthReply, ModelsReply, ReadyReply
@@ -77,6 +78,22 @@ class HealthController(Controller):
         service = service_of(request)
         service.startup.check()
         return json_response({"status": "ready", "instance": service.instance})
+
+
+class MetricsController(Controller):
+    """For whoever watches over the server."""
+
+    path = "/metrics"
+    guards = (may_infer,)
+    tags = ("system",)
+
+    @get(
+        summary="Counts, times and sizes in Prometheus' text format",
+        media_type=CONTENT_TYPE,
+        responses={200: ResponseSpec(bytes, description="Metrics.", generate_examples=False), **failures()},
+    )
+    async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 def cards(service: Service) -> list[dict[str, Any]]:

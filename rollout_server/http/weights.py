@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import asdict
 from typing import Any
 
-from litestar import Controller, Request, Response, get, post
+from litestar import Controller, Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import PreparedBundle, prepare
-from rollout_server.engine.messages import Activate, ModelInfo, PolicyStatus, Publish, Published, VersionStatus
+from adapters.report import BundleReport
+from adapters.report import report as report_on
+from rollout_server.engine.messages import Activate, ModelInfo, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson, no_query, read_json
 from rollout_server.http.documented import UploadOperation, failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.policy_replies import policy_entry
 from rollout_server.http.problems import renamed
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.startup import check_name
 from rollout_server.http.uploads import Upload, read_upload
+from rollout_server.http.versions import deletion
 from rollout_server.quoting import quoted
 from rollout_server.schemas.weights import (
     ActivateReply,
     ActivateRequest,
+    DeleteReply,
     OnePolicyReply,
     PoliciesReply,
     PushReply,
@@ -63,10 +69,10 @@ class WeightsController(Controller):
         received = time.perf_counter()
         options = upload.options
         check_name(options.name, info.id)
-        prepared = await asyncio.to_thread(read, upload, info)
+        prepared, report = await asyncio.to_thread(read, upload, info)
         bundle = prepared.bundle
         validated = time.perf_counter()
-        published = await service.engine.publish(
+        published = await service.publisher.publish(
             Publish(
                 id=service.engine.new_id("publish"),
                 name=options.name,
@@ -77,13 +83,15 @@ class WeightsController(Controller):
                 prepared=prepared,
             )
         )
-        reply = push_reply(published, bundle, service)
+        reply = push_reply(published, bundle, report, service)
         reply["timings_ms"] = {
             "receive": milliseconds(received - began),
             "validate": milliseconds(validated - received),
             "stage": round(published.stage_ms, 3),
             "activate": round(published.activate_ms, 3),
+            **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
         }
+        service.metrics.push(reply["timings_ms"], bundle.nbytes)
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(
@@ -106,6 +114,17 @@ class WeightsController(Controller):
         service = service_of(request)
         return json_response(one_policy(service, name))
 
+    @delete(
+        "/{name:str}",
+        guards=[may_administer],
+        status_code=200,
+        summary="Delete a name and all its versions",
+        description="Its versions are gone from then on; pushed again, the name goes on numbering where it was.",
+        responses={200: ResponseSpec(DeleteReply, description="What was deleted."), **failures()},
+    )
+    async def delete(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
+        return json_response(await deletion(request, name, None))
+
 
 class AliasController(Controller):
     """Promote or roll back."""
@@ -126,11 +145,11 @@ class AliasController(Controller):
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
         service = service_of(request)
-        service.policy(name)
         command = Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
-        # That the name is known was seen above: what the engine does not find is the version.
-        with renamed({"policy": "version"}):
-            published = await service.engine.activate(command)
+        # What the engine does not find is the version, if the name has any.
+        known = any(policy.name == name for policy in service.policies())
+        with renamed({"policy": "version" if known else "name"}):
+            published = await service.publisher.activate(command)
         return json_response(activate_reply(published, service))
 
 
@@ -148,13 +167,13 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     return found[1] or found[2]
 
 
-def read(upload: Upload, info: ModelInfo) -> PreparedBundle:
-    """Parses, converts, checks against the base, hashes and casts; runs on a thread of its own."""
+def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]:
+    """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own."""
     bundle = read_bundle(upload.weights, upload.config, format=upload.options.format, layers=info.layers)
-    return prepare(bundle, info.dtype)
+    return prepare(bundle, info.dtype), report_on(bundle)
 
 
-def push_reply(published: Published, bundle: AdapterBundle, service: Service) -> dict[str, Any]:
+def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:
     version = published.version
     return {
         "name": version.name,
@@ -170,9 +189,12 @@ def push_reply(published: Published, bundle: AdapterBundle, service: Service) ->
         "bytes": bundle.nbytes,
         "instance": service.instance,
         "report": {
-            "modules": len(bundle.spec.modules),
-            "delta_norm": bundle.delta_norm,
-            "zero_modules": bundle.zero_modules,
+            "modules": report.modules,
+            "delta_norm": report.delta_norm,
+            "effective_rank": report.effective_rank,
+            "largest_modules": [asdict(module) for module in report.largest_modules],
+            "zero_modules": report.zero_modules,
+            "bytes": report.nbytes,
         },
     }
 
@@ -194,29 +216,6 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
     return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
-
-
-def policy_entry(policy: PolicyStatus) -> dict[str, Any]:
-    return {
-        "name": policy.name,
-        "live": policy.live.number if policy.live else None,
-        "versions": [version_status(version) for version in policy.versions],
-    }
-
-
-def version_status(status: VersionStatus) -> dict[str, Any]:
-    return {
-        "version": status.version.number,
-        "digest": status.version.digest,
-        "label": status.version.label,
-        "kind": status.kind,
-        "mode": status.mode,
-        "live": status.live,
-        "pinned": status.pinned,
-        "rows_in_use": status.rows_in_use,
-        "bytes": status.nbytes,
-        "created": status.created,
-    }
 
 
 def milliseconds(seconds: float) -> float:

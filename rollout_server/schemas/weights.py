@@ -50,25 +50,41 @@ class ActivateRequest(Request):
     version: Count
 
 
+class PinRequest(Request):
+    pinned: bool
+
+
 # ---- replies ------------------------------------------------------------------------------------------------------
 
 
+class ModuleReport(BaseModel):
+    module: str
+    delta_norm: float
+    effective_rank: float | None
+
+
 class PushReport(BaseModel):
-    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero)."""
+    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero).
+    `effective_rank` is exp of the entropy of ΔW's singular values, the mean over modules that are not zero."""
 
     modules: int
     delta_norm: float
+    effective_rank: float | None
+    largest_modules: list[ModuleReport]
     zero_modules: list[str]
+    bytes: int
 
 
 @dataclass
 class PushTimings:
-    """Milliseconds. No pydantic model, in which `validate` would be a method."""
+    """Milliseconds. No pydantic model, in which `validate` would be a method. `persist`: writing to the state
+    directory, where there is one."""
 
     receive: float
     validate: float
     stage: float
     activate: float
+    persist: float | None = None
 
 
 class PushReply(BaseModel):
@@ -107,6 +123,22 @@ class KeptVersion(BaseModel):
     rows_in_use: int
     bytes: int
     created: float = Field(description="Unix time, seconds.")
+
+
+class PinReply(KeptVersion):
+    name: str
+    base: BaseState
+    instance: str
+
+
+class DeleteReply(BaseModel):
+    """Version numbers that are gone from now on. `rows_in_use` still run on them and keep their memory."""
+
+    name: str
+    deleted: list[int]
+    rows_in_use: int
+    base: BaseState
+    instance: str
 
 
 class PolicyReply(BaseModel):

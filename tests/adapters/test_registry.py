@@ -10,6 +10,7 @@ from adapters.registry import (
     Change,
     Facts,
     GoneVersion,
+    LiveVersion,
     Mismatch,
     Registry,
     RegistryError,
@@ -177,9 +178,85 @@ def test_memory_of_freed_digests_is_bounded() -> None:
         registry.resolve("p", 1)
 
 
+def test_a_deleted_version_is_gone_at_once_and_freed_with_its_last_row() -> None:
+    registry = Registry(4)
+    for content in ("a", "b", "c"):
+        push(registry, content)
+    registry.pin("p", 1, True)
+    assert registry.delete("p", 1).freed == (sha("a"),), "a pin is against age, not against deletion"
+    registry.acquire("p", 2, rows=2)
+    gone = registry.delete("p", 2)
+    assert gone.freed == () and gone.entries[0].in_use == 2
+    for address in ({"number": 2}, {"digest": sha("b")}):
+        with pytest.raises(GoneVersion):
+            registry.resolve("p", **address)  # type: ignore[arg-type]
+    assert registry.nbytes == 2 * FACTS.nbytes, "what rows use still has its memory"
+    assert not push(registry, "b", activate=False).unchanged, "the same content again is a version of its own"
+    registry.acquire("p", 2)
+    assert registry.release("p", 2, rows=2) == ()
+    assert registry.release("p", 2) == (sha("b"),)
+    with pytest.raises(GoneVersion):
+        registry.acquire("p", 2)
+    with pytest.raises(LiveVersion, match="p@3 is live"):
+        registry.delete("p", 3)
+    with pytest.raises(GoneVersion):
+        registry.delete("p", 2)
+    assert numbers(registry) == [3, 4]
+
+
+def test_a_deleted_name_is_unknown_and_its_numbers_go_on() -> None:
+    registry = Registry(4)
+    for content in ("a", "b"):
+        push(registry, content)
+    registry.acquire("p", 2)
+    assert registry.delete_name("p").freed == (sha("a"),)
+    assert registry.names == () and registry.last("p") == 2
+    for verb in (registry.resolve, registry.versions, registry.live, registry.delete_name):
+        with pytest.raises(UnknownName, match="deleted"):
+            verb("p")
+    with pytest.raises(GoneVersion):
+        registry.resolve("p", 2)
+    assert push(registry, "b").entry.number == 3
+    assert registry.release("p", 2) == (sha("b"),)
+    assert numbers(registry) == [3]
+
+
+def test_a_restored_name_goes_on_where_it_was() -> None:
+    first = Registry(3)
+    for content in ("a", "b", "c"):
+        push(first, content, label=content)
+    first.pin("p", 1, True)
+    first.activate("p", 2)
+    second = Registry(1)
+    assert second.restore("p", 7, first.versions("p")) == ()
+    assert second.versions("p") == first.versions("p")
+    assert second.resolve("p").number == 2
+    with pytest.raises(GoneVersion):
+        second.resolve("p", 7)
+    assert second.activate("p", 3).freed == (sha("b"),)
+    assert push(second, "d").entry.number == 8
+    with pytest.raises(ValueError, match="known already"):
+        second.restore("p", 7, ())
+    assert Registry(1).restore("p", 3, first.versions("p")) == (), "pinned, live and newest"
+    second.restore("q", 5, ())
+    assert "q" not in second.names and push(second, "a", "q").entry.number == 6
+
+
 def test_keeping_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Registry(0)
+
+
+def let_go(registry: Registry, verb: str, name: str, number: int) -> tuple[str, ...]:
+    """Pins, unpins, deletes one or all; returns what was freed."""
+    if verb == "forget":
+        return registry.delete_name(name).freed
+    if verb != "delete":
+        return registry.pin(name, number, verb == "pin").freed
+    freed = registry.delete(name, number).freed
+    with pytest.raises(RegistryError):
+        registry.resolve(name, number)
+    return freed
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -200,7 +277,11 @@ def test_random_sequences(seed: int) -> None:
     for _ in range(800):
         name = str(random.choice(["p", "q"]))
         number = int(random.integers(0, last.get(name, 0) + 2))
-        verb = random.choice(["push", "push", "activate", "acquire", "release", "pin", "unpin"])
+        verb = random.choice(
+            ["push"] * 4
+            + ["activate", "acquire", "release", "pin", "unpin", "delete", "delete"]
+            + ["forget"] * (random.random() < 0.1)
+        )
         try:
             if verb == "push":
                 change = push(registry, int(random.integers(6)), name, activate=bool(random.random() < 0.7))
@@ -215,14 +296,16 @@ def test_random_sequences(seed: int) -> None:
             elif verb == "acquire":
                 registry.acquire(name, number)
                 rows[name, number] = rows.get((name, number), 0) + 1
-            elif verb == "release" and rows:
+            elif verb == "release":
+                if not rows:
+                    continue
                 held = sorted(rows)[int(random.integers(len(rows)))]
                 settle(registry.release(*held))
                 rows[held] -= 1
                 if not rows[held]:
                     del rows[held]
-            elif verb in ("pin", "unpin"):
-                settle(registry.pin(name, number, bool(verb == "pin")).freed)
+            else:
+                settle(let_go(registry, str(verb), name, number))
         except RegistryError as error:
             assert error.message
         check(registry, keep, staged, rows, last)
@@ -233,14 +316,17 @@ def check(
 ) -> None:
     entries = [entry for name in registry.names for entry in registry.versions(name)]
     counts: dict[str, int] = {}
+    in_use = dict(rows)
     for entry in entries:
         counts[entry.digest] = counts.get(entry.digest, 0) + 1
+        in_use.pop((entry.name, entry.number), None)
         assert entry.in_use == rows.get((entry.name, entry.number), 0)
-        assert entry.number > last[entry.name] - keep or entry.live or entry.pinned or entry.in_use, (
+        assert entry.number in numbers(registry, entry.name)[-keep:] or entry.live or entry.pinned or entry.in_use, (
             f"{entry} is kept for nothing"
         )
-    assert counts == {digest: count for digest, count in staged.items() if count}
-    for name, number in rows:
-        registry.resolve(name, number)  # Nothing in use was freed.
+    # What is in use and not listed was deleted, and still has its slot.
+    assert sum(counts.values()) + len(in_use) == sum(staged.values()), "a slot leaked, or was freed under a row"
+    assert registry.nbytes == FACTS.nbytes * sum(staged.values())
+    assert all(staged[digest] >= count for digest, count in counts.items())
     for name in registry.names:
-        assert numbers(registry, name)[-1] == last[name]
+        assert numbers(registry, name)[-1] <= last[name] == registry.last(name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from rollout_server.engine.messages import (
     EngineOptions,
     EngineStatus,
     Event,
+    PolicyCommand,
+    PolicyReply,
     Publish,
     Published,
     RequestDone,
@@ -164,13 +166,13 @@ class Driver:
         self.send(Publish(id, name, bundle, **options))
         return id
 
-    def published(self, id: str) -> Published:
+    def published(self, id: str) -> Any:
         self.until(
-            lambda: self.error(id) is not None or any(isinstance(e, Published) and e.id == id for e in self.events)
+            lambda: self.error(id) is not None or any(isinstance(e, PolicyReply) and e.id == id for e in self.events)
         )
         if self.error(id):
             raise self.error(id)
-        return next(e for e in self.events if isinstance(e, Published) and e.id == id)
+        return next(e for e in self.events if isinstance(e, PolicyReply) and e.id == id)
 
     def push(self, name: str, bundle: AdapterBundle, **options: Any) -> Published:
         return self.published(self.publish(name, bundle, **options))
@@ -179,6 +181,13 @@ class Driver:
         self.count += 1
         id = f"a{self.count}"
         self.send(Activate(id, name, number))
+        return self.published(id)
+
+    def change(self, command: PolicyCommand) -> Any:
+        """Sends a command of the versions with an id of its own; returns the reply or raises."""
+        self.count += 1
+        id = f"c{self.count}"
+        self.send(replace(command, id=id))
         return self.published(id)
 
     def abort(self, id: str, reason: str = "abort") -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollout_server.errors import PreconditionFailed, StalePolicy, UnknownPolicy, VersionGone
+from rollout_server.engine.messages import Delete, Export, Pin, Restore, RestoredVersion
+from rollout_server.errors import (
+    Conflict,
+    PreconditionFailed,
+    StalePolicy,
+    UnknownPolicy,
+    VersionGone,
+    WeightsMemoryExceeded,
+)
 from rollout_server.rollout import Rollout
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
@@ -193,3 +201,89 @@ def test_no_reference_is_left_behind(driver: Driver, qwen: Path) -> None:
 
 def _raise(*_: object) -> None:
     raise ValueError("the device is on fire")
+
+
+def test_a_deleted_version_serves_its_rows_to_the_end_and_nobody_else(driver: Driver) -> None:
+    driver.push("p", driver.bundle(1))
+    expected = run(driver, "p")
+    held = driver.submit(PROMPTS, policy="p", n=2, seeds=[[1, 2], [3, 4]], max_tokens=40, ignore_eos=True)
+    driver.turn(4)
+    driver.push("p", driver.bundle(2))
+    with pytest.raises(Conflict, match="p@2 is live"):
+        driver.change(Delete("", "p", 2))
+    gone = driver.change(Delete("", "p", 1))
+    assert (gone.numbers, gone.rows_in_use, gone.last) == ((1,), 4, 2)
+    assert not driver.over(held), "it did not wait"
+    assert [v.version.number for v in driver.status.policies[0].versions] == [2]
+    with pytest.raises(VersionGone):
+        driver.score([PROMPTS[0]], policy="p@1")
+    assert driver.engine._policies._slots.slots_in_use == 2
+    driver.finish(held)
+    driver.turn(2)
+    assert driver.engine._policies._slots.slots_in_use == 1
+    assert driver.engine._policies._registry.nbytes == driver.bundle(2).nbytes
+    for row in driver.rollouts(held):
+        assert stamps(row) == [("p", 1, 0, 40)]
+    again = driver.push("q", driver.bundle(1))
+    assert again.version.number == 1 and run(driver, "q")[0].token_ids == expected[0].token_ids
+
+
+def test_a_deleted_name_goes_on_with_its_numbers(driver: Driver) -> None:
+    driver.push("p", driver.bundle(1))
+    driver.push("p", driver.bundle(2))
+    assert driver.change(Delete("", "p")).numbers == (1, 2)
+    assert driver.status.policies == () and driver.engine._policies._slots.slots_in_use == 0
+    for policy, error in (("p", UnknownPolicy), ("p@2", VersionGone)):
+        with pytest.raises(error):
+            driver.score([PROMPTS[0]], policy=policy)
+    assert driver.push("p", driver.bundle(2)).version.number == 3
+
+
+def test_a_pinned_version_outlives_its_age(driver: Driver, qwen: Path) -> None:
+    small = Driver.start(qwen, driver.model, keep_versions=1)
+    small.push("p", small.bundle(1))
+    assert small.change(Pin("", "p", 1, True)).status.pinned
+    first = run(small, "p@1")
+    for seed in (2, 3, 4):
+        small.push("p", small.bundle(seed))
+    assert [v.version.number for v in small.status.policies[0].versions] == [1, 4]
+    assert run(small, "p@1")[0].logprobs == first[0].logprobs
+    small.change(Pin("", "p", 1, False))
+    with pytest.raises(VersionGone):
+        small.change(Pin("", "p", 1, True))
+    small.engine._policies._slots.unmount()
+
+
+def test_an_export_is_the_bundle_that_was_pushed_while_it_is_kept(driver: Driver, qwen: Path) -> None:
+    small = Driver.start(qwen, driver.model, keep_versions=1)
+    bundle = small.bundle(1)
+    small.push("p", bundle)
+    assert small.change(Export("", "p", 1)).bundle is bundle
+    small.push("p", small.bundle(2))
+    with pytest.raises(VersionGone):
+        small.change(Export("", "p", 1))
+    assert set(small.engine._policies._bundles) == {small.bundle(2).digest}, "freed with the version"
+    small.engine._policies._slots.unmount()
+
+
+def test_a_restored_name_serves_the_same_numbers(driver: Driver, qwen: Path) -> None:
+    driver.push("p", driver.bundle(1))
+    expected = run(driver, "p")
+    driver.engine._policies._slots.unmount()
+    fresh = Driver.start(qwen, driver.model)
+    versions = tuple(
+        RestoredVersion(number, fresh.bundle(number), f"step-{number}", 1.5, number == 1, number == 3)
+        for number in (1, 3)
+    )
+    fresh.change(Restore("", "p", 5, versions))
+    (line,) = fresh.status.policies
+    assert line.live is not None and (line.live.number, line.live.label, line.last) == (1, "step-1", 5)
+    assert [(v.version.number, v.pinned, v.created) for v in line.versions] == [(1, False, 1.5), (3, True, 1.5)]
+    rows = run(fresh, "p")
+    assert [(r.token_ids, r.logprobs) for r in rows] == [(r.token_ids, r.logprobs) for r in expected]
+    assert fresh.push("p", fresh.bundle(9)).version.number == 6
+    fresh.engine._policies._slots.unmount()
+    small = Driver.start(qwen, driver.model, weights_memory=fresh.bundle(1).nbytes + 1)
+    with pytest.raises(WeightsMemoryExceeded):
+        small.change(Restore("", "r", 5, versions))
+    assert small.status.policies == () and not small.engine._policies._bundles

@@ -7,36 +7,21 @@ Real messages, real policy versions, no thread and no arrays.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.engine.messages import (
-    Activate,
     EngineStatus,
     ModelInfo,
-    PolicyStatus,
-    Publish,
-    Published,
     RowFinished,
     Score,
     Scored,
     ScoredSequence,
     TokensSampled,
-    VersionStatus,
 )
-from rollout_server.errors import (
-    Conflict,
-    EngineUnavailable,
-    PreconditionFailed,
-    RolloutError,
-    StalePolicy,
-    UnknownPolicy,
-    VersionGone,
-)
+from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.rollout import (
-    BASE,
     FinishReason,
     PolicyVersion,
     Rollout,
@@ -45,6 +30,7 @@ from rollout_server.rollout import (
     Span,
     Timings,
 )
+from tests.http.fake_versions import BASE_DIGEST, FakeVersions
 
 CONTEXT = 512
 VOCABULARY = 400
@@ -52,7 +38,6 @@ LAYERS = {
     "model.layers.0.self_attn.q_proj": (6, 4),
     "model.layers.0.mlp.down_proj": (4, 10),
 }
-BASE_DIGEST = "sha256:" + "b" * 64
 
 
 @dataclass(frozen=True)
@@ -169,19 +154,9 @@ def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Ro
     )
 
 
-@dataclass
-class Line:
-    """A named policy."""
-
-    versions: list[PolicyVersion] = field(default_factory=list)
-    bundles: list[Any] = field(default_factory=list)
-    live: PolicyVersion | None = None
-    freed: int = 0
-    """Versions up to this number are gone."""
-
-
-class FakeEngine:
-    def __init__(self, tokenizer: Any, script: Script = plain) -> None:
+class FakeEngine(FakeVersions):
+    def __init__(self, tokenizer: Any, script: Script = plain, keep_versions: int = 8) -> None:
+        super().__init__(keep_versions)
         self.script = script
         self.fault: RolloutError | None = None
         """Raised by every request, submitted or scored."""
@@ -190,10 +165,8 @@ class FakeEngine:
         self.state = "ready"
         self.answers = True
         self.closing: RolloutError | None = None
-        self.lines: dict[str, Line] = {}
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
-        self.published: list[Publish] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
         self.life: list[str] = []
@@ -219,8 +192,9 @@ class FakeEngine:
     @property
     def status(self) -> EngineStatus:
         fault = None if self.state == "ready" else "The engine ended: a test."
-        policies = tuple(self._policy(name, line) for name, line in self.lines.items())
-        return EngineStatus(self.state, fault, waiting=len(self.open), running=2, policies=policies, steps=3, tokens=4)
+        return EngineStatus(
+            self.state, fault, waiting=len(self.open), running=2, policies=self.snapshot(), steps=3, tokens=4
+        )
 
     async def ping(self, timeout_s: float) -> bool:
         return self.answers
@@ -283,29 +257,8 @@ class FakeEngine:
                     tuple(values), tuple(entropy) if entropy else None, tuple(tops) if score.top_logprobs else None
                 )
             )
-        version = self._find(score.policy.name, score.policy.number, score.policy.digest)
+        version = self.find(score.policy.name, score.policy.number, score.policy.digest)
         return Scored(score.id, version, score.temperature, tuple(sequences))
-
-    async def publish(self, publish: Publish) -> Published:
-        self.published.append(publish)
-        line = self.lines.setdefault(publish.name, Line())
-        for version in line.versions:
-            if version.digest == publish.bundle.digest:
-                return Published(publish.id, version, version == line.live, True, 0.0, 0.0)
-        self._match(line, publish.if_match)
-        version = PolicyVersion(publish.name, len(line.versions) + 1, publish.bundle.digest, publish.label)
-        line.versions.append(version)
-        line.bundles.append(publish.bundle)
-        if publish.activate:
-            line.live = version
-        return Published(publish.id, version, publish.activate, False, 1.5, 0.5)
-
-    async def activate(self, activate: Activate) -> Published:
-        line = self.lines[activate.name]
-        self._match(line, activate.if_match)
-        version = self._find(activate.name, activate.number, None)
-        unchanged, line.live = line.live == version, version
-        return Published(activate.id, version, True, unchanged, 0.0, 0.25)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
         found = [self.open[id] for id in ids if id in self.open]
@@ -315,44 +268,8 @@ class FakeEngine:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, count: int = 1) -> None:
-        """Versions 1…count of a name, the last one live."""
-        line = self.lines.setdefault(name, Line())
-        for number in range(1, count + 1):
-            digest = "sha256:" + hashlib.sha256(f"{name}/{number}".encode()).hexdigest()
-            line.versions.append(PolicyVersion(name, number, digest, f"step-{number}"))
-        line.live = line.versions[-1]
-
     def resolve(self, request: RolloutRequest) -> PolicyVersion:
-        version = self._find(request.policy.name, request.policy.number, request.policy.digest)
+        version = self.find(request.policy.name, request.policy.number, request.policy.digest)
         if request.min_version is not None and version.number < request.min_version:
             raise StalePolicy(f"{version.name} is at {version.number}.", param="min_version")
         return version
-
-    def _find(self, name: str, number: int | None, digest: str | None) -> PolicyVersion:
-        if name == BASE:
-            return PolicyVersion(BASE, 0, BASE_DIGEST)
-        line = self.lines.get(name)
-        if line is None or line.live is None:
-            raise UnknownPolicy(f"There is no policy {name!r}.", param="policy")
-        if number is None and digest is None:
-            return line.live
-        for version in line.versions:
-            if version.number == number or (digest and version.digest.startswith(digest)):
-                if version.number <= line.freed:
-                    raise VersionGone(f"{name}@{number} was freed.", param="policy")
-                return version
-        raise UnknownPolicy(f"{name} has no version {number or digest}.", param="policy")
-
-    def _match(self, line: Line, if_match: str | None) -> None:
-        at = line.live
-        if if_match is not None and (at is None or if_match not in (str(at.number), at.digest)):
-            raise PreconditionFailed("The alias is elsewhere.", param="If-Match")
-
-    def _policy(self, name: str, line: Line) -> PolicyStatus:
-        kept = tuple(
-            VersionStatus(version, "lora", "adapter", 2, 2, version == line.live, False, 0, 64, 1700000000.0)
-            for version in line.versions
-            if version.number > line.freed
-        )
-        return PolicyStatus(name, line.live, kept)

@@ -20,10 +20,18 @@ INFERENCE = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/logprobs"),
     ("GET", "/v1/models"),
+    ("GET", "/metrics"),
     ("GET", "/v1/weights"),
     ("GET", "/v1/weights/policy"),
+    ("GET", "/v1/weights/policy/1/export"),
 ]
-STATE = [("POST", "/v1/weights"), ("POST", "/v1/weights/policy/activate")]
+STATE = [
+    ("POST", "/v1/weights"),
+    ("POST", "/v1/weights/policy/activate"),
+    ("PATCH", "/v1/weights/policy/1"),
+    ("DELETE", "/v1/weights/policy/1"),
+    ("DELETE", "/v1/weights/policy"),
+]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
 
 # keys of the server → key that is sent → what each kind of route answers; None: it lets in
@@ -60,7 +68,7 @@ def serving(engine: FakeEngine, api: str | None, admin: str | None) -> Iterator[
 
 @pytest.mark.parametrize("keys", MATRIX, ids=str)
 def test_who_may_do_what(keys: tuple[str | None, str | None], engine: FakeEngine, problem: Callable[..., Any]) -> None:
-    engine.add("policy")
+    engine.add("other")
     with serving(engine, *keys) as client:
         for sent, expected in MATRIX[keys].items():
             headers = {} if sent is None else {"authorization": f"Bearer {sent}"}

@@ -59,7 +59,7 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     (choice,) = body["choices"]
     assert (choice["index"], choice["text"], choice["finish_reason"]) == (0, " and the hat", "length")
     assert choice["logprobs"] is None and "token_ids" not in choice
-    live = engine.lines["policy"].live
+    live = engine.live("policy")
     assert live is not None
     assert choice["rollout"]["logprobs_mode"] == "raw_logprobs"
     assert [(span["version"], span["end"]) for span in choice["rollout"]["versions"]] == [(2, len(ids))]

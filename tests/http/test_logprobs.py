@@ -30,7 +30,7 @@ def test_values_stand_for_positions_from_start(client: Client, engine: FakeEngin
     assert all(sequence["entropy"] is None and sequence["top_logprobs"] is None for sequence in reply["sequences"])
     # the alias now, and the version that scored
     assert reply["policy"]["version"] == 2
-    first = engine.lines["policy"].versions[0]
+    first = engine.find("policy", 1)
     assert reply["versions"] == [{"policy": "policy", "version": 1, "digest": first.digest, "label": "step-1"}]
     assert engine.scored[-1].policy == PolicyAddress("policy", number=1)
 

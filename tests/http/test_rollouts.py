@@ -41,7 +41,7 @@ def test_a_reply_has_every_field_of_the_contract(client: Client, engine: FakeEng
     reply = RolloutsReply.model_validate(body)
     assert set(body) == set(RolloutsReply.model_fields)
     assert (reply.id, reply.complete) == ("mine-1", True)
-    live = engine.lines["policy"].live
+    live = engine.live("policy")
     assert live is not None
     assert body["policy"] == {"name": "policy", "version": 3, "digest": live.digest}
     assert body["base"] == {"id": "org/tiny", "digest": BASE_DIGEST}
@@ -149,7 +149,7 @@ def test_what_the_template_refuses_is_a_bad_field(client: Client, problem: Calla
 
 def test_policies_are_addressed_by_name_version_and_digest(client: Client, engine: FakeEngine) -> None:
     engine.add("policy", 2)
-    digest = engine.lines["policy"].versions[0].digest
+    digest = engine.find("policy", 1).digest
     for text, address in {
         "base": PolicyAddress("base"),
         "base@0": PolicyAddress("base"),
@@ -171,7 +171,7 @@ def test_an_unknown_policy_is_404_and_a_freed_one_409(
     problem(ask(client, policy="nobody"), 404, "unknown_policy")
     problem(ask(client, policy="base@1"), 404, "unknown_policy", "policy")
     engine.add("policy", 3)
-    engine.lines["policy"].freed = 1
+    engine.free("policy", 1)
     error = problem(ask(client, policy="policy@1"), 409, "version_gone")
     # the alias is another version than the one that was asked for
     assert "version" not in error

@@ -112,9 +112,12 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/weights",
         "/v1/weights/{name}",
         "/v1/weights/{name}/activate",
+        "/v1/weights/{name}/{version}",
+        "/v1/weights/{name}/{version}/export",
         "/v1/models",
         "/health",
         "/ready",
+        "/metrics",
     }
     body = schema["paths"]["/v1/rollouts"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     properties = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[-1]]["properties"]

@@ -32,7 +32,13 @@ def test_a_push_answers_with_what_the_contract_says(
     assert (body["label"], body["kind"], body["mode"], body["rank"]) == ("step-120", "lora", "adapter", 2)
     assert (body["live"], body["unchanged"], body["bytes"]) == (True, False, bundle.nbytes)
     assert body["base"] == {"id": "org/tiny", "digest": BASE_DIGEST}
-    assert body["report"] == {"modules": 2, "delta_norm": pytest.approx(bundle.delta_norm), "zero_modules": []}
+    report = body["report"]
+    assert (report["modules"], report["zero_modules"], report["bytes"]) == (2, [], bundle.nbytes)
+    assert report["delta_norm"] == pytest.approx(bundle.delta_norm) and 1 < report["effective_rank"] <= 2
+    norms = {path: measure.norm for path, measure in bundle.measures.items()}
+    largest = sorted(norms, key=lambda path: -norms[path])
+    assert [module["module"] for module in report["largest_modules"]] == largest
+    assert report["largest_modules"][0]["delta_norm"] == pytest.approx(norms[largest[0]])
     assert set(body["timings_ms"]) == {"receive", "validate", "stage", "activate"}
     assert (body["timings_ms"]["stage"], body["timings_ms"]["activate"]) == (1.5, 0.5)
     assert engine.published[-1].bundle.digest == bundle.digest
@@ -79,7 +85,7 @@ def test_if_match_is_a_version_or_a_digest(
     problem(push(headers={"if-match": '"1"'}), 412, "precondition_failed")
     for wrong in ("2", 'W/"2"', '"latest"', '"sha256:12"'):
         problem(push(headers={"if-match": wrong}), 400, "invalid_field", "If-Match")
-    live = engine.lines["policy"].live
+    live = engine.live("policy")
     assert live is not None
     assert push(headers={"if-match": f'"{live.digest}"'}).status_code == 201
 
@@ -189,7 +195,7 @@ def test_an_alias_moves(client: Client, engine: FakeEngine, problem: Callable[..
     problem(activate(2, **{"if-match": '"3"'}), 412, "precondition_failed")
     problem(activate(9), 404, "unknown_policy")
     problem(activate(1, name="nobody"), 404, "unknown_policy")
-    engine.lines["policy"].freed = 2
+    engine.free("policy", 2)
     problem(activate(2), 409, "version_gone")
     for wrong in ("2", True, 0, -1, 1.5, None):
         problem(activate(wrong), 400, "invalid_field", "version")

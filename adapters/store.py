@@ -1,0 +1,303 @@
+"""A crash-safe directory of versions: what was acknowledged is on disk, and what is torn is never served.
+
+    lock                      held by the one server that uses the directory
+    state.json                which base the versions were made for, and the `instance` their numbers belong to
+    policies/NAME-….json      one name: its versions, where its alias points, the newest number it ever had
+    bundles/HEX.safetensors   the weights of one digest, shared by all versions that have it
+
+Every file is written beside its place, synced, renamed, and its directory synced. JSON carries its own SHA-256, weights
+are hashed again when they are read. A file that does not hold what it says is renamed to `….set-aside` with a line in
+the log. Only one thread at a time may use a store; it does blocking I/O.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters.bundle import AdapterBundle, make_bundle
+from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, ModuleSpec
+from adapters.tensors import read_safetensors, write_safetensors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+PART = ".part"
+SET_ASIDE = ".set-aside"
+UNREADABLE = (OSError, AdapterError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file that holds anything at all may raise."""
+
+
+class StoreError(Exception):
+    """The directory cannot be used; `message` says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    number: int
+    digest: str
+    mode: str
+    label: str | None
+    pinned: bool
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord:
+    """`versions` are oldest first; a deleted name has none, and goes on numbering after `last`."""
+
+    name: str
+    last: int
+    live: int | None
+    versions: tuple[VersionRecord, ...] = ()
+
+
+class StateStore:
+    """`records` is what the directory says of each name. Use it as a context manager, or close it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens or makes the directory. Raises `StoreError` where another server uses it, or it cannot be used."""
+        self._root = directory
+        self._bundles = directory / "bundles"
+        self._policies = directory / "policies"
+        self._state = directory / "state.json"
+        self._clean = True
+        try:
+            for folder in (self._bundles, self._policies):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / "lock").open("a")
+        except OSError as error:
+            raise StoreError(f"The state directory {directory} cannot be used: {error}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StoreError(
+                f"The state directory {directory} is in use by another server: end that one, or choose another."
+            ) from error
+        self._remove_parts()
+        self.records: dict[str, NameRecord] = {}
+        self._bases: set[str] = set()
+        self._read_records()
+        self.instance = self._read_instance()
+
+    def __enter__(self) -> StateStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    # ---- at the start -----------------------------------------------------------------------------------------------
+
+    def adopt(self, base: str) -> None:
+        """The versions here are for the base with this digest. Raises `StoreError` where they are for another one."""
+        foreign = self._bases - {base}
+        if foreign:
+            raise StoreError(
+                f"The state directory {self._root} holds versions made for the base {', '.join(sorted(foreign))}, and "
+                f"this base is {base}: serve that one, or choose another directory."
+            )
+        self._bases = {base}
+        write_durably(self._state, _sealed({"format": FORMAT, "instance": self.instance, "base": base}))
+        for path in self._bundles.glob("*.safetensors"):
+            if f"sha256:{path.stem}" not in self._referenced():
+                path.unlink()
+
+    def load(self, name: str) -> tuple[NameRecord, tuple[AdapterBundle, ...]]:
+        """A name with the bundle of each of its versions. Those whose weights are missing or do not have their digest
+        are set aside, left out of the record, and the alias points nowhere if it was at one of them."""
+        record = self.records[name]
+        kept: list[tuple[VersionRecord, AdapterBundle]] = []
+        read: dict[str, AdapterBundle | None] = {}
+        for version in record.versions:
+            if version.digest not in read:
+                read[version.digest] = self._read_bundle(version.digest)
+            bundle = read[version.digest]
+            if bundle is None:
+                live = " It was live: the name serves nothing until another version is activated."
+                log.error("%s@%d is lost.%s", name, version.number, live if version.number == record.live else "")
+            else:
+                kept.append((version, bundle))
+        versions = tuple(version for version, _ in kept)
+        numbers = {version.number for version in versions}
+        whole = replace(record, versions=versions, live=record.live if record.live in numbers else None)
+        if whole != record:
+            self.write(whole)
+        return whole, tuple(bundle for _, bundle in kept)
+
+    # ---- while serving ----------------------------------------------------------------------------------------------
+
+    def put(self, bundle: AdapterBundle) -> None:
+        """The weights are on disk when this returns. Raises `OSError`."""
+        path = self._bundle_path(bundle.digest)
+        if not path.exists():
+            write_durably(path, pack(bundle))
+
+    def write(self, record: NameRecord) -> None:
+        """The name is on disk as `record` says when this returns; weights it no longer has are removed. Their files
+        must be there already. Raises `OSError`, and the directory says what it said before."""
+        before = self.records.get(record.name)
+        if before == record:
+            return
+        (base,) = self._bases
+        body = {"format": FORMAT, "base": base, **asdict(record)}
+        write_durably(self._record_path(record.name), _sealed(body))
+        self.records[record.name] = record
+        self.forget(*(version.digest for version in (before.versions if before else ())))
+
+    def forget(self, *digests: str) -> None:
+        """Removes weights that no name has."""
+        for digest in set(digests) - self._referenced():
+            self._bundle_path(digest).unlink(missing_ok=True)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _referenced(self) -> set[str]:
+        return {version.digest for record in self.records.values() for version in record.versions}
+
+    def _bundle_path(self, digest: str) -> Path:
+        return self._bundles / f"{digest.removeprefix('sha256:')}.safetensors"
+
+    def _record_path(self, name: str) -> Path:
+        # Some file systems do not tell `Policy` from `policy`.
+        return self._policies / f"{name}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
+
+    def _remove_parts(self) -> None:
+        for folder in (self._root, self._bundles, self._policies):
+            for path in folder.glob(f"*{PART}"):
+                log.info("%s was never finished, and so never acknowledged: it is removed.", path)
+                path.unlink()
+
+    def _read_records(self) -> None:
+        for path in sorted(self._policies.glob("*.json")):
+            try:
+                body = _unsealed(path.read_bytes())
+                record = _record(body)
+                base = str(body["base"])
+                if path != self._record_path(record.name):
+                    raise ValueError(f"it speaks of {record.name}")
+            except UNREADABLE as error:
+                self._set_aside(path, error)
+                continue
+            self.records[record.name] = record
+            self._bases.add(base)
+
+    def _read_instance(self) -> str:
+        """Where a name was lost its numbers begin anew, so they are of another instance."""
+        instance = secrets.token_hex(8)
+        if not self._state.exists():
+            return instance
+        try:
+            body = _unsealed(self._state.read_bytes())
+            known = str(body["instance"])
+            self._bases.add(str(body["base"]))
+        except UNREADABLE as error:
+            self._set_aside(self._state, error)
+            return instance
+        return known if self._clean else instance
+
+    def _read_bundle(self, digest: str) -> AdapterBundle | None:
+        path = self._bundle_path(digest)
+        try:
+            bundle = unpack(path.read_bytes())
+            if bundle.digest != digest:
+                raise ValueError(f"it holds {bundle.digest}")
+        except FileNotFoundError:
+            log.error("%s is not there.", path)
+            return None
+        except UNREADABLE as error:
+            self._set_aside(path, error)
+            return None
+        return bundle
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        self._clean = False
+        aside = next(place for place in _places(path) if not place.exists())
+        path.rename(aside)
+        log.error("%s is torn or corrupted (%s): it is not served, and was renamed to %s.", path, error, aside.name)
+
+
+# ---- what the files hold --------------------------------------------------------------------------------------------
+
+
+def pack(bundle: AdapterBundle) -> bytes:
+    """One safetensors file: the bundle's own tensors under its own names, and what they mean in the metadata."""
+    modules = {path: asdict(module) for path, module in bundle.spec.modules.items()}
+    spec = json.dumps({"kind": bundle.spec.kind, "modules": modules})
+    return write_safetensors(bundle.tensors, {"format": str(FORMAT), "spec": spec})
+
+
+def unpack(body: bytes) -> AdapterBundle:
+    """The bundle of `pack`, hashed anew. Raises one of `UNREADABLE` for anything else."""
+    files, metadata = read_safetensors(body)
+    spec = json.loads(metadata["spec"])
+    modules = {path: ModuleSpec(**module) for path, module in spec["modules"].items()}
+    if not all(tensor.readable for tensor in files.values()):
+        raise AdapterUnreadable("A tensor has a dtype that is not served.")
+    tensors = {name: tensor.read() for name, tensor in files.items()}
+    return make_bundle(AdapterSpec(spec["kind"], modules), tensors)
+
+
+def _record(body: Mapping[str, Any]) -> NameRecord:
+    versions = tuple(VersionRecord(**version) for version in body["versions"])
+    return NameRecord(str(body["name"]), int(body["last"]), body["live"], versions)
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    """JSON with the hash of itself in front, so that a torn or changed file is known."""
+    text = json.dumps(body, sort_keys=True)
+    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "state": {text}}}\n'.encode()
+
+
+def _unsealed(raw: bytes) -> dict[str, Any]:
+    body = json.loads(raw)["state"]
+    if _sealed(body) != raw:
+        raise ValueError("its content does not have the hash it names")
+    if body["format"] != FORMAT:
+        raise ValueError(f"it has format {body['format']}, and this version reads {FORMAT}")
+    return body
+
+
+def _places(path: Path) -> Iterator[Path]:
+    yield path.with_name(path.name + SET_ASIDE)
+    for number in range(1, 10**6):
+        yield path.with_name(f"{path.name}{SET_ASIDE}-{number}")
+
+
+def write_durably(path: Path, body: bytes) -> None:
+    """`path` holds `body` when this returns, and all of it or what it held before if the machine stops meanwhile."""
+    part = path.with_name(path.name + PART)
+    with part.open("wb") as file:
+        file.write(body)
+        file.flush()
+        _sync(file.fileno())
+    part.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        _sync(directory)
+    finally:
+        os.close(directory)
+
+
+def _sync(descriptor: int) -> None:
+    # On macOS fsync leaves the bytes in the drive's own cache.
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is None:
+        os.fsync(descriptor)
+    else:
+        fcntl.fcntl(descriptor, full)

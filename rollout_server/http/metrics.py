@@ -1,0 +1,95 @@
+"""What `/metrics` says, in Prometheus' text format: counts and times of requests and pushes, and the engine's state.
+
+The engine's numbers are read from its last snapshot when somebody asks, so they cost nothing in between. Label values
+come from here or are names of policies; nothing a client makes up becomes a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.rollout import BASE
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REQUEST_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
+PUSH_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+"""Seconds. A push is a matter of milliseconds."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
+STATES = ("starting", "ready", "stopping", "dead")
+
+
+class Metrics:
+    """One per application."""
+
+    def __init__(self, engine: EngineHandle) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineState(engine))
+        self._requests = Histogram(
+            "rollout_request_seconds",
+            "Requests and the time until their replies were sent; _count counts them.",
+            ("method", "route", "status"),
+            buckets=REQUEST_BUCKETS,
+            registry=self._registry,
+        )
+        self._pushes = Histogram(
+            "rollout_push_seconds",
+            "Pushes that were accepted, by phase: receive, validate, stage, activate, persist.",
+            ("phase",),
+            buckets=PUSH_BUCKETS,
+            registry=self._registry,
+        )
+        self._push_bytes = Counter(
+            "rollout_push_bytes", "Bytes of adapters that were accepted.", registry=self._registry
+        )
+
+    def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """`route` is the template of the path; None where there is no such route."""
+        method = method if method in METHODS else "other"
+        self._requests.labels(method, route or "none", str(status)).observe(seconds)
+
+    def push(self, timings_ms: Mapping[str, float], nbytes: int) -> None:
+        """Of one accepted push; `timings_ms` are those of its reply."""
+        for phase, milliseconds in timings_ms.items():
+            self._pushes.labels(phase).observe(milliseconds / 1e3)
+        self._push_bytes.inc(nbytes)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _EngineState(Collector):
+    def __init__(self, engine: EngineHandle) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing to ask for when it is registered: the engine has not been started then."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._engine.status
+        state = GaugeMetricFamily("rollout_engine_state", "1 for the state the engine is in.", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], float(status.state == name))
+        yield state
+        yield GaugeMetricFamily("rollout_requests_waiting", "Requests in the queue.", value=status.waiting)
+        yield GaugeMetricFamily("rollout_rows_running", "Rows in the batch.", value=status.running)
+        yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
+        yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
+        yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
+        versions = GaugeMetricFamily("rollout_versions", "Kept versions.", labels=["policy"])
+        live = GaugeMetricFamily("rollout_live_version", "Where the name points; 0 for nowhere.", labels=["policy"])
+        rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use kept versions.", labels=["policy"])
+        nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions.", labels=["policy"])
+        for policy in status.policies:
+            if policy.name == BASE:
+                continue
+            versions.add_metric([policy.name], len(policy.versions))
+            live.add_metric([policy.name], policy.live.number if policy.live else 0)
+            rows.add_metric([policy.name], sum(version.rows_in_use for version in policy.versions))
+            nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
+        yield from (versions, live, rows, nbytes)

@@ -1,0 +1,134 @@
+"""`/v1/weights/{name}/{version}`: pin, delete, export one kept version."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from litestar import Controller, Request, Response, delete, get, patch
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import FromPath, JSONBody
+
+from adapters.bundle import FORMATS, AdapterBundle
+from adapters.spec import AdapterUnsupported
+from rollout_server.engine.messages import Delete, Deleted, Export, Pin
+from rollout_server.errors import Conflict, InvalidField, UnsupportedField
+from rollout_server.http.auth import may_administer, may_infer
+from rollout_server.http.body import SAFETENSORS, StrictJson, read_json
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.policy_replies import version_status
+from rollout_server.http.service import Service, service_of
+from rollout_server.rollout import PolicyVersion
+from rollout_server.schemas.weights import DeleteReply, PinReply, PinRequest
+
+FILE_NAMES = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
+"""What each format's own library calls the file."""
+
+
+class VersionController(Controller):
+    """One immutable version. A freed one is answered 409, whatever is asked of it."""
+
+    path = "/v1/weights/{name:str}/{version:int}"
+    tags = ("weights",)
+
+    @patch(
+        guards=[may_administer],
+        before_request=read_json,
+        dto=StrictJson[PinRequest],
+        return_dto=None,
+        summary="Keep a version whatever its age, or no longer",
+        responses={200: ResponseSpec(PinReply, description="The version as it is now."), **failures()},
+    )
+    async def pin(
+        self, name: FromPath[str], version: FromPath[int], data: JSONBody[PinRequest], request: Request[Any, Any, Any]
+    ) -> Response[bytes]:
+        service = service_of(request)
+        unconditional(request)
+        pinned = await service.publisher.pin(Pin(service.engine.new_id("pin"), name, version, data.pinned))
+        reply = {"name": name, **version_status(pinned.status), "base": service.base, "instance": service.instance}
+        return json_response(reply)
+
+    @delete(
+        guards=[may_administer],
+        status_code=200,
+        summary="Delete a version that is not live",
+        description="Its rows run on; the memory is given back when the last of them ends. Never waits.",
+        responses={200: ResponseSpec(DeleteReply, description="What was deleted."), **failures()},
+    )
+    async def delete(
+        self, name: FromPath[str], version: FromPath[int], request: Request[Any, Any, Any]
+    ) -> Response[bytes]:
+        return json_response(await deletion(request, name, version))
+
+    @get(
+        "/export",
+        guards=[may_infer],
+        summary="A version as a file of PEFT or mlx-lm",
+        description="`format` is `peft` (default) or `mlx`; the configuration is in the metadata under "
+        "`adapter_config`. Pushed again, the file gives the same digest.",
+        media_type=SAFETENSORS,
+        responses={200: ResponseSpec(bytes, description="A safetensors file.", generate_examples=False), **failures()},
+    )
+    async def export(
+        self, name: FromPath[str], version: FromPath[int], request: Request[Any, Any, Any]
+    ) -> Response[bytes]:
+        service = service_of(request)
+        format = asked_format(request)
+        service.require_restored()
+        exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
+        body = await asyncio.to_thread(write, exported.bundle, format)
+        return Response(body, headers=file_headers(exported.version, format), media_type=SAFETENSORS)
+
+
+async def deletion(request: Request[Any, Any, Any], name: str, number: int | None) -> dict[str, Any]:
+    service = service_of(request)
+    unconditional(request)
+    deleted = await service.publisher.delete(Delete(service.engine.new_id("delete"), name, number))
+    return delete_reply(deleted, service)
+
+
+def delete_reply(deleted: Deleted, service: Service) -> dict[str, Any]:
+    return {
+        "name": deleted.name,
+        "deleted": deleted.numbers,
+        "rows_in_use": deleted.rows_in_use,
+        "base": service.base,
+        "instance": service.instance,
+    }
+
+
+def unconditional(request: Request[Any, Any, Any]) -> None:
+    """A condition that would not be looked at must not look as if it held."""
+    if "if-match" in request.headers:
+        raise UnsupportedField(
+            "If-Match is for a push and for activate; this route does not look at it.", param="If-Match"
+        )
+
+
+def asked_format(request: Request[Any, Any, Any]) -> str:
+    fields = list(request.query_params.multi_items())
+    for name, value in fields:
+        if name != "format":
+            raise InvalidField(f"Unknown field {name!r}.", param=name)
+        if value not in FORMATS:
+            raise InvalidField(f"format: 'peft' or 'mlx', not {ascii(value)[:60]}.", param="format")
+    if len(fields) > 1:
+        raise InvalidField("The query has 'format' twice.", param="format")
+    return fields[0][1] if fields else "peft"
+
+
+def write(bundle: AdapterBundle, format: str) -> bytes:
+    """The file of a bundle; runs on a thread of its own. Raises `Conflict` for what the format cannot say."""
+    try:
+        return FORMATS[format].write(bundle)[0]
+    except AdapterUnsupported as error:
+        raise Conflict(error.message, param="format") from error
+
+
+def file_headers(version: PolicyVersion, format: str) -> dict[str, str]:
+    return {
+        "x-policy": f"{version.name}@{version.number}",
+        "x-policy-digest": version.digest,
+        "content-disposition": f'attachment; filename="{FILE_NAMES[format]}"',
+    }

@@ -1,0 +1,73 @@
+"""`/metrics`: what is counted, and that nothing a client makes up becomes a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from litestar.testing import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.http.fake_engine import FakeEngine
+
+Client = TestClient[Any]
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def read(client: Client) -> Samples:
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = text_string_to_metric_families(response.text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def test_the_engine_s_state(client: Client, engine: FakeEngine) -> None:
+    engine.add("policy", 3)
+    engine.registry.acquire("policy", 2, rows=4)
+    samples = read(client)
+    assert value(samples, "rollout_engine_state", state="ready") == 1
+    assert value(samples, "rollout_engine_state", state="dead") == 0
+    assert value(samples, "rollout_rows_running") == 2
+    assert value(samples, "rollout_requests_waiting") == 0
+    assert (value(samples, "rollout_steps_total"), value(samples, "rollout_tokens_total")) == (3, 4)
+    for name, expected in (("versions", 3), ("live_version", 3), ("policy_rows", 4), ("weights_bytes", 192)):
+        assert value(samples, f"rollout_{name}", policy="policy") == expected, name
+    client.delete("/v1/weights/policy")
+    assert not any(dict(labels).get("policy") for _, labels in read(client))
+
+
+def test_a_push_is_split_into_its_phases(client: Client, push: Callable[..., Any]) -> None:
+    reply = push().json()
+    samples = read(client)
+    for phase, milliseconds in reply["timings_ms"].items():
+        assert value(samples, "rollout_push_seconds_count", phase=phase) == 1
+        assert abs(value(samples, "rollout_push_seconds_sum", phase=phase) - milliseconds / 1e3) < 1e-9
+    assert value(samples, "rollout_push_seconds_bucket", phase="stage", le="0.001") == 0
+    assert value(samples, "rollout_push_seconds_bucket", phase="stage", le="0.002") == 1, "1.5 ms"
+    assert value(samples, "rollout_push_bytes_total") == reply["bytes"]
+    push(config=None)  # refused
+    assert value(read(client), "rollout_push_seconds_count", phase="stage") == 1
+
+
+def test_requests_are_counted_by_route_and_status(client: Client, engine: FakeEngine) -> None:
+    engine.add("policy", 2)
+    for name in ("policy", "policy", "nobody"):
+        client.get(f"/v1/weights/{name}")
+    for path in ("/v1/nothing", "/v1/secret-1", "/v1/weights/a/b/c/d"):
+        client.get(path)
+    client.request("BREW", "/v1/models")
+    samples = read(client)
+
+    def count(route: str, status: str, method: str = "GET") -> float:
+        return value(samples, "rollout_request_seconds_count", method=method, route=route, status=status)
+
+    assert count("/v1/weights/{name}", "200") == 2
+    assert count("/v1/weights/{name}", "404") == 1
+    assert count("none", "404") == 3
+    labels = {text for _, pairs in samples for _, text in pairs}
+    assert "BREW" not in labels and not any("secret" in text or "nobody" in text for text in labels)

@@ -1,0 +1,33 @@
+"""`--state-dir` through real processes that are killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import kill_nine, tiny_models
+from tests.live_server import live_server
+from trainer_client import RolloutClient
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build("qwen3", tmp_path_factory.mktemp("durable") / "tiny")
+
+
+def test_killed_at_random_moments_it_serves_what_it_acknowledged(model: Path, tmp_path: Path) -> None:
+    trainer = kill_nine.run(model, tmp_path / "state", kills=15)
+    assert trainer.pushes > 15, "the kills came while it was pushing"
+
+
+def test_a_base_that_is_another_one_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with live_server(model, "--state-dir", str(state)) as live, RolloutClient(live.url) as client:
+        client.push("p", *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1))
+        assert live.stop() == 0
+    other = tiny_models.build("qwen3", tmp_path / "other", seed=5)
+    said = r"made for the base sha256:\w+, and this base is sha256:\w+"
+    with pytest.raises(RuntimeError, match=said) as refused, live_server(other, "--state-dir", str(state)):
+        pass
+    assert "Traceback" not in str(refused.value)
