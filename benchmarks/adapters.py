@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rollout_server.blas import load_fast_blas
 
 if TYPE_CHECKING:
+    from adapters.slots import AdapterSlots
     from benchmarks.measure import Load, Result
 
 ROWS = 32
@@ -56,17 +57,15 @@ def main() -> int:
 
 
 def compare(directory: Path, load: Load, rounds: int) -> dict[str, Result]:
-    """Results by name; prints how long the first LoRA, a later one and a DoRA took to stage."""
+    """Results by name; prints how long versions took to stage."""
     import mlx.core as mx
     import mlx_lm
 
     from adapters.find import adaptable_layers
-    from adapters.prepare import prepare
     from adapters.slots import AdapterSlots
     from benchmarks.bare import BareLoop
     from benchmarks.measure import interleave
     from benchmarks.models import random_prompts, write_model
-    from tests.adapters.making import make
 
     path = write_model(directory / "model")
     bare, _ = mlx_lm.load(str(path))
@@ -74,6 +73,29 @@ def compare(directory: Path, load: Load, rounds: int) -> dict[str, Result]:
     every = adaptable_layers(model)
     linear = {name: shape for name, shape in every.items() if "embed" not in name and "lm_head" not in name}
     slots = AdapterSlots(model, every, mx.float32)
+    prompts = random_prompts(ROWS, load.prompt_tokens)
+
+    class Routed(BareLoop):
+        """The bare loop, its rows on the given slots."""
+
+        def __init__(self, name: str, route: list[int]) -> None:
+            super().__init__(model, prompts, load, compiled=False)
+            self.name = name
+            self._route = route
+
+        def run(self) -> tuple[int, float]:
+            slots.route(self._route)
+            return super().run()
+
+    routed = [Routed(name, route) for name, route in stage_all(slots, linear).items()]
+    contenders = [BareLoop(bare, prompts, load, compiled=False), *routed]
+    return {result.name: result for result in interleave(contenders, rounds)}
+
+
+def stage_all(slots: AdapterSlots, linear: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
+    """The slot of each row for every contender; prints the time of the first LoRA, a later one, and two DoRA."""
+    from adapters.prepare import prepare
+    from tests.adapters.making import make
 
     def stage(what: str, seed: int, **options: Any) -> int:
         prepared = prepare(make(linear, seed, **options), "float32")
@@ -88,29 +110,13 @@ def compare(directory: Path, load: Load, rounds: int) -> dict[str, Result]:
     dora = stage("the first DoRA", 2, rank=16, dora=True)
     later = stage("a later DoRA", 3, rank=16, dora=True)
     mixed = [stage("", 10 + i, rank=r, dora=d, targets=t) for i, (r, d, t) in enumerate(MIXED)]
-
-    class Routed(BareLoop):
-        """The bare loop, its rows on the given slots."""
-
-        def __init__(self, name: str, route: list[int]) -> None:
-            super().__init__(model, prompts, load, compiled=False)
-            self.name = name
-            self._route = route
-
-        def run(self) -> tuple[int, float]:
-            slots.route(self._route)
-            return super().run()
-
-    prompts = random_prompts(ROWS, load.prompt_tokens)
-    contenders = [
-        BareLoop(bare, prompts, load, compiled=False),
-        Routed("base rows", [0] * ROWS),
-        Routed("one LoRA", [lora] * ROWS),
-        Routed("one DoRA", [dora] * ROWS),
-        Routed("eight LoRA", [lora, *others] * (ROWS // 8)),
-        Routed("eight mixed", [lora, dora, later, *mixed] * (ROWS // 8)),
-    ]
-    return {result.name: result for result in interleave(contenders, rounds)}
+    return {
+        "base rows": [0] * ROWS,
+        "one LoRA": [lora] * ROWS,
+        "one DoRA": [dora] * ROWS,
+        "eight LoRA": [lora, *others] * (ROWS // 8),
+        "eight mixed": [lora, dora, later, *mixed] * (ROWS // 8),
+    }
 
 
 if __name__ == "__main__":
