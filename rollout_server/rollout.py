@@ -40,6 +40,17 @@ class FinishReason(StrEnum):
     """The row failed; `Rollout.error` says how."""
 
 
+class OnUpdate(StrEnum):
+    """What a running row does when the name it follows moves to another version."""
+
+    FINISH = "finish"
+    """It ends on the version it started with."""
+    SWITCH = "switch"
+    """It goes on under the new version at the next step and keeps its KV."""
+    ABORT = "abort"
+    """It ends as `superseded` with what it has."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one row is sampled. Filters apply in the order temperature, top-k, top-p, min-p, each on the renormalised
@@ -123,6 +134,11 @@ class PolicyAddress:
             param=param,
         )
 
+    @property
+    def follows(self) -> bool:
+        """Whether what it means can change: a bare name of a pushed policy."""
+        return self.name != BASE and self.number is None and self.digest is None
+
     def __str__(self) -> str:
         if self.number is not None:
             return f"{self.name}@{self.number}"
@@ -154,6 +170,9 @@ class RolloutRequest:
     seeds: tuple[int, ...] = ()
     """One row seed per sample, see `row_seed`."""
     min_version: int | None = None
+    on_update: OnUpdate = OnUpdate.FINISH
+    max_staleness: int | None = None
+    """Rows more versions behind the alias than this end as `superseded`."""
     wants: Wants = field(default_factory=Wants)
 
     def __post_init__(self) -> None:
@@ -173,6 +192,8 @@ class Span:
     version: PolicyVersion
     start: int
     end: int
+    kv: str | None = None
+    """`carried`: it read KV that an older version computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_echo_gives_the_scorer_s_numbers(server: LiveServer, client: RolloutClie
     np.testing.assert_allclose(choice["logprobs"]["token_logprobs"][1:], scored[1:], atol=1e-6)
     assert {len(choice["logprobs"][key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {
         len(PROMPTS[1])
+    }
+
+
+def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClient, model: Path) -> None:
+    client.push("moving", *adapter(model, 11))
+    options: dict[str, Any] = {"policy": "moving", "max_tokens": 1500, "ignore_eos": True, "seed": 1}
+
+    def long(on_update: str) -> RolloutBatch:
+        with RolloutClient(client._connection.url) as own:
+            return own.rollouts([PROMPTS[0]], on_update=on_update, **options)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor() as pool:
+        running = {name: pool.submit(long, name) for name in ("finish", "switch", "abort")}
+        until(lambda: sum(v.rows_in_use for v in client.policy("moving").versions) == 3)
+        client.push("moving", *adapter(model, 12))
+        rows = {name: next(iter(future.result())) for name, future in running.items()}
+    seen = {name: [span.version for span in row.spans] for name, row in rows.items()}
+    assert seen == {"finish": [1], "switch": [1, 2], "abort": [1]}
+    assert {name: row.finish_reason for name, row in rows.items()} == {
+        "finish": "length",
+        "switch": "length",
+        "abort": "superseded",
     }
 
 

@@ -160,7 +160,7 @@ class Batch:
     def release(self) -> list[Row]:
         """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
         would move other rows it waits until nothing is in flight."""
-        flying = self._flight.number if self._flight else -1
+        flying = self._flight.number if self._flight else None
         gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
         if not gone or (self._flight and self._store.moves_on_leave(len(gone))):
             return []

@@ -32,8 +32,9 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.score import ScoreJob, Scorer
-from rollout_server.engine.sequence import Group
+from rollout_server.engine.sequence import Group, Sequence
 from rollout_server.errors import EngineFault, EngineUnavailable, NonFiniteLogits, RolloutError
+from rollout_server.rollout import FinishReason, OnUpdate
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ class Engine:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
-            self._batch.prefill(self._budget)
+            for row in self._batch.prefill(self._budget):
+                # The alias may have moved while its prompt was read.
+                self._follow(row)
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
@@ -191,8 +194,29 @@ class Engine:
             except RolloutError as error:
                 self._reports.fail(self._changing.id, error)
             self._changing = None
+            for row in self._batch.rows:
+                self._follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
+
+    def _follow(self, row: Sequence) -> None:
+        """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
+        request = row.group.request
+        if not row.running or not request.policy.follows:
+            return
+        alias = self._policies.alias(request.policy.name)
+        if alias is None or alias == row.version.number:
+            return
+        stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
+        if request.on_update is OnUpdate.SWITCH:
+            old = row.version
+            row.version, row.slot = self._policies.acquire(request.policy, 1, None)
+            row.switched = True
+            # A step in flight may still read the old version's slot: it is written again only after that was read.
+            self._policies.release(old, 1)
+        elif request.on_update is OnUpdate.ABORT or stale:
+            row.end(FinishReason.SUPERSEDED, f"{request.policy.name}@{alias}")
+            self._reports.ended(row)
 
     # ---- admission ------------------------------------------------------------------------------------------------
 

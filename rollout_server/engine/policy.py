@@ -115,6 +115,11 @@ class PolicyTable:
             error.retryable = address.name != BASE
             raise error
 
+    def alias(self, name: str) -> int | None:
+        """The number of the live version; None if there is none."""
+        live = self._registry.live(name) if name in self._registry.names else None
+        return live.number if live else None
+
     def acquire_again(self, version: PolicyVersion, rows: int) -> None:
         """More references to a version that is already held."""
         if version.number:

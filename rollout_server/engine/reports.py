@@ -52,6 +52,10 @@ class Reports:
             if not row.running:
                 self._finished(row)
 
+    def ended(self, row: Sequence) -> None:
+        """A row that was ended between two steps."""
+        self._finished(row)
+
     def release(self, rows: list[Sequence]) -> None:
         """Rows whose place is free: no dispatched step needs their version any more."""
         for row in rows:

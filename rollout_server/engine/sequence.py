@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Prompt
@@ -81,6 +81,8 @@ class Sequence:
     error: RolloutError | None = None
     reported: bool = False
     """Its end was told, or is held until the prompt is scored."""
+    switched: bool = False
+    """Its KV comes from more than one version."""
     seated_at: float = 0.0
     ended_at: float = 0.0
 
@@ -107,10 +109,10 @@ class Sequence:
         """Counts a dispatched token under the version of this moment."""
         self.dispatched += 1
         if self.spans and self.spans[-1].version == self.version:
-            last = self.spans[-1]
-            self.spans[-1] = Span(last.version, last.start, self.dispatched)
+            self.spans[-1] = replace(self.spans[-1], end=self.dispatched)
         else:
-            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched))
+            kv = "carried" if self.switched else None
+            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched, kv))
 
     def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
@@ -159,7 +161,7 @@ class Sequence:
         """What the trainer gets. A step in flight may have stamped one token more than were recorded."""
         group, count = self.group, len(self.token_ids)
         wants = group.request.wants
-        spans = tuple(Span(s.version, s.start, min(s.end, count)) for s in self.spans if s.start < count)
+        spans = tuple(replace(span, end=min(span.end, count)) for span in self.spans if span.start < count)
         return Rollout(
             prompt_index=group.request.prompt_index,
             sample_index=self.sample_index,

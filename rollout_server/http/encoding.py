@@ -69,7 +69,8 @@ def version_entry(version: PolicyVersion) -> dict[str, Any]:
 
 
 def span_entry(span: Span) -> dict[str, Any]:
-    return version_entry(span.version) | {"start": span.start, "end": span.end}
+    entry = version_entry(span.version) | {"start": span.start, "end": span.end}
+    return entry if span.kv is None else entry | {"kv": span.kv}
 
 
 def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:

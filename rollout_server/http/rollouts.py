@@ -27,9 +27,9 @@ from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, samp
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
 from rollout_server.quoting import quoted
-from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, Wants
+from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.fields import ID_RULE, RequestId
-from rollout_server.schemas.rollouts import RolloutsReply, RolloutsRequest
+from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": "sampling.max_tokens"})
 """The engine's names of fields → this route's."""
@@ -157,12 +157,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
         if prompt.token_ids is not None:
             service.check_ids(prompt.token_ids, f"{place}.token_ids")
         own = prompt.max_tokens is not None
-        if prompt.max_tokens is not None and prompt.max_tokens < data.sampling.min_tokens:
-            raise InvalidField(
-                f"{place}.max_tokens is {quoted(prompt.max_tokens)}, less than sampling.min_tokens, which is "
-                f"{quoted(data.sampling.min_tokens)}.",
-                param=f"{place}.max_tokens",
-            )
+        check_own_limit(prompt, data, place)
         max_tokens = room(
             len(tokens.ids),
             prompt.max_tokens if own else data.sampling.max_tokens,
@@ -180,7 +175,19 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 prompt_index=index,
                 seeds=row_seeds(seed, prompt.seed, index, counts[index]),
                 min_version=data.min_version,
+                on_update=OnUpdate(data.on_update),
+                max_staleness=data.max_staleness,
                 wants=wants,
             )
         )
     return Job(id, data, address, groups, service, began)
+
+
+def check_own_limit(prompt: Prompt, data: RolloutsRequest, place: str) -> None:
+    """A prompt's own max_tokens beside the request's min_tokens."""
+    if prompt.max_tokens is not None and prompt.max_tokens < data.sampling.min_tokens:
+        raise InvalidField(
+            f"{place}.max_tokens is {quoted(prompt.max_tokens)}, less than sampling.min_tokens, which is "
+            f"{quoted(data.sampling.min_tokens)}.",
+            param=f"{place}.max_tokens",
+        )

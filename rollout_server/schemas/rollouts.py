@@ -108,7 +108,7 @@ class Prompt(Request):
 class RolloutsRequest(Request):
     """n samples of every prompt under one policy."""
 
-    later: ClassVar = {"max_staleness": (), "wait_s": (), "return_when": ()}
+    later: ClassVar = {"wait_s": (), "return_when": ()}
 
     id: RequestId | None = Field(default=None, description="Names the request; also sent as X-Request-Id.")
     policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
@@ -117,7 +117,12 @@ class RolloutsRequest(Request):
     sampling: SamplingOptions = SamplingOptions()
     returns: list[str] = Field(default_factory=list, alias="return", description=f"Any of {', '.join(SERVED_RETURNS)}.")
     top_logprobs: Whole = 0
-    on_update: str = Field(default="finish", description="`finish`: rows end on the version they started with.")
+    on_update: Literal["finish", "switch", "abort"] = Field(
+        default="finish",
+        description="When the name moves on, running rows finish on their version, switch at the next step and keep "
+        "their KV, or end as `superseded`.",
+    )
+    max_staleness: Whole | None = Field(default=None, description="Rows further behind the name end as `superseded`.")
     min_version: Whole | None = None
     timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
@@ -134,15 +139,6 @@ class RolloutsRequest(Request):
                     "has {name}, which is nothing a rollout has; ask for {known}",
                     {"name": quoted(name), "known": ", ".join(SERVED_RETURNS)},
                 )
-        return value
-
-    @field_validator("on_update")
-    @classmethod
-    def _served_on_update(cls, value: str) -> str:
-        if value in ("switch", "abort"):
-            raise unsupported("", f"is {value!r}, which is not supported by this server yet; use 'finish'")
-        if value != "finish":
-            raise PydanticCustomError("unknown_on_update", "must be 'finish', not {value}", {"value": quoted(value)})
         return value
 
 
@@ -163,7 +159,8 @@ class BaseState(BaseModel):
 
 
 class SpanReply(BaseModel):
-    """Tokens `start` to `end` (excluded) were sampled under this version."""
+    """Tokens `start` to `end` (excluded) were sampled under this version. `kv` is `carried` where they read keys and
+    values that an older version computed."""
 
     policy: str
     version: int
@@ -171,6 +168,7 @@ class SpanReply(BaseModel):
     label: str | None
     start: int
     end: int
+    kv: str | None = None
 
 
 class ErrorInRow(BaseModel):

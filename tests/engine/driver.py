@@ -37,7 +37,7 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.model import ResidentModel, load
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants, row_seed
+from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants, row_seed
 from tests import tiny_models
 
 
@@ -53,6 +53,9 @@ class Driver:
     @classmethod
     def start(cls, path: Path, model: ResidentModel | None = None, **options: Any) -> Driver:
         chosen = EngineOptions(str(path), path.name, **options)
+        if model is not None and "max_batch" in options:
+            rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
+            model = replace(model, info=replace(model.info, max_batch=rows))
         model = model or load(chosen)
         mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         events: list[Event] = []
@@ -85,6 +88,8 @@ class Driver:
         deadline: float | None = None,
         seeds: Sequence[Sequence[int]] | None = None,
         min_version: int | None = None,
+        on_update: str = "finish",
+        max_staleness: int | None = None,
         **sampling: Any,
     ) -> str:
         """Sends one request of a group for each prompt; returns its id."""
@@ -101,6 +106,8 @@ class Driver:
                 prompt_index=index,
                 seeds=tuple(seeds[index]) if seeds else tuple(row_seed(seed, index, k) for k in range(n)),
                 min_version=min_version,
+                on_update=OnUpdate(on_update),
+                max_staleness=max_staleness,
                 wants=wants or Wants(),
             )
             for index, prompt in enumerate(prompts)
