@@ -121,7 +121,7 @@ def read_bundle(
     if config is None:
         config = _config_of(metadata)
     if not tensors:
-        raise AdapterUnreadable("The weights file holds no tensors.")
+        raise AdapterUnreadable("The weights file holds no tensors.", field="weights")
     if config.get("kind", "lora") not in ("lora", None):
         raise AdapterUnsupported({"kind": f"kind {shown(config['kind'])} is not served yet: send a LoRA adapter."})
     reader = FORMATS[_format(format, config, tensors)]
@@ -159,12 +159,14 @@ def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]
     """`peft` or `mlx`: what the configuration looks like, else what the tensors are called."""
     looks = [name for name, fields in MARKS.items() if any(field in config for field in fields)]
     if asked not in ("auto", *FORMATS):
-        raise AdapterUnreadable(f"There is no format {shown(asked)!r}: auto, peft and mlx are known.")
+        raise AdapterUnreadable(f"There is no format {shown(asked)!r}: auto, peft and mlx are known.", field="format")
     if len(looks) > 1:
         raise AdapterUnreadable("The adapter configuration mixes fields of PEFT and of mlx-lm: send one of the two.")
     if asked != "auto":
         if looks and looks != [asked]:
-            raise AdapterUnreadable(f"The format was given as {asked}, but the configuration is one of {looks[0]}.")
+            raise AdapterUnreadable(
+                f"The format was given as {asked}, but the configuration is one of {looks[0]}.", field="format"
+            )
         return asked
     if looks:
         return looks[0]

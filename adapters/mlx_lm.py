@@ -54,7 +54,10 @@ def read(
     refuse(config)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, Mapping):
-        raise AdapterUnreadable("lora_parameters is missing from the adapter configuration: it holds rank and scale.")
+        raise AdapterUnreadable(
+            "lora_parameters is missing from the adapter configuration: it holds rank and scale.",
+            field="config.lora_parameters",
+        )
     rank, scale = _rank(parameters.get("rank")), _scale(parameters)
     targets = _targets(_count(config.get("num_layers")), _keys(parameters.get("keys")), layers)
     modules = {path: ModuleSpec(rank, scale, place_of(layers[path])) for path in targets}
@@ -142,7 +145,10 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
 
 def _rank(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise AdapterUnreadable(f"lora_parameters.rank must be a rank from 1 to {MAX_RANK}, not {shown(value)}.")
+        raise AdapterUnreadable(
+            f"lora_parameters.rank must be a rank from 1 to {MAX_RANK}, not {shown(value)}.",
+            field="config.lora_parameters.rank",
+        )
     return value
 
 
@@ -150,7 +156,8 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     value = parameters.get("scale")
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise AdapterUnreadable(
-            f"lora_parameters.scale must be a number, not {shown(value)}: it is what multiplies B · A."
+            f"lora_parameters.scale must be a number, not {shown(value)}: it is what multiplies B · A.",
+            field="config.lora_parameters.scale",
         )
     return to_float32(float(value))
 
@@ -159,7 +166,8 @@ def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise AdapterUnreadable(
             f"num_layers must be a whole number in the adapter configuration, not {shown(value)}: it says how many "
-            "of the last blocks are adapted, -1 for all."
+            "of the last blocks are adapted, -1 for all.",
+            field="config.num_layers",
         )
     return value
 
@@ -168,7 +176,10 @@ def _keys(value: object) -> frozenset[str] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple | set) or not all(isinstance(key, str) for key in value):
-        raise AdapterUnreadable(f"lora_parameters.keys must be a list of layer names, not {shown(value)}.")
+        raise AdapterUnreadable(
+            f"lora_parameters.keys must be a list of layer names, not {shown(value)}.",
+            field="config.lora_parameters.keys",
+        )
     return frozenset(value)
 
 

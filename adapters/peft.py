@@ -141,7 +141,8 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
         adapters.add(adapter or "")
     if len(adapters - {""}) > 1:
         raise AdapterUnreadable(
-            f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time."
+            f"The file holds {len(adapters)} adapters ({shown(', '.join(sorted(adapters)))}): send one at a time.",
+            field="weights",
         )
     return parts, strangers
 
@@ -174,7 +175,8 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
     wanted = _names(config, "target_modules")
     if not wanted:
         raise AdapterUnreadable(
-            "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them."
+            "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them.",
+            field="config.target_modules",
         )
     excluded = _names(config, "exclude_modules") or []
     # In transformers' models stacked experts are no layers, so that none of these rules can mean them.
@@ -182,7 +184,10 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
     indices = config.get("layers_to_transform")
     if isinstance(wanted, str):
         if indices is not None or config.get("layers_pattern"):
-            raise AdapterUnreadable("layers_to_transform and layers_pattern need target_modules to be a list.")
+            raise AdapterUnreadable(
+                "layers_to_transform and layers_pattern need target_modules to be a list.",
+                field="config.target_modules",
+            )
         if wanted.lower() == "all-linear":
             return [path for path in paths if place_of(layers[path]) == "linear" and not _is_head(path)]
         return [path for path in paths if patterns.fullmatch(wanted, path)]
@@ -191,7 +196,9 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
         return found
     chosen = indices if isinstance(indices, list) else [indices]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
-        raise AdapterUnreadable(f"layers_to_transform must be layer numbers, not {shown(indices)}.")
+        raise AdapterUnreadable(
+            f"layers_to_transform must be layer numbers, not {shown(indices)}.", field="config.layers_to_transform"
+        )
     prefixes = _names(config, "layers_pattern") or [r"[^.]*"]
     prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
     return [path for path in found if path in wanted or _index(path, prefixes, patterns) in chosen]
@@ -219,34 +226,39 @@ def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
         return value
     if isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value):
         return sorted(value)
-    raise AdapterUnreadable(f"{field} must be a list of names or a regular expression, not {shown(value)}.")
+    raise AdapterUnreadable(
+        f"{field} must be a list of names or a regular expression, not {shown(value)}.", field=f"config.{field}"
+    )
 
 
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config.get(field, False)
     if not isinstance(value, bool):
-        raise AdapterUnreadable(f"{field} must be true or false, not {shown(value)}.")
+        raise AdapterUnreadable(f"{field} must be true or false, not {shown(value)}.", field=f"config.{field}")
     return value
 
 
 def _table(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     value = config.get(field) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise AdapterUnreadable(f"{field} must map names to numbers, not {shown(value)}.")
+        raise AdapterUnreadable(f"{field} must map names to numbers, not {shown(value)}.", field=f"config.{field}")
     return value
 
 
 def _positive(value: object, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise AdapterUnreadable(
-            f"{field} must be a rank from 1 to {MAX_RANK} in the adapter configuration, not {shown(value)}."
+            f"{field} must be a rank from 1 to {MAX_RANK} in the adapter configuration, not {shown(value)}.",
+            field=f"config.{field}",
         )
     return value
 
 
 def _number(value: object, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
-        raise AdapterUnreadable(f"{field} must be a number in the adapter configuration, not {shown(value)}.")
+        raise AdapterUnreadable(
+            f"{field} must be a number in the adapter configuration, not {shown(value)}.", field=f"config.{field}"
+        )
     return float(value)
 
 

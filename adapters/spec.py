@@ -38,7 +38,11 @@ class AdapterError(Exception):
 
 
 class AdapterUnreadable(AdapterError):
-    pass
+    """`field` is what to mend: `weights`, `format`, `config`, or a field of the configuration as `config.r`."""
+
+    def __init__(self, message: str, *, field: str = "config") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class AdapterUnsupported(AdapterError):

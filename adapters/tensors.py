@@ -79,16 +79,28 @@ def read_safetensors(weights: bytes | memoryview) -> tuple[dict[str, FileTensor]
         # Only here: the length of a header can begin like a pickle.
         if content.startswith(PICKLES):
             raise AdapterUnreadable(
-                "The weights are a pickle or a zip archive, which is never opened here: save them as safetensors."
+                "The weights are a pickle or a zip archive, which is never opened here: save them as safetensors.",
+                field="weights",
             ) from error
-        raise AdapterUnreadable(
-            f"The weights ({len(content)} bytes) are not a complete safetensors file: {shown(error)}. "
-            "Send the file again, whole."
-        ) from error
+        raise _broken(content, error) from error
     tensors = {name: FileTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data"]) for name, entry in entries}
     # The library has checked length and JSON of the header, but does not hand the metadata over.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return tensors, header.get("__metadata__") or {}
+
+
+def _broken(content: bytes, error: SafetensorError) -> AdapterUnreadable:
+    """The sentence for a file that the library refuses: cut off, or wrong in itself."""
+    said = str(error).removeprefix("Error while deserializing: ")
+    if len(content) >= 8 and "incomplete" not in said and "header length" not in said:
+        return AdapterUnreadable(
+            f"The weights are not a safetensors file: {shown(said)}. Save them with safetensors again.", field="weights"
+        )
+    return AdapterUnreadable(
+        f"The weights ({len(content)} bytes) are not a complete safetensors file: {shown(said)}. "
+        "Send the file again, whole.",
+        field="weights",
+    )
 
 
 def write_safetensors(tensors: Mapping[str, AdapterTensor], metadata: Mapping[str, str]) -> bytes:

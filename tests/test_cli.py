@@ -96,6 +96,16 @@ def test_no_server_is_one_sentence() -> None:
     assert refused.stderr.startswith("rollout-server: No rollout server answers at http://127.0.0.1:9 ")
 
 
+def test_what_is_configured_for_a_server_elsewhere_does_not_stop_a_client(url: str) -> None:
+    elsewhere = {"ROLLOUT_HOST": "gpu-box", "ROLLOUT_PORT": "0", "ROLLOUT_KV_MEMORY": "lots"}
+    listed = run("weights", "list", "--url", url, ROLLOUT_ADMIN_KEY=KEY, **elsewhere)
+    assert listed.exit_code == 0, listed.output
+    refused = run("weights", "list", ROLLOUT_PORT="9", ROLLOUT_HOST="::1")
+    assert refused.exit_code == 1 and "No rollout server answers at http://[::1]:9 " in refused.stderr
+    refused = run("weights", "list", ROLLOUT_PORT="0")
+    assert refused.exit_code == 1 and "ROLLOUT_PORT" in refused.stderr
+
+
 def test_bad_options_are_all_named_and_nothing_starts() -> None:
     refused = run("serve", "--port", "99999", "--kv-memory", "lots", "--adapter", "nowhere")
     assert refused.exit_code == 1

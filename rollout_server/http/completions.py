@@ -19,7 +19,7 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.choices import Choice, Echo, Piece, Reading
 from rollout_server.http.documented import failures
-from rollout_server.http.encoding import json_response, usage
+from rollout_server.http.encoding import json_response, usage, weight_of
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import PromptTokens, completion_prompts, room
 from rollout_server.http.rollouts import request_id
@@ -149,6 +149,11 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
             headers=policy_headers(versions),
         )
     rollouts = await collect(request, subscription, job.groups)
+    return await beside(weight_of(rollouts), lambda: reply(job, rollouts))
+
+
+def reply(job: Job, rollouts: Sequence[Rollout]) -> Response[bytes]:
+    """All choices at once."""
     choices = []
     for rollout in rollouts:
         choice = job.choice(rollout.prompt_index, rollout.sample_index)

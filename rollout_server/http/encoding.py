@@ -97,6 +97,11 @@ def is_complete(rollouts: Iterable[Rollout]) -> bool:
     return all(rollout.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for rollout in rollouts)
 
 
+def weight_of(rollouts: Iterable[Rollout]) -> int:
+    """How heavy rows are to write, on the scale of `body.LONG`: tokens, and what a row costs besides."""
+    return sum(len(rollout.token_ids) + 32 for rollout in rollouts)
+
+
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

@@ -172,7 +172,9 @@ def from_adapters(error: adapter_errors.AdapterError) -> RolloutError:
         return errors.AdapterMismatch(message, faults=error.faults, param="weights")
     if isinstance(error, adapter_errors.AdapterUnsupported):
         return errors.UnsupportedField(message, param=f"config.{error.fields[0]}" if error.fields else "config")
-    return errors.AdapterInvalid(message, param=getattr(error, "field", "weights"))
+    return errors.AdapterInvalid(
+        message, param=error.field if isinstance(error, adapter_errors.AdapterUnreadable) else None
+    )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json, refuse_binary_reply
 from rollout_server.http.documented import failures
-from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage
+from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage, weight_of
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
@@ -89,18 +89,24 @@ class RolloutsController(Controller):
                 first = await opening(request, subscription)
                 return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
             rollouts = await collect(request, subscription, job.groups)
-        return json_response(
-            {
-                "id": job.id,
-                "policy": service.policy_state(job.address),
-                "base": service.base,
-                "instance": service.instance,
-                "complete": is_complete(rollouts),
-                "rollouts": [job.entry(rollout) for rollout in rollouts],
-                "usage": usage(rollouts, job.prompt_tokens),
-                "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
-            }
-        )
+        return await beside(weight_of(rollouts), lambda: reply(job, rollouts))
+
+
+def reply(job: Job, rollouts: Sequence[Rollout]) -> Response[bytes]:
+    """All rows at once."""
+    service = job.service
+    return json_response(
+        {
+            "id": job.id,
+            "policy": service.policy_state(job.address),
+            "base": service.base,
+            "instance": service.instance,
+            "complete": is_complete(rollouts),
+            "rollouts": [job.entry(rollout) for rollout in rollouts],
+            "usage": usage(rollouts, job.prompt_tokens),
+            "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
+        }
+    )
 
 
 async def lines(

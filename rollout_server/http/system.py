@@ -88,6 +88,7 @@ class MetricsController(Controller):
     tags = ("system",)
 
     @get(
+        before_request=no_query,
         summary="Counts, times and sizes in Prometheus' text format",
         media_type=CONTENT_TYPE,
         responses={200: ResponseSpec(bytes, description="Metrics.", generate_examples=False), **failures()},

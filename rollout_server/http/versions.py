@@ -14,7 +14,7 @@ from adapters.spec import AdapterUnsupported
 from rollout_server.engine.messages import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.body import SAFETENSORS, StrictJson, read_json
+from rollout_server.http.body import SAFETENSORS, StrictJson, no_query, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.policy_replies import version_status
@@ -51,6 +51,7 @@ class VersionController(Controller):
 
     @delete(
         guards=[may_administer],
+        before_request=no_query,
         status_code=200,
         summary="Delete a version that is not live",
         description="Its rows run on; the memory is given back when the last of them ends. Never waits.",

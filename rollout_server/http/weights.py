@@ -117,6 +117,7 @@ class WeightsController(Controller):
     @delete(
         "/{name:str}",
         guards=[may_administer],
+        before_request=no_query,
         status_code=200,
         summary="Delete a name and all its versions",
         description="Its versions are gone from then on; pushed again, the name goes on numbering where it was.",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rollout_server.config import ServerConfig, parse_size
+from rollout_server.config import ClientSettings, ServerConfig, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,22 @@ def test_nothing_can_be_changed_or_added() -> None:
         ServerConfig(colour="red")  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
         ServerConfig(api_key="two words")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("gpu-box", "http://gpu-box:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("[fe80::1]", "http://[fe80::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_a_client_finds_the_server_by_its_variables(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
+    monkeypatch.setenv("ROLLOUT_HOST", host)
+    monkeypatch.setenv("ROLLOUT_KV_MEMORY", "of another machine")
+    monkeypatch.setenv("ROLLOUT_API_KEY", "one")
+    assert (ClientSettings().url, ClientSettings().key) == (url, "one")
+    monkeypatch.setenv("ROLLOUT_ADMIN_KEY", "two")
+    assert ClientSettings().key == "two" and "two" not in repr(ClientSettings())

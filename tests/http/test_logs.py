@@ -51,3 +51,11 @@ def test_every_request_has_a_line(restored: None, client: TestClient[Any], push:
     assert "GET /v1/models 200" in models and "GET /v1/models 400" in queried
     assert r"\n12:00:00 ERROR forged 404" in forged
     assert "POST /v1/rollouts 400" in rollouts
+
+
+def test_a_message_is_one_line_of_text(restored: None) -> None:
+    stream = io.StringIO()
+    logs.configure("text", stream=stream)
+    logging.getLogger("rollout_server.http").info("one\ntwo\x1b[2J é")
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().endswith("one\\ntwo\\x1b[2J é\n")
