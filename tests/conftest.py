@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, settings
+
 from rollout_server.blas import load_fast_blas
 
 BLAS = load_fast_blas()
+
+# The same cases in every run and nothing kept between runs; `--hypothesis-profile=long` looks further, at random, and
+# `--hypothesis-seed=N` then repeats it.
+settings.register_profile(
+    "short",
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("long", settings.get_profile("short"), max_examples=2000, derandomize=False, print_blob=True)
+settings.load_profile("short")
 
 
 def pytest_report_header() -> str:

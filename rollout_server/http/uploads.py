@@ -60,7 +60,7 @@ def _query(request: Request[Any, Any, Any]) -> dict[str, str]:
 
 async def _read_stream(request: Request[Any, Any, Any], limit: int) -> Upload:
     fields = _query(request)
-    config = _config(fields.pop("config").encode()) if "config" in fields else None
+    config = config_of(fields.pop("config").encode()) if "config" in fields else None
     # Checked before the body is read: a wrong option should not cost an upload.
     options = WeightsOptions.model_validate(fields)
     weights = bytearray()
@@ -69,7 +69,7 @@ async def _read_stream(request: Request[Any, Any, Any], limit: int) -> Upload:
     return Upload(options, _whole(weights), config)
 
 
-def _config(raw: bytes) -> dict[str, Any]:
+def config_of(raw: bytes) -> dict[str, Any]:
     config = parse_json(raw, param="config")
     if not isinstance(config, dict):
         raise InvalidField("config must be a JSON object, as adapter_config.json is.", param="config")
@@ -136,7 +136,7 @@ async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: 
     parts = form.fields
     if "weights" not in parts:
         raise InvalidField("'weights' is required: the safetensors file.", param="weights")
-    config = _config(bytes(parts["config"])) if "config" in parts else None
+    config = config_of(bytes(parts["config"])) if "config" in parts else None
     options = {name: _text(name, raw) for name, raw in parts.items() if name not in ("weights", "config")}
     return Upload(WeightsOptions.model_validate(options), _whole(parts["weights"]), config)
 
