@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -145,7 +146,7 @@ def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
             "metadata under `adapter_config`."
         )
     try:
-        config = json.loads(metadata["adapter_config"])
+        config = json.loads(metadata["adapter_config"], object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise AdapterUnreadable(
             f"`adapter_config` in the weights file's metadata is not JSON: {shown(error)}."
@@ -153,6 +154,15 @@ def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise AdapterUnreadable("`adapter_config` in the weights file's metadata must be a JSON object.")
     return config
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Which of two values is meant, nobody can say."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {shown(twice)!r} is there twice")
+    return fields
 
 
 def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]) -> str:

@@ -37,8 +37,20 @@ def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> Del
 def delta_norm(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> float:
     """‖scale · B · A‖ (Frobenius) for A […, rank, in] and B […, out, rank], without forming the product:
     ‖BA‖² = tr(BᵀB · AAᵀ), the product of two rank × rank matrices."""
+    a, b = thinned(a, b)
     squared = float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
     return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def thinned(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A […, rank, in] and B […, out, rank] with the same product and a rank of at most min(out, in): what is computed
+    in rank × rank must not be larger than the file that a stranger sent."""
+    out, width = b.shape[-2], a.shape[-1]
+    if a.shape[-2] <= min(out, width):
+        return a, b
+    product = b @ a
+    whole = np.broadcast_to(np.eye(min(out, width)), (*a.shape[:-2], min(out, width), min(out, width)))
+    return (product, whole) if out <= width else (whole, product)
 
 
 def squared_row_norms(
@@ -50,6 +62,7 @@ def squared_row_norms(
     ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: nothing of the size of W is formed.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    added = scale**2 * np.einsum("or,or->o", b @ (a @ a.T), b)
+    wide = a.shape[0] > a.shape[1]  # Whichever is smaller than what was sent.
+    added = scale**2 * (np.square(b @ a).sum(axis=1) if wide else np.einsum("or,or->o", b @ (a @ a.T), b))
     squared = base + 2 * scale * np.einsum("or,or->o", product.astype(np.float64), b) + added
     return squared, np.flatnonzero(squared < CANCELLED * (base + added))

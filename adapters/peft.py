@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
@@ -99,7 +99,7 @@ def _spell(part: str, place: Place) -> str:
 def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+    if shown(config.get("peft_type", "LORA")).upper() != "LORA":
         refusals["peft_type"] = f"peft_type {shown(config['peft_type'])} is not served: send LORA."
     for field, value in config.items():
         if field in READ or field in WITHOUT_EFFECT:
@@ -114,7 +114,7 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
             f"init_lora_weights {shown(start)} trains against a changed base: save the adapter with "
             "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
         )
-    elif isinstance(start, str) and start.lower() not in INITIALISATIONS:
+    elif not isinstance(start, bool | None) and not (isinstance(start, str) and start.lower() in INITIALISATIONS):
         refusals["init_lora_weights"] = f"init_lora_weights {shown(start)} is not known: is the base unchanged by it?"
     for name in tensors:
         for part in PARTS.keys() & set(name.split(".")):
@@ -178,7 +178,7 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
             "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them.",
             field="config.target_modules",
         )
-    excluded = _names(config, "exclude_modules") or []
+    excluded = _names(config, "exclude_modules") or frozenset()
     # In transformers' models stacked experts are no layers, so that none of these rules can mean them.
     paths = [path for path in layers if place_of(layers[path]) != "experts" and not _named(excluded, path, patterns)]
     indices = config.get("layers_to_transform")
@@ -194,25 +194,29 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
     found = [path for path in paths if _named(wanted, path, patterns)]
     if indices is None or indices == []:
         return found
-    chosen = indices if isinstance(indices, list) else [indices]
+    chosen: Collection[Any] = indices if isinstance(indices, list) else [indices]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
         raise AdapterUnreadable(
             f"layers_to_transform must be layer numbers, not {shown(indices)}.", field="config.layers_to_transform"
         )
+    chosen = frozenset(chosen)
     prefixes = _names(config, "layers_pattern") or [r"[^.]*"]
-    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    prefixes = [prefixes] if isinstance(prefixes, str) else sorted(prefixes)
     return [path for path in found if path in wanted or _index(path, prefixes, patterns) in chosen]
 
 
-def _named(wanted: str | list[str], path: str, patterns: Patterns) -> bool:
+def _named(wanted: str | frozenset[str], path: str, patterns: Patterns) -> bool:
     if isinstance(wanted, str):
         return patterns.fullmatch(wanted, path) is not None
-    return path in wanted or any(path.endswith(f".{name}") for name in wanted)
+    # Each end of the path is looked up: a list may hold a million names.
+    return path in wanted or any(path[dot.end() :] in wanted for dot in re.finditer(r"\.", path))
 
 
-def _index(path: str, prefixes: list[str], patterns: Patterns) -> int | None:
+def _index(path: str, prefixes: Iterable[str], patterns: Patterns) -> int | None:
     found = (patterns.match(rf".*\.{prefix}\.(\d+)\.", path) for prefix in prefixes)
-    return next((int(match.group(match.re.groups)) for match in found if match), None)
+    # An expression with `|` or a comment in it may leave the number out.
+    numbers = (match.group(match.re.groups) for match in found if match)
+    return next((int(number) for number in numbers if number and number.isdecimal()), None)
 
 
 def _is_head(path: str) -> bool:
@@ -220,12 +224,12 @@ def _is_head(path: str) -> bool:
     return parts[-1] in HEADS and not any(part.isdigit() for part in parts)
 
 
-def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
+def _names(config: Mapping[str, Any], field: str) -> str | frozenset[str] | None:
     value = config.get(field)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value):
-        return sorted(value)
+        return frozenset(value)
     raise AdapterUnreadable(
         f"{field} must be a list of names or a regular expression, not {shown(value)}.", field=f"config.{field}"
     )

@@ -8,8 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
+from adapters.math import thinned
+from adapters.spec import HALVES
 
 LARGEST = 5
+TINY = float(np.finfo(np.float64).tiny)
+"""Instead of a largest value of zero, as an expert that nothing was routed to has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +55,36 @@ def report(bundle: AdapterBundle) -> BundleReport:
 
 
 def effective_ranks(bundle: AdapterBundle) -> dict[str, float]:
-    """Of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007).
+    """Of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007); the mean over the experts
+    of a stack.
 
-    The singular values of B · A are those of a rank × rank matrix, so modules of one rank are done together."""
-    by_rank: dict[int, list[str]] = {}
+    The singular values of B · A are those of a rank × rank matrix, so products of one rank are done together."""
+    by_rank: dict[int, list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]] = {}
     for path, measure in bundle.measures.items():
         if not measure.zero and f"{path}.lora_A" in bundle.tensors:
-            by_rank.setdefault(bundle.spec.modules[path].rank, []).append(path)
+            a, b = _factors(bundle, path)
+            by_rank.setdefault(a.shape[1], []).append((path, a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b))
     found: dict[str, float] = {}
-    for paths in by_rank.values():
-        squares = _squared_singular_values(
-            np.stack([_gram(bundle, path, "lora_A") for path in paths]),
-            np.stack([_gram(bundle, path, "lora_B") for path in paths]),
+    for modules in by_rank.values():
+        ranks = _effective(
+            _squared_singular_values(
+                np.concatenate([gram for _, gram, _ in modules]), np.concatenate([gram for _, _, gram in modules])
+            )
         )
-        found |= dict(zip(paths, _effective(squares).tolist(), strict=True))
-    return {path: rank for path, rank in sorted(found.items()) if np.isfinite(rank)}
+        ends = np.cumsum([len(gram) for _, gram, _ in modules])
+        for (path, _, _), own in zip(modules, np.split(ranks, ends[:-1]), strict=True):
+            if np.isfinite(own).any():
+                found[path] = float(own[np.isfinite(own)].mean())
+    return dict(sorted(found.items()))
 
 
-def _gram(bundle: AdapterBundle, path: str, half: str) -> NDArray[np.float64]:
-    """A · Aᵀ or Bᵀ · B, [rank, rank]. Scaled to its largest value first: the shares of singular values stay, and small
-    float32 deltas do not vanish when squared."""
-    factor = bundle.tensors[f"{path}.{half}"].float32().astype(np.float64)
-    factor /= np.abs(factor).max()
-    return factor @ factor.T if half == "lora_A" else factor.T @ factor
+def _factors(bundle: AdapterBundle, path: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A [experts or 1, rank, in] and B [experts or 1, out, rank], the rank at most min(out, in). Scaled to the largest
+    value of each: the shares of singular values stay, and small float32 deltas do not vanish when squared."""
+    a, b = (bundle.tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
+    thin = thinned(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]))
+    a, b = (factor / np.maximum(np.abs(factor).max(axis=(1, 2), keepdims=True), TINY) for factor in thin)
+    return a, b
 
 
 def _squared_singular_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -283,6 +283,7 @@ def test_the_configuration_may_be_missing_or_broken() -> None:
         (save(tensors, metadata={"adapter_config": "{"}), "not JSON"),
         (save(tensors, metadata={"adapter_config": "[" * 100_000}), "not JSON"),
         (save(tensors, metadata={"adapter_config": "[1]"}), "must be a JSON object"),
+        (save(tensors, metadata={"adapter_config": '{"r": 1, "r": 2}'}), "'r' is there twice"),
     ]:
         with pytest.raises(AdapterUnreadable, match=sentence):
             read_bundle(content, None, layers=LAYERS)

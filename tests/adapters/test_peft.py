@@ -59,6 +59,7 @@ def refused(**fields: Any) -> AdapterUnsupported:
         ({"layers_to_transform": []}, 12),
         ({"layers_to_transform": [3], "layers_pattern": "layers"}, 1),
         ({"layers_to_transform": [3], "layers_pattern": ["h", "blocks"]}, 0),
+        ({"layers_to_transform": [3], "layers_pattern": ".*|h"}, 0),  # Matches without any number.
         ({"layers_to_transform": [3], "target_modules": ["q_proj", "lm_head"]}, 2),  # An exact name counts anyway.
     ],
 )
@@ -101,6 +102,7 @@ def test_scales_are_float32() -> None:
         ("alora_invocation_tokens", [5], "alora_invocation_tokens"),
         ("init_lora_weights", "pissa_niter_16", "changed base"),
         ("init_lora_weights", "magic", "magic"),
+        ("init_lora_weights", [[1]], "not known"),
         ("something_new", 0.5, "something_new"),
     ],
 )

@@ -5,7 +5,9 @@ import pytest
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.math import squared_row_norms, thinned
 from adapters.report import LARGEST, report
+from adapters.spec import HALVES, ExpertsShape
 from tests.adapters.making import make
 
 LAYERS = {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in (("q", (6, 4)), ("down", (4, 10)))}
@@ -88,3 +90,26 @@ def test_a_product_that_cancels_is_not_a_number_and_so_not_reported() -> None:
 def test_modules_of_several_ranks() -> None:
     found = report(make(LAYERS, rank=3))
     assert found.effective_rank is not None and 1 <= found.effective_rank <= 3
+
+
+def test_a_rank_above_the_width_of_a_layer_costs_no_more_than_its_file() -> None:
+    """What would be rank × rank is made no larger than the layer."""
+    generator = np.random.default_rng(2)
+    for path, (out, width) in list(LAYERS.items())[:2]:
+        a, b = generator.normal(size=(3000, width)), generator.normal(size=(out, 3000))
+        thin = thinned(a, b)
+        assert [factor.shape for factor in thin] == [(min(out, width), width), (out, min(out, width))]
+        np.testing.assert_allclose(thin[1] @ thin[0], b @ a, atol=1e-9)
+        found = report(bundle_of({path: (a, b)}))
+        assert found.effective_rank == pytest.approx(by_hand(a, b), rel=1e-4)
+        assert found.delta_norm == pytest.approx(4.0 / 3000 * np.linalg.norm(b @ a), rel=1e-4)
+        norms, _ = squared_row_norms(np.zeros(out), np.zeros((out, 3000)), a, b, 2.0)
+        np.testing.assert_allclose(norms, 4.0 * np.square(b @ a).sum(axis=1))
+
+
+def test_a_stack_of_experts_has_the_mean_of_its_experts() -> None:
+    layers = {"model.layers.0.mlp.switch_mlp.up_proj": ExpertsShape(6, 5, 3)}
+    bundle = make(layers, rank=4, kind="mlx", targets=["up_proj"])
+    (path,) = layers
+    a, b = (bundle.tensors[f"{path}.{half}"].array for half in HALVES)
+    assert report(bundle).effective_rank == pytest.approx(np.mean([by_hand(a[i], b[i]) for i in range(3)]), rel=1e-5)

@@ -86,6 +86,7 @@ def most_memory() -> int:
     return most // 2**20 if sys.platform == "darwin" else most // 2**10
 
 
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")  # Of Python's `re`, of some expressions.
 def test_a_mutated_upload_is_served_or_refused_with_a_sentence(bases: dict[str, Base]) -> None:
     valid = valid_uploads({name: base.layers for name, base in bases.items()})
     outcomes: Counter[str] = Counter()

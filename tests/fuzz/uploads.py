@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,7 +23,20 @@ NESTED = "<nested>"
 EXPRESSIONS = (
     *("(a+)+$", "(.*)*x", "(.*.*)*=", "((.*)*)*y", r"(\w+\.)*q_proj$!", r"(.|\.)*\1x", "(?:(?:.?){8}){8}", ".*" * 200),
     *("(?:a?){64}", "a{1000}", "a{9999999999}", "(" * 60 + ")" * 60, "(" * 4000, "[", "*", "\\", ")", "(?#", "(?x)#"),
-    *("x|y", "|", "q_proj|", "a|" * 1000, "(?i)Q_PROJ", "(?R)", "(?1)", "[[:alpha:]]", "[a&&b]", r"\p{L}", r"(?<=.*)a"),
+    *(
+        "x|y",
+        "|",
+        "layers|h",
+        "q_proj|",
+        "a|" * 1000,
+        "(?i)Q_PROJ",
+        "(?R)",
+        "(?1)",
+        "[[:alpha:]]",
+        "[a&&b]",
+        r"\p{L}",
+        r"(?<=.*)a",
+    ),
     *(
         "(?P<x>a)(?P<x>b)",
         "(?P<x>.)",
@@ -68,6 +81,17 @@ PEFT_FIELDS = (
 )
 MLX_FIELDS = ("fine_tune_type", "num_layers", "lora_parameters", "use_dora", "kind", "adapter_path", "unknown")
 MLX_PARAMETERS = ("rank", "scale", "dropout", "keys", "unknown")
+KINDS: tuple[tuple[Literal["peft", "mlx"], bool, bool], ...] = (
+    *(
+        ("peft", False, False),
+        ("peft", False, True),
+        ("peft", True, False),
+        ("mlx", False, False),
+        ("mlx", True, False),
+    ),
+    ("peft", True, True),
+)
+"""Format, whether it is DoRA, whether it is rsLoRA."""
 NAMING = ("target_modules", "exclude_modules", "layers_pattern")
 TABLES = ("rank_pattern", "alpha_pattern")
 
@@ -133,25 +157,11 @@ def valid_uploads(bases: Mapping[str, Mapping[str, tuple[int, int]]]) -> Origina
     """Every format and kind, on every base."""
     found = Originals()
     for name, layers in bases.items():
-        for seed, (format, dora, rslora) in enumerate(
-            [
-                ("peft", False, False),
-                ("peft", False, True),
-                ("peft", True, False),
-                ("mlx", False, False),
-                ("mlx", True, False),
-            ]
-        ):
-            targets = [["q_proj", "down_proj"], ["q_proj"], ["q_proj", "v_proj", "up_proj"]][seed % 3]
-            tensors, config = random_adapter(
-                layers,
-                1 + seed % 3,
-                seed,
-                kind=format,
-                targets=targets,
-                dora=dora,
-                rslora=rslora,  # type: ignore[arg-type]
-            )
+        for seed, (format, dora, rslora) in enumerate(KINDS):
+            targets = (["q_proj", "down_proj"], ["q_proj"], ["q_proj", "v_proj", "up_proj"])[seed % 3]
+            # The last of them has a rank above the width of its layers.
+            rank = 80 if seed == len(KINDS) - 1 else 1 + seed % 3
+            tensors, config = random_adapter(layers, rank, seed, kind=format, targets=targets, dora=dora, rslora=rslora)
             found.append((name, packed(tensors, config)))
     return found
 
