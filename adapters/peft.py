@@ -106,7 +106,7 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
             continue
         neutral = value in NEUTRAL[field] if field in NEUTRAL else not value
         if not neutral:
-            default = f"{shown(field)} = {shown(value)} is not a field of LoRA that is served: leave it out or neutral."
+            default = f"{shown(field)!r} = {shown(value)} is no field of LoRA that is served: leave it out or neutral."
             refusals[field] = REASONS.get(field, default)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(TRAINED_BASE):

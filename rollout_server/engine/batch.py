@@ -110,6 +110,8 @@ class Batch:
         if group.prompt is None:
             group.prompt = Prompt(group.request.prompt_ids[:-1], group.slot)
         self._store.begin(group.prompt, admission.count, admission.columns)
+        # There may be more places now, and rows go on while the prompt is read.
+        self._arrays = None
         group.joining = True
         self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 

@@ -321,3 +321,17 @@ def test_a_stopped_row_s_last_look_ahead_leaves_nothing_behind(
     store = driver.engine._batch._store
     assert all(bool(mx.isfinite(layer.keys).all()) and bool(mx.isfinite(layer.values).all()) for layer in store.layers)
     assert driver.generate([healthy], max_tokens=5)[0].token_ids
+
+
+def test_rows_go_on_in_more_places_while_a_long_prompt_is_read(qwen: Path, base: Driver) -> None:
+    """Its places are there before its rows are: what was prepared for fewer places must not be used."""
+    driver = Driver.start(qwen, base.model, prefill_tokens=8)
+    short, long = prompts_of([5, 90], 286, seed=4)
+    alone = driver.generate([short], n=2, max_tokens=30, temperature=1.3, top_p=0.9, ignore_eos=True)
+    first = driver.submit([short], n=2, max_tokens=30, temperature=1.3, top_p=0.9, ignore_eos=True)
+    driver.until(lambda: bool(driver.engine._batch.rows))
+    second = driver.submit([long], n=3, max_tokens=4, ignore_eos=True)
+    driver.finish(first, second)
+    for one, other in zip(alone, driver.rollouts(first), strict=True):
+        assert other.error is None
+        assert_same(one, other, tolerance(driver, [one]))
