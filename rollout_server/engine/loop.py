@@ -327,8 +327,10 @@ class Engine:
 
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
-        for job in [job for job in self._jobs if job.id == id]:
-            self._jobs.remove(job)
+        ended = [job for job in self._jobs if job.id == id]
+        if ended:
+            self._jobs = deque(job for job in self._jobs if job.id != id)
+        for job in ended:
             if job.group is None:
                 job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
             else:

@@ -72,7 +72,7 @@ class Reports:
         id = row.group.request.id
         row.reported = True
         # A group that outlived its request has nobody to report to, even if the id was taken again.
-        if id not in self._scheduler.tickets or row.group not in self._scheduler.tickets[id].groups:
+        if id not in self._scheduler.tickets or row.group not in self._scheduler.tickets[id].members:
             return
         if row.group.unscored and row.error is None:
             row.group.held.append(row)
@@ -147,7 +147,7 @@ class Reports:
             self.fail(id, NeverAdmitted("The request waited in the queue until its timeout_s was over."))
             return
         running = [row for row in batch.rows if row.group.request.id == id and row.running]
-        joining = {join.group: join for join in batch.joining if join.group in ticket.groups}
+        joining = {join.group: join for join in batch.joining if join.group in ticket.members}
         for group in ticket.groups:
             group.unscored = False
             held, group.held = group.held, []

@@ -18,6 +18,8 @@ class Ticket:
 
     id: str
     groups: tuple[Group, ...]
+    members: frozenset[Group]
+    """The same groups, for looking one up: a request may have 65,536."""
     open_rows: int
     deadline: float | None
     waiting_groups: int
@@ -51,7 +53,8 @@ class Scheduler:
 
     def submit(self, submit: Submit) -> Ticket:
         groups = tuple(Group(request) for request in submit.groups)
-        ticket = Ticket(submit.id, groups, sum(g.request.n for g in groups), submit.deadline, len(groups))
+        rows = sum(group.request.n for group in groups)
+        ticket = Ticket(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
         self.tickets[submit.id] = ticket
         self._waiting.extend(groups)
         self.waiting_requests += 1

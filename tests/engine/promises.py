@@ -220,7 +220,7 @@ class Promises:
         if address.follows:
             assert version.number == line.live
         assert address.number in (None, version.number) and version.digest.startswith(address.digest or "")
-        assert version.number >= (request.min_version or 0)
+        assert (line.live or 0) >= (request.min_version or 0), "min_version is of the alias"
 
     def _follows(self, request: RolloutRequest, now: PolicyVersion, first: PolicyVersion | None) -> None:
         live = self.lines[now.name].live if request.policy.follows else None

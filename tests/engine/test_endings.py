@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rollout_server.errors import EngineFault, NeverAdmitted, NonFiniteLogits
-from rollout_server.rollout import FinishReason, Wants
+from rollout_server.engine.messages import Delete, RequestDone, RequestFailed, Score, Stop
+from rollout_server.errors import EngineFault, EngineUnavailable, NeverAdmitted, NonFiniteLogits
+from rollout_server.rollout import FinishReason, PolicyAddress, Wants
+from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
 
 PROMPT = prompts_of([10], 286, seed=8)[0]
@@ -224,3 +231,78 @@ def test_scoring_under_a_broken_version_is_an_error_and_not_a_row_of_nulls(drive
     with pytest.raises(NonFiniteLogits, match="wild@1"):
         driver.score([PROMPT], policy="wild")
     assert driver.score([PROMPT])[0].logprobs[1] is not None
+
+
+class Counted(tuple[Any, ...]):
+    """Counts the items that are looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.looks += 1
+            yield item
+
+    def __contains__(self, item: object) -> bool:
+        self.looks += 1 + next((at for at, other in enumerate(super().__iter__()) if other is item), len(self))
+        return super().__contains__(item)
+
+
+def test_ending_a_request_looks_at_each_of_its_groups_a_few_times(base: Driver) -> None:
+    count = 2000
+    id = base.submit([PROMPT[:2]] * count, max_tokens=3, ignore_eos=True, wants=Wants(prompt_logprobs=True))
+    base.turn(20)
+    ticket, jobs = base.engine._scheduler.tickets[id], base.engine._jobs
+    assert len(jobs) > 20, "finished rows wait for the scores of their prompts"
+    ticket.groups = Counted(ticket.groups)
+    base.abort(id)
+    base.finish(id, turns=2)
+    assert len(base.rollouts(id)) == count and not base.engine._jobs
+    assert ticket.groups.looks <= 10 * count, "quadratic would be millions"
+
+
+def test_a_stop_ends_everything_that_is_open_once(driver: Driver, qwen: Path) -> None:
+    small = Driver.start(qwen, driver.model, max_batch=3, prefill_tokens=16)
+    small.push("p", small.bundle(1))
+    wants = Wants(prompt_logprobs=True)
+    requests = [small.submit(prompts_of([9, 60], 286, seed=k), n=2, max_tokens=30, policy="p") for k in range(4)]
+    requests.append(small.submit([PROMPT, PROMPT], max_tokens=30, wants=wants))
+    small.turn(7)
+    requests.append(small.submit([PROMPT], max_tokens=3, wants=wants, deadline=0.0))
+    small.send(Score("score", PolicyAddress("p"), (tuple(PROMPT),), (0,)))
+    small.engine._take_commands()
+    small.send(Delete("delete", "p", 1))
+    push = small.publish("q", small.bundle(2))
+    small.send(Stop())
+    small.engine._take_commands()
+    assert small.engine._stopping
+    small.engine.stop()
+    ends = Counter(event.id for event in small.events if isinstance(event, RequestDone | RequestFailed))
+    assert ends == Counter([*requests, "score", "delete", push])
+    done = [id for id in requests if small.error(id) is None]
+    assert 0 < len(done) < len(requests), "what had tokens came back with them"
+    for id in done:
+        rows = small.rollouts(id)
+        assert len(rows) == 4 and {row.finish_reason for row in rows} <= set(FinishReason) - {FinishReason.ERROR}
+    for id in {*requests} - {*done}:
+        assert isinstance(small.error(id), EngineUnavailable)
+
+
+def test_end_tokens_that_the_model_cannot_produce_are_no_end_tokens(tmp_path: Path) -> None:
+    """A configuration may name ids of another vocabulary; banning those would write outside of the logits."""
+    path = tiny_models.build("qwen3", tmp_path / "tiny", num_hidden_layers=1)
+    settings = json.loads((path / "config.json").read_text())
+    own = settings["eos_token_id"]
+    wrong = [own, tiny_models.VOCAB_SIZE, 151_645, -1]
+    (path / "config.json").write_text(json.dumps(settings | {"eos_token_id": wrong}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    driver = Driver.start(path)
+    assert driver.model.info.eos_token_ids == (own,)
+    neighbour, held = driver.generate([PROMPT, PROMPT], max_tokens=40, min_tokens=40, seed=3)
+    free = driver.generate([PROMPT, PROMPT], max_tokens=40, ignore_eos=True, seed=3)
+    assert all(len(row.token_ids) == 40 and own not in row.token_ids for row in (neighbour, held))
+    for one, other in zip((neighbour, held), free, strict=True):
+        same = next(
+            (at for at, pair in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if len({*pair}) > 1), 40
+        )
+        np.testing.assert_allclose(one.logprobs[:same], other.logprobs[:same], atol=1e-5, rtol=0)

@@ -132,3 +132,34 @@ def test_scoring_many_sequences_beside_running_rows(qwen: Path) -> None:
         await handle.close()
 
     asyncio.run(run())
+
+
+def test_what_cannot_be_scored_is_refused_at_the_door(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", context_length=128))
+        handle.start()
+        await handle.wait_ready()
+
+        async def score(tokens: tuple[int, ...], start: int = 0, **options: float) -> None:
+            # The first is right: one wrong sequence refuses the whole.
+            await handle.score(Score("s", PolicyAddress("base"), ((1, 2), tokens), (0, start), **options))  # type: ignore[arg-type]
+
+        vocabulary, longest = handle.info.vocab_size, handle.info.max_model_len
+        for token in (-1, vocabulary, 2**40):
+            with pytest.raises(InvalidField, match=f"{token} is outside the vocabulary"):
+                await score((1, token))
+        for start in (-1, 3, 2**40):
+            with pytest.raises(InvalidField, match=f"start is {start}, but the sequence has 3 tokens"):
+                await score((1, 2, 3), start)
+        with pytest.raises(InvalidField, match="0 tokens"):
+            await score(())
+        with pytest.raises(ContextExceeded, match=f"has {longest + 1} tokens; the context holds {longest}"):
+            await score((1,) * (longest + 1))
+        for temperature in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(InvalidField, match="temperature"):
+                await score((1, 2), temperature=temperature)
+        await score((1, vocabulary - 1, 3), 2)
+        await score((1,) * longest, longest - 1)
+        await handle.close()
+
+    asyncio.run(run())
