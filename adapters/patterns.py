@@ -21,6 +21,9 @@ SECONDS_EACH = 0.1
 SECONDS_TOGETHER = 1.0
 COUNTED = re.compile(r"\{(\d{0,4})(?:,(\d{0,4}))?\}")
 
+WIDE = re.compile(r"-(?:[^\x00-\xff]|\\[uU])")
+"""The end of a range of thousands of characters: `re` goes through them one by one, for seconds."""
+
 
 class Patterns:
     """Compiles and matches the expressions of one configuration; all of them together have `SECONDS_TOGETHER`."""
@@ -71,10 +74,10 @@ def _compile(pattern: str) -> regex.Pattern[str]:
     for low, high in COUNTED.findall(pattern):
         repeats *= max(int(low or 1), int(high or 1), 1)
     # Any other brace is a literal to `re`, but a fuzzy match to `regex`.
-    if repeats > MAX_REPEAT or "{" in COUNTED.sub("", pattern):
+    if repeats > MAX_REPEAT or "{" in COUNTED.sub("", pattern) or WIDE.search(pattern):
         raise AdapterUnreadable(
-            f"The regular expression {shown(pattern)!r} of the adapter configuration repeats too much or uses braces "
-            "for something else than a count. List the target modules by name instead."
+            f"The regular expression {shown(pattern)!r} of the adapter configuration repeats too much, uses braces for "
+            "something else than a count, or has ranges beyond Latin letters. List the target modules by name instead."
         )
     try:
         re.compile(pattern)

@@ -196,6 +196,8 @@ def test_parts_that_are_not_served_are_named(name: str, field: str) -> None:
         ({"target_modules": "(" * 3000 + ")" * 3000}, "characters"),
         ({"target_modules": "(" * 2000 + ")" * 2000}, "not a regular expression"),
         ({"target_modules": "((a{999}){999}){999}"}, "repeats too much"),
+        ({"target_modules": "[é-\U0010ffff]" * 400}, "ranges beyond"),
+        ({"target_modules": "(?i)" + r"[a-\U0010ffff]" * 250}, "ranges beyond"),
         ({"target_modules": "(foo){e<=3}"}, "braces"),
         ({"target_modules": r"(a|aa)+$", "rank_pattern": {}}, None),
         ({"target_modules": "q_proj", "layers_to_transform": [1]}, "need target_modules to be a list"),

@@ -48,6 +48,8 @@ EXPRESSIONS = (
         ".*",
         "q_proj",
         "all-linear",
+        "[é-\U0010ffff]" * 400,
+        "(?i)" + r"[a-\U0010ffff]" * 250,
         "[^.]*",
         "é" * 9000,
     ),
