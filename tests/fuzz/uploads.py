@@ -6,6 +6,7 @@ on the parts of a file before it is put together (names, dtypes, shapes, offsets
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ VALUES = (
     *("", "x", "lora", "none", "4", "a" * 5000, "\ud800", "\x00", "😀", DIGITS, NESTED),
     *([], [[]], {}, {"": 1}, [None], ["q_proj"], ["q_proj"] * 3, [1, 2], [True], [-1], {"q_proj": 3}, {"q_proj": None}),
 )
+STRANGE = st.sampled_from(VALUES).map(copy.deepcopy)
+"""Copies, since a later mutation may change what is inside."""
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "F4", "U8", "f32", "F128", "", "\x00", None, 5, [])
 DIMENSIONS = (0, 1, 2, 3, 32, 64, 2**31, 10**12, 2**62, 2**63, 2**64, -1, 1.5, 1e30, True, "8", None, [])
 NAMES = (
@@ -213,13 +216,13 @@ def change_info(draw: Draw, upload: Upload) -> None:
             near = st.integers(-8, len(upload.data) + 8)
             info["data_offsets"] = draw(st.lists(near | st.sampled_from(DIMENSIONS), min_size=0, max_size=3))
         case "strange":
-            info[draw(st.sampled_from(("dtype", "shape", "data_offsets")))] = draw(st.sampled_from(VALUES))
+            info[draw(st.sampled_from(("dtype", "shape", "data_offsets")))] = draw(STRANGE)
         case "extra":
-            info["extra"] = draw(st.sampled_from(VALUES))
+            info["extra"] = draw(STRANGE)
         case "gone":
             info.pop(draw(st.sampled_from(("dtype", "shape", "data_offsets"))), None)
         case "replaced":
-            upload.entries[at] = name, draw(st.sampled_from(VALUES))
+            upload.entries[at] = name, draw(STRANGE)
 
 
 def change_entries(draw: Draw, upload: Upload) -> None:
@@ -255,9 +258,7 @@ def change_entries(draw: Draw, upload: Upload) -> None:
 
 
 def change_metadata(draw: Draw, upload: Upload) -> None:
-    upload.metadata = draw(
-        st.sampled_from(VALUES) | st.dictionaries(st.text(max_size=5), st.sampled_from(VALUES), max_size=2)
-    )
+    upload.metadata = draw(STRANGE | st.dictionaries(st.text(max_size=5), STRANGE, max_size=2))
 
 
 def change_header(draw: Draw, upload: Upload) -> None:
@@ -268,7 +269,7 @@ def change_header(draw: Draw, upload: Upload) -> None:
     nothing = st.sampled_from(
         (b"", b"{}", b"[]", b"null", b'"', b"{" * 3000, b'{"a":' * 200, b"\xff\xfe", b"\xef\xbb\xbf{}")
     )
-    upload.header = draw(nothing | st.binary(max_size=40) | st.sampled_from(VALUES).map(lambda v: as_json(v).encode()))
+    upload.header = draw(nothing | st.binary(max_size=40) | STRANGE.map(lambda v: as_json(v).encode()))
 
 
 def change_bytes(draw: Draw, upload: Upload) -> None:
@@ -309,7 +310,7 @@ def change_field(draw: Draw, upload: Upload) -> None:
     if draw(st.integers(0, 9)) == 0:
         holder.pop(name, None)
     else:
-        holder[name] = draw(st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=10))
+        holder[name] = draw(STRANGE | st.integers() | st.floats() | st.text(max_size=10))
 
 
 def change_expression(draw: Draw, upload: Upload) -> None:
@@ -332,7 +333,7 @@ def change_text(draw: Draw, upload: Upload) -> None:
         st.sampled_from(
             (b"", b" ", b"{", b"[]", b"null", b"{}", b"NaN", b"\xff" + text, b"\xef\xbb\xbf" + text, doubled, text[:-1])
         )
-        | st.sampled_from(VALUES).map(lambda value: as_json(value).encode())
+        | STRANGE.map(lambda value: as_json(value).encode())
         | st.sampled_from((b"[" * 100_000, b'{"a":' * 50_000, b'{"r":' + b"[" * 900 + b"]" * 900 + b"}"))
     )
 
