@@ -8,8 +8,8 @@ from rollout_server.blas import load_fast_blas
 
 BLAS = load_fast_blas()
 
-# The same cases in every run and nothing kept between runs; `--hypothesis-profile=long` looks further, at random, and
-# `--hypothesis-seed=N` then repeats it.
+# The same cases in every run and nothing kept between runs; `--hypothesis-profile=long --timeout=0` looks further, at
+# random, and `--hypothesis-seed=N` then repeats it.
 settings.register_profile(
     "short",
     max_examples=100,
