@@ -84,18 +84,18 @@ def prepare_filters(rows: Sequence[SamplingParams | None], vocabulary: int, *, n
     # Powers of two, so that few shapes occur.
     return Filters(
         filtered=mx.array(flags),
-        narrow=_some(few, [row.top_k for _, row in few], size, mx.int32),
+        narrow=some(few, [row.top_k for _, row in few], size, mx.int32),
         # What top-p removes with a share above 1 is nothing, whatever the rounding of its sums.
         narrow_p=mx.array([[row.top_p if row.top_p < 1 else 2.0] for _, row in few]) if few else None,
         candidates=min(vocabulary, 1 << (most - 1).bit_length()),
-        ranked=_some(ranked, [row.top_k for _, row in ranked], size, mx.float32),
-        share=_some(share, [row.top_p for _, row in share], size, mx.float32),
+        ranked=some(ranked, [row.top_k for _, row in ranked], size, mx.float32),
+        share=some(share, [row.top_p for _, row in share], size, mx.float32),
         share_of_ranked=bool({place for place, _ in ranked} & {place for place, _ in share}),
         min_p=mx.array(least, dtype=mx.float32) if any(row.min_p for _, row in chosen) else None,
     )
 
 
-def _some(
+def some(
     chosen: Sequence[tuple[int, SamplingParams]], values: Sequence[float], size: int, dtype: mx.Dtype
 ) -> Some | None:
     if not chosen:

@@ -1,7 +1,8 @@
 """One sampler call for the whole batch: `prepare` turns rows into arrays, `sample` turns logits into tokens.
 
-Everything is float32 from the logits on. The order is temperature, top-k, top-p, min-p, each on the renormalised
-result of the one before, as transformers' logits warpers do; tokens tied with the last kept one are kept too.
+Everything is float32 from the logits on. Penalties, bias and masks come first, then temperature, top-k, top-p, min-p,
+each on the renormalised result of the one before, as transformers' logits warpers do; tokens tied with the last one
+kept are kept too.
 A draw depends on (row seed, index of the token) alone: two uniforms are computed on the host by a counter-based hash,
 the first picks a block of the vocabulary, the second a token in it (a single float32 uniform has only 24 bits).
 """
@@ -16,6 +17,17 @@ import numpy as np
 
 from rollout_server.engine.exponentials import block_sums, blocks_of, exponential, largest, on_cpu, peak_of
 from rollout_server.engine.filters import Filters, prepare_filters, threshold
+from rollout_server.engine.penalties import (
+    Bans,
+    Bias,
+    Pairs,
+    Penalties,
+    allowed_only,
+    prepare_bans,
+    prepare_bias,
+    prepare_penalties,
+    without,
+)
 from rollout_server.rollout import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -48,14 +60,23 @@ class SamplerArrays:
     """bool [R]; None when no row is greedy."""
     all_greedy: bool
     filters: Filters | None
+    penalties: Penalties | None
+    bias: Bias | None
+    bans: Bans | None
     entropy: bool
     top_logprobs: int
 
 
 def prepare(
-    rows: Sequence[SamplingParams | None], vocabulary: int, *, entropy: bool, top_logprobs: int
+    rows: Sequence[SamplingParams | None],
+    vocabulary: int,
+    *,
+    entropy: bool,
+    top_logprobs: int,
+    eos: frozenset[int] = frozenset(),
 ) -> SamplerArrays:
-    """`None` marks a place without a row; it samples greedily and its result is thrown away."""
+    """`None` marks a place without a row; it samples greedily and its result is thrown away. `eos` are the end tokens
+    that rows with `min_tokens` hold back."""
     temperatures = [0.0 if row is None else row.temperature for row in rows]
     greedy = np.array([t == 0 for t in temperatures])
     tempered = any(t not in (0.0, 1.0) for t in temperatures)
@@ -66,6 +87,9 @@ def prepare(
         greedy=mx.array(greedy) if live_greedy else None,
         all_greedy=bool(greedy.all()),
         filters=prepare_filters(rows, vocabulary, narrow=on_cpu()),
+        penalties=prepare_penalties(rows),
+        bias=prepare_bias(rows),
+        bans=prepare_bans(rows, eos),
         entropy=entropy,
         top_logprobs=min(top_logprobs, vocabulary),
     )
@@ -102,10 +126,14 @@ def sample(
     logits: mx.array,
     arrays: SamplerArrays,
     uniform: mx.array,
-    banned: tuple[mx.array, mx.array] | None = None,
+    banned: Pairs | None = None,
+    *,
+    seen: mx.array | None = None,
+    mask: mx.array | None = None,
 ) -> Sampled:
-    """logits [R, V] of any float dtype, uniform float32 [R, 2] → one token a row. `banned` are (row, token) pairs
-    taken out of the sampling distribution (but not out of `logprobs`). Non-finite logits give non-finite logprobs."""
+    """logits [R, V] of any float dtype, uniform float32 [R, 2] → one token a row. `seen` is what `TokenCounts` holds,
+    `banned` are (row, token) pairs that may not come, `mask` uint32 [R, ⌈V/32⌉] the tokens that may (bit t mod 32 of
+    word t // 32); they change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
     raw = logits.astype(mx.float32)
     peak = peak_of(raw)
     shifted = raw - peak
@@ -113,10 +141,7 @@ def sample(
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
     sums = block_sums(exponentials)
     log_total = mx.log(mx.sum(sums, axis=-1, keepdims=True))
-    shaped = raw
-    if banned is not None:
-        shaped = raw + 0.0
-        shaped[banned[0], banned[1]] = -mx.inf
+    shaped = _shaped(raw, arrays, seen, banned, mask)
     best = mx.argmax(shaped, axis=-1).astype(mx.int32) if arrays.greedy is not None or arrays.all_greedy else None
     if arrays.all_greedy and best is not None:
         ids = best
@@ -124,7 +149,7 @@ def sample(
         kept = mx.full(ids.shape, mx.nan)
     else:
         ids, sampling, kept = _sample_rows(
-            shaped, (exponentials, sums, peak) if banned is None else None, arrays, uniform
+            shaped, (exponentials, sums, peak) if shaped is raw else None, arrays, uniform
         )
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
@@ -138,6 +163,26 @@ def sample(
     if arrays.top_logprobs:
         top_ids, top_logprobs = top_of(shifted, log_total, arrays.top_logprobs)
     return Sampled(ids, mx.stack(values), top_ids, top_logprobs)
+
+
+def _shaped(
+    raw: mx.array,
+    arrays: SamplerArrays,
+    seen: mx.array | None,
+    banned: Pairs | None,
+    mask: mx.array | None,
+) -> mx.array:
+    """The logits that are sampled from; `raw` itself, untouched, where nothing changes them."""
+    shaped = raw
+    if arrays.penalties is not None:
+        if seen is None:
+            raise ValueError("Rows are penalised, but their tokens were not counted.")
+        shaped = arrays.penalties.apply(shaped, seen)
+    if arrays.bias is not None:
+        shaped = shaped.at[arrays.bias.places, arrays.bias.tokens].add(arrays.bias.values)
+    if banned is not None:
+        shaped = without(shaped, banned)
+    return shaped if mask is None else allowed_only(shaped, mask)
 
 
 def _sample_rows(
