@@ -47,7 +47,8 @@ class Flight:
 
 
 class Batch:
-    """`route(slots)` tells the adapter layers which slot each row of the next forward uses."""
+    """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
+    to what `forward` computes, for one token of every place."""
 
     def __init__(
         self,
@@ -57,8 +58,10 @@ class Batch:
         tokenizer: Any,
         eos: frozenset[int],
         vocabulary: int,
+        decode: Forward | None = None,
     ) -> None:
         self._forward = forward
+        self._decode = decode or forward
         self._store = store
         self._route = route
         self._tokenizer = tokenizer
@@ -238,7 +241,7 @@ class Batch:
             slots[place] = row.slot
         self._store.aim(offsets, 1 + max(row.offset for _, row in rows))
         self._route(slots)
-        logits = self._forward(self._inputs(size)[:, None], self._store.layers)[:, -1]
+        logits = self._decode(self._inputs(size)[:, None], self._store.layers)[:, -1]
         draws = mx.array(uniforms(seeds, positions))
         bans = self._arrays.bans
         banned = bans.at(positions) if bans else None
