@@ -82,7 +82,9 @@ class Engine:
     def _new_batch(self) -> Batch:
         model = self._model
         store = model.make_store()
-        compiles = model.compiles and isinstance(store, SlotRows)
+        decode = None
+        if model.compiles and isinstance(store, SlotRows):
+            decode = CompiledDecode(model.forward, store, self._policies.routed)
         return Batch(
             model.forward,
             store,
@@ -90,7 +92,7 @@ class Engine:
             model.tokenizer,
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
-            CompiledDecode(model.forward, store, self._policies.routed) if compiles else None,
+            decode,
         )
 
     # ---- the loop -------------------------------------------------------------------------------------------------
