@@ -135,6 +135,27 @@ class SlotStack:
     def aimed(self) -> bool:
         return self.pair is not None or self.rows is not None
 
+    def lent(self) -> tuple[str, list[mx.array]]:
+        """What the layer reads as it is aimed: which fields, and their arrays."""
+        fields = ("one_gain",) if self.one_gain is not None else ()
+        if self.pair is not None:
+            return " ".join(("pair", *fields)), [*self.pair, *([] if self.one_gain is None else [self.one_gain])]
+        if self.rows is None:
+            return "", []
+        scaled = self.scales and self.gain is not None
+        return "rows gain" if scaled else "rows", [self.rows, *(self.arrays() if scaled else [self.a, self.b])]
+
+    def read(self, fields: str, arrays: list[mx.array]) -> list[mx.array]:
+        """Reads these arrays instead, taken off the front; returns what it read before, for `read` to put back."""
+        before = self.lent()[1]
+        if fields.startswith("pair"):
+            self.pair = arrays.pop(0), arrays.pop(0)
+            self.one_gain = arrays.pop(0) if self.one_gain is not None else None
+        elif fields:
+            self.rows, self.a, self.b = (arrays.pop(0) for _ in range(3))
+            self.gain = arrays.pop(0) if fields == "rows gain" else self.gain
+        return before
+
     def product(self, x: mx.array) -> mx.array:
         """(x · A[row]) · B[row], [batch, …, out], for x [batch, …, in]. Only while `aimed`."""
         if self.pair is not None:

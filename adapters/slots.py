@@ -6,7 +6,8 @@ nothing else refers to the stacks then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,25 @@ class AdapterSlots:
             raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
         self._aim(wanted)
         self._routed = wanted
+
+    def lent(self) -> tuple[tuple[str, ...], list[mx.array]]:
+        """What the wrapped layers read as they are aimed now: which fields of each stack, and all their arrays. Hold
+        them no longer than a forward: a write copies a stack that somebody holds."""
+        lent = [stack.lent() for stack in self._stacks.values()]
+        return tuple(fields for fields, _ in lent), [array for _, arrays in lent for array in arrays]
+
+    @contextmanager
+    def reading(self, arrays: Sequence[mx.array]) -> Iterator[None]:
+        """Within it every stack reads these arrays, in the order of `lent`, as while a forward is traced."""
+        fields = self.lent()[0]
+        left, before = list(arrays), []
+        for stack, names in zip(self._stacks.values(), fields, strict=True):
+            before += stack.read(names, left)
+        try:
+            yield
+        finally:
+            for stack, names in zip(self._stacks.values(), fields, strict=True):
+                stack.read(names, before)
 
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""

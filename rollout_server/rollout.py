@@ -53,8 +53,9 @@ class OnUpdate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one row is sampled. Filters apply in the order temperature, top-k, top-p, min-p, each on the renormalised
-    result of the one before, as transformers does. Raises `InvalidField` on values outside their domain."""
+    """How one row is sampled. Penalties and bias change the logits, then come temperature, top-k, top-p, min-p in this
+    order, each on the renormalised result of the one before, as transformers does. Raises `InvalidField` on values
+    outside their domain."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -69,6 +70,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was sampled; a continued row's own tokens count."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it was sampled."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens in the prompt or sampled are divided by it, others multiplied."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), each token once."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, rule: str) -> None:
@@ -90,6 +99,16 @@ class SamplingParams:
         need(math.isfinite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         need(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         need(all(self.stop), "stop", "strings that are not empty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            need(-2 <= getattr(self, name) <= 2, name, "between -2 and 2")
+        need(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100 (1 is off)")
+        need(all(-100 <= value <= 100 for _, value in self.logit_bias), "logit_bias", "values between -100 and 100")
+        need(len(dict(self.logit_bias)) == len(self.logit_bias), "logit_bias", "one value a token")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its logits depend on the tokens before."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
     def filtered(self) -> bool:

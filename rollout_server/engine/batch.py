@@ -18,6 +18,7 @@ import numpy as np
 
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.penalties import TokenCounts
 from rollout_server.engine.sampling import Sampled, SamplerArrays, prepare, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group, TopTokens
@@ -46,7 +47,8 @@ class Flight:
 
 
 class Batch:
-    """`route(slots)` tells the adapter layers which slot each row of the next forward uses."""
+    """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
+    to what `forward` computes, for one token of every place."""
 
     def __init__(
         self,
@@ -56,8 +58,10 @@ class Batch:
         tokenizer: Any,
         eos: frozenset[int],
         vocabulary: int,
+        decode: Forward | None = None,
     ) -> None:
         self._forward = forward
+        self._decode = decode or forward
         self._store = store
         self._route = route
         self._tokenizer = tokenizer
@@ -68,6 +72,7 @@ class Batch:
         self._flight: Flight | None = None
         self._steps = 0
         self._arrays: SamplerArrays | None = None
+        self._counts = TokenCounts(vocabulary)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
@@ -238,9 +243,12 @@ class Batch:
             slots[place] = row.slot
         self._store.aim(offsets, 1 + max(row.offset for _, row in rows))
         self._route(slots)
-        logits = self._forward(self._inputs(size)[:, None], self._store.layers)[:, -1]
+        logits = self._decode(self._inputs(size)[:, None], self._store.layers)[:, -1]
         draws = mx.array(uniforms(seeds, positions))
-        sampled = sample(logits, self._arrays, draws, self._banned(rows))
+        bans = self._arrays.bans
+        banned = bans.at(positions) if bans else None
+        sampled = sample(logits, self._arrays, draws, banned, seen=self._counts.seen)
+        self._counts.add(sampled.ids)
         self._steps += 1
         for _, row in rows:
             row.stamp()
@@ -258,25 +266,14 @@ class Batch:
     def _prepare(self, size: int) -> SamplerArrays:
         wants = [row.group.request.wants for row in self._seats.values()]
         by_place = [self._seats.get(place) for place in range(size)]
+        self._counts.seat(by_place)
         return prepare(
             [row.group.request.sampling if row else None for row in by_place],
             self._vocabulary,
             entropy=any(want.entropy for want in wants),
             top_logprobs=max(want.top_logprobs for want in wants),
+            eos=self._eos,
         )
-
-    def _banned(self, rows: Sequence[tuple[int, Row]]) -> tuple[mx.array, mx.array] | None:
-        """End tokens of rows that have not reached min_tokens, as (place, token) pairs."""
-        pairs: list[tuple[int, int]] = []
-        for place, row in rows:
-            sampling = row.group.request.sampling
-            if row.dispatched < sampling.min_tokens:
-                ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos)
-                pairs.extend((place, token) for token in ends)
-        if not pairs:
-            return None
-        places, tokens = zip(*pairs, strict=True)
-        return mx.array(places, dtype=mx.int32), mx.array(tokens, dtype=mx.int32)
 
     def _take(self) -> tuple[Flight, list[int], list[list[float]], list[TopTokens]] | None:
         """Waits for the step in flight and copies its results to the host."""

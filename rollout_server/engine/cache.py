@@ -179,10 +179,12 @@ class SlotLayer:
 
 
 class SlotRows:
-    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None."""
+    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
+    widths, for steps that are compiled for each."""
 
-    def __init__(self, windows: Sequence[int | None], max_rows: int) -> None:
+    def __init__(self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False) -> None:
         self.layers: list[Any] = [SlotLayer(self, window) for window in windows]
+        self._coarse = coarse
         self.capacity = 0
         self.columns = 0
         self.window: Window
@@ -273,9 +275,33 @@ class SlotRows:
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
         offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
-        every = mx.arange(self.capacity, dtype=mx.int32)
-        width = min(spare, round_up(width, COLUMN_BUCKET))
-        self.window = Window(None, every, offset, offset[:, None], width)
+        self.window = self.decode_window(offset, min(spare, self._width(width)))
+
+    def decode_window(self, offset: mx.array, width: int) -> Window:
+        """Every place in order, one new token each at its column `offset` int32 [capacity]."""
+        return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width)
+
+    def _width(self, needed: int) -> int:
+        """Columns to read. Four widths an octave where each is a trace of its own."""
+        step = max(COLUMN_BUCKET, 1 << max(0, needed.bit_length() - 3)) if self._coarse else COLUMN_BUCKET
+        return round_up(needed, step)
+
+    @property
+    def filled(self) -> bool:
+        """Whether every layer has its arrays, as from the first forward on."""
+        return all(layer.keys is not None for layer in self.layers)
+
+    def give_arrays(self) -> list[mx.array]:
+        """Keys and values of every layer, which holds none afterwards: what runs on them may write in place."""
+        arrays = [array for layer in self.layers for array in (layer.keys, layer.values)]
+        for layer in self.layers:
+            layer.keys = layer.values = None
+        return arrays
+
+    def take_arrays(self, arrays: list[mx.array]) -> None:
+        """Puts back what `give_arrays` gave, or what came of it, and empties the list."""
+        for layer in reversed(self.layers):
+            layer.values, layer.keys = arrays.pop(), arrays.pop()
 
     def moves_on_leave(self, leaving: int) -> bool:
         staying = self.capacity - len(self._free) - leaving

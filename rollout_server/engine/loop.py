@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 
 from rollout_server.engine.batch import Batch
+from rollout_server.engine.cache import SlotRows
+from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.messages import (
     Abort,
     Command,
@@ -79,13 +81,18 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         model = self._model
+        store = model.make_store()
+        decode = None
+        if model.compiles and isinstance(store, SlotRows):
+            decode = CompiledDecode(model.forward, store, self._policies.routed)
         return Batch(
             model.forward,
-            model.make_store(),
+            store,
             self._policies.route,
             model.tokenizer,
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
+            decode,
         )
 
     # ---- the loop -------------------------------------------------------------------------------------------------

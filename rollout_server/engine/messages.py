@@ -40,6 +40,8 @@ class EngineOptions:
     keep_versions: int = 8
     prefill_tokens: int = 512
     """Prompt tokens fed between two decode steps."""
+    compile_decode: bool | None = None
+    """Trace decode steps; None: where the device is no CPU."""
 
 
 @dataclass(frozen=True, slots=True)

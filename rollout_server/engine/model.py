@@ -19,8 +19,10 @@ from transformers import AutoTokenizer
 from adapters.fit import adaptable_layers
 from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
+from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.joined_cache import JoinedRows
 from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.engine.warming import warm_sampler
 from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ SELF_TEST_LENGTHS = (3, 9, 6)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentModel:
-    """The base in memory. `make_store(max_rows)` gives empty KV rows of the kind the self-test chose."""
+    """The base in memory. `make_store` gives empty KV rows of the kind the self-test chose."""
 
     module: nn.Module
     tokenizer: Any
@@ -40,6 +42,8 @@ class ResidentModel:
     dtype: mx.Dtype
     info: ModelInfo
     make_store: Callable[[], RowStore]
+    compiles: bool = False
+    """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
@@ -66,7 +70,9 @@ def load(options: EngineOptions) -> ResidentModel:
     mx.eval(module.parameters())
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
-    kind, cell_bytes, row_cells, make_store = _choose_store(module, vocabulary, options.max_batch)
+    compiles = not on_cpu if options.compile_decode is None else options.compile_decode
+    chosen = _choose_store(module, vocabulary, options.max_batch, compiles)
+    kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(config, options.context_length)
     info = ModelInfo(
         id=options.model_id,
@@ -86,7 +92,9 @@ def load(options: EngineOptions) -> ResidentModel:
         max_batch=1 if kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
     )
-    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, make_store)
+    if not on_cpu:
+        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
+    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, chosen.make, chosen.compiles)
 
 
 def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
@@ -161,9 +169,20 @@ def _context_length(config: dict[str, Any], asked: int | None) -> int:
 # ---- which cache ---------------------------------------------------------------------------------------------------
 
 
-def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[str, int, int, Callable[[], RowStore]]:
-    """The first kind of cache under which rows of different lengths equal themselves alone, its bytes per row and
-    column, and how many columns' worth a row takes besides. Falls back to one row at a time, and says so."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chosen:
+    kind: str
+    cell_bytes: int
+    """Per row and column."""
+    row_cells: int
+    """Columns' worth that a row takes besides."""
+    make: Callable[[], RowStore]
+    compiles: bool = False
+
+
+def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bool) -> _Chosen:
+    """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
+    time, and says so; decode steps are compiled only where they then pass the same test."""
     forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
@@ -173,13 +192,19 @@ def _choose_store(module: nn.Module, vocabulary: int, max_rows: int) -> tuple[st
         store = SlotRows(windows, max_rows)
         if (problem := _self_test(forward, store, rows, expected)) is None:
             cell = store.nbytes // (store.capacity * store.columns)
-            return "slots", cell, 0, lambda: SlotRows(windows, max_rows)
+            if compiles:
+                store = SlotRows(windows, max_rows, coarse=True)
+                problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
+                if problem is None:
+                    return _Chosen("slots", cell, 0, lambda: SlotRows(windows, max_rows, coarse=True), True)
+                log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
+            return _Chosen("slots", cell, 0, lambda: SlotRows(windows, max_rows))
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
     if (problem := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
-        return "batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells)
+        return _Chosen("batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells))
     log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", problem)
-    return "serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True)
+    return _Chosen("serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True))
 
 
 def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:
@@ -216,7 +241,11 @@ def _alone(forward: Forward, module: nn.Module, row: Sequence[int]) -> mx.array:
 
 
 def _self_test(
-    forward: Forward, store: RowStore, rows: Sequence[Sequence[int]], expected: Sequence[mx.array]
+    forward: Forward,
+    store: RowStore,
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+    decode: Forward | None = None,
 ) -> str | None:
     """Prefills all rows but their last token, decodes the last one in a batch, compares with each alone."""
     ignore: Callable[[Sequence[int]], None] = lambda slots: None  # noqa: E731
@@ -231,7 +260,8 @@ def _self_test(
         for place, row in zip(places, rows, strict=True):
             inputs[place], offsets[place] = row[-1], len(row) - 1  # type: ignore[call-overload]
         store.aim(offsets, longest)
-        logits = forward(mx.array(inputs, dtype=mx.int32)[:, None], store.layers)[:, -1].astype(mx.float32)
+        tokens = mx.array(inputs, dtype=mx.int32)[:, None]
+        logits = (decode or forward)(tokens, store.layers)[:, -1].astype(mx.float32)
         mx.eval(logits)
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
         return f"{type(error).__name__}: {error}"

@@ -136,6 +136,11 @@ class PolicyTable:
         """Row i of the next forwards uses slots[i]."""
         self._slots.route(slots)
 
+    @property
+    def routed(self) -> AdapterSlots:
+        """What adapter layers read as they are routed now, for `compiled.CompiledDecode`."""
+        return self._slots
+
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def stages(self, command: PolicyCommand) -> bool:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.cache import Forward
+from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.messages import ScoredSequence
-from rollout_server.engine.sampling import block_sums, entropy_of, exponential, top_of
+from rollout_server.engine.sampling import entropy_of, top_of
 from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.errors import NonFiniteLogits, RolloutError
 from rollout_server.rollout import PolicyVersion

@@ -1,0 +1,171 @@
+"""What changes the logits before temperature and filters: penalties, bias, end tokens held back, a mask of tokens.
+
+In this order: repetition, frequency and presence penalty, `logit_bias`, then tokens that may not come. The counts that
+penalties need live on the device, because a step is built before the tokens of the one before it are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from rollout_server.engine.filters import Some, some
+from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.rollout import SamplingParams
+
+Pairs = tuple[mx.array, mx.array]
+"""(row, token), int32 each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bans:
+    """Tokens held back until a row has sampled enough, one entry for each: int64 [N] on the host."""
+
+    places: np.ndarray
+    tokens: np.ndarray
+    until: np.ndarray
+
+    def at(self, positions: Sequence[int]) -> Pairs | None:
+        """Those that hold where the row at each place samples token number `positions[place]`."""
+        holds = np.asarray(positions)[self.places] < self.until
+        if not holds.any():
+            return None
+        return mx.array(self.places[holds].astype(np.int32)), mx.array(self.tokens[holds].astype(np.int32))
+
+
+def prepare_bans(rows: Sequence[SamplingParams | None], eos: frozenset[int]) -> Bans | None:
+    """End tokens and stop tokens of rows with `min_tokens`; None if no row has it."""
+    found = [
+        (place, token, row.min_tokens)
+        for place, row in enumerate(rows)
+        if row is not None and row.min_tokens
+        for token in sorted(set(row.stop_token_ids) | (frozenset() if row.ignore_eos else eos))
+    ]
+    return Bans(*np.array(found, dtype=np.int64).T) if found else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bias:
+    """`logit_bias` of all rows, one entry for each token of each: what `values` [N] is added to."""
+
+    places: mx.array
+    tokens: mx.array
+    values: mx.array
+
+
+def prepare_bias(rows: Sequence[SamplingParams | None]) -> Bias | None:
+    found = [(place, *pair) for place, row in enumerate(rows) if row is not None for pair in row.logit_bias]
+    if not found:
+        return None
+    places, tokens, values = zip(*found, strict=True)
+    return Bias(mx.array(places, dtype=mx.int32), mx.array(tokens, dtype=mx.int32), mx.array(values, dtype=mx.float32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    """Parameters of the rows that are penalised, in order of their places; None where no row has any."""
+
+    repetition: Some
+    """1 where it is off."""
+    presence: mx.array | None
+    frequency: mx.array | None
+    repeats: bool
+    """Whether any row has a repetition penalty."""
+
+    def apply(self, logits: mx.array, seen: mx.array) -> mx.array:
+        """float32 [R, V] and what `TokenCounts` holds of the penalised rows → [R, V], an array of its own."""
+        theirs = self.repetition.of(logits)
+        if self.repeats:
+            penalty = self.repetition.values
+            repeated = mx.where(theirs > 0, theirs / penalty, theirs * penalty)
+            theirs = mx.where(seen > 0, repeated, theirs)
+        if self.frequency is not None:
+            theirs = theirs - self.frequency * (seen >> 1)
+        if self.presence is not None:
+            theirs = theirs - self.presence * (seen > 1)
+        return self.repetition.put(logits + 0.0, theirs)
+
+
+def prepare_penalties(rows: Sequence[SamplingParams | None]) -> Penalties | None:
+    chosen = [(place, row) for place, row in enumerate(rows) if row is not None and row.penalised]
+    repetition = some(chosen, [row.repetition_penalty for _, row in chosen], len(rows), mx.float32)
+    if repetition is None:
+        return None
+
+    def column(values: list[float]) -> mx.array | None:
+        return mx.array(values, dtype=mx.float32)[:, None] if any(values) else None
+
+    return Penalties(
+        repetition=repetition,
+        presence=column([row.presence_penalty for _, row in chosen]),
+        frequency=column([row.frequency_penalty for _, row in chosen]),
+        repeats=any(row.repetition_penalty != 1 for _, row in chosen),
+    )
+
+
+class TokenCounts:
+    """How often each penalised row has sampled each token, and which are in its prompt; int32 [P, V] on the device.
+
+    A row's first counts come from the host, so a row that starts with tokens (a prefix, or one that was preempted)
+    counts them; from then on every step adds its own tokens without waiting for them. Nothing is held while no row is
+    penalised."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._rows: list[tuple[Row, int]] = []
+        """Each with the tokens it had before the first step that was counted here."""
+        self._places: mx.array | None = None
+        self._added = 0
+        self.seen: mx.array | None = None
+        """2 · times sampled + 1 if in the prompt."""
+
+    def seat(self, rows: Sequence[Row | None]) -> None:
+        """Which row sits at each place from the next step on. Rows that stay keep their counts."""
+        chosen = [(place, row) for place, row in enumerate(rows) if row and row.group.request.sampling.penalised]
+        if not chosen:
+            self._rows, self._places, self.seen = [], None, None
+            return
+        # A row that sampled elsewhere meanwhile is counted anew.
+        kept = {row: at for at, (row, before) in enumerate(self._rows) if before + self._added == row.dispatched}
+        fresh = [row for _, row in chosen if row not in kept]
+        parts = [] if self.seen is None else [self.seen]
+        if fresh:
+            parts.append(mx.array(np.stack([self._count(row) for row in fresh])))
+        order = kept | {row: len(self._rows) + at for at, row in enumerate(fresh)}
+        every = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        self.seen = mx.take(every, mx.array([order[row] for _, row in chosen], dtype=mx.int32), axis=0)
+        self._rows = [(row, row.dispatched - self._added) for _, row in chosen]
+        self._places = mx.array([place for place, _ in chosen], dtype=mx.int32)
+
+    def add(self, ids: mx.array) -> None:
+        """Counts a step's tokens, int32 [R] by place, on the device."""
+        if self.seen is None or self._places is None:
+            return
+        self._added += 1
+        self.seen = self.seen.at[mx.arange(len(self._rows)), mx.take(ids, self._places)].add(2)
+
+    def _count(self, row: Row) -> np.ndarray:
+        if row.running and len(row.token_ids) != row.dispatched:
+            raise RuntimeError("A row's tokens are counted while one of them is still in flight.")
+        counts = np.zeros(self._vocabulary, dtype=np.int32)
+        np.add.at(counts, np.array(row.token_ids, dtype=np.int64), 2)
+        counts[np.array(row.group.request.prompt_ids, dtype=np.int64)] |= 1
+        return counts
+
+
+def allowed_only(logits: mx.array, mask: mx.array) -> mx.array:
+    """Logits [R, V] with −inf where the mask, uint32 [R, ⌈V/32⌉], has no bit: token t is bit t mod 32 of word
+    t // 32."""
+    bits = (mask[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]] > 0, logits, -math.inf)
+
+
+def without(logits: mx.array, banned: Pairs) -> mx.array:
+    """Logits with −inf at (row, token) pairs, an array of its own."""
+    logits = logits + 0.0
+    logits[banned[0], banned[1]] = -math.inf
+    return logits
