@@ -81,7 +81,8 @@ class Penalties:
         theirs = self.repetition.of(logits)
         if self.repeats:
             penalty = self.repetition.values
-            repeated = mx.where(theirs > 0, theirs / penalty, theirs * penalty)
+            # What is above 0 divided, what is below multiplied: choosing value by value costs four times as much.
+            repeated = mx.maximum(theirs, 0.0) / penalty + mx.minimum(theirs, 0.0) * penalty
             theirs = mx.where(seen > 0, repeated, theirs)
         if self.frequency is not None:
             theirs = theirs - self.frequency * (seen >> 1)
