@@ -30,6 +30,9 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=100, help="length of every prompt")
     parser.add_argument("--steps", type=int, default=48, help="timed decode steps")
     parser.add_argument("--top-p", action="store_true", help="also measure a different top-p for every row")
+    parser.add_argument(
+        "--kinds", action="store_true", help="also measure mixed filters, penalties and what is on request"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
     options = parser.parse_args()
     for name in ("rounds", "rows", "prompt_tokens", "steps"):
@@ -40,13 +43,14 @@ def main() -> int:
 
     from benchmarks.measure import Load
 
-    report = compare(Load(options.rows, options.prompt_tokens, options.steps), options.rounds, top_p=options.top_p)
+    load = Load(options.rows, options.prompt_tokens, options.steps)
+    report = compare(load, options.rounds, top_p=options.top_p, kinds=options.kinds)
     report["blas"] = blas.name
     print(json.dumps(report, indent=2) if options.json else table(report))
     return 0
 
 
-def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
+def compare(load: Load, rounds: int, *, top_p: bool, kinds: bool = False) -> dict[str, Any]:
     """Measure everybody and return machine, model, tok/s of each round and ratios to the faster bare loop."""
     import mlx.core as mx
     import mlx_lm
@@ -55,11 +59,12 @@ def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
     from benchmarks.bare import BareLoop
     from benchmarks.measure import interleave, matmul_gflops
     from benchmarks.models import random_prompts, write_model
-    from benchmarks.ours import EngineDecode
+    from benchmarks.ours import EXTRAS, MIXED, PENALTIES, TOP_P, EngineDecode
     from benchmarks.peers import BatchGeneratorDecode
     from rollout_server.doctor import measure_gflops
 
     variants = (False, True) if top_p else (False,)
+    ours = ["", *([TOP_P] if top_p else []), *([MIXED, PENALTIES, EXTRAS] if kinds else [])]
     prompts = random_prompts(load.rows, load.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_engines:
         directory = write_model(Path(folder) / "qwen3-33m")
@@ -68,7 +73,7 @@ def compare(load: Load, rounds: int, *, top_p: bool) -> dict[str, Any]:
             BareLoop(model, prompts, load, compiled=False),
             BareLoop(model, prompts, load, compiled=True),
             *(BatchGeneratorDecode(model, prompts, load, top_p=variant) for variant in variants),
-            *(open_engines.enter_context(EngineDecode(directory, prompts, load, top_p=v)) for v in variants),
+            *(open_engines.enter_context(EngineDecode(directory, prompts, load, kind=kind)) for kind in ours),
         ]
         results = interleave(contenders, rounds, lambda line: print(line, file=sys.stderr, flush=True))
     loops = [result for result in results if result.name.startswith("bare")]

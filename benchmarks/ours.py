@@ -6,11 +6,24 @@ import asyncio
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from benchmarks.measure import Load
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import EngineOptions, RowFinished, TokensSampled
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams, Wants
+
+TOP_P, MIXED, PENALTIES, EXTRAS = "top-p by row", "filters mixed", "penalties", "entropy, top 5"
+
+
+def sampling_of(kind: str, row: int, rows: int) -> dict[str, Any]:
+    """How row number `row` of `rows` is sampled, beyond temperature 1."""
+    share = {"top_p": 0.9 + 0.1 * row / max(1, rows - 1)}
+    if kind == MIXED:
+        return (share, {"top_k": 50}, {"min_p": 0.05}, {"top_p": 0.95, "top_k": 20, "min_p": 0.01})[row % 4]
+    if kind == PENALTIES:
+        return {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+    return share if kind == TOP_P else {}
 
 
 class EngineDecode:
@@ -20,8 +33,8 @@ class EngineDecode:
     its tokens as they come, to start the clock; it is admitted first, so a row that joined later counts against us.
     """
 
-    def __init__(self, directory: Path, prompts: list[list[int]], load: Load, *, top_p: bool = False) -> None:
-        self.name = "engine, top-p by row" if top_p else "engine"
+    def __init__(self, directory: Path, prompts: list[list[int]], load: Load, *, kind: str = "") -> None:
+        self.name = f"engine, {kind}" if kind else "engine"
         self._load = load
         self._runner = asyncio.Runner()
         self._handle = EngineHandle(
@@ -32,7 +45,7 @@ class EngineDecode:
                 prefill_tokens=load.rows * load.prompt_tokens,
             )
         )
-        self._groups = [self._group(row, prompt, top_p) for row, prompt in enumerate(prompts)]
+        self._groups = [self._group(row, prompt, kind) for row, prompt in enumerate(prompts)]
 
     def __enter__(self) -> EngineDecode:
         self._runner.run(self._start())
@@ -47,17 +60,17 @@ class EngineDecode:
     def run(self) -> tuple[int, float]:
         return self._runner.run(self._decode())
 
-    def _group(self, row: int, prompt: list[int], top_p: bool) -> RolloutRequest:
-        share = 0.9 + 0.1 * row / max(1, self._load.rows - 1) if top_p else 1.0
+    def _group(self, row: int, prompt: list[int], kind: str) -> RolloutRequest:
+        extras = kind == EXTRAS
         length = self._load.steps + 1
         return RolloutRequest(
             id="bench",
             prompt_ids=tuple(prompt),
-            sampling=SamplingParams(max_tokens=length, temperature=1.0, top_p=share, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=length, ignore_eos=True, **sampling_of(kind, row, self._load.rows)),
             policy=PolicyAddress("base"),
             prompt_index=row,
             seeds=(row,),
-            wants=Wants(tokens_as_they_come=row == 0),
+            wants=Wants(tokens_as_they_come=row == 0, entropy=extras, top_logprobs=5 if extras else 0),
         )
 
     async def _start(self) -> None:

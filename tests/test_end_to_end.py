@@ -78,6 +78,20 @@ def test_filters_keep_the_books(client: RolloutClient) -> None:
     assert np.all(batch.log_kept_mass <= 0) and np.any(batch.log_kept_mass < -0.05)
 
 
+def test_penalties_and_bias_keep_the_books(client: RolloutClient) -> None:
+    free = sample(client, "base", temperature=0.7, n=8)
+    options = {"temperature": 0.7, "presence_penalty": 2.0, "repetition_penalty": 1.5, "logit_bias": {7: 5.0}}
+    bound = sample(client, "base", n=8, **options)
+    assert np.array_equal(bound.token_ids, sample(client, "base", n=8, **options).token_ids)
+    assert np.sum(bound.token_ids == 7) > 5 * max(1, np.sum(free.token_ids == 7))
+    scored = client.logprobs(bound, policy="base")
+    np.testing.assert_allclose(bound.logprobs, scored.logprobs, atol=5e-5)
+    assert np.all(bound.log_kept_mass == 0) and np.max(np.abs(bound.sampling_logprobs - bound.logprobs)) > 0.5
+    (row, *_) = bound
+    assert row.sampling["logit_bias"] == {"7": 5.0} and row.sampling["repetition_penalty"] == 1.5
+    assert "presence_penalty=2.0" in str(row.modified_by)
+
+
 def test_streamed_rollouts_are_the_same_rollouts(client: RolloutClient) -> None:
     whole = sample(client, "base", n=4)
     lines = list(client.stream_rollouts(PROMPTS, policy="base", n=4, max_tokens=12, seed=1))

@@ -87,7 +87,8 @@ class RolloutOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
-    logit_bias: Mapping[str, float]
+    logit_bias: Mapping[int | str, float]
+    """Token id → what is added to its logit, -100 to 100."""
 
 
 _REQUEST_FIELDS = frozenset(

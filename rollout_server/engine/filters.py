@@ -179,7 +179,9 @@ def bisect(weights: mx.array, goal: mx.array, *, by_rank: bool) -> mx.array:
     for _ in range(ONE_BITS.bit_length()):
         middle = (low + high) >> 1
         more = bits > middle
-        sums = mx.sum(more, axis=-1, keepdims=True).astype(mx.float32) if by_rank else _sum(weights * more)
+        sums = (
+            mx.sum(more, axis=-1, keepdims=True).astype(mx.float32) if by_rank else _sum(mx.where(more, weights, 0.0))
+        )
         below = sums < goal
         low, high = mx.where(below, low, middle + 1), mx.where(below, middle, high)
     return high.view(mx.float32)

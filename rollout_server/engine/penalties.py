@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -58,11 +59,22 @@ class Bias:
 
 
 def prepare_bias(rows: Sequence[SamplingParams | None]) -> Bias | None:
-    found = [(place, *pair) for place, row in enumerate(rows) if row is not None for pair in row.logit_bias]
+    found = [(place, *_columns(row.logit_bias)) for place, row in enumerate(rows) if row is not None and row.logit_bias]
     if not found:
         return None
-    places, tokens, values = zip(*found, strict=True)
-    return Bias(mx.array(places, dtype=mx.int32), mx.array(tokens, dtype=mx.int32), mx.array(values, dtype=mx.float32))
+    places = np.repeat([place for place, _, _ in found], [len(tokens) for _, tokens, _ in found])
+    return Bias(
+        mx.array(places.astype(np.int32)),
+        mx.array(np.concatenate([tokens for _, tokens, _ in found])),
+        mx.array(np.concatenate([values for _, _, values in found])),
+    )
+
+
+@lru_cache(maxsize=128)
+def _columns(bias: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and values float32. Kept, because a bias may name the whole vocabulary and rows change often."""
+    tokens, values = zip(*bias, strict=True)
+    return np.array(tokens, dtype=np.int32), np.array(values, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +93,8 @@ class Penalties:
         theirs = self.repetition.of(logits)
         if self.repeats:
             penalty = self.repetition.values
-            repeated = mx.where(theirs > 0, theirs / penalty, theirs * penalty)
+            # What is above 0 divided, what is below multiplied: choosing value by value costs four times as much.
+            repeated = mx.maximum(theirs, 0.0) / penalty + mx.minimum(theirs, 0.0) * penalty
             theirs = mx.where(seen > 0, repeated, theirs)
         if self.frequency is not None:
             theirs = theirs - self.frequency * (seen >> 1)

@@ -169,6 +169,7 @@ def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[Promp
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")
     service.check_ids(data.stop_token_ids, "stop_token_ids")
+    service.check_bias(data.logit_bias, "logit_bias")
     context = service.info.max_model_len
     prompts = []
     for prompt, place in found:

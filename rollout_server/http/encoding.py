@@ -84,6 +84,10 @@ def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
         "stop": sampling.stop,
         "stop_token_ids": sampling.stop_token_ids,
         "ignore_eos": sampling.ignore_eos,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logit_bias": {str(token): value for token, value in sampling.logit_bias},
     }
 
 

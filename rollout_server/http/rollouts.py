@@ -146,6 +146,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     address = service.address(data.policy, request, param="policy")
     service.check_top_logprobs(data.top_logprobs, "top_logprobs")
     service.check_ids(data.sampling.stop_token_ids, "sampling.stop_token_ids")
+    service.check_bias(data.sampling.logit_bias, "sampling.logit_bias")
     counts = [prompt.n or data.n for prompt in data.prompts]
     places = [f"prompts[{index}].n" if prompt.n else "n" for index, prompt in enumerate(data.prompts)]
     check_rows(counts, service.config.max_rows_per_request, places)

@@ -28,6 +28,10 @@ def sampling_params(
             stop=stops(options.stop),
             stop_token_ids=tuple(options.stop_token_ids),
             ignore_eos=options.ignore_eos,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            repetition_penalty=options.repetition_penalty,
+            logit_bias=tuple(sorted((int(token), value) for token, value in options.logit_bias.items())),
         )
     except InvalidField as error:
         raise InvalidField(f"{prefix}{error.message}", param=f"{prefix}{error.param}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -130,6 +131,16 @@ class Service:
             raise InvalidField(
                 f"{param} asks for {quoted(count)} tokens; the vocabulary has {self.info.vocab_size}.", param=param
             )
+
+    def check_bias(self, bias: Mapping[str, float], param: str) -> None:
+        """The tokens that a `logit_bias` names."""
+        vocabulary = self.info.vocab_size
+        for token in bias:
+            if int(token) >= vocabulary:
+                raise InvalidField(
+                    f"{param} names token {token}, which is outside the vocabulary of {vocabulary} tokens.",
+                    param=f"{param}.{token}",
+                )
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Token ids of a request, so that the first wrong one can be named by its place."""

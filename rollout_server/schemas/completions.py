@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Count, OneOrMany, PolicyText, Request, Seed, TokenIds, Whole
+from rollout_server.schemas.fields import Count, LogitBias, OneOrMany, PolicyText, Request, Seed, TokenIds, Whole
 from rollout_server.schemas.rollouts import LATER_SAMPLING, ErrorInRow, SpanReply, Usage
 
 TEXT, TEXTS, IDS, ID_LISTS = "<text>", "<texts>", "<ids>", "<id lists>"
@@ -60,6 +60,10 @@ class CompletionsRequest(Request):
     min_p: float = 0.0
     min_tokens: int = 0
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
+    logit_bias: LogitBias = Field(default_factory=dict)
     stop_token_ids: TokenIds = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False

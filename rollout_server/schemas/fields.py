@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from rollout_server.quoting import quoted
 
 MAX_SEED = MAX_COUNT = 2**53 - 1
 UNSUPPORTED = "unsupported_field"
@@ -72,6 +75,18 @@ OneOrMany = Annotated[
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 """Checked up to the first wrong one: a list may have millions."""
+TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _named_tokens(value: dict[str, float]) -> dict[str, float]:
+    for key in value:
+        if not TOKEN_KEY.fullmatch(key):
+            raise PydanticCustomError("token_key", "has {key}, which is no token id in decimal", {"key": quoted(key)})
+    return value
+
+
+LogitBias = Annotated[dict[str, float], AfterValidator(_named_tokens)]
+"""Token id in decimal → what is added to its logit, -100 to 100."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-.0-~]+$")]
 """Printable ASCII without spaces and slashes."""

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import (
     Count,
+    LogitBias,
     OneOrMany,
     PolicyText,
     Request,
@@ -23,10 +24,6 @@ from rollout_server.schemas.fields import (
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "prompt_logprobs")
 LATER_RETURNS = ("base_logprobs",)
 LATER_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "response_format": (),
     "structured_outputs": (),
 }
@@ -46,6 +43,10 @@ class SamplingOptions(Request):
     stop: OneOrMany = Field(default_factory=list, description="Up to 64 strings.")
     stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
+    logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None
 
 
@@ -194,6 +195,10 @@ class EffectiveSampling(BaseModel):
     stop: list[str]
     stop_token_ids: list[int]
     ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[str, float]
 
 
 class RolloutReply(BaseModel):

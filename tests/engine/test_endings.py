@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.messages import Delete, RequestDone, RequestFailed, Score, Stop
+from rollout_server.engine.sequence import Group, Sequence
 from rollout_server.errors import EngineFault, EngineUnavailable, NeverAdmitted, NonFiniteLogits
-from rollout_server.rollout import FinishReason, PolicyAddress, Wants
+from rollout_server.rollout import (
+    FinishReason,
+    PolicyAddress,
+    PolicyVersion,
+    RolloutRequest,
+    SamplingParams,
+    Wants,
+)
 from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
 
@@ -70,6 +80,34 @@ def test_a_stop_string_ends_the_row_at_the_token_that_completes_it(base: Driver)
     assert row.token_ids == free.token_ids[:count]
     assert stop in tokenizer.decode(row.token_ids, skip_special_tokens=True)
     assert stop not in tokenizer.decode(row.token_ids[:-1], skip_special_tokens=True)
+
+
+def test_64_stop_strings_end_a_row_where_a_search_of_all_its_text_would(base: Driver) -> None:
+    """Short strings, so that some span tokens, some overlap and some stand in the tokens before min_tokens."""
+    tokenizer, generator = base.model.host_tokenizer, random.Random(5)
+    ended = 0
+    for trial in range(25):
+        ids = [generator.randrange(5, base.model.info.vocab_size) for _ in range(40)]
+        text = tokenizer.decode(ids)
+        stops = {text[at : at + generator.randrange(1, 9)] for at in generator.sample(range(len(text) - 9), 8)}
+        stops = {stop for stop in stops if "\ufffd" not in stop} | {f"never {k}" for k in range(50)}
+        sampling = SamplingParams(max_tokens=40, min_tokens=trial % 5, stop=tuple(sorted(stops)), ignore_eos=True)
+        request = RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(0,))
+        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, IncrementalText(tokenizer))
+        seen, expected = IncrementalText(tokenizer), None
+        for count, token in enumerate(ids, 1):
+            before = seen.length
+            seen.push([token])
+            ends = [(at, stop) for stop in stops for at in range(seen.length) if seen.text.startswith(stop, at)]
+            hits = [(at, stop) for at, stop in ends if at + len(stop) > before]
+            if hits and count >= sampling.min_tokens:
+                expected = (count, min(hits)[1])
+                break
+        while row.running:
+            row.record(ids[len(row.token_ids)], (0.0, 0.0, 0.0), None, frozenset())
+        ended += expected is not None
+        assert (len(row.token_ids), row.stop_reason) == (expected or (40, None))
+    assert ended > 15
 
 
 def test_a_stop_beats_length_at_the_last_token(base: Driver) -> None:

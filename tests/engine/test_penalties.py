@@ -173,6 +173,11 @@ def test_counts_start_with_the_tokens_a_row_already_has_and_follow_its_place() -
     one.dispatched += 1
     counts.seat([None, one, two])
     assert np.array(counts.seen).tolist() == [[0, 3, 1, 0, 0, 6, 2, 0], [2, 1, 1, 4, 0, 0, 0, 0]]
+    # It samples elsewhere while this batch does nothing.
+    one.dispatched += 1
+    one.token_ids.append(6)
+    counts.seat([one])
+    assert np.array(counts.seen).tolist() == [[0, 3, 1, 0, 0, 6, 4, 0]]
     one.dispatched += 1
     counts.seat([two])
     with pytest.raises(RuntimeError, match="in flight"):

@@ -86,11 +86,14 @@ def test_the_four_forms_of_a_prompt(client: Client, engine: FakeEngine) -> None:
 
 def test_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None:
     given = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "min_tokens": 2, "max_tokens": 9}
-    ask(client, **given, ignore_eos=True, stop=["x", "y"], stop_token_ids=[3], seed=11, n=2)
+    given |= {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.25}
+    bias = {"7": 2.5, "5": -100}
+    ask(client, **given, ignore_eos=True, stop=["x", "y"], stop_token_ids=[3], seed=11, n=2, logit_bias=bias)
     (group,) = engine.submitted[-1][1]
     assert {name: getattr(group.sampling, name) for name in given} == given
     assert (group.sampling.stop, group.sampling.stop_token_ids, group.sampling.ignore_eos) == (("x", "y"), (3,), True)
     assert group.seeds[0] == 11 and group.n == 2
+    assert group.sampling.logit_bias == ((5, -100.0), (7, 2.5))
     ask(client, stop="z")
     (group,) = engine.submitted[-1][1]
     assert group.sampling.stop == ("z",)
@@ -234,8 +237,13 @@ def test_what_goes_together_must(client: Client, problem: Callable[..., Any]) ->
     problem(ask(client, stream_options={"include_usage": True}), 400, "invalid_field", "stream_options")
 
 
+def test_a_bias_outside_the_vocabulary_is_named(client: Client, problem: Callable[..., Any]) -> None:
+    error = problem(ask(client, logit_bias={"5": 1, "99999": 1}), 400, "invalid_field", "logit_bias.99999")
+    assert error["message"].startswith("logit_bias names token 99999, which is outside the vocabulary of")
+
+
 def test_neutral_values_of_later_fields_are_taken(client: Client) -> None:
-    fields = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "user": None}
+    fields = {"best_of": 1, "user": None}
     assert ask(client, **fields, temperature=None).status_code == 200
 
 
