@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ class Peer:
 
     family: str
     directory: Path
+    url: str
     client: RolloutClient
     prompts: list[list[int]]
     note: Callable[[str, str, float], None]
@@ -42,6 +44,12 @@ class Peer:
             (every,) = reference.logprobs(model, [prompt + sampled])
             on_samples = max(on_samples, float(np.max(np.abs(every[len(prompt) - 1 :] - row.logprobs))))
         return on_prompts, on_samples
+
+    def export(self, policy: str, format: str) -> bytes:
+        """The newest version of a policy as a file."""
+        number = self.client.policy(policy).live
+        path = f"{self.url}/v1/weights/{policy}/{number}/export"
+        return httpx.get(path, params={"format": format}).raise_for_status().content
 
     def hold(self, model: reference.PeftModel, policy: str, column: str) -> None:
         """Both differences are within the tolerance; they are noted for the table."""
@@ -62,7 +70,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         table[family][column] = max(value, table[family].get(column, 0.0))
 
     with live_server(directory / "mlx", "--keep-versions", "64") as live, RolloutClient(live.url) as client:
-        yield Peer(family, directory, client, prompts, note)
+        yield Peer(family, directory, live.url, client, prompts, note)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -33,6 +33,9 @@ SHARED: dict[str, Any] = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "intermediate_size": 60}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 60}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# mlx-lm always truncates, whatever config.json says.
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+YARN |= {"rope_theta": 150000.0, "original_max_position_embeddings": 128}
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
     """What config.json of published checkpoints says, mlx-lm reads and transformers 5 no longer writes."""
-    router: str | None = None
-    """The layer that chooses experts, as mlx-lm calls it; in transformers 5 it is no linear layer."""
+    experts: bool = False
+    """In transformers 5 experts are stacked parameters and their router is no linear layer; PEFT targets both as
+    parameters when it is told to adapt all linear layers of such a family."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -53,12 +57,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         {"head_dim": 20, "moe_intermediate_size": 40, "decoder_sparse_step": 1, "mlp_only_layers": [], **EXPERTS},
         {"num_experts": 4},
-        router="mlp.gate",
+        experts=True,
     ),
     "qwen2_moe": Family(
         {**EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 37, "norm_topk_prob": False},
         {"num_experts": 4},
-        router="mlp.gate",
+        experts=True,
     ),
     "gemma2": Family({"head_dim": 20, "query_pre_attn_scalar": 20, "sliding_window": 512, "tie_word_embeddings": True}),
     # mlx-lm rounds √hidden to bf16, which is exact for 64.
@@ -67,13 +71,13 @@ FAMILIES: dict[str, Family] = {
         {"sliding_window_pattern": 2},
     ),
     "phi3": Family({"original_max_position_embeddings": 512}),
-    "mixtral": Family(LOCAL_EXPERTS, router="block_sparse_moe.gate"),
+    "mixtral": Family(LOCAL_EXPERTS, experts=True),
     "olmo2": Family(),
     "olmo3": Family(SLIDING),
-    "olmoe": Family(EXPERTS, {"num_experts": 4}, "mlp.gate"),
-    "gpt_oss": Family({"head_dim": 20, **LOCAL_EXPERTS, **SLIDING}, router="mlp.router"),
+    "olmoe": Family(EXPERTS, {"num_experts": 4}, experts=True),
+    "gpt_oss": Family({"head_dim": 20, "rope_parameters": YARN, **LOCAL_EXPERTS, **SLIDING}),
     "granite": Family({"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.3}),
-    "granitemoe": Family(LOCAL_EXPERTS, router="block_sparse_moe.router.layer"),
+    "granitemoe": Family(LOCAL_EXPERTS),
     "smollm3": Family({"no_rope_layers": [1, 0]}),
     "cohere": Family({"tie_word_embeddings": True}),
     "seed_oss": Family({"head_dim": 20}),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 
 from tests.peers import families
 
@@ -45,6 +46,15 @@ def adapted(directory: Path, seed: int = 1, grid: torch.dtype = torch.float32, *
                 value *= 0.3
             parameter.copy_(value.to(grid))
     return model.eval()
+
+
+def unpack(exported: bytes, adapter: Path, name: str = "adapter_model.safetensors") -> Path:
+    """The directory that a trainer makes of an exported file, whose configuration is in its metadata."""
+    adapter.mkdir(parents=True)
+    (adapter / name).write_bytes(exported)
+    with safe_open(adapter / name, "numpy") as file:
+        (adapter / "adapter_config.json").write_text(file.metadata()["adapter_config"])
+    return adapter
 
 
 def reloaded(directory: Path, adapter: Path) -> PeftModel:
