@@ -96,11 +96,16 @@ def _blocks(layers: Mapping[str, tuple[int, int]], rules: list[tuple[re.Pattern[
     found: dict[str, dict[str, ExpertsShape]] = {}
     for path, shape in layers.items():
         match = STACK.fullmatch(path)
-        if match and isinstance(shape, ExpertsShape) and (match[2] == "switch_mlp" or f"{match[1]}.router" in layers):
+        if match and isinstance(shape, ExpertsShape) and (match[2] == "switch_mlp" or _gpt_oss(match[1], layers)):
             found.setdefault(f"{match[1]}.{match[2]}", {})[match[3]] = shape
     return tuple(
-        # The only family with `experts` beside a linear `router` is gpt-oss, whose gate and up take turns.
         Block(path, _container(_spelt(f"{path}.up_proj", rules)), shapes, path.endswith(".experts"))
         for path, shapes in sorted(found.items())
         if len(shapes) == 3
     )
+
+
+def _gpt_oss(parent: str, layers: Mapping[str, tuple[int, int]]) -> bool:
+    """Of the families that call a block `experts`, gpt-oss alone keeps it in `mlp` beside a linear `router`; its gate
+    and up take turns. The order in the others is not known here, so they are not served in this form."""
+    return parent.endswith(".mlp") and f"{parent}.router" in layers

@@ -30,6 +30,8 @@ def test_an_adapter_gives_what_it_gives_in_peft(peer: Peer, kind: str, tmp_path:
     if not experts_in(model):
         reference.unpack(peer.export(kind, "peft"), tmp_path / "exported")
         peer.hold(reference.reloaded(peer.directory, tmp_path / "exported"), kind, f"{kind}, exported")
+        reference.unpack(peer.export(kind, "mlx"), tmp_path / "for mlx-lm", "adapters.safetensors")
+        peer.hold_mlx_lm(model, tmp_path / "for mlx-lm", f"{kind}, in mlx-lm")
     else:
         with pytest.raises(httpx.HTTPStatusError, match="409"):
             peer.export(kind, "peft")
