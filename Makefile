@@ -10,11 +10,15 @@ BACKEND ?= $(shell v=$$(nvidia-smi --query-gpu=driver_version --format=csv,nohea
 	test "$${v:-0}" -ge 580 2>/dev/null && echo cuda13 || echo default)
 READY := $(VENV)/.installed-$(BACKEND)
 
+# torch and peft live apart: they are larger than all the rest, and only comparisons need them.
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.installed-default
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format bench wheel lock clean
+.PHONY: help setup demo serve test test-peers golden check format bench wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -30,6 +34,16 @@ serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 
 test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(ARGS)
+
+$(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
+	@sh .ci/install $(PYTHON) $(PEERS) default peers
+	@touch $@
+
+test-peers: $(PEERS_READY)  ## compare with PEFT on transformers, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
+	$(PEERS)/bin/python -m pytest -q tests/peers $(ARGS)
+
+golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
+	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)
 
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
 	$(BIN)/ruff format --check .
@@ -56,4 +70,4 @@ lock:  ## resolve the locks anew; needs uv (ARGS="--upgrade" takes newer version
 	$(LOCK) --group cuda13 --constraints requirements.lock.txt --output-file requirements.cuda13.lock.txt
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
 from adapters.patterns import Patterns
+from adapters.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
+from adapters.peft_names import EXPERT, Names, exported, names_in
 from adapters.spec import (
     MAGNITUDE,
     MAX_RANK,
@@ -44,6 +46,7 @@ HEADS = ("lm_head", "output", "embed_out")
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
     | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind", "use_dora"}
+    | {"target_parameters"}
 )
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
@@ -57,7 +60,6 @@ REASONS = {
     "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
-    "target_parameters": "target_parameters (adapted expert tensors) is not served yet: target linear layers.",
     "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",
 }
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -74,7 +76,13 @@ def read(
     configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
     refuse(config, tensors)
     parts, strangers = _parts(tensors)
-    modules = _modules(config, layers)
+    names = names_in(layers, {module for module, _ in parts})
+    modules, stacks = _modules(config, names, parts)
+    if stacks.modules and _flag(config, "use_dora"):
+        raise AdapterUnsupported({"use_dora": "DoRA on stacked experts is not served: leave the experts out."})
+    modules = {names.base[name]: spec for name, spec in modules.items()} | stacks.modules
+    parts = {(names.base.get(name, name), part): tensor for (name, part), tensor in parts.items()} | stacks.tensors
+    strangers += stacks.faults
     return Proposal(
         spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules),
         targets=f"target_modules = {config.get('target_modules')}",
@@ -153,34 +161,60 @@ def _stranger(name: str) -> str:
     return "it is no lora_A or lora_B weight"
 
 
-def _modules(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
-    """The layers that the configuration targets, with the rank and scale of each."""
+def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dict[str, ModuleSpec], Stacks]:
+    """(The layers that the configuration targets under the file's names, stacks of experts under the base's): rank and
+    scale of each. What belongs to the stacks is taken out of `parts`."""
     rank = _positive(config.get("r"), "r")
     alpha = _number(config.get("lora_alpha"), "lora_alpha")
     stabilised = _flag(config, "use_rslora")
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
     patterns = Patterns()
-    modules: dict[str, ModuleSpec] = {}
-    for path in _targets(config, layers, patterns):
-        own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", path)), rank)
-        own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", path)), alpha)
-        scale = lora_scale(own_alpha, own_rank, rank_stabilised=stabilised)
-        modules[path] = ModuleSpec(own_rank, scale, place_of(layers[path]))
-    return modules
+
+    def spec(key: str, place: Place) -> ModuleSpec:
+        own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", key)), rank)
+        own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", key)), alpha)
+        return ModuleSpec(own_rank, lora_scale(own_alpha, own_rank, rank_stabilised=stabilised), place)
+
+    layers = {**names.layers, **_experts(names, parts)}
+    modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}
+    stacks = [of_each_expert(block, modules, parts) for block in names.blocks]
+    wanted = _names(config, "target_parameters") or []
+    if isinstance(wanted, str):
+        raise AdapterUnreadable("target_parameters must be a list of names.", field="config.target_parameters")
+    for path, shape in names.layers.items():
+        if place_of(shape) == "linear" and _named(wanted, f"{path}.weight", patterns):
+            modules[path] = spec(f"{path}.weight", "linear")
+    for block in names.blocks:
+        keys = {name: f"{block.name}.{name}" for name in PARAMETERS if _named(wanted, f"{block.name}.{name}", patterns)}
+        stacks.append(of_parameters(block, {name: spec(key, "experts") for name, key in keys.items()}, parts))
+    return modules, joined(stacks)
+
+
+def _experts(names: Names, parts: Parts) -> dict[str, tuple[int, int]]:
+    """The experts' own layers, where the file has some: in transformers before 5 each was a module."""
+    if not any(EXPERT.fullmatch(module) for module, _ in parts):
+        return {}
+    return {
+        block.one(part, expert): (shape[0], shape[1])
+        for block in names.blocks
+        for part, shape in block.shapes.items()
+        for expert in range(block.experts)
+    }
 
 
 def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], patterns: Patterns) -> list[str]:
     """PEFT's rule: a string is an expression for the whole path, or `all-linear`; a list, paths or their ends."""
     wanted = _names(config, "target_modules")
+    if not wanted and config.get("target_parameters"):
+        return []
     if not wanted:
         raise AdapterUnreadable(
             "target_modules is missing from the adapter configuration: name the adapted layers, as PEFT saves them.",
             field="config.target_modules",
         )
     excluded = _names(config, "exclude_modules") or frozenset()
-    # In transformers' models stacked experts are no layers, so that none of these rules can mean them.
-    paths = [path for path in layers if place_of(layers[path]) != "experts" and not _named(excluded, path, patterns)]
+    paths = [path for path in layers if not _named(excluded, path, patterns)]
     indices = config.get("layers_to_transform")
     if isinstance(wanted, str):
         if indices is not None or config.get("layers_pattern"):
@@ -273,7 +307,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     modules = bundle.spec.modules
     stacked = next((path for path, module in modules.items() if module.place == "experts"), None)
     if stacked is not None:
-        reason = f"PEFT has no layer for an adapter on stacked experts ({stacked}): use mlx."
+        reason = f"An adapter on stacked experts ({stacked}) is not written in PEFT's form: use mlx."
         raise AdapterUnsupported({"format": reason})
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
@@ -291,19 +325,19 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": list(modules),
+        "target_modules": [exported(path) for path in modules],
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
     }
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
-        tensors[f"base_model.model.{path}.{_spell(part, modules[path].place)}"] = tensor
+        tensors[f"base_model.model.{exported(path)}.{_spell(part, modules[path].place)}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 
 
 def _exactly(path: str) -> str:
-    return "^" + re.escape(path)
+    return "^" + re.escape(exported(path))
 
 
 def _plain(value: float) -> int | float:

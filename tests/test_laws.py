@@ -19,7 +19,17 @@ MAX_FUNCTION_LINES = 50
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager"}
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
 CATCHES_EVERYTHING = "rollout_server/engine/loop.py"
-NOT_OURS = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "dist", "__pycache__", "demo-output"}
+NOT_OURS = {
+    ".git",
+    ".venv",
+    ".venv-peers",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    "dist",
+    "__pycache__",
+    "demo-output",
+}
 # In two halves, so that this file passes its own test.
 INDEX_HOSTS = re.compile(
     "|".join(["py" + r"pi\.org", "python" + "hosted", "pypi" + r"\.python", "ana" + r"conda\.org"])

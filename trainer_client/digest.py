@@ -22,6 +22,8 @@ from trainer_client.tensors import HostTensor
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_PEFT_RENAMED = re.compile(r"(.*\.)?(experts(\.base_layer)*|experts\.\d+\..+|language_model\..+)")
+"""Layers that only the server can call by the base's own names."""
 _PEFT_EMBEDDING = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_embedding_([AB])(?:\.[^.]+)?")
 _PEFT_MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
@@ -32,11 +34,12 @@ _MLX_MAGNITUDE = re.compile(r"(.+)\.m")
 
 def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
     """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense,
-    embeddings in mlx-lm's form).
+    embeddings in mlx-lm's form, and what transformers and mlx-lm call or stack differently: experts, adapted
+    parameters, a text model inside one that sees).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
     named, kind = _peft_layout(tensors), _kind(config)
-    if named is None or kind is None:
+    if named is None or kind is None or config.get("target_parameters"):
         return None
     modules = {}
     for name, tensor in named.items():
@@ -72,6 +75,8 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
         elif tensor.array.ndim != 2 or _MLX_EMBEDDING.fullmatch(given):
             return None
         elif match := _PEFT_NAME.fullmatch(given) or _PEFT_EMBEDDING.fullmatch(given):
+            if _PEFT_RENAMED.fullmatch(match[1]):
+                return None
             named[f"{match[1]}.lora_{match[2]}"] = tensor
         elif match := _MLX_NAME.fullmatch(given):
             named[f"{match[1]}.lora_{match[2].upper()}"] = HostTensor(tensor.dtype, tensor.array.T)

@@ -96,7 +96,6 @@ def test_scales_are_float32() -> None:
         ("bias", "lora_only", "Trained biases"),
         ("lora_bias", True, "lora_bias"),
         ("peft_type", "LOHA", "LOHA"),
-        ("target_parameters", ["experts.gate_up_proj"], "target_parameters"),
         ("trainable_token_indices", [1, 2], "trainable_token_indices"),
         ("layer_replication", [[0, 2]], "layer_replication"),
         ("alora_invocation_tokens", [5], "alora_invocation_tokens"),

@@ -113,3 +113,13 @@ def test_a_stack_of_experts_has_the_mean_of_its_experts() -> None:
     (path,) = layers
     a, b = (bundle.tensors[f"{path}.{half}"].array for half in HALVES)
     assert report(bundle).effective_rank == pytest.approx(np.mean([by_hand(a[i], b[i]) for i in range(3)]), rel=1e-5)
+def test_a_stack_of_experts_has_the_mean_of_the_experts_that_do_something() -> None:
+    generator = np.random.default_rng(2)
+    a, b = generator.normal(size=(3, 2, 4)).astype(np.float32), generator.normal(size=(3, 6, 2)).astype(np.float32)
+    b[1] = 0
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 2, "scale": 2.0}}
+    layers = {"model.layers.0.experts.up_proj": ExpertsShape(6, 4, 3)}
+    path = next(iter(layers))
+    found = report(read_bundle(save({f"{path}.lora_a": a, f"{path}.lora_b": b}), config, layers=layers))
+    assert found.effective_rank == pytest.approx((by_hand(a[0], b[0]) + by_hand(a[2], b[2])) / 2, rel=1e-6)
+    assert found.delta_norm == pytest.approx(2.0 * np.linalg.norm(b @ a), rel=1e-6)

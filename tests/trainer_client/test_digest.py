@@ -178,3 +178,14 @@ def test_the_scale_is_the_shortest_decimal_of_its_float32() -> None:
 )
 def test_what_it_is_not_defined_for_has_none(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     assert digest(tensors, config) is None
+
+
+@pytest.mark.parametrize(
+    "layer", ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.experts", "model.language_model.layers.0.q"]
+)
+def test_it_is_left_to_the_server_where_only_that_knows_the_base_s_names(layer: str) -> None:
+    tensors = {f"base_model.model.{layer}.lora_{half}.weight": np.ones((2, 2), np.float32) for half in "AB"}
+    assert digest(tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}) is None
+    plain = {name.replace(layer, "model.layers.0.q"): value for name, value in tensors.items()}
+    assert digest(plain, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}) is not None
+    assert digest(plain, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": ["q.weight"]}) is None

@@ -1,0 +1,107 @@
+"""What `mlx_lm.load(adapter_path=…)` computes, and what our engine computes with the same directory pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from adapters import mlx_lm as mlx_format
+from adapters import peft as peft_format
+from adapters.bundle import AdapterBundle, read_bundle
+from adapters.spec import place_of
+from tests import tiny_models
+from tests.engine.driver import Driver, prompts_of
+from tests.tiny_models import VOCAB_SIZE, random_adapter, save_adapter
+
+PROMPTS = prompts_of([24, 9, 3], VOCAB_SIZE, seed=4)
+TOLERANCE = 1e-5
+DORA_QUANTISED = 3e-5
+"""mlx-lm's DoRA multiplies by the unpacked weight, we by the packed one: the two round differently."""
+
+
+def theirs(model: Path, adapter: Path | None) -> list[np.ndarray]:
+    """Log-probabilities of the prompts' tokens after the first."""
+    module, _ = mlx_lm.load(str(model), adapter_path=None if adapter is None else str(adapter))
+    found = []
+    for ids in PROMPTS:
+        logits = module(mx.array([ids]))[0, :-1].astype(mx.float32)
+        every = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found.append(np.array(every)[np.arange(len(ids) - 1), ids[1:]])
+    return found
+
+
+def ours(driver: Driver, policy: str) -> list[np.ndarray]:
+    return [np.array(sequence.logprobs[1:], np.float64) for sequence in driver.score(PROMPTS, policy=policy)]
+
+
+def furthest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return max(float(np.abs(one - other).max()) for one, other in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Path]:
+    def path(family: str, bits: int | None) -> Path:
+        place = tmp_path_factory.mktemp("parity")
+        # Two layers: float32 itself is 1e-6 at these values, and every layer adds its own rounding.
+        plain = tiny_models.build(family, place / family, num_hidden_layers=2)
+        if bits is None:
+            return plain
+        target = place / f"{family}-{bits}"
+        mlx_lm.convert(str(plain), str(target), quantize=True, q_bits=bits, q_group_size=32, dtype="float32")
+        return target
+
+    return path
+
+
+def mlx_adapter(driver: Driver, directory: Path, *, dora: bool, rank: int = 5) -> AdapterBundle:
+    layers = {path: shape for path, shape in driver.model.info.layers.items() if place_of(shape) == "linear"}
+    tensors, config = random_adapter(layers, rank, 7, 1.5, "mlx", dora=dora, strength=0.25)
+    save_adapter(directory, tensors, config)
+    return read_bundle(save(tensors), config, layers=driver.model.info.layers)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_lora_and_dora_are_those_of_mlx_lm(
+    family: str,
+    bits: int | None,
+    base_of: Callable[[str, int | None], Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    model = base_of(family, bits)
+    driver = Driver.start(model)
+    plain = theirs(model, None)
+    assert furthest(ours(driver, "base"), plain) <= TOLERANCE
+    for kind in ("lora", "dora"):
+        driver.push(kind, mlx_adapter(driver, tmp_path / kind, dora=kind == "dora"))
+        expected = theirs(model, tmp_path / kind)
+        assert furthest(expected, plain) > 0.1
+        tolerance = DORA_QUANTISED if bits is not None and kind == "dora" else TOLERANCE
+        found = furthest(ours(driver, kind), expected)
+        record_property("max_abs_logprob_difference", f"{family} {bits or 32} {kind} {found:.1e}")
+        assert found <= tolerance, kind
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_peft_comes_out_for_mlx_lm(
+    kind: str, base_of: Callable[[str, int | None], Path], tmp_path: Path
+) -> None:
+    """PEFT's file in, mlx-lm's file out, loaded by mlx-lm; and PEFT's file again from what came out."""
+    model = base_of("llama", None)
+    driver = Driver.start(model)
+    bundle = driver.bundle(3, kind="peft", dora=kind == "dora")
+    driver.push(kind, bundle)
+    content, config = mlx_format.write(bundle)
+    adapter = save_adapter(tmp_path / "exported", {}, config)
+    (adapter / "adapters.safetensors").write_bytes(content)
+    assert furthest(ours(driver, kind), theirs(model, adapter)) <= TOLERANCE
+    back = read_bundle(content, config, layers=driver.model.info.layers)
+    again, settings = peft_format.write(back)
+    assert read_bundle(again, settings, layers=driver.model.info.layers).digest == bundle.digest

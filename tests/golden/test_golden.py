@@ -1,0 +1,83 @@
+"""Our engine against log-probabilities that torch and PEFT computed: the files that `make_golden.py` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from adapters.bundle import read_bundle
+from tests.engine.driver import Driver
+from tests.tiny_models import write_tokenizer
+
+HERE = Path(__file__).parent
+FAMILIES = sorted(path.parent.name for path in HERE.glob("*/reference.safetensors"))
+TOLERANCE = 1e-4
+Start = Callable[[str], Driver]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    def started(family: str) -> Driver:
+        weights = load_file(HERE / family / "model.safetensors")
+        save_file({name: value.astype(np.float32) for name, value in weights.items()}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text((HERE / family / "config.json").read_text())
+        write_tokenizer(tmp_path)
+        return Driver.start(tmp_path)
+
+    return started
+
+
+def kinds(family: str) -> list[str]:
+    return sorted(
+        path.stem for path in (HERE / family).glob("*.safetensors") if path.stem not in ("model", "reference")
+    )
+
+
+def config_of(family: str, kind: str) -> dict[str, Any]:
+    with safe_open(HERE / family / f"{kind}.safetensors", "numpy") as file:
+        return json.loads(file.metadata()["adapter_config"])
+
+
+def push(driver: Driver, family: str, kind: str, **changed: Any) -> None:
+    content = (HERE / family / f"{kind}.safetensors").read_bytes()
+    config = config_of(family, kind) | changed if changed else None
+    driver.push(kind, read_bundle(content, config, layers=driver.model.info.layers))
+
+
+def difference(driver: Driver, family: str, policy: str) -> float:
+    reference = load_file(HERE / family / "reference.safetensors")
+    prompts = np.split(reference["prompts"], np.cumsum(reference["lengths"])[:-1])
+    scored = driver.score([prompt.tolist() for prompt in prompts], policy=policy)
+    ours = np.concatenate([np.array(sequence.logprobs[1:], np.float64) for sequence in scored])
+    assert ours.shape == reference[policy].shape
+    return float(np.abs(ours - reference[policy]).max())
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(FAMILIES) >= 8
+    assert all({"lora", "rslora", "dora"} <= set(kinds(family)) for family in FAMILIES)
+    assert sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file()) <= 3_000_000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_peft(family: str, start: Start) -> None:
+    driver = start(family)
+    assert difference(driver, family, "base") <= TOLERANCE
+    for kind in kinds(family):
+        push(driver, family, kind)
+        assert difference(driver, family, kind) <= TOLERANCE, kind
+    assert difference(driver, family, "base") <= TOLERANCE
+
+
+def test_a_scale_that_is_off_by_a_hundredth_is_seen(start: Start) -> None:
+    driver = start("llama")
+    for kind in ("lora", "rslora", "dora"):
+        push(driver, "llama", kind, lora_alpha=config_of("llama", kind)["lora_alpha"] * 1.01)
+        assert difference(driver, "llama", kind) > 5 * TOLERANCE, kind

@@ -1,0 +1,73 @@
+"""PEFT on transformers, float32: adapters as it saves them, and the log-probabilities it gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+
+from tests.peers import families
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "lora_alpha": 7},
+    "rslora": {"r": 6, "lora_alpha": 5, "use_rslora": True},
+    "dora": {"r": 3, "lora_alpha": 8, "use_dora": True},
+}
+STRENGTH = 0.4
+"""‖ΔW · x‖ is about this much of ‖x‖."""
+
+
+def adapted(directory: Path, seed: int = 1, grid: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+    """The family's model with a random adapter of these fields of `LoraConfig`, no part of it zero."""
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
+    model = get_peft_model(families.load(directory), config)
+    generator = torch.Generator().manual_seed(seed)
+    scale = max(layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer))
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            part = re.search(r"\.(lora_\w+)\.", name)
+            if part is None:
+                continue
+            value = torch.randn(parameter.shape, generator=generator)
+            if part[1] == "lora_magnitude_vector":
+                value = parameter * (0.3 * value).exp()
+            elif part[1] in ("lora_B", "lora_embedding_B"):
+                value *= STRENGTH / (scale * parameter.shape[-1] ** 0.5)
+            elif part[1] == "lora_A":
+                value *= parameter.shape[-1] ** -0.5
+            else:
+                value *= 0.3
+            parameter.copy_(value.to(grid))
+    return model.eval()
+
+
+def unpack(exported: bytes, adapter: Path, name: str = "adapter_model.safetensors") -> Path:
+    """The directory that a trainer makes of an exported file, whose configuration is in its metadata."""
+    adapter.mkdir(parents=True)
+    (adapter / name).write_bytes(exported)
+    with safe_open(adapter / name, "numpy") as file:
+        (adapter / "adapter_config.json").write_text(file.metadata()["adapter_config"])
+    return adapter
+
+
+def reloaded(directory: Path, adapter: Path) -> PeftModel:
+    """What PEFT makes of an adapter directory on a fresh copy of the base."""
+    return PeftModel.from_pretrained(families.load(directory), adapter).eval()
+
+
+def logprobs(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Of each sequence, [length − 1] float32: the log-probability of every token but the first, given those before."""
+    found = []
+    with torch.no_grad():
+        for ids in sequences:
+            logits = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+            chosen = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            found.append(chosen.numpy())
+    return found
