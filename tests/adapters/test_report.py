@@ -6,6 +6,7 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.report import LARGEST, report
+from adapters.spec import ExpertsShape
 from tests.adapters.making import make
 
 LAYERS = {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in (("q", (6, 4)), ("down", (4, 10)))}
@@ -88,3 +89,15 @@ def test_a_product_that_cancels_is_not_a_number_and_so_not_reported() -> None:
 def test_modules_of_several_ranks() -> None:
     found = report(make(LAYERS, rank=3))
     assert found.effective_rank is not None and 1 <= found.effective_rank <= 3
+
+
+def test_experts_count_with_the_mean_of_those_that_change_something() -> None:
+    generator = np.random.default_rng(2)
+    a = generator.normal(size=(3, 2, 5)).astype(np.float32)
+    b = generator.normal(size=(3, 4, 2)).astype(np.float32)
+    b[1] = 0
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 2, "scale": 1.0, "keys": [path]}}
+    bundle = read_bundle(save({f"{path}.lora_a": a, f"{path}.lora_b": b}), config, layers={path: ExpertsShape(4, 5, 3)})
+    expected = np.mean([by_hand(a[0], b[0]), by_hand(a[2], b[2])])
+    assert report(bundle).effective_rank == pytest.approx(expected, rel=1e-6)
