@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import numpy as np
 
 from trainer_client.batch import RolloutBatch
+from trainer_client.binary import MEDIA_TYPE
 from trainer_client.body import Body
 from trainer_client.call import Call, LookedUpCall, StreamCall
 from trainer_client.digest import adapter_digest
@@ -34,6 +36,9 @@ from trainer_client.tensors import safetensors_body
 from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion, ServedModel
 
 T = TypeVar("T")
+
+BINARY: Mapping[str, str] = MappingProxyType({"accept": f"{MEDIA_TYPE}, application/json;q=0.5"})
+"""Rollouts and scores are asked for as arrays; a server that only writes JSON is understood as well."""
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text, token ids, chat messages, or a prompt object of the contract with its own `id`, `n`, `seed`, …"""
@@ -180,7 +185,9 @@ def rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> Ca
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
     when the connection is lost."""
-    return _post("/v1/rollouts", _rollouts_body(prompts, options), parse_reply, timeout_s=_patience(options))
+    return _post(
+        "/v1/rollouts", _rollouts_body(prompts, options), parse_reply, headers=BINARY, timeout_s=_patience(options)
+    )
 
 
 def stream_rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
@@ -217,7 +224,8 @@ def logprobs(
     returns      `entropy`"""
     entries = sequences.sequences if isinstance(sequences, RolloutBatch) else [_sequence(entry) for entry in sequences]
     body = {"policy": _address(policy), "sequences": entries, "temperature": temperature, "return": list(returns)}
-    return _post("/v1/logprobs", {**body, **_given(top_logprobs=top_logprobs)}, parse_scored, idempotent=True)
+    body |= _given(top_logprobs=top_logprobs)
+    return _post("/v1/logprobs", body, parse_scored, headers=BINARY, idempotent=True)
 
 
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:

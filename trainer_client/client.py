@@ -233,7 +233,10 @@ class RolloutClient:
             if isinstance(call, StreamCall) and response.is_success:
                 return Reply(response.status_code, response.headers, opened=response)
             with closing(response):
-                return Reply(response.status_code, response.headers, response.read())
+                body = bytearray()  # which arrays can be views of that a trainer may write to
+                for chunk in response.iter_bytes():
+                    body += chunk
+                return Reply(response.status_code, response.headers, body)
         except httpx.RequestError as error:
             raise self._connection.unreachable(error) from error
 
@@ -330,7 +333,10 @@ class AsyncRolloutClient:
             if isinstance(call, StreamCall) and response.is_success:
                 return Reply(response.status_code, response.headers, opened=response)
             async with aclosing(response):
-                return Reply(response.status_code, response.headers, await response.aread())
+                body = bytearray()
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                return Reply(response.status_code, response.headers, body)
         except httpx.RequestError as error:
             raise self._connection.unreachable(error) from error
 

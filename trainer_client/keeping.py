@@ -38,7 +38,7 @@ class Deletion:
 class ExportedAdapter:
     """One version as a file of PEFT or mlx-lm. Pushed again, `tensors` and `config` give the same digest."""
 
-    body: bytes
+    body: bytes | bytearray
     """The whole safetensors file, with `config` as JSON in its metadata."""
     tensors: Mapping[str, HostTensor]
     config: Mapping[str, Any]
