@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from trainer_client.advantages import Denominator, group_advantages
+from trainer_client.binary import BinaryRows
 from trainer_client.padding import Side, pad
 from trainer_client.rollout import LOGPROB_ARRAYS, PER_TOKEN, Rollout, Span
 from trainer_client.rows import NO_TOKEN
@@ -144,7 +145,8 @@ class RolloutBatch:
 
         With `max_staleness` above 0, also by a version of the same name and instance at most so many numbers older.
         A batch without any token proves nothing and raises too."""
-        check_synced(self.rollouts, version, instance=self.instance, max_staleness=max_staleness)
+        digests = self.rollouts.digests if isinstance(self.rollouts, BinaryRows) else None
+        check_synced(self.rollouts, version, instance=self.instance, max_staleness=max_staleness, digests=digests)
 
     def padded(self, pad_token_id: int = 0, *, prompt_padding: Side = "left") -> dict[str, NDArray[Any]]:
         """The batch as rectangles [R, L], all aligned with `input_ids`: the value at column t is of the token at t, so

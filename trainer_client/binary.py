@@ -181,6 +181,16 @@ class BinaryRows(Sequence[Rollout]):
             start = end
         return tuple(spans)
 
+    @property
+    def digests(self) -> set[str | None]:
+        """Of the versions of all spans; None among them for tokens that came without one."""
+        found = {self._digest(number) for number in np.unique(self._span_versions).tolist()}
+        written = (span.get("digest") for row in self._written.values() for span in row.get("versions", ()))
+        return found | set(written)
+
+    def _digest(self, number: int) -> str | None:
+        return self._versions.get(number, (None, {}))[1].get("digest")
+
     # ---- what all rows share, read when the first of them is made ----
 
     @cached_property
