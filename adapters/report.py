@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
+from adapters.spec import HALVES
 
 LARGEST = 5
 
@@ -53,32 +54,29 @@ def report(bundle: AdapterBundle) -> BundleReport:
 def effective_ranks(bundle: AdapterBundle) -> dict[str, float]:
     """Of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007).
 
-    The singular values of B · A are those of a rank × rank matrix, so modules of one rank are done together. Stacked
-    experts count with the mean over the experts whose own delta is not zero."""
+    The singular values of B · A are those of a rank × rank matrix, so modules of one rank are done together. A stack of
+    experts has the mean of those experts whose delta is not zero."""
     by_rank: dict[int, list[str]] = {}
     for path, measure in bundle.measures.items():
         if not measure.zero and f"{path}.lora_A" in bundle.tensors:
             by_rank.setdefault(bundle.spec.modules[path].rank, []).append(path)
-    found: dict[str, float] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     for paths in by_rank.values():
-        a = [_grams(bundle, path, "lora_A") for path in paths]
-        b = [_grams(bundle, path, "lora_B") for path in paths]
-        each = _effective(_squared_singular_values(np.concatenate(a), np.concatenate(b)))
-        for path, ranks in zip(paths, np.split(each, np.cumsum([len(part) for part in a])[:-1]), strict=True):
-            if np.isfinite(ranks).any():
-                found[path] = float(np.nanmean(ranks))
-    return dict(sorted(found.items()))
+        grams = [[_gram(bundle, path, half) for path in paths] for half in HALVES]
+        each = _effective(_squared_singular_values(*map(np.concatenate, grams)))
+        ends = np.cumsum([len(gram) for gram in grams[0]])
+        found |= {path: own[np.isfinite(own)] for path, own in zip(paths, np.split(each, ends[:-1]), strict=True)}
+    return {path: float(own.mean()) for path, own in sorted(found.items()) if own.size}
 
 
-def _grams(bundle: AdapterBundle, path: str, half: str) -> NDArray[np.float64]:
-    """A · Aᵀ or Bᵀ · B, [experts or 1, rank, rank]. Scaled to its largest value first: the shares of singular values
-    stay, and small float32 deltas do not vanish when squared."""
+def _gram(bundle: AdapterBundle, path: str, half: str) -> NDArray[np.float64]:
+    """A · Aᵀ or Bᵀ · B, [experts, rank, rank], one expert where there is no stack. Scaled to its largest value first:
+    the shares of singular values stay, and small float32 deltas do not vanish when squared."""
     factor = bundle.tensors[f"{path}.{half}"].float32().astype(np.float64)
-    factor = factor.reshape(-1, *factor.shape[-2:])
-    largest = np.abs(factor).max(axis=(1, 2), keepdims=True)
-    factor /= np.where(largest > 0, largest, 1.0)
-    turned = factor.swapaxes(1, 2)
-    return factor @ turned if half == "lora_A" else turned @ factor
+    factor /= np.abs(factor).max()
+    turned = factor.swapaxes(-1, -2)
+    gram = factor @ turned if half == "lora_A" else turned @ factor
+    return gram.reshape(-1, *gram.shape[-2:])
 
 
 def _squared_singular_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

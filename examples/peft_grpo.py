@@ -6,7 +6,8 @@
 Only plain sums in digits are rewarded, and the embedded model answers in several styles: the reward rises from 0.4 to
 above 0.8 in a few minutes on a CPU. Every step also recomputes the log-probability of each sampled token in torch,
 under the adapter that was pushed: `gap` is the largest difference from what the server returned. For a model of your
-own: `rollout-server serve --model DIR`, then `--model DIR` here, with your prompts and your reward.
+own: `rollout-server serve --model DIR`, then `--model DIR` here, with your prompts and your reward. On a CPU with few cores
+shared with the server, OMP_WAIT_POLICY=PASSIVE in the environment keeps the waiting threads of both from spinning.
 """
 
 from __future__ import annotations

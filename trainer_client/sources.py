@@ -42,10 +42,8 @@ def adapter_of(source: Any, config: Mapping[str, Any] | None) -> tuple[dict[str,
 def peft_adapter(model: Any) -> tuple[dict[str, HostTensor], dict[str, Any]]:
     """Tensors and config of the active adapter of a peft model, or of a transformers model with one, as PEFT saves
     them. Raises `ValueError` unless exactly one adapter is active."""
-    active = model.active_adapter
-    if callable(active):  # transformers' own loader of adapters has methods where peft has properties
-        active = model.active_adapters()
-    names = [active] if isinstance(active, str) else list(active)
+    active = model.active_adapters
+    names = list(active() if callable(active) else active)  # a method in transformers, a property in peft
     if len(names) != 1:
         raise ValueError(f"The model has {len(names)} active adapters ({names}): activate one with set_adapter.")
     # Left to itself, PEFT would add the base's own embedding table where that is a target, and ask the Hub about it.

@@ -91,13 +91,13 @@ def test_modules_of_several_ranks() -> None:
     assert found.effective_rank is not None and 1 <= found.effective_rank <= 3
 
 
-def test_experts_count_with_the_mean_of_those_that_change_something() -> None:
+def test_a_stack_of_experts_has_the_mean_of_the_experts_that_do_something() -> None:
     generator = np.random.default_rng(2)
-    a = generator.normal(size=(3, 2, 5)).astype(np.float32)
-    b = generator.normal(size=(3, 4, 2)).astype(np.float32)
+    a, b = generator.normal(size=(3, 2, 4)).astype(np.float32), generator.normal(size=(3, 6, 2)).astype(np.float32)
     b[1] = 0
-    path = "model.layers.0.mlp.switch_mlp.up_proj"
-    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 2, "scale": 1.0, "keys": [path]}}
-    bundle = read_bundle(save({f"{path}.lora_a": a, f"{path}.lora_b": b}), config, layers={path: ExpertsShape(4, 5, 3)})
-    expected = np.mean([by_hand(a[0], b[0]), by_hand(a[2], b[2])])
-    assert report(bundle).effective_rank == pytest.approx(expected, rel=1e-6)
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 2, "scale": 2.0}}
+    layers = {"model.layers.0.experts.up_proj": ExpertsShape(6, 4, 3)}
+    path = next(iter(layers))
+    found = report(read_bundle(save({f"{path}.lora_a": a, f"{path}.lora_b": b}), config, layers=layers))
+    assert found.effective_rank == pytest.approx((by_hand(a[0], b[0]) + by_hand(a[2], b[2])) / 2, rel=1e-6)
+    assert found.delta_norm == pytest.approx(2.0 * np.linalg.norm(b @ a), rel=1e-6)
