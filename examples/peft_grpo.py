@@ -3,11 +3,11 @@
     rollout-server serve                      # in one terminal: the embedded model
     python examples/peft_grpo.py              # in another, where torch, transformers and peft are installed
 
-Only plain sums in digits are rewarded, and the embedded model answers in several styles: the reward rises from 0.4 to
-above 0.8 in a few minutes on a CPU. Every step also recomputes the log-probability of each sampled token in torch,
+Only plain sums in digits are rewarded, and the embedded model answers in several styles: the reward rises from 0.3 to
+above 0.9 in a few minutes on a CPU. Every step also recomputes the log-probability of each sampled token in torch,
 under the adapter that was pushed: `gap` is the largest difference from what the server returned. For a model of your
-own: `rollout-server serve --model DIR`, then `--model DIR` here, with your prompts and your reward. On a CPU with few cores
-shared with the server, OMP_WAIT_POLICY=PASSIVE in the environment keeps the waiting threads of both from spinning.
+own: `rollout-server serve --model DIR`, then `--model DIR` here, with your prompts and your reward. On a CPU with few
+cores, OMP_WAIT_POLICY=PASSIVE in the environment keeps torch's threads from spinning while the server works.
 """
 
 from __future__ import annotations
