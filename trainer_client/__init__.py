@@ -8,7 +8,7 @@
     batch.assert_synced(version)
     advantages = batch.advantages(rewards)
 
-Needs numpy, httpx and safetensors; nothing of the server, no MLX, no torch.
+Needs numpy and httpx; nothing of the server, no MLX, no torch.
 """
 
 from trainer_client.advantages import Denominator, group_advantages, truncated_importance_weights

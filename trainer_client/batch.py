@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from trainer_client.advantages import Denominator, group_advantages
+from trainer_client.binary import BinaryRows
 from trainer_client.padding import Side, pad
 from trainer_client.rollout import LOGPROB_ARRAYS, PER_TOKEN, Rollout, Span
+from trainer_client.rows import NO_TOKEN
 from trainer_client.synced import check_synced
 from trainer_client.versions import PolicyRef, PublishedVersion
 
@@ -25,8 +26,14 @@ from trainer_client.versions import PolicyRef, PublishedVersion
 class RolloutBatch:
     """R rows with N tokens in all, ordered by prompt, then sample. Iterating gives the rows."""
 
-    rollouts: tuple[Rollout, ...]
-    """[R]; their arrays are views into those below."""
+    rollouts: Sequence[Rollout]
+    """[R]; their arrays are views into those below. Those of a binary reply are made when they are looked at."""
+    prompt_index: NDArray[np.int32]
+    """[R]: rows of one prompt form a group."""
+    sample_index: NDArray[np.int32]
+    """[R]"""
+    seeds: NDArray[np.int64]
+    """[R]: each row's own seed."""
     offsets: NDArray[np.int64]
     """[R + 1]"""
     token_ids: NDArray[np.int32]
@@ -40,6 +47,10 @@ class RolloutBatch:
     log_kept_mass: NDArray[np.float32] | None = None
     entropy: NDArray[np.float32] | None = None
     base_logprobs: NDArray[np.float32] | None = None
+    top_ids: NDArray[np.int32] | None = None
+    """[N, k]; −1 = none"""
+    top_logprobs: NDArray[np.float32] | None = None
+    """[N, k]"""
     policy: PolicyRef | None = None
     """Where the alias pointed when the reply was made; None if nowhere, and for rows that came one by one."""
     instance: str | None = None
@@ -56,13 +67,22 @@ class RolloutBatch:
         rows = tuple(rollouts)
         offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)], dtype=np.int64)
         flat = {name: _join(rows, name, dtype) for name, dtype in PER_TOKEN.items()}
+        flat |= _join_top(rows)
         kept: dict[str, Any] = {name: array for name, array in flat.items() if array is not None}
         views = (
             replace(row, **{name: array[start:end] for name, array in kept.items()})
             for row, (start, end) in zip(rows, pairwise(offsets.tolist()), strict=True)
         )
         about.setdefault("complete", all(row.finish_reason in ("stop", "length") for row in rows))
-        return cls(rollouts=tuple(views), offsets=offsets, **kept, **about)
+        return cls(
+            rollouts=tuple(views),
+            offsets=offsets,
+            prompt_index=np.array([row.prompt_index for row in rows], np.int32),
+            sample_index=np.array([row.sample_index for row in rows], np.int32),
+            seeds=np.array([row.seed for row in rows], np.int64),
+            **kept,
+            **about,
+        )
 
     @classmethod
     def concatenate(cls, batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -87,21 +107,6 @@ class RolloutBatch:
 
     def __getitem__(self, row: int) -> Rollout:
         return self.rollouts[row]
-
-    @cached_property
-    def prompt_index(self) -> NDArray[np.int32]:
-        """[R]: rows of one prompt form a group."""
-        return np.array([row.prompt_index for row in self.rollouts], np.int32)
-
-    @cached_property
-    def sample_index(self) -> NDArray[np.int32]:
-        """[R]"""
-        return np.array([row.sample_index for row in self.rollouts], np.int32)
-
-    @cached_property
-    def seeds(self) -> NDArray[np.int64]:
-        """[R]: each row's own seed."""
-        return np.array([row.seed for row in self.rollouts], np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -140,7 +145,8 @@ class RolloutBatch:
 
         With `max_staleness` above 0, also by a version of the same name and instance at most so many numbers older.
         A batch without any token proves nothing and raises too."""
-        check_synced(self.rollouts, version, instance=self.instance, max_staleness=max_staleness)
+        digests = self.rollouts.digests if isinstance(self.rollouts, BinaryRows) else None
+        check_synced(self.rollouts, version, instance=self.instance, max_staleness=max_staleness, digests=digests)
 
     def padded(self, pad_token_id: int = 0, *, prompt_padding: Side = "left") -> dict[str, NDArray[Any]]:
         """The batch as rectangles [R, L], all aligned with `input_ids`: the value at column t is of the token at t, so
@@ -209,3 +215,19 @@ def _join(rows: Sequence[Rollout], name: str, dtype: DTypeLike) -> NDArray[Any] 
         np.full(len(row.token_ids), np.nan) if part is None else part for row, part in zip(rows, parts, strict=True)
     )
     return np.concatenate([np.zeros(0, dtype), *filled], dtype=dtype, casting="same_kind")
+
+
+def _join_top(rows: Sequence[Rollout]) -> dict[str, NDArray[Any] | None]:
+    """`top_ids` and `top_logprobs` of all rows, [N, k] with the largest k of them; −1 and NaN where a row has fewer."""
+    widths = [row.top_ids.shape[1] for row in rows if row.top_ids is not None]
+    if not widths:
+        return {}
+    shape = (sum(len(row.token_ids) for row in rows), max(widths))
+    ids, logprobs = np.full(shape, NO_TOKEN, np.int32), np.full(shape, np.nan, np.float32)
+    end = 0
+    for row in rows:
+        start, end = end, end + len(row.token_ids)
+        if row.top_ids is not None and row.top_logprobs is not None:
+            ids[start:end, : row.top_ids.shape[1]] = row.top_ids
+            logprobs[start:end, : row.top_ids.shape[1]] = row.top_logprobs
+    return {"top_ids": ids, "top_logprobs": logprobs}

@@ -22,9 +22,9 @@ class Body:
     def __bytes__(self) -> bytes:
         return b"".join(self.parts)
 
-    def chunks(self) -> Iterator[bytes]:
-        """Pieces of at most `CHUNK_BYTES`; can be asked for again when the request is repeated."""
+    def chunks(self) -> Iterator[memoryview]:
+        """Pieces of at most `CHUNK_BYTES`, none of them a copy; can be asked for again when the request is repeated."""
         for part in self.parts:
             view = memoryview(part)
             for start in range(0, len(view), CHUNK_BYTES):
-                yield bytes(view[start : start + CHUNK_BYTES])
+                yield view[start : start + CHUNK_BYTES]

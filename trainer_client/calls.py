@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import numpy as np
 
 from trainer_client.batch import RolloutBatch
+from trainer_client.binary import MEDIA_TYPE
 from trainer_client.body import Body
+from trainer_client.call import Call, LookedUpCall, StreamCall
 from trainer_client.digest import adapter_digest
+from trainer_client.known import Sought, look
 from trainer_client.parsing import (
     Scored,
     parse_line,
@@ -29,10 +31,14 @@ from trainer_client.parsing import (
 )
 from trainer_client.replies import Reply, parse_json
 from trainer_client.rollout import Rollout
-from trainer_client.tensors import HostTensor, host_tensors, peft_adapter, read_adapter, safetensors_body
+from trainer_client.sources import adapter_of
+from trainer_client.tensors import safetensors_body
 from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion, ServedModel
 
 T = TypeVar("T")
+
+BINARY: Mapping[str, str] = MappingProxyType({"accept": f"{MEDIA_TYPE}, application/json;q=0.5"})
+"""Rollouts and scores are asked for as arrays; a server that only writes JSON is understood as well."""
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text, token ids, chat messages, or a prompt object of the contract with its own `id`, `n`, `seed`, …"""
@@ -96,66 +102,52 @@ _REQUEST_FIELDS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call(Generic[T]):
-    """One request and how to read its reply."""
-
-    method: Literal["GET", "POST", "PATCH", "DELETE"]
-    path: str
-    parse: Callable[[Reply], T]
-    query: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: Body = field(default_factory=Body)
-    idempotent: bool = False
-    """Sending it twice is as good as once, so a lost connection is a reason to try again."""
-    accepts: tuple[int, ...] = ()
-    """Error statuses that are an answer."""
-    timeout_s: float | None = None
-    """Seconds to wait for the reply, instead of the client's own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamCall(Call[None], Generic[T]):
-    """A request whose reply comes line by line."""
-
-    parse_line: Callable[[bytes], T | None]
-    """A value, or None for the line that ends the stream."""
-
-
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
 def push(
     name: str,
-    tensors: Mapping[str, Any] | str | PathLike[str] | Any,
+    source: Mapping[str, Any] | str | PathLike[str] | Any,
     config: Mapping[str, Any] | None = None,
     *,
     activate: bool = True,
     label: str | None = None,
+    mode: Literal["adapter", "merged"] | None = None,
+    dequantize: bool = False,
     if_match: Match | None = None,
-) -> Call[PublishedVersion]:
+    resend: bool = False,
+) -> LookedUpCall[PublishedVersion]:
     """Publishes an adapter as a new version of `name`; every rollout asked for afterwards uses it or a later one.
 
-    tensors    name → array (numpy, MLX, torch, anything with `__array__`; bfloat16 too), named and laid out as PEFT or
-               mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of either; or a
-               peft model, whose active adapter is taken
-    config     what that format's adapter_config.json holds; not needed with such a directory or model
+    source     name → array (numpy, MLX, torch, anything with `__array__`; bfloat16 too, on any device), named and laid
+               out as PEFT or mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of
+               either; or a peft model, whose active adapter is taken; or an MLX model with mlx-lm's LoRA or DoRA layers
+    config     what that format's adapter_config.json holds; only with named tensors, or a directory without one
     activate   False stages the version without moving the name to it
     label      your own mark, at most 64 characters, echoed wherever the version is reported
+    mode       `merged` serves W + ΔW as a parameter set of its own; the server's default is `adapter`
+    dequantize lets `merged` unpack a quantised base
     if_match   fail with `PreconditionFailed` unless the name points at this version now
+    resend     True uploads without asking first
 
-    Safe to repeat: weights the server already holds under this name give the same version, `unchanged`. Raises
-    `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch` if they do not fit the base."""
-    host, config = _adapter(tensors, config)
-    body = safetensors_body(host, config)
-    return Call(
+    The server is asked first what it has. Weights that are live, or newest, under this name are not sent again: the
+    result is that version, `unchanged`, and the name is moved to it if need be. Another label than its own is a reason
+    to send. Safe to repeat. Raises `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch`
+    if they do not fit the base."""
+    host, config = adapter_of(source, config)
+    digest = adapter_digest(host, config)
+    known = digest is not None and not resend
+    sought = Sought(name=name, digest=digest or "", mode=mode or "adapter", label=label, activate=activate)
+    options = _given(label=label, mode=mode, dequantize="true" if dequantize else None)
+    return LookedUpCall(
         method="POST",
         path="/v1/weights",
-        parse=partial(parse_published, sent_digest=adapter_digest(host, config)),
-        query={"name": name, "activate": _flag(activate), **_given(label=label)},
+        parse=partial(parse_published, sent_digest=digest),
+        query={"name": name, "activate": _flag(activate), **options},
         headers={"content-type": "application/octet-stream", **_if_match(if_match)},
-        body=body,
+        body=safetensors_body(host, config),
         idempotent=True,
+        look=look(sought) if known else None,
     )
 
 
@@ -194,7 +186,9 @@ def rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> Ca
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
     when the connection is lost."""
-    return _post("/v1/rollouts", _rollouts_body(prompts, options), parse_reply, timeout_s=_patience(options))
+    return _post(
+        "/v1/rollouts", _rollouts_body(prompts, options), parse_reply, headers=BINARY, timeout_s=_patience(options)
+    )
 
 
 def stream_rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
@@ -231,7 +225,8 @@ def logprobs(
     returns      `entropy`"""
     entries = sequences.sequences if isinstance(sequences, RolloutBatch) else [_sequence(entry) for entry in sequences]
     body = {"policy": _address(policy), "sequences": entries, "temperature": temperature, "return": list(returns)}
-    return _post("/v1/logprobs", {**body, **_given(top_logprobs=top_logprobs)}, parse_scored, idempotent=True)
+    body |= _given(top_logprobs=top_logprobs)
+    return _post("/v1/logprobs", body, parse_scored, headers=BINARY, idempotent=True)
 
 
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
@@ -260,25 +255,6 @@ def ready() -> Call[bool]:
 
 
 # ---- how a body is made -------------------------------------------------------------------------------------------
-
-
-def _adapter(source: Any, config: Mapping[str, Any] | None) -> tuple[dict[str, HostTensor], Mapping[str, Any]]:
-    """What `push` was given, as host tensors and the one config."""
-    own: Mapping[str, Any] | None = None
-    if isinstance(source, Mapping):
-        host = host_tensors(source)
-    elif isinstance(source, str | PathLike):
-        host, own = read_adapter(Path(source))
-    elif hasattr(source, "peft_config"):
-        host, own = peft_adapter(source)
-    else:
-        raise TypeError(f"push takes named tensors, a directory or a peft model, not {type(source).__name__}.")
-    if config is not None and own is not None:
-        raise ValueError("This adapter brings its own config: leave out the argument config.")
-    config = own if config is None else config
-    if config is None:
-        raise ValueError("The config is missing: give what adapter_config.json holds, with rank and alpha or scale.")
-    return host, config
 
 
 def _post(path: str, body: Mapping[str, Any], parse: Callable[[Reply], T], **about: Any) -> Call[T]:

@@ -14,17 +14,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, closing
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 
 from trainer_client import calls, keeping
-from trainer_client.calls import Call, StreamCall
+from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
-from trainer_client.retry import Flow, Retry, Sleep, sending, until_ready
+from trainer_client.retry import Flow, Retry, Sleep, answering, sending, until_ready
 
 T = TypeVar("T")
+R = TypeVar("R")
 P = ParamSpec("P")
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -178,7 +179,7 @@ class RolloutClient:
 
     def send(self, call: Call[T]) -> T:
         """Makes one call of `trainer_client.calls`, trying again where that can help."""
-        return call.parse(self._run(sending(call, self._connection.retry)))
+        return self._run(answering(call, self._connection.retry))
 
     def stream(self, call: StreamCall[T]) -> Iterator[T]:
         """Makes one streamed call; yields its values as they arrive."""
@@ -207,7 +208,7 @@ class RolloutClient:
     ) -> None:
         self.close()
 
-    def _run(self, flow: Flow) -> Reply:
+    def _run(self, flow: Flow[R]) -> R:
         try:
             step = next(flow)
             while True:
@@ -225,14 +226,17 @@ class RolloutClient:
             return done.value
 
     def _exchange(self, call: Call[Any]) -> Reply:
-        content = call.body.chunks() if len(call.body) else None
+        content = cast("Iterator[bytes]", call.body.chunks()) if len(call.body) else None
         request = self._http.build_request(content=content, **self._connection.request(call))
         try:
             response = self._http.send(request, stream=True)
             if isinstance(call, StreamCall) and response.is_success:
                 return Reply(response.status_code, response.headers, opened=response)
             with closing(response):
-                return Reply(response.status_code, response.headers, response.read())
+                body = bytearray()  # which arrays can be views of that a trainer may write to
+                for chunk in response.iter_bytes():
+                    body += chunk
+                return Reply(response.status_code, response.headers, body)
         except httpx.RequestError as error:
             raise self._connection.unreachable(error) from error
 
@@ -275,7 +279,7 @@ class AsyncRolloutClient:
 
     async def send(self, call: Call[T]) -> T:
         """Makes one call of `trainer_client.calls`, trying again where that can help."""
-        return call.parse(await self._run(sending(call, self._connection.retry)))
+        return await self._run(answering(call, self._connection.retry))
 
     async def stream(self, call: StreamCall[T]) -> AsyncIterator[T]:
         """Makes one streamed call; yields its values as they arrive."""
@@ -304,7 +308,7 @@ class AsyncRolloutClient:
     ) -> None:
         await self.aclose()
 
-    async def _run(self, flow: Flow) -> Reply:
+    async def _run(self, flow: Flow[R]) -> R:
         try:
             step = next(flow)
             while True:
@@ -329,11 +333,14 @@ class AsyncRolloutClient:
             if isinstance(call, StreamCall) and response.is_success:
                 return Reply(response.status_code, response.headers, opened=response)
             async with aclosing(response):
-                return Reply(response.status_code, response.headers, await response.aread())
+                body = bytearray()
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                return Reply(response.status_code, response.headers, body)
         except httpx.RequestError as error:
             raise self._connection.unreachable(error) from error
 
 
-async def _asynchronous(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _asynchronous(chunks: Iterator[memoryview]) -> AsyncIterator[bytes]:
     for chunk in chunks:
-        yield chunk
+        yield cast("bytes", chunk)  # httpx joins what it gets, and a view is joined without being copied first

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer_client.tensors import HostTensor
+from trainer_client.container import HostTensor
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from safetensors import SafetensorError, deserialize
-
 from trainer_client.body import Body
-from trainer_client.calls import Call
+from trainer_client.call import Call
+from trainer_client.container import HostTensor, read_container
 from trainer_client.digest import adapter_digest
 from trainer_client.errors import BadReply, DigestMismatch
 from trainer_client.parsing import parse_kept_version
 from trainer_client.replies import Reply, need, parse_json
-from trainer_client.tensors import CONFIG_FILE, WEIGHT_FILES, HostTensor, tensor_of_file
+from trainer_client.tensors import CONFIG_FILE, WEIGHT_FILES
 from trainer_client.versions import KeptVersion
 
 Format = Literal["peft", "mlx"]
@@ -39,7 +38,7 @@ class Deletion:
 class ExportedAdapter:
     """One version as a file of PEFT or mlx-lm. Pushed again, `tensors` and `config` give the same digest."""
 
-    body: bytes
+    body: bytes | bytearray
     """The whole safetensors file, with `config` as JSON in its metadata."""
     tensors: Mapping[str, HostTensor]
     config: Mapping[str, Any]
@@ -106,14 +105,12 @@ def _parse_deletion(reply: Reply) -> Deletion:
 
 def _parse_export(reply: Reply, format: Format) -> ExportedAdapter:
     try:
-        entries = deserialize(reply.body)
-        header = json.loads(reply.body[8 : 8 + int.from_bytes(reply.body[:8], "little")])
-        config = parse_json(header["__metadata__"]["adapter_config"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        tensors, metadata = read_container(reply.body)
+        config = parse_json(metadata["adapter_config"])
+    except (KeyError, ValueError) as error:
         raise BadReply(
             f"The exported file is not safetensors with a configuration in its metadata: {error}."
         ) from error
-    tensors = {name: tensor_of_file("the exported file", name, entry) for name, entry in entries}
     digest, came = reply.headers.get("x-policy-digest", ""), adapter_digest(tensors, config)
     if came is not None and came != digest:
         raise DigestMismatch(f"The server exported {digest}, but the file that came has {came}: do not use it.")

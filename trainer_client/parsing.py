@@ -7,22 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from trainer_client import binary
 from trainer_client.batch import RolloutBatch
+from trainer_client.binary import BinaryRows, ReplyFile
 from trainer_client.errors import BadReply, DigestMismatch
 from trainer_client.replies import Reply, error_of, need, need_objects, parse_json
-from trainer_client.rollout import PER_TOKEN, Rollout, RowFault, Span
+from trainer_client.rollout import Rollout
+from trainer_client.rows import parse_rollout, top_of, values_of
 from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
-
-_ALWAYS_THERE = ("token_ids", "loss_mask", "logprobs")
-_ROLLOUT_FIELDS = frozenset(
-    {
-        *PER_TOKEN,
-        *("prompt_index", "sample_index", "prompt_token_ids", "versions", "finish_reason", "stop_reason", "seed"),
-        *("text", "prompt_id", "error", "sampling", "timings_ms"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -35,8 +29,10 @@ class Scored:
     """[S + 1]"""
     entropy: NDArray[np.float32] | None
     """[N], nats; None unless asked for."""
-    top_logprobs: tuple[list[Any] | None, ...]
-    """Per sequence, per position the k most probable [id, log-probability]; None unless asked for."""
+    top_ids: NDArray[np.int32] | None
+    """[N, k]: per position the k most probable ids, best first; −1 where there is none. None unless asked for."""
+    top_logprobs: NDArray[np.float32] | None
+    """[N, k]: their log-probabilities."""
     temperature: float
     """What the logits were divided by first."""
     versions: tuple[PolicyRef, ...]
@@ -56,50 +52,35 @@ class Scored:
 
 def parse_reply(reply: Reply) -> RolloutBatch:
     """The batch of a `/v1/rollouts` reply, whatever its encoding."""
-    if reply.media_type != "application/json":
-        raise BadReply(f"The rollouts came as {reply.media_type or 'no content type'!r}; this client reads JSON.")
-    body = parse_json(reply.body)
-    rows = need_objects(body, "rollouts")
-    return RolloutBatch.of(
-        (parse_rollout(row) for row in rows),
-        policy=_alias(need(body, "policy", dict)),
-        instance=need(body, "instance", str),
-        complete=need(body, "complete", bool),
-        usage=body.get("usage") or {},
-        timings_ms=body.get("timings_ms") or {},
-    )
+    match reply.media_type:
+        case "application/json":
+            body = parse_json(reply.body)
+            return RolloutBatch.of((parse_rollout(row) for row in need_objects(body, "rollouts")), **_about(body))
+        case binary.MEDIA_TYPE:
+            rows = BinaryRows(ReplyFile(reply.body))
+            arrays: dict[str, Any] = rows.per_token
+            return RolloutBatch(
+                rollouts=rows,
+                offsets=rows.offsets,
+                prompt_index=rows.per_row["prompt_index"],
+                sample_index=rows.per_row["sample_index"],
+                seeds=rows.per_row["seed"],
+                **arrays,
+                **_about(rows.reply),
+            )
+        case other:
+            raise BadReply(f"The rollouts came as {other or 'no content type'!r}, which this client does not read.")
 
 
-def parse_rollout(row: Mapping[str, Any]) -> Rollout:
-    """One Rollout object: of a JSON reply or of a line of the stream."""
-    where = f"rollout of prompt {row.get('prompt_index')}, sample {row.get('sample_index')},"
-    token_ids = need(row, "token_ids", list, where)
-    spans = tuple(_span(span, where) for span in need_objects(row, "versions", where))
-    _check_tiling(spans, len(token_ids), where)
-    arrays: dict[str, Any] = {
-        name: _values(need(row, name, list, where) if name in _ALWAYS_THERE else row.get(name), name, dtype, where)
-        for name, dtype in PER_TOKEN.items()
+def _about(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reply says of all its rows."""
+    return {
+        "policy": _alias(need(body, "policy", dict)),
+        "instance": need(body, "instance", str),
+        "complete": need(body, "complete", bool),
+        "usage": body.get("usage") or {},
+        "timings_ms": body.get("timings_ms") or {},
     }
-    for name, array in arrays.items():
-        if array is not None and len(array) != len(token_ids):
-            raise BadReply(f"The server's {where} has {len(array)} {name} for {len(token_ids)} tokens.")
-    error = row.get("error")
-    return Rollout(
-        prompt_index=need(row, "prompt_index", int, where),
-        sample_index=need(row, "sample_index", int, where),
-        prompt_token_ids=_values(need(row, "prompt_token_ids", list, where), "prompt_token_ids", np.int32, where),
-        **arrays,
-        spans=spans,
-        finish_reason=need(row, "finish_reason", str, where),
-        stop_reason=row.get("stop_reason"),
-        seed=need(row, "seed", int, where),
-        text=row.get("text"),
-        prompt_id=row.get("prompt_id"),
-        error=RowFault(str(error.get("code")), str(error.get("message"))) if isinstance(error, dict) else None,
-        sampling=row.get("sampling") or {},
-        timings_ms=row.get("timings_ms") or {},
-        raw={name: value for name, value in row.items() if name not in _ROLLOUT_FIELDS},
-    )
 
 
 def parse_line(line: bytes) -> Rollout | None:
@@ -113,52 +94,51 @@ def parse_line(line: bytes) -> Rollout | None:
     return parse_rollout(entry)
 
 
-def _values(values: list[Any] | None, name: str, dtype: DTypeLike, where: str) -> Any:
-    """An array, or None for an array that was not asked for."""
-    try:
-        return None if values is None else np.array(values, dtype)  # null becomes NaN
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadReply(f"The server's {where} has {name} that are not numbers: {error}.") from error
-
-
-def _span(span: Mapping[str, Any], where: str) -> Span:
-    return Span(
-        policy=span.get("policy"),
-        version=span.get("version"),
-        digest=span.get("digest"),
-        label=span.get("label"),
-        start=need(span, "start", int, where),
-        end=need(span, "end", int, where),
-        kv=span.get("kv"),
-    )
-
-
-def _check_tiling(spans: tuple[Span, ...], tokens: int, where: str) -> None:
-    ends = [0, *(span.end for span in spans)]
-    tiled = all(start == span.start < span.end for start, span in zip(ends[:-1], spans, strict=True))
-    if not tiled or ends[-1] != tokens:
-        raise BadReply(f"The versions of the server's {where} do not tile its {tokens} tokens.")
-
-
 # ---- log-probabilities --------------------------------------------------------------------------------------------
 
 
 def parse_scored(reply: Reply) -> Scored:
+    """The scores of a `/v1/logprobs` reply, whatever its encoding."""
+    if reply.media_type == binary.MEDIA_TYPE:
+        return _binary_scored(ReplyFile(reply.body))
     body = parse_json(reply.body)
     sequences = need_objects(body, "sequences")
-    logprobs = [_values(need(entry, "logprobs", list), "logprobs", np.float32, "reply") for entry in sequences]
-    entropy = [_values(entry.get("entropy"), "entropy", np.float32, "reply") for entry in sequences]
+    logprobs = [values_of(need(entry, "logprobs", list), "logprobs", np.float32, "reply") for entry in sequences]
+    entropy = [values_of(entry.get("entropy"), "entropy", np.float32, "reply") for entry in sequences]
+    top = [top_of(entry.get("top_logprobs"), "reply") for entry in sequences]
+    has_top = bool(top) and all(ids is not None for ids, _ in top)
     return Scored(
         logprobs=np.concatenate([np.zeros(0, np.float32), *logprobs]),
         offsets=np.cumsum([0, *map(len, logprobs)], dtype=np.int64),
         entropy=None if any(part is None for part in entropy) else np.concatenate([np.zeros(0, np.float32), *entropy]),
-        top_logprobs=tuple(entry.get("top_logprobs") for entry in sequences),
-        temperature=float(body.get("temperature", 1.0)),
-        versions=tuple(
+        top_ids=np.concatenate([ids for ids, _ in top]) if has_top else None,
+        top_logprobs=np.concatenate([values for _, values in top]) if has_top else None,
+        **_scored_about(body),
+    )
+
+
+def _binary_scored(file: ReplyFile) -> Scored:
+    offsets = file.offsets("offsets", None, None)
+    tokens = int(offsets[-1])
+    top_ids = file.array("top_ids", np.int32, (tokens, None), required=False)
+    return Scored(
+        logprobs=file.array("logprobs", np.float32, (tokens,)),
+        offsets=offsets,
+        entropy=file.array("entropy", np.float32, (tokens,), required=False),
+        top_ids=top_ids,
+        top_logprobs=None if top_ids is None else file.array("top_logprobs", np.float32, top_ids.shape),
+        **_scored_about(need({"reply": file.json("reply")}, "reply", dict)),
+    )
+
+
+def _scored_about(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "temperature": float(body.get("temperature", 1.0)),
+        "versions": tuple(
             PolicyRef(need(entry, "policy", str), need(entry, "version", int), need(entry, "digest", str))
             for entry in need_objects(body, "versions")
         ),
-    )
+    }
 
 
 # ---- weights and models -------------------------------------------------------------------------------------------

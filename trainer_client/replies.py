@@ -27,7 +27,7 @@ class Reply:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes = b""
+    body: bytes | bytearray = b""
     opened: Any = None
     """Of a streamed call: the transport's open response, whose body is still to come."""
 
@@ -74,15 +74,19 @@ def need_objects(entry: Mapping[str, Any], name: str, where: str = "reply") -> l
     return values
 
 
-def parse_json(body: bytes | str) -> dict[str, Any]:
+def parse_json(body: bytes | bytearray | str) -> dict[str, Any]:
     """A JSON object; `BadReply` for anything else."""
     try:
         value = json.loads(body)
     except ValueError as error:
-        raise BadReply(f"The server's reply is not JSON ({error}): {body[:SHOWN]!r}.") from error
+        raise BadReply(f"The server's reply is not JSON ({error}): {_shown(body)!r}.") from error
     if not isinstance(value, dict):
-        raise BadReply(f"The server's reply is not a JSON object: {body[:SHOWN]!r}.")
+        raise BadReply(f"The server's reply is not a JSON object: {_shown(body)!r}.")
     return value
+
+
+def _shown(body: bytes | bytearray | str) -> bytes | str:
+    return body[:SHOWN] if isinstance(body, str) else bytes(body[:SHOWN])
 
 
 def parse_error(reply: Reply) -> ServerError:

@@ -7,11 +7,14 @@ import random
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from trainer_client.calls import Call, ready
-from trainer_client.errors import ServerError, ServerUnreachable
+from trainer_client.call import Call, LookedUpCall
+from trainer_client.calls import ready
+from trainer_client.errors import ServerError, ServerUnreachable, UnknownPolicy, VersionGone
 from trainer_client.replies import Reply, parse_error
+
+T = TypeVar("T")
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 1.0
 """Between two questions whether the server is ready; loading a large model takes minutes."""
@@ -52,10 +55,24 @@ class Sleep:
     seconds: float
 
 
-Flow = Generator[Send | Sleep, Reply, Reply]
+Flow = Generator[Send | Sleep, Reply, T]
 
 
-def sending(call: Call[Any], retry: Retry) -> Flow:
+def answering(call: Call[T], retry: Retry) -> Flow[T]:
+    """Returns what the call is for. A push looks first whether the server has the weights."""
+    if isinstance(call, LookedUpCall) and call.look is not None:
+        found = call.look.parse((yield from sending(call.look, retry)))
+        if not isinstance(found, Call | None):
+            return found
+        if found is not None:
+            try:
+                return found.parse((yield from sending(found, retry)))
+            except (VersionGone, UnknownPolicy):
+                pass  # freed since it was looked at: the upload makes it again
+    return call.parse((yield from sending(call, retry)))
+
+
+def sending(call: Call[Any], retry: Retry) -> Flow[Reply]:
     """Returns the first reply that is not an error; raises the last error when there is no trying again."""
     attempt = 0
     while True:
@@ -80,7 +97,7 @@ def sending(call: Call[Any], retry: Retry) -> Flow:
         yield Sleep(delay_s)
 
 
-def until_ready(timeout_s: float) -> Flow:
+def until_ready(timeout_s: float) -> Flow[Reply]:
     """Asks `/ready` until it says yes. Raises `ServerUnreachable` with the last answer when the time is up, and at once
     what is not a matter of time, such as a wrong address."""
     deadline = time.monotonic() + timeout_s

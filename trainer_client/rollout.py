@@ -16,7 +16,7 @@ LOGPROB_ARRAYS = ("logprobs", "sampling_logprobs", "log_kept_mass", "entropy", "
 PER_TOKEN: Mapping[str, DTypeLike] = MappingProxyType(
     {"token_ids": np.int32, "loss_mask": np.uint8, **dict.fromkeys(LOGPROB_ARRAYS, np.float32)}
 )
-"""Every per-token array and its dtype."""
+"""Every per-token array and its dtype; `top_ids` and `top_logprobs` besides have k values for each token."""
 
 _NEUTRAL: Mapping[str, Any] = MappingProxyType(
     {
@@ -81,6 +81,12 @@ class Rollout:
     """Of the unmodified distribution, nats."""
     base_logprobs: NDArray[np.float32] | None
     """`logprobs` of the same tokens under the base."""
+    top_ids: NDArray[np.int32] | None
+    """[n, k]: per token the k most probable ids of the unmodified distribution, best first,"""
+    top_logprobs: NDArray[np.float32] | None
+    """[n, k]: and their log-probabilities."""
+    prompt_logprobs: NDArray[np.float32] | None
+    """Of the prompt's tokens; NaN for the first."""
     spans: tuple[Span, ...]
     """Tile the tokens."""
     finish_reason: str
@@ -93,12 +99,14 @@ class Rollout:
     """None unless asked for."""
     prompt_id: str | None
     """The prompt's own `id`, if it was given one."""
+    id: str | None
+    """The row's own name: the request's id, prompt and sample."""
     error: RowFault | None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Effective sampling parameters."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Fields of the reply that have no attribute here: `id`, `top_logprobs`, `prompt_logprobs`, newer ones."""
+    """Fields of the reply that have no attribute here: those of a newer server."""
 
     @property
     def modified_by(self) -> str | None:

@@ -1,9 +1,7 @@
 """Adapter tensors on their way out: any framework's arrays → host bytes → one safetensors body.
 
 numpy has no bfloat16, so a tensor is bytes with a safetensors dtype name. Neither MLX nor torch is imported: an array
-of theirs is proof that its module is already loaded. The container is written here rather than by the safetensors
-library because that way the body is sent straight from the tensors' own memory, bfloat16 included; files are read
-with the library.
+of theirs is proof that its module is already loaded. Nothing is copied that is on the host and contiguous.
 """
 
 from __future__ import annotations
@@ -11,51 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from trainer_client.body import Body
+from trainer_client.container import DTYPES, HostTensor, body_of, read_container
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 """As PEFT and mlx-lm name them."""
 CONFIG_FILE = "adapter_config.json"
-
-_DTYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "float64": "F64",
-        "float32": "F32",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "int64": "I64",
-        "int32": "I32",
-        "int16": "I16",
-        "int8": "I8",
-        "uint64": "U64",
-        "uint32": "U32",
-        "uint16": "U16",
-        "uint8": "U8",
-        "bool": "BOOL",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HostTensor:
-    """One tensor in host memory: C-contiguous, little-endian; bfloat16 as its uint16 bits."""
-
-    dtype: str
-    """safetensors name: `F32`, `BF16`, …"""
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
 
 
 def host_tensor(name: str, tensor: Any) -> HostTensor:
@@ -67,7 +32,7 @@ def host_tensor(name: str, tensor: Any) -> HostTensor:
     if _dtype_name(tensor) == "bfloat16":
         return HostTensor("BF16", np.asarray(_bfloat16_bits(tensor), order="C"))
     array = np.asarray(tensor, order="C")  # unlike ascontiguousarray, leaves a scalar a scalar
-    dtype = _DTYPES.get(array.dtype.name)
+    dtype = DTYPES.get(array.dtype.name)
     if dtype is None:
         raise TypeError(f"Tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold: cast it to float32.")
     return HostTensor(dtype, array.astype(array.dtype.newbyteorder("<"), copy=False))
@@ -90,10 +55,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, HostTensor], dict[str, Any]
         what = "both" if found else "neither"
         raise FileNotFoundError(f"{directory} holds {what} of {' and '.join(WEIGHT_FILES)}: exactly one is needed.")
     try:
-        entries = deserialize(found[0].read_bytes())
-    except SafetensorError as error:
+        tensors, _ = read_container(found[0].read_bytes())
+    except ValueError as error:
         raise ValueError(f"{found[0]} is not a readable safetensors file: {error}.") from error
-    tensors = {name: tensor_of_file(str(found[0]), name, entry) for name, entry in entries}
     config_path = directory / CONFIG_FILE
     if not config_path.is_file():
         return tensors, None
@@ -106,28 +70,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, HostTensor], dict[str, Any]
     return tensors, config
 
 
-def peft_adapter(model: Any) -> tuple[dict[str, HostTensor], dict[str, Any]]:
-    """Tensors and config of the active adapter of a peft model, as `save_pretrained` would write them."""
-    adapter = model.active_adapter
-    if not isinstance(adapter, str):
-        raise ValueError(f"The model has several active adapters ({adapter}): activate one with set_adapter.")
-    state = sys.modules["peft"].get_peft_model_state_dict(model, adapter_name=adapter)
-    return host_tensors(state), model.peft_config[adapter].to_dict()
-
-
 def safetensors_body(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> Body:
     """One file of all tensors, with the adapter's config as JSON in its metadata under `adapter_config`."""
-    # Wide dtypes first, then by name, as the library orders them: every tensor starts at a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].array.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"adapter_config": json.dumps(config, default=_plain)}}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.array.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    raw = (tensor.array.reshape(-1).view(np.uint8).data for _, tensor in ordered)
-    return Body((len(text).to_bytes(8, "little") + text, *raw))
+    return body_of(tensors, {"adapter_config": json.dumps(config, default=_plain)})
 
 
 def _dtype_name(tensor: Any) -> str:
@@ -146,15 +91,6 @@ def _bfloat16_bits(tensor: Any) -> np.ndarray:
     else:
         bits = np.asarray(tensor)
     return np.asarray(bits).view(np.uint16)
-
-
-def tensor_of_file(file: str, name: str, entry: Mapping[str, Any]) -> HostTensor:
-    """One entry of the library's `deserialize`; its bytes stay where they are. `file` is for the error's sentence."""
-    names = {dtype: np.dtype("uint16" if dtype == "BF16" else host) for host, dtype in _DTYPES.items()}
-    dtype = names.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which no adapter can have.")
-    return HostTensor(entry["dtype"], np.frombuffer(entry["data"], dtype=dtype).reshape(entry["shape"]))
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,8 @@ class PublishedVersion:
     """`id` and `digest` of the base it was fitted to."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """`modules`: how many layers are adapted; `delta_norm` (‖ΔW‖ of all); `effective_rank` (mean of modules, of
-    singular values); `largest_modules` with both for the largest; `zero_modules`; `bytes`."""
+    singular values); `largest_modules` with both for the largest; `zero_modules`; `bytes`. Empty where nothing was
+    sent, as are `base`, `rank` and `timings_ms`."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 

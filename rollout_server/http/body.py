@@ -28,14 +28,32 @@ LONG = 32_768
 """Bytes of a body, or rows, from which on a request is worked on beside the event loop."""
 PARSED = "parsed_body"
 """Key of the request's state under which `read_json` leaves the validated body."""
+QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def refuse_binary_reply(request: Request[Any, Any, Any]) -> None:
-    """The contract's binary encoding is not served yet; who accepts JSON as well gets JSON."""
-    accepted = {item.partition(";")[0].strip().lower() for item in request.headers.get("accept", "").split(",")}
-    if SAFETENSORS in accepted and not accepted & {"application/json", "application/*", "*/*"}:
-        raise UnsupportedField(f"Replies as {SAFETENSORS} are not supported by this server yet.", param="Accept")
+def wants_binary(request: Request[Any, Any, Any], *, stream: bool = False) -> bool:
+    """Whether the reply is to be safetensors: where it is named in `Accept` and JSON is not liked better. A stream is
+    JSON in any case; who accepts nothing but safetensors is told so."""
+    liked = _accepted(request.headers.get("accept", ""))
+    json_liked = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
+    binary_liked = liked.get(SAFETENSORS, 0.0)
+    if stream and binary_liked > 0 and json_liked == 0:
+        raise UnsupportedField(
+            f"A stream is lines of JSON, not {SAFETENSORS}: leave out stream, or accept application/json.",
+            param="Accept",
+        )
+    return not stream and binary_liked > 0 and binary_liked >= json_liked
+
+
+def _accepted(header: str) -> dict[str, float]:
+    """Media types with their quality, 1 where none is given or what is given is no number."""
+    liked: dict[str, float] = {}
+    for item in header.split(","):
+        kind, *parameters = (part.strip().lower() for part in item.split(";"))
+        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        liked[kind] = float(quality) if QUALITY.fullmatch(quality) else 1.0
+    return liked
 
 
 def refuse_query(request: Request[Any, Any, Any]) -> None:

@@ -11,7 +11,8 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages import Score
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, beside, read_json, refuse_binary_reply
+from rollout_server.http.binary import binary_response, scores_file
+from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response, version_entry
 from rollout_server.http.rollouts import header_id
@@ -39,7 +40,7 @@ class LogprobsController(Controller):
     )
     async def score(self, data: JSONBody[LogprobsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        refuse_binary_reply(request)
+        binary = wants_binary(request)
         address = service.address(data.policy, request, param="policy")
         header_id(request)
         await beside(len(await request.body()), lambda: check(data, service))
@@ -57,23 +58,24 @@ class LogprobsController(Controller):
                 )
             ),
         )
-        return json_response(
-            {
-                "sequences": [
-                    {
-                        "logprobs": sequence.logprobs,
-                        "entropy": sequence.entropy if "entropy" in data.returns else None,
-                        "top_logprobs": sequence.top_logprobs if data.top_logprobs else None,
-                    }
-                    for sequence in scored.sequences
-                ],
-                "policy": service.policy_state(address),
-                "versions": [version_entry(scored.version)],
-                "temperature": scored.temperature,
-                "base": service.base,
-                "instance": service.instance,
-            }
-        )
+        content = {
+            "sequences": [
+                {
+                    "logprobs": sequence.logprobs,
+                    "entropy": sequence.entropy if "entropy" in data.returns else None,
+                    "top_logprobs": sequence.top_logprobs if data.top_logprobs else None,
+                }
+                for sequence in scored.sequences
+            ],
+            "policy": service.policy_state(address),
+            "versions": [version_entry(scored.version)],
+            "temperature": scored.temperature,
+            "base": service.base,
+            "instance": service.instance,
+        }
+        weight = sum(len(sequence.logprobs) for sequence in scored.sequences)
+        encode = (lambda: binary_response(scores_file(content))) if binary else (lambda: json_response(content))
+        return await beside(weight, encode)
 
 
 def check(data: LogprobsRequest, service: Service) -> None:

@@ -18,7 +18,8 @@ from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, beside, read_json, refuse_binary_reply
+from rollout_server.http.binary import binary_response, rollouts_file
+from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage, weight_of
 from rollout_server.http.problems import renamed
@@ -74,12 +75,13 @@ class RolloutsController(Controller):
         return_dto=None,
         status_code=200,
         summary="Sample rollouts",
-        description="n samples of every prompt. With `stream`, NDJSON: a line per rollout, then a `done` line.",
+        description="n samples of every prompt. With `stream`, NDJSON: a line per rollout, then a `done` line. "
+        "`Accept: application/vnd.safetensors` gives one file of flat arrays.",
         responses={200: ResponseSpec(RolloutsReply, description="By prompt, then sample."), **failures()},
     )
     async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
-        refuse_binary_reply(request)
+        binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
         job = await beside(weight, lambda: plan(data, request, service))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
@@ -89,24 +91,23 @@ class RolloutsController(Controller):
                 first = await opening(request, subscription)
                 return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
             rollouts = await collect(request, subscription, job.groups)
-        return await beside(weight_of(rollouts), lambda: reply(job, rollouts))
+        return await beside(weight_of(rollouts), lambda: reply(job, rollouts, binary=binary))
 
 
-def reply(job: Job, rollouts: Sequence[Rollout]) -> Response[bytes]:
+def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[bytes]:
     """All rows at once."""
     service = job.service
-    return json_response(
-        {
-            "id": job.id,
-            "policy": service.policy_state(job.address),
-            "base": service.base,
-            "instance": service.instance,
-            "complete": is_complete(rollouts),
-            "rollouts": [job.entry(rollout) for rollout in rollouts],
-            "usage": usage(rollouts, job.prompt_tokens),
-            "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
-        }
-    )
+    content = {
+        "id": job.id,
+        "policy": service.policy_state(job.address),
+        "base": service.base,
+        "instance": service.instance,
+        "complete": is_complete(rollouts),
+        "rollouts": [job.entry(rollout) for rollout in rollouts],
+        "usage": usage(rollouts, job.prompt_tokens),
+        "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
+    }
+    return binary_response(rollouts_file(content)) if binary else json_response(content)
 
 
 async def lines(

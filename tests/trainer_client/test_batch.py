@@ -9,7 +9,8 @@ import pytest
 from tests.trainer_client import contract
 from trainer_client.advantages import Denominator
 from trainer_client.batch import RolloutBatch
-from trainer_client.parsing import parse_reply, parse_rollout
+from trainer_client.parsing import parse_reply
+from trainer_client.rows import parse_rollout
 
 
 def batch(*rows: dict[str, Any], **fields: Any) -> RolloutBatch:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,13 +63,23 @@ class Seen:
 
 
 @contextmanager
-def scripted(*answers: Answer) -> Iterator[Seen]:
+def discarding(*answers: Answer) -> Iterator[Seen]:
+    """As `scripted`, but keeps no bodies."""
+    with scripted(*answers, keep=False) as seen:
+        yield seen
+
+
+@contextmanager
+def scripted(*answers: Answer, keep: bool = True) -> Iterator[Seen]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
-            body = self.rfile.read(int(headers.get("content-length", 0)))
+            left = int(headers.get("content-length", 0))
+            body = self.rfile.read(left) if keep else b""
+            while not keep and left > 0:
+                left -= len(self.rfile.read(min(left, 1 << 16)))
             seen.requests.append((self.command, self.path, headers, body))
             answer = seen.answers.pop(0)
             if answer is HANG_UP:
@@ -111,6 +122,7 @@ def stream(*lines: dict[str, Any]) -> Answer:
 
 
 FULL = answer(contract.problem(retryable=True), 429, retry_after="0", x_should_retry="true")
+UNKNOWN = answer(contract.problem("unknown_policy"), 404)
 DONE = {"done": True, "complete": True, "usage": {}}
 
 
@@ -155,21 +167,111 @@ def test_rollouts_travel_as_json_with_the_key(ask: Any) -> None:
 @both
 def test_a_push_arrives_whole_and_is_verified(ask: Any) -> None:
     digest = adapter_digest(host_tensors(TENSORS), CONFIG)
-    with scripted(answer(contract.published(digest=digest), 201)) as seen:
+    with scripted(UNKNOWN, answer(contract.published(digest=digest), 201)) as seen:
         version = ask(seen.url, "push", "policy", TENSORS, CONFIG, label="step 1", if_match=6)
     assert version.verified
-    ((_, path, headers, body),) = seen.requests
-    assert urlsplit(path).path == "/v1/weights"
-    assert parse_qs(urlsplit(path).query) == {"name": ["policy"], "activate": ["true"], "label": ["step 1"]}
+    (method, path, *_), (_, sent, headers, body) = seen.requests
+    assert (method, path) == ("GET", "/v1/weights/policy")
+    assert urlsplit(sent).path == "/v1/weights"
+    assert parse_qs(urlsplit(sent).query) == {"name": ["policy"], "activate": ["true"], "label": ["step 1"]}
     assert headers["if-match"] == '"6"'
     assert "transfer-encoding" not in headers
     assert int(headers["content-length"]) == len(body) > 4_800_000
     assert body.endswith(TENSORS["q.lora_A.weight"].tobytes() + TENSORS["q.lora_B.weight"].tobytes())
 
 
+def kept(version: int, digest: str | None, *, live: bool = False, **fields: Any) -> dict[str, Any]:
+    return {"version": version, "digest": digest, "live": live, "label": None, "kind": "lora", "mode": "adapter",
+            "bytes": 10, **fields}  # fmt: skip
+
+
+def line(*versions: dict[str, Any]) -> Answer:
+    live = next((version["version"] for version in versions if version["live"]), None)
+    return answer({"name": "policy", "live": live, "versions": list(versions), "instance": contract.INSTANCE})
+
+
+OURS = adapter_digest(host_tensors(TENSORS), CONFIG)
+THEIRS = contract.OTHER_DIGEST
+SENT = answer(contract.published(digest=OURS, version=9), 201)
+MOVED = answer({"name": "policy", "version": 8, "digest": OURS, "label": None, "live": True, "unchanged": False,
+                "instance": contract.INSTANCE})  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize(
+    ("there", "options", "methods", "version", "live"),
+    [
+        # live already: nothing is left to do
+        ((kept(7, OURS, live=True),), {}, ["GET"], 7, True),
+        ((kept(7, OURS, live=True), kept(8, THEIRS)), {}, ["GET"], 7, True),
+        ((kept(7, OURS, live=True, label="a"),), {"label": "a"}, ["GET"], 7, True),
+        # newest: enough if it need not be live, else the name is moved
+        ((kept(7, THEIRS, live=True), kept(8, OURS)), {"activate": False}, ["GET"], 8, False),
+        ((kept(7, THEIRS, live=True), kept(8, OURS)), {}, ["GET", "POST"], 8, True),
+        # what is somewhere else in the list, or something else, is sent
+        ((kept(6, OURS), kept(7, THEIRS, live=True)), {}, ["GET", "POST"], 9, True),
+        ((kept(6, OURS), kept(7, THEIRS, live=True)), {"activate": False}, ["GET", "POST"], 9, True),
+        ((kept(7, OURS, live=True),), {"label": "b"}, ["GET", "POST"], 9, True),
+        ((kept(7, OURS, live=True, mode="merged"),), {}, ["GET", "POST"], 9, True),
+        ((kept(7, OURS, live=True),), {"mode": "merged"}, ["GET", "POST"], 9, True),
+        ((kept(7, OURS, live=True),), {"resend": True}, ["POST"], 9, True),
+        ((), {}, ["GET", "POST"], 9, True),
+    ],
+)
+def test_weights_are_sent_only_where_the_server_lacks_them(
+    ask: Any, there: Any, options: dict[str, Any], methods: list[str], version: int, live: bool
+) -> None:
+    answers = [] if options.get("resend") else [line(*there)]
+    with scripted(*answers, MOVED if version == 8 else SENT) as seen:
+        got = ask(seen.url, "push", "policy", TENSORS, CONFIG, **options)
+    assert [method for method, *_ in seen.requests] == methods
+    assert (got.version, got.live, got.digest, got.instance, got.verified) == (
+        version, live, OURS, contract.INSTANCE, True
+    )  # fmt: skip
+    assert got.unchanged == (version != 9)
+    if version == 8 and live:
+        assert (seen.requests[1][1], seen.requests[1][3]) == ("/v1/weights/policy/activate", b'{"version": 8}')
+    elif len(methods) == 2:
+        assert len(seen.requests[1][3]) > 4_800_000
+
+
+@both
+def test_a_version_freed_since_it_was_looked_at_is_sent_again(ask: Any) -> None:
+    gone = answer(contract.problem("version_gone"), 409)
+    with scripted(line(kept(7, THEIRS, live=True), kept(8, OURS)), gone, SENT) as seen:
+        assert ask(seen.url, "push", "policy", TENSORS, CONFIG).version == 9
+    assert [method for method, *_ in seen.requests] == ["GET", "POST", "POST"]
+
+
+@both
+def test_weights_without_a_digest_here_are_sent_without_asking(ask: Any) -> None:
+    dense = {"layer.weight": np.ones((4, 4), "f4")}
+    with scripted(answer(contract.published(), 201)) as seen:
+        assert not ask(seen.url, "push", "policy", dense, {"kind": "delta"}).verified
+    assert [method for method, *_ in seen.requests] == ["POST"]
+
+
+@both
+def test_a_push_needs_no_second_copy_of_its_tensors(ask: Any) -> None:
+    big = {"q.lora_A.weight": np.ones((64, 400_000), "f4"), "q.lora_B.weight": np.ones((400_000, 64), "f4")}
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 4}
+    digest = adapter_digest(host_tensors(big), config)
+    with discarding(answer(contract.published(digest=digest), 201)) as seen:
+        tracemalloc.start()
+        try:
+            assert ask(seen.url, "push", "policy", big, config, resend=True).verified
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    size = sum(tensor.nbytes for tensor in big.values())
+    assert size > 200_000_000
+    assert int(seen.requests[0][2]["content-length"]) > size
+    assert peak < 0.1 * size
+
+
 @both
 def test_a_push_that_arrived_as_something_else_is_an_error(ask: Any) -> None:
-    with scripted(answer(contract.published(), 201)) as seen, pytest.raises(DigestMismatch):
+    with scripted(UNKNOWN, answer(contract.published(), 201)) as seen, pytest.raises(DigestMismatch):
         ask(seen.url, "push", "policy", TENSORS, CONFIG)
 
 
@@ -190,7 +292,7 @@ def test_trying_again_ends(ask: Any) -> None:
 @both
 def test_errors_are_raised_by_class_and_not_repeated(ask: Any) -> None:
     mismatch = answer(contract.problem("adapter_mismatch", faults=["a", "b"]), 422, x_should_retry="false")
-    with scripted(mismatch) as seen, pytest.raises(AdapterMismatch) as caught:
+    with scripted(UNKNOWN, mismatch) as seen, pytest.raises(AdapterMismatch) as caught:
         ask(seen.url, "push", "policy", TENSORS, CONFIG)
     assert caught.value.faults == ("a", "b")
     with scripted(answer(contract.problem("unauthorized"), 401)) as seen, pytest.raises(Unauthorized):
@@ -200,9 +302,10 @@ def test_errors_are_raised_by_class_and_not_repeated(ask: Any) -> None:
 @both
 def test_a_lost_connection_repeats_a_push_but_no_rollouts(ask: Any) -> None:
     digest = adapter_digest(host_tensors(TENSORS), CONFIG)
-    with scripted(HANG_UP, answer(contract.published(digest=digest, unchanged=True))) as seen:
+    with scripted(HANG_UP, UNKNOWN, HANG_UP, answer(contract.published(digest=digest, unchanged=True))) as seen:
         assert ask(seen.url, "push", "policy", TENSORS, CONFIG).unchanged
-    assert len({body for *_, body in seen.requests}) == 1
+    assert [method for method, *_ in seen.requests] == ["GET", "GET", "POST", "POST"]
+    assert seen.requests[2] == seen.requests[3]
     with scripted(HANG_UP, answer(contract.rollouts())) as seen:
         with pytest.raises(ServerUnreachable, match="was lost before the reply") as caught:
             ask(seen.url, "rollouts", [[1, 2]])

@@ -14,11 +14,11 @@ from trainer_client.parsing import (
     parse_policy,
     parse_published,
     parse_reply,
-    parse_rollout,
     parse_scored,
     parse_weights,
 )
 from trainer_client.replies import LineBuffer, Reply, parse_error
+from trainer_client.rows import parse_rollout
 from trainer_client.versions import PolicyRef
 
 
@@ -51,7 +51,9 @@ def test_a_rollout_is_read_whole() -> None:
     assert np.isnan(row.entropy).tolist() == [False, True, False]
     assert (row.finish_reason, row.stop_reason, row.text, row.error) == ("stop", 2, "ab", None)
     assert row.raw["novelty"] == 1
-    assert row.raw["top_logprobs"][0] == [[5, -0.5]]
+    assert row.top_ids is not None and row.top_logprobs is not None
+    assert (row.top_ids.tolist(), row.top_logprobs.tolist()) == ([[5]] * 3, [[-0.5]] * 3)
+    assert row.id == "r-3-1"
 
 
 def test_log_probabilities_keep_their_float32_bits() -> None:
@@ -124,8 +126,8 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 
 
 def test_an_encoding_that_was_not_asked_for_is_refused() -> None:
-    with pytest.raises(BadReply, match=r"safetensors"):
-        parse_reply(Reply(200, {"content-type": "application/vnd.safetensors"}, b""))
+    with pytest.raises(BadReply, match=r"'text/html', which this client does not read"):
+        parse_reply(Reply(200, {"content-type": "text/html"}, b""))
 
 
 # ---- the stream ---------------------------------------------------------------------------------------------------

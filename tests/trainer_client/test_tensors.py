@@ -66,6 +66,16 @@ def test_mlx_arrays_need_no_conversion_by_the_caller() -> None:
     assert np.array_equal(host_tensor("x", array).array, np.arange(6).reshape(2, 3))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_an_mlx_array_is_sent_from_its_own_memory(dtype: mx.Dtype) -> None:
+    array = mx.random.normal((64, 48)).astype(dtype)
+    mx.eval(array)
+    before = mx.get_active_memory()
+    tensors = [host_tensor("x", array) for _ in range(2)]
+    assert np.shares_memory(tensors[0].array, tensors[1].array)
+    assert mx.get_active_memory() == before
+
+
 def test_the_config_travels_in_the_metadata(tmp_path: Path) -> None:
     class Task(StrEnum):
         CAUSAL = "CAUSAL_LM"

@@ -198,12 +198,13 @@ def test_what_completions_do_not_serve_yet(client: Client, changes: Any, problem
     problem(completions(client, **changes), 400, "unsupported_field", next(iter(changes)))
 
 
-def test_binary_replies_are_not_served_yet(client: Client, problem: Callable[..., Any]) -> None:
-    for route in ("/v1/rollouts", "/v1/logprobs"):
-        response = client.post(route, json=JSON_ROUTES[route], headers={"accept": "application/vnd.safetensors"})
-        problem(response, 400, "unsupported_field", "Accept")
-        both = {"accept": "application/json, application/vnd.safetensors;q=0.5"}
-        assert client.post(route, json=JSON_ROUTES[route], headers=both).status_code == 200
+def test_a_stream_is_never_binary(client: Client, problem: Callable[..., Any]) -> None:
+    binary = {"accept": "application/vnd.safetensors"}
+    response = client.post("/v1/rollouts", json=JSON_ROUTES["/v1/rollouts"] | {"stream": True}, headers=binary)
+    problem(response, 400, "unsupported_field", "Accept")
+    both = {"accept": "application/vnd.safetensors, application/json;q=0.1"}
+    response = client.post("/v1/rollouts", json=JSON_ROUTES["/v1/rollouts"] | {"stream": True}, headers=both)
+    assert response.headers["content-type"].startswith("application/x-ndjson")
 
 
 def test_several_faults_are_told_at_once(client: Client, problem: Callable[..., Any]) -> None:
