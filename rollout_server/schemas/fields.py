@@ -14,7 +14,7 @@ UNSUPPORTED = "unsupported_field"
 ID_RULE = "1 to 128 printable ASCII characters without spaces and slashes"
 
 
-def unsupported(field: str, what: str) -> PydanticCustomError:
+def unsupported(field: str | int, what: str) -> PydanticCustomError:
     """The error for a known field or value that is not served; `what` follows the place in a sentence, as in every
     error made here: `sampling.logit_bias` + `is not supported …`."""
     return PydanticCustomError(UNSUPPORTED, "{what}", {"field": field, "what": what})

@@ -19,6 +19,7 @@ from rollout_server.schemas.fields import (
     Whole,
     unsupported,
 )
+from rollout_server.schemas.messages import Messages
 
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "prompt_logprobs")
 LATER_RETURNS = ("base_logprobs",)
@@ -49,17 +50,6 @@ class SamplingOptions(Request):
     seed: Seed | None = None
 
 
-class Message(Request):
-    """One chat message, as the model's chat template reads it."""
-
-    role: Annotated[str, Field(min_length=1)]
-    content: str | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-
 class Prompt(Request):
     """Exactly one of `token_ids`, `text` and `messages`."""
 
@@ -67,7 +57,7 @@ class Prompt(Request):
 
     token_ids: TokenIds | None = None
     text: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     id: Annotated[str, Field(max_length=256)] | None = None
     n: Count | None = None
     max_tokens: Count | None = None
