@@ -20,7 +20,9 @@ from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.http.body import WholeRequest
+from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
+from rollout_server.http.control import ControlController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
@@ -30,6 +32,7 @@ from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options, open_state
 from rollout_server.http.system import HealthController, MetricsController, ModelsController
+from rollout_server.http.tokens import TokensController
 from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
 
@@ -67,6 +70,9 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         route_handlers=[
             RolloutsController,
             CompletionsController,
+            ChatController,
+            TokensController,
+            ControlController,
             LogprobsController,
             WeightsController,
             AliasController,

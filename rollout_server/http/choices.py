@@ -143,7 +143,8 @@ class Choice:
             piece.rollout["error"] = error_entry(rollout)
         return piece
 
-    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Top) -> None:
+    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Top) -> int:
+        """Adds a token; returns where in the sampled text it begins."""
         self._taken += 1
         offset = self._text.push(id)
         reading = self._reading
@@ -152,6 +153,7 @@ class Choice:
             value = sampling_logprob
             top = processed_top(top, logprob=logprob, sampling_logprob=sampling_logprob, sampling=self._sampling)
         self._waiting.append((id, value, top[: reading.top_logprobs], offset))
+        return offset
 
     def _release(self, piece: Piece, sent: int, *, final: bool) -> None:
         """Tokens that begin within the first `sent` characters; at the end all, those that were cut off begin there."""

@@ -205,7 +205,7 @@ def plan(
     scored: Scored | None,
     request: Request[Any, Any, Any],
     service: Service,
-) -> Job:
+) -> CompletionsJob:
     reading = Reading(
         service.tokenizer,
         service.token_strings,

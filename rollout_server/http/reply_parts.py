@@ -43,9 +43,10 @@ class ReplyParts:
         self._blank: str | None = None
         self.calls = 0
         self.read = 0
-        """Characters that were judged."""
-        self.reasoned = 0
-        """Of these, up to where the last reasoning went, its end mark included."""
+        """Characters whose part is known."""
+        self.reasoned: list[tuple[int, int]] = []
+        """Where reasoning stands in the text, from and to, its marks included."""
+        self._began = 0
 
     def push(self, text: str) -> Gain:
         """More text of the reply."""
@@ -69,6 +70,8 @@ class ReplyParts:
             self._close_call(gain, rest, start + rest, whole=not cut)
         else:
             self._give(gain, rest)
+        if self._part is Part.REASONING:
+            self.reasoned.append((self._began, self.read))
         return gain
 
     # ---- marks ----------------------------------------------------------------------------------------------------
@@ -108,7 +111,6 @@ class ReplyParts:
     def _give(self, gain: Gain, text: str) -> None:
         if self._part is Part.REASONING:
             gain.reasoning += text
-            self.reasoned = self.read if text else self.reasoned
             return
         if self._blank is not None:
             self._blank += text
@@ -122,8 +124,10 @@ class ReplyParts:
             self._close_call(gain, inner, f"{self._format.tool_start}{inner}{mark}", whole=True)
         else:
             self._give(gain, inner)
-        if Part.REASONING in (self._part, following):
-            self.reasoned = self.read
+        if self._part is Part.REASONING:
+            self.reasoned.append((self._began, self.read))
+        elif following is Part.REASONING:
+            self._began = self.read - len(mark)
         self._part = following
 
     def _close_call(self, gain: Gain, inner: str, raw: str, *, whole: bool) -> None:

@@ -165,13 +165,21 @@ class ChatChunkChoice(ChatEnding):
     delta: Delta
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class ChatUsage(Usage):
+    completion_tokens_details: CompletionTokensDetails | None = None
+
+
 class ChatReply(BaseModel):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
     prompt_token_ids: list[int] | None = None
 
 
@@ -183,5 +191,5 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None
+    usage: ChatUsage | None
     prompt_token_ids: list[int] | None = None

@@ -29,6 +29,15 @@ def test_models_are_the_base_names_and_versions(client: Client, engine: FakeEngi
     assert body["data"][0]["eos_token_ids"] == [engine.tokenizer.eos_token_id]
 
 
+def test_one_model_by_its_name(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    engine.add("policy", 2)
+    for card in client.get("/v1/models").json()["data"]:
+        assert client.get(f"/v1/models/{card['id']}").json() == card
+    assert client.get("/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+    for name in ("nobody", "policy@3", "org"):
+        problem(client.get(f"/v1/models/{name}"), 404, "unknown_policy", "model")
+
+
 def test_health_follows_the_engine(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
     body = client.get("/health").json()
     HealthReply.model_validate(body)
@@ -108,13 +117,19 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
     assert set(schema["paths"]) == {
         "/v1/rollouts",
         "/v1/completions",
+        "/v1/chat/completions",
         "/v1/logprobs",
+        "/v1/abort",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
         "/v1/weights",
         "/v1/weights/{name}",
         "/v1/weights/{name}/activate",
         "/v1/weights/{name}/{version}",
         "/v1/weights/{name}/{version}/export",
         "/v1/models",
+        "/v1/models/{model}",
         "/health",
         "/ready",
         "/metrics",
