@@ -11,10 +11,10 @@ BACKEND ?= $(shell v=$$(nvidia-smi --query-gpu=driver_version --format=csv,nohea
 READY := $(VENV)/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format bench wheel lock clean
+.PHONY: help setup demo serve test test-schema check format bench wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -30,6 +30,10 @@ serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 
 test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
+	@$(BIN)/python -c "import schemathesis" 2>/dev/null || $(BIN)/python -m pip install --quiet --group schema
+	$(BIN)/python -m tests.schema
 
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
 	$(BIN)/ruff format --check .

@@ -13,6 +13,8 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.routes import HTTPRoute
+from litestar.types import Message, Send
 from pydantic import ValidationError
 
 from rollout_server import __version__
@@ -42,9 +44,26 @@ class Application(Litestar):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await courteous(super().__call__, scope, receive, send, self.state[STATE_KEY].metrics.request)
+            told = self._naming_methods(scope, send) if scope["method"] == "OPTIONS" else send
+            await courteous(super().__call__, scope, receive, told, self.state[STATE_KEY].metrics.request)
         else:
             await super().__call__(scope, receive, send)
+
+    def _naming_methods(self, scope: Any, send: Send) -> Send:
+        """Litestar's answer to OPTIONS names the first method that a path was registered with, and no other."""
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 204:
+                routes = [route for route in self.routes if isinstance(route, HTTPRoute)]
+                template = scope.get("path_template")
+                methods = {str(method) for route in routes if route.path_format == template for method in route.methods}
+                # HEAD is answered wherever GET is.
+                methods |= {"HEAD"} if "GET" in methods else set()
+                others = [header for header in message["headers"] if header[0].lower() != b"allow"]
+                message["headers"] = [*others, (b"allow", ", ".join(sorted(methods)).encode())]
+            await send(message)
+
+        return tell
 
 
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:

@@ -16,7 +16,7 @@ from rollout_server.http.answering import OUR_WORDS, Job, respond
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.choices import Choice, Piece, Reading
-from rollout_server.http.documented import failures
+from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, usage
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import render, room, template_source
@@ -166,6 +166,7 @@ class ChatController(Controller):
         dto=StrictJson[ChatRequest],
         return_dto=None,
         status_code=200,
+        operation_class=EventsOperation,
         summary="Complete a conversation",
         description="Messages are rendered as transformers' `apply_chat_template` does. With `stream`, server-sent "
         "events (`chat.completion.chunk`) that end with `data: [DONE]`.",

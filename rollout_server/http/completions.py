@@ -17,7 +17,7 @@ from rollout_server.http.answering import OUR_WORDS, Job, last_events, policy_he
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.choices import Choice, Echo, Piece, Reading
-from rollout_server.http.documented import failures
+from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, json_response, usage
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import PromptTokens, completion_prompts, room
@@ -127,6 +127,7 @@ class CompletionsController(Controller):
         dto=StrictJson[CompletionsRequest],
         return_dto=None,
         status_code=200,
+        operation_class=EventsOperation,
         summary="Complete prompts",
         description="With `stream`, server-sent events that end with `data: [DONE]`.",
         responses={200: ResponseSpec(CompletionsReply, description="n choices of every prompt."), **failures()},

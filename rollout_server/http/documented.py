@@ -1,13 +1,15 @@
-"""What the OpenAPI document cannot learn from signatures: the table of errors, and the two encodings of a push."""
+"""What the OpenAPI document cannot learn from signatures: the table of errors, streams beside whole replies, and the
+two encodings of a push."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType, Operation, RequestBody, Schema
 
 from rollout_server.http.problems import TABLE
+from rollout_server.http.streaming import NDJSON, SSE
 from rollout_server.schemas.system import ErrorReply
 
 
@@ -57,3 +59,26 @@ class UploadOperation(Operation):
 
     def __post_init__(self) -> None:
         self.request_body = _upload_body()
+
+
+def _streamed(operation: Operation, media_type: str, what: str) -> None:
+    reply = (operation.responses or {})["200"]
+    if isinstance(reply, OpenAPIResponse) and reply.content is not None:
+        events = Schema(type=OpenAPIType.STRING, description=what)
+        reply.content = {**reply.content, media_type: OpenAPIMediaType(schema=events)}
+
+
+@dataclass
+class EventsOperation(Operation):
+    """Replies whole, or with `stream` as server-sent events."""
+
+    def __post_init__(self) -> None:
+        _streamed(self, SSE, "Server-sent events; the last is `data: [DONE]`, or holds `error`.")
+
+
+@dataclass
+class LinesOperation(Operation):
+    """Replies whole, or with `stream` as lines of JSON."""
+
+    def __post_init__(self) -> None:
+        _streamed(self, NDJSON, "A line of JSON per rollout; the last has `done`, or holds `error`.")

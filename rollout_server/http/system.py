@@ -109,7 +109,10 @@ class MetricsController(Controller):
         before_request=no_query,
         summary="Counts, times and sizes in Prometheus' text format",
         media_type=CONTENT_TYPE,
-        responses={200: ResponseSpec(bytes, description="Metrics.", generate_examples=False), **failures()},
+        responses={
+            200: ResponseSpec(str, description="Metrics.", media_type=CONTENT_TYPE, generate_examples=False),
+            **failures(),
+        },
     )
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
