@@ -12,7 +12,6 @@ from litestar import Litestar
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.routes import HTTPRoute
 from litestar.types import Message, Send
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
 from rollout_server.http.control import ControlController
 from rollout_server.http.courtesy import courteous
+from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import to_response
@@ -115,7 +115,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             version=__version__,
             path="/schema",
             create_examples=False,
-            render_plugins=[JsonRenderPlugin(path="/openapi.json")],
+            render_plugins=[ExactJsonPlugin(path="/openapi.json")],
         ),
         logging_config=None,
     )

@@ -82,3 +82,8 @@ PolicyText = Annotated[str, Field(min_length=1, max_length=256)]
 
 def stops(value: str | list[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def exactly_one(*names: str) -> dict[str, Any]:
+    """For the JSON schema of a body that has one of these fields."""
+    return {"oneOf": [{"required": [name]} for name in names]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.quoting import quoted
@@ -17,6 +17,7 @@ from rollout_server.schemas.fields import (
     Seed,
     TokenIds,
     Whole,
+    exactly_one,
     unsupported,
 )
 from rollout_server.schemas.messages import Messages
@@ -52,6 +53,8 @@ class SamplingOptions(Request):
 
 class Prompt(Request):
     """Exactly one of `token_ids`, `text` and `messages`."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("token_ids", "text", "messages"))
 
     later: ClassVar = {"prefix": ()}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import PolicyText, Request, TokenIds
+from rollout_server.schemas.fields import PolicyText, Request, TokenIds, exactly_one
 from rollout_server.schemas.messages import Messages
 
 
 class TokenizeRequest(Request):
     """Either `prompt` or `messages`."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("prompt", "messages"))
 
     later: ClassVar = {"chat_template": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
 

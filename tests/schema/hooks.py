@@ -50,11 +50,13 @@ def _object(value: dict[str, Any]) -> dict[str, Any]:
         fields.pop("max_tokens", None)
     if "return" in fields:
         fields["return"] = ["text", "entropy"]
+    if "type" in fields:  # a content part
+        return fields
     kinds = ("token_ids", "text", "messages", "prompt")
     kept = next((name for name in kinds if fields.get(name)), None)
     if kept is not None:
         fields = {key: item for key, item in fields.items() if key == kept or key not in kinds}
-    elif "token_ids" in fields or "text" in fields:
+    elif {"token_ids", "text", "messages"} & fields.keys():
         fields = {key: item for key, item in fields.items() if key not in kinds} | {"token_ids": [1, 2]}
     return fields
 
@@ -68,6 +70,8 @@ def _fitting(value: Any, name: str = "") -> Any:
         return NAMES[len(value) % len(NAMES)]
     if isinstance(value, bool):
         return value
+    if isinstance(value, float) and value.is_integer() and name not in NUMBERS:
+        value = int(value)  # JSON Schema's integers may be written 1.0; ours may not
     if isinstance(value, int) and name in IDS:
         return abs(value) % VOCABULARY
     if isinstance(value, int) and name in ("top_logprobs", "logprobs"):
