@@ -110,14 +110,19 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         },
         request_class=WholeRequest,
         request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
-        openapi_config=OpenAPIConfig(
-            title="rollout-server",
-            version=__version__,
-            path="/schema",
-            create_examples=False,
-            render_plugins=[ExactJsonPlugin(path="/openapi.json")],
-        ),
+        openapi_config=document(),
         logging_config=None,
+    )
+
+
+def document() -> OpenAPIConfig:
+    """What `/schema/openapi.json` is made by."""
+    return OpenAPIConfig(
+        title="rollout-server",
+        version=__version__,
+        path="/schema",
+        create_examples=False,
+        render_plugins=[ExactJsonPlugin(path="/openapi.json")],
     )
 
 

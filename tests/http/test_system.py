@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,6 @@ def test_every_start_is_an_instance_of_its_own(engine: FakeEngine, tokenizer: An
 
 @pytest.fixture
 def directory(tmp_path: Path, adapter: Callable[..., bytes]) -> Path:
-    import json
-
     (tmp_path / "adapter_model.safetensors").write_bytes(adapter())
     (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
     return tmp_path
@@ -142,6 +142,29 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
     for methods in schema["paths"].values():
         for operation in methods.values():
             assert {"400", "401", "404", "409", "413", "422", "429", "503"} <= set(operation["responses"])
+
+
+def test_the_schema_says_what_is_refused_and_what_is_streamed(client: Client) -> None:
+    schema = client.get("/schema/openapi.json").json()
+    models = schema["components"]["schemas"]
+    for name in ("CompletionsRequest", "ChatRequest", "RolloutsRequest", "Prompt", "Message", "StreamOptions"):
+        assert models[name]["additionalProperties"] is False, name
+    assert models["AbortRequest"]["properties"]["ids"]["items"]["minLength"] == 1
+    for path, media_type in (
+        ("/v1/completions", "text/event-stream"),
+        ("/v1/chat/completions", "text/event-stream"),
+        ("/v1/rollouts", "application/x-ndjson"),
+    ):
+        content = schema["paths"][path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", media_type}
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)))
+    assert references <= set(models)
+
+
+def test_options_name_every_method(client: Client) -> None:
+    for path, methods in (("/v1/weights", "GET, HEAD, OPTIONS, POST"), ("/v1/abort", "OPTIONS, POST")):
+        response = client.options(path)
+        assert (response.status_code, response.headers["allow"]) == (204, methods)
 
 
 def test_routes_that_do_not_exist(client: Client, problem: Callable[..., Any]) -> None:
