@@ -32,7 +32,9 @@ test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
-	@$(BIN)/python -c "import schemathesis" 2>/dev/null || $(BIN)/python -m pip install --quiet --group schema
+	@$(BIN)/python -c "import schemathesis" 2>/dev/null \
+		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --group schema
 	$(BIN)/python -m tests.schema
 
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house

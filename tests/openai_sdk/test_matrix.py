@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a stop string": {"stop": "6"},
     "64 stop strings": {"stop": [f"<{number}>" for number in range(57)] + STOPS},
     "a stop string that stays": {"stop": STOPS, "extra_body": {"include_stop_str_in_output": True}},
-    "a long stop string": {"stop": ["backwards 6", "forty six"], "temperature": 0},
+    "a long stop string": {"stop": ["backwards 6", "forty six"], "temperature": 0, "top": 1},
     "stop_token_ids": {"extra_body": {"stop_token_ids": list(range(20, 30))}},
     "logprobs": {"top": 0},
     "top logprobs": {"top": 5},
