@@ -15,10 +15,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-peers golden check format bench wheel lock clean
+.PHONY: help setup demo serve test test-peers test-schema golden check format bench wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -44,6 +44,11 @@ test-peers: $(PEERS_READY)  ## compare with PEFT on transformers, over HTTP; set
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
 	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)
+test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
+	@$(BIN)/python -c "import schemathesis" 2>/dev/null \
+		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --group schema
+	$(BIN)/python -m tests.schema
 
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
 	$(BIN)/ruff format --check .

@@ -41,9 +41,16 @@ class IncrementalText:
 
     __slots__ = ("_length", "_parts", "_read", "_skip", "_tokenizer", "_window")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """`shown` are special tokens that are not skipped."""
         self._tokenizer = tokenizer
-        self._skip = special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skip = special_ids(tokenizer) - shown if skip_special_tokens else frozenset()
         self._window: list[int] = []
         # How many ids of the window have their text out already; they are kept as context for the next ones.
         self._read = 0

@@ -229,12 +229,12 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(restore)
 
-    def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
-        """Ends the named requests; returns how many of them were open."""
-        found = tuple(id for id in ids if id in self._subscriptions)
+    def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
+        """Ends the named requests; returns those of them that were open, each once."""
+        found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions)
         if found:
             self._mailbox.put(Abort(found, reason))
-        return len(found)
+        return found
 
     def abort_subscription(self, subscription: Subscription, reason: str) -> None:
         """Ends this very request: its id may have been taken again once it was over."""

@@ -12,7 +12,8 @@ from litestar import Litestar
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.routes import HTTPRoute
+from litestar.types import Message, Send
 from pydantic import ValidationError
 
 from rollout_server import __version__
@@ -20,8 +21,11 @@ from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.http.body import WholeRequest
+from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
+from rollout_server.http.control import ControlController
 from rollout_server.http.courtesy import courteous
+from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import to_response
@@ -30,6 +34,7 @@ from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options, open_state
 from rollout_server.http.system import HealthController, MetricsController, ModelsController
+from rollout_server.http.tokens import TokensController
 from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
 
@@ -39,9 +44,26 @@ class Application(Litestar):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            await courteous(super().__call__, scope, receive, send, self.state[STATE_KEY].metrics.request)
+            told = self._naming_methods(scope, send) if scope["method"] == "OPTIONS" else send
+            await courteous(super().__call__, scope, receive, told, self.state[STATE_KEY].metrics.request)
         else:
             await super().__call__(scope, receive, send)
+
+    def _naming_methods(self, scope: Any, send: Send) -> Send:
+        """Litestar's answer to OPTIONS names the first method that a path was registered with, and no other."""
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 204:
+                routes = [route for route in self.routes if isinstance(route, HTTPRoute)]
+                template = scope.get("path_template")
+                methods = {str(method) for route in routes if route.path_format == template for method in route.methods}
+                # HEAD is answered wherever GET is.
+                methods |= {"HEAD"} if "GET" in methods else set()
+                others = [header for header in message["headers"] if header[0].lower() != b"allow"]
+                message["headers"] = [*others, (b"allow", ", ".join(sorted(methods)).encode())]
+            await send(message)
+
+        return tell
 
 
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
@@ -67,6 +89,9 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         route_handlers=[
             RolloutsController,
             CompletionsController,
+            ChatController,
+            TokensController,
+            ControlController,
             LogprobsController,
             WeightsController,
             AliasController,
@@ -85,14 +110,19 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         },
         request_class=WholeRequest,
         request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
-        openapi_config=OpenAPIConfig(
-            title="rollout-server",
-            version=__version__,
-            path="/schema",
-            create_examples=False,
-            render_plugins=[JsonRenderPlugin(path="/openapi.json")],
-        ),
+        openapi_config=document(),
         logging_config=None,
+    )
+
+
+def document() -> OpenAPIConfig:
+    """What `/schema/openapi.json` is made by."""
+    return OpenAPIConfig(
+        title="rollout-server",
+        version=__version__,
+        path="/schema",
+        create_examples=False,
+        render_plugins=[ExactJsonPlugin(path="/openapi.json")],
     )
 
 

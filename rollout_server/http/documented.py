@@ -1,14 +1,24 @@
-"""What the OpenAPI document cannot learn from signatures: the table of errors, and the two encodings of a push."""
+"""What the OpenAPI document cannot learn from signatures: the table of errors, streams beside whole replies, and the
+two encodings of a push."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from litestar import Litestar, Request
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType, Operation, RequestBody, Schema
+from litestar.routes import HTTPRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from rollout_server.http.problems import TABLE
+from rollout_server.http.streaming import NDJSON, SSE
 from rollout_server.schemas.system import ErrorReply
+
+REFERENCE = "#/components/schemas/{model}"
 
 
 def failures() -> dict[int, ResponseSpec]:
@@ -57,3 +67,51 @@ class UploadOperation(Operation):
 
     def __post_init__(self) -> None:
         self.request_body = _upload_body()
+
+
+def _streamed(operation: Operation, media_type: str, schema: Schema) -> None:
+    reply = (operation.responses or {})["200"]
+    if isinstance(reply, OpenAPIResponse) and reply.content is not None:
+        reply.content = {**reply.content, media_type: OpenAPIMediaType(schema=schema)}
+
+
+@dataclass
+class EventsOperation(Operation):
+    """Replies whole, or with `stream` as server-sent events."""
+
+    def __post_init__(self) -> None:
+        data = Schema(type=OpenAPIType.STRING, description="JSON; at the end `[DONE]`, or an object with `error`.")
+        event = Schema(
+            type=OpenAPIType.OBJECT, description="A server-sent event.", required=["data"], properties={"data": data}
+        )
+        _streamed(self, SSE, event)
+
+
+@dataclass
+class LinesOperation(Operation):
+    """Replies whole, or with `stream` as lines of JSON."""
+
+    def __post_init__(self) -> None:
+        what = "A line of JSON per rollout; the last has `done`, or holds `error`."
+        _streamed(self, NDJSON, Schema(type=OpenAPIType.STRING, description=what))
+
+
+class ExactJsonPlugin(JsonRenderPlugin):
+    """Litestar's document with pydantic's own schemas of the request bodies: Litestar leaves out that unknown fields
+    are refused, and what items of lists must be."""
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        components = openapi_schema.get("components", {})
+        schemas = components.get("schemas", {}) | request_schemas(request.app)
+        return super().render(request, openapi_schema | {"components": components | {"schemas": schemas}})
+
+
+def request_schemas(app: Litestar) -> dict[str, Any]:
+    """Name → JSON schema of every body that a route reads, and of its parts."""
+    handlers = (handler for route in app.routes if isinstance(route, HTTPRoute) for handler in route.route_handlers)
+    dtos = (handler.resolve_data_dto() for handler in handlers)
+    models = {dto.model_type for dto in dtos if dto is not None and issubclass(dto.model_type, BaseModel)}
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, found = models_json_schema([(model, "validation") for model in ordered], ref_template=REFERENCE)
+    definitions: dict[str, Any] = found["$defs"]
+    return definitions

@@ -122,10 +122,13 @@ def text_ids(rollout: Rollout, *, include_stop: bool = False) -> Sequence[int]:
     return rollout.token_ids[:-1]
 
 
-def rollout_text(rollout: Rollout, tokenizer: Any, *, include_stop: bool = False) -> str:
-    """The decoded text of a row, cut before the stop string that ended it (or behind it)."""
+def rollout_text(
+    rollout: Rollout, tokenizer: Any, *, include_stop: bool = False, shown: frozenset[int] = frozenset()
+) -> str:
+    """The decoded text of a row, cut before the stop string that ended it (or behind it); special tokens are left out,
+    but for those of `shown`."""
     ids = text_ids(rollout, include_stop=include_stop)
-    decoder = IncrementalText(tokenizer)
+    decoder = IncrementalText(tokenizer, shown=shown)
     decoder.push(ids[:-1])
     before = decoder.length
     decoder.push(ids[-1:])

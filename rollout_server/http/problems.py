@@ -135,7 +135,8 @@ def from_validation(error: ValidationError) -> RolloutError:
     cls: type[RolloutError] = errors.InvalidField
     for position, fault in enumerate(error.errors(include_url=False)[:MESSAGES_SHOWN]):
         context = fault.get("ctx") or {}
-        where = place((*fault["loc"], context["field"]) if context.get("field") else fault["loc"])
+        inside = () if context.get("field", "") == "" else (context["field"],)
+        where = place((*fault["loc"], *inside))
         if position == 0:
             param = where or None
             cls = errors.UnsupportedField if fault["type"] == UNSUPPORTED else errors.InvalidField

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.http.body import parse_json
 from rollout_server.quoting import counted, quoted, shortened
+from rollout_server.schemas.chat import ChatRequest
 from rollout_server.schemas.completions import CompletionsRequest
+from rollout_server.schemas.messages import Message
 from rollout_server.schemas.rollouts import Prompt
+from rollout_server.schemas.tokens import TokenizeRequest
 
+TESTS_ARGUMENTS = re.compile(r"arguments\s+is\s+(?:not\s+)?(?:string|mapping)")
 REASON_SHOWN = 300
 """Characters of what a chat template says when it refuses: some repeat the messages."""
 
@@ -47,24 +53,27 @@ def tokens_of(prompt: Prompt, tokenizer: Any, *, param: str) -> PromptTokens:
     return PromptTokens(render(prompt, tokenizer, param=param))
 
 
-def render(prompt: Prompt, tokenizer: Any, *, param: str) -> list[int]:
-    """`messages` through the tokenizer's chat template."""
-    messages = f"{param}.messages"
+def render(chat: Prompt | ChatRequest | TokenizeRequest, tokenizer: Any, *, param: str) -> list[int]:
+    """`messages` through the tokenizer's chat template; `param` is the place of what holds them, empty for the body."""
+    inside = f"{param}." if param else ""
+    messages = f"{inside}messages"
     if not tokenizer.chat_template:
         raise InvalidField("This model has no chat template; send text or token_ids.", param=messages)
-    both = prompt.add_generation_prompt and prompt.continue_final_message
-    if both and "add_generation_prompt" in prompt.model_fields_set:
+    both = chat.add_generation_prompt and chat.continue_final_message
+    if both and "add_generation_prompt" in chat.model_fields_set:
         raise InvalidField(
-            "continue_final_message excludes add_generation_prompt.", param=f"{param}.continue_final_message"
+            "continue_final_message excludes add_generation_prompt.", param=f"{inside}continue_final_message"
         )
-    extra = prompt.chat_template_kwargs or {}
-    check_template_arguments(extra, tokenizer, param=f"{param}.chat_template_kwargs")
+    extra = chat.chat_template_kwargs or {}
+    check_template_arguments(extra, tokenizer, param=f"{inside}chat_template_kwargs")
+    source = template_source(tokenizer, chat.tools)
+    rows = [as_template_reads(message, source, f"{messages}[{at}]") for at, message in enumerate(chat.messages or ())]
     try:
         ids = tokenizer.apply_chat_template(
-            [message.model_dump(exclude_unset=True) for message in prompt.messages or ()],
-            tools=prompt.tools,
-            add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
-            continue_final_message=prompt.continue_final_message,
+            rows,
+            tools=chat.tools,
+            add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+            continue_final_message=chat.continue_final_message,
             tokenize=True,
             return_dict=False,
             **extra,
@@ -76,6 +85,38 @@ def render(prompt: Prompt, tokenizer: Any, *, param: str) -> list[int]:
     if not ids:
         raise InvalidField(f"The chat template made nothing of {messages}.", param=messages)
     return list(ids)
+
+
+def template_source(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
+    """The chat template that transformers takes: some models have one of their own for tools."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return str((template.get("tool_use") if tools else None) or template.get("default") or "")
+    return str(template)
+
+
+def as_template_reads(message: Message, source: str, param: str) -> dict[str, Any]:
+    """A message as transformers documents it: content as one text, arguments of tool calls as objects. Arguments stay
+    text where the template asks for their type, and so writes them exactly as the model did."""
+    row = message.model_dump(exclude_unset=True)
+    if isinstance(message.content, list):
+        row["content"] = "".join(part.text for part in message.content)
+    if message.tool_calls is not None and not TESTS_ARGUMENTS.search(source):
+        row["tool_calls"] = [
+            _with_arguments(call, f"{param}.tool_calls[{at}]") for at, call in enumerate(message.tool_calls)
+        ]
+    return row
+
+
+def _with_arguments(call: dict[str, Any], param: str) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    place = f"{param}.function.arguments"
+    arguments = parse_json(function["arguments"].encode() or b"{}", param=place)
+    if not isinstance(arguments, dict):
+        raise InvalidField(f"{place} must be an object, as JSON text.", param=place)
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def check_template_arguments(extra: dict[str, Any], tokenizer: Any, *, param: str) -> None:

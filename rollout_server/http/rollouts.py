@@ -20,7 +20,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, rollouts_file
 from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.documented import failures
+from rollout_server.http.documented import LinesOperation, failures
 from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage, weight_of
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
@@ -74,6 +74,7 @@ class RolloutsController(Controller):
         dto=StrictJson[RolloutsRequest],
         return_dto=None,
         status_code=200,
+        operation_class=LinesOperation,
         summary="Sample rollouts",
         description="n samples of every prompt. With `stream`, NDJSON: a line per rollout, then a `done` line. "
         "`Accept: application/vnd.safetensors` gives one file of flat arrays.",

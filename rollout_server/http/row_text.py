@@ -13,8 +13,10 @@ class RowText:
 
     __slots__ = ("_decoder", "_ends", "_held", "_judged", "_sent", "_stops")
 
-    def __init__(self, tokenizer: Any, *, stops: Sequence[str], ends: Collection[int]) -> None:
-        self._decoder = IncrementalText(tokenizer)
+    def __init__(
+        self, tokenizer: Any, *, stops: Sequence[str], ends: Collection[int], shown: frozenset[int] = frozenset()
+    ) -> None:
+        self._decoder = IncrementalText(tokenizer, shown=shown)
         self._stops = stops
         # A token that may be the end has no text until another one shows that it was not.
         self._ends = ends
@@ -22,6 +24,11 @@ class RowText:
         # Characters in which no stop string ended the row: another token came after them.
         self._judged = 0
         self._sent = 0
+
+    @property
+    def sent(self) -> int:
+        """Characters that `ready` gave."""
+        return self._sent
 
     def push(self, id: int) -> int:
         """Adds a token; returns where in the row's text it begins, in characters."""

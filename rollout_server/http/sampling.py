@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from rollout_server.errors import InvalidField
 from rollout_server.quoting import quoted
 from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
-from rollout_server.schemas.completions import CompletionsRequest
 from rollout_server.schemas.fields import stops
+from rollout_server.schemas.openai import OpenAIRequest
 from rollout_server.schemas.rollouts import SamplingOptions
 
 
-def sampling_params(
-    options: SamplingOptions | CompletionsRequest, max_tokens: int, *, prefix: str = ""
-) -> SamplingParams:
+def sampling_params(options: SamplingOptions | OpenAIRequest, max_tokens: int, *, prefix: str = "") -> SamplingParams:
     """Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
     try:
         return SamplingParams(

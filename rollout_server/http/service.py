@@ -20,6 +20,7 @@ from rollout_server.http.publishing import Publisher
 from rollout_server.http.startup import Startup
 from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import quoted
+from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
 
 STATE_KEY = "service"
@@ -60,6 +61,10 @@ class Service:
     @cached_property
     def token_strings(self) -> TokenStrings:
         return TokenStrings(self.tokenizer)
+
+    @cached_property
+    def reply_format(self) -> ReplyFormat:
+        return ReplyFormat.of(self.tokenizer, self.info.eos_token_ids)
 
     @property
     def base(self) -> dict[str, str]:

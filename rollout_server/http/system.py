@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from litestar import Controller, Request, Response, get
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import FromPath
 
-from rollout_server.errors import EngineUnavailable
+from rollout_server.errors import EngineUnavailable, UnknownPolicy
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import no_query
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.metrics import CONTENT_TYPE
 from rollout_server.http.service import Service, service_of
+from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE
-from rollout_server.schemas.system import HealthReply, ModelsReply, ReadyReply
+from rollout_server.schemas.system import HealthReply, ModelCard, ModelsReply, ReadyReply
 
 PING_S = 5.0
 """How long the engine thread may take to answer between two steps."""
@@ -35,6 +38,21 @@ class ModelsController(Controller):
     )
     async def models(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return json_response({"object": "list", "data": cards(service_of(request))})
+
+    @get(
+        "/{model:path}",
+        before_request=no_query,
+        summary="One of them",
+        responses={200: ResponseSpec(ModelCard, description="As the list has it."), **failures()},
+    )
+    async def model(self, model: FromPath[Path], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        # A Hub id has a slash, so the rest of the path is the name.
+        name = str(model).removeprefix("/")
+        card = next((card for card in cards(service) if card["id"] == name), None)
+        if card is None:
+            raise UnknownPolicy(f"There is no model {quoted(name)}; GET /v1/models lists what there is.", param="model")
+        return json_response(card)
 
 
 class HealthController(Controller):
@@ -91,7 +109,10 @@ class MetricsController(Controller):
         before_request=no_query,
         summary="Counts, times and sizes in Prometheus' text format",
         media_type=CONTENT_TYPE,
-        responses={200: ResponseSpec(bytes, description="Metrics.", generate_examples=False), **failures()},
+        responses={
+            200: ResponseSpec(str, description="Metrics.", media_type=CONTENT_TYPE, generate_examples=False),
+            **failures(),
+        },
     )
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)

@@ -9,6 +9,12 @@ from rollout_server.detokenize import REPLACEMENT, special_ids
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+PART_OF_A_CHARACTER = "bytes:"
+
+
+def _written(raw: bytes) -> str:
+    return PART_OF_A_CHARACTER + "".join(f"\\x{byte:02x}" for byte in raw)
+
 
 def byte_level_alphabet() -> dict[str, int]:
     """Character → byte of byte-level BPE vocabularies (GPT-2): printable Latin-1 stands for itself, the other bytes
@@ -37,6 +43,15 @@ class TokenStrings:
             known = self._known[id] = self._string(id)
         return known
 
+    def utf8(self, id: int) -> bytes:
+        """The token's part of the text as bytes, which need not be whole characters."""
+        string = self[id]
+        if not string.startswith(PART_OF_A_CHARACTER):
+            return string.encode()
+        # A token's own text may begin like this too.
+        raw = self._bytes(str(self._tokenizer.convert_ids_to_tokens(id)))
+        return string.encode() if raw is None or _written(raw) != string else raw
+
     def _string(self, id: int) -> str:
         token = self._tokenizer.convert_ids_to_tokens(id)
         if token is None:  # a row of the head beyond the tokenizer's vocabulary
@@ -53,7 +68,7 @@ class TokenStrings:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+            return _written(raw)
 
     def _bytes(self, token: str) -> bytes | None:
         if match := BYTE_TOKEN.fullmatch(token):

@@ -69,7 +69,12 @@ class VersionController(Controller):
         description="`format` is `peft` (default) or `mlx`; the configuration is in the metadata under "
         "`adapter_config`. Pushed again, the file gives the same digest.",
         media_type=SAFETENSORS,
-        responses={200: ResponseSpec(bytes, description="A safetensors file.", generate_examples=False), **failures()},
+        responses={
+            200: ResponseSpec(
+                bytes, description="A safetensors file.", media_type=SAFETENSORS, generate_examples=False
+            ),
+            **failures(),
+        },
     )
     async def export(
         self, name: FromPath[str], version: FromPath[int], request: Request[Any, Any, Any]

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Count, LogitBias, OneOrMany, PolicyText, Request, Seed, TokenIds, Whole
-from rollout_server.schemas.rollouts import LATER_SAMPLING, ErrorInRow, SpanReply, Usage
+from rollout_server.schemas.fields import TokenIds, Whole
+from rollout_server.schemas.openai import ChoiceRollout, OpenAIRequest
+from rollout_server.schemas.rollouts import Usage
 
 TEXT, TEXTS, IDS, ID_LISTS = "<text>", "<texts>", "<ids>", "<id lists>"
 
@@ -37,42 +38,16 @@ PromptForm = Annotated[
 """A string, strings, token ids, or lists of token ids."""
 
 
-class StreamOptions(Request):
-    include_usage: bool = False
+class CompletionsRequest(OpenAIRequest):
+    later: ClassVar = {**OpenAIRequest.later, "best_of": (1,), "suffix": ()}
 
-
-class CompletionsRequest(Request):
-    later: ClassVar = {**LATER_SAMPLING, "best_of": (1,), "suffix": (), "user": ()}
-
-    model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
     prompt: PromptForm
     max_tokens: Whole | None = Field(default=None, description="What fits, if absent; 0 with echo.")
-    n: Count = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: Seed | None = None
-    stop: OneOrMany = Field(default_factory=list)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    logprobs: Whole | None = None
+    logprobs: Whole | None = Field(default=None, description="How many alternatives; 0 for the sampled tokens alone.")
     echo: bool = False
-    top_k: int = 0
-    min_p: float = 0.0
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
-    logit_bias: LogitBias = Field(default_factory=dict)
-    stop_token_ids: TokenIds = Field(default_factory=list)
-    include_stop_str_in_output: bool = False
-    return_token_ids: bool = False
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionsRequest:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", 'needs "stream": true', {"field": "stream_options"})
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError(
                 "max_tokens",
@@ -96,12 +71,6 @@ class ChoiceLogprobs(BaseModel):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float | None] | None]
     text_offset: list[int]
-
-
-class ChoiceRollout(BaseModel):
-    versions: list[SpanReply]
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"]
-    error: ErrorInRow | None = None
 
 
 class Choice(BaseModel):

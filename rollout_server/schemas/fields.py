@@ -17,7 +17,7 @@ UNSUPPORTED = "unsupported_field"
 ID_RULE = "1 to 128 printable ASCII characters without spaces and slashes"
 
 
-def unsupported(field: str, what: str) -> PydanticCustomError:
+def unsupported(field: str | int, what: str) -> PydanticCustomError:
     """The error for a known field or value that is not served; `what` follows the place in a sentence, as in every
     error made here: `sampling.logit_bias` + `is not supported …`."""
     return PydanticCustomError(UNSUPPORTED, "{what}", {"field": field, "what": what})
@@ -97,3 +97,8 @@ PolicyText = Annotated[str, Field(min_length=1, max_length=256)]
 
 def stops(value: str | list[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def exactly_one(*names: str) -> dict[str, Any]:
+    """For the JSON schema of a body that has one of these fields."""
+    return {"oneOf": [{"required": [name]} for name in names]}

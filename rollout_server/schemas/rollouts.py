@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.quoting import quoted
@@ -18,8 +18,10 @@ from rollout_server.schemas.fields import (
     Seed,
     TokenIds,
     Whole,
+    exactly_one,
     unsupported,
 )
+from rollout_server.schemas.messages import Messages
 
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "prompt_logprobs")
 LATER_RETURNS = ("base_logprobs",)
@@ -50,25 +52,16 @@ class SamplingOptions(Request):
     seed: Seed | None = None
 
 
-class Message(Request):
-    """One chat message, as the model's chat template reads it."""
-
-    role: Annotated[str, Field(min_length=1)]
-    content: str | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-
 class Prompt(Request):
     """Exactly one of `token_ids`, `text` and `messages`."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("token_ids", "text", "messages"))
 
     later: ClassVar = {"prefix": ()}
 
     token_ids: TokenIds | None = None
     text: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     id: Annotated[str, Field(max_length=256)] | None = None
     n: Count | None = None
     max_tokens: Count | None = None

@@ -113,6 +113,8 @@ def test_a_stack_of_experts_has_the_mean_of_its_experts() -> None:
     (path,) = layers
     a, b = (bundle.tensors[f"{path}.{half}"].array for half in HALVES)
     assert report(bundle).effective_rank == pytest.approx(np.mean([by_hand(a[i], b[i]) for i in range(3)]), rel=1e-5)
+
+
 def test_a_stack_of_experts_has_the_mean_of_the_experts_that_do_something() -> None:
     generator = np.random.default_rng(2)
     a, b = generator.normal(size=(3, 2, 4)).astype(np.float32), generator.normal(size=(3, 6, 2)).astype(np.float32)

@@ -73,7 +73,7 @@ def test_refused_at_the_door(qwen: Path) -> None:
         assert [type(e).__name__ async for e in second] == ["RowFinished"]
         with pytest.raises(UnknownPolicy):
             [e async for e in handle.submit("d", [renamed(group(policy="nobody"), "d")])]
-        assert handle.abort(["a", "nobody"]) == 0
+        assert handle.abort(["a", "nobody"]) == ()
         await handle.close()
 
     asyncio.run(run())

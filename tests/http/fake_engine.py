@@ -260,11 +260,11 @@ class FakeEngine(FakeVersions):
         version = self.find(score.policy.name, score.policy.number, score.policy.digest)
         return Scored(score.id, version, score.temperature, tuple(sequences))
 
-    def abort(self, ids: Sequence[str], reason: str = "abort") -> int:
-        found = [self.open[id] for id in ids if id in self.open]
-        for subscription in found:
-            subscription.abort(reason)
-        return len(found)
+    def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
+        found = tuple(id for id in dict.fromkeys(ids) if id in self.open)
+        for id in found:
+            self.open[id].abort(reason)
+        return found
 
     # ---- versions -------------------------------------------------------------------------------------------------
 

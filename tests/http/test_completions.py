@@ -208,6 +208,19 @@ def test_a_stream_never_shows_what_a_stop_string_takes_back(client: Client, engi
     assert joined(chunks)["text"] == "a the ca\nb"
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_streamed_tokens_of_a_stop_string_begin_where_the_text_is_cut(
+    client: Client, engine: FakeEngine, include: bool
+) -> None:
+    ids = says(engine, "hat qxzq", FinishReason.STOP, "qxzq")
+    assert len(ids) >= 6
+    fields = {"stop": ["qxzq", "qxq"], "logprobs": 1, "return_token_ids": True, "include_stop_str_in_output": include}
+    (whole,) = ask(client, echo=True, **fields).json()["choices"]
+    assert joined(events(ask(client, echo=True, stream=True, **fields))) == whole
+    offsets = whole["logprobs"]["text_offset"][-4:]
+    assert offsets == [len("the cathat ") + (at if include else 0) for at in range(4)]
+
+
 def test_a_stream_ends_with_usage_if_asked(client: Client, engine: FakeEngine) -> None:
     ids = says(engine, " and")
     *_, last = events(ask(client, stream=True, stream_options={"include_usage": True}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,15 @@ def test_models_are_the_base_names_and_versions(client: Client, engine: FakeEngi
     assert body["data"][2]["digest"] == body["data"][4]["digest"]
     assert body["data"][0]["max_model_len"] == CONTEXT
     assert body["data"][0]["eos_token_ids"] == [engine.tokenizer.eos_token_id]
+
+
+def test_one_model_by_its_name(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    engine.add("policy", 2)
+    for card in client.get("/v1/models").json()["data"]:
+        assert client.get(f"/v1/models/{card['id']}").json() == card
+    assert client.get("/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+    for name in ("nobody", "policy@3", "org"):
+        problem(client.get(f"/v1/models/{name}"), 404, "unknown_policy", "model")
 
 
 def test_health_follows_the_engine(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
@@ -69,8 +80,6 @@ def test_every_start_is_an_instance_of_its_own(engine: FakeEngine, tokenizer: An
 
 @pytest.fixture
 def directory(tmp_path: Path, adapter: Callable[..., bytes]) -> Path:
-    import json
-
     (tmp_path / "adapter_model.safetensors").write_bytes(adapter())
     (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
     return tmp_path
@@ -108,13 +117,19 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
     assert set(schema["paths"]) == {
         "/v1/rollouts",
         "/v1/completions",
+        "/v1/chat/completions",
         "/v1/logprobs",
+        "/v1/abort",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
         "/v1/weights",
         "/v1/weights/{name}",
         "/v1/weights/{name}/activate",
         "/v1/weights/{name}/{version}",
         "/v1/weights/{name}/{version}/export",
         "/v1/models",
+        "/v1/models/{model}",
         "/health",
         "/ready",
         "/metrics",
@@ -127,6 +142,29 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
     for methods in schema["paths"].values():
         for operation in methods.values():
             assert {"400", "401", "404", "409", "413", "422", "429", "503"} <= set(operation["responses"])
+
+
+def test_the_schema_says_what_is_refused_and_what_is_streamed(client: Client) -> None:
+    schema = client.get("/schema/openapi.json").json()
+    models = schema["components"]["schemas"]
+    for name in ("CompletionsRequest", "ChatRequest", "RolloutsRequest", "Prompt", "Message", "StreamOptions"):
+        assert models[name]["additionalProperties"] is False, name
+    assert models["AbortRequest"]["properties"]["ids"]["items"]["minLength"] == 1
+    for path, media_type in (
+        ("/v1/completions", "text/event-stream"),
+        ("/v1/chat/completions", "text/event-stream"),
+        ("/v1/rollouts", "application/x-ndjson"),
+    ):
+        content = schema["paths"][path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", media_type}
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)))
+    assert references <= set(models)
+
+
+def test_options_name_every_method(client: Client) -> None:
+    for path, methods in (("/v1/weights", "GET, HEAD, OPTIONS, POST"), ("/v1/abort", "OPTIONS, POST")):
+        response = client.options(path)
+        assert (response.status_code, response.headers["allow"]) == (204, methods)
 
 
 def test_routes_that_do_not_exist(client: Client, problem: Callable[..., Any]) -> None:

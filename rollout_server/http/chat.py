@@ -1,0 +1,225 @@
+"""`POST /v1/chat/completions`: messages in, a message out, for everything that speaks OpenAI."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.errors import InvalidField
+from rollout_server.http.answering import OUR_WORDS, Job, respond
+from rollout_server.http.auth import may_infer
+from rollout_server.http.body import StrictJson, beside, read_json
+from rollout_server.http.choices import Choice, Piece, Reading
+from rollout_server.http.documented import EventsOperation, failures
+from rollout_server.http.encoding import finite, usage
+from rollout_server.http.problems import renamed
+from rollout_server.http.prompts import render, room, template_source
+from rollout_server.http.reply_parts import Gain, ReplyParts
+from rollout_server.http.rollouts import request_id
+from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.service import Service, service_of
+from rollout_server.http.token_strings import TokenStrings
+from rollout_server.reply_format import ReplyFormat
+from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
+from rollout_server.schemas.chat import ChatReply, ChatRequest
+
+
+class ChatChoice(Choice):
+    """A choice as this route writes it: reasoning, content and tool calls apart."""
+
+    def __init__(self, job: ChatJob, sample_index: int) -> None:
+        super().__init__(sample_index, job.reading, job.groups[0].sampling, None)
+        self._asked_ids = job.data.return_token_ids
+        self._thinks = job.format.has_thinking
+        self._parts = ReplyParts(job.format, thinking=job.thinking, tools=job.called_tools)
+        self._offsets: list[int] = []
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        gain = self._read(piece)
+        message: dict[str, Any] = {"role": "assistant", "content": gain.content, "refusal": None}
+        if not gain.content and (gain.calls or gain.reasoning):
+            message["content"] = None
+        if gain.reasoning:
+            message["reasoning_content"] = gain.reasoning
+        if gain.calls:
+            message["tool_calls"] = [{name: call[name] for name in call if name != "index"} for call in gain.calls]
+        return {"index": self.index, "message": message, **self._ending(piece)}
+
+    def part(self, piece: Piece, *, first: bool) -> dict[str, Any] | None:
+        gain = self._read(piece)
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+        if gain.content:
+            delta["content"] = gain.content
+        if gain.reasoning:
+            delta["reasoning_content"] = gain.reasoning
+        if gain.calls:
+            delta["tool_calls"] = gain.calls
+        news = gain.content or gain.reasoning or gain.calls or piece.finish_reason
+        if news or self.told(piece, token_ids=self._asked_ids):
+            return {"index": self.index, "delta": delta, **self._ending(piece)}
+        return None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Sampled tokens that belong to reasoning, its marks included; None where the model has no marks for it."""
+        if not self._thinks:
+            return None
+        return sum(any(begin <= offset < end for begin, end in self._parts.reasoned) for offset in self._offsets)
+
+    def _read(self, piece: Piece) -> Gain:
+        if piece.finish_reason is None:
+            return self._parts.push(piece.text)
+        return self._parts.finish(piece.text, cut=piece.finish_reason != FinishReason.STOP)
+
+    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Sequence[tuple[int, float]]) -> int:
+        offset = super()._take(id, logprob, sampling_logprob, top)
+        if self._thinks:
+            self._offsets.append(offset)
+        return offset
+
+    def _ending(self, piece: Piece) -> dict[str, Any]:
+        """What a choice and its part in a stream have in common."""
+        logprobs = None
+        if self._reading.top_logprobs is not None:
+            logprobs = {"content": token_entries(piece, self._reading.strings), "refusal": None}
+        reason = piece.finish_reason
+        if reason == FinishReason.STOP and self._parts.calls:
+            reason = "tool_calls"
+        entry: dict[str, Any] = {
+            "logprobs": logprobs,
+            "finish_reason": reason,
+            "stop_reason": piece.stop_reason,
+            "rollout": piece.rollout,
+        }
+        if self._asked_ids:
+            entry["token_ids"] = piece.token_ids
+        return entry
+
+
+def token_entries(piece: Piece, strings: TokenStrings) -> list[dict[str, Any]]:
+    """A token and its alternatives, best first."""
+
+    def entry(id: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": strings[id], "logprob": logprob, "bytes": list(strings.utf8(id))}
+
+    return [
+        entry(id, logprob) | {"top_logprobs": [entry(other, finite(value)) for other, value in top]}
+        for id, logprob, top in zip(piece.scored_ids, piece.logprobs, piece.tops, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatJob(Job):
+    """A chat completion as the engine gets it, and what the reply needs besides."""
+
+    data: ChatRequest
+    format: ReplyFormat
+    thinking: bool
+    """The prompt ends inside of reasoning."""
+
+    @property
+    def called_tools(self) -> list[dict[str, Any]] | None:
+        """The tools, if calls of them are to be parsed."""
+        return None if self.data.tool_choice == "none" else self.data.tools or None
+
+    def choice(self, prompt_index: int, sample_index: int) -> ChatChoice:
+        return ChatChoice(self, sample_index)
+
+    def body(
+        self, choices: list[dict[str, Any]], tally: dict[str, Any] | None, *, chunk: bool = False, first: bool = False
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "id": self.id,
+            "object": "chat.completion.chunk" if chunk else "chat.completion",
+            "created": self.created,
+            "model": self.data.model,
+            "choices": choices,
+            "usage": tally,
+        }
+        if self.data.return_token_ids and (first or not chunk):
+            body["prompt_token_ids"] = self.groups[0].prompt_ids
+        return body
+
+    def tally(self, rollouts: Iterable[Rollout], choices: Iterable[Choice]) -> dict[str, Any]:
+        found: dict[str, Any] = dict(usage(rollouts, self.prompt_tokens))
+        if self.format.has_thinking:
+            counts = [choice.reasoning_tokens or 0 for choice in choices if isinstance(choice, ChatChoice)]
+            found["completion_tokens_details"] = {"reasoning_tokens": sum(counts)}
+        return found
+
+
+class ChatController(Controller):
+    """OpenAI's chat completions, with vLLM's names for what goes beyond them."""
+
+    path = "/v1/chat/completions"
+    guards = (may_infer,)
+    tags = ("openai",)
+
+    @post(
+        before_request=read_json,
+        dto=StrictJson[ChatRequest],
+        return_dto=None,
+        status_code=200,
+        operation_class=EventsOperation,
+        summary="Complete a conversation",
+        description="Messages are rendered as transformers' `apply_chat_template` does. With `stream`, server-sent "
+        "events (`chat.completion.chunk`) that end with `data: [DONE]`.",
+        responses={200: ResponseSpec(ChatReply, description="n choices."), **failures()},
+    )
+    async def complete(self, data: JSONBody[ChatRequest], request: Request[Any, Any, Any]) -> Response[Any]:
+        service = service_of(request)
+        with renamed({**OUR_WORDS, "max_tokens": data.limit_name}):
+            weight = len(await request.body()) + data.n
+            job = await beside(weight, lambda: plan(data, request, service))
+            return await respond(job, request, service)
+
+
+def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -> ChatJob:
+    """Everything that can be wrong with a request is found here, before the engine hears of it."""
+    address = service.address(data.model, request, param="model")
+    check_rows([data.n], service.config.max_rows_per_request)
+    service.check_ids(data.stop_token_ids, "stop_token_ids")
+    service.check_bias(data.logit_bias, "logit_bias")
+    service.check_top_logprobs(data.top_logprobs or 0, "top_logprobs")
+    if data.tools and "tools" not in template_source(service.tokenizer, data.tools):
+        raise InvalidField("The chat template of this model has no place for tools.", param="tools")
+    ids = render(data, service.tokenizer, param="")
+    limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
+    id = request_id(None, request, kind="chatcmpl")
+    seed = fresh_seed() if data.seed is None else data.seed
+    group = RolloutRequest(
+        id=id,
+        prompt_ids=tuple(ids),
+        sampling=sampling_params(data, limit),
+        policy=address,
+        n=data.n,
+        seeds=row_seeds(seed, None, 0, data.n),
+        wants=Wants(top_logprobs=data.top_logprobs or 0, tokens_as_they_come=data.stream),
+    )
+    format, ends = service.reply_format, service.info.eos_token_ids
+    reading = Reading(
+        service.tokenizer,
+        service.token_strings,
+        ends,
+        top_logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        logprobs_mode=data.logprobs_mode,
+        include_stop=data.include_stop_str_in_output,
+        shown=format.shown(tools=bool(data.tools) and data.tool_choice != "none"),
+    )
+    return ChatJob(
+        id=id,
+        created=int(time.time()),
+        groups=[group],
+        reading=reading,
+        include_usage=data.stream_options is not None and data.stream_options.include_usage,
+        stream=data.stream,
+        data=data,
+        format=format,
+        thinking=format.opens_thinking(ids, ends),
+    )

@@ -1,0 +1,42 @@
+"""What steers running requests from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.http.auth import may_infer
+from rollout_server.http.body import StrictJson, read_json
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.service import service_of
+from rollout_server.schemas.control import AbortReply, AbortRequest
+
+
+class ControlController(Controller):
+    """Ends requests by their ids."""
+
+    path = "/v1"
+    guards = (may_infer,)
+    tags = ("control",)
+
+    @post(
+        "/abort",
+        before_request=read_json,
+        dto=StrictJson[AbortRequest],
+        return_dto=None,
+        status_code=200,
+        summary="End requests by their ids",
+        description="Their rows end as `aborted` with what they have, in the replies of those requests.",
+        responses={200: ResponseSpec(AbortReply, description="Which were open."), **failures()},
+    )
+    async def abort(self, data: JSONBody[AbortRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        service.require_restored()
+        asked = tuple(dict.fromkeys(data.ids))
+        aborted = service.engine.abort(asked)
+        open_ids = set(aborted)
+        return json_response({"aborted": aborted, "unknown": [id for id in asked if id not in open_ids]})

@@ -1,0 +1,120 @@
+"""`/tokenize`, `/detokenize`, `/tokenizer_info`: the served tokenizer, for clients that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from litestar import Controller, Request, Response, get, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.http.auth import may_infer
+from rollout_server.http.body import StrictJson, beside, no_query, read_json
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.problems import renamed
+from rollout_server.http.prompts import render
+from rollout_server.http.service import Service, service_of
+from rollout_server.rollout import BASE
+from rollout_server.schemas.tokens import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    TokenizeReply,
+    TokenizeRequest,
+    TokenizerInfoReply,
+)
+
+OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
+"""The service's names of fields → these routes'."""
+
+
+class TokensController(Controller):
+    """Text to ids and back, as every other route does it."""
+
+    path = "/"
+    guards = (may_infer,)
+    tags = ("tokens",)
+
+    @post(
+        "/tokenize",
+        before_request=read_json,
+        dto=StrictJson[TokenizeRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Token ids of a prompt or of messages",
+        responses={200: ResponseSpec(TokenizeReply, description="As the model would read them."), **failures()},
+    )
+    async def tokenize(self, data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        check_model(data.model, request, service)
+        return await beside(len(await request.body()), lambda: tokens_reply(data, service))
+
+    @post(
+        "/detokenize",
+        before_request=read_json,
+        dto=StrictJson[DetokenizeRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Text of token ids",
+        responses={200: ResponseSpec(DetokenizeReply, description="Special tokens included."), **failures()},
+    )
+    async def detokenize(self, data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        check_model(data.model, request, service)
+        service.check_ids(data.tokens, "tokens")
+        return await beside(len(await request.body()), lambda: json_response({"prompt": decoded(data.tokens, service)}))
+
+    @get(
+        "/tokenizer_info",
+        before_request=no_query,
+        summary="Special tokens and the chat template",
+        responses={200: ResponseSpec(TokenizerInfoReply, description="Of the served tokenizer."), **failures()},
+    )
+    async def tokenizer_info(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        tokenizer = service.tokenizer
+        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+        return json_response(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "bos_token": tokenizer.bos_token,
+                "eos_token": tokenizer.eos_token,
+                "pad_token": tokenizer.pad_token,
+                "unk_token": tokenizer.unk_token,
+                "additional_special_tokens": [token for token in tokenizer.all_special_tokens if token not in named],
+                "chat_template": tokenizer.chat_template,
+                "model_max_length": service.info.max_model_len,
+                "vocab_size": len(tokenizer),
+            }
+        )
+
+
+def check_model(model: str | None, request: Request[Any, Any, Any], service: Service) -> None:
+    """A name that is not served is refused, though all policies share the tokenizer."""
+    if model is not None:
+        address = service.address(model, request, param="model")
+        if address.name != BASE:
+            with renamed(OUR_WORDS):
+                service.policy(address.name)
+
+
+def tokens_reply(data: TokenizeRequest, service: Service) -> Response[bytes]:
+    tokenizer = service.tokenizer
+    if data.prompt is None:
+        ids = render(data, tokenizer, param="")
+    else:
+        ids = tokenizer.encode(data.prompt, add_special_tokens=data.add_special_tokens is not False)
+    return json_response(
+        {
+            "count": len(ids),
+            "max_model_len": service.info.max_model_len,
+            "tokens": ids,
+            "token_strs": tokenizer.convert_ids_to_tokens(ids) if data.return_token_strs else None,
+        }
+    )
+
+
+def decoded(ids: list[int], service: Service) -> str:
+    return str(service.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,70 @@
+"""Chat messages and what goes with them, the same on every route that renders a chat template."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from rollout_server.quoting import quoted
+from rollout_server.schemas.fields import MANY, ONE, Request, unsupported
+
+OTHER_PARTS = frozenset(
+    {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "file", "refusal", "thinking"}
+)
+
+
+class TextPart(Request):
+    """A content part. Parts of one message are put together without anything between them."""
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_type(cls, data: Any) -> Any:
+        # Before the fields that only parts of other types have are called unknown.
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind in OTHER_PARTS:
+            raise unsupported("type", f"is {quoted(kind)}; this server reads parts of type 'text' only")
+        return data
+
+
+def _content_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return ONE
+    return MANY if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[list[TextPart], Tag(MANY)],
+    Discriminator(
+        _content_form, custom_error_type="content_form", custom_error_message="must be text or a list of content parts"
+    ),
+]
+
+
+class Message(Request):
+    """One chat message, as the model's chat template reads it."""
+
+    later: ClassVar = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+
+    role: Annotated[str, Field(min_length=1)]
+    content: Content | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class Conversation(Request):
+    """Messages, and how the chat template renders them."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None = Field(default=None, description="Given to the chat template as they are.")
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")

@@ -1,0 +1,55 @@
+"""`POST /v1/abort`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from rollout_server.schemas.control import AbortReply
+from tests.http.fake_engine import FakeEngine, Row
+from tests.live_server import until
+
+Client = TestClient[Any]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/rollouts": {"policy": "base", "prompts": [{"token_ids": [1, 2]}]},
+    "/v1/completions": {"model": "base", "prompt": [1, 2]},
+    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_request_ends_with_what_it_has(client: Client, engine: FakeEngine, path: str) -> None:
+    engine.script = lambda request, sample: Row([60, 61], hangs=True)
+    replies: list[Any] = []
+    headers = {"x-request-id": "mine"}
+    asking = threading.Thread(target=lambda: replies.append(client.post(path, json=BODIES[path], headers=headers)))
+    asking.start()
+    until(lambda: "mine" in engine.open)
+    body = client.post("/v1/abort", json={"ids": ["nobody", "mine", "nobody", "mine"]}).json()
+    asking.join(20)
+    AbortReply.model_validate(body)
+    assert body == {"aborted": ["mine"], "unknown": ["nobody"]}
+    (reply,) = replies
+    assert reply.status_code == 200
+    found = reply.json()
+    (row,) = found["rollouts" if path == "/v1/rollouts" else "choices"]
+    assert (row["finish_reason"], row["stop_reason"]) == ("aborted", "abort")
+    if path == "/v1/rollouts":
+        assert row["token_ids"] == [60, 61] and found["complete"] is False
+    # the id is free again
+    assert client.post("/v1/abort", json={"ids": ["mine"]}).json() == {"aborted": [], "unknown": ["mine"]}
+
+
+def test_what_is_no_list_of_ids(client: Client, problem: Callable[..., Any]) -> None:
+    assert client.post("/v1/abort", json={"ids": []}).json() == {"aborted": [], "unknown": []}
+    for body, param in (
+        ({}, "ids"),
+        ({"ids": "a"}, "ids"),
+        ({"ids": [1]}, "ids[0]"),
+        ({"ids": [], "all": True}, "all"),
+    ):
+        problem(client.post("/v1/abort", json=body), 400, "invalid_field", param)
