@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from adapters.fit import Proposal
 from adapters.patterns import Patterns
 from adapters.spec import (
+    DENSE_KINDS,
     MAGNITUDE,
     MAX_RANK,
+    TIED_HEAD,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
     ModuleSpec,
+    Parameter,
     Place,
     lora_scale,
     place_of,
@@ -37,6 +40,8 @@ TENSORS = (
     re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?"),
 )
 """Layer, part, and the adapter's name where a file keeps it."""
+WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?|(\.base_layer))?\.([^.]+)")
+"""Of a whole tensor: layer, whether it lies below a low-rank part, parameter."""
 EMBEDDINGS = ("embedding", "tied_embedding")
 HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
@@ -44,6 +49,7 @@ HEADS = ("lm_head", "output", "embed_out")
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
     | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind", "use_dora"}
+    | {"modules_to_save"}
 )
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
@@ -54,7 +60,6 @@ WITHOUT_EFFECT = frozenset(
 them, A and B being [rank, in] and [out, rank] in any case."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
-    "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
     "target_parameters": "target_parameters (adapted expert tensors) is not served yet: target linear layers.",
@@ -62,27 +67,90 @@ REASONS = {
 }
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
-PARTS = {
-    "modules_to_save": REASONS["modules_to_save"],
-}
 
 
 def read(
-    tensors: Mapping[str, FileTensor], config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, FileTensor],
+    config: Mapping[str, Any],
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter],
 ) -> Proposal:
-    """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
-    configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
-    refuse(config, tensors)
-    parts, strangers = _parts(tensors)
+    """What the file says about the layers of a base (path → (out, in)) and its parameters. Raises `AdapterUnreadable`
+    where the configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
+    refuse(config)
     modules = _modules(config, layers)
+    names = _names(config, "modules_to_save") or []
+    names = [names] if isinstance(names, str) else names
+    saved = tuple(path for path in parameters if any(_is_saved(path, name) for name in names))
+    whole = _whole(tensors, modules, saved, layers)
+    _refuse_half_tied(whole, layers)
+    parts, strangers = _parts({name: tensor for name, tensor in tensors.items() if name not in whole})
+    strangers += [
+        f"modules_to_save names {shown(name)}, which is no module of this base."
+        for name in names
+        if not any(_is_saved(path, name) for path in saved)
+    ]
+    dense = {path: tensors[name] for name, (path, _) in whole.items()}
+    strangers += [
+        f"{shown(name)} is there twice: also as {shown(dense[path].name)}."
+        for name, (path, _) in whole.items()
+        if dense[path].name != name
+    ]
     return Proposal(
-        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules),
+        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules, tuple(dense)),
         targets=f"target_modules = {config.get('target_modules')}",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
         spell=_spell,
+        dense=dense,
+        promised=saved,
+        promises="modules_to_save names its module",
     )
+
+
+def _is_saved(path: str, name: str) -> bool:
+    """PEFT's rule: a module whose path ends with the name is saved with all it holds."""
+    parts = path.split(".")
+    return name != "" and any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts)))
+
+
+def _whole(
+    tensors: Iterable[str],
+    modules: Mapping[str, ModuleSpec],
+    saved: Iterable[str],
+    layers: Mapping[str, tuple[int, int]],
+) -> dict[str, tuple[str, bool]]:
+    """The file's name → (parameter path, whether it lies below a low-rank part) of whole tensors: of modules_to_save,
+    and the embeddings and heads that PEFT adds to a file."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name in sorted(tensors):
+        match = WHOLE.fullmatch(name)
+        if match is None or any(pattern.fullmatch(name) for pattern in TENSORS):
+            continue
+        module, below, parameter = match.groups()
+        path = f"{module}.{parameter}"
+        if below:
+            wanted = module in modules
+        else:
+            is_table = module in layers and (place_of(layers[module]) in (*EMBEDDINGS, "tied_head") or _is_head(module))
+            wanted = path in saved or ".modules_to_save" in name or is_table
+        if wanted:
+            found[name] = path, bool(below)
+    return found
+
+
+def _refuse_half_tied(whole: Mapping[str, tuple[str, bool]], layers: Mapping[str, tuple[int, int]]) -> None:
+    """Raises `AdapterUnsupported` where only the file's author knows whether the head follows the embedding."""
+    table = next((f"{path}.weight" for path, shape in layers.items() if place_of(shape) == "tied_embedding"), None)
+    paths = {path for path, _ in whole.values()}
+    if (table, False) in whole.values() and f"{TIED_HEAD}.weight" not in paths:
+        raise AdapterUnsupported(
+            {
+                "modules_to_save": f"The file holds {table} but not {TIED_HEAD}.weight, which shares it in this base: "
+                "put both into modules_to_save, or send them as kind full."
+            }
+        )
 
 
 def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
@@ -96,7 +164,7 @@ def _spell(part: str, place: Place) -> str:
     return part.replace("lora", "lora_embedding") if place in EMBEDDINGS else f"{part}.weight"
 
 
-def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+def refuse(config: Mapping[str, Any]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
@@ -116,9 +184,6 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
         )
     elif isinstance(start, str) and start.lower() not in INITIALISATIONS:
         refusals["init_lora_weights"] = f"init_lora_weights {shown(start)} is not known: is the base unchanged by it?"
-    for name in tensors:
-        for part in PARTS.keys() & set(name.split(".")):
-            refusals.setdefault(part, f"{PARTS[part]} The file holds {shown(name)}.")
     if refusals:
         raise AdapterUnsupported(refusals)
 
@@ -149,7 +214,7 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
 
 def _stranger(name: str) -> str:
     if name.endswith(".base_layer.weight"):
-        return "it is the base's own weight, which PEFT adds to the file unless saved with save_embedding_layers=False"
+        return "it is the base's own weight of a layer that the configuration does not target"
     return "it is no lora_A or lora_B weight"
 
 
@@ -265,8 +330,10 @@ def _number(value: object, field: str) -> float:
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest.
 
-    Raises `AdapterUnsupported` for adapters on stacked experts."""
+    Raises `AdapterUnsupported` for adapters on stacked experts, and for what has no low-rank part."""
     modules = bundle.spec.modules
+    if bundle.spec.kind in DENSE_KINDS:
+        raise AdapterUnsupported({"format": f"PEFT has no file for kind {bundle.spec.kind}: leave the format out."})
     stacked = next((path for path, module in modules.items() if module.place == "experts"), None)
     if stacked is not None:
         reason = f"PEFT has no layer for an adapter on stacked experts ({stacked}): use mlx."
@@ -275,6 +342,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
     alphas = {path: module.scale * module.rank for path, module in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
+    saved = {path.rpartition(".")[0] for path in bundle.spec.dense} - modules.keys()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -286,7 +354,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "use_dora": bundle.spec.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": sorted(saved) or None,
         "target_modules": list(modules),
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
@@ -294,6 +362,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
+        if name in bundle.spec.dense:
+            below = ".base_layer" if path in modules else ""
+            tensors[f"base_model.model.{path}{below}.{part}"] = tensor
+            continue
         tensors[f"base_model.model.{path}.{_spell(part, modules[path].place)}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 
