@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from adapters.spec import Mode
+
 GONE_DIGESTS = 4096
 """Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
 
@@ -49,7 +51,7 @@ class Content(NamedTuple):
     """What a version computes with; two versions of one content share their memory."""
 
     digest: str
-    mode: str
+    mode: Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Facts:
     """What is worth telling about a version; the registry itself reads only `mode`."""
 
     kind: str
-    mode: str
+    mode: Mode
     rank: int
     modules: int
     nbytes: int

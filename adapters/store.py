@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.bundle import AdapterBundle, make_bundle
-from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, ModuleSpec
+from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, Mode, ModuleSpec
 from adapters.tensors import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class StoreError(Exception):
 class VersionRecord:
     number: int
     digest: str
-    mode: str
+    mode: Mode
     label: str | None
     pinned: bool
     created: float
@@ -256,6 +256,8 @@ def unpack(body: bytes) -> AdapterBundle:
 
 def _record(body: Mapping[str, Any]) -> NameRecord:
     versions = tuple(VersionRecord(**version) for version in body["versions"])
+    if any(version.mode not in ("adapter", "merged") for version in versions):
+        raise ValueError("it has a mode that is not known")
     return NameRecord(str(body["name"]), int(body["last"]), body["live"], versions)
 
 

@@ -275,7 +275,7 @@ class Published:
     unchanged: bool
     stage_ms: float
     activate_ms: float
-    mode: str = "adapter"
+    mode: Mode = "adapter"
     resident_bytes: int = 0
     """Device memory that the version takes: its parameter set and one slot."""
     persist_ms: float | None = None
@@ -330,7 +330,7 @@ Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Pol
 class VersionStatus:
     version: PolicyVersion
     kind: str
-    mode: str
+    mode: Mode
     rank: int
     modules: int
     live: bool

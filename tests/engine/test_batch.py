@@ -210,7 +210,6 @@ def test_a_failing_step_fails_its_rows_by_name_and_the_engine_goes_on(base: Driv
     id = base.submit([prompt], seed=2, max_tokens=10, ignore_eos=True)
     base.turn(4)
     late = base.submit([prompt[:5]], max_tokens=3)
-    forward = base.engine._batch[0]._forward
 
     def broken(tokens: mx.array, caches: list) -> mx.array:  # type: ignore[type-arg]
         raise ValueError("the device is on fire")
