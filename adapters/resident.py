@@ -5,6 +5,7 @@ adapter with whole layers beside it in both. Engine thread only; change it only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -88,18 +89,10 @@ class ResidentVersions:
         if packed:
             raise QuantisedBase(packed)
         parameters = self._build(prepared)
-        slot = BASE_SLOT
-        try:
-            if prepared.factors and prepared.mode == "adapter":
-                self._require_room(self.slots.nbytes_with(prepared.bundle) + self.sets.nbytes)
-                self.sets.mount(parameters)
-                gains = self.slots.gains(prepared.bundle)
-                # Layers are wrapped only around the base's own.
-                self.sets.mount(BASE_SET)
-                slot = self.slots.stage(prepared, gains)
-        except BaseException:
-            self.sets.drop(parameters)
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.sets.drop, parameters)
+            slot = self._stage_slot(prepared, parameters)
+            undo.pop_all()
         self._residents[content] = _Resident(Placement(parameters, slot), 1)
 
     def release(self, content: Content) -> None:
@@ -128,6 +121,18 @@ class ResidentVersions:
         self.sets.mount(parameters)
         self.slots.route(slots)
 
+    def _stage_slot(self, prepared: PreparedBundle, parameters: int) -> int:
+        if prepared.mode != "adapter" or not prepared.factors:
+            return BASE_SLOT
+        total = self.slots.nbytes_with(prepared.bundle) + self.sets.nbytes
+        if self._limit is not None and total > self._limit:
+            raise WeightsFull(f"with it all of them would take {total} bytes")
+        self.sets.mount(parameters)
+        gains = self.slots.gains(prepared.bundle)
+        # Layers are wrapped only around the base's own.
+        self.sets.mount(BASE_SET)
+        return self.slots.stage(prepared, gains)
+
     def _build(self, prepared: PreparedBundle) -> int:
         if prepared.mode == "adapter" and not prepared.dense:
             return BASE_SET
@@ -135,8 +140,4 @@ class ResidentVersions:
         try:
             return self.sets.build(prepared, room)
         except NoRoom as error:
-            raise WeightsFull(f"{self.nbytes} bytes are held by kept versions") from error
-
-    def _require_room(self, total: int) -> None:
-        if self._limit is not None and total > self._limit:
-            raise WeightsFull(f"With it, versions would take {total} bytes")
+            raise WeightsFull(f"kept versions hold {self.nbytes} bytes") from error

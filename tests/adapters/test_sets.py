@@ -16,7 +16,8 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.fit import adaptable_layers, replaceable_parameters
-from adapters.prepare import prepare
+from adapters.merge import merge as merge_weight
+from adapters.prepare import HostFactors, prepare
 from adapters.registry import Content
 from adapters.resident import Placement, QuantisedBase, ResidentVersions, WeightsFull
 from adapters.spec import AdapterDoesNotFit, Mode
@@ -280,3 +281,11 @@ def test_a_set_is_mounted_by_reference_whatever_is_wrapped_meanwhile(load: Load)
     assert np.array_equal(base.logits(merged), expected) and np.array_equal(base.logits(adapter), low)
     base.resident.release(Content(base.low_rank(1).digest, "merged"))
     assert np.array_equal(base.logits(adapter), low) and base.resident.sets.numbers == ()
+
+
+def test_a_merged_weight_by_hand() -> None:
+    weight, a, b = mx.ones((3, 2)), np.full((1, 2), 2, "f4"), np.array([[1, 2, 3]], "f4")
+    merged = merge_weight(weight, HostFactors(a, b), mx.array([1.0, 2.0, 3.0]), "linear")
+    rows = np.array([[3.0, 3.0], [5.0, 5.0], [7.0, 7.0]])
+    exact = rows / np.linalg.norm(rows, axis=1)[:, None] * np.array([[1.0], [2.0], [3.0]])
+    np.testing.assert_allclose(np.array(merged), exact, rtol=1e-6)
