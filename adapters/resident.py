@@ -4,6 +4,7 @@ adapter with whole layers beside it in both. Engine thread only; change it only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import mlx.nn as nn
 
 from adapters.prepare import PreparedBundle
 from adapters.registry import Content
-from adapters.sets import BASE_SET, NoRoom, ParameterSets
+from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
 from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import Parameter
 
@@ -71,13 +72,33 @@ class ResidentVersions:
         self.sets = ParameterSets(model, layers, parameters)
         self._limit = limit
         self._residents: dict[Content, _Resident] = {}
+        self._build: Build | None = None
 
     @property
     def nbytes(self) -> int:
         return self.slots.nbytes + self.sets.nbytes
 
+    def advance(self, prepared: PreparedBundle, seconds: float, *, dequantize: bool) -> bool:
+        """Computes at most about so long for a parameter set that `stage` will want; True when there is nothing left
+        to do before it. One version at a time; a step may be in flight."""
+        if Content(prepared.bundle.digest, prepared.mode) in self._residents or not _has_set(prepared):
+            return True
+        if not dequantize and self.sets.quantised(prepared):
+            return True
+        build, self._build = self._build, None
+        if build is None or build.prepared is not prepared:
+            build = self.sets.begin(prepared, None if self._limit is None else self._limit - self.nbytes)
+        done = self.sets.advance(build, seconds)
+        # Only now: what failed begins anew.
+        self._build = build
+        return done
+
+    def abandon(self) -> None:
+        """Forgets what `advance` computed and nobody staged."""
+        self._build = None
+
     def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> None:
-        """Makes a version ready to be routed to. Evaluates what it computes, a layer at a time.
+        """Makes a version ready to be routed to. Evaluates what was not computed before, a layer at a time.
 
         Raises `AdapterDoesNotFit`, `QuantisedBase` unless `dequantize`, or `WeightsFull`, and has changed nothing."""
         content = Content(prepared.bundle.digest, prepared.mode)
@@ -88,7 +109,7 @@ class ResidentVersions:
         packed = [] if dequantize else self.sets.quantised(prepared)
         if packed:
             raise QuantisedBase(packed)
-        parameters = self._build(prepared)
+        parameters = self._set(prepared)
         with ExitStack() as undo:
             undo.callback(self.sets.drop, parameters)
             slot = self._stage_slot(prepared, parameters)
@@ -133,11 +154,18 @@ class ResidentVersions:
         self.sets.mount(BASE_SET)
         return self.slots.stage(prepared, gains)
 
-    def _build(self, prepared: PreparedBundle) -> int:
-        if prepared.mode == "adapter" and not prepared.dense:
+    def _set(self, prepared: PreparedBundle) -> int:
+        if not _has_set(prepared):
             return BASE_SET
-        room = None if self._limit is None else self._limit - self.nbytes
+        self.advance(prepared, math.inf, dequantize=True)
+        build, self._build = self._build, None
+        if build is None:
+            raise RuntimeError("A parameter set was computed and is not there.")
         try:
-            return self.sets.build(prepared, room)
+            return self.sets.finish(build)
         except NoRoom as error:
             raise WeightsFull(f"kept versions hold {self.nbytes} bytes") from error
+
+
+def _has_set(prepared: PreparedBundle) -> bool:
+    return prepared.mode == "merged" or bool(prepared.dense)

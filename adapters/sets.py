@@ -6,8 +6,9 @@ base's own objects back: nothing is ever subtracted, and the base's arrays are n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -43,6 +44,21 @@ class ParameterSet:
     layers: tuple[tuple[str, nn.Module], ...]
     """Path → layer of another class than the base's, put where the base's layer hangs when the set is mounted."""
     nbytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Build:
+    """A set on its way."""
+
+    prepared: PreparedBundle
+    room: int | None
+    weights: Iterator[tuple[str, mx.array]]
+    own: dict[str, mx.array] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def exceeds(self) -> bool:
+        return self.room is not None and sum(array.nbytes for array in self.own.values()) > self.room
 
 
 class SplitEmbedding(nn.Module):
@@ -94,30 +110,42 @@ class ParameterSets:
         """Packed parameters of the base that the version would have unpacked."""
         return [path for path in touched(prepared) if self._parameters[path].quantised]
 
-    def build(self, prepared: PreparedBundle, room: int | None = None) -> int:
-        """The number of a new set, never given before; 0 where nothing differs from the base to the bit. Evaluates
-        layer by layer. `room` is how many bytes it may have.
+    def begin(self, prepared: PreparedBundle, room: int | None = None) -> Build:
+        """The start of a set; nothing is computed yet. `room` is how many bytes it may have."""
+        weights = merged_weights(self._model, self._layers, self._parameters, prepared)
+        return Build(prepared, room, weights)
+
+    def advance(self, build: Build, seconds: float) -> bool:
+        """Computes further parameters, one after another, until this much time is over; True when all are done or it
+        is known that the set cannot be. Mounts the base."""
+        self.mount(BASE_SET)
+        end = time.monotonic() + seconds
+        for path, array in build.weights:
+            mx.eval(array)
+            if not bool(mx.all(mx.isfinite(array))):
+                build.faults.append(f"{path}: merged, it leaves the range of {array.dtype}, that of this parameter.")
+            elif not self._is_base(path, array):
+                build.own[path] = array
+            if build.exceeds:
+                return True
+            if time.monotonic() > end:
+                return False
+        return True
+
+    def finish(self, build: Build) -> int:
+        """The number of a new set, never given before; 0 where nothing differs from the base to the bit.
 
         Raises `AdapterDoesNotFit` where a merged value leaves the range of its parameter, and `NoRoom`."""
         self.mount(BASE_SET)
-        own: dict[str, mx.array] = {}
-        faults: list[str] = []
-        nbytes = 0
-        for path, array in merged_weights(self._model, self._layers, self._parameters, prepared):
-            mx.eval(array)
-            if not bool(mx.all(mx.isfinite(array))):
-                faults.append(f"{path}: merged, it leaves the range of {array.dtype}, the dtype of this parameter.")
-            elif not self._is_base(path, array):
-                own[path] = array
-                nbytes += array.nbytes
-            if room is not None and nbytes > room:
-                raise NoRoom
-        if faults:
-            raise AdapterDoesNotFit(faults)
-        if not own:
+        if build.exceeds:
+            raise NoRoom
+        if build.faults:
+            raise AdapterDoesNotFit(build.faults)
+        if not build.own:
             return BASE_SET
+        own = self._assemble(build.own, build.prepared)
         self._last += 1
-        self._sets[self._last] = self._assemble(own, prepared)
+        self._sets[self._last] = own
         return self._last
 
     def drop(self, number: int) -> None:

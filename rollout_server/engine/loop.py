@@ -7,6 +7,7 @@ take commands (waiting only when nothing runs) → admit → prefill a bounded c
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import deque
@@ -41,6 +42,8 @@ from rollout_server.errors import EngineFault, EngineUnavailable, NonFiniteLogit
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+STAGE_S = 0.02
+"""Between two steps, for the weights of a merged version."""
 
 
 class Engine:
@@ -197,10 +200,15 @@ class Engine:
 
     def _change_policies(self) -> None:
         while self._changes:
-            if self._policies.stages(self._changes[0]):
+            self._changing = self._changes.popleft()
+            if not self._policies.advance(self._changing, STAGE_S if self._batch.active else math.inf):
+                # Rows go on meanwhile; whoever came after it waits, and so meets what it changes.
+                self._changes.appendleft(self._changing)
+                self._changing = None
+                return
+            if self._policies.stages(self._changing):
                 # Slot arrays are written in place only while no dispatched step refers to them.
                 self._reports.progress(self._batch.settle())
-            self._changing = self._changes.popleft()
             try:
                 self._reports.add(self._policies.apply(self._changing))
             except RolloutError as error:
@@ -214,7 +222,7 @@ class Engine:
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while admission := self._scheduler.next_admission(self._batch.size):
+        while not self._changes and (admission := self._scheduler.next_admission(self._batch.size)):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 continue

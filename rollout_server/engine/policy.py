@@ -149,10 +149,17 @@ class PolicyTable:
             return self._registry.same(command.name, command.bundle.digest, _mode(command)) is None
         return isinstance(command, Restore)
 
+    def advance(self, command: PolicyCommand, seconds: float) -> bool:
+        """Computes at most about so long for what a command will stage; True when `apply` is due. A step may be in
+        flight, and rows run between two calls."""
+        if not isinstance(command, Publish) or command.prepared is None or not self.stages(command):
+            return True
+        return self._resident.advance(command.prepared, seconds, dequantize=command.dequantize)
+
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing."""
         self._shown = None
-        with _as_ours():
+        with self._leaving_nothing(), _as_ours():
             match command:
                 case Publish():
                     return self._publish(command)
@@ -166,6 +173,13 @@ class PolicyTable:
                     return self._export(command)
                 case Restore():
                     return self._restore(command)
+
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._resident.abandon()
 
     def _publish(self, command: Publish) -> Published:
         bundle = command.bundle

@@ -14,9 +14,11 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.prepare import prepare
 from adapters.registry import Content
+from rollout_server.engine import loop
 from rollout_server.engine.messages import Delete, Restore, RestoredVersion
-from rollout_server.errors import EngineFault, WeightsMemoryExceeded
+from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
@@ -239,3 +241,27 @@ def test_restored_in_their_modes(driver: Driver, qwen: Path) -> None:
     other.change(Restore("", "p", 2, versions))
     assert [v.mode for v in other.status.policies[0].versions] == ["merged", "merged"]
     assert [[(r.token_ids, r.logprobs) for r in run(other, f"p@{n}")] for n in (1, 2)] == expected
+
+
+def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(driver, "base")
+    held = driver.submit(PROMPTS, seed=3, max_tokens=16, ignore_eos=True)
+    driver.turn(3)
+    monkeypatch.setattr(loop, "STAGE_S", 0.0)  # one parameter between two steps
+    bundle = driver.bundle(2)
+    options = {"mode": "merged", "parameters": driver.model.info.weights}
+    push = driver.publish("p", bundle, mode="merged", prepared=prepare(bundle, "float32", **options))
+    late = driver.submit(PROMPTS, policy="p", seed=3, max_tokens=16, ignore_eos=True)
+    steps = driver.status.steps
+    driver.turn(8)
+    assert driver.status.steps - steps == 8 and not driver.status.policies, "it is still being merged"
+    driver.finish(held, late)
+    assert driver.published(push).version.number == 1
+    for one, other in zip(expected, driver.rollouts(held), strict=True):
+        assert_same(one, other, tolerance(driver, [one]))
+    assert {s.version.name for row in driver.rollouts(late) for s in row.spans} == {"p"}
+    driver.activate("p", 1)
+    wrong = prepare(full(driver, 3), "float32", parameters=driver.model.info.weights)
+    with pytest.raises(PreconditionFailed):
+        driver.push("p", wrong.bundle, prepared=wrong, if_match="9")
+    assert driver.engine._policies._resident._build is None and driver.status.sets == 1
