@@ -12,7 +12,9 @@ The digest, which `trainer_client` computes without this package, is the SHA-256
    SHAPE as JSON without spaces (`[8,64]`), then its little-endian bytes in row-major order. A is [rank, in],
    B [out, rank] and the magnitude [out], whatever the file's layout; the dtype is the file's. An embedding's A is
    [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`. A stack of
-   experts is one module, with A [experts, rank, in] and B [experts, out, rank].
+   experts is one module, with A [experts, rank, in] and B [experts, out, rank]. A dense tensor's NAME is the path of
+   the base's parameter, `model.norm.weight`, and its shape that of the parameter; kinds `delta` and `full` have no
+   modules.
 
 The text form is `sha256:` and 64 hex digits.
 """
@@ -30,35 +32,37 @@ from typing import Any
 
 import numpy as np
 
-from adapters import mlx_lm, peft
-from adapters.fit import faults
-from adapters.math import DeltaMeasure, measure
+from adapters import dense, mlx_lm, peft
+from adapters.fit import Proposal, faults
+from adapters.math import DeltaMeasure, measure, measure_dense
 from adapters.spec import (
     HALVES,
     AdapterDoesNotFit,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
+    Parameter,
     experts_of,
     shown,
 )
-from adapters.tensors import AdapterTensor, read_safetensors
+from adapters.tensors import AdapterTensor, FileTensor, read_safetensors
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
 MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
 """Fields that only one of the formats has."""
+NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterBundle:
     """`tensors` are keyed NAME.lora_A [rank, in], NAME.lora_B [out, rank] and, for DoRA, NAME.lora_magnitude_vector
-    [out], in the file's dtype, unscaled."""
+    [out], and dense ones by parameter path; in the file's dtype, unscaled."""
 
     spec: AdapterSpec
     tensors: Mapping[str, AdapterTensor]
     digest: str
     measures: Mapping[str, DeltaMeasure]
-    """Of each module."""
+    """Of each module, and of each dense tensor that is added to the base's."""
 
     @property
     def nbytes(self) -> int:
@@ -66,12 +70,18 @@ class AdapterBundle:
 
     @property
     def rank(self) -> int:
-        """The largest of all modules."""
-        return max(module.rank for module in self.spec.modules.values())
+        """The largest of all modules; 0 where there is none."""
+        return max((module.rank for module in self.spec.modules.values()), default=0)
+
+    @property
+    def parts(self) -> int:
+        """How many modules and whole tensors it has."""
+        return len(self.spec.modules) + len(self.spec.dense)
 
     @property
     def delta_norm(self) -> float:
-        """Frobenius norm of all deltas, scale · B · A, together; what DoRA's magnitudes change is not in it."""
+        """Frobenius norm of all deltas, scale · B · A or dense, together; what DoRA's magnitudes and tensors in place
+        of the base's change is not in it."""
         return math.sqrt(sum(measure.norm**2 for measure in self.measures.values()))
 
     @property
@@ -86,6 +96,8 @@ def make_bundle(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> Adap
     for path, module in spec.modules.items():
         a, b = (tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
         measures[path] = measure(a, b, module.scale)
+    for path in spec.dense if spec.kind == "delta" else ():
+        measures[path] = measure_dense(tensors[path].float32())
     held = MappingProxyType(dict(sorted(tensors.items())))
     return AdapterBundle(spec, held, content_digest(spec, held), MappingProxyType(measures))
 
@@ -112,8 +124,9 @@ def read_bundle(
     *,
     format: str = "auto",
     layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
 ) -> AdapterBundle:
-    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)) and hash.
+    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)) and `parameters`, and hash.
 
     `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
     `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
@@ -123,11 +136,8 @@ def read_bundle(
         config = _config_of(metadata)
     if not tensors:
         raise AdapterUnreadable("The weights file holds no tensors.", field="weights")
-    if config.get("kind", "lora") not in ("lora", None):
-        raise AdapterUnsupported({"kind": f"kind {shown(config['kind'])} is not served yet: send a LoRA adapter."})
-    reader = FORMATS[_format(format, config, tensors)]
-    proposal = reader.read(tensors, config, layers)
-    found = faults(proposal, layers)
+    reader, proposal = _propose(tensors, config, format, layers, parameters)
+    found = faults(proposal, layers, parameters)
     if found:
         raise AdapterDoesNotFit(found)
     held = {
@@ -136,7 +146,28 @@ def read_bundle(
         else tensor.read()
         for (module, part), tensor in proposal.tensors.items()
     }
+    held |= {path: tensor.read() for path, tensor in proposal.dense.items()}
     return make_bundle(*reader.complete(proposal.spec, held))
+
+
+def _propose(
+    tensors: Mapping[str, FileTensor],
+    config: Mapping[str, Any],
+    format: str,
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter],
+) -> tuple[Any, Proposal]:
+    """(The reader of the file's format, what it says)."""
+    _known(format)
+    if dense.is_dense(config):
+        return dense, dense.read(tensors, config, parameters)
+    if config.get("kind", "lora") not in ("lora", None):
+        reason = f"kind {shown(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."
+        raise AdapterUnsupported({"kind": reason})
+    found = _format(format, config, tensors)
+    if found == "peft":
+        return peft, peft.read(tensors, config, layers, parameters)
+    return mlx_lm, mlx_lm.read(tensors, config, layers)
 
 
 def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -165,11 +196,14 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _known(format: str) -> None:
+    if format not in ("auto", *FORMATS):
+        raise AdapterUnreadable(f"There is no format {shown(format)!r}: auto, peft and mlx are known.", field="format")
+
+
 def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]) -> str:
     """`peft` or `mlx`: what the configuration looks like, else what the tensors are called."""
     looks = [name for name, fields in MARKS.items() if any(field in config for field in fields)]
-    if asked not in ("auto", *FORMATS):
-        raise AdapterUnreadable(f"There is no format {shown(asked)!r}: auto, peft and mlx are known.", field="format")
     if len(looks) > 1:
         raise AdapterUnreadable("The adapter configuration mixes fields of PEFT and of mlx-lm: send one of the two.")
     if asked != "auto":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from adapters.experts import EXPERT_LAYERS, AdaptedExperts
 from adapters.layers import AdaptedEmbedding, AdaptedLinear
-from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, TiedEmbeddingShape, TiedHeadShape
+from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, Parameter, TiedEmbeddingShape, TiedHeadShape
 
+PACKED = ("scales", "biases", "global_scale")
+"""What belongs to a quantised weight."""
 ADAPTED = (AdaptedLinear, AdaptedEmbedding, AdaptedExperts)
 
 
@@ -72,6 +76,42 @@ class _Watched(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         self.is_head = True
         return self._base[0].as_linear(x)
+
+
+def replaceable_parameters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: str) -> dict[str, Parameter]:
+    """Parameter path → shape and dtype, for a model without adapters; a quantised weight is one parameter, as if it
+    were unpacked, and a head that shares the embedding's weight has one of its own, `lm_head.weight`."""
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    packed = {name.removesuffix(".scales") for name in arrays if name.endswith(".scales")}
+    packed = {path for path in packed if arrays.get(f"{path}.weight", mx.zeros(0)).dtype == mx.uint32}
+    found: dict[str, Parameter] = {}
+    for name, array in arrays.items():
+        path, _, key = name.rpartition(".")
+        if path in packed and key == "weight":
+            width = arrays[f"{path}.scales"].shape[-1] * _group_size(model, path)
+            found[name] = Parameter((*array.shape[:-1], width), dtype, quantised=True)
+        elif mx.issubdtype(array.dtype, mx.floating) and not (path in packed and key in PACKED):
+            found[name] = Parameter(tuple(array.shape), str(array.dtype).removeprefix("mlx.core."))
+    tied = next((path for path, shape in layers.items() if isinstance(shape, TiedEmbeddingShape)), None)
+    if tied is not None:
+        found[f"{TIED_HEAD}.weight"] = found[f"{tied}.weight"]
+    return dict(sorted(found.items()))
+
+
+def _group_size(model: nn.Module, path: str) -> int:
+    parent, name = holder(model, path)
+    return int(parent[name].group_size)
+
+
+def bare_holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
+    """What holds the base's own module or array at `path`, and its key there, past whatever wraps it now."""
+    node: Any = model
+    *parts, name = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parts:
+        node = node[part]
+        if isinstance(node, ADAPTED):
+            node = node["base"]
+    return (node[name], "base") if isinstance(node[name], ADAPTED) else (node, name)
 
 
 def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:

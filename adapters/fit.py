@@ -7,10 +7,10 @@ names. `faults` compares it with the base's layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.spec import MAGNITUDE, AdapterSpec, Place, experts_of, shown
+from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, shown
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:
@@ -33,12 +33,22 @@ class Proposal:
     """True where the file stores A as [in, rank] and B as [rank, out]; stacks of experts are never turned."""
     spell: Callable[[str, Place], str]
     """What the file calls a part of a layer at such a place: the end of its tensor's name."""
+    dense: Mapping[str, FileTensor] = field(default_factory=dict)
+    """Parameter path → whole tensor."""
+    promised: tuple[str, ...] = ()
+    """Parameter paths that the configuration says are among them,"""
+    promises: str = ""
+    """and how it says so."""
 
 
-def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]]) -> list[str]:
-    """One sentence for each fault, in a fixed order; empty if the adapter fits `layers` (path → (out, in))."""
+def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]], parameters: Mapping[str, Parameter]) -> list[str]:
+    """One sentence for each fault, in a fixed order; empty if the adapter fits `layers` (path → (out, in)) and
+    `parameters`."""
     found = list(proposal.strangers)
-    if not proposal.spec.modules:
+    found += [f"{path} is missing: {proposal.promises}." for path in proposal.promised if path not in proposal.dense]
+    for path, tensor in sorted(proposal.dense.items()):
+        found += _wrong_dense(path, tensor, parameters)
+    if not proposal.spec.modules and proposal.spec.kind not in DENSE_KINDS:
         known = sorted({path.rsplit(".", 1)[-1] for path in layers})
         found.append(
             f"The configuration targets {shown(proposal.targets)}, which is no layer of this base; "
@@ -86,6 +96,20 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
         yield f"{name} holds values that are not finite (NaN or infinity)."
 
 
+def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[str]:
+    name, parameter = shown(tensor.name), parameters.get(path)
+    if parameter is None:
+        yield f"{name} is unexpected: the base has no parameter {shown(path)}."
+        return
+    if tensor.dtype not in STORAGE:
+        yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
+    if tensor.shape != parameter.shape:
+        turned = ": it looks transposed" if tensor.shape == parameter.shape[::-1] else ""
+        yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(parameter.shape)}{turned}."
+    elif tensor.readable and not tensor.read().finite():
+        yield f"{name} holds values that are not finite (NaN or infinity)."
+
+
 def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> str:
     if len(expected) == 1:
         return ": one number for each output"
@@ -108,3 +132,10 @@ def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     from adapters import find  # Checking a file must not need MLX.
 
     return find.adaptable_layers(model)
+
+
+def replaceable_parameters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: str) -> dict[str, Parameter]:
+    """Parameter path → what a whole tensor may stand for, of a bare `model` with activations of `dtype`."""
+    from adapters import find
+
+    return find.replaceable_parameters(model, layers, dtype)

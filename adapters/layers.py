@@ -12,6 +12,10 @@ RANK_BUCKET = 8
 """Ranks are padded with zeros to a multiple of this, so that few shapes exist and ranks can share a stack."""
 
 
+def round_rank(rank: int) -> int:
+    return -(-rank // RANK_BUCKET) * RANK_BUCKET
+
+
 class SlotStack:
     """A, B and gain of every slot for one layer, and which of them the next forwards use.
 
@@ -53,7 +57,7 @@ class SlotStack:
     def reserve(self, slots: int, rank: int) -> None:
         """Grow to at least this many slots and this rank, keeping what is there. Evaluates, to bound the peak."""
         have_slots, have_rank = self.a.shape[0], self.a.shape[-2]
-        rank = -(-rank // RANK_BUCKET) * RANK_BUCKET
+        rank = round_rank(rank)
         if slots <= have_slots and rank <= have_rank:
             return
         more, wider = (0, max(slots - have_slots, 0)), (0, max(rank - have_rank, 0))
@@ -63,19 +67,25 @@ class SlotStack:
             self.gain = mx.pad(self.gain, [more, (0, 0)], constant_values=1)
         mx.eval(self.arrays())
 
-    def shrink(self, slots: int, in_use: set[int]) -> None:
-        """Give back the slots from this number on, and ranks that none in use needs if half of all. Evaluates."""
+    def shrunk(self, slots: int, in_use: set[int]) -> tuple[int, int, bool]:
+        """(Slots, rank, whether there are gains) that `shrink` would leave."""
         have_slots, have_rank = self.a.shape[0], self.a.shape[-2]
-        rank = max((self.filled[slot] for slot in in_use if slot in self.filled), default=0)
-        rank = -(-rank // RANK_BUCKET) * RANK_BUCKET
+        rank = round_rank(max((self.filled[slot] for slot in in_use if slot in self.filled), default=0))
         if 2 * rank > have_rank:
             rank = have_rank
         if slots >= have_slots and rank >= have_rank:
+            return have_slots, have_rank, self.gain is not None
+        return min(slots, have_slots), rank, self.gain is not None and bool(self.gained & in_use)
+
+    def shrink(self, slots: int, in_use: set[int]) -> None:
+        """Give back the slots from this number on, and ranks that none in use needs if half of all. Evaluates."""
+        slots, rank, gained = self.shrunk(slots, in_use)
+        if (slots, rank) == (self.a.shape[0], self.a.shape[-2]):
             return
         # Slices are views, which would keep the whole arrays.
         self.a, self.b = (mx.contiguous(stack[:slots, ..., :rank, :]) for stack in (self.a, self.b))
         if self.gain is not None:
-            self.gain = mx.contiguous(self.gain[:slots]) if self.gained & in_use else None
+            self.gain = mx.contiguous(self.gain[:slots]) if gained else None
         self.filled = {slot: min(held, rank) for slot, held in self.filled.items() if slot < slots}
         self.gained &= in_use
         mx.eval(self.arrays())

@@ -19,7 +19,7 @@ class DeltaMeasure:
     norm: float
     """Frobenius."""
     largest: float
-    """The largest magnitude in A and in scale · B, which a model in a narrow dtype must be able to hold."""
+    """The largest magnitude in A and in scale · B, or in a dense delta; a narrow dtype must be able to hold it."""
     zero: bool
     """Exactly zero because a factor is, as B is before the first step of training."""
 
@@ -32,6 +32,13 @@ def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> Del
         largest=max(largest_a, largest_b),
         zero=largest_a == 0 or largest_b == 0,
     )
+
+
+def measure_dense(delta: NDArray[np.float32]) -> DeltaMeasure:
+    """Of a whole tensor that is added to the base's."""
+    largest = float(np.abs(delta).max(initial=0.0))
+    norm = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
+    return DeltaMeasure(norm=norm, largest=largest, zero=largest == 0)
 
 
 def delta_norm(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> float:

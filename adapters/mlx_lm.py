@@ -95,13 +95,11 @@ def _tied(tensors: Mapping[str, AdapterTensor], path: str) -> dict[str, AdapterT
 
 
 def refuse(config: Mapping[str, Any]) -> None:
-    """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
+    """Raises `AdapterUnsupported` for what would change the numbers and is not served. Not for `full`, see `dense`."""
     refusals: dict[str, str] = {}
     kind = config.get("fine_tune_type", "lora")
-    if kind == "full":
-        refusals["fine_tune_type"] = "fine_tune_type full is not served yet: send a LoRA or DoRA adapter."
-    elif kind not in KINDS:
-        refusals["fine_tune_type"] = f"fine_tune_type {shown(kind)} is not known: send lora or dora."
+    if kind not in KINDS:
+        refusals["fine_tune_type"] = f"fine_tune_type {shown(kind)} is not known: send lora, dora or full."
     if config.get("use_dora") and kind != "dora":
         refusals["use_dora"] = "use_dora is a field of PEFT, which mlx-lm does not read: send fine_tune_type dora."
     parameters = config.get("lora_parameters")
@@ -187,10 +185,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     """(adapters.safetensors, adapter_config.json) that mlx-lm loads, and that read back to the same digest.
 
     Raises `AdapterUnsupported` for what this format cannot say, as layers that differ in rank or scale."""
-    module = next(iter(bundle.spec.modules.values()))
     reason = _unsayable(bundle)
     if reason is not None:
         raise AdapterUnsupported({"format": reason})
+    module = next(iter(bundle.spec.modules.values()))
     own = {path: module for path, module in bundle.spec.modules.items() if module.place != "tied_head"}
     config = {
         "fine_tune_type": bundle.spec.kind,
@@ -213,6 +211,8 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
 
 def _unsayable(bundle: AdapterBundle) -> str | None:
     modules = bundle.spec.modules
+    if bundle.spec.dense:
+        return "An mlx-lm adapter has no whole tensors beside low-rank ones, and this one does: use peft."
     if len({(module.rank, module.scale) for module in modules.values()}) != 1:
         return "An mlx-lm file has one rank and one scale for all layers, and this adapter has several: use peft."
     places = {module.place: path for path, module in modules.items()}

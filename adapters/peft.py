@@ -16,13 +16,16 @@ from adapters.fit import Proposal
 from adapters.patterns import Patterns
 from adapters.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
 from adapters.peft_names import EXPERT, Names, exported, names_in
+from adapters.peft_whole import EMBEDDINGS, is_head, is_saved, refuse_half_tied, unsaved, whole_tensors
 from adapters.spec import (
+    DENSE_KINDS,
     MAGNITUDE,
     MAX_RANK,
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
     ModuleSpec,
+    Parameter,
     Place,
     lora_scale,
     place_of,
@@ -39,14 +42,10 @@ TENSORS = (
     re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?"),
 )
 """Layer, part, and the adapter's name where a file keeps it."""
-EMBEDDINGS = ("embedding", "tied_embedding")
-HEADS = ("lm_head", "output", "embed_out")
-"""What output layers are called; `all-linear` leaves them out."""
-
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"}
     | {"alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "kind", "use_dora"}
-    | {"target_parameters"}
+    | {"target_parameters", "modules_to_save"}
 )
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
@@ -57,39 +56,60 @@ WITHOUT_EFFECT = frozenset(
 them, A and B being [rank, in] and [out, rank] in any case."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
-    "modules_to_save": "modules_to_save (whole layers beside the adapter) is not served yet: adapt those layers too.",
     "bias": "Trained biases are not served: train with bias 'none'.",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
     "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",
 }
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
-PARTS = {
-    "modules_to_save": REASONS["modules_to_save"],
-}
 
 
 def read(
-    tensors: Mapping[str, FileTensor], config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, FileTensor],
+    config: Mapping[str, Any],
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter],
 ) -> Proposal:
-    """What the file says about the layers of a base (path → (out, in)). Raises `AdapterUnreadable` where the
-    configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
-    refuse(config, tensors)
-    parts, strangers = _parts(tensors)
+    """What the file says about the layers of a base (path → (out, in)) and its parameters. Raises `AdapterUnreadable`
+    where the configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
+    refuse(config)
+    thin = {name: tensor for name, tensor in tensors.items() if any(pattern.fullmatch(name) for pattern in TENSORS)}
+    parts, strangers = _parts(thin)
     names = names_in(layers, {module for module, _ in parts})
     modules, stacks = _modules(config, names, parts)
     if stacks.modules and _flag(config, "use_dora"):
         raise AdapterUnsupported({"use_dora": "DoRA on stacked experts is not served: leave the experts out."})
     modules = {names.base[name]: spec for name, spec in modules.items()} | stacks.modules
     parts = {(names.base.get(name, name), part): tensor for (name, part), tensor in parts.items()} | stacks.tensors
-    strangers += stacks.faults
+    kept = _names(config, "modules_to_save") or frozenset()
+    wanted = [kept] if isinstance(kept, str) else sorted(kept)
+    saved = tuple(path for path in parameters if any(is_saved(path, name) for name in wanted))
+    whole = whole_tensors(tensors.keys() - thin.keys(), names, modules, saved, layers)
+    refuse_half_tied(whole, layers)
+    dense = {path: tensors[name] for name, (path, _) in whole.items()}
+    strangers += [
+        *(
+            f"{shown(name)} is unexpected: {_stranger(name)}."
+            for name in sorted(tensors.keys() - thin.keys() - whole.keys())
+        ),
+        *stacks.faults,
+        *unsaved(wanted, saved),
+        *(
+            f"{shown(name)} is there twice: also as {shown(dense[path].name)}."
+            for name, (path, _) in whole.items()
+            if dense[path].name != name
+        ),
+    ]
     return Proposal(
-        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules),
+        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules, tuple(dense)),
         targets=f"target_modules = {config.get('target_modules')}",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
         spell=_spell,
+        dense=dense,
+        promised=saved,
+        promises="modules_to_save names its module",
     )
 
 
@@ -104,7 +124,7 @@ def _spell(part: str, place: Place) -> str:
     return part.replace("lora", "lora_embedding") if place in EMBEDDINGS else f"{part}.weight"
 
 
-def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+def refuse(config: Mapping[str, Any]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
     if shown(config.get("peft_type", "LORA")).upper() != "LORA":
@@ -124,22 +144,18 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
         )
     elif not isinstance(start, bool | None) and not (isinstance(start, str) and start.lower() in INITIALISATIONS):
         refusals["init_lora_weights"] = f"init_lora_weights {shown(start)} is not known: is the base unchanged by it?"
-    for name in tensors:
-        for part in PARTS.keys() & set(name.split(".")):
-            refusals.setdefault(part, f"{PARTS[part]} The file holds {shown(name)}.")
     if refusals:
         raise AdapterUnsupported(refusals)
 
 
 def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
-    """(Tensors by module and part, faults)."""
+    """(Tensors by module and part, faults) of names that `TENSORS` matches."""
     parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[str] = []
     adapters: set[str] = set()
     for name, tensor in sorted(tensors.items()):
         match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
         if match is None:
-            strangers.append(f"{shown(name)} is unexpected: {_stranger(name)}.")
             continue
         module, part, adapter = match.groups()
         part = part.replace("lora_embedding", "lora")
@@ -157,7 +173,7 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
 
 def _stranger(name: str) -> str:
     if name.endswith(".base_layer.weight"):
-        return "it is the base's own weight, which PEFT adds to the file unless saved with save_embedding_layers=False"
+        return "it is the base's own weight of a layer that the configuration does not target"
     return "it is no lora_A or lora_B weight"
 
 
@@ -179,7 +195,7 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     layers = {**names.layers, **_experts(names, parts)}
     modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}
     stacks = [of_each_expert(block, modules, parts) for block in names.blocks]
-    wanted = _names(config, "target_parameters") or []
+    wanted = _names(config, "target_parameters") or frozenset()
     if isinstance(wanted, str):
         raise AdapterUnreadable("target_parameters must be a list of names.", field="config.target_parameters")
     for path, shape in names.layers.items():
@@ -223,7 +239,7 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
                 field="config.target_modules",
             )
         if wanted.lower() == "all-linear":
-            return [path for path in paths if place_of(layers[path]) == "linear" and not _is_head(path)]
+            return [path for path in paths if place_of(layers[path]) == "linear" and not is_head(path)]
         return [path for path in paths if patterns.fullmatch(wanted, path)]
     found = [path for path in paths if _named(wanted, path, patterns)]
     if indices is None or indices == []:
@@ -251,11 +267,6 @@ def _index(path: str, prefixes: Iterable[str], patterns: Patterns) -> int | None
     # An expression with `|` or a comment in it may leave the number out.
     numbers = (match.group(match.re.groups) for match in found if match)
     return next((int(number) for number in numbers if number and number.isdecimal()), None)
-
-
-def _is_head(path: str) -> bool:
-    parts = path.split(".")
-    return parts[-1] in HEADS and not any(part.isdigit() for part in parts)
 
 
 def _names(config: Mapping[str, Any], field: str) -> str | frozenset[str] | None:
@@ -303,8 +314,10 @@ def _number(value: object, field: str) -> float:
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest.
 
-    Raises `AdapterUnsupported` for adapters on stacked experts."""
+    Raises `AdapterUnsupported` for adapters on stacked experts, and for what has no low-rank part."""
     modules = bundle.spec.modules
+    if bundle.spec.kind in DENSE_KINDS:
+        raise AdapterUnsupported({"format": f"PEFT has no file for kind {bundle.spec.kind}: leave the format out."})
     stacked = next((path for path, module in modules.items() if module.place == "experts"), None)
     if stacked is not None:
         reason = f"An adapter on stacked experts ({stacked}) is not written in PEFT's form: use mlx."
@@ -313,6 +326,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
     alphas = {path: module.scale * module.rank for path, module in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
+    saved = {path.rpartition(".")[0] for path in bundle.spec.dense} - modules.keys()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -324,7 +338,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "use_dora": bundle.spec.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": sorted(saved) or None,
         "target_modules": [exported(path) for path in modules],
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},
@@ -332,6 +346,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
+        if name in bundle.spec.dense:
+            below = ".base_layer" if path in modules else ""
+            tensors[f"base_model.model.{exported(path)}{below}.{part}"] = tensor
+            continue
         tensors[f"base_model.model.{exported(path)}.{_spell(part, modules[path].place)}"] = tensor
     return write_safetensors(tensors, {"format": "pt", "adapter_config": json.dumps(config)}), config
 

@@ -5,7 +5,7 @@ Numpy only, so that it can run on any thread; staging then only copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.bundle import AdapterBundle
-from adapters.spec import AdapterDoesNotFit
+from adapters.bundle import NO_PARAMETERS, AdapterBundle
+from adapters.spec import AdapterDoesNotFit, Mode, Parameter
 from adapters.tensors import AdapterTensor
 
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
@@ -34,19 +34,32 @@ class HostFactors:
 @dataclass(frozen=True, slots=True)
 class PreparedBundle:
     bundle: AdapterBundle
+    mode: Mode
     dtype: str
-    """`float32`, `float16` or `bfloat16`, as mlx calls it."""
+    """Of the factors: `float32`, `float16` or `bfloat16`, as mlx calls it; float32 where they will be merged."""
     factors: Mapping[str, HostFactors]
     """By the layer's path."""
+    dense: Mapping[str, NDArray[Any]]
+    """By parameter path: float32 where it is added to the base's, else in the parameter's dtype."""
 
 
-def prepare(bundle: AdapterBundle, dtype: str) -> PreparedBundle:
-    """Raises `AdapterDoesNotFit` where a value leaves the range of `dtype`, that of the model's activations."""
+def prepare(
+    bundle: AdapterBundle, dtype: str, *, mode: Mode | None = None, parameters: Mapping[str, Parameter] = NO_PARAMETERS
+) -> PreparedBundle:
+    """For one of the bundle's modes, the usual one by default. Raises `AdapterDoesNotFit` where a value leaves the
+    range of `dtype`, that of the model's activations, or of the parameter in whose place it is."""
+    mode = mode or bundle.spec.modes[0]
+    if mode not in bundle.spec.modes:
+        raise ValueError(f"A bundle of kind {bundle.spec.kind} is not served in mode {mode}.")
+    if mode == "merged":
+        dtype = "float32"
+    adds = bundle.spec.kind == "delta"
     faults = [
         f"{path}: {measure.largest:.3g} is outside the range of {dtype}, the dtype of the model."
         for path, measure in bundle.measures.items()
         if measure.largest > LARGEST[dtype]
     ]
+    faults += [fault for path in bundle.spec.dense if not adds for fault in _too_large(bundle, path, parameters)]
     if faults:
         raise AdapterDoesNotFit(faults)
     factors: dict[str, HostFactors] = {}
@@ -55,7 +68,18 @@ def prepare(bundle: AdapterBundle, dtype: str) -> PreparedBundle:
         factors[path] = HostFactors(
             _unscaled(bundle.tensors[f"{path}.lora_A"], dtype), cast(b * np.float32(module.scale), dtype)
         )
-    return PreparedBundle(bundle, dtype, MappingProxyType(factors))
+    dense = {
+        path: _unscaled(bundle.tensors[path], "float32" if adds else parameters[path].dtype)
+        for path in bundle.spec.dense
+    }
+    return PreparedBundle(bundle, mode, dtype, MappingProxyType(factors), MappingProxyType(dense))
+
+
+def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[str]:
+    dtype = parameters[path].dtype
+    largest = float(np.abs(bundle.tensors[path].float32()).max(initial=0.0))
+    if largest > LARGEST[dtype]:
+        yield f"{path}: {largest:.3g} is outside the range of {dtype}, the dtype of this parameter."
 
 
 def _unscaled(tensor: AdapterTensor, dtype: str) -> NDArray[Any]:

@@ -2,9 +2,8 @@
 
 A version is immutable and numbered from 1 within its name; the alias of a name is the number that is live. Kept are
 the newest `keep_versions` of each name and, beyond these, whatever is live, pinned or in use by rows; the rest is freed
-at once, and the caller is told the digests, one for each freed version, to give their slots back. A deleted version is
-gone for whoever asks at once, and freed when the last row that uses it ends. Not thread-safe: the engine owns the only
-one.
+at once, and the caller is told the content of each freed version, to give its memory back. A deleted version is gone
+for whoever asks at once, and freed when the last row that uses it ends. Not thread-safe: the engine owns the only one.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from adapters.spec import Mode
 
 GONE_DIGESTS = 4096
 """Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
@@ -45,12 +47,19 @@ class Mismatch(RegistryError):
     """The alias is not where the caller expects it (If-Match)."""
 
 
+class Content(NamedTuple):
+    """What a version computes with; two versions of one content share their memory."""
+
+    digest: str
+    mode: Mode
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is worth telling about a version; the registry itself reads only `mode`."""
 
     kind: str
-    mode: str
+    mode: Mode
     rank: int
     modules: int
     nbytes: int
@@ -71,15 +80,19 @@ class Entry:
     in_use: int
     """References of rows."""
 
+    @property
+    def content(self) -> Content:
+        return Content(self.digest, self.facts.mode)
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`entry` is the version after the change; `freed` the digest of each version that retention let go."""
+    """`entry` is the version after the change; `freed` the content of each version that retention let go."""
 
     entry: Entry
     unchanged: bool = False
     """The publish met a version that is already there."""
-    freed: tuple[str, ...] = ()
+    freed: tuple[Content, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +100,8 @@ class Deletion:
     """What was deleted, as it was before."""
 
     entries: tuple[Entry, ...]
-    freed: tuple[str, ...]
-    """The digest of each of them that no row uses; the others follow when their last row ends."""
+    freed: tuple[Content, ...]
+    """The content of each of them that no row uses; the others follow when their last row ends."""
 
 
 @dataclass(slots=True)
@@ -100,6 +113,10 @@ class _Version:
     label: str | None = None
     pinned: bool = False
     in_use: int = 0
+
+    @property
+    def content(self) -> Content:
+        return Content(self.digest, self.facts.mode)
 
 
 @dataclass(slots=True)
@@ -294,9 +311,9 @@ class Registry:
         line.live = None
         return self._delete(line, list(line.kept.values()))
 
-    def restore(self, name: str, last: int, entries: Sequence[Entry]) -> tuple[str, ...]:
+    def restore(self, name: str, last: int, entries: Sequence[Entry]) -> tuple[Content, ...]:
         """Put back a name that is not known here: its numbering, its versions and its alias, as `entries` say, oldest
-        first. Returns the digests of those that retention frees at once."""
+        first. Returns the contents of those that retention frees at once."""
         if name in self._lines or any(not 1 <= entry.number <= last for entry in entries):
             raise ValueError(f"{name} is known already, or has versions beyond its last, {last}.")
         line = self._lines[name] = _Line(name, last)
@@ -314,8 +331,8 @@ class Registry:
             raise ValueError(f"At least one row acquires a version, not {rows}.")
         self._line(name).used(number).in_use += rows
 
-    def release(self, name: str, number: int, rows: int = 1) -> tuple[str, ...]:
-        """`rows` rows less use the version; returns the digests freed by that. Raises `ValueError` where fewer rows
+    def release(self, name: str, number: int, rows: int = 1) -> tuple[Content, ...]:
+        """`rows` rows less use the version; returns the contents freed by that. Raises `ValueError` where fewer rows
         hold it: that is a fault of the caller, and nothing has changed."""
         line = self._lines.get(name)
         version = (line.kept.get(number) or line.leaving.get(number)) if line else None
@@ -325,7 +342,7 @@ class Registry:
         if version.in_use:
             return ()
         if line.leaving.pop(number, None) is not None:
-            return (version.digest,)
+            return (version.content,)
         return self._retain(line)
 
     def _line(self, name: str) -> _Line:
@@ -344,12 +361,12 @@ class Registry:
         entries = tuple(line.entry(version) for version in versions)
         self._forget(line, versions)
         line.leaving |= {version.number: version for version in versions if version.in_use}
-        return Deletion(entries, tuple(version.digest for version in versions if not version.in_use))
+        return Deletion(entries, tuple(version.content for version in versions if not version.in_use))
 
-    def _retain(self, line: _Line) -> tuple[str, ...]:
+    def _retain(self, line: _Line) -> tuple[Content, ...]:
         freed = list(self._surplus(line))
         self._forget(line, freed)
-        return tuple(version.digest for version in freed)
+        return tuple(version.content for version in freed)
 
     @staticmethod
     def _forget(line: _Line, versions: list[_Version]) -> None:

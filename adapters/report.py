@@ -18,7 +18,7 @@ TINY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """Of one layer's ΔW = scale · B · A."""
+    """Of one layer's ΔW = scale · B · A, or of a whole tensor that is added to the base's."""
 
     module: str
     delta_norm: float
@@ -30,8 +30,11 @@ class ModuleReport:
 @dataclass(frozen=True, slots=True)
 class BundleReport:
     modules: int
-    delta_norm: float
-    """Frobenius norm of all deltas together."""
+    """Low-rank ones."""
+    dense: int
+    """Whole tensors."""
+    delta_norm: float | None
+    """Frobenius norm of all deltas together; None where there are only tensors in place of the base's."""
     effective_rank: float | None
     """Mean over the modules that have one."""
     largest_modules: tuple[ModuleReport, ...]
@@ -45,8 +48,9 @@ def report(bundle: AdapterBundle) -> BundleReport:
     norms = {path: measure.norm for path, measure in bundle.measures.items() if not measure.zero}
     largest = sorted(norms, key=lambda path: (-norms[path], path))[:LARGEST]
     return BundleReport(
-        modules=len(bundle.measures),
-        delta_norm=bundle.delta_norm,
+        modules=len(bundle.spec.modules),
+        dense=len(bundle.spec.dense),
+        delta_norm=bundle.delta_norm if bundle.measures else None,
         effective_rank=sum(ranks.values()) / len(ranks) if ranks else None,
         largest_modules=tuple(ModuleReport(path, norms[path], ranks.get(path)) for path in largest),
         zero_modules=bundle.zero_modules,

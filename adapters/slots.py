@@ -6,6 +6,7 @@ nothing else refers to the stacks then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 from adapters.bundle import AdapterBundle
 from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
-from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
+from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank
 from adapters.norms import RowNorms, Rows, TableRows
 from adapters.prepare import LARGEST, HostFactors, PreparedBundle, cast, prepare
-from adapters.spec import MAGNITUDE, AdapterDoesNotFit, place_of
+from adapters.sets import SplitEmbedding
+from adapters.spec import MAGNITUDE, AdapterDoesNotFit, experts_of, place_of
 
+Gains = dict[str, NDArray[np.float32]]
 BASE_SLOT = 0
 FIRST_CAPACITY = 4
 
@@ -57,12 +60,34 @@ class AdapterSlots:
         return sum(stack.nbytes for stack in self._stacks.values())
 
     @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot, the same for all: stacks are as wide as the largest rank in them."""
+        return self.nbytes // self._capacity
+
+    def nbytes_with(self, bundle: AdapterBundle) -> int:
+        """What `nbytes` would come to if this bundle were staged now; nothing is changed."""
+        if bundle.digest in self._residents:
+            return self.nbytes
+        capacity, in_use = self._capacity_for(self._free_slot()), self._in_use()
+        total = 0
+        for path in self._stacks.keys() | bundle.spec.modules.keys():
+            stack, module = self._stacks.get(path), bundle.spec.modules.get(path)
+            rank, gained = stack.shrunk(capacity, in_use)[1:] if stack else (0, False)
+            rank = max(rank, round_rank(module.rank) if module else 0)
+            gained = gained or (module is not None and bundle.spec.kind == "dora")
+            out, width = self._layers[path]
+            one = math.prod(experts_of(self._layers[path])) * rank * (out + width) + (out if gained else 0)
+            total += capacity * one * self._dtype.size
+        return total
+
+    @property
     def slots_in_use(self) -> int:
         return len(self._residents)
 
-    def stage(self, version: AdapterBundle | PreparedBundle) -> int:
+    def stage(self, version: AdapterBundle | PreparedBundle, gains: Gains | None = None) -> int:
         """The slot (1 and up) that holds the version, with one more reference. Evaluates what it writes. A bundle that
-        was prepared elsewhere, for the model's dtype, is only copied.
+        was prepared elsewhere, for the model's dtype, is only copied; `gains` are those of `gains()`, where another
+        parameter set than the base was mounted for them.
 
         Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
         a DoRA gain is not finite."""
@@ -73,7 +98,7 @@ class AdapterSlots:
             return resident.slot
         if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
             version = prepare(bundle, self._dtype_name)
-        gains = self._gains(bundle)
+        gains = self.gains(bundle) if gains is None else gains
         slot = self._free_slot()
         for stack in self._stacks.values():
             stack.rest()
@@ -156,23 +181,30 @@ class AdapterSlots:
 
     def _fit_capacity(self, slot: int) -> None:
         """Room for this slot and those in use; what is twice too large, in slots or in rank, is given back."""
-        in_use = {resident.slot for resident in self._residents.values()}
-        needed = max(in_use | {slot, FIRST_CAPACITY - 1}) + 1
-        if needed > self._capacity:
-            self._capacity = max((self._capacity * 3 // 2 + 3) // 4 * 4, needed)
-        elif 2 * needed <= self._capacity:
-            self._capacity = (needed + 3) // 4 * 4
+        self._capacity = self._capacity_for(slot)
         for stack in self._stacks.values():
-            stack.shrink(self._capacity, in_use)
+            stack.shrink(self._capacity, self._in_use())
 
-    def _gains(self, bundle: AdapterBundle) -> dict[str, NDArray[np.float32]]:
-        """m / ‖W + scale · B · A‖ of each layer [out], computed in float64; empty for LoRA."""
+    def _capacity_for(self, slot: int) -> int:
+        needed = max(self._in_use() | {slot, FIRST_CAPACITY - 1}) + 1
+        if needed > self._capacity:
+            return max((self._capacity * 3 // 2 + 3) // 4 * 4, needed)
+        return (needed + 3) // 4 * 4 if 2 * needed <= self._capacity else self._capacity
+
+    def _in_use(self) -> set[int]:
+        return {resident.slot for resident in self._residents.values()}
+
+    def gains(self, bundle: AdapterBundle) -> Gains:
+        """m / ‖W + scale · B · A‖ of each layer [out], computed in float64 from the weights that are mounted; empty
+        for LoRA. Raises `AdapterDoesNotFit`."""
         limit = LARGEST[self._dtype_name]
-        gains: dict[str, NDArray[np.float32]] = {}
+        gains: Gains = {}
         faults: list[str] = []
         for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
             a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
-            norms = self._norms.adapted(path, self._weights(path), a, b, module.scale)
+            # A whole tensor of the bundle itself may stand in place of the base's weight.
+            cache = RowNorms() if self._weight_path(path) in bundle.spec.dense else self._norms
+            norms = cache.adapted(path, self._weights(path), a, b, module.scale)
             with np.errstate(divide="ignore", invalid="ignore"):
                 gain = magnitude / norms
             if np.all(np.abs(gain) <= limit):
@@ -187,7 +219,7 @@ class AdapterSlots:
             raise AdapterDoesNotFit(faults)
         return gains
 
-    def _write(self, slot: int, factors: Mapping[str, HostFactors], gains: Mapping[str, NDArray[np.float32]]) -> None:
+    def _write(self, slot: int, factors: Mapping[str, HostFactors], gains: Gains) -> None:
         for path, new in factors.items():
             stack = self._stacks.get(path) or self._mount(path)
             stack.reserve(self._capacity, new.a.shape[-2])
@@ -226,8 +258,14 @@ class AdapterSlots:
 
     def _weights(self, path: str) -> Rows:
         parent, name = holder(self._model, self._wrapped_path(path))
-        kind = TableRows if place_of(self._layers[path]) in ("embedding", "tied_embedding") else Rows
-        return kind(bare_layer(parent[name]))
+        place, layer = place_of(self._layers[path]), bare_layer(parent[name])
+        if isinstance(layer, SplitEmbedding):
+            layer = layer["head" if place == "tied_head" else "table"]
+        return TableRows(layer) if place in ("embedding", "tied_embedding") else Rows(layer)
+
+    def _weight_path(self, path: str) -> str:
+        """The parameter that decides the layer's weight: for a tied head that has none of its own, the embedding's."""
+        return f"{path}.weight" if place_of(self._layers[path]) != "tied_head" else f"{self._wrapped_path(path)}.weight"
 
     def _wrapped_path(self, path: str) -> str:
         """What is wrapped for the layer at `path`: for a tied head the embedding, for experts the block around them."""

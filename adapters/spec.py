@@ -18,7 +18,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Kind = Literal["lora", "dora", "delta"]
+Kind = Literal["lora", "dora", "delta", "full"]
+DENSE_KINDS = ("delta", "full")
+"""Without low-rank parts: tensors that are added to the base's parameters, or that take their place."""
+Mode = Literal["adapter", "merged"]
+"""Low-rank parts in their slot, or everything as parameters of its own."""
 Place = Literal["linear", "embedding", "tied_embedding", "tied_head", "experts"]
 """A linear layer, an embedding, one whose weight is also the head's, that head, or stacked experts."""
 
@@ -133,14 +137,33 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Parameter:
+    """One of the base's parameters. A quantised one has its unpacked shape, and the dtype of the activations."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """`float32`, `float16` or `bfloat16`, as mlx calls it."""
+    quantised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """`modules` maps the base's parameter path of each adapted layer (without `.weight`) to its rank and scale."""
 
     kind: Kind
     modules: Mapping[str, ModuleSpec]
+    dense: tuple[str, ...] = ()
+    """Parameter paths (with `.weight`) of whole tensors: added to the base's for kind `delta`, else in their place,
+    and there below the low-rank parts. The head that shares its weight is `lm_head.weight`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+        object.__setattr__(self, "dense", tuple(sorted(self.dense)))
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """How it can be served, the usual way first."""
+        return ("merged",) if self.kind in DENSE_KINDS else ("adapter", "merged")
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.bundle import AdapterBundle, make_bundle
-from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, ModuleSpec
+from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, Mode, ModuleSpec
 from adapters.tensors import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class StoreError(Exception):
 class VersionRecord:
     number: int
     digest: str
-    mode: str
+    mode: Mode
     label: str | None
     pinned: bool
     created: float
@@ -238,7 +238,7 @@ class StateStore:
 def pack(bundle: AdapterBundle) -> bytes:
     """One safetensors file: the bundle's own tensors under its own names, and what they mean in the metadata."""
     modules = {path: asdict(module) for path, module in bundle.spec.modules.items()}
-    spec = json.dumps({"kind": bundle.spec.kind, "modules": modules})
+    spec = json.dumps({"kind": bundle.spec.kind, "modules": modules, "dense": bundle.spec.dense})
     return write_safetensors(bundle.tensors, {"format": str(FORMAT), "spec": spec})
 
 
@@ -250,11 +250,14 @@ def unpack(body: bytes) -> AdapterBundle:
     if not all(tensor.readable for tensor in files.values()):
         raise AdapterUnreadable("A tensor has a dtype that is not served.")
     tensors = {name: tensor.read() for name, tensor in files.items()}
-    return make_bundle(AdapterSpec(spec["kind"], modules), tensors)
+    # Files of earlier versions of this program have no dense tensors.
+    return make_bundle(AdapterSpec(spec["kind"], modules, tuple(spec.get("dense", ()))), tensors)
 
 
 def _record(body: Mapping[str, Any]) -> NameRecord:
     versions = tuple(VersionRecord(**version) for version in body["versions"])
+    if any(version.mode not in ("adapter", "merged") for version in versions):
+        raise ValueError("it has a mode that is not known")
     return NameRecord(str(body["name"]), int(body["last"]), body["live"], versions)
 
 

@@ -209,7 +209,9 @@ def export_weights(
     name: Annotated[str, typer.Argument(help="The policy.")],
     version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.")],
     directory: Annotated[Path, typer.Argument(help="Where the two files go; it is made.", file_okay=False)],
-    format: Annotated[Literal["peft", "mlx"], typer.Option(help="Whose files to write.")] = "peft",
+    format: Annotated[
+        Literal["peft", "mlx"] | None, typer.Option(help="Whose files to write; for dense versions leave it out.")
+    ] = None,
     url: Url = None,
     json_output: Json = False,
 ) -> None:
@@ -218,7 +220,7 @@ def export_weights(
         exported = client.export(name, version, format=format)
         exported.save(directory)
         if json_output:
-            done = {"name": name, "version": version, "digest": exported.digest, "format": format}
+            done = {"name": name, "version": version, "digest": exported.digest, "format": exported.format}
             return _print_json(done | {"directory": str(directory), "bytes": len(exported.body)})
         typer.echo(f"{directory} holds {name}@{version}: {exported.digest}")
 

@@ -5,6 +5,9 @@ by name, the line `NAME DTYPE SHAPE\\n` and its little-endian bytes in PEFT layo
 magnitude [out]; of stacked experts A [experts, r, in] and B [experts, out, r]). It depends on the weights alone: PEFT
 and mlx-lm files of one adapter, in any order, have one digest. The server computes the same from what it received, so
 equality proves that nothing was lost, transposed or scaled differently on the way.
+
+A dense tensor's name is the path of the base's parameter (`lm_head.weight`): all of a file of kind `delta` or `full`
+(mlx-lm's `fine_tune_type: full` is the same), which has no modules, and what PEFT's `modules_to_save` adds to others.
 """
 
 from __future__ import annotations
@@ -30,15 +33,24 @@ _MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
 _MLX_EMBEDDING = re.compile(r"(.+\.)?(wte|[^.]*emb[^.]*)\.lora_[ab]")
 """Only the server knows whether the head shares its weight, and is then adapted with it."""
 _MLX_MAGNITUDE = re.compile(r"(.+)\.m")
+_PEFT_DENSE = re.compile(
+    r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.([^.]+)"
+)
+_PEFT_PREFIX = "base_model.model."
 
 
 def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any]) -> str | None:
-    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter; None for what has no digest here (dense,
-    embeddings in mlx-lm's form, and what transformers and mlx-lm call or stack differently: experts, adapted
+    """`sha256:` and 64 hex digits of a LoRA, rsLoRA or DoRA adapter or of dense tensors; None for what has no digest
+    here (embeddings in mlx-lm's form, and what transformers and mlx-lm call or stack differently: experts, adapted
     parameters, a text model inside one that sees).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
-    named, kind = _peft_layout(tensors), _kind(config)
+    kind = _kind(config)
+    if kind in ("delta", "full"):
+        prefix = "" if "fine_tune_type" in config else _PEFT_PREFIX
+        dense = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        return _hashed({"kind": kind, "modules": {}}, dense)
+    named = _peft_layout(tensors)
     if named is None or kind is None or config.get("target_parameters"):
         return None
     modules = {}
@@ -53,7 +65,10 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
     magnitudes = {name for name in named if name.endswith(f".{_MAGNITUDE}")}
     if magnitudes != ({f"{module}.{_MAGNITUDE}" for module in modules} if kind == "dora" else set()):
         return None
-    head = {"kind": kind, "modules": modules}
+    return _hashed({"kind": kind, "modules": modules}, named)
+
+
+def _hashed(head: Mapping[str, Any], named: Mapping[str, HostTensor]) -> str:
     digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
     for name in sorted(named):
         tensor = named[name]
@@ -65,13 +80,16 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
 
 def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | None:
     """Tensors as `NAME.lora_A` [r, in], `NAME.lora_B` [out, r] and `NAME.lora_magnitude_vector` [out]; None if any is
-    something else."""
+    something else. Whole tensors beside them have the path of the base's parameter."""
     named = {}
+    by_peft = any(".lora_A" in name or ".lora_embedding_A" in name for name in tensors)
     for given, tensor in tensors.items():
         if tensor.array.ndim == 1 and (match := _PEFT_MAGNITUDE.fullmatch(given) or _MLX_MAGNITUDE.fullmatch(given)):
             named[f"{match[1]}.{_MAGNITUDE}"] = tensor
         elif tensor.array.ndim == 3 and (match := _MLX_NAME.fullmatch(given)):
             named[f"{match[1]}.lora_{match[2].upper()}"] = tensor  # Stacked experts are stored as they are hashed.
+        elif by_peft and (match := _PEFT_DENSE.fullmatch(given)):
+            named[f"{match[1]}.{match[2]}"] = tensor
         elif tensor.array.ndim != 2 or _MLX_EMBEDDING.fullmatch(given):
             return None
         elif match := _PEFT_NAME.fullmatch(given) or _PEFT_EMBEDDING.fullmatch(given):
@@ -86,12 +104,14 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
-    """`lora` or `dora`; None for others."""
+    """`lora`, `dora`, `delta` or `full`; None for others."""
+    if config.get("kind") in ("delta", "full"):
+        return str(config["kind"])
     kind = config.get("peft_type") or config.get("fine_tune_type") or config.get("kind") or "lora"
     name = str(getattr(kind, "value", kind)).lower()
     if name == "lora" and config.get("use_dora"):
         return "dora"
-    return name if name in ("lora", "dora") else None
+    return name if name in ("lora", "dora", "full") else None
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float | None:

@@ -44,6 +44,7 @@ class ExportedAdapter:
     config: Mapping[str, Any]
     digest: str
     format: Format
+    """Dense versions are in the base's own names, as mlx-lm has them."""
 
     def save(self, directory: str | PathLike[str]) -> Path:
         """Writes the two files that the format's own library loads into `directory`, which is made; returns it."""
@@ -78,13 +79,14 @@ def delete_policy(name: str) -> Call[Deletion]:
     return Call(method="DELETE", path=f"/v1/weights/{quote(name, safe='')}", parse=_parse_deletion)
 
 
-def export(name: str, version: int, *, format: Format = "peft") -> Call[ExportedAdapter]:
-    """The weights of a kept version as a file of PEFT or of mlx-lm. Raises `VersionGone` if it was freed, `Conflict`
+def export(name: str, version: int, *, format: Format | None = None) -> Call[ExportedAdapter]:
+    """The weights of a kept version as a file of PEFT or of mlx-lm; by default PEFT's for low-rank versions, and for
+    dense ones the only form they have. Raises `VersionGone` if it was freed, `Conflict`
     where the format cannot say what the version is, `DigestMismatch` where other weights came than were stored."""
     return Call(
         method="GET",
         path=f"{_path(name, version)}/export",
-        query={"format": format},
+        query={} if format is None else {"format": format},
         parse=partial(_parse_export, format=format),
         idempotent=True,
     )
@@ -103,7 +105,7 @@ def _parse_deletion(reply: Reply) -> Deletion:
     )
 
 
-def _parse_export(reply: Reply, format: Format) -> ExportedAdapter:
+def _parse_export(reply: Reply, format: Format | None) -> ExportedAdapter:
     try:
         tensors, metadata = read_container(reply.body)
         config = parse_json(metadata["adapter_config"])
@@ -114,4 +116,5 @@ def _parse_export(reply: Reply, format: Format) -> ExportedAdapter:
     digest, came = reply.headers.get("x-policy-digest", ""), adapter_digest(tensors, config)
     if came is not None and came != digest:
         raise DigestMismatch(f"The server exported {digest}, but the file that came has {came}: do not use it.")
+    format = format or ("peft" if "peft_type" in config else "mlx")
     return ExportedAdapter(body=reply.body, tensors=tensors, config=config, digest=digest, format=format)

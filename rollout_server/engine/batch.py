@@ -61,7 +61,7 @@ class Batch:
         decode: Forward | None = None,
     ) -> None:
         self._forward = forward
-        self._decode = decode or forward
+        self._compiled = decode
         self._store = store
         self._route = route
         self._tokenizer = tokenizer
@@ -113,7 +113,7 @@ class Batch:
         """Reserves places; no step may be in flight. A group whose KV was kept skips prefill."""
         group = admission.group
         if group.prompt is None:
-            group.prompt = Prompt(group.request.prompt_ids[:-1], group.slot)
+            group.prompt = Prompt(group.request.prompt_ids[:-1], group.placement.slot)
         self._store.begin(group.prompt, admission.count, admission.columns)
         # There may be more places now, and rows go on while the prompt is read.
         self._arrays = None
@@ -153,7 +153,8 @@ class Batch:
         for i, place in enumerate(places):
             index = joining.first_sample + i
             text = IncrementalText(self._tokenizer) if group.request.sampling.stop else None
-            row = Row(group, index, group.request.seeds[index], group.version, group.slot, text, seated_at=seated_at)
+            seed = group.request.seeds[index]
+            row = Row(group, index, seed, group.version, group.placement, text, seated_at=seated_at)
             self._seats[place] = row
             rows.append(row)
         if not keep:
@@ -182,6 +183,24 @@ class Batch:
         """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
         ended = row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         return ended and row.dispatched == len(row.token_ids)
+
+    def take_out(self, row: Row) -> list[Any]:
+        """The KV of a row, which gives its place back; no step may be in flight."""
+        place = next(place for place, seated in self._seats.items() if seated is row)
+        kept = self._store.copy(place, row.offset)
+        del self._seats[place]
+        # What it computed was read and is finite, so there is nothing to scrub.
+        self._vacate([place], [])
+        return kept
+
+    def put_in(self, row: Row, kept: list[Any], columns: int) -> None:
+        """Seats a row that another batch had; no step may be in flight, and no row may exceed `columns`."""
+        moved = Prompt((0,) * row.offset, row.placement.slot, fed=row.offset, kept=kept)
+        self._store.begin(moved, 1, columns)
+        (place,) = self._store.seat(moved, 1, keep=False)
+        self._seats[place] = row
+        row.last_step = -1
+        self._arrays = None
 
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
@@ -237,13 +256,14 @@ class Batch:
             self._arrays = self._prepare(size)
         offsets: list[int | None] = [None] * size
         # Places that take no part use some row's slot, so that a batch on one version stays on the plain path.
-        seeds, positions, slots = [0] * size, [0] * size, [rows[0][1].slot] * size
+        seeds, positions, slots = [0] * size, [0] * size, [rows[0][1].placement.slot] * size
         for place, row in rows:
             offsets[place], seeds[place], positions[place] = row.offset, row.seed, row.dispatched
-            slots[place] = row.slot
+            slots[place] = row.placement.slot
         self._store.aim(offsets, 1 + max(row.offset for _, row in rows))
         self._route(slots)
-        logits = self._decode(self._inputs(size)[:, None], self._store.layers)[:, -1]
+        decode = self._compiled or self._forward
+        logits = decode(self._inputs(size)[:, None], self._store.layers)[:, -1]
         draws = mx.array(uniforms(seeds, positions))
         bans = self._arrays.bans
         banned = bans.at(positions) if bans else None

@@ -82,6 +82,9 @@ class RowStore(Protocol):
     def pending(self) -> list[Any]:
         """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""
 
+    def copy(self, place: int, length: int) -> list[Any]:
+        """The KV of the first `length` tokens of a place, as `Prompt.kept` has it; evaluated."""
+
     def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
         """Frees places, zeroing those in `scrub`; returns old → new places if rows moved. No step may be in flight
         for rows that move; see `moves_on_leave`."""
@@ -265,10 +268,14 @@ class SlotRows:
                     layer.fill(places[1:], *pair)
                     mx.eval(layer.keys, layer.values)
         if keep and length and prompt.kept is None:
-            prompt.kept = [layer.copy(places[0], length) for layer in self.layers]
-            mx.eval(prompt.kept)
+            prompt.kept = self.copy(places[0], length)
         self.evaluate()
         return places
+
+    def copy(self, place: int, length: int) -> list[Any]:
+        kept = [layer.copy(place, length) for layer in self.layers]
+        mx.eval(kept)
+        return kept
 
     def aim(self, offsets: Sequence[int | None], width: int) -> None:
         self._grow_columns(width + 1)

@@ -80,6 +80,12 @@ class JoinedRows:
         self.capacity += count
         return list(range(self.capacity - count, self.capacity))
 
+    def copy(self, place: int, length: int) -> list[Any]:
+        # Alone, a row's caches are the model's own, and nobody else will use them.
+        kept = self.layers if self._serial else [layer.extract(place) for layer in self.layers]
+        mx.eval([cache.state for cache in kept])
+        return kept
+
     def aim(self, offsets: Sequence[int | None], width: int) -> None:
         """The caches keep their own offsets."""
 

@@ -7,12 +7,15 @@ take commands (waiting only when nothing runs) → admit → prefill a bounded c
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from rollout_server.engine.batch import Batch
+from rollout_server.engine.batches import Batches
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.messages import (
@@ -34,13 +37,15 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.score import ScoreJob, Scorer
-from rollout_server.engine.sequence import Group, Sequence
+from rollout_server.engine.sequence import Group
+from rollout_server.engine.switching import Switching
 from rollout_server.errors import EngineFault, EngineUnavailable, NonFiniteLogits, RolloutError
-from rollout_server.rollout import FinishReason, OnUpdate
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+STAGE_S = 0.02
+"""Between two steps, for the weights of a merged version."""
 
 
 class Engine:
@@ -65,21 +70,23 @@ class Engine:
         self._stopping = False
         self._changes: deque[PolicyCommand] = deque()
         self._jobs: deque[ScoreJob] = deque()
-        self._steps_before = 0
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
         self._changing: PolicyCommand | None = None
         self._admitting: Group | None = None
         self._scoring: ScoreJob | None = None
         self._scorer = Scorer(model.forward, model.make_caches, policies.route, model.info.vocab_size)
-        self._batch = self._new_batch()
+        self._batch = Batches(self._new_batch)
+        kv_cells = model.info.kv_memory // model.info.kv_bytes_per_token
         self._scheduler = Scheduler(
             model.info.max_batch,
-            model.info.kv_memory // model.info.kv_bytes_per_token,
-            lambda count, columns: self._batch.cells(count, columns),
+            kv_cells,
+            lambda group: self._batch.longest(self._set_of(group)),
+            lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns),
         )
         self._reports = Reports(self._scheduler, policies)
+        self._switching = Switching(policies, self._batch, self._reports, kv_cells)
 
-    def _new_batch(self) -> Batch:
+    def _new_batch(self, parameters: int) -> Batch:
         model = self._model
         store = model.make_store()
         decode = None
@@ -88,12 +95,17 @@ class Engine:
         return Batch(
             model.forward,
             store,
-            self._policies.route,
+            partial(self._policies.route, parameters),
             model.tokenizer,
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
             decode,
         )
+
+    def _set_of(self, group: Group) -> int:
+        """The parameter set that a group runs on, or would if it were admitted now."""
+        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
+        return known.parameters
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -121,10 +133,11 @@ class Engine:
             self._reports.drop(self._batch.drop_cancelled())
             for row in self._batch.prefill(self._budget):
                 # The alias may have moved while its prompt was read.
-                self._follow(row)
+                self._switching.follow(row)
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
+        self._batch.keep(self._policies.sets)
         self._score()
 
     @property
@@ -182,9 +195,11 @@ class Engine:
                 waiting=self._scheduler.waiting_requests,
                 running=self._batch.size,
                 policies=self._policies.snapshot(),
-                steps=self._steps_before + self._batch.steps,
+                steps=self._batch.steps,
                 tokens=self._reports.tokens,
                 slot_bytes=self._policies.slot_bytes,
+                set_bytes=self._policies.set_bytes,
+                sets=len(self._policies.sets),
             )
         )
 
@@ -192,43 +207,29 @@ class Engine:
 
     def _change_policies(self) -> None:
         while self._changes:
-            if self._policies.stages(self._changes[0]):
+            self._changing = self._changes.popleft()
+            if not self._policies.advance(self._changing, STAGE_S if self._batch.active else math.inf):
+                # Rows go on meanwhile; whoever came after it waits, and so meets what it changes.
+                self._changes.appendleft(self._changing)
+                self._changing = None
+                return
+            if self._policies.stages(self._changing):
                 # Slot arrays are written in place only while no dispatched step refers to them.
                 self._reports.progress(self._batch.settle())
-            self._changing = self._changes.popleft()
             try:
                 self._reports.add(self._policies.apply(self._changing))
             except RolloutError as error:
                 self._reports.fail(self._changing.id, error)
             self._changing = None
             for row in self._batch.rows:
-                self._follow(row)
+                self._switching.follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
-
-    def _follow(self, row: Sequence) -> None:
-        """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
-        request = row.group.request
-        if not row.running or not request.policy.follows:
-            return
-        alias = self._policies.alias(request.policy.name)
-        if alias is None or alias == row.version.number:
-            return
-        stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
-        if request.on_update is OnUpdate.SWITCH:
-            old = row.version
-            row.version, row.slot = self._policies.acquire(request.policy, 1, None)
-            row.switched = True
-            # A step in flight may still read the old version's slot: it is written again only after that was read.
-            self._policies.release(old, 1)
-        elif request.on_update is OnUpdate.ABORT or stale:
-            row.end(FinishReason.SUPERSEDED, f"{request.policy.name}@{alias}")
-            self._reports.ended(row)
 
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while admission := self._scheduler.next_admission(self._batch.size, self._batch.longest):
+        while not self._changes and (admission := self._scheduler.next_admission(self._batch.size)):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 continue
@@ -245,7 +246,7 @@ class Engine:
         """Gives a group the version its policy names now, one reference a sample; False if there is none."""
         request = group.request
         try:
-            group.version, group.slot = self._policies.acquire(request.policy, request.n, request.min_version)
+            group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             self._reports.fail_group(group, error)
             return False
@@ -255,7 +256,7 @@ class Engine:
     # ---- scoring --------------------------------------------------------------------------------------------------
 
     def _start_score(self, score: Score) -> None:
-        version, slot = self._policies.acquire(score.policy, 1, None)
+        version, placement = self._policies.acquire(score.policy, 1, None)
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:
             self._policies.release(version, 1)
@@ -269,7 +270,7 @@ class Engine:
             ScoreJob(
                 score.id,
                 version,
-                slot,
+                placement,
                 score.sequences,
                 score.starts,
                 score.temperature,
@@ -299,7 +300,7 @@ class Engine:
             ScoreJob(
                 group.request.id,
                 version,
-                group.slot,
+                group.placement,
                 (group.request.prompt_ids,),
                 (0,),
                 group=group,
@@ -346,7 +347,7 @@ class Engine:
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
-        """Fails by name whatever was being computed and starts over with an empty batch."""
+        """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on."""
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
         if self._scoring is not None:
@@ -356,10 +357,7 @@ class Engine:
         if self._changing is not None:
             self._reports.fail(self._changing.id, fault)
             self._changing = None
-        rows, joining = self._batch.rows, self._batch.joining
-        self._steps_before += self._batch.steps
-        self._batch = self._new_batch()
-        self._reports.fail_rows(rows, joining, fault)
+        self._reports.fail_rows(*self._batch.fail(), fault)
         if self._admitting is not None:
             self._reports.fail_group(self._admitting, fault)
             self._admitting = None

@@ -11,6 +11,7 @@ from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, Rollou
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
     from adapters.prepare import PreparedBundle
+    from adapters.spec import Mode, Parameter
 
 KV_BUCKET = 32
 """KV columns are allocated and read in multiples of this,"""
@@ -68,6 +69,8 @@ class ModelInfo:
     device: str
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
+    weights: dict[str, Parameter] = field(default_factory=dict)
+    """Every parameter that a version may add to or have one of its own for, by path."""
 
     def row_bytes(self, tokens: int) -> int:
         """KV memory of a row of so many tokens, bytes."""
@@ -115,7 +118,11 @@ class Publish:
     if_match: str | None = None
     """`7` or `sha256:…`: refuse unless the alias is there."""
     prepared: PreparedBundle | None = None
-    """The same bundle, made ready on another thread, so that staging only copies."""
+    """The same bundle, made ready on another thread for this mode, so that staging only copies."""
+    mode: Mode | None = None
+    """How it is served; None for the usual way of its kind."""
+    dequantize: bool = False
+    """Quantised layers may be served unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +172,7 @@ class RestoredVersion:
     """Unix time, seconds, of the first publish."""
     live: bool
     pinned: bool
+    mode: Mode = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +277,9 @@ class Published:
     unchanged: bool
     stage_ms: float
     activate_ms: float
+    mode: Mode = "adapter"
+    resident_bytes: int = 0
+    """Device memory that the version takes: its parameter set and one slot."""
     persist_ms: float | None = None
     """Time on the state directory; the engine knows none."""
 
@@ -321,15 +332,18 @@ Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Pol
 class VersionStatus:
     version: PolicyVersion
     kind: str
-    mode: str
+    mode: Mode
     rank: int
     modules: int
     live: bool
     pinned: bool
     rows_in_use: int
     nbytes: int
+    """Of the file's tensors."""
     created: float
     """Unix time, seconds."""
+    resident_bytes: int = 0
+    """Device memory that the version takes: its parameter set and one slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,3 +372,7 @@ class EngineStatus:
     """Sampled since the start."""
     slot_bytes: int = 0
     """Device memory of all adapter slots, free ones included."""
+    set_bytes: int = 0
+    """Device memory of all parameter sets, the base not counted,"""
+    sets: int = 0
+    """and how many there are."""

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 from transformers import AutoTokenizer
 
-from adapters.fit import adaptable_layers
+from adapters.fit import adaptable_layers, replaceable_parameters
 from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
@@ -74,17 +74,19 @@ def load(options: EngineOptions) -> ResidentModel:
     chosen = _choose_store(module, vocabulary, options.max_batch, compiles)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(config, options.context_length)
+    layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
         model_type=str(config.get("model_type", "unknown")),
         vocab_size=vocabulary,
         max_model_len=context,
-        dtype=str(dtype).removeprefix("mlx.core."),
+        dtype=dtype_name,
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
         parameters=_parameters(module),
-        layers=adaptable_layers(module),
+        layers=layers,
+        weights=replaceable_parameters(module, layers, dtype_name),
         kv_bytes_per_token=cell_bytes,
         kv_bytes_per_row=cell_bytes * row_cells,
         kv_memory=options.kv_memory or default_kv_memory(),

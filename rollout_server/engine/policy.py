@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from adapters.bundle import AdapterBundle
-from adapters.prepare import PreparedBundle
+from adapters.prepare import PreparedBundle, prepare
 from adapters.registry import (
     Change,
+    Content,
     Entry,
     Facts,
     GoneVersion,
@@ -19,8 +20,9 @@ from adapters.registry import (
     Registry,
     RegistryError,
 )
-from adapters.slots import BASE_SLOT, AdapterSlots
-from adapters.spec import AdapterDoesNotFit
+from adapters.resident import BASE_PLACEMENT, Placement, QuantisedBase, ResidentVersions, WeightsFull
+from adapters.slots import AdapterSlots
+from adapters.spec import AdapterDoesNotFit, Mode
 from rollout_server.engine.messages import (
     Activate,
     Delete,
@@ -52,8 +54,6 @@ from rollout_server.errors import (
 )
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
-MODE = "adapter"
-
 
 @dataclass(slots=True)
 class _Held:
@@ -64,25 +64,18 @@ class _Held:
 
 
 class PolicyTable:
-    """The registry of versions and the slots that hold their weights. `base` is version 0 and never freed."""
+    """The registry of versions and what holds their weights. `base` is version 0 and never freed."""
 
-    def __init__(
-        self, base: PolicyVersion, slots: AdapterSlots, keep_versions: int, weights_memory: int | None
-    ) -> None:
-        self.base = base
-        self._slots = slots
-        self._registry = Registry(keep_versions)
-        self._weights_memory = weights_memory
+    def __init__(self, model: ResidentModel, options: EngineOptions) -> None:
+        info = model.info
+        self.base = PolicyVersion(BASE, 0, info.digest)
+        self._dtype, self._parameters = info.dtype, info.weights
+        self._resident = ResidentVersions(model.module, info.layers, info.weights, model.dtype, options.weights_memory)
+        self._registry = Registry(options.keep_versions)
         self._bundles: dict[str, _Held] = {}
         self._shown: tuple[PolicyStatus, ...] | None = None
-        self.slot_bytes = 0
-        """Device memory of all slots; counted when one is written, since it is asked for at every step."""
-
-    @classmethod
-    def start(cls, model: ResidentModel, options: EngineOptions) -> PolicyTable:
-        base = PolicyVersion(BASE, 0, model.info.digest)
-        slots = AdapterSlots(model.module, model.info.layers, model.dtype)
-        return cls(base, slots, options.keep_versions, options.weights_memory)
+        self.slot_bytes = self.set_bytes = 0
+        """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -91,18 +84,26 @@ class PolicyTable:
         if address.name != BASE or address.number or address.digest:
             self._resolve(address)
 
-    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, int]:
-        """The version an address means now and its slot, with one reference for each of `rows` rows.
+    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, Placement]:
+        """The version an address means now and where it is, with one reference for each of `rows` rows.
 
         Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
         entry = self._resolve(address)
         if min_version is not None:
             self._require_version(address, min_version)
         if entry is None:
-            return self.base, BASE_SLOT
+            return self.base, BASE_PLACEMENT
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
-        return _version(entry), self._slots.slot(entry.digest)
+        return _version(entry), self._resident.placement(entry.content)
+
+    def placement(self, address: PolicyAddress) -> Placement:
+        """Where a row of this address would run now; the base where there is nothing to run."""
+        try:
+            entry = self._resolve(address)
+        except (UnknownPolicy, VersionGone):
+            entry = None
+        return self._resident.placement(entry.content) if entry else BASE_PLACEMENT
 
     def _require_version(self, address: PolicyAddress, min_version: int) -> None:
         """Raises `StalePolicy` unless the alias has come that far; for the base it never will."""
@@ -132,27 +133,39 @@ class PolicyTable:
             self._shown = None
             self._free(self._registry.release(version.name, version.number, rows))
 
-    def route(self, slots: Sequence[int]) -> None:
-        """Row i of the next forwards uses slots[i]."""
-        self._slots.route(slots)
+    def route(self, parameters: int, slots: Sequence[int]) -> None:
+        """The next forwards use this parameter set, and row i of them slots[i]."""
+        self._resident.route(parameters, slots)
+
+    @property
+    def sets(self) -> tuple[int, ...]:
+        """Numbers of the parameter sets that are there, besides the base's."""
+        return self._resident.sets.numbers
 
     @property
     def routed(self) -> AdapterSlots:
         """What adapter layers read as they are routed now, for `compiled.CompiledDecode`."""
-        return self._slots
+        return self._resident.slots
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def stages(self, command: PolicyCommand) -> bool:
-        """Whether a command will write into the slot arrays."""
+        """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
-            return self._registry.same(command.name, command.bundle.digest, MODE) is None
+            return self._registry.same(command.name, command.bundle.digest, _mode(command)) is None
         return isinstance(command, Restore)
+
+    def advance(self, command: PolicyCommand, seconds: float) -> bool:
+        """Computes at most about so long for what a command will stage; True when `apply` is due. A step may be in
+        flight, and rows run between two calls."""
+        if not isinstance(command, Publish) or command.prepared is None or not self.stages(command):
+            return True
+        return self._resident.advance(command.prepared, seconds, dequantize=command.dequantize)
 
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing."""
         self._shown = None
-        with _as_ours():
+        with self._leaving_nothing(), _as_ours():
             match command:
                 case Publish():
                     return self._publish(command)
@@ -167,19 +180,25 @@ class PolicyTable:
                 case Restore():
                     return self._restore(command)
 
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._resident.abandon()
+
     def _publish(self, command: Publish) -> Published:
         bundle = command.bundle
         began = time.perf_counter()
         fresh = self.stages(command)
         if fresh:
             self._registry.require(command.name, command.if_match)
-            self._require_memory(bundle)
-            self._stage(bundle, command.prepared)
+            self._stage(command.prepared or self._prepare(bundle, _mode(command)), dequantize=command.dequantize)
         staged = time.perf_counter()
         change = self._registry.publish(
             command.name,
             bundle.digest,
-            _facts(bundle),
+            _facts(bundle, _mode(command)),
             created=time.time(),
             activate=command.activate,
             label=command.label,
@@ -200,8 +219,9 @@ class PolicyTable:
 
     def _pin(self, command: Pin) -> Pinned:
         change = self._registry.pin(command.name, command.number, command.pinned)
+        status = self._status(change.entry)
         self._free(change.freed)
-        return Pinned(command.id, _status(change.entry))
+        return Pinned(command.id, status)
 
     def _delete(self, command: Delete) -> Deleted:
         name, number = command.name, command.number
@@ -220,48 +240,52 @@ class PolicyTable:
         return Exported(command.id, _version(entry), self._bundles[entry.digest].bundle)
 
     def _restore(self, command: Restore) -> Restored:
-        staged: list[str] = []
+        staged: list[Content] = []
         try:
             for version in command.versions:
-                self._require_memory(version.bundle, beside=staged)
-                self._stage(version.bundle)
-                staged.append(version.bundle.digest)
-        except (AdapterDoesNotFit, WeightsMemoryExceeded):
+                # What was served unpacked once may be so again: the base is the same.
+                self._stage(self._prepare(version.bundle, version.mode), dequantize=True)
+                staged.append(Content(version.bundle.digest, version.mode))
+        except (AdapterDoesNotFit, WeightsFull):
             self._free(staged)
             raise
         entries = [_entry(command.name, version) for version in command.versions]
         self._free(self._registry.restore(command.name, command.last, entries))
         return Restored(command.id, command.name)
 
-    @staticmethod
-    def _published(id: str, change: Change, stage_s: float, activate_s: float) -> Published:
+    def _published(self, id: str, change: Change, stage_s: float, activate_s: float) -> Published:
+        entry = change.entry
         return Published(
-            id, _version(change.entry), change.entry.live, change.unchanged, 1e3 * stage_s, 1e3 * activate_s
+            id,
+            _version(entry),
+            entry.live,
+            change.unchanged,
+            1e3 * stage_s,
+            1e3 * activate_s,
+            entry.facts.mode,
+            self._resident.size(entry.content),
         )
 
-    def _require_memory(self, bundle: AdapterBundle, beside: Sequence[str] = ()) -> None:
-        """`beside` are digests that are staged, but of no version yet."""
-        if self._weights_memory is None:
-            return
-        held = self._registry.nbytes + sum(self._bundles[digest].bundle.nbytes for digest in beside)
-        if held + bundle.nbytes > self._weights_memory:
-            raise WeightsMemoryExceeded(
-                f"The adapter has {bundle.nbytes} bytes and {held} are held by kept versions; --weights-memory "
-                f"is {self._weights_memory}. Nothing changed; keep fewer versions (--keep-versions) or allow more."
-            )
+    def _prepare(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
+        return prepare(bundle, self._dtype, mode=mode, parameters=self._parameters)
 
-    def _stage(self, bundle: AdapterBundle, prepared: PreparedBundle | None = None) -> None:
-        self._slots.stage(prepared or bundle)
-        self.slot_bytes = self._slots.nbytes
-        self._bundles.setdefault(bundle.digest, _Held(bundle, 0)).versions += 1
+    def _stage(self, prepared: PreparedBundle, *, dequantize: bool) -> None:
+        self._resident.stage(prepared, dequantize=dequantize)
+        self._count_bytes()
+        self._bundles.setdefault(prepared.bundle.digest, _Held(prepared.bundle, 0)).versions += 1
 
-    def _free(self, digests: Sequence[str]) -> None:
-        for digest in digests:
-            self._slots.release(digest)
-            held = self._bundles[digest]
+    def _free(self, contents: Sequence[Content]) -> None:
+        for content in contents:
+            self._resident.release(content)
+            held = self._bundles[content.digest]
             held.versions -= 1
             if not held.versions:
-                del self._bundles[digest]
+                del self._bundles[content.digest]
+        if contents:
+            self._count_bytes()
+
+    def _count_bytes(self) -> None:
+        self.slot_bytes, self.set_bytes = self._resident.slots.nbytes, self._resident.sets.nbytes
 
     def _resolve(self, address: PolicyAddress) -> Entry | None:
         """None for the base."""
@@ -283,12 +307,32 @@ class PolicyTable:
 
     def _line(self, name: str) -> PolicyStatus:
         live = self._registry.live(name)
-        versions = tuple(_status(entry) for entry in self._registry.versions(name))
+        versions = tuple(self._status(entry) for entry in self._registry.versions(name))
         return PolicyStatus(name, _version(live) if live else None, versions, self._registry.last(name))
 
+    def _status(self, entry: Entry) -> VersionStatus:
+        facts = entry.facts
+        return VersionStatus(
+            _version(entry),
+            facts.kind,
+            facts.mode,
+            facts.rank,
+            facts.modules,
+            entry.live,
+            entry.pinned,
+            entry.in_use,
+            facts.nbytes,
+            entry.created,
+            self._resident.size(entry.content),
+        )
 
-def _facts(bundle: AdapterBundle) -> Facts:
-    return Facts(bundle.spec.kind, MODE, bundle.rank, len(bundle.spec.modules), bundle.nbytes)
+
+def _mode(command: Publish) -> Mode:
+    return command.mode or command.bundle.spec.modes[0]
+
+
+def _facts(bundle: AdapterBundle, mode: Mode) -> Facts:
+    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
 
 
 def _entry(name: str, version: RestoredVersion) -> Entry:
@@ -297,7 +341,7 @@ def _entry(name: str, version: RestoredVersion) -> Entry:
         number=version.number,
         digest=version.bundle.digest,
         label=version.label,
-        facts=_facts(version.bundle),
+        facts=_facts(version.bundle, version.mode),
         created=version.created,
         live=version.live,
         pinned=version.pinned,
@@ -307,22 +351,6 @@ def _entry(name: str, version: RestoredVersion) -> Entry:
 
 def _version(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
-
-
-def _status(entry: Entry) -> VersionStatus:
-    facts = entry.facts
-    return VersionStatus(
-        _version(entry),
-        facts.kind,
-        facts.mode,
-        facts.rank,
-        facts.modules,
-        entry.live,
-        entry.pinned,
-        entry.in_use,
-        facts.nbytes,
-        entry.created,
-    )
 
 
 @contextmanager
@@ -340,3 +368,10 @@ def _as_ours() -> Iterator[None]:
         raise UnknownPolicy(error.message, param="policy") from error
     except AdapterDoesNotFit as error:
         raise AdapterMismatch(str(error), faults=error.faults) from error
+    except QuantisedBase as error:
+        raise Conflict(error.message, param="dequantize") from error
+    except WeightsFull as error:
+        raise WeightsMemoryExceeded(
+            f"There is no memory for this version: {error.message}, and --weights-memory allows no more. Nothing "
+            "changed; keep fewer versions (--keep-versions) or allow more."
+        ) from error

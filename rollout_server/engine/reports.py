@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rollout_server.engine.batch import Batch, Joining
+from collections.abc import Iterable
+
+from rollout_server.engine.batch import Joining
+from rollout_server.engine.batches import Batches
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import Scheduler, Ticket
@@ -29,7 +32,7 @@ class Reports:
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def progress(self, rows: list[Sequence]) -> None:
+    def progress(self, rows: Iterable[Sequence]) -> None:
         """Rows that were read: one new token each, or an error."""
         for row in rows:
             request = row.group.request
@@ -56,7 +59,7 @@ class Reports:
         """A row that was ended between two steps."""
         self._finished(row)
 
-    def release(self, rows: list[Sequence]) -> None:
+    def release(self, rows: Iterable[Sequence]) -> None:
         """Rows whose place is free: no dispatched step needs their version any more."""
         for row in rows:
             self._policies.release(row.version, 1)
@@ -127,18 +130,18 @@ class Reports:
             if not join.group.cancelled:
                 self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)
 
-    def drop(self, joining: list[Joining]) -> None:
+    def drop(self, joining: Iterable[Joining]) -> None:
         """Gives back the references of samples that never got a row."""
         for join in joining:
             if join.group.version is not None:
                 self._policies.release(join.group.version, join.count)
 
-    def has_tokens(self, id: str, batch: Batch) -> bool:
+    def has_tokens(self, id: str, batch: Batches) -> bool:
         """Whether some row of a request, reported or running, has sampled anything."""
         ticket = self._scheduler.tickets[id]
         return ticket.produced or any(row.token_ids for row in batch.rows if row.group.request.id == id)
 
-    def end_request(self, id: str, reason: str, batch: Batch) -> None:
+    def end_request(self, id: str, reason: str, batch: Batches) -> None:
         ticket = self._scheduler.tickets.get(id)
         if ticket is None:
             return
@@ -173,7 +176,9 @@ class Reports:
     ) -> None:
         """Reports samples that have no row."""
         for index in samples:
-            row = Sequence(group, index, group.request.seeds[index], group.version or self._policies.base, 0, None)
+            row = Sequence(
+                group, index, group.request.seeds[index], group.version or self._policies.base, group.placement, None
+            )
             if error is not None:
                 row.fail(error)
             else:

@@ -41,14 +41,22 @@ class Admission:
 class Scheduler:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves.
 
-    `cells(count, columns)` says how many KV columns over all rows the cache could come to fill."""
+    `longest(group)` is the most columns that a row beside which the group would run can fill, `cells(group, count,
+    columns)` how many KV columns over all rows all caches could come to fill if `count` of its samples joined."""
 
-    def __init__(self, max_rows: int, kv_cells: int, cells: Callable[[int, int], int]) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        kv_cells: int,
+        longest: Callable[[Group], int],
+        cells: Callable[[Group, int, int], int],
+    ) -> None:
         self.tickets: dict[str, Ticket] = {}
         self.waiting_requests = 0
         self._waiting: deque[Group] = deque()
         self._max_rows = max_rows
         self._kv_cells = kv_cells
+        self._longest = longest
         self._cells = cells
 
     def submit(self, submit: Submit) -> Ticket:
@@ -60,8 +68,8 @@ class Scheduler:
         self.waiting_requests += 1
         return ticket
 
-    def next_admission(self, running: int, longest: int) -> Admission | None:
-        """What may start now, given `running` rows of which none can exceed `longest` columns."""
+    def next_admission(self, running: int) -> Admission | None:
+        """What may start now, given `running` rows."""
         while self._waiting and not self._waiting[0].waiting:
             self._waiting.popleft()
         if not self._waiting:
@@ -69,9 +77,9 @@ class Scheduler:
         group = self._waiting[0]
         if group.joining:
             return None
-        columns = max(longest, group.length)
+        columns = max(self._longest(group), group.length)
         count = min(group.waiting, self._max_rows - running)
-        while count > 0 and self._cells(count, columns) > self._kv_cells:
+        while count > 0 and self._cells(group, count, columns) > self._kv_cells:
             count -= 1
         return Admission(group, count, columns) if count > 0 else None
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from adapters.resident import Placement
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.messages import ScoredSequence
@@ -32,7 +33,7 @@ class ScoreJob:
 
     id: str
     version: PolicyVersion
-    slot: int
+    placement: Placement
     sequences: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
     temperature: float = 1.0
@@ -63,7 +64,7 @@ class Scorer:
         self,
         forward: Forward,
         make_caches: Callable[[], list[Any]],
-        route: Callable[[Sequence[int]], None],
+        route: Callable[[int, Sequence[int]], None],
         vocabulary: int,
     ) -> None:
         self._forward = forward
@@ -96,7 +97,7 @@ class Scorer:
         n = end - job.fed
         if n <= 0:
             return 1
-        self._route([job.slot])
+        self._route(job.placement.parameters, [job.placement.slot])
         logits = self._forward(mx.array([tokens[job.fed : end]], dtype=mx.int32), job.caches or [])
         if scored:
             self._read(job, logits[0], tokens[job.fed + 1 : end + 1])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 
+from adapters.resident import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Prompt
 from rollout_server.errors import RolloutError
@@ -24,12 +25,12 @@ TopTokens = tuple[tuple[int, float], ...]
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The n samples of one prompt. `version` and `slot` are taken when its first sample is admitted."""
+    """The n samples of one prompt. `version` and `placement` are taken when its first sample is admitted."""
 
     request: RolloutRequest
     arrived: float = field(default_factory=time.monotonic)
     version: PolicyVersion | None = None
-    slot: int = 0
+    placement: Placement = BASE_PLACEMENT
     prompt: Prompt | None = None
     admitted: int = 0
     """Samples admitted so far; they are admitted in order."""
@@ -62,7 +63,7 @@ class Sequence:
     sample_index: int
     seed: int
     version: PolicyVersion
-    slot: int
+    placement: Placement
     text: IncrementalText | None
     """Only for rows with stop strings."""
     dispatched: int = 0

@@ -43,7 +43,7 @@ class EngineThread(threading.Thread):
             from rollout_server.engine.policy import PolicyTable
 
             model = load(self._options)
-            policies = PolicyTable.start(model, self._options)
+            policies = PolicyTable(model, self._options)
             engine = Engine(
                 model, policies, self._mailbox, self._post, self._show, prefill_tokens=self._options.prefill_tokens
             )

@@ -81,10 +81,15 @@ class _EngineState(Collector):
         yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
         yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
         yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
+        yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
+        yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
         versions = GaugeMetricFamily("rollout_versions", "Kept versions.", labels=["policy"])
         live = GaugeMetricFamily("rollout_live_version", "Where the name points; 0 for nowhere.", labels=["policy"])
         rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use kept versions.", labels=["policy"])
         nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions.", labels=["policy"])
+        resident = GaugeMetricFamily(
+            "rollout_resident_bytes", "Device memory of kept versions; equal contents share it.", labels=["policy"]
+        )
         for policy in status.policies:
             if policy.name == BASE:
                 continue
@@ -92,4 +97,5 @@ class _EngineState(Collector):
             live.add_metric([policy.name], policy.live.number if policy.live else 0)
             rows.add_metric([policy.name], sum(version.rows_in_use for version in policy.versions))
             nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
-        yield from (versions, live, rows, nbytes)
+            resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
+        yield from (versions, live, rows, nbytes, resident)

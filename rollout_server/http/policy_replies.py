@@ -26,5 +26,6 @@ def version_status(status: VersionStatus) -> dict[str, Any]:
         "pinned": status.pinned,
         "rows_in_use": status.rows_in_use,
         "bytes": status.nbytes,
+        "resident_bytes": status.resident_bytes,
         "created": status.created,
     }

@@ -89,7 +89,7 @@ class Publisher:
         for name in sorted(store.records):
             record, bundles = await asyncio.to_thread(store.load, name)
             versions = tuple(
-                RestoredVersion(v.number, bundle, v.label, v.created, v.number == record.live, v.pinned)
+                RestoredVersion(v.number, bundle, v.label, v.created, v.number == record.live, v.pinned, v.mode)
                 for v, bundle in zip(record.versions, bundles, strict=True)
             )
             await self._engine.restore(Restore(self._engine.new_id("restore"), name, record.last, versions))

@@ -16,7 +16,7 @@ from adapters.spec import AdapterError
 from adapters.store import StateStore, StoreError
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import EngineOptions, Publish
+from rollout_server.engine.messages import EngineOptions, ModelInfo, Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.problems import from_adapters
 from rollout_server.http.publishing import Publisher
@@ -80,7 +80,7 @@ def open_state(config: ServerConfig) -> StateStore | None:
         raise InvalidField(error.message, param="state_dir") from error
 
 
-def read_adapter_directory(directory: Path, layers: dict[str, tuple[int, int]]) -> AdapterBundle:
+def read_adapter_directory(directory: Path, info: ModelInfo) -> AdapterBundle:
     """The adapter that PEFT or mlx-lm saved there. Raises `AdapterInvalid` and its kin."""
     weights = next((path for name in WEIGHT_NAMES if (path := directory / name).is_file()), None)
     if weights is None:
@@ -88,7 +88,7 @@ def read_adapter_directory(directory: Path, layers: dict[str, tuple[int, int]]) 
     config_path = directory / CONFIG_NAME
     try:
         config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
-        return read_bundle(weights.read_bytes(), config, layers=layers)
+        return read_bundle(weights.read_bytes(), config, layers=info.layers, parameters=info.weights)
     except AdapterError as error:
         raise from_adapters(error) from error
     except (OSError, ValueError) as error:
@@ -136,7 +136,7 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         check_name(name, info.id)
-        bundle = await asyncio.to_thread(read_adapter_directory, directory, info.layers)
+        bundle = await asyncio.to_thread(read_adapter_directory, directory, info)
         published = await self._publisher.publish(Publish(self._engine.new_id("publish"), name, bundle))
         log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
 

@@ -9,8 +9,9 @@ from litestar import Controller, Request, Response, delete, get, patch
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
+from adapters import dense
 from adapters.bundle import FORMATS, AdapterBundle
-from adapters.spec import AdapterUnsupported
+from adapters.spec import DENSE_KINDS, AdapterUnsupported
 from rollout_server.engine.messages import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
@@ -22,7 +23,7 @@ from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.weights import DeleteReply, PinReply, PinRequest
 
-FILE_NAMES = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
+FILE_NAMES = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors", "dense": "adapters.safetensors"}
 """What each format's own library calls the file."""
 
 
@@ -66,8 +67,9 @@ class VersionController(Controller):
         "/export",
         guards=[may_infer],
         summary="A version as a file of PEFT or mlx-lm",
-        description="`format` is `peft` (default) or `mlx`; the configuration is in the metadata under "
-        "`adapter_config`. Pushed again, the file gives the same digest.",
+        description="`format` is `peft` (default for low-rank versions) or `mlx`; dense versions have a form of their "
+        "own and take none. The configuration is in the metadata under `adapter_config`. Pushed again, in the same "
+        "mode, the file gives the same digest.",
         media_type=SAFETENSORS,
         responses={
             200: ResponseSpec(
@@ -83,6 +85,7 @@ class VersionController(Controller):
         format = asked_format(request)
         service.require_restored()
         exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
+        format = format or ("dense" if exported.bundle.spec.kind in DENSE_KINDS else "peft")
         body = await asyncio.to_thread(write, exported.bundle, format)
         return Response(body, headers=file_headers(exported.version, format), media_type=SAFETENSORS)
 
@@ -112,7 +115,8 @@ def unconditional(request: Request[Any, Any, Any]) -> None:
         )
 
 
-def asked_format(request: Request[Any, Any, Any]) -> str:
+def asked_format(request: Request[Any, Any, Any]) -> str | None:
+    """None for the form that goes with the version's kind."""
     fields = list(request.query_params.multi_items())
     for name, value in fields:
         if name != "format":
@@ -121,13 +125,14 @@ def asked_format(request: Request[Any, Any, Any]) -> str:
             raise InvalidField(f"format: 'peft' or 'mlx', not {ascii(value)[:60]}.", param="format")
     if len(fields) > 1:
         raise InvalidField("The query has 'format' twice.", param="format")
-    return fields[0][1] if fields else "peft"
+    return fields[0][1] if fields else None
 
 
 def write(bundle: AdapterBundle, format: str) -> bytes:
     """The file of a bundle; runs on a thread of its own. Raises `Conflict` for what the format cannot say."""
     try:
-        return FORMATS[format].write(bundle)[0]
+        body: bytes = (dense if format == "dense" else FORMATS[format]).write(bundle)[0]
+        return body
     except AdapterUnsupported as error:
         raise Conflict(error.message, param="format") from error
 

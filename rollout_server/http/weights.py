@@ -52,7 +52,7 @@ class WeightsController(Controller):
         guards=[may_administer],
         status_code=201,
         operation_class=UploadOperation,
-        summary="Push an adapter as a new version",
+        summary="Push weights as a new version",
         description="201 for a new version, 200 where the name already has these weights.",
         responses={
             200: ResponseSpec(PushReply, description="Unchanged: these weights were already there."),
@@ -81,6 +81,8 @@ class WeightsController(Controller):
                 label=options.label,
                 if_match=match,
                 prepared=prepared,
+                mode=prepared.mode,
+                dequantize=options.dequantize == "true",
             )
         )
         reply = push_reply(published, bundle, report, service)
@@ -169,9 +171,23 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
 
 
 def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]:
-    """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own."""
-    bundle = read_bundle(upload.weights, upload.config, format=upload.options.format, layers=info.layers)
-    return prepare(bundle, info.dtype), report_on(bundle)
+    """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own. Raises
+    `InvalidField` for options that do not go with what came."""
+    options = upload.options
+    bundle = read_bundle(
+        upload.weights, upload.config, format=options.format, layers=info.layers, parameters=info.weights
+    )
+    mode = options.mode or bundle.spec.modes[0]
+    if mode not in bundle.spec.modes:
+        raise InvalidField(
+            f"mode: kind {bundle.spec.kind} has no low-rank form: leave the mode out, or send 'merged'.", param="mode"
+        )
+    if options.dequantize == "true" and mode == "adapter" and not bundle.spec.dense:
+        raise InvalidField(
+            "dequantize: an adapter leaves the base's layers as they are; it belongs to mode 'merged'.",
+            param="dequantize",
+        )
+    return prepare(bundle, info.dtype, mode=mode, parameters=info.weights), report_on(bundle)
 
 
 def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:
@@ -182,7 +198,7 @@ def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport
         "digest": version.digest,
         "label": version.label,
         "kind": bundle.spec.kind,
-        "mode": "adapter",
+        "mode": published.mode,
         "rank": bundle.rank,
         "live": published.live,
         "unchanged": published.unchanged,
@@ -191,11 +207,13 @@ def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport
         "instance": service.instance,
         "report": {
             "modules": report.modules,
+            "dense": report.dense,
             "delta_norm": report.delta_norm,
             "effective_rank": report.effective_rank,
             "largest_modules": [asdict(module) for module in report.largest_modules],
             "zero_modules": report.zero_modules,
             "bytes": report.nbytes,
+            "resident_bytes": published.resident_bytes,
         },
     }
 

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.quoting import quoted
-from rollout_server.schemas.fields import Count, Request, unsupported
+from rollout_server.schemas.fields import Count, Request
 from rollout_server.schemas.rollouts import BaseState
 
 
@@ -19,8 +18,9 @@ class WeightsOptions(Request):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     format: Literal["auto", "peft", "mlx"] = "auto"
     activate: Literal["true", "false"] = "true"
-    mode: str = "adapter"
-    dequantize: str = "false"
+    mode: Literal["adapter", "merged"] | None = None
+    """None: the usual way of the kind, `merged` for dense ones."""
+    dequantize: Literal["true", "false"] = "false"
     label: Annotated[str, Field(max_length=64)] | None = None
 
     @field_validator("label")
@@ -29,20 +29,6 @@ class WeightsOptions(Request):
         # It is shown in logs and tables.
         if not value.isprintable():
             raise PydanticCustomError("label", "must be printable characters on one line")
-        return value
-
-    @field_validator("mode")
-    @classmethod
-    def _served_mode(cls, value: str) -> str:
-        if value != "adapter":
-            raise unsupported("", f"is {quoted(value)}, which is not supported by this server yet; use 'adapter'")
-        return value
-
-    @field_validator("dequantize")
-    @classmethod
-    def _served_dequantize(cls, value: str) -> str:
-        if value != "false":
-            raise unsupported("", "belongs to mode 'merged', which this server does not support yet")
         return value
 
 
@@ -65,14 +51,19 @@ class ModuleReport(BaseModel):
 
 class PushReport(BaseModel):
     """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero).
-    `effective_rank` is exp of the entropy of ΔW's singular values, the mean over modules that are not zero."""
+    `effective_rank` is exp of the entropy of ΔW's singular values, the mean over modules that are not zero.
+    `dense` counts whole tensors; of those in place of the base's no ΔW is known, and `delta_norm` is null where there
+    are only such. `bytes` are those of the file's tensors, `resident_bytes` what the version takes of the device's
+    memory: its parameter set, and one slot of the stacks."""
 
     modules: int
-    delta_norm: float
+    dense: int
+    delta_norm: float | None
     effective_rank: float | None
     largest_modules: list[ModuleReport]
     zero_modules: list[str]
     bytes: int
+    resident_bytes: int
 
 
 @dataclass
@@ -122,6 +113,7 @@ class KeptVersion(BaseModel):
     pinned: bool
     rows_in_use: int
     bytes: int
+    resident_bytes: int = Field(description="Device memory: its parameter set, and one slot of the stacks.")
     created: float = Field(description="Unix time, seconds.")
 
 

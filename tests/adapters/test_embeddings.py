@@ -201,7 +201,7 @@ def read(model: nn.Module, kind: Any, targets: list[str], **options: Any) -> Ada
 
 def test_all_linear_leaves_them_out(tied: Load) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-    modules = peft.read({}, config, adaptable_layers(tied())).spec.modules
+    modules = peft.read({}, config, adaptable_layers(tied()), {}).spec.modules
     assert modules and all("layers" in path for path in modules)
 
 
@@ -256,12 +256,12 @@ def test_faults_are_told_in_the_files_words(load: Load) -> None:
     prefix = f"base_model.model.{EMBED}"
     del tensors[f"{prefix}.lora_embedding_B"]
     tensors[f"{prefix}.lora_embedding_A"] = tensors[f"{prefix}.lora_embedding_A"].T.copy()
-    tensors[f"{prefix}.base_layer.weight"] = np.zeros((320, 64), np.float32)
+    tensors["base_model.model.lm_head.base_layer.weight"] = np.zeros((320, 64), np.float32)
     with pytest.raises(AdapterDoesNotFit) as caught:
         read_bundle(file_of(tensors), config, layers=layers)
     assert list(caught.value.faults) == [
-        f"{prefix}.base_layer.weight is unexpected: it is the base's own weight, which PEFT adds to the file unless "
-        "saved with save_embedding_layers=False.",
+        "base_model.model.lm_head.base_layer.weight is unexpected: it is the base's own weight of a layer that the "
+        "configuration does not target.",
         f"{EMBED}.lora_embedding_B is missing: the file has only {EMBED}.lora_embedding_A.",
         f"{prefix}.lora_embedding_A has shape [320, 4] but must be [4, 320]: it looks transposed.",
     ]

@@ -197,7 +197,7 @@ def test_the_file_the_digest_and_the_norm(moe: Load) -> None:
 def test_peft_targets_never_mean_them_and_their_dora_is_refused(moe: Load) -> None:
     layers = adaptable_layers(moe())
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
-    assert all("q_proj" in path for path in peft.read({}, config, layers).spec.modules)
+    assert all("q_proj" in path for path in peft.read({}, config, layers, {}).spec.modules)
     tensors, config = random_adapter(layers, 4, 1, kind="mlx", targets=["down_proj"])
     with pytest.raises(AdapterUnsupported, match="DoRA on stacked experts"):
         read_bundle(file_of(tensors), config | {"fine_tune_type": "dora"}, layers=layers)

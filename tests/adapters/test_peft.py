@@ -18,7 +18,6 @@ from adapters.spec import (
     ModuleSpec,
 )
 from adapters.tensors import AdapterTensor, read_safetensors
-from tests.adapters.making import file_of
 
 BLOCK = {"self_attn.q_proj": (10, 6), "self_attn.k_proj": (4, 6), "mlp.down_proj": (6, 14)}
 LAYERS = {f"model.layers.{i}.{name}": shape for i in range(12) for name, shape in BLOCK.items()} | {"lm_head": (20, 6)}
@@ -27,7 +26,7 @@ LAYERS = {f"model.layers.{i}.{name}": shape for i in range(12) for name, shape i
 def targets(**fields: Any) -> dict[str, ModuleSpec]:
     """What a configuration resolves to, whatever tensors are there."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **fields}
-    return dict(peft.read({}, config, LAYERS).spec.modules)
+    return dict(peft.read({}, config, LAYERS, {}).spec.modules)
 
 
 def refused(**fields: Any) -> AdapterUnsupported:
@@ -92,7 +91,7 @@ def test_scales_are_float32() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("ensure_weight_tying", True, "ensure_weight_tying"),
         ("bias", "lora_only", "Trained biases"),
         ("lora_bias", True, "lora_bias"),
         ("peft_type", "LOHA", "LOHA"),
@@ -111,8 +110,8 @@ def test_refusals_name_the_field(field: str, value: object, sentence: str) -> No
 
 
 def test_all_refusals_come_at_once() -> None:
-    error = refused(lora_bias=True, bias="all", modules_to_save=["lm_head"])
-    assert set(error.fields) == {"lora_bias", "bias", "modules_to_save"} and len(error.reasons) == 3
+    error = refused(lora_bias=True, bias="all", trainable_token_indices=[1])
+    assert set(error.fields) == {"lora_bias", "bias", "trainable_token_indices"} and len(error.reasons) == 3
 
 
 def test_a_configuration_as_peft_saves_it_is_accepted() -> None:
@@ -152,19 +151,6 @@ def test_a_configuration_as_peft_saves_it_is_accepted() -> None:
         "use_rslora": False,
     }
     assert len(targets(**neutral)) == 12
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
-    ],
-)
-def test_parts_that_are_not_served_are_named(name: str, field: str) -> None:
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    with pytest.raises(AdapterUnsupported, match=field) as caught:
-        read_bundle(file_of({name: np.zeros(6, np.float32)}), config, layers=LAYERS)
-    assert caught.value.fields == (field,)
 
 
 # ---- what cannot be meant -----------------------------------------------------------------------------------------
@@ -216,7 +202,7 @@ def test_an_expression_that_never_ends_is_stopped() -> None:
     layers = {"a" * 64: (2, 2)}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(a|aa)+b"}
     with pytest.raises(AdapterUnreadable, match="take too long"):
-        peft.read({}, config, layers)
+        peft.read({}, config, layers, {})
 
 
 def test_how_torch_stores_a_layer_does_not_matter() -> None:

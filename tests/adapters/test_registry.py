@@ -8,6 +8,7 @@ import pytest
 from adapters.registry import (
     GONE_DIGESTS,
     Change,
+    Content,
     Facts,
     GoneVersion,
     LiveVersion,
@@ -23,6 +24,10 @@ FACTS = Facts(kind="lora", mode="adapter", rank=8, modules=14, nbytes=1000)
 
 def sha(content: object) -> str:
     return f"sha256:{hashlib.sha256(str(content).encode()).hexdigest()}"
+
+
+def as_content(of: object) -> Content:
+    return Content(sha(of), "adapter")
 
 
 def push(registry: Registry, content: object, name: str = "p", **options: object) -> Change:
@@ -123,9 +128,9 @@ def test_retention_keeps_the_newest_the_live_the_pinned_and_the_used() -> None:
     assert push(registry, 4, activate=False).freed == ()
     assert push(registry, 5, activate=False).freed == ()
     assert numbers(registry) == [1, 2, 3, 4, 5]
-    assert registry.activate("p", 5).freed == (sha(1),)
-    assert registry.release("p", 2) == (sha(2),)
-    assert registry.pin("p", 3, False).freed == (sha(3),)
+    assert registry.activate("p", 5).freed == (as_content(1),)
+    assert registry.release("p", 2) == (as_content(2),)
+    assert registry.pin("p", 3, False).freed == (as_content(3),)
     assert numbers(registry) == [4, 5]
 
 
@@ -137,7 +142,7 @@ def test_a_used_version_is_freed_with_its_last_row() -> None:
     assert registry.resolve("p", 1).in_use == 3
     registry.acquire("p", 1)
     assert registry.release("p", 1, rows=3) == ()
-    assert registry.release("p", 1) == (sha("a"),)
+    assert registry.release("p", 1) == (as_content("a"),)
     for rows in (1, 0):
         with pytest.raises(ValueError, match="release p@1"):
             registry.release("p", 1, rows)
@@ -183,7 +188,7 @@ def test_a_deleted_version_is_gone_at_once_and_freed_with_its_last_row() -> None
     for content in ("a", "b", "c"):
         push(registry, content)
     registry.pin("p", 1, True)
-    assert registry.delete("p", 1).freed == (sha("a"),), "a pin is against age, not against deletion"
+    assert registry.delete("p", 1).freed == (as_content("a"),), "a pin is against age, not against deletion"
     registry.acquire("p", 2, rows=2)
     gone = registry.delete("p", 2)
     assert gone.freed == () and gone.entries[0].in_use == 2
@@ -194,7 +199,7 @@ def test_a_deleted_version_is_gone_at_once_and_freed_with_its_last_row() -> None
     assert not push(registry, "b", activate=False).unchanged, "the same content again is a version of its own"
     registry.acquire("p", 2)
     assert registry.release("p", 2, rows=2) == ()
-    assert registry.release("p", 2) == (sha("b"),)
+    assert registry.release("p", 2) == (as_content("b"),)
     with pytest.raises(GoneVersion):
         registry.acquire("p", 2)
     with pytest.raises(LiveVersion, match="p@3 is live"):
@@ -209,7 +214,7 @@ def test_a_deleted_name_is_unknown_and_its_numbers_go_on() -> None:
     for content in ("a", "b"):
         push(registry, content)
     registry.acquire("p", 2)
-    assert registry.delete_name("p").freed == (sha("a"),)
+    assert registry.delete_name("p").freed == (as_content("a"),)
     assert registry.names == () and registry.last("p") == 2
     for verb in (registry.resolve, registry.versions, registry.live, registry.delete_name):
         with pytest.raises(UnknownName, match="deleted"):
@@ -217,7 +222,7 @@ def test_a_deleted_name_is_unknown_and_its_numbers_go_on() -> None:
     with pytest.raises(GoneVersion):
         registry.resolve("p", 2)
     assert push(registry, "b").entry.number == 3
-    assert registry.release("p", 2) == (sha("b"),)
+    assert registry.release("p", 2) == (as_content("b"),)
     assert numbers(registry) == [3]
 
 
@@ -233,7 +238,7 @@ def test_a_restored_name_goes_on_where_it_was() -> None:
     assert second.resolve("p").number == 2
     with pytest.raises(GoneVersion):
         second.resolve("p", 7)
-    assert second.activate("p", 3).freed == (sha("b"),)
+    assert second.activate("p", 3).freed == (as_content("b"),)
     assert push(second, "d").entry.number == 8
     with pytest.raises(ValueError, match="known already"):
         second.restore("p", 7, ())
@@ -247,7 +252,7 @@ def test_keeping_nothing_is_refused() -> None:
         Registry(0)
 
 
-def let_go(registry: Registry, verb: str, name: str, number: int) -> tuple[str, ...]:
+def let_go(registry: Registry, verb: str, name: str, number: int) -> tuple[Content, ...]:
     """Pins, unpins, deletes one or all; returns what was freed."""
     if verb == "forget":
         return registry.delete_name(name).freed
@@ -269,8 +274,8 @@ def test_random_sequences(seed: int) -> None:
     rows: dict[tuple[str, int], int] = {}
     last: dict[str, int] = {}
 
-    def settle(freed: tuple[str, ...]) -> None:
-        for digest in freed:
+    def settle(freed: tuple[Content, ...]) -> None:
+        for digest, _ in freed:
             staged[digest] -= 1
             assert staged[digest] >= 0
 

@@ -61,7 +61,7 @@ class Driver:
         events: list[Event] = []
         engine = Engine(
             model,
-            PolicyTable.start(model, chosen),
+            PolicyTable(model, chosen),
             mailbox,
             events.extend,
             lambda status: setattr(driver, "status", status),

@@ -192,11 +192,14 @@ class Promises:
         """Slots are those of the digests that versions have, and each is counted as often as versions have it."""
         policies = self.driver.engine._policies
         lines = policies._registry._lines.values()
-        wanted = Counter(v.digest for line in lines for held in (line.kept, line.leaving) for v in held.values())
-        residents = policies._slots._residents
-        assert Counter({digest: resident.references for digest, resident in residents.items()}) == wanted
-        assert len({resident.slot for resident in residents.values()}) == len(residents)
-        assert Counter({digest: held.versions for digest, held in policies._bundles.items()}) == wanted
+        kept = [v for line in lines for held in (line.kept, line.leaving) for v in held.values()]
+        wanted = Counter((v.digest, v.facts.mode) for v in kept)
+        residents = policies._resident._residents
+        assert Counter({tuple(content): resident.references for content, resident in residents.items()}) == wanted
+        assert len({resident.placement for resident in residents.values()}) == len(residents)
+        assert Counter({digest: held.versions for digest, held in policies._bundles.items()}) == Counter(
+            v.digest for v in kept
+        )
 
     def _check_rows(self) -> None:
         batch = self.driver.engine._batch

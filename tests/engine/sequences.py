@@ -107,7 +107,7 @@ class Player:
                     self.turn(0)
             self.drain()
         finally:
-            self.driver.engine._policies._slots.unmount()
+            self.driver.engine._policies._resident.slots.unmount()
         return self.promises.checked
 
     def turn(self, count: int, *_: int) -> None:
@@ -128,7 +128,7 @@ class Player:
         self.turn(0)
         self.turn(0)
         engine = self.driver.engine
-        assert not holders(self.driver) and not engine._policies._slots.slots_in_use and not engine._policies._bundles
+        assert not holders(self.driver) and not engine._policies._resident._residents and not engine._policies._bundles
         assert (engine._batch.size, engine._scheduler.waiting_requests, len(engine._scheduler.tickets)) == (0, 0, 0)
 
     def send(self, command: Any) -> None:
@@ -223,7 +223,7 @@ class Player:
 
     def fault(self, *_: int) -> None:
         """The next forward of the batch fails, if there is one in this turn."""
-        batch = self.driver.engine._batch
+        batch = self.driver.engine._batch[0]
         forward = batch._forward
 
         def broken(*_: object) -> None:

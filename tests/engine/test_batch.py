@@ -24,7 +24,7 @@ JOINED = ["mamba2", "granitemoehybrid", "falcon_h1"]
 
 def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
     """max(1e-5, 5e-6 · max|logit|): float32 products of other shapes are summed in another order."""
-    driver.engine._policies.route([0])
+    driver.engine._policies.route(0, [0])
     model = driver.model
     tokens = list(rows[0].prompt_ids + rows[0].token_ids)
     logits = model.forward(mx.array([tokens], dtype=mx.int32), model.make_caches())
@@ -131,7 +131,7 @@ def test_a_group_prefills_once_and_later_samples_reuse_it(
         return forward(tokens, caches)
 
     prompt = prompts_of([60], 286)[0]
-    driver.engine._batch._forward = lambda tokens, caches: counting(model, tokens, caches)
+    driver.engine._batch[0]._forward = lambda tokens, caches: counting(model, tokens, caches)
     rows = driver.generate([prompt], n=12, max_tokens=6, ignore_eos=True)
     assert sum(length for length in fed if length > 1) == 59
     assert len({row.token_ids for row in rows}) > 6
@@ -210,18 +210,16 @@ def test_a_failing_step_fails_its_rows_by_name_and_the_engine_goes_on(base: Driv
     id = base.submit([prompt], seed=2, max_tokens=10, ignore_eos=True)
     base.turn(4)
     late = base.submit([prompt[:5]], max_tokens=3)
-    forward = base.engine._batch._forward
 
     def broken(tokens: mx.array, caches: list) -> mx.array:  # type: ignore[type-arg]
         raise ValueError("the device is on fire")
 
-    base.engine._batch._forward = broken
+    base.engine._batch[0]._forward = broken
     base.finish(id, turns=3)
     row = base.rollouts(id)[0]
     assert row.finish_reason is FinishReason.ERROR and row.error is not None
     assert row.error.code == EngineFault.code and "on fire" in row.error.message
     assert row.token_ids == expected.token_ids[: len(row.token_ids)] and row.token_ids
-    base.engine._batch._forward = forward
     base.finish(late)
     assert base.generate([prompt], seed=2, max_tokens=10, ignore_eos=True)[0].token_ids == expected.token_ids
 
@@ -235,7 +233,7 @@ def test_admission_stays_inside_the_kv_memory(bare_model: Callable[[str], Reside
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch._store.nbytes)
+        largest = max(largest, driver.engine._batch[0]._store.nbytes)
     assert 0 < largest <= limit
     assert len(driver.rollouts(id)) == 30 and all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
@@ -245,12 +243,12 @@ def test_kv_is_written_in_place(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 47, 286), max_tokens=60, ignore_eos=True)
     base.until(lambda: base.status.running == 48 and not base.engine._batch.joining)
     base.turn(3)
-    held = base.engine._batch._store.nbytes
+    held = base.engine._batch[0]._store.nbytes
     mx.synchronize()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     base.turn(6)
-    per_layer = held / len(base.engine._batch._store.layers)
+    per_layer = held / len(base.engine._batch[0]._store.layers)
     assert mx.get_peak_memory() - before < 0.5 * per_layer
     base.abort(id)
     base.finish(id)
@@ -265,7 +263,7 @@ def test_a_long_row_is_admitted_after_many_short_ones(bare_model: Callable[[str]
     id = driver.submit(prompts_of([400], 286), max_tokens=80, ignore_eos=True)
     driver.finish(id, turns=200)
     assert len(driver.rollouts(id)[0].token_ids) == 80
-    assert driver.engine._batch._store.nbytes <= small.info.kv_memory
+    assert driver.engine._batch[0]._store.nbytes <= small.info.kv_memory
 
 
 @pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
@@ -280,7 +278,7 @@ def test_joined_rows_stay_inside_the_kv_memory(
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch._store.nbytes)
+        largest = max(largest, driver.engine._batch[0]._store.nbytes)
     assert 0 < largest <= limit
     assert all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
@@ -289,7 +287,7 @@ def test_a_group_joins_without_copying_the_cache(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 39, 286), max_tokens=60, ignore_eos=True)
     base.until(lambda: base.status.running == 40 and not base.engine._batch.joining)
     base.turn(3)
-    per_layer = base.engine._batch._store.nbytes / len(base.engine._batch._store.layers)
+    per_layer = base.engine._batch[0]._store.nbytes / len(base.engine._batch[0]._store.layers)
     group = base.submit(prompts_of([20], 286), n=8, max_tokens=5, ignore_eos=True)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -312,13 +310,13 @@ def test_a_stopped_row_s_last_look_ahead_leaves_nothing_behind(
     embedding.weight[stop] = mx.full(embedding.weight.shape[1:], mx.inf)
     # The head is tied: take the row out of it again by sampling greedily from a model whose logits stay finite.
     healthy = [token for token in prompts_of([12], 286, seed=9)[0] if token != stop]
-    driver.engine._batch._forward = lambda tokens, caches: mx.nan_to_num(
+    driver.engine._batch[0]._forward = lambda tokens, caches: mx.nan_to_num(
         driver.model.forward(tokens, caches), nan=-50.0, posinf=-50.0, neginf=-50.0
     )
     ended = driver.generate([prompt], n=2, seed=1, max_tokens=30, stop_token_ids=tuple(range(200)))
     assert any(row.finish_reason is FinishReason.STOP for row in ended)
     driver.turn(3)
-    store = driver.engine._batch._store
+    store = driver.engine._batch[0]._store
     assert all(bool(mx.isfinite(layer.keys).all()) and bool(mx.isfinite(layer.values).all()) for layer in store.layers)
     assert driver.generate([healthy], max_tokens=5)[0].token_ids
 

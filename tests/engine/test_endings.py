@@ -221,7 +221,7 @@ def _once(error: Exception):  # type: ignore[no-untyped-def]
 
 
 def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Driver) -> None:
-    slots = driver.engine._policies._slots
+    slots = driver.engine._policies._resident.slots
     stage = slots.stage
     slots.stage, calls = _once(RuntimeError("no memory for it"))
     id = driver.publish("p", driver.bundle(1))
@@ -234,7 +234,7 @@ def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Drive
 
 
 def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
-    store = base.engine._batch._store
+    store = base.engine._batch[0]._store
     store.begin, calls = _once(RuntimeError("no room"))
     id = base.submit([PROMPT], n=2, max_tokens=5)
     base.finish(id, turns=3)

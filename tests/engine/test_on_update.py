@@ -25,10 +25,10 @@ def reread(driver: Driver, row: Rollout) -> list[float]:
     policies = driver.engine._policies
     tokens = list(row.prompt_ids) + list(row.token_ids)
     first = row.spans[0].version
-    policies.route([policies._slots.slot(first.digest)])
+    policies.route(0, [policies._resident.slots.slot(first.digest)])
     driver.model.forward(mx.array([tokens[: len(row.prompt_ids) - 1]]), caches)
     for span in row.spans:
-        policies.route([policies._slots.slot(span.version.digest)])
+        policies.route(0, [policies._resident.slots.slot(span.version.digest)])
         for index in range(span.start, span.end):
             at = len(row.prompt_ids) - 1 + index
             logits = driver.model.forward(mx.array([[tokens[at]]]), caches)[0, -1].astype(mx.float32)

@@ -17,6 +17,7 @@ from adapters.registry import (
     Registry,
     RegistryError,
 )
+from adapters.spec import Mode
 from rollout_server.engine.messages import (
     Activate,
     Delete,
@@ -55,7 +56,7 @@ class FakeVersions:
             change = self.registry.publish(
                 publish.name,
                 bundle.digest,
-                facts(bundle),
+                facts(bundle, publish.mode or "adapter"),
                 created=1700000000.0,
                 activate=publish.activate,
                 label=publish.label,
@@ -100,7 +101,7 @@ class FakeVersions:
                     kept.number,
                     kept.bundle.digest,
                     kept.label,
-                    facts(kept.bundle),
+                    facts(kept.bundle, kept.mode),
                     kept.created,
                     kept.live,
                     kept.pinned,
@@ -141,8 +142,8 @@ class FakeVersions:
         return tuple(found)
 
 
-def facts(bundle: AdapterBundle) -> Facts:
-    return Facts(bundle.spec.kind, "adapter", bundle.rank, len(bundle.spec.modules), bundle.nbytes)
+def facts(bundle: AdapterBundle, mode: Mode) -> Facts:
+    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
 
 
 def version(entry: Entry) -> PolicyVersion:
@@ -166,7 +167,8 @@ def status(entry: Entry) -> VersionStatus:
 
 
 def published(id: str, change: Change, stage_ms: float, activate_ms: float) -> Published:
-    return Published(id, version(change.entry), change.entry.live, change.unchanged, stage_ms, activate_ms)
+    entry = change.entry
+    return Published(id, version(entry), entry.live, change.unchanged, stage_ms, activate_ms, entry.facts.mode)
 
 
 @contextmanager

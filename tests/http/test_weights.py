@@ -72,6 +72,17 @@ def test_a_body_without_a_length_is_read_as_it_comes(client: Client, adapter: Ca
     assert response.json()["label"] == "x"
 
 
+def test_the_mode_is_part_of_what_a_version_is(client: Client, engine: FakeEngine, push: Callable[..., Any]) -> None:
+    first, merged = push().json(), push(mode="merged", dequantize="true").json()
+    assert (first["mode"], merged["mode"]) == ("adapter", "merged") and first["digest"] == merged["digest"]
+    assert (merged["version"], merged["unchanged"]) == (2, False)
+    sent = engine.published[-1]
+    assert (sent.mode, sent.dequantize) == ("merged", True) and sent.prepared is not None
+    assert sent.prepared.dtype == "float32"
+    assert push(mode="merged").json()["unchanged"] is True
+    assert [v["mode"] for v in client.get("/v1/weights/policy").json()["versions"]] == ["adapter", "merged"]
+
+
 def test_options_reach_the_engine(client: Client, engine: FakeEngine, push: Callable[..., Any]) -> None:
     push(activate="false", format="peft", headers={"if-match": '"7"'})
     sent = engine.published[-1]
@@ -93,10 +104,11 @@ def test_if_match_is_a_version_or_a_digest(
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"mode": "merged"}, "unsupported_field", "mode"),
-        ({"dequantize": "true"}, "unsupported_field", "dequantize"),
-        ({"config": PEFT_CONFIG | {"kind": "delta"}}, "unsupported_field", "config.kind"),
-        ({"config": {"kind": "full"}}, "unsupported_field", "config.kind"),
+        ({"mode": "both"}, "invalid_field", "mode"),
+        ({"dequantize": "yes"}, "invalid_field", "dequantize"),
+        ({"dequantize": "true"}, "invalid_field", "dequantize"),
+        ({"config": PEFT_CONFIG | {"kind": "delta"}}, "unsupported_field", "config.peft_type"),
+        ({"config": {"kind": "soup"}}, "unsupported_field", "config.kind"),
         ({"config": PEFT_CONFIG | {"lora_bias": True}}, "unsupported_field", "config.lora_bias"),
         ({"format": "gguf"}, "invalid_field", "format"),
         ({"activate": "yes"}, "invalid_field", "activate"),
@@ -131,7 +143,7 @@ def test_the_query_is_as_strict_as_the_form(
         return client.post(f"/v1/weights?{query}", content=adapter(config=True), headers=OCTETS)
 
     problem(send("name=policy&colour=red"), 400, "invalid_field", "colour")
-    problem(send("name=policy&mode=merged"), 400, "unsupported_field", "mode")
+    problem(send("name=policy&mode=both"), 400, "invalid_field", "mode")
     problem(send("name=policy&name=other"), 400, "invalid_field", "name")
     problem(send(""), 400, "invalid_field", "name")
     problem(send("name=policy&config=%7B"), 400, "bad_body", "config")

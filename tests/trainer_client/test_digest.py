@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from adapters.bundle import read_bundle
+from adapters.spec import Parameter
 from trainer_client.digest import adapter_digest
 from trainer_client.tensors import host_tensors, safetensors_body
 
@@ -170,11 +171,10 @@ def test_the_scale_is_the_shortest_decimal_of_its_float32() -> None:
     [
         (as_peft(), peft_config(use_dora=True)),
         ({**as_peft(), "base_model.model.q.lora_magnitude_vector": np.ones(3, np.float32)}, peft_config()),
-        ({"q.weight": np.zeros((3, 3), np.float32)}, {"kind": "delta"}),
         (as_mlx(), {"fine_tune_type": "dora", "lora_parameters": {"rank": 3, "scale": 1.0}}),
         (as_mlx(), {"fine_tune_type": "lora", "lora_parameters": {"rank": 3}}),
     ],
-    ids=["no magnitudes", "magnitude", "dense", "mlx no magnitudes", "no scale"],
+    ids=["no magnitudes", "magnitude", "mlx no magnitudes", "no scale"],
 )
 def test_what_it_is_not_defined_for_has_none(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     assert digest(tensors, config) is None
@@ -189,3 +189,31 @@ def test_it_is_left_to_the_server_where_only_that_knows_the_base_s_names(layer: 
     plain = {name.replace(layer, "model.layers.0.q"): value for name, value in tensors.items()}
     assert digest(plain, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}) is not None
     assert digest(plain, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": ["q.weight"]}) is None
+
+
+@pytest.mark.parametrize("kind", ["delta", "full", "mlx", "modules_to_save", "base_layer"])
+def test_dense_tensors_have_the_name_of_the_parameter(kind: str) -> None:
+    """The server's digest of the same file, which stands on the path of each parameter."""
+    head, bias = np.ones((10, 8), "<f2"), np.arange(8, dtype="<f4")
+    layers = LAYERS | {"lm_head": (10, 8)}
+    parameters = {"lm_head.weight": Parameter((10, 8), "float32"), "model.norm.weight": Parameter((8,), "float32")}
+    tensors: dict[str, Any] = {"lm_head.weight": head, "model.norm.weight": bias}
+    config: dict[str, Any] = {"kind": kind}
+    named: dict[str, Any]
+    if kind == "mlx":
+        config = {"fine_tune_type": "full", "num_layers": -1}
+    elif kind == "modules_to_save":
+        named = {"base_model.model.lm_head.modules_to_save.default.weight": head}
+        named["base_model.model.model.norm.weight"] = bias
+        tensors, config = as_peft() | named, peft_config(modules_to_save=["lm_head", "norm"])
+    elif kind == "base_layer":
+        a, b = np.ones((RANK, 8), "f4"), np.ones((10, RANK), "f4")
+        named = {f"lm_head.{part}.weight": v for part, v in (("lora_A", a), ("lora_B", b), ("base_layer", head))}
+        tensors, config = as_peft() | named, peft_config(target_modules=["q_proj", "down_proj", "lm_head"])
+    host = host_tensors(tensors)
+    body = bytes(safetensors_body(host, config))
+    assert adapter_digest(host, config) == read_bundle(body, None, layers=layers, parameters=parameters).digest
+    if kind == "full":
+        text = b'{"kind":"full","modules":{}}lm_head.weight F16 [10,8]\n' + head.tobytes()
+        text += b"model.norm.weight F32 [8]\n" + bias.tobytes()
+        assert adapter_digest(host, config) == "sha256:" + hashlib.sha256(text).hexdigest()

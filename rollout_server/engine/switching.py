@@ -1,0 +1,54 @@
+"""What running rows do when the name they follow moves on: `on_update` and `max_staleness`."""
+
+from __future__ import annotations
+
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.sequence import Sequence
+from rollout_server.rollout import FinishReason, OnUpdate
+
+
+class Switching:
+    """`kv_cells` is how many KV columns all batches may fill together."""
+
+    def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports, kv_cells: int) -> None:
+        self._policies = policies
+        self._batches = batches
+        self._reports = reports
+        self._kv_cells = kv_cells
+
+    def follow(self, row: Sequence) -> None:
+        """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
+        request = row.group.request
+        if not row.running or not request.policy.follows:
+            return
+        alias = self._policies.alias(request.policy.name)
+        if alias is None or alias == row.version.number:
+            return
+        stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
+        if request.on_update is OnUpdate.SWITCH:
+            self._switch(row)
+        elif request.on_update is OnUpdate.ABORT or stale:
+            row.end(FinishReason.SUPERSEDED, f"{request.policy.name}@{alias}")
+            self._reports.ended(row)
+
+    def _switch(self, row: Sequence) -> None:
+        """Its next token is of the version that is live now, over the KV it has."""
+        address = row.group.request.policy
+        parameters = self._policies.placement(address).parameters
+        if parameters != row.placement.parameters:
+            # It changes its batch, and what is in flight says where it stands.
+            self._reports.progress(self._batches.settle())
+            if not row.running:
+                return
+            if not self._batches.move(row, parameters, self._kv_cells):
+                row.end(FinishReason.SUPERSEDED, f"{address.name}@{self._policies.alias(address.name)}")
+                self._reports.ended(row)
+                self._reports.release([row])
+                return
+        old = row.version
+        row.version, row.placement = self._policies.acquire(address, 1, None)
+        row.switched = True
+        # A step in flight may still read the old version's slot: it is written again only after that was read.
+        self._policies.release(old, 1)
