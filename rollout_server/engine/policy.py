@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -97,15 +97,15 @@ class PolicyTable:
         Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
         entry = self._resolve(address)
         if min_version is not None:
-            self._require_version(address, min_version)
+            self.require(address, min_version)
         if entry is None:
             return self.base, BASE_SLOT
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
         return _version(entry), self._slots.slot(entry.digest)
 
-    def _require_version(self, address: PolicyAddress, min_version: int) -> None:
-        """Raises `StalePolicy` unless the alias has come that far; for the base it never will."""
+    def require(self, address: PolicyAddress, min_version: int) -> None:
+        """Raises `StalePolicy` unless the alias has come that far; not retryable for the base, which never will."""
         alias = None if address.name == BASE else self._registry.live(address.name)
         number = alias.number if alias else 0
         if number < min_version:
@@ -114,6 +114,11 @@ class PolicyTable:
             )
             error.retryable = address.name != BASE
             raise error
+
+    def behind(self, address: PolicyAddress, min_version: int) -> bool:
+        """Whether a name has not come as far as that, but still may."""
+        alias = self.alias(address.name)
+        return alias is not None and alias < min_version
 
     def alias(self, name: str) -> int | None:
         """The number of the live version; None if there is none."""
@@ -135,6 +140,11 @@ class PolicyTable:
     def route(self, slots: Sequence[int]) -> None:
         """Row i of the next forwards uses slots[i]."""
         self._slots.route(slots)
+
+    @staticmethod
+    def apart(slot: Hashable) -> Hashable:
+        """Rows share a forward only if this is equal for their slots: one set of base weights serves them all."""
+        return None
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
