@@ -126,7 +126,12 @@ class Family:
 
     @property
     def length(self) -> int:
+        """KV columns the longest of those that wait fills."""
         return max(passage.length for passage in self.waiting)
+
+    def own(self, passage: Passage) -> int:
+        """Inputs a passage that is not seated has to read besides the prompt."""
+        return passage.left - len(self.prompt.tokens)
 
 
 @dataclass(slots=True, eq=False)

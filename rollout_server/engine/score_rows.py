@@ -77,7 +77,10 @@ class SlotReader:
 
     @property
     def left(self) -> int:
-        return sum(passage.left for passage in self._held)
+        prompts = [joining.prompt for joining in self._joining]
+        joining = sum(each.family.own(passage) for each in self._joining for passage in each.passages)
+        unread = sum(len(prompt.tokens) - prompt.fed for prompt in prompts)
+        return unread + joining + sum(passage.left for passage in self._seated)
 
     @property
     def cells(self) -> int:

@@ -105,13 +105,13 @@ class ScoringQueue:
         reader = self._reader
         if reader.size and (crowded or not self._fits(reader.cells_with(1, family.length))):
             return 0
-        left, count = reader.left, 0
+        left, count = reader.left + len(family.prompt.tokens) - family.prompt.fed, 0
         for passage in family.waiting:
             if reader.size + count >= reader.limit:
                 break
             if count and (left >= budget or crowded or not self._fits(reader.cells_with(count + 1, family.length))):
                 break
-            left, count = left + passage.left, count + 1
+            left, count = left + family.own(passage), count + 1
         return count
 
     # ---- endings --------------------------------------------------------------------------------------------------
