@@ -40,7 +40,9 @@ class Scored:
     temperature: float
     """What the logits were divided by first."""
     versions: tuple[PolicyRef, ...]
-    """What scored them."""
+    """All that scored them."""
+    spans: tuple[tuple[Span, ...], ...]
+    """Per sequence, what its positions were read under, counted from `start`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -157,6 +159,10 @@ def parse_scored(reply: Reply) -> Scored:
         versions=tuple(
             PolicyRef(need(entry, "policy", str), need(entry, "version", int), need(entry, "digest", str))
             for entry in need_objects(body, "versions")
+        ),
+        spans=tuple(
+            tuple(_span(span, f"sequence {index}") for span in entry.get("versions") or ())
+            for index, entry in enumerate(sequences)
         ),
     )
 
