@@ -132,7 +132,12 @@ class Engine:
     @property
     def _busy(self) -> bool:
         return bool(
-            self._batch.active or self._batch.joining or self._scoring.busy or self._changes or self._scheduler.pressing
+            self._batch.active
+            or self._batch.joining
+            or self._scoring.busy
+            or self._reports.has_complete
+            or self._changes
+            or self._scheduler.pressing
         )
 
     def _take_commands(self) -> None:

@@ -153,6 +153,8 @@ class ScoreJob:
     """Those with passages that are not in the reader yet."""
     reading: int = 0
     """Passages in the reader."""
+    open: int = 0
+    """Passages that have not ended."""
 
     def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
         """A family of (tokens, start, spans with their slots) whose first `shared` inputs are the same."""
@@ -164,12 +166,9 @@ class ScoreJob:
             self.passages.append(passage)
             if not passage.ended:
                 made.append(passage)
+        self.open += len(made)
         if made:
             first = made[0].leg
             # A single sequence shares with nobody: its prompt is all that needs no values.
             shared = min(shared if len(members) > 1 else first.scored, first.scored)
             self.families.append(Family(Prompt(made[0].tokens[:shared], first.slot), deque(made)))
-
-    @property
-    def done(self) -> bool:
-        return all(passage.ended for passage in self.passages)

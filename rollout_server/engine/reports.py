@@ -28,6 +28,10 @@ class Reports:
     def add(self, event: Event) -> None:
         self._events.append(event)
 
+    @property
+    def has_complete(self) -> bool:
+        return bool(self._complete)
+
     def take_complete(self) -> list[Group]:
         """Groups whose last row ended and of which some row waits for its values under the base."""
         groups, self._complete = self._complete, []

@@ -64,6 +64,8 @@ class SlotReader:
         self._rows = make_rows()
         self._joining: list[_Joining] = []
         self._seated: list[Passage] = []
+        self._kept: list[Family] = []
+        """Families whose prompt's KV is kept for passages that still wait."""
 
     # ---- what it holds --------------------------------------------------------------------------------------------
 
@@ -84,14 +86,12 @@ class SlotReader:
 
     @property
     def cells(self) -> int:
-        return self.cells_with(0, 0) if self._held else 0
+        return self.cells_with(0, 0) if self._held or self._kept else 0
 
     def cells_with(self, count: int, columns: int) -> int:
         held = self._held
         longest = max([columns, *(passage.length for passage in held)])
-        kept = {id(passage.job): passage.job for passage in held}.values()
-        prompts = (family.prompt for job in kept for family in job.families)
-        return self._rows.cells(count, longest) + sum(len(prompt.tokens) for prompt in prompts if prompt.kept)
+        return self._rows.cells(count, longest) + sum(len(family.prompt.tokens) for family in self._kept)
 
     # ---- joining and leaving --------------------------------------------------------------------------------------
 
@@ -101,6 +101,7 @@ class SlotReader:
         self._rows.begin(family.prompt, count, longest)
         family.joining = True
         self._joining.append(_Joining(family, passages))
+        self._kept = [kept for kept in self._kept if kept is not family] + [family] * bool(family.waiting)
 
     def _seat(self) -> None:
         """Passages whose prompt was read get their own places."""
@@ -116,6 +117,7 @@ class SlotReader:
             self._joining.remove(joining)
 
     def drop(self, job: ScoreJob) -> None:
+        self._kept = [family for family in self._kept if family not in job.families]
         joining = [joining for joining in self._joining if joining.passages[0].job is job]
         self._joining = [joining for joining in self._joining if joining.passages[0].job is not job]
         seated = [passage for passage in self._seated if passage.job is job]
@@ -137,7 +139,7 @@ class SlotReader:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
 
     def reset(self) -> None:
-        self._joining, self._seated, self._rows = [], [], self._make_rows()
+        self._joining, self._seated, self._kept, self._rows = [], [], [], self._make_rows()
 
     # ---- reading --------------------------------------------------------------------------------------------------
 

@@ -73,9 +73,10 @@ class ScoringQueue:
         self.computing = False
         for passage in ended:
             passage.job.reading -= 1
+            passage.job.open -= 1
             if passage.fault is not None:
                 self._fail(passage.job, passage.fault)
-        for job in [job for job in self._jobs if job.done]:
+        for job in [job for job in self._jobs if not job.open]:
             self._close(job)
             job.finished(tuple(passage.scored for passage in job.passages))
 

@@ -162,8 +162,10 @@ def test_rows_that_failed_have_them_for_what_they_have(driver: Driver) -> None:
         raise ValueError("the device is on fire")
 
     batch.step = broken  # type: ignore[assignment, method-assign]
+    driver.turn()
+    assert driver.engine._busy, "the pass does not wait for the next command"
+    batch.step = step  # type: ignore[method-assign]
     driver.finish(id)
-    del step
     rows = driver.rollouts(id)
     assert {row.finish_reason for row in rows} == {FinishReason.ERROR} and all(row.token_ids for row in rows)
     assert_base(driver, rows)
