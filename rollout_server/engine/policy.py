@@ -90,7 +90,7 @@ class PolicyTable:
         Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
         entry = self._resolve(address)
         if min_version is not None:
-            self._require_version(address, min_version)
+            self.require(address, min_version)
         if entry is None:
             return self.base, BASE_PLACEMENT
         self._registry.acquire(entry.name, entry.number, rows)
@@ -105,8 +105,8 @@ class PolicyTable:
             entry = None
         return self._resident.placement(entry.content) if entry else BASE_PLACEMENT
 
-    def _require_version(self, address: PolicyAddress, min_version: int) -> None:
-        """Raises `StalePolicy` unless the alias has come that far; for the base it never will."""
+    def require(self, address: PolicyAddress, min_version: int) -> None:
+        """Raises `StalePolicy` unless the alias has come that far; not retryable for the base, which never will."""
         alias = None if address.name == BASE else self._registry.live(address.name)
         number = alias.number if alias else 0
         if number < min_version:
@@ -115,6 +115,11 @@ class PolicyTable:
             )
             error.retryable = address.name != BASE
             raise error
+
+    def behind(self, address: PolicyAddress, min_version: int) -> bool:
+        """Whether a name has not come as far as that, but still may."""
+        alias = self.alias(address.name)
+        return alias is not None and alias < min_version
 
     def alias(self, name: str) -> int | None:
         """The number of the live version; None if there is none."""
@@ -136,6 +141,15 @@ class PolicyTable:
     def route(self, parameters: int, slots: Sequence[int]) -> None:
         """The next forwards use this parameter set, and row i of them slots[i]."""
         self._resident.route(parameters, slots)
+
+    def route_rows(self, placements: Sequence[Placement]) -> None:
+        """Row i of the next forwards is placed at placements[i]; all have the same `apart`."""
+        self.route(placements[0].parameters, [placement.slot for placement in placements])
+
+    @staticmethod
+    def apart(placement: Placement) -> int:
+        """Rows share a forward only if this is equal for them: one set of weights serves them all."""
+        return placement.parameters
 
     @property
     def sets(self) -> tuple[int, ...]:
