@@ -41,6 +41,7 @@ from rollout_server.engine.messages import (
     Submit,
     TokensSampled,
 )
+from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.rollout import RolloutRequest, tiling_fault
@@ -185,21 +186,34 @@ class EngineHandle:
             if spans is not None and (fault := tiling_fault(spans, len(tokens) - start)):
                 raise InvalidField(f"The versions of a sequence do not fit it: {fault}.", param="sequences")
         for tokens, start in zip(score.sequences, score.starts, strict=True):
-            self._check_ids(tokens, "sequences")
             if not 0 <= start < len(tokens):
                 raise InvalidField(
                     f"start is {start}, but the sequence has {len(tokens)} tokens: it lies within them.",
                     param="sequences",
                 )
-            if len(tokens) > self.info.max_model_len:
-                raise ContextExceeded(
-                    f"A sequence has {len(tokens)} tokens; the context holds {self.info.max_model_len}.",
-                    param="sequences",
-                )
+            self._check_sequence(tokens, "sequences")
+        return await self._answered(score)
+
+    async def replay(self, replay: Replay) -> Replayed:
+        """Draws the tokens of recorded rows again and compares."""
+        self._require_ready()
+        self._require_room()
+        for row in replay.rows:
+            if row.spans and (fault := tiling_fault(row.spans, len(row.token_ids))):
+                raise InvalidField(f"The versions of a rollout do not fit it: {fault}.", param="rollouts")
+            if not len(row.token_ids) == len(row.judged) == len(row.logprobs):
+                raise InvalidField("The arrays of a rollout differ in length.", param="rollouts")
+            if not row.prompt_ids:
+                raise InvalidField("A rollout has no prompt.", param="rollouts")
+            self._check_sequence(row.prompt_ids + row.token_ids, "rollouts")
+        return await self._answered(replay)
+
+    async def _answered(self, command: Score | Replay) -> Any:
+        """What is no longer wanted is not read to its end."""
         try:
-            return await self._ask(score)
+            return await self._ask(command)
         except asyncio.CancelledError:
-            self._mailbox.put(Abort((score.id,), "disconnect"))
+            self._mailbox.put(Abort((command.id,), "disconnect"))
             raise
 
     async def publish(self, publish: Publish) -> Published:
@@ -286,9 +300,16 @@ class EngineHandle:
             wrong = next(token for token in tokens if not 0 <= token < vocabulary)
             raise InvalidField(f"Token id {wrong} is outside the vocabulary of {vocabulary}.", param=param)
 
+    def _check_sequence(self, tokens: Sequence[int], param: str) -> None:
+        self._check_ids(tokens, param)
+        if len(tokens) > self.info.max_model_len:
+            raise ContextExceeded(
+                f"A sequence has {len(tokens)} tokens; the context holds {self.info.max_model_len}.", param=param
+            )
+
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Score | Ping) -> Any:
+    async def _ask(self, command: PolicyCommand | Score | Replay | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

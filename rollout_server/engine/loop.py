@@ -33,6 +33,7 @@ from rollout_server.engine.messages import (
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.references import References
+from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
@@ -83,7 +84,7 @@ class Engine:
             lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
         )
         self._reports = Reports(self._scheduler, policies)
-        self._references = References(self._scoring, policies, self._reports)
+        self._references = References(self._scoring, policies, self._reports, frozenset(model.info.eos_token_ids))
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
 
     def _new_batch(self, parameters: int) -> Batch:
@@ -180,6 +181,8 @@ class Engine:
                             self._policies.check(group.policy)
                 case Score():
                     self._references.score(command)
+                case Replay():
+                    self._references.replay(command)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
@@ -106,6 +107,8 @@ class Score:
     top_logprobs: int = 0
     spans: tuple[tuple[SpanAddress, ...] | None, ...] = ()
     """For each sequence the versions it is read under, or None for `policy` alone; empty if no sequence has any."""
+    by_digest: bool = False
+    """Spans that carry a digest mean the newest kept version that has it, whatever its number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | PolicyCommand | Abort | Ping | Stop
+Command = Submit | Score | Replay | PolicyCommand | Abort | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -327,7 +330,7 @@ class Pong:
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Pong
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Replayed | PolicyReply | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------

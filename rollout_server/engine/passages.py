@@ -12,6 +12,7 @@ from typing import Any
 
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.redraw import Redraw
 from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
@@ -57,6 +58,8 @@ class Passage:
     place: int = -1
     """Where its KV is, in a store of rows."""
     fault: RolloutError | None = None
+    redraw: Redraw | None = None
+    """Its tokens, where they are drawn again as well."""
     logprobs: list[float | None] = field(default_factory=list)
     entropies: list[float | None] = field(default_factory=list)
     tops: list[TopTokens | None] = field(default_factory=list)

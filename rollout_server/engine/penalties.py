@@ -164,10 +164,15 @@ class TokenCounts:
     def _count(self, row: Row) -> np.ndarray:
         if row.running and len(row.token_ids) != row.dispatched:
             raise RuntimeError("A row's tokens are counted while one of them is still in flight.")
-        counts = np.zeros(self._vocabulary, dtype=np.int32)
-        np.add.at(counts, np.array(row.token_ids, dtype=np.int64), 2)
-        counts[np.array(row.group.request.prompt_ids, dtype=np.int64)] |= 1
-        return counts
+        return count_tokens(row.group.request.prompt_ids, row.token_ids, self._vocabulary)
+
+
+def count_tokens(prompt_ids: Sequence[int], token_ids: Sequence[int], vocabulary: int) -> np.ndarray:
+    """int32 [V], in the form of `TokenCounts.seen`."""
+    counts = np.zeros(vocabulary, dtype=np.int32)
+    np.add.at(counts, np.array(token_ids, dtype=np.int64), 2)
+    counts[np.array(prompt_ids, dtype=np.int64)] |= 1
+    return counts
 
 
 def allowed_only(logits: mx.array, mask: mx.array) -> mx.array:

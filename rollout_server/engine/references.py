@@ -1,26 +1,31 @@
-"""What is scored for whom: a request's own sequences, a group's prompt, and a group's rows under the base."""
+"""What is scored for whom: a request's own sequences, rows that are drawn again, a group's prompt, and a group's rows
+under the base."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rollout_server.engine.messages import Score, Scored, ScoredSequence
-from rollout_server.engine.passages import ScoreJob
+from rollout_server.engine.passages import Passage, ScoreJob
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.redraw import Redraw
+from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, UnknownPolicy
-from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
 
 Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
 """Versions with one reference each, and their slots."""
 
 
 class References:
-    """Makes jobs of the scoring queue and hands their results to the reports."""
+    """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens."""
 
-    def __init__(self, queue: ScoringQueue, policies: PolicyTable, reports: Reports) -> None:
+    def __init__(self, queue: ScoringQueue, policies: PolicyTable, reports: Reports, eos: frozenset[int]) -> None:
+        self._eos = eos
         self._queue = queue
         self._policies = policies
         self._reports = reports
@@ -32,8 +37,7 @@ class References:
             version, _ = self._hold(held, score.policy)
             members = [self._member(score, index, held) for index in range(len(score.sequences))]
         except RolloutError:
-            for taken, _ in held.values():
-                self._policies.release(taken, 1)
+            self._let_go(held)
             raise
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:
@@ -63,20 +67,68 @@ class References:
         if given is None:
             version, slot = self._hold(held, score.policy)
             return tokens, start, [(Span(version, 0, len(tokens) - start), slot)]
+        return tokens, start, self._spans(held, given, f"sequences[{index}]", by_digest=score.by_digest)
+
+    def _spans(
+        self, held: Held, given: Sequence[SpanAddress], place: str, *, by_digest: bool
+    ) -> list[tuple[Span, Any]]:
+        """Spans with their slots. `by_digest`: any kept version of that content will do, whatever its number."""
         spans = []
         for at, span in enumerate(given):
-            place = f"sequences[{index}].versions[{at}]"
+            where = f"{place}.versions[{at}]"
             try:
-                version, slot = self._hold(held, span.address)
+                version, slot = self._find(held, span) if by_digest else self._hold(held, span.address)
             except RolloutError as error:
-                error.param = place
+                error.param = where
                 raise
             if span.digest is not None and span.digest != version.digest:
                 raise UnknownPolicy(
-                    f"{place}: {span.address} has the digest {version.digest} here, not {span.digest}.", param=place
+                    f"{where}: {span.address} has the digest {version.digest} here, not {span.digest}.", param=where
                 )
             spans.append((Span(version, span.start, span.end, span.kv), slot))
-        return tokens, start, spans
+        return spans
+
+    def _find(self, held: Held, span: SpanAddress) -> tuple[PolicyVersion, Any]:
+        """By digest, which means the same everywhere; by number where none is known that had it."""
+        if span.digest is None:
+            return self._hold(held, span.address)
+        try:
+            return self._hold(held, PolicyAddress(span.address.name, digest=span.digest))
+        except UnknownPolicy:
+            return self._hold(held, span.address)
+
+    def replay(self, replay: Replay) -> None:
+        """Rows drawn again. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
+        held: Held = {}
+        try:
+            found = [
+                self._spans(held, row.spans, f"rollouts[{index}]", by_digest=True)
+                for index, row in enumerate(replay.rows)
+            ]
+        except RolloutError:
+            self._let_go(held)
+            raise
+
+        def finished(sequences: tuple[ScoredSequence, ...]) -> None:
+            rows = zip(replay.rows, job.passages, sequences, strict=True)
+            self._reports.add(Replayed(replay.id, tuple(_compared(*row) for row in rows)))
+
+        job = ScoreJob(
+            replay.id,
+            tuple(taken for taken, _ in held.values()),
+            finished,
+            lambda error: self._reports.fail(replay.id, error),
+        )
+        for row, spans in zip(replay.rows, found, strict=True):
+            job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)])
+            job.passages[-1].redraw = Redraw(
+                row.prompt_ids, row.token_ids, row.judged, row.sampling, row.seed, self._eos
+            )
+        self._queue.add(job)
+
+    def _let_go(self, held: Held) -> None:
+        for taken, _ in held.values():
+            self._policies.release(taken, 1)
 
     def score_prompt(self, group: Group, version: PolicyVersion) -> None:
         """The log-probabilities of a group's prompt under its version; its rows wait for them."""
@@ -116,3 +168,13 @@ class References:
             shared=len(prompt) - 1,
         )
         self._queue.add(job)
+
+
+def _compared(row: RecordedRow, passage: Passage, scored: ScoredSequence) -> ReplayedRow:
+    """What became of a row that was read again; only judged tokens count."""
+    known = zip(row.judged, row.logprobs, scored.logprobs, strict=bool(row.spans))
+    gaps = [abs(old - new) for judged, old, new in known if judged and old is not None and new is not None]
+    drawn = passage.redraw
+    return ReplayedRow(
+        drawn.difference if drawn else None, drawn.margin if drawn else None, max(gaps) if gaps else None
+    )

@@ -18,6 +18,7 @@ import numpy as np
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.passages import Family, Passage, ScoreJob
+from rollout_server.engine.redraw import Stretch, redraw
 from rollout_server.engine.sampling import entropy_of, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
@@ -99,6 +100,12 @@ def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Seque
             if best is not None and wanted:
                 tops = tuple(zip(best[0][row][at][:wanted], best[1][row][at][:wanted], strict=True))
             passage.keep(values[row][at], spread[row][at] if spread and passage.job.entropy else None, tops)
+    stretches = [
+        Stretch(passage.redraw, row * width, passage.fed + 1 - len(passage.redraw.prompt_ids), n)
+        for row, (passage, n) in enumerate(parts)
+        if passage.redraw is not None and passage.fault is None
+    ]
+    redraw(raw, stretches)
 
 
 class SequentialReader:

@@ -37,7 +37,17 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.model import ResidentModel, load
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants, row_seed
+from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
+from rollout_server.rollout import (
+    OnUpdate,
+    PolicyAddress,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    SpanAddress,
+    Wants,
+    row_seed,
+)
 from tests import tiny_models
 
 
@@ -180,6 +190,17 @@ class Driver:
             raise self.error(id)
         return list(next(e for e in self.events if isinstance(e, Scored) and e.id == id).sequences)
 
+    def replay(self, rows: Sequence[Rollout | RecordedRow]) -> list[ReplayedRow]:
+        self.count += 1
+        id = f"y{self.count}"
+        self.send(Replay(id, tuple(row if isinstance(row, RecordedRow) else recorded(row) for row in rows)))
+        self.until(
+            lambda: self.error(id) is not None or any(isinstance(e, Replayed) and e.id == id for e in self.events)
+        )
+        if self.error(id):
+            raise self.error(id)
+        return list(next(e for e in self.events if isinstance(e, Replayed) and e.id == id).rows)
+
     def bundle(self, seed: int, rank: int = 4, kind: str = "peft", **options: Any) -> AdapterBundle:
         tensors, config = tiny_models.random_adapter(self.model.info.layers, rank, seed, kind=kind, **options)
         return read_bundle(save(tensors), config, layers=self.model.info.layers)
@@ -217,6 +238,23 @@ class Driver:
 
     def abort(self, id: str, reason: str = "abort") -> None:
         self.send(Abort((id,), reason))
+
+
+def recorded(row: Rollout, **changes: Any) -> RecordedRow:
+    """A rollout as it is sent back, with other values where `changes` has some."""
+    given = RecordedRow(
+        row.prompt_ids,
+        row.token_ids,
+        tuple(
+            SpanAddress(PolicyAddress(s.version.name, s.version.number), s.start, s.end, s.version.digest, s.kv)
+            for s in row.spans
+        ),
+        (True,) * len(row.token_ids),
+        row.logprobs,
+        row.sampling,
+        row.seed,
+    )
+    return replace(given, **changes)
 
 
 def prompts_of(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,135 @@
+"""A recorded row's tokens drawn once more: the positions of a row are the rows of one call of the one sampler, with the
+row's own parameters, counts and uniforms. What comes out is compared with what was recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import mlx.core as mx
+import numpy as np
+
+from rollout_server.engine.exponentials import block_size
+from rollout_server.engine.penalties import Pairs, count_tokens
+from rollout_server.engine.sampling import Drawable, SamplerArrays, prepare, sample, shape, uniforms
+from rollout_server.rollout import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Redraw:
+    """One row, and the first difference once it was met; nothing is drawn after it."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    judged: tuple[bool, ...]
+    """False: a token that was given to the row."""
+    sampling: SamplingParams
+    seed: int
+    eos: frozenset[int]
+    difference: int | None = None
+    """Index in `token_ids`."""
+    margin: float | None = None
+    """How little would have to be otherwise for the recorded token to come. Of a sampled row: the least distance by
+    which both uniforms, that of the block and that of the element, would have to move, at most, for them to fall where
+    the recorded token lies; or, where the filters removed it, how many nats it fell short of them. Of a greedy row: the
+    gap between its logit and the largest. None where it could not come at all."""
+
+    def seen(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
+        """What the penalties of each position count, int32 [P, V], as `penalties.TokenCounts` holds it."""
+        counts = count_tokens(self.prompt_ids, self.token_ids[: positions[0]], vocabulary)
+        rows = np.repeat(counts[None], len(positions), axis=0)
+        for row in range(1, len(positions)):
+            for token in self.token_ids[positions[row - 1] : positions[row]]:
+                rows[row:, token] += 2
+        return rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """`count` tokens of a row from number `first` on; their logits begin at row `at`."""
+
+    row: Redraw
+    at: int
+    first: int
+    count: int
+
+    @property
+    def positions(self) -> list[int]:
+        """The tokens that are drawn again."""
+        if self.row.difference is not None:
+            return []
+        return [index for index in range(self.first, self.first + self.count) if self.row.judged[index]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inputs:
+    """Of one call of the sampler."""
+
+    arrays: SamplerArrays
+    uniform: mx.array
+    banned: Pairs | None
+    seen: mx.array | None
+
+    @classmethod
+    def of(cls, work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int) -> _Inputs:
+        params = [row.sampling for row, positions in work for _ in positions]
+        every = [position for _, positions in work for position in positions]
+        arrays = prepare(params, vocabulary, entropy=False, top_logprobs=0, eos=work[0][0].eos)
+        counted = [row.seen(positions, vocabulary) for row, positions in work if row.sampling.penalised]
+        return cls(
+            arrays,
+            mx.array(uniforms([row.seed for row, positions in work for _ in positions], every)),
+            arrays.bans.at(every) if arrays.bans else None,
+            mx.array(np.concatenate(counted)) if counted else None,
+        )
+
+
+def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
+    """Draws the tokens of all stretches from float32 logits [N, V] and notes in each row its first difference."""
+    work = [(stretch, positions) for stretch in stretches if (positions := stretch.positions)]
+    if not work:
+        return
+    places = [stretch.at + position - stretch.first for stretch, positions in work for position in positions]
+    theirs = logits if places == list(range(len(logits))) else mx.take(logits, mx.array(places), axis=0)
+    inputs = _Inputs.of([(stretch.row, positions) for stretch, positions in work], logits.shape[-1])
+    drawn = np.array(sample(theirs, inputs.arrays, inputs.uniform, inputs.banned, seen=inputs.seen).ids)
+    recorded = np.array([stretch.row.token_ids[position] for stretch, positions in work for position in positions])
+    owners = list(chain.from_iterable([(stretch, p) for p in positions] for stretch, positions in work))
+    for index in np.flatnonzero(drawn != recorded):
+        stretch, position = owners[index]
+        row = stretch.row
+        if row.difference is None:
+            row.difference = position
+            row.margin = _margin(theirs[int(index)][None], row, position)
+
+
+def _margin(logits: mx.array, row: Redraw, position: int) -> float | None:
+    """See `Redraw.margin`; logits [1, V] of the position."""
+    token = row.token_ids[position]
+    inputs = _Inputs.of([(row, [position])], logits.shape[-1])
+    shaped = shape(logits, inputs.arrays, inputs.seen, inputs.banned, None)
+    if inputs.arrays.all_greedy:
+        gap = float(np.array(mx.max(shaped) - shaped[0, token]))
+        return gap if math.isfinite(gap) else None
+    drawable = Drawable.of(shaped, None, inputs.arrays)
+    weights = np.array(drawable.weights[0], dtype=np.float64)
+    if weights[token] == 0:
+        if drawable.least is None:
+            return None
+        short = float(np.array(mx.log(drawable.least[0, 0]) + drawable.peak[0, 0] - drawable.shaped[0, token]))
+        return short if math.isfinite(short) else None
+    size = block_size(len(weights))
+    block, element = divmod(token, size)
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), size))
+    inside = weights[block * size : (block + 1) * size]
+    uniform = np.array(inputs.uniform[0], dtype=np.float64)
+    return max(_outside(uniform[0], sums, block), _outside(uniform[1], inside, element))
+
+
+def _outside(uniform: float, weights: np.ndarray, chosen: int) -> float:
+    """How far a uniform lies from the interval in which it would have chosen this one of the weights."""
+    ends = np.cumsum(weights)
+    low, high = (ends[chosen] - weights[chosen]) / ends[-1], ends[chosen] / ends[-1]
+    return float(max(low - uniform, uniform - high, 0.0))
