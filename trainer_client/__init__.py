@@ -13,6 +13,7 @@ Needs numpy and httpx; nothing of the server, no MLX, no torch.
 
 from trainer_client.advantages import Denominator, group_advantages, truncated_importance_weights
 from trainer_client.batch import RolloutBatch
+from trainer_client.checking import Divergence, Probed, Replayed
 from trainer_client.client import AsyncRolloutClient, RolloutClient
 from trainer_client.digest import adapter_digest
 from trainer_client.errors import (
@@ -35,12 +36,15 @@ __all__ = [
     "Deletion",
     "Denominator",
     "DigestMismatch",
+    "Divergence",
     "ExportedAdapter",
     "KeptVersion",
     "NotSynced",
     "PolicyLine",
     "PolicyRef",
+    "Probed",
     "PublishedVersion",
+    "Replayed",
     "Retry",
     "Rollout",
     "RolloutBatch",

@@ -1,8 +1,8 @@
 """`RolloutClient` and `AsyncRolloutClient`: the same verbs over a blocking and an asyncio transport.
 
-A verb is written once, in `calls.py` or `keeping.py`, as a pure function that says what to send and how to read the
-reply; `retry.py` says when to send it again. Here is only the difference between the two: how bytes travel and how one
-waits.
+A verb is written once, in `calls.py`, `checking.py` or `keeping.py`, as a pure function that says what to send and how
+to read the reply; `retry.py` says when to send it again. Here is only the difference between the two: how bytes travel
+and how one waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 
-from trainer_client import calls, keeping
+from trainer_client import calls, checking, keeping
 from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
@@ -168,6 +168,8 @@ class RolloutClient:
     rollouts = _blocking(calls.rollouts)
     stream_rollouts = _blocking_stream(calls.stream_rollouts)
     logprobs = _blocking(calls.logprobs)
+    replay = _blocking(checking.replay)
+    probe = _blocking(checking.probe)
     completions = _blocking(calls.completions)
     models = _blocking(calls.models)
     health = _blocking(calls.health)
@@ -268,6 +270,8 @@ class AsyncRolloutClient:
     rollouts = _awaited(calls.rollouts)
     stream_rollouts = _awaited_stream(calls.stream_rollouts)
     logprobs = _awaited(calls.logprobs)
+    replay = _awaited(checking.replay)
+    probe = _awaited(checking.probe)
     completions = _awaited(calls.completions)
     models = _awaited(calls.models)
     health = _awaited(calls.health)

@@ -83,7 +83,7 @@ class References:
                 raise
             if span.digest is not None and span.digest != version.digest:
                 raise UnknownPolicy(
-                    f"{where}: {span.address} has the digest {version.digest} here, not {span.digest}.", param=where
+                    f"{span.address} has the digest {version.digest} here, not {span.digest}.", param=where
                 )
             spans.append((Span(version, span.start, span.end, span.kv), slot))
         return spans

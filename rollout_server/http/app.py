@@ -30,6 +30,7 @@ from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import to_response
 from rollout_server.http.publishing import Publisher
+from rollout_server.http.recorded import RecordedController
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options, open_state
@@ -93,6 +94,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             TokensController,
             ControlController,
             LogprobsController,
+            RecordedController,
             WeightsController,
             AliasController,
             VersionController,

@@ -20,6 +20,7 @@ from rollout_server.engine.messages import (
     ScoredSequence,
     TokensSampled,
 )
+from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.rollout import (
     FinishReason,
@@ -174,6 +175,7 @@ class FakeEngine(FakeVersions):
         self.closing: RolloutError | None = None
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
+        self.replayed: list[RecordedRow] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
         self.life: list[str] = []
@@ -270,6 +272,17 @@ class FakeEngine(FakeVersions):
             )
         version = self._found(score.policy)
         return Scored(score.id, version, score.temperature, tuple(sequences))
+
+    async def replay(self, replay: Replay) -> Replayed:
+        """A row differs at its second token where it has one."""
+        self.replayed += replay.rows
+        if self.fault is not None:
+            raise self.fault
+        for row in replay.rows:
+            for span in row.spans:
+                self._found(span.address)
+        same, other = ReplayedRow(None, None, None), ReplayedRow(1, 0.25, 0.5)
+        return Replayed(replay.id, tuple(other if len(row.token_ids) > 1 else same for row in replay.rows))
 
     def _found(self, address: PolicyAddress) -> PolicyVersion:
         return self.find(address.name, address.number, address.digest)

@@ -20,6 +20,8 @@ INFERENCE = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/logprobs"),
+    ("POST", "/v1/replay"),
+    ("POST", "/v1/probe"),
     ("POST", "/v1/abort"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),

@@ -25,6 +25,8 @@ ROUTES = (
     "/v1/chat/completions",
     "/v1/rollouts",
     "/v1/logprobs",
+    "/v1/replay",
+    "/v1/probe",
     "/tokenize",
     "/detokenize",
     "/v1/abort",
