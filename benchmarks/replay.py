@@ -1,8 +1,9 @@
 """Rows sampled in a busy mixed batch, drawn again by `/v1/replay`'s engine job, and sampled again alone by their seed.
 
-    python -m benchmarks.replay --rows 1024 --tokens 256
+    python -m benchmarks.replay --rows 1024 --tokens 256 --demo
 
-The model is small and random, as in the tests, with a vocabulary of 4,096. Rows of every kind of sampling join and
+The model is the embedded one, or random with a vocabulary of 4,096, the hardest there is: thousands of tokens are about
+as probable, so that a uniform is seldom far from a boundary. Rows of every kind of sampling join and
 leave a batch of 32 rows. Prints how many come again exactly, and the margin of each difference.
 """
 
@@ -36,15 +37,16 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
 )
 CLOSE = 1e-5
+DEMO = Path(__file__).parent.parent / "rollout_server" / "demo" / "model"
 
 
-def groups_of(rows: int, tokens: int, kinds: Sequence[dict[str, Any]]) -> list[RolloutRequest]:
+def groups_of(rows: int, tokens: int, vocabulary: int, kinds: Sequence[dict[str, Any]]) -> list[RolloutRequest]:
     """Prompts of 4 to 64 tokens; some rows are shorter, so that others join while the batch runs."""
     generator = np.random.default_rng(0)
     return [
         RolloutRequest(
             id="busy",
-            prompt_ids=tuple(generator.integers(0, VOCABULARY, size=int(generator.integers(4, 65))).tolist()),
+            prompt_ids=tuple(generator.integers(0, vocabulary, size=int(generator.integers(4, 65))).tolist()),
             sampling=SamplingParams(max_tokens=tokens, ignore_eos=True, **kinds[row % len(kinds)]),
             policy=PolicyAddress("base"),
             prompt_index=row,
@@ -82,15 +84,15 @@ def report(title: str, found: Sequence[ReplayedRow], rows: Sequence[Rollout]) ->
         print(f"  token {row.first_difference}: margin {row.margin:.1e}{'' if near else ' (NOT EXPLAINED)'}, {kind}")
 
 
-async def main(rows: int, tokens: int, again: int, directory: Path, plain: bool) -> None:
+async def main(rows: int, tokens: int, again: int, directory: Path, plain: bool, demo: bool) -> None:
     load_fast_blas()
     from tests.tiny_models import build
 
-    path = build("qwen3", directory / "model", **SHAPE)
+    path = DEMO if demo else build("qwen3", directory / "model", **SHAPE)
     handle = EngineHandle(EngineOptions(str(path), "small", max_batch=32))
     handle.start()
     await handle.wait_ready()
-    groups = groups_of(rows, tokens, (PLAIN,) if plain else KINDS)
+    groups = groups_of(rows, tokens, handle.info.vocab_size, (PLAIN,) if plain else KINDS)
     begin = time.perf_counter()
     busy = await sampled(handle, groups)
     between = time.perf_counter()
@@ -111,6 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--again", type=int, default=64)
     parser.add_argument("--plain", action="store_true", help="temperature 1 only")
+    parser.add_argument("--demo", action="store_true", help="the embedded model, which is trained")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(main(options.rows, options.tokens, options.again, Path(folder), options.plain))
+        asyncio.run(main(options.rows, options.tokens, options.again, Path(folder), options.plain, options.demo))

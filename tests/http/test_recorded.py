@@ -69,7 +69,8 @@ ONE = {"policy": "policy", "version": 1, "label": None}
         ([0, 0, 0], [], []),
     ],
     ids=str,
-)  def test_given_text_is_read_under_the_span_beside_it(
+)
+def test_given_text_is_read_under_the_span_beside_it(
     client: Client, engine: FakeEngine, mask: Any, versions: Any, read: Any
 ) -> None:
     engine.add("policy", 1)
@@ -171,7 +172,8 @@ def test_an_unchanged_rollout_is_no_probe(client: Client, engine: FakeEngine, pr
         ({"rewards": 1}, 400, "invalid_field", "rewards"),
     ],
     ids=str,
-)  def test_what_is_no_rollout_is_refused(
+)
+def test_what_is_no_rollout_is_refused(
     route: str, changes: Any, status: int, code: str, param: str, client: Client, problem: Callable[..., Any]
 ) -> None:
     (row,) = JSON_ROUTES[route]["rollouts"]
