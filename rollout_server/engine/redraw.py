@@ -13,7 +13,7 @@ import numpy as np
 
 from rollout_server.engine.exponentials import block_size
 from rollout_server.engine.penalties import Pairs, count_tokens
-from rollout_server.engine.sampling import Drawable, SamplerArrays, prepare, sample, shape, uniforms
+from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
 from rollout_server.rollout import SamplingParams
 
 
@@ -33,8 +33,10 @@ class Redraw:
     margin: float | None = None
     """How little would have to be otherwise for the recorded token to come. Of a sampled row: the least distance by
     which both uniforms, that of the block and that of the element, would have to move, at most, for them to fall where
-    the recorded token lies; or, where the filters removed it, how many nats it fell short of them. Of a greedy row: the
-    gap between its logit and the largest. None where it could not come at all."""
+    the recorded token lies. A filter's edge counts as well: where one token more or less had stayed, the larger of that
+    distance and of how close the edge is (mass for top-p, nats for top-k and min-p); and where the filters removed the
+    recorded token among others, how far it is from the edge. Of a greedy row: the gap between its logit and the
+    largest. None where it could not come at all."""
 
     def seen(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
         """What the penalties of each position count, int32 [P, V], as `penalties.TokenCounts` holds it."""
@@ -107,24 +109,58 @@ def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
 
 def _margin(logits: mx.array, row: Redraw, position: int) -> float | None:
     """See `Redraw.margin`; logits [1, V] of the position."""
-    token = row.token_ids[position]
+    token, sampling = row.token_ids[position], row.sampling
     inputs = _Inputs.of([(row, [position])], logits.shape[-1])
-    shaped = shape(logits, inputs.arrays, inputs.seen, inputs.banned, None)
-    if inputs.arrays.all_greedy:
-        gap = float(np.array(mx.max(shaped) - shaped[0, token]))
-        return gap if math.isfinite(gap) else None
-    drawable = Drawable.of(shaped, None, inputs.arrays)
-    weights = np.array(drawable.weights[0], dtype=np.float64)
+    shaped = np.array(shape(logits, inputs.arrays, inputs.seen, inputs.banned, None)[0], dtype=np.float64)
+    short = float(shaped.max() - shaped[token])
+    if not math.isfinite(short):
+        return None
+    if sampling.temperature == 0:
+        return short
+    weights = np.exp((shaped - shaped.max()) / sampling.temperature)
+    uniform = np.array(inputs.uniform[0], dtype=np.float64)
+    order = np.argsort(-weights, kind="stable")
+    slack = _slack(weights[order], sampling)
+    count = max(1, int(np.argmax(slack < 0)) if (slack < 0).any() else len(slack))
+    found = [_distance(np.isin(np.arange(len(weights)), order[:count]) * weights, uniform, token)]
+    # Where a filter's edge lies so close, one token more or less may have stayed.
+    for other, edge in ((count - 1, count - 1), (count + 1, count)):
+        if 0 < other <= len(weights):
+            kept = np.isin(np.arange(len(weights)), order[:other]) * weights
+            found.append(max(abs(float(slack[edge])), _distance(kept, uniform, token)))
+    nearest = min(found)
+    if math.isfinite(nearest):
+        return nearest
+    return abs(float(slack[int(np.flatnonzero(order == token)[0])])) if weights[token] > 0 else None
+
+
+def _slack(ordered: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """By how much each of descending weights [V] stays (negative: is removed): nats for top-k and min-p, mass for
+    top-p, the least of them; infinite without filters."""
+    slack = np.full(len(ordered), np.inf)
+    logs = np.log(np.maximum(ordered, 1e-300))
+    mass, k = ordered.sum(), sampling.top_k
+    if 0 < k < len(ordered):
+        slack[:k] = logs[:k] - logs[k]
+        # Tied with the last one that stays, it stays.
+        slack[k:] = np.where(ordered[k:] == ordered[k - 1], 0.0, np.minimum(logs[k:] - logs[k - 1], -1e-300))
+        mass = ordered[:k].sum()
+    if sampling.top_p < 1:
+        slack = np.minimum(slack, sampling.top_p - (np.cumsum(ordered) - ordered) / mass)
+    if sampling.min_p > 0:
+        slack = np.minimum(slack, logs - math.log(sampling.min_p))
+    return slack
+
+
+def _distance(weights: np.ndarray, uniform: np.ndarray, token: int) -> float:
+    """How far both uniforms [2] would have to move, at most, to fall where the token of weights [V] lies; infinite
+    where it has none."""
     if weights[token] == 0:
-        if drawable.least is None:
-            return None
-        short = float(np.array(mx.log(drawable.least[0, 0]) + drawable.peak[0, 0] - drawable.shaped[0, token]))
-        return short if math.isfinite(short) else None
+        return math.inf
     size = block_size(len(weights))
     block, element = divmod(token, size)
     sums = np.add.reduceat(weights, np.arange(0, len(weights), size))
     inside = weights[block * size : (block + 1) * size]
-    uniform = np.array(inputs.uniform[0], dtype=np.float64)
     return max(_outside(uniform[0], sums, block), _outside(uniform[1], inside, element))
 
 

@@ -191,53 +191,27 @@ def _sample_rows(
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known`: see `Drawable.of`."""
-    drawable = Drawable.of(shaped, known, arrays)
-    ids, total = _draw(drawable.weights, drawable.sums, uniform)
-    chosen = mx.take_along_axis(drawable.shaped, ids[:, None], axis=-1)
-    sampling = (chosen - drawable.peak - mx.log(total))[:, 0]
+    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, block sums and peak of
+    `shaped`, which serve as they are where every row has temperature 1."""
+    if known is None or arrays.inverse_temperature is not None:
+        if arrays.inverse_temperature is not None:
+            shaped = shaped * arrays.inverse_temperature
+        peak = peak_of(shaped)
+        weights = exponential(shaped - peak)
+        sums = block_sums(weights)
+    else:
+        weights, sums, peak = known
+    everything = mx.sum(sums, axis=-1, keepdims=True)
+    if arrays.filters is not None:
+        weights = weights * (weights >= threshold(weights, everything, arrays.filters))
+        sums = block_sums(weights)
+    ids, total = _draw(weights, sums, uniform)
+    chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
+    sampling = (chosen - peak - mx.log(total))[:, 0]
     kept = mx.zeros(ids.shape, dtype=mx.float32)
     if arrays.filters is not None:
-        kept = mx.where(arrays.filters.filtered, mx.minimum(mx.log(total / drawable.everything), 0.0)[:, 0], kept)
+        kept = mx.where(arrays.filters.filtered, mx.minimum(mx.log(total / everything), 0.0)[:, 0], kept)
     return ids, sampling, kept
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drawable:
-    """What a draw is made from."""
-
-    shaped: mx.array
-    """[R, V]: logits after everything but the filters."""
-    peak: mx.array
-    """[R, 1]: the largest of each row."""
-    weights: mx.array
-    """[R, V]: their probabilities over that of the best token, 0 where the filters removed one."""
-    sums: mx.array
-    """Their `block_sums`."""
-    everything: mx.array
-    """[R, 1]: the sum before the filters."""
-    least: mx.array | None
-    """[R, 1]: the smallest weight that the filters leave; None without filters."""
-
-    @classmethod
-    def of(cls, shaped: mx.array, known: tuple[mx.array, mx.array, mx.array] | None, arrays: SamplerArrays) -> Drawable:
-        """`known` are exponentials, block sums and peak of `shaped`, which serve as they are where every row has
-        temperature 1."""
-        if known is None or arrays.inverse_temperature is not None:
-            if arrays.inverse_temperature is not None:
-                shaped = shaped * arrays.inverse_temperature
-            peak = peak_of(shaped)
-            weights = exponential(shaped - peak)
-            sums = block_sums(weights)
-        else:
-            weights, sums, peak = known
-        everything = mx.sum(sums, axis=-1, keepdims=True)
-        least = None
-        if arrays.filters is not None:
-            least = threshold(weights, everything, arrays.filters)
-            weights = weights * (weights >= least)
-            sums = block_sums(weights)
-        return cls(shaped, peak, weights, sums, everything, least)
 
 
 def entropy_of(shifted: mx.array, exponentials: mx.array, log_total: mx.array) -> mx.array:

@@ -83,8 +83,9 @@ class ProbeRequest(Request):
 
 class ReplayedRollout(BaseModel):
     """`margin` is, for a sampled token, the least distance by which the two uniforms of its draw would have to move, at
-    most, to give the recorded one; where the filters removed that, how many nats it fell short of them; for a greedy
-    row the gap between its logit and the largest. It is null too where the recorded token could not come at all."""
+    most, to give the recorded one, or how close a filter's edge is whose crossing would give it (mass for top-p, nats
+    for top-k and min-p); for a greedy row the gap between its logit and the largest. It is null too where the recorded
+    token could not come at all."""
 
     exact: bool = Field(description="Whether every token is drawn again; only ids count.")
     first_difference: int | None = Field(description="Index in `token_ids`.")

@@ -13,7 +13,8 @@ import pytest
 
 from rollout_server.engine.exponentials import block_size
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.sampling import uniforms
+from rollout_server.engine.redraw import Redraw, Stretch, _slack, redraw
+from rollout_server.engine.sampling import prepare, sample, uniforms
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
 from tests.engine.driver import Driver, prompts_of, recorded
@@ -129,6 +130,41 @@ def test_margins_of_greedy_filtered_and_forbidden_tokens(base: Driver) -> None:
     assert margin == pytest.approx(gap(row, 4, 9) / 0.5, abs=1e-4)
     _, _, margin = changed(lambda row: 11, min_tokens=8, stop_token_ids=(11,))
     assert margin is None, "it could not come at all"
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"top_p": 0.6}, {"top_k": 7}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 30}], ids=str
+)
+def test_a_filter_s_edge_explains_a_difference(sampling: dict[str, Any]) -> None:
+    """The recorded row was drawn from a set with one token more or less, whose edge lies within rounding."""
+    rng = np.random.default_rng(3)
+    met = 0
+    for seed in range(150):
+        logits = np.sort(rng.normal(size=64)).astype(np.float32) * 2
+        tokens = rng.permutation(64)
+        logits = logits[tokens]
+        params = SamplingParams(max_tokens=1, **sampling)
+        weights = np.exp(np.float64(logits) - logits.max())
+        ordered = np.argsort(-weights)
+        slack = _slack(weights[ordered], params)
+        count = int((slack >= 0).sum())
+        # what the sampler keeps is what the slack says
+        arrays = prepare([params], 64, entropy=False, top_logprobs=0)
+        drawn = mx.array(uniforms([seed], [0]))
+        chosen = int(np.array(sample(mx.array(logits)[None], arrays, drawn).ids)[0])
+        assert chosen in ordered[:count]
+        for other in (count - 1, count + 1):
+            kept = mx.array(np.where(np.isin(np.arange(64), ordered[:other]), logits, -np.inf).astype(np.float32))[None]
+            bare = prepare([SamplingParams(max_tokens=1)], 64, entropy=False, top_logprobs=0)
+            recorded_id = int(np.array(sample(kept, bare, drawn).ids)[0])
+            if recorded_id == chosen:
+                continue
+            met += 1
+            row = Redraw((1,), (recorded_id,), (True,), params, seed, frozenset())
+            redraw(mx.array(logits)[None], [Stretch(row, 0, 0, 1)])
+            edge = abs(slack[count - 1] if other < count else slack[count])
+            assert row.difference == 0 and row.margin is not None and row.margin <= edge + 1e-6
+    assert met > 3
 
 
 def test_only_judged_tokens_count(base: Driver) -> None:
