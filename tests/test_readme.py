@@ -36,6 +36,14 @@ def test_the_trainer_loop_and_the_example_run_as_written() -> None:
             assert len(lines) == 3
 
 
+def test_the_example_of_replay_and_probe_runs_as_written() -> None:
+    example = (ROOT / "examples" / "check_rollouts.py").read_text(encoding="utf-8")
+    with live_server(None) as server:
+        *rows, probed = run(example.replace("http://127.0.0.1:8000", server.url))
+    assert [line.split(": ")[1] for line in rows] == ["exact"] * 8
+    assert probed.startswith("base@0: ") and float(probed.split("kl ")[1]) < 1e-8
+
+
 def test_every_guarantee_names_a_test_that_exists() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     functions = set(re.findall(r"`(test_\w+)`", README))
