@@ -258,6 +258,7 @@ class EngineHandle:
     def _check(self, group: RolloutRequest) -> None:
         info = self.info
         self._check_ids(group.prompt_ids, "prompt")
+        self._check_ids(group.prefix.token_ids, "prefix")
         for token in group.sampling.stop_token_ids:
             if not 0 <= token < info.vocab_size:
                 raise InvalidField(

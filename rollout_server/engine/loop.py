@@ -122,6 +122,7 @@ class Engine:
             self._compute()
         except Exception as error:  # the one place: whatever a step raises fails its rows by name
             self._fail_step(error)
+        self._reports.end_met(self._batch)
         self._flush()
 
     def _compute(self) -> None:

@@ -137,27 +137,29 @@ def _token(group: RolloutRequest, sample: int, version: PolicyVersion, id: int) 
 
 def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Row) -> Rollout:
     ids = tuple(row.token_ids)
-    wants = group.wants
+    wants, prefix = group.wants, group.prefix
+    at = len(prefix)
     greedy = group.sampling.temperature == 0
     return Rollout(
         prompt_index=group.prompt_index,
         sample_index=sample,
         prompt_ids=group.prompt_ids,
-        token_ids=ids,
-        logprobs=tuple(logprob(id) for id in ids),
-        sampling_logprobs=tuple(sampling_logprob(id) for id in ids),
-        log_kept_mass=tuple(float("nan") if greedy else 0.0 for _ in ids),
-        spans=(Span(version, 0, len(ids)),) if ids else (),
+        token_ids=prefix.token_ids + ids,
+        logprobs=prefix.logprobs + tuple(logprob(id) for id in ids),
+        sampling_logprobs=prefix.sampling_logprobs + tuple(sampling_logprob(id) for id in ids),
+        log_kept_mass=prefix.missing + tuple(float("nan") if greedy else 0.0 for _ in ids),
+        spans=(Span(version, at, at + len(ids), "recomputed" if at else None),) if ids else (),
         finish_reason=FinishReason.ERROR if row.error else row.finish_reason,
         stop_reason=row.stop_reason,
         seed=group.seeds[sample],
         sampling=group.sampling,
         timings=Timings(1.0, 2.0, 3.0),
-        entropy=tuple(0.5 for _ in ids) if wants.entropy else None,
-        top_logprobs=tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
+        entropy=prefix.missing + tuple(0.5 for _ in ids) if wants.entropy else None,
+        top_logprobs=(None,) * at + tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
         prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
-        base_logprobs=tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
+        base_logprobs=prefix.missing + tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
         error=RowError(row.error.code, row.error.message) if row.error else None,
+        prefix=prefix,
     )
 
 
