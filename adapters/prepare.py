@@ -1,6 +1,7 @@
-"""What can be done for a version before the engine's thread takes it: scale folded in, turned and cast, on the host.
+"""What can be done for a version before the engine's thread takes it: scale folded in, turned and cast, on the host,
+and what a DoRA gain is made of besides the base.
 
-Numpy only, so that it can run on any thread; staging then only copies.
+Numpy only, so that it can run on any thread; staging then copies, and for DoRA multiplies the base with thin factors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
+from adapters.math import squared_delta_norms
 from adapters.spec import AdapterDoesNotFit
 from adapters.tensors import AdapterTensor
 
@@ -32,12 +34,34 @@ class HostFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class HostDelta:
+    """Of one layer of a DoRA version: all of its gain that can be known without the base."""
+
+    a: NDArray[np.float32]
+    """[rank, in]"""
+    b: NDArray[np.float32]
+    """[out, rank], unscaled."""
+    scale: float
+    magnitude: NDArray[np.float32]
+    """[out]"""
+    squared: NDArray[np.float64]
+    """‖scale · B · A‖² of each row [out]."""
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedBundle:
     bundle: AdapterBundle
     dtype: str
     """`float32`, `float16` or `bfloat16`, as mlx calls it."""
     factors: Mapping[str, HostFactors]
     """By the layer's path."""
+    deltas: Mapping[str, HostDelta]
+    """Likewise; empty for LoRA."""
+
+    @property
+    def nbytes(self) -> int:
+        """That staging copies."""
+        return sum(factors.a.nbytes + factors.b.nbytes for factors in self.factors.values())
 
 
 def prepare(bundle: AdapterBundle, dtype: str) -> PreparedBundle:
@@ -55,7 +79,14 @@ def prepare(bundle: AdapterBundle, dtype: str) -> PreparedBundle:
         factors[path] = HostFactors(
             _unscaled(bundle.tensors[f"{path}.lora_A"], dtype), cast(b * np.float32(module.scale), dtype)
         )
-    return PreparedBundle(bundle, dtype, MappingProxyType(factors))
+    deltas = {path: _delta(bundle, path) for path in bundle.spec.modules if bundle.spec.kind == "dora"}
+    return PreparedBundle(bundle, dtype, MappingProxyType(factors), MappingProxyType(deltas))
+
+
+def _delta(bundle: AdapterBundle, path: str) -> HostDelta:
+    a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
+    scale = bundle.spec.modules[path].scale
+    return HostDelta(a, b, scale, magnitude, squared_delta_norms(a, b, scale))
 
 
 def _unscaled(tensor: AdapterTensor, dtype: str) -> NDArray[Any]:

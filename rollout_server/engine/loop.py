@@ -144,7 +144,7 @@ class Engine:
                 case Submit():
                     self._scheduler.submit(command)
                     for group in command.groups:
-                        # A name that is being pushed in this very turn may not be there yet.
+                        # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score():
@@ -184,20 +184,30 @@ class Engine:
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def _change_policies(self) -> None:
+        """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
-            if self._policies.stages(self._changes[0]):
-                # Slot arrays are written in place only while no dispatched step refers to them.
-                self._reports.progress(self._batch.settle())
-            self._changing = self._changes.popleft()
+            command = self._changing = self._changes.popleft()
             try:
-                self._reports.add(self._policies.apply(self._changing))
+                computing = self._batch.active or self._batch.joining or self._jobs
+                if not self._policies.advance(command, self._settle, at_once=not computing):
+                    self._changes.appendleft(command)
+                    self._changing = None
+                    return
+                if self._policies.stages(command):
+                    # Slot arrays are written in place only while no dispatched step refers to them.
+                    self._settle()
+                self._reports.add(self._policies.apply(command))
             except RolloutError as error:
-                self._reports.fail(self._changing.id, error)
+                self._policies.abandon()
+                self._reports.fail(command.id, error)
             self._changing = None
             for row in self._batch.rows:
                 self._follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
+
+    def _settle(self) -> None:
+        self._reports.progress(self._batch.settle())
 
     def _follow(self, row: Sequence) -> None:
         """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
@@ -224,6 +234,8 @@ class Engine:
         while admission := self._scheduler.next_admission(self._batch.size, self._batch.longest):
             group = admission.group
             if group.version is None and not self._take_version(group):
+                if group.waiting:
+                    break
                 continue
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
@@ -235,12 +247,14 @@ class Engine:
                 self._score_prompt(group)
 
     def _take_version(self, group: Group) -> bool:
-        """Gives a group the version its policy names now, one reference a sample; False if there is none."""
+        """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
+        has failed, or goes on waiting where a change that came before it is under way."""
         request = group.request
         try:
             group.version, group.slot = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
-            self._reports.fail_group(group, error)
+            if not any(change.name == request.policy.name for change in self._changes):
+                self._reports.fail_group(group, error)
             return False
         group.admitted_at = time.monotonic()
         return True
@@ -345,6 +359,7 @@ class Engine:
             self._scoring = None
             return
         if self._changing is not None:
+            self._policies.abandon()
             self._reports.fail(self._changing.id, fault)
             self._changing = None
         rows, joining = self._batch.rows, self._batch.joining

@@ -163,6 +163,8 @@ class RestoredVersion:
     """Unix time, seconds, of the first publish."""
     live: bool
     pinned: bool
+    prepared: PreparedBundle | None = None
+    """As in `Publish`."""
 
 
 @dataclass(frozen=True, slots=True)

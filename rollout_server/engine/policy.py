@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from adapters.registry import (
 )
 from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import AdapterDoesNotFit
+from adapters.staging import Staging
 from rollout_server.engine.messages import (
     Activate,
     Delete,
@@ -53,6 +54,8 @@ from rollout_server.errors import (
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 MODE = "adapter"
+WRITE_S = 0.005
+"""Of each turn, while rows decode, for writing a version into its slot."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class PolicyTable:
         self._registry = Registry(keep_versions)
         self._weights_memory = weights_memory
         self._bundles: dict[str, _Held] = {}
+        self._staging: Staging | None = None
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = 0
         """Device memory of all slots; counted when one is written, since it is asked for at every step."""
@@ -144,8 +148,29 @@ class PolicyTable:
             return self._registry.same(command.name, command.bundle.digest, MODE) is None
         return isinstance(command, Restore)
 
+    def advance(self, command: PolicyCommand, settle: Callable[[], None], *, at_once: bool) -> bool:
+        """Takes a push a bounded part further, or all the way; true when `apply` has nothing long to do. `settle` is
+        called before anything is written, when no step may be in flight. Raises what `apply` would, and has changed
+        nothing."""
+        if not isinstance(command, Publish) or not self.stages(command):
+            return True
+        with _as_ours():
+            staging = self._staging
+            if staging is None or staging.digest != command.bundle.digest:
+                self._registry.require(command.name, command.if_match)
+                self._require_memory(command.bundle)
+                staging = self._staging = self._slots.begin(command.prepared or command.bundle)
+            if not self._slots.measure(staging, at_once=at_once):
+                return False
+            settle()
+            return self._slots.write(staging, None if at_once else WRITE_S)
+
+    def abandon(self) -> None:
+        """Forgets the version that is being staged; its slot is still free."""
+        self._staging = None
+
     def apply(self, command: PolicyCommand) -> PolicyReply:
-        """Does what a command says, or raises and has changed nothing."""
+        """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
         self._shown = None
         with _as_ours():
             match command:
@@ -164,12 +189,11 @@ class PolicyTable:
 
     def _publish(self, command: Publish) -> Published:
         bundle = command.bundle
-        began = time.perf_counter()
-        fresh = self.stages(command)
-        if fresh:
+        stage_s = 0.0
+        if self.stages(command):
             self._registry.require(command.name, command.if_match)
             self._require_memory(bundle)
-            self._stage(bundle, command.prepared)
+            stage_s = self._stage(bundle, command.prepared)
         staged = time.perf_counter()
         change = self._registry.publish(
             command.name,
@@ -181,7 +205,7 @@ class PolicyTable:
             if_match=command.if_match,
         )
         self._free(change.freed)
-        return self._published(command.id, change, staged - began, time.perf_counter() - staged)
+        return self._published(command.id, change, stage_s, time.perf_counter() - staged)
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
@@ -219,7 +243,7 @@ class PolicyTable:
         try:
             for version in command.versions:
                 self._require_memory(version.bundle, beside=staged)
-                self._stage(version.bundle)
+                self._stage(version.bundle, version.prepared)
                 staged.append(version.bundle.digest)
         except (AdapterDoesNotFit, WeightsMemoryExceeded):
             self._free(staged)
@@ -245,10 +269,15 @@ class PolicyTable:
                 f"is {self._weights_memory}. Nothing changed; keep fewer versions (--keep-versions) or allow more."
             )
 
-    def _stage(self, bundle: AdapterBundle, prepared: PreparedBundle | None = None) -> None:
-        self._slots.stage(prepared or bundle)
+    def _stage(self, bundle: AdapterBundle, prepared: PreparedBundle | None = None) -> float:
+        """Completes what `advance` began, or does all; returns the seconds that took together."""
+        staging, self._staging = self._staging, None
+        if staging is None or staging.digest != bundle.digest:
+            staging = self._slots.begin(prepared or bundle)
+        self._slots.stage(staging)
         self.slot_bytes = self._slots.nbytes
         self._bundles.setdefault(bundle.digest, _Held(bundle, 0)).versions += 1
+        return staging.seconds
 
     def _free(self, digests: Sequence[str]) -> None:
         for digest in digests:
