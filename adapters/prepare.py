@@ -38,9 +38,9 @@ class HostDelta:
     """Of one layer of a DoRA version: all of its gain that can be known without the base."""
 
     a: NDArray[np.float32]
-    """[rank, in]"""
+    """[rank, in], without ranks that are zero."""
     b: NDArray[np.float32]
-    """[out, rank], unscaled."""
+    """[out, rank], likewise, unscaled."""
     scale: float
     magnitude: NDArray[np.float32]
     """[out]"""
@@ -86,6 +86,11 @@ def prepare(bundle: AdapterBundle, dtype: str) -> PreparedBundle:
 def _delta(bundle: AdapterBundle, path: str) -> HostDelta:
     a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
     scale = bundle.spec.modules[path].scale
+    # Ranks that add nothing, as all do before the first step of training, need no product with the base.
+    adding: NDArray[np.bool_] = np.logical_and(a.any(axis=1), b.any(axis=0))
+    adding[0] = True
+    if not adding.all():
+        a, b = a[adding], b[:, adding]
     return HostDelta(a, b, scale, magnitude, squared_delta_norms(a, b, scale))
 
 

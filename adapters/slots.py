@@ -78,7 +78,7 @@ class AdapterSlots:
         return Staging(version, Gains(version, norms))
 
     def measure(self, staging: Staging, *, at_once: bool = False) -> bool:
-        """Does a bounded part of what needs only the base, beside the step in flight; true when nothing of it is left.
+        """Does a bounded part of what needs only the base, without waiting for it; true when nothing of it is left.
 
         Raises `AdapterDoesNotFit`, before anything is written, where a DoRA gain is not finite."""
         with staging.timed():

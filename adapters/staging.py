@@ -19,7 +19,7 @@ from adapters.spec import MAGNITUDE, AdapterDoesNotFit
 
 class Gains:
     """m / ‖W + scale · B · A‖ of each layer of a DoRA version, in turns: `measure` until it is true. Reads the base
-    and writes nothing, so a step may be in flight."""
+    and writes nothing."""
 
     def __init__(self, prepared: PreparedBundle, norms: Iterable[AdaptedNorms]) -> None:
         self._prepared = prepared
@@ -29,9 +29,9 @@ class Gains:
         """[out] of each layer, when all are measured; empty for LoRA."""
 
     def measure(self, allowance: int | None) -> bool:
-        """Dispatches products of about this cost (`AdaptedNorms.next_piece`), behind the step in flight, and returns
-        whether all gains are found: at the earliest in the call after the last product was dispatched, when the device
-        is done with it. None does all at once.
+        """Dispatches products of about this cost (`AdaptedNorms.next_piece`), and returns whether all gains are found:
+        at the earliest in the call after the last product was dispatched, when the device is done with it. None does
+        all at once.
 
         Raises `AdapterDoesNotFit` where a gain is not finite in the model's dtype."""
         while self._waiting:

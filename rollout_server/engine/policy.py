@@ -150,8 +150,7 @@ class PolicyTable:
 
     def advance(self, command: PolicyCommand, settle: Callable[[], None], *, at_once: bool) -> bool:
         """Takes a push a bounded part further, or all the way; true when `apply` has nothing long to do. `settle` is
-        called before anything is written, when no step may be in flight. Raises what `apply` would, and has changed
-        nothing."""
+        called first: no step may be in flight. Raises what `apply` would, and has changed nothing."""
         if not isinstance(command, Publish) or not self.stages(command):
             return True
         with _as_ours():
@@ -160,9 +159,10 @@ class PolicyTable:
                 self._registry.require(command.name, command.if_match)
                 self._require_memory(command.bundle)
                 staging = self._staging = self._slots.begin(command.prepared or command.bundle)
+            settle()
+            # Products are dispatched and not waited for: the device has them while the next step is being built.
             if not self._slots.measure(staging, at_once=at_once):
                 return False
-            settle()
             return self._slots.write(staging, None if at_once else WRITE_S)
 
     def abandon(self) -> None:
