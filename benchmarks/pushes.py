@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
     options = parser.parse_args()
     load_fast_blas()
+    # Ended from outside, it still ends the processes that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     report = run(options)
     print(json.dumps(report, indent=2) if options.json else "\n".join(lines(report)))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def test_a_fault_in_the_middle_of_staging_fails_the_push_by_name(
 
 def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
     """Of 60 pushes with four kept: slots, bundles, stacks and the device's memory are flat after the first twelve."""
+    gc.collect()
     driver = Driver.start(qwen, keep_versions=4)
     seen: list[tuple[int, ...]] = []
     for step in range(60):
@@ -152,5 +154,5 @@ def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
     assert [v.version.number for v in driver.status.policies[0].versions] == [57, 58, 59, 60]
     slots, bundles, stacks, memory = zip(*seen[12:], strict=True)
     assert set(slots) == {4} and set(bundles) == {4} and len(set(stacks)) == 1
-    # What a DoRA version adds to a slot is in the stacks already; rows of a request come and go.
-    assert max(memory) - min(memory) < 0.02 * max(memory), seen
+    # A leak would keep 47 versions; what other tests of this process left may be freed meanwhile.
+    assert memory[-1] - memory[0] < 2 * bundle.nbytes, seen
