@@ -38,10 +38,19 @@ class Watcher:
 
     def _watch(self) -> None:
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=120)
-        body = {"model": self.policy, "prompt": [5, 9, 33], "max_tokens": 128, "ignore_eos": True, "stream": True}
+        body = {
+            "model": self.policy,
+            "prompt": [5, 9, 33],
+            "max_tokens": 128,
+            "stream": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
         while True:
             connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
             reply = connection.getresponse()
+            if reply.status != 200:
+                raise RuntimeError(f"The watched row was answered with {reply.status}: {reply.read(500)!r}")
             stream: list[float] = []
             self.times.append(stream)
             while line := reply.readline():

@@ -107,6 +107,8 @@ def under_load(model: Path, options: argparse.Namespace, sections: Sequence[str]
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
+    if not ordered:
+        return {}
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return {"p50": round(statistics.median(ordered), 2), "p99": round(p99, 2), "max": round(ordered[-1], 2)}
 
