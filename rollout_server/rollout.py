@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -21,6 +22,8 @@ from rollout_server.quoting import counted, quoted
 BASE = "base"
 MAX_SEED = 2**53 - 1
 MAX_STOP_STRINGS = 64
+CARRIED, RECOMPUTED = "carried", "recomputed"
+"""A span's KV: what an older version left was kept, or everything before it was read again."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
 
@@ -171,6 +174,7 @@ class Wants:
     entropy: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    base_logprobs: bool = False
     tokens_as_they_come: bool = False
     """Stream every token, not only finished rows."""
 
@@ -189,6 +193,8 @@ class RolloutRequest:
     seeds: tuple[int, ...] = ()
     """One row seed per sample, see `row_seed`."""
     min_version: int | None = None
+    wait_s: float | None = None
+    """How long to wait for `min_version` once it is the group's turn."""
     on_update: OnUpdate = OnUpdate.FINISH
     max_staleness: int | None = None
     """Rows more versions behind the alias than this end as `superseded`."""
@@ -212,7 +218,33 @@ class Span:
     start: int
     end: int
     kv: str | None = None
-    """`carried`: it read KV that an older version computed."""
+    """`carried`: it read KV that an older version computed; `recomputed`: all before it was read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanAddress:
+    """A span as a request writes it: tokens `start` to `end` (excluded) are to be read under what `address` names."""
+
+    address: PolicyAddress
+    start: int
+    end: int
+    digest: str | None = None
+    """What the version's digest has to be."""
+    kv: str | None = None
+
+
+def tiling_fault(spans: Sequence[SpanAddress], length: int) -> str | None:
+    """What keeps spans from saying, for each of `length` tokens, under what it is to be read; None if nothing."""
+    at = 0
+    for index, span in enumerate(spans):
+        if span.start != at or span.end <= span.start:
+            return f"span {index} covers {span.start} to {span.end}, where one that starts at {at} is needed"
+        at = span.end
+    if at != length:
+        return f"the spans end at {at}, but {counted(length, 'token')} are to be covered"
+    if spans and spans[0].kv == CARRIED:
+        return "span 0 carries KV on, but nothing says under what that was read; let a span of that version stand first"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +290,8 @@ class Rollout:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     """Per token the k most probable (id, log-probability) of the unmodified distribution, best first."""
     prompt_logprobs: tuple[float | None, ...] | None = None
+    base_logprobs: tuple[float, ...] | None = None
+    """`logprobs` of the same tokens under the base; None also where the request ended before they were computed."""
     error: RowError | None = None
 
 

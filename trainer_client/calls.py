@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from types import MappingProxyType
@@ -30,7 +31,7 @@ from trainer_client.parsing import (
     parse_weights,
 )
 from trainer_client.replies import Reply, parse_json
-from trainer_client.rollout import Rollout
+from trainer_client.rollout import Rollout, Span
 from trainer_client.sources import adapter_of
 from trainer_client.tensors import safetensors_body
 from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion, ServedModel
@@ -216,14 +217,24 @@ def logprobs(
     temperature: float = 1.0,
     returns: Sequence[str] = (),
     top_logprobs: int | None = None,
+    versions: Sequence[Sequence[Span | Mapping[str, Any]] | None] | None = None,
 ) -> Call[Scored]:
     """Log-probabilities of given tokens under a policy, by teacher forcing.
 
     sequences    token ids each, scored from position 0 (whose value is NaN); or `{"token_ids", "start"}`; or a batch,
                  scored over its completions, so that the flat result lines up with `batch.logprobs`
     temperature  divides the logits first
-    returns      `entropy`"""
+    returns      `entropy`
+    versions     per sequence the spans to read it under instead of `policy`, or None; `batch.spans` checks rows that
+                 switched on the way, each token under the version that sampled it, on the same KV"""
     entries = sequences.sequences if isinstance(sequences, RolloutBatch) else [_sequence(entry) for entry in sequences]
+    if versions is not None:
+        if len(versions) != len(entries):
+            raise ValueError(f"There are {len(entries)} sequences, but versions for {len(versions)}.")
+        entries = [
+            entry if spans is None else {**entry, "versions": [_span(span) for span in spans]}
+            for entry, spans in zip(entries, versions, strict=True)
+        ]
     body = {"policy": _address(policy), "sequences": entries, "temperature": temperature, "return": list(returns)}
     body |= _given(top_logprobs=top_logprobs)
     return _post("/v1/logprobs", body, parse_scored, headers=BINARY, idempotent=True)
@@ -303,6 +314,12 @@ def _sequence(entry: Sequence[int] | np.ndarray | Mapping[str, Any]) -> Mapping[
     if isinstance(entry, Mapping):
         return {**entry, "token_ids": _plain_ids(entry["token_ids"])}
     return {"token_ids": _plain_ids(entry)}
+
+
+def _span(span: Span | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(span, Span):
+        return span
+    return {name: value for name, value in asdict(span).items() if value is not None}
 
 
 def _plain_ids(value: Any) -> Any:

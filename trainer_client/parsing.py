@@ -14,8 +14,8 @@ from trainer_client.batch import RolloutBatch
 from trainer_client.binary import BinaryRows, ReplyFile
 from trainer_client.errors import BadReply, DigestMismatch
 from trainer_client.replies import Reply, error_of, need, need_objects, parse_json
-from trainer_client.rollout import Rollout
-from trainer_client.rows import parse_rollout, top_of, values_of
+from trainer_client.rollout import Rollout, Span
+from trainer_client.rows import parse_rollout, span_of, top_of, values_of
 from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
 
 
@@ -36,7 +36,9 @@ class Scored:
     temperature: float
     """What the logits were divided by first."""
     versions: tuple[PolicyRef, ...]
-    """What scored them."""
+    """All that scored them."""
+    spans: tuple[tuple[Span, ...], ...]
+    """Per sequence, what its positions were read under, counted from `start`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -137,6 +139,10 @@ def _scored_about(body: Mapping[str, Any]) -> dict[str, Any]:
         "versions": tuple(
             PolicyRef(need(entry, "policy", str), need(entry, "version", int), need(entry, "digest", str))
             for entry in need_objects(body, "versions")
+        ),
+        "spans": tuple(
+            tuple(span_of(span, f"sequence {index}") for span in entry.get("versions") or ())
+            for index, entry in enumerate(need_objects(body, "sequences"))
         ),
     }
 

@@ -59,7 +59,7 @@ def row_fields(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif name == "top_logprobs":
             fields["top_ids"], fields["top_logprobs"] = top_of(value, where)
         elif name == "versions":
-            fields["spans"] = tuple(_span(span, where) for span in need_objects(entry, name, where))
+            fields["spans"] = tuple(span_of(span, where) for span in need_objects(entry, name, where))
         elif name == "error":
             fields[name] = RowFault(str(value.get("code")), str(value.get("message"))) if value else None
         else:
@@ -89,7 +89,7 @@ def top_of(top: list[Any] | None, where: str) -> tuple[Any, Any]:
     return np.ascontiguousarray(both[..., 0], np.int32), np.ascontiguousarray(both[..., 1], np.float32)
 
 
-def _span(span: Mapping[str, Any], where: str) -> Span:
+def span_of(span: Mapping[str, Any], where: str) -> Span:
     return Span(
         policy=span.get("policy"),
         version=span.get("version"),

@@ -100,6 +100,11 @@ class Batch:
         return self._store.cells(count, columns)
 
     @property
+    def unread(self) -> int:
+        """Prompt tokens that joining groups still have to read."""
+        return sum(len(joining.prompt.tokens) - joining.prompt.fed for joining in self._joining)
+
+    @property
     def active(self) -> bool:
         return bool(self._seats) or self._flight is not None
 

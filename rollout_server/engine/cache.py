@@ -54,6 +54,16 @@ class Prompt:
         return self.fed == len(self.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one place, the first of them at column `at`, and what `route` needs to know of it."""
+
+    place: int
+    at: int
+    tokens: tuple[int, ...]
+    slot: Any
+
+
 class RowStore(Protocol):
     """What the batch needs of a cache. Places index the batch dimension of a decode step."""
 
@@ -236,22 +246,29 @@ class SlotRows:
         self._free = []
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
-        length = max(n for _, n in chunks)
-        self._grow_columns(max(prompt.fed + n for prompt, n in chunks) + 1)
-        tokens = [list(p.tokens[p.fed : p.fed + n]) + [0] * (length - n) for p, n in chunks]
-        offset = mx.array([p.fed for p, _ in chunks], dtype=mx.int32)
-        places = mx.array([p.places[0] for p, _ in chunks], dtype=mx.int32)
-        width = min(self.columns, round_up(max(p.fed + n for p, n in chunks), COLUMN_BUCKET))
-        step = mx.arange(length, dtype=mx.int32)[None]
-        own = step < mx.array([n for _, n in chunks], dtype=mx.int32)[:, None]
-        # Padding goes where no row ever stands, see `aim`.
-        columns = mx.where(own, offset[:, None] + step, self.columns - 1)
-        self.window = Window(places, places, offset, columns, width)
-        route([p.slot for p, _ in chunks])
-        forward(mx.array(tokens, dtype=mx.int32), self.layers)
+        pieces = [Piece(p.places[0], p.fed, p.tokens[p.fed : p.fed + n], p.slot) for p, n in chunks]
+        self.read(forward, pieces, route)
         self.evaluate()
         for prompt, n in chunks:
             prompt.fed += n
+
+    def read(self, forward: Forward, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
+        """Runs the pieces through the model, each in its own place; returns logits [pieces, longest piece, V], of
+        which those behind a piece's own tokens mean nothing. Nothing is evaluated; see `evaluate`."""
+        length = max(len(piece.tokens) for piece in pieces)
+        ends = [piece.at + len(piece.tokens) for piece in pieces]
+        self._grow_columns(max(ends) + 1)
+        tokens = [list(piece.tokens) + [0] * (length - len(piece.tokens)) for piece in pieces]
+        offset = mx.array([piece.at for piece in pieces], dtype=mx.int32)
+        places = mx.array([piece.place for piece in pieces], dtype=mx.int32)
+        width = min(self.columns, round_up(max(ends), COLUMN_BUCKET))
+        step = mx.arange(length, dtype=mx.int32)[None]
+        own = step < mx.array([len(piece.tokens) for piece in pieces], dtype=mx.int32)[:, None]
+        # Padding goes where no row ever stands, see `aim`.
+        columns = mx.where(own, offset[:, None] + step, self.columns - 1)
+        self.window = Window(places, places, offset, columns, width)
+        route([piece.slot for piece in pieces])
+        return forward(mx.array(tokens, dtype=mx.int32), self.layers)
 
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         places, length = prompt.places[:count], len(prompt.tokens)
@@ -327,8 +344,11 @@ class SlotRows:
                     layer.values[dirty] = mx.zeros((), dtype=layer.values.dtype)
         return self._compact() if moves else None
 
+    def arrays(self) -> list[mx.array]:
+        return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+
     def evaluate(self) -> None:
-        mx.eval([a for layer in self.layers for a in (layer.keys, layer.values) if a is not None])
+        mx.eval(self.arrays())
 
     def _compact(self) -> dict[int, int]:
         free = set(self._free)

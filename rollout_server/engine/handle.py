@@ -43,7 +43,7 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
-from rollout_server.rollout import RolloutRequest
+from rollout_server.rollout import RolloutRequest, tiling_fault
 
 
 class Subscription:
@@ -181,6 +181,9 @@ class EngineHandle:
         self._require_room()
         if not 1e-3 <= score.temperature <= 100:
             raise InvalidField("temperature must be between 0.001 and 100.", param="temperature")
+        for spans, tokens, start in zip(score.spans, score.sequences, score.starts, strict=bool(score.spans)):
+            if spans is not None and (fault := tiling_fault(spans, len(tokens) - start)):
+                raise InvalidField(f"The versions of a sequence do not fit it: {fault}.", param="sequences")
         for tokens, start in zip(score.sequences, score.starts, strict=True):
             self._check_ids(tokens, "sequences")
             if not 0 <= start < len(tokens):

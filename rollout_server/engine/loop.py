@@ -26,19 +26,18 @@ from rollout_server.engine.messages import (
     PolicyCommand,
     Pong,
     Score,
-    Scored,
-    ScoredSequence,
     Stop,
     Submit,
 )
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
-from rollout_server.engine.score import ScoreJob, Scorer
+from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.switching import Switching
-from rollout_server.errors import EngineFault, EngineUnavailable, NonFiniteLogits, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError, StalePolicy
 
 log = logging.getLogger(__name__)
 
@@ -66,21 +65,22 @@ class Engine:
         self._budget = prefill_tokens
         self._stopping = False
         self._changes: deque[PolicyCommand] = deque()
-        self._jobs: deque[ScoreJob] = deque()
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
         self._changing: PolicyCommand | None = None
         self._admitting: Group | None = None
-        self._scoring: ScoreJob | None = None
-        self._scorer = Scorer(model.forward, model.make_caches, policies.route, model.info.vocab_size)
         self._batch = Batches(self._new_batch)
         kv_cells = model.info.kv_memory // model.info.kv_bytes_per_token
+        self._scoring = ScoringQueue(
+            make_reader(model, policies), policies, lambda cells: self._batch.held_cells + cells <= kv_cells
+        )
         self._scheduler = Scheduler(
             model.info.max_batch,
             kv_cells,
             lambda group: self._batch.longest(self._set_of(group)),
-            lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns),
+            lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
         )
         self._reports = Reports(self._scheduler, policies)
+        self._references = References(self._scoring, policies, self._reports)
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
 
     def _new_batch(self, parameters: int) -> Batch:
@@ -124,28 +124,39 @@ class Engine:
     def _compute(self) -> None:
         self._change_policies()
         self._admit()
+        left = self._budget
         if self._batch.joining:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
-            for row in self._batch.prefill(self._budget):
+            unread = self._batch.unread
+            for row in self._batch.prefill(max(1, left // 2) if self._scoring.busy else left):
                 # The alias may have moved while its prompt was read.
                 self._switching.follow(row)
+            left -= unread - self._batch.unread
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
         self._batch.keep(self._policies.sets)
-        self._score()
+        for group in self._reports.take_complete():
+            self._references.score_rows(group)
+        # What prefill and decode left of the turn's tokens, but always enough to get on.
+        self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
 
     @property
     def _busy(self) -> bool:
         return bool(
-            self._batch.active or self._batch.joining or self._jobs or self._changes or self._scheduler.waiting_requests
+            self._batch.active
+            or self._batch.joining
+            or self._scoring.busy
+            or self._reports.has_complete
+            or self._changes
+            or self._scheduler.pressing
         )
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
-        wait = 0.0 if self._busy else IDLE_WAIT_S
+        wait = 0.0 if self._busy else self._scheduler.rest(time.monotonic(), IDLE_WAIT_S)
         try:
             command = self._mailbox.get(timeout=wait) if wait else self._mailbox.get_nowait()
             while True:
@@ -165,7 +176,7 @@ class Engine:
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score():
-                    self._start_score(command)
+                    self._references.score(command)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
@@ -207,7 +218,7 @@ class Engine:
         while self._changes:
             command = self._changing = self._changes.popleft()
             try:
-                computing = self._batch.active or self._batch.joining or self._jobs
+                computing = self._batch.active or self._batch.joining or self._scoring.busy
                 if not self._policies.advance(command, self._settle, at_once=not computing):
                     self._changes.appendleft(command)
                     self._changing = None
@@ -231,10 +242,11 @@ class Engine:
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        self._call_back()
         while admission := self._scheduler.next_admission(self._batch.size):
             group = admission.group
             if group.version is None and not self._take_version(group):
-                if group.waiting:
+                if self._scheduler.heads(group):
                     break
                 continue
             self._reports.progress(self._batch.settle())
@@ -243,95 +255,35 @@ class Engine:
             self._batch.join(admission)
             self._admitting = None
             self._scheduler.admitted(admission)
-            if group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None:
-                self._score_prompt(group)
+            wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
+            if wanted and group.version is not None:
+                self._references.score_prompt(group, group.version)
+
+    def _call_back(self) -> None:
+        """Groups that wait for a version come back when it is there, and fail when their time is over."""
+        self._scheduler.bring_back(
+            lambda group: not self._policies.behind(group.request.policy, group.request.min_version or 0)
+        )
+        for group in self._scheduler.impatient(time.monotonic()):
+            try:
+                self._policies.require(group.request.policy, group.request.min_version or 0)
+            except StalePolicy as error:
+                self._reports.fail_group(group, error)
 
     def _take_version(self, group: Group) -> bool:
         """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
-        has failed, or goes on waiting where a change that came before it is under way."""
+        has failed or was set aside, or heads the queue until a change that came before it is done."""
         request = group.request
         try:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
-            if not any(change.name == request.policy.name for change in self._changes):
+            if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
+                self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
+            elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False
         group.admitted_at = time.monotonic()
         return True
-
-    # ---- scoring --------------------------------------------------------------------------------------------------
-
-    def _start_score(self, score: Score) -> None:
-        version, placement = self._policies.acquire(score.policy, 1, None)
-
-        def finished(sequences: tuple[ScoredSequence, ...]) -> None:
-            self._policies.release(version, 1)
-            self._reports.add(Scored(score.id, version, score.temperature, sequences))
-
-        def failed(error: RolloutError) -> None:
-            self._policies.release(version, 1)
-            self._reports.fail(score.id, error)
-
-        self._jobs.append(
-            ScoreJob(
-                score.id,
-                version,
-                placement,
-                score.sequences,
-                score.starts,
-                score.temperature,
-                score.entropy,
-                score.top_logprobs,
-                finished=finished,
-                failed=failed,
-            )
-        )
-
-    def _score_prompt(self, group: Group) -> None:
-        if group.version is None:
-            raise RuntimeError("A group is scored before it has a version.")
-        group.unscored = True
-        self._policies.acquire_again(group.version, 1)
-        version = group.version
-
-        def finished(sequences: tuple[ScoredSequence, ...]) -> None:
-            self._policies.release(version, 1)
-            self._reports.prompt_scored(group, sequences[0].logprobs)
-
-        def failed(error: RolloutError) -> None:
-            self._policies.release(version, 1)
-            self._reports.fail_group(group, error)
-
-        self._jobs.append(
-            ScoreJob(
-                group.request.id,
-                version,
-                group.placement,
-                (group.request.prompt_ids,),
-                (0,),
-                group=group,
-                finished=finished,
-                failed=failed,
-            )
-        )
-
-    def _score(self) -> None:
-        """One bounded chunk of the sequence that is being scored; between two sequences it is the next job's turn."""
-        if not self._jobs:
-            return
-        job = self._scoring = self._jobs.popleft()
-        try:
-            self._scorer.advance(job, self._budget)
-        except NonFiniteLogits as error:
-            job.failed(error)
-        else:
-            if job.done:
-                job.finished(tuple(job.results))
-            elif job.caches is None:
-                self._jobs.append(job)
-            else:
-                self._jobs.appendleft(job)
-        self._scoring = None
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
@@ -341,24 +293,15 @@ class Engine:
 
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
-        ended = [job for job in self._jobs if job.id == id]
-        if ended:
-            self._jobs = deque(job for job in self._jobs if job.id != id)
-        for job in ended:
-            if job.group is None:
-                job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
-            else:
-                # Rows that are held for the prompt's values are reported without them.
-                self._policies.release(job.version, 1)
+        self._scoring.end(id, reason)
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
         """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on."""
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
-        if self._scoring is not None:
-            self._scoring.failed(fault)
-            self._scoring = None
+        if self._scoring.computing:
+            self._scoring.fail(fault)
             return
         if self._changing is not None:
             self._policies.abandon()
@@ -385,7 +328,7 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        for id in [job.id for job in self._jobs if job.group is None] + [change.id for change in self._changes]:
+        for id in self._scoring.own_requests + [change.id for change in self._changes]:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())

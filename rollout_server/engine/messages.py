@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.errors import RolloutError
-from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest
+from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
@@ -104,6 +104,8 @@ class Score:
     temperature: float = 1.0
     entropy: bool = False
     top_logprobs: int = 0
+    spans: tuple[tuple[SpanAddress, ...] | None, ...] = ()
+    """For each sequence the versions it is read under, or None for `policy` alone; empty if no sequence has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +261,15 @@ class ScoredSequence:
     logprobs: tuple[float | None, ...]
     entropy: tuple[float | None, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
+    spans: tuple[Span, ...] = ()
+    """What it was read under; positions count from `start`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
     id: str
     version: PolicyVersion
+    """What the request's policy meant."""
     temperature: float
     sequences: tuple[ScoredSequence, ...]
 

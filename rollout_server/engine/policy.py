@@ -14,13 +14,9 @@ from adapters.registry import (
     Content,
     Entry,
     Facts,
-    GoneVersion,
-    LiveVersion,
-    Mismatch,
     Registry,
-    RegistryError,
 )
-from adapters.resident import BASE_PLACEMENT, Placement, QuantisedBase, ResidentVersions, WeightsFull
+from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
 from rollout_server.engine.messages import (
@@ -43,14 +39,11 @@ from rollout_server.engine.messages import (
     VersionStatus,
 )
 from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.policy_errors import as_ours
 from rollout_server.errors import (
-    AdapterMismatch,
-    Conflict,
-    PreconditionFailed,
     StalePolicy,
     UnknownPolicy,
     VersionGone,
-    WeightsMemoryExceeded,
 )
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
@@ -92,7 +85,7 @@ class PolicyTable:
         Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
         entry = self._resolve(address)
         if min_version is not None:
-            self._require_version(address, min_version)
+            self.require(address, min_version)
         if entry is None:
             return self.base, BASE_PLACEMENT
         self._registry.acquire(entry.name, entry.number, rows)
@@ -107,8 +100,8 @@ class PolicyTable:
             entry = None
         return self._resident.placement(entry.content) if entry else BASE_PLACEMENT
 
-    def _require_version(self, address: PolicyAddress, min_version: int) -> None:
-        """Raises `StalePolicy` unless the alias has come that far; for the base it never will."""
+    def require(self, address: PolicyAddress, min_version: int) -> None:
+        """Raises `StalePolicy` unless the alias has come that far; not retryable for the base, which never will."""
         alias = None if address.name == BASE else self._registry.live(address.name)
         number = alias.number if alias else 0
         if number < min_version:
@@ -117,6 +110,11 @@ class PolicyTable:
             )
             error.retryable = address.name != BASE
             raise error
+
+    def behind(self, address: PolicyAddress, min_version: int) -> bool:
+        """Whether a name has not come as far as that, but still may."""
+        alias = self.alias(address.name)
+        return alias is not None and alias < min_version
 
     def alias(self, name: str) -> int | None:
         """The number of the live version; None if there is none."""
@@ -138,6 +136,15 @@ class PolicyTable:
     def route(self, parameters: int, slots: Sequence[int]) -> None:
         """The next forwards use this parameter set, and row i of them slots[i]."""
         self._resident.route(parameters, slots)
+
+    def route_rows(self, placements: Sequence[Placement]) -> None:
+        """Row i of the next forwards is placed at placements[i]; all have the same `apart`."""
+        self.route(placements[0].parameters, [placement.slot for placement in placements])
+
+    @staticmethod
+    def apart(placement: Placement) -> int:
+        """Rows share a forward only if this is equal for them: one set of weights serves them all."""
+        return placement.parameters
 
     @property
     def sets(self) -> tuple[int, ...]:
@@ -163,7 +170,7 @@ class PolicyTable:
         `apply` would, and has changed nothing."""
         if not isinstance(command, Publish) or not self.stages(command):
             return True
-        with _as_ours():
+        with as_ours():
             self._registry.require(command.name, command.if_match)
             prepared = self._ready(command)
             return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
@@ -176,7 +183,7 @@ class PolicyTable:
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
         self._shown = None
-        with self._leaving_nothing(), _as_ours():
+        with self._leaving_nothing(), as_ours():
             match command:
                 case Publish():
                     return self._publish(command)
@@ -315,7 +322,7 @@ class PolicyTable:
             if wrong:
                 raise UnknownPolicy(f"The base has only version 0 ({self.base.digest}), not {address}.", param="policy")
             return None
-        with _as_ours():
+        with as_ours():
             return self._registry.resolve(address.name, address.number, address.digest)
 
     # ---- status ---------------------------------------------------------------------------------------------------
@@ -372,27 +379,3 @@ def _entry(name: str, version: RestoredVersion) -> Entry:
 
 def _version(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
-
-
-@contextmanager
-def _as_ours() -> Iterator[None]:
-    """The adapters' own errors in the words of the one tree the server speaks."""
-    try:
-        yield
-    except GoneVersion as error:
-        raise VersionGone(error.message, param="policy") from error
-    except LiveVersion as error:
-        raise Conflict(error.message, param="version") from error
-    except Mismatch as error:
-        raise PreconditionFailed(error.message, param="If-Match") from error
-    except RegistryError as error:
-        raise UnknownPolicy(error.message, param="policy") from error
-    except AdapterDoesNotFit as error:
-        raise AdapterMismatch(str(error), faults=error.faults) from error
-    except QuantisedBase as error:
-        raise Conflict(error.message, param="dequantize") from error
-    except WeightsFull as error:
-        raise WeightsMemoryExceeded(
-            f"There is no memory for this version: {error.message}, and --weights-memory allows no more. Nothing "
-            "changed; keep fewer versions (--keep-versions) or allow more."
-        ) from error

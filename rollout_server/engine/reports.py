@@ -21,6 +21,7 @@ class Reports:
         self._scheduler = scheduler
         self._policies = policies
         self._events: list[Event] = []
+        self._complete: list[Group] = []
         self.tokens = 0
 
     def take(self) -> list[Event]:
@@ -29,6 +30,20 @@ class Reports:
 
     def add(self, event: Event) -> None:
         self._events.append(event)
+
+    @property
+    def has_complete(self) -> bool:
+        return bool(self._complete)
+
+    def take_complete(self) -> list[Group]:
+        """Groups whose last row ended and of which some row waits for its values under the base."""
+        groups, self._complete = self._complete, []
+        return [g for g in groups if g.unreferenced and self._open(g) and any(row.needs_reference for row in g.held)]
+
+    def _open(self, group: Group) -> bool:
+        """A group that outlived its request has nobody to report to, even if the id was taken again."""
+        ticket = self._scheduler.tickets.get(group.request.id)
+        return ticket is not None and group in ticket.members
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -66,20 +81,38 @@ class Reports:
 
     def prompt_scored(self, group: Group, logprobs: tuple[float | None, ...]) -> None:
         group.prompt_logprobs, group.unscored = logprobs, False
+        self._let_go(group)
+
+    def referred(self, group: Group) -> None:
+        """The rows of a group have their values under the base."""
+        group.unreferenced = False
+        self._let_go(group)
+
+    def _let_go(self, group: Group) -> None:
+        """Reports the held rows that wait for nothing any more."""
         held, group.held = group.held, []
         for row in held:
-            self._finished(row)
+            if row.waits:
+                group.held.append(row)
+            else:
+                self._report(row)
 
     def _finished(self, row: Sequence) -> None:
-        """Reports an ended row once; rows of a group whose prompt is still being scored wait for that."""
-        id = row.group.request.id
+        """Reports an ended row once, or holds it until the values it was promised are there."""
+        group = row.group
         row.reported = True
-        # A group that outlived its request has nobody to report to, even if the id was taken again.
-        if id not in self._scheduler.tickets or row.group not in self._scheduler.tickets[id].members:
+        group.ended += 1
+        if group.ended == group.request.n and group.unreferenced:
+            self._complete.append(group)
+        if row.waits:
+            group.held.append(row)
+        else:
+            self._report(row)
+
+    def _report(self, row: Sequence) -> None:
+        if not self._open(row.group):
             return
-        if row.group.unscored and row.error is None:
-            row.group.held.append(row)
-            return
+        id = row.group.request.id
         ticket = self._scheduler.tickets[id]
         ticket.produced = ticket.produced or bool(row.token_ids)
         ticket.error = ticket.error or row.error
@@ -106,11 +139,10 @@ class Reports:
 
     def fail_group(self, group: Group, error: RolloutError) -> None:
         """One group cannot start or go on; its samples are reported as errors, the rest of the request goes on."""
-        group.unscored = False
-        held, group.held = group.held, []
-        for row in held:
+        group.unscored = group.unreferenced = False
+        for row in group.held:
             row.fail(error)
-            self._finished(row)
+        self._let_go(group)
         first = group.admitted
         self._forget(group)
         self._never_ran(group, range(first, group.request.n), error=error)
@@ -139,7 +171,9 @@ class Reports:
     def has_tokens(self, id: str, batch: Batches) -> bool:
         """Whether some row of a request, reported or running, has sampled anything."""
         ticket = self._scheduler.tickets[id]
-        return ticket.produced or any(row.token_ids for row in batch.rows if row.group.request.id == id)
+        held = [row for group in ticket.groups for row in group.held]
+        running = [row for row in batch.rows if row.group.request.id == id]
+        return ticket.produced or any(row.token_ids for row in held + running)
 
     def end_request(self, id: str, reason: str, batch: Batches) -> None:
         ticket = self._scheduler.tickets.get(id)
@@ -152,10 +186,8 @@ class Reports:
         running = [row for row in batch.rows if row.group.request.id == id and row.running]
         joining = {join.group: join for join in batch.joining if join.group in ticket.members}
         for group in ticket.groups:
-            group.unscored = False
-            held, group.held = group.held, []
-            for row in held:
-                self._finished(row)
+            group.unscored = group.unreferenced = False
+            self._let_go(group)
         for row in running:
             row.end(FinishReason.ABORTED, reason)
             self._finished(row)

@@ -39,7 +39,8 @@ class Admission:
 
 
 class Scheduler:
-    """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves.
+    """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
+    waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
 
     `longest(group)` is the most columns that a row beside which the group would run can fill, `cells(group, count,
     columns)` how many KV columns over all rows all caches could come to fill if `count` of its samples joined."""
@@ -53,7 +54,11 @@ class Scheduler:
     ) -> None:
         self.tickets: dict[str, Ticket] = {}
         self.waiting_requests = 0
+        self.crowded = False
+        """The group at the head of the queue waits for KV memory."""
         self._waiting: deque[Group] = deque()
+        self._aside: dict[Group, float] = {}
+        """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
         self._kv_cells = kv_cells
         self._longest = longest
@@ -70,6 +75,7 @@ class Scheduler:
 
     def next_admission(self, running: int) -> Admission | None:
         """What may start now, given `running` rows."""
+        self.crowded = False
         while self._waiting and not self._waiting[0].waiting:
             self._waiting.popleft()
         if not self._waiting:
@@ -81,7 +87,43 @@ class Scheduler:
         count = min(group.waiting, self._max_rows - running)
         while count > 0 and self._cells(group, count, columns) > self._kv_cells:
             count -= 1
+            self.crowded = count == 0
         return Admission(group, count, columns) if count > 0 else None
+
+    def heads(self, group: Group) -> bool:
+        """Whether a group still waits at the head of the queue."""
+        return bool(group.waiting and self._waiting and self._waiting[0] is group)
+
+    # ---- waiting for a version --------------------------------------------------------------------------------------
+
+    def set_aside(self, group: Group, until: float) -> None:
+        """Takes the group at the head of the queue out of it, to wait for a version without holding up others."""
+        self._waiting.remove(group)
+        self._aside[group] = until
+
+    def bring_back(self, ready: Callable[[Group], bool]) -> None:
+        """Puts the groups that are ready back into the queue, in the order in which all arrived."""
+        back = [group for group in self._aside if ready(group)]
+        for group in back:
+            del self._aside[group]
+        if back:
+            self._waiting = deque(sorted([*self._waiting, *back], key=lambda group: group.arrived))
+
+    def impatient(self, now: float) -> list[Group]:
+        """Groups that have waited long enough for their version."""
+        return [group for group, until in self._aside.items() if until <= now]
+
+    @property
+    def pressing(self) -> bool:
+        """Whether something waits that a step could let start."""
+        return bool(self._waiting)
+
+    def rest(self, now: float, most: float) -> float:
+        """Seconds, at most `most`, until something must be ended although nothing runs."""
+        ends = [t.deadline for t in self.tickets.values() if t.deadline is not None] + list(self._aside.values())
+        return min([most, *(max(0.0, end - now) for end in ends)])
+
+    # ---- leaving the queue ------------------------------------------------------------------------------------------
 
     def admitted(self, admission: Admission) -> None:
         admission.group.admitted += admission.count
@@ -92,6 +134,7 @@ class Scheduler:
         """Takes what still waits of a group out of the queue; returns how many samples that were."""
         left = group.waiting
         if left:
+            self._aside.pop(group, None)
             # Taken out of the queue when it comes to its head: removing it now would search the queue.
             group.admitted = group.request.n
             self._left_queue(group)

@@ -1,150 +1,207 @@
-"""Teacher-forced log-probabilities of given tokens: the slow, obvious path the sampler is checked against.
+"""Teacher-forced log-probabilities: what every reader does with logits, and the slow, obvious reader, which takes one
+sequence at a time on mlx-lm's own caches. The batched one (`score_rows`) is checked against it.
 
-One sequence at a time on mlx-lm's own caches, in chunks, so that memory does not grow with length × vocabulary.
-Positions before `start` go through the model without its head.
+Sequences go through in chunks, so that memory does not grow with length × vocabulary; inputs whose values nobody wants
+go through the model without its head.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from adapters.resident import Placement
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
-from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.passages import Family, Passage, ScoreJob
 from rollout_server.engine.sampling import entropy_of, top_of
-from rollout_server.engine.sequence import Group, TopTokens
-from rollout_server.errors import NonFiniteLogits, RolloutError
-from rollout_server.rollout import PolicyVersion
+from rollout_server.engine.sequence import TopTokens
+from rollout_server.errors import NonFiniteLogits
 
 LOGIT_BYTES = 64 * 2**20
 """float32 logits alive at once."""
 
 
-@dataclass(slots=True, eq=False)
-class ScoreJob:
-    """Sequences to score under one version, and how far it got."""
+def logit_tokens(vocabulary: int) -> int:
+    """How many tokens may have their logits alive at once."""
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
 
-    id: str
-    version: PolicyVersion
-    placement: Placement
-    sequences: tuple[tuple[int, ...], ...]
-    starts: tuple[int, ...]
-    temperature: float = 1.0
-    entropy: bool = False
-    top_logprobs: int = 0
-    group: Group | None = field(kw_only=True, default=None)
-    """The group whose prompt it scores; None for a request of its own."""
-    finished: Callable[[tuple[ScoredSequence, ...]], None] = field(kw_only=True)
-    """Called on the engine thread with the results."""
-    failed: Callable[[RolloutError], None] = field(kw_only=True)
-    results: list[ScoredSequence] = field(default_factory=list)
-    fed: int = 0
-    caches: list[Any] | None = None
-    logprobs: list[float | None] = field(default_factory=list)
-    entropies: list[float | None] = field(default_factory=list)
-    tops: list[TopTokens | None] = field(default_factory=list)
+
+class Reader(Protocol):
+    """Feeds passages through the model. `cells` are the KV columns it may come to fill, 0 when it holds nothing."""
+
+    limit: int
+    """Passages it takes at once."""
 
     @property
-    def done(self) -> bool:
-        return len(self.results) == len(self.sequences)
+    def size(self) -> int:
+        """Passages it holds."""
+
+    @property
+    def left(self) -> int:
+        """Inputs it still has to read."""
+
+    @property
+    def cells(self) -> int: ...
+
+    def cells_with(self, count: int, columns: int) -> int:
+        """`cells` once `count` more passages of at most `columns` inputs joined."""
+
+    def begin(self, family: Family, count: int) -> None:
+        """Takes the next `count` waiting passages of a family that is not joining."""
+
+    def read(self, budget: int) -> list[Passage]:
+        """Feeds about `budget` inputs; returns the passages that ended, some of them with a `fault`."""
+
+    def drop(self, job: ScoreJob) -> None:
+        """Forgets the passages of a job."""
+
+    def reset(self) -> None:
+        """Forgets everything, after a failure."""
 
 
-class Scorer:
-    """Feeds score jobs through the model, a bounded number of tokens at a time. Only the sequence it is at has
-    caches."""
+def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any]) -> None:
+    """Reads the values of each part's next n inputs from logits [B, N, V] (row i is part i, its first n columns) and
+    evaluates `state` with them. A passage whose values are not numbers gets a fault. Does not count them as fed."""
+    width, vocabulary = logits.shape[1:]
+    jobs = [passage.job for passage, _ in parts]
+    raw = logits.reshape(-1, vocabulary).astype(mx.float32)
+    if any(job.temperature != 1.0 for job in jobs):
+        raw = raw / mx.array(np.repeat([job.temperature for job in jobs], width).astype(np.float32))[:, None]
+    targets = np.zeros((len(parts), width), dtype=np.int32)
+    for wanted_ids, (passage, n) in zip(targets, parts, strict=True):
+        wanted_ids[:n] = passage.tokens[passage.fed + 1 : passage.fed + 1 + n]
+    shifted = raw - mx.max(raw, axis=-1, keepdims=True)
+    exponentials = exponential(shifted)
+    log_total = mx.log(mx.sum(block_sums(exponentials), axis=-1, keepdims=True))
+    chosen = (mx.take_along_axis(shifted, mx.array(targets.reshape(-1, 1)), axis=-1) - log_total)[:, 0]
+    entropy = entropy_of(shifted, exponentials, log_total) if any(job.entropy for job in jobs) else None
+    k = min(max(job.top_logprobs for job in jobs), vocabulary)
+    top = top_of(shifted, log_total, k) if k else None
+    mx.eval(chosen, entropy, top, *state)
+    values = np.array(chosen).reshape(len(parts), width).tolist()
+    spread = None if entropy is None else np.array(entropy).reshape(len(parts), width).tolist()
+    best = None if top is None else [np.array(part).reshape(len(parts), width, k).tolist() for part in top]
+    for row, (passage, n) in enumerate(parts):
+        if any(math.isnan(value) for value in values[row][:n]):
+            version = passage.leg.version
+            passage.fault = NonFiniteLogits(
+                f"The model produced NaN or infinity while scoring under {version.name}@{version.number}."
+            )
+            continue
+        wanted = passage.job.top_logprobs
+        for at in range(n):
+            tops: TopTokens | None = None
+            if best is not None and wanted:
+                tops = tuple(zip(best[0][row][at][:wanted], best[1][row][at][:wanted], strict=True))
+            passage.keep(values[row][at], spread[row][at] if spread and passage.job.entropy else None, tops)
+
+
+class SequentialReader:
+    """The methods of `Reader`, one passage at a time. `row_cells(columns)` is what a sequence costs in KV columns."""
+
+    limit = 1
 
     def __init__(
         self,
         forward: Forward,
         make_caches: Callable[[], list[Any]],
-        route: Callable[[int, Sequence[int]], None],
+        route: Callable[[Sequence[Any]], None],
         vocabulary: int,
+        row_cells: Callable[[int], int],
     ) -> None:
         self._forward = forward
         self._make_caches = make_caches
         self._route = route
-        self._chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+        self._chunk = logit_tokens(vocabulary)
+        self._row_cells = row_cells
+        self._family: Family | None = None
+        self._passage: Passage | None = None
+        self._caches: list[Any] | None = None
+        """Of the passage; None while its family's prompt is being read."""
 
-    def advance(self, job: ScoreJob, budget: int) -> int:
-        """Feeds up to `budget` tokens of the job; returns how many it fed (at least one unless the job is done).
+    @property
+    def size(self) -> int:
+        return 0 if self._passage is None else 1
 
-        Raises `NonFiniteLogits` if a log-probability is not a number."""
-        used = 0
-        while used < budget and not job.done:
-            tokens, start = job.sequences[len(job.results)], job.starts[len(job.results)]
-            if job.caches is None:
-                job.caches = self._make_caches()
-                if start == 0:
-                    self._keep(job, None, None, None)
-            used += self._feed(job, tokens, start, budget - used)
-            if job.fed == len(tokens) - 1:
-                self._close(job)
-        return used
+    @property
+    def left(self) -> int:
+        return 0 if self._passage is None else self._passage.left
 
-    def _feed(self, job: ScoreJob, tokens: tuple[int, ...], start: int, budget: int) -> int:
-        first_scored = max(start, 1) - 1
-        scored = job.fed >= first_scored
-        end = min(len(tokens) - 1 if scored else first_scored, job.fed + budget)
-        if scored:
-            end = min(end, job.fed + self._chunk)
-        n = end - job.fed
-        if n <= 0:
-            return 1
-        self._route(job.placement.parameters, [job.placement.slot])
-        logits = self._forward(mx.array([tokens[job.fed : end]], dtype=mx.int32), job.caches or [])
-        if scored:
-            self._read(job, logits[0], tokens[job.fed + 1 : end + 1])
+    @property
+    def cells(self) -> int:
+        return 0 if self._passage is None else self._row_cells(self._passage.length)
+
+    def cells_with(self, count: int, columns: int) -> int:
+        return self.cells + count * self._row_cells(columns)
+
+    def begin(self, family: Family, count: int) -> None:
+        if self._passage is not None or count != 1:
+            raise RuntimeError("This reader takes one passage at a time.")
+        self._family, self._passage, self._caches = family, family.waiting.popleft(), None
+        if family.prompt.kept is None:
+            family.prompt.kept, family.prompt.fed = self._make_caches(), 0
+
+    def read(self, budget: int) -> list[Passage]:
+        passage, used = self._passage, 0
+        if passage is None:
+            return []
+        while used < budget and not passage.ended:
+            used += self._read_on(passage, budget - used)
+        if not passage.ended:
+            return []
+        self.reset()
+        return [passage]
+
+    def _read_on(self, passage: Passage, budget: int) -> int:
+        if self._caches is None and (fed := self._read_prompt(budget)):
+            return fed
+        caches = self._caches
+        if passage.fed == 0 or caches is None:
+            # A leg that reads everything again.
+            caches = self._make_caches()
+            self._caches = caches
+        n = min(budget, passage.left_alike)
+        if passage.scoring:
+            n = min(n, self._chunk)
+        self._route([passage.leg.slot])
+        tokens = mx.array([passage.tokens[passage.fed : passage.fed + n]], dtype=mx.int32)
+        logits = self._forward(tokens, caches)
+        state = [cache.state for cache in caches]
+        if passage.scoring:
+            measure(logits, [(passage, n)], state)
         else:
-            mx.eval([cache.state for cache in job.caches or []])
-        job.fed = end
+            mx.eval(state)
+        if passage.fault is None:
+            passage.feed(n)
         return n
 
-    def _read(self, job: ScoreJob, logits: mx.array, targets: tuple[int, ...]) -> None:
-        raw = logits.astype(mx.float32) / job.temperature
-        shifted = raw - mx.max(raw, axis=-1, keepdims=True)
-        exponentials = exponential(shifted)
-        log_total = mx.log(mx.sum(block_sums(exponentials), axis=-1, keepdims=True))
-        chosen = (mx.take_along_axis(shifted, mx.array(targets, dtype=mx.int32)[:, None], axis=-1) - log_total)[:, 0]
-        entropy = entropy_of(shifted, exponentials, log_total)
-        wanted = [chosen] + ([entropy] if job.entropy else [])
-        top = top_of(shifted, log_total, min(job.top_logprobs, raw.shape[-1])) if job.top_logprobs else None
-        mx.eval(wanted, top, [cache.state for cache in job.caches or []])
-        values = np.array(chosen).tolist()
-        if any(math.isnan(value) for value in values):
-            raise NonFiniteLogits(
-                f"The model produced NaN or infinity while scoring under {job.version.name}@{job.version.number}."
-            )
-        entropies = np.array(entropy).tolist() if job.entropy else [None] * len(values)
-        rows: list[TopTokens | None] = [None] * len(values)
-        if top is not None:
-            rows = [
-                tuple(zip(ids, logs, strict=True))
-                for ids, logs in zip(np.array(top[0]).tolist(), np.array(top[1]).tolist(), strict=True)
-            ]
-        for value, spread, best in zip(values, entropies, rows, strict=True):
-            self._keep(job, value, spread, best)
+    def _read_prompt(self, budget: int) -> int:
+        """Feeds what the family shares; once that is read, gives the passage caches that hold it and returns 0."""
+        family, passage = self._family, self._passage
+        kept = family.prompt.kept if family is not None else None
+        if family is None or passage is None or kept is None:
+            raise RuntimeError("A passage is read before it has begun.")
+        prompt = family.prompt
+        if not prompt.done:
+            n = min(budget, len(prompt.tokens) - prompt.fed)
+            self._route([prompt.slot])
+            self._forward(mx.array([prompt.tokens[prompt.fed : prompt.fed + n]], dtype=mx.int32), kept)
+            mx.eval([cache.state for cache in kept])
+            prompt.fed += n
+            return n
+        self._caches = copy.deepcopy(kept) if family.waiting else kept
+        if prompt.tokens:
+            passage.feed(len(prompt.tokens))
+        return 0
 
-    @staticmethod
-    def _keep(job: ScoreJob, logprob: float | None, entropy: float | None, top: TopTokens | None) -> None:
-        job.logprobs.append(logprob)
-        job.entropies.append(entropy)
-        job.tops.append(top)
+    def drop(self, job: ScoreJob) -> None:
+        if self._passage is not None and self._passage.job is job:
+            self.reset()
 
-    @staticmethod
-    def _close(job: ScoreJob) -> None:
-        job.results.append(
-            ScoredSequence(
-                tuple(job.logprobs),
-                tuple(job.entropies) if job.entropy else None,
-                tuple(job.tops) if job.top_logprobs else None,
-            )
-        )
-        job.fed, job.caches = 0, None
-        job.logprobs, job.entropies, job.tops = [], [], []
+    def reset(self) -> None:
+        self._family = self._passage = self._caches = None

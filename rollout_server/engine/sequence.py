@@ -39,11 +39,19 @@ class Group:
     prompt_logprobs: tuple[float | None, ...] | None = None
     unscored: bool = False
     """Prompt log-probabilities were asked for and are not there yet: finished rows wait for them."""
+    unreferenced: bool = False
+    """Log-probabilities under the base were asked for and are not there yet: rows that need them wait."""
+    ended: int = 0
+    """Samples that are over; the pass under the base is made when all are."""
     held: list[Sequence] = field(default_factory=list)
+    """Rows that are over and wait for values."""
     joining: bool = False
     """Admitted samples wait for their rows to be seated; no more are admitted meanwhile."""
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
+
+    def __post_init__(self) -> None:
+        self.unreferenced = self.request.wants.base_logprobs
 
     @property
     def waiting(self) -> int:
@@ -81,9 +89,10 @@ class Sequence:
     stop_reason: str | int | None = None
     error: RolloutError | None = None
     reported: bool = False
-    """Its end was told, or is held until the prompt is scored."""
+    """Its end was told, or is held until its values are there."""
     switched: bool = False
     """Its KV comes from more than one version."""
+    base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
     ended_at: float = 0.0
 
@@ -95,6 +104,17 @@ class Sequence:
     def wants_step(self) -> bool:
         """A length stop is known in advance and not dispatched."""
         return self.running and self.dispatched < self.group.request.sampling.max_tokens
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether only another pass can say what the base thinks of its tokens; a row on the base knows."""
+        return bool(self.token_ids) and self.version.number != 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether values of it are still on their way."""
+        prompt = self.group.unscored and self.error is None
+        return prompt or (self.group.unreferenced and self.needs_reference)
 
     @property
     def offset(self) -> int:
@@ -180,8 +200,14 @@ class Sequence:
             entropy=tuple(self.entropy) if wants.entropy else None,
             top_logprobs=tuple(self.top_logprobs) if wants.top_logprobs else None,
             prompt_logprobs=group.prompt_logprobs,
+            base_logprobs=self._base_logprobs(),
             error=RowError(self.error.code, self.error.message) if self.error else None,
         )
+
+    def _base_logprobs(self) -> tuple[float, ...] | None:
+        if not self.group.request.wants.base_logprobs:
+            return None
+        return self.base_logprobs if self.needs_reference else tuple(self.logprobs)
 
     def _timings(self) -> Timings:
         """A sample that starts from its group's kept prefill waited until it was seated."""

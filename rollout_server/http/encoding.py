@@ -37,7 +37,7 @@ def rollout_entry(
         "sampling_logprobs": rollout.sampling_logprobs if sampling else None,
         "log_kept_mass": rollout.log_kept_mass if sampling else None,
         "entropy": rollout.entropy if "entropy" in returns else None,
-        "base_logprobs": None,
+        "base_logprobs": rollout.base_logprobs if "base_logprobs" in returns else None,
         "top_logprobs": rollout.top_logprobs,
         "prompt_logprobs": rollout.prompt_logprobs if "prompt_logprobs" in returns else None,
         "versions": [span_entry(span) for span in rollout.spans],

@@ -156,6 +156,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
         entropy="entropy" in data.returns,
         top_logprobs=data.top_logprobs,
         prompt_logprobs="prompt_logprobs" in data.returns,
+        base_logprobs="base_logprobs" in data.returns,
     )
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
@@ -184,6 +185,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 prompt_index=index,
                 seeds=row_seeds(seed, prompt.seed, index, counts[index]),
                 min_version=data.min_version,
+                wait_s=data.wait_s,
                 on_update=OnUpdate(data.on_update),
                 max_staleness=data.max_staleness,
                 wants=wants,

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
 from rollout_server.schemas.fields import PolicyText, Request, TokenIds, Whole
-from rollout_server.schemas.rollouts import BaseState, PolicyState
+from rollout_server.schemas.rollouts import BaseState, PolicyState, SpanReply
+
+FullDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class SpanToRead(Request):
+    """A span as a rollout carries it. The version is named by number, by digest, or by both, which must then agree."""
+
+    policy: PolicyText | None = None
+    version: Whole | None = None
+    digest: FullDigest | None = None
+    label: str | None = None
+    start: Whole
+    end: Whole
+    kv: Literal["carried", "recomputed"] | None = None
 
 
 class SequenceToScore(Request):
-    later: ClassVar = {"versions": ()}
-
     token_ids: Annotated[TokenIds, Field(min_length=1)]
     start: Whole = 0
+    versions: Annotated[list[SpanToRead], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Spans that tile the positions from `start` on, counted from there: each is read under its own "
+        "version, on the KV that stands (`carried`, or no `kv`) or after reading everything before it again "
+        "(`recomputed`). What stands before `start` is read under the first. Without them all is read under `policy`.",
+    )
 
 
 class LogprobsRequest(Request):
@@ -39,6 +57,7 @@ class ScoredSequenceReply(BaseModel):
     """Values for positions `start…`; position 0 is null."""
 
     logprobs: list[float | None]
+    versions: list[SpanReply]
     entropy: list[float | None] | None
     top_logprobs: list[list[tuple[int, float | None]] | None] | None
 

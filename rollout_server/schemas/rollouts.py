@@ -19,12 +19,10 @@ from rollout_server.schemas.fields import (
     TokenIds,
     Whole,
     exactly_one,
-    unsupported,
 )
 from rollout_server.schemas.messages import Messages
 
-SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "prompt_logprobs")
-LATER_RETURNS = ("base_logprobs",)
+SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "base_logprobs", "prompt_logprobs")
 LATER_SAMPLING: dict[str, tuple[Any, ...]] = {
     "response_format": (),
     "structured_outputs": (),
@@ -102,7 +100,7 @@ class Prompt(Request):
 class RolloutsRequest(Request):
     """n samples of every prompt under one policy."""
 
-    later: ClassVar = {"wait_s": (), "return_when": ()}
+    later: ClassVar = {"return_when": ()}
 
     id: RequestId | None = Field(default=None, description="Names the request; also sent as X-Request-Id.")
     policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
@@ -118,6 +116,11 @@ class RolloutsRequest(Request):
     )
     max_staleness: Whole | None = Field(default=None, description="Rows further behind the name end as `superseded`.")
     min_version: Whole | None = None
+    wait_s: Annotated[float, Field(ge=0, le=31_536_000)] | None = Field(
+        default=None,
+        description="How long a prompt whose turn has come waits for a push that brings the name to `min_version`, "
+        "letting others pass; without it, and for a name that does not exist, the answer is an error at once.",
+    )
     timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
 
@@ -125,8 +128,6 @@ class RolloutsRequest(Request):
     @classmethod
     def _known_returns(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name in LATER_RETURNS:
-                raise unsupported("", f"cannot have {name!r} with this server yet")
             if name not in SERVED_RETURNS:
                 raise PydanticCustomError(
                     "unknown_return",
@@ -134,6 +135,14 @@ class RolloutsRequest(Request):
                     {"name": quoted(name), "known": ", ".join(SERVED_RETURNS)},
                 )
         return value
+
+    @model_validator(mode="after")
+    def _something_to_wait_for(self) -> RolloutsRequest:
+        if self.wait_s is not None and self.min_version is None:
+            raise PydanticCustomError(
+                "wait_without_version", "goes with min_version, which is missing", {"field": "wait_s"}
+            )
+        return self
 
 
 # ---- replies ------------------------------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ class BaseState(BaseModel):
 
 class SpanReply(BaseModel):
     """Tokens `start` to `end` (excluded) were sampled under this version. `kv` is `carried` where they read keys and
-    values that an older version computed."""
+    values that an older version computed, `recomputed` where all before them was read again."""
 
     policy: str
     version: int
@@ -196,7 +205,8 @@ class EffectiveSampling(BaseModel):
 
 class RolloutReply(BaseModel):
     """One sample. Per-token arrays have the length of `token_ids`; they are null unless asked for, except
-    `loss_mask` and `logprobs`."""
+    `loss_mask` and `logprobs`. `base_logprobs` are null too where the request was ended before they were computed; for
+    rows sampled on the base they are `logprobs`, bit for bit."""
 
     id: str
     prompt_id: str | None

@@ -88,6 +88,7 @@ class Driver:
         deadline: float | None = None,
         seeds: Sequence[Sequence[int]] | None = None,
         min_version: int | None = None,
+        wait_s: float | None = None,
         on_update: str = "finish",
         max_staleness: int | None = None,
         **sampling: Any,
@@ -106,6 +107,7 @@ class Driver:
                 prompt_index=index,
                 seeds=tuple(seeds[index]) if seeds else tuple(row_seed(seed, index, k) for k in range(n)),
                 min_version=min_version,
+                wait_s=wait_s,
                 on_update=OnUpdate(on_update),
                 max_staleness=max_staleness,
                 wants=wants or Wants(),
@@ -153,11 +155,27 @@ class Driver:
         policy: str = "base",
         **options: Any,
     ) -> list[ScoredSequence]:
+        return self.scored(self.ask_score(sequences, starts, policy, **options))
+
+    def ask_score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int] | None = None,
+        policy: str = "base",
+        **options: Any,
+    ) -> str:
+        """Sends sequences to be scored; returns the id."""
         self.count += 1
         id = f"s{self.count}"
         starts = starts or [0] * len(sequences)
         self.send(Score(id, PolicyAddress.parse(policy), tuple(map(tuple, sequences)), tuple(starts), **options))
-        self.until(lambda: self.error(id) is not None or any(isinstance(e, Scored) and e.id == id for e in self.events))
+        return id
+
+    def is_scored(self, id: str) -> bool:
+        return self.error(id) is not None or any(isinstance(e, Scored) and e.id == id for e in self.events)
+
+    def scored(self, id: str) -> list[ScoredSequence]:
+        self.until(lambda: self.is_scored(id))
         if self.error(id):
             raise self.error(id)
         return list(next(e for e in self.events if isinstance(e, Scored) and e.id == id).sequences)

@@ -316,7 +316,7 @@ def holders(driver: Driver) -> Counter[Key]:
         *((row.version, 1) for row in engine._batch.rows),
         *((joining.group.version, joining.count) for joining in engine._batch.joining),
         *((group.version, group.waiting) for group in groups.values()),
-        *((job.version, 1) for job in engine._jobs),
+        *((version, 1) for job in engine._scoring._jobs for version in job.versions),
     ):
         if version is not None and version.number and count:
             held[version.name, version.number] += count

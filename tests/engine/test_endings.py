@@ -173,7 +173,7 @@ def test_prompt_logprobs_come_with_the_rows(base: Driver) -> None:
         (score,) = base.score([prompt])
         assert row.prompt_logprobs is not None and row.prompt_logprobs[0] is None
         assert len(row.prompt_logprobs) == len(prompt)
-        assert row.prompt_logprobs == score.logprobs
+        np.testing.assert_allclose(row.prompt_logprobs[1:], score.logprobs[1:], atol=1e-5, rtol=0)
 
 
 def test_every_token_is_streamed_once(base: Driver) -> None:
@@ -245,7 +245,7 @@ def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
 def test_a_failing_score_hurts_nobody_else(base: Driver) -> None:
     id = base.submit([PROMPT], max_tokens=40, ignore_eos=True)
     base.turn(3)
-    scorer = base.engine._scorer
+    scorer = base.engine._scoring._reader
     forward = scorer._forward
     scorer._forward, _ = _once(ValueError("bad score"))
     with pytest.raises(EngineFault, match="bad score"):
@@ -290,12 +290,12 @@ def test_ending_a_request_looks_at_each_of_its_groups_a_few_times(base: Driver) 
     count = 2000
     id = base.submit([PROMPT[:2]] * count, max_tokens=3, ignore_eos=True, wants=Wants(prompt_logprobs=True))
     base.turn(20)
-    ticket, jobs = base.engine._scheduler.tickets[id], base.engine._jobs
-    assert len(jobs) > 20, "finished rows wait for the scores of their prompts"
+    ticket = base.engine._scheduler.tickets[id]
+    assert ticket.waiting_groups > 1000 and len(base.rollouts(id)) > 10
     ticket.groups = Counted(ticket.groups)
     base.abort(id)
     base.finish(id, turns=2)
-    assert len(base.rollouts(id)) == count and not base.engine._jobs
+    assert len(base.rollouts(id)) == count and not base.engine._scoring._jobs
     assert ticket.groups.looks <= 10 * count, "quadratic would be millions"
 
 

@@ -23,11 +23,13 @@ from rollout_server.engine.messages import (
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.rollout import (
     FinishReason,
+    PolicyAddress,
     PolicyVersion,
     Rollout,
     RolloutRequest,
     RowError,
     Span,
+    SpanAddress,
     Timings,
 )
 from tests.http.fake_versions import BASE_DIGEST, FakeVersions
@@ -61,6 +63,10 @@ def logprob(token: int) -> float:
 
 def sampling_logprob(token: int) -> float:
     return -0.002 * token - 0.125
+
+
+def base_logprob(token: int) -> float:
+    return -0.003 * token - 0.5
 
 
 def top_of(token: int, count: int) -> tuple[tuple[int, float], ...]:
@@ -150,6 +156,7 @@ def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Ro
         entropy=tuple(0.5 for _ in ids) if wants.entropy else None,
         top_logprobs=tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
         prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
+        base_logprobs=tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
         error=RowError(row.error.code, row.error.message) if row.error else None,
     )
 
@@ -245,7 +252,8 @@ class FakeEngine(FakeVersions):
         if self.fault is not None:
             raise self.fault
         sequences = []
-        for ids, start in zip(score.sequences, score.starts, strict=True):
+        given = score.spans or (None,) * len(score.sequences)
+        for ids, start, spans in zip(score.sequences, score.starts, given, strict=True):
             values = [None if at == 0 else logprob(id) for at, id in enumerate(ids)][start:]
             entropy = [None if value is None else 0.5 for value in values] if score.entropy else None
             tops = [
@@ -254,11 +262,22 @@ class FakeEngine(FakeVersions):
             ]
             sequences.append(
                 ScoredSequence(
-                    tuple(values), tuple(entropy) if entropy else None, tuple(tops) if score.top_logprobs else None
+                    tuple(values),
+                    tuple(entropy) if entropy else None,
+                    tuple(tops) if score.top_logprobs else None,
+                    self._read_under(score, len(values), spans),
                 )
             )
-        version = self.find(score.policy.name, score.policy.number, score.policy.digest)
+        version = self._found(score.policy)
         return Scored(score.id, version, score.temperature, tuple(sequences))
+
+    def _found(self, address: PolicyAddress) -> PolicyVersion:
+        return self.find(address.name, address.number, address.digest)
+
+    def _read_under(self, score: Score, count: int, spans: tuple[SpanAddress, ...] | None) -> tuple[Span, ...]:
+        if spans is None:
+            return (Span(self._found(score.policy), 0, count),)
+        return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         found = tuple(id for id in dict.fromkeys(ids) if id in self.open)

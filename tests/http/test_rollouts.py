@@ -12,7 +12,7 @@ from litestar.testing import TestClient
 from rollout_server.errors import EngineFault, NonFiniteLogits, QueueFull
 from rollout_server.rollout import FinishReason, PolicyAddress, RolloutRequest, row_seed
 from rollout_server.schemas.rollouts import RolloutsReply
-from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine, Row, logprob, sampling_logprob
+from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine, Row, base_logprob, logprob, sampling_logprob
 
 Client = TestClient[Any]
 
@@ -66,6 +66,9 @@ def test_arrays_come_only_when_asked_for(client: Client, engine: FakeEngine) -> 
     row = ask(client).json()["rollouts"][0]
     assert [row[name] for name in (*optional, "base_logprobs")] == [None] * 7
     returns = ["text", "sampling_logprobs", "entropy", "prompt_logprobs"]
+    assert ask(client, **{"return": ["base_logprobs"]}).json()["rollouts"][0]["base_logprobs"] == [
+        base_logprob(id) for id in row["token_ids"]
+    ]
     row = ask(client, **{"return": returns, "top_logprobs": 2}).json()["rollouts"][0]
     ids = row["token_ids"]
     assert row["sampling_logprobs"] == [sampling_logprob(id) for id in ids]
@@ -182,7 +185,8 @@ def test_min_version_is_passed_on_and_its_refusal_is_409(
     client: Client, engine: FakeEngine, problem: Callable[..., Any]
 ) -> None:
     engine.add("policy", 2)
-    error = problem(ask(client, policy="policy", min_version=3), 409, "stale_policy")
+    error = problem(ask(client, policy="policy", min_version=3, wait_s=0.5), 409, "stale_policy")
+    assert engine.submitted[-1][1][0].wait_s == 0.5
     assert error["retryable"] and error["version"] == 2
     # the same when the reply would have been a stream
     problem(ask(client, policy="policy", min_version=3, stream=True), 409, "stale_policy")

@@ -149,6 +149,20 @@ def test_sequences_to_score_are_ids_objects_or_a_batch() -> None:
     assert LogprobsRequest.model_validate_json(bytes(scored.body)).top_logprobs == 2
 
 
+def test_sequences_may_be_read_under_the_spans_of_their_rows() -> None:
+    spans = [contract.span(7, 0, 2), {**contract.span(8, 2, 3), "kv": "carried"}]
+    batch = parse_reply(contract.reply(contract.rollouts(contract.row(versions=spans), contract.row(0, 1))))
+    call = calls.logprobs(batch, policy="policy", versions=[batch.spans[0], None])
+    first, second = body(call)["sequences"]
+    assert first["versions"] == [{k: v for k, v in span.items() if v is not None} for span in spans]
+    assert "versions" not in second
+    assert len(LogprobsRequest.model_validate_json(bytes(call.body)).sequences[0].versions or []) == 2
+    given = calls.logprobs([[1, 2]], versions=[[{"policy": "p", "version": 1, "start": 0, "end": 2}]])
+    assert body(given)["sequences"][0]["versions"][0]["policy"] == "p"
+    with pytest.raises(ValueError, match="2 sequences"):
+        calls.logprobs([[1], [2]], versions=[None])
+
+
 def test_completions_pass_their_fields_through() -> None:
     call = calls.completions(np.array([[1, 2]]), model="policy", max_tokens=4, logprobs=1)
     assert body(call) == {"model": "policy", "prompt": [[1, 2]], "max_tokens": 4, "logprobs": 1}

@@ -245,9 +245,12 @@ def test_a_version_freed_since_it_was_looked_at_is_sent_again(ask: Any) -> None:
 
 @both
 def test_weights_without_a_digest_here_are_sent_without_asking(ask: Any) -> None:
-    dense = {"layer.weight": np.ones((4, 4), "f4")}
+    renamed = {
+        "language_model.q.lora_A.weight": np.ones((4, 4), "f4"),
+        "language_model.q.lora_B.weight": np.ones((4, 4), "f4"),
+    }
     with scripted(answer(contract.published(), 201)) as seen:
-        assert not ask(seen.url, "push", "policy", dense, {"kind": "delta"}).verified
+        assert not ask(seen.url, "push", "policy", renamed, {"peft_type": "LORA", "r": 4, "lora_alpha": 4}).verified
     assert [method for method, *_ in seen.requests] == ["POST"]
 
 

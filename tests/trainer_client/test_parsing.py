@@ -215,6 +215,10 @@ def test_scored_sequences_are_flat_with_offsets() -> None:
     assert parse_scored(contract.reply({**body, "sequences": [{"logprobs": []}]})).entropy is None
     with pytest.raises(IndexError):
         scored[2]
+    assert scored.spans == ((), ())
+    told = [{**entry, "versions": [contract.span(7, 0, len(entry["logprobs"]))]} for entry in entries]
+    spans = parse_scored(contract.reply({**body, "sequences": told})).spans
+    assert [(span.version, span.start, span.end) for (span,) in spans] == [(7, 0, 2), (7, 0, 1)]
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

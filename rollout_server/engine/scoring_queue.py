@@ -1,0 +1,145 @@
+"""Who is scored next: the jobs take turns, and a reader is kept as full as one turn's share of the budget.
+
+Every job may have one passage in the reader; more only while the reader holds less than a turn can read. Their KV
+counts against the rows' memory: nothing joins that does not fit, or while a group of rows waits for memory, except
+the first passage, so that neither can wait for the other for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from rollout_server.engine.cache import SlotRows
+from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.passages import Family, ScoreJob
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.score import Reader, SequentialReader
+from rollout_server.engine.score_rows import SlotReader
+from rollout_server.errors import EngineUnavailable, RolloutError
+
+
+def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
+    """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
+    info = model.info
+    if info.cache != "slots":
+        cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
+        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells)
+
+    def rows() -> SlotRows:
+        store = model.make_store()
+        if not isinstance(store, SlotRows):
+            raise RuntimeError("A model with slot caches made another kind of store.")
+        return store
+
+    return SlotReader(model.forward, rows, policies.route_rows, policies.apart, info.vocab_size)
+
+
+class ScoringQueue:
+    """`fits(cells)` says whether so many KV columns are left beside the rows'."""
+
+    def __init__(self, reader: Reader, policies: PolicyTable, fits: Callable[[int], bool]) -> None:
+        self._reader = reader
+        self._policies = policies
+        self._fits = fits
+        self._jobs: deque[ScoreJob] = deque()
+        self.computing = False
+        """A forward of it is running: a failure now is its own."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    @property
+    def cells(self) -> int:
+        """KV columns it may come to fill."""
+        return self._reader.cells
+
+    @property
+    def own_requests(self) -> list[str]:
+        """Ids of the requests that are nothing but a job."""
+        return [job.id for job in self._jobs if job.group is None]
+
+    def add(self, job: ScoreJob) -> None:
+        self._jobs.append(job)
+
+    def advance(self, budget: int, crowded: bool) -> None:
+        """Reads about `budget` tokens of what is open. `crowded`: rows wait for KV memory."""
+        if not self._jobs:
+            return
+        self.computing = True
+        self._fill(budget, crowded)
+        ended = self._reader.read(budget)
+        self.computing = False
+        for passage in ended:
+            passage.job.reading -= 1
+            passage.job.open -= 1
+            if passage.fault is not None:
+                self._fail(passage.job, passage.fault)
+        for job in [job for job in self._jobs if not job.open]:
+            self._close(job)
+            job.finished(tuple(passage.scored for passage in job.passages))
+
+    def _fill(self, budget: int, crowded: bool) -> None:
+        waiting = deque(job for job in self._jobs if job.families)
+        while waiting:
+            job = waiting.popleft()
+            if job.reading and self._reader.left >= budget:
+                continue
+            family = next((family for family in job.families if not family.joining), None)
+            if family is None:
+                continue
+            count = self._room(family, budget, crowded)
+            if not count:
+                return
+            self._reader.begin(family, count)
+            job.reading += count
+            if not family.waiting:
+                job.families.remove(family)
+            # Whoever had a turn stands behind the others in the next one.
+            self._jobs.remove(job)
+            self._jobs.append(job)
+            waiting.append(job)
+
+    def _room(self, family: Family, budget: int, crowded: bool) -> int:
+        """How many passages of a family may join now."""
+        reader = self._reader
+        if reader.size and (crowded or not self._fits(reader.cells_with(1, family.length))):
+            return 0
+        left, count = reader.left + len(family.prompt.tokens) - family.prompt.fed, 0
+        for passage in family.waiting:
+            if reader.size + count >= reader.limit:
+                break
+            if count and (left >= budget or crowded or not self._fits(reader.cells_with(count + 1, family.length))):
+                break
+            left, count = left + family.own(passage), count + 1
+        return count
+
+    # ---- endings --------------------------------------------------------------------------------------------------
+
+    def end(self, id: str, reason: str) -> None:
+        """Ends the jobs of a request. Rows that are held for its values are reported without them, by others."""
+        for job in [job for job in self._jobs if job.id == id]:
+            self._reader.drop(job)
+            self._close(job)
+            if job.group is None:
+                job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
+
+    def fail(self, error: RolloutError) -> None:
+        """A forward failed: the jobs that were in it fail by name."""
+        self.computing = False
+        self._reader.reset()
+        for job in [job for job in self._jobs if job.reading]:
+            self._close(job)
+            job.failed(error)
+
+    def _fail(self, job: ScoreJob, error: RolloutError) -> None:
+        if job in self._jobs:
+            self._reader.drop(job)
+            self._close(job)
+            job.failed(error)
+
+    def _close(self, job: ScoreJob) -> None:
+        self._jobs.remove(job)
+        for version in job.versions:
+            self._policies.release(version, 1)
