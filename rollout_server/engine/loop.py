@@ -30,6 +30,8 @@ from rollout_server.engine.messages import (
     Submit,
 )
 from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.pause_messages import Pause, Resume
+from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
@@ -82,6 +84,7 @@ class Engine:
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports)
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._pausing = Pausing(self._reports)
 
     def _new_batch(self, parameters: int) -> Batch:
         model = self._model
@@ -120,11 +123,17 @@ class Engine:
         except Exception as error:  # the one place: whatever a step raises fails its rows by name
             self._fail_step(error)
         self._reports.end_met(self._batch)
+        self._pausing.answer(self._computing)
         self._flush()
 
     def _compute(self) -> None:
         self._change_policies()
-        self._admit()
+        self._call_back()
+        if self._pausing.frozen:
+            self._stand_still()
+            return
+        if not self._pausing.paused:
+            self._admit()
         left = self._budget
         if self._batch.joining:
             self._reports.progress(self._batch.settle())
@@ -144,16 +153,23 @@ class Engine:
         # What prefill and decode left of the turn's tokens, but always enough to get on.
         self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
 
+    def _stand_still(self) -> None:
+        """Reads what is in flight; what was ended meanwhile leaves."""
+        self._settle()
+        self._reports.release(self._batch.release())
+        self._reports.drop(self._batch.drop_cancelled())
+
+    @property
+    def _computing(self) -> bool:
+        """Whether anything is being sampled or scored."""
+        return bool(self._batch.active or self._batch.joining or self._scoring.busy or self._reports.has_complete)
+
     @property
     def _busy(self) -> bool:
-        return bool(
-            self._batch.active
-            or self._batch.joining
-            or self._scoring.busy
-            or self._reports.has_complete
-            or self._changes
-            or self._scheduler.pressing
-        )
+        """Whether a turn has something to do."""
+        if self._pausing.paused:
+            return bool(self._changes) or (self._computing and not self._pausing.frozen)
+        return bool(self._changes) or self._computing or self._scheduler.pressing
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
@@ -177,7 +193,15 @@ class Engine:
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score():
-                    self._references.score(command)
+                    if not self._pausing.holds(command):
+                        self._references.score(command)
+                case Pause():
+                    self._pausing.pause(command)
+                    for id in self._reports.begun if command.mode == "abort" else ():
+                        self._end_request(id, "pause")
+                case Resume():
+                    for held in self._pausing.resume(command):
+                        self._apply(held)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
@@ -209,6 +233,7 @@ class Engine:
                 slot_bytes=self._policies.slot_bytes,
                 set_bytes=self._policies.set_bytes,
                 sets=len(self._policies.sets),
+                paused=self._pausing.mode,
             )
         )
 
@@ -243,7 +268,6 @@ class Engine:
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        self._call_back()
         while admission := self._scheduler.next_admission(self._batch.size):
             group = admission.group
             if group.version is None and not self._take_version(group):
@@ -295,6 +319,7 @@ class Engine:
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
         self._scoring.end(id, reason)
+        self._pausing.end(id, reason)
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
@@ -329,7 +354,8 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        for id in self._scoring.own_requests + [change.id for change in self._changes]:
+        changes = [change.id for change in self._changes]
+        for id in self._scoring.own_requests + self._pausing.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
@@ -212,7 +213,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | PolicyCommand | Abort | Ping | Stop
+Command = Submit | Score | PolicyCommand | Abort | Pause | Resume | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -329,7 +330,7 @@ class Pong:
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Pong
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Paused | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -383,3 +384,5 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
+    paused: PauseMode | None = None
+    """How new work is held: `wait`, `keep` or `abort`; None if it is not."""

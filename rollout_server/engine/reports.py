@@ -174,6 +174,12 @@ class Reports:
             if join.group.version is not None:
                 self._policies.release(join.group.version, join.count)
 
+    @property
+    def begun(self) -> list[str]:
+        """Ids of the requests of which some sample was admitted."""
+        tickets = self._scheduler.tickets.values()
+        return [ticket.id for ticket in tickets if any(group.version is not None for group in ticket.groups)]
+
     def has_tokens(self, id: str, batch: Batches) -> bool:
         """Whether some row of a request, reported or running, has sampled anything."""
         ticket = self._scheduler.tickets[id]

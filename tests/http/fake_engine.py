@@ -179,6 +179,8 @@ class FakeEngine(FakeVersions):
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
         self.life: list[str] = []
+        self.paused: str | None = None
+        self.drained: list[bool] = []
         self._tokenizer = tokenizer
         self._count = 0
 
@@ -202,8 +204,9 @@ class FakeEngine(FakeVersions):
     def status(self) -> EngineStatus:
         fault = None if self.state == "ready" else "The engine ended: a test."
         return EngineStatus(
-            self.state, fault, waiting=len(self.open), running=2, policies=self.snapshot(), steps=3, tokens=4
-        )
+            self.state, fault, waiting=len(self.open), running=2, policies=self.snapshot(), steps=3, tokens=4,
+            paused=self.paused,
+        )  # fmt: skip
 
     async def ping(self, timeout_s: float) -> bool:
         return self.answers
@@ -286,6 +289,13 @@ class FakeEngine(FakeVersions):
         for id in found:
             self.open[id].abort(reason)
         return found
+
+    async def pause(self, mode: str, *, drain: bool = False) -> None:
+        self.paused = mode
+        self.drained.append(drain)
+
+    async def resume(self) -> None:
+        self.paused = None
 
     # ---- versions -------------------------------------------------------------------------------------------------
 

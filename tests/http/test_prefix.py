@@ -133,16 +133,15 @@ def test_nothing_behind_it(client: Client, engine: FakeEngine, problem: Callable
 
 
 def test_enough_of_each_prompt(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
-    def script(request: Any, sample: int) -> Row:
-        done = sample < (2 if request.prompt_index == 0 else engine_count)
-        return Row([60]) if done else Row([60], FinishReason.ABORTED, "return_when")
-
-    engine.script = script
-    for engine_count, complete in ((2, True), (1, False)):
+    for done, complete in ((2, True), (1, False)):
+        rows = [
+            [Row([60]) if k < of else Row([60], FinishReason.ABORTED, "return_when") for k in range(4)]
+            for of in (2, done)
+        ]
+        engine.script = lambda request, sample, rows=rows: rows[request.prompt_index][sample]
         for stream in (False, True):
             reply = ask(client, {}, {"n": 4}, n=3, return_when={"finished": 2}, stream=stream)
-            body = json.loads(reply.text.splitlines()[-1])
-            assert body["complete"] is complete
+            assert json.loads(reply.text.splitlines()[-1])["complete"] is complete
     groups = engine.submitted[0][1]
     assert [group.return_when for group in groups] == [2, 2]
     problem(ask(client, {}, {"n": 1}, n=3, return_when={"finished": 2}), 400, "invalid_field", "return_when.finished")
