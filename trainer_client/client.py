@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 
-from trainer_client import calls, checking, keeping
+from trainer_client import calls, checking, keeping, pausing
 from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
@@ -171,6 +171,8 @@ class RolloutClient:
     replay = _blocking(checking.replay)
     probe = _blocking(checking.probe)
     completions = _blocking(calls.completions)
+    pause = _blocking(pausing.pause)
+    resume = _blocking(pausing.resume)
     models = _blocking(calls.models)
     health = _blocking(calls.health)
     ready = _blocking(calls.ready)
@@ -273,6 +275,8 @@ class AsyncRolloutClient:
     replay = _awaited(checking.replay)
     probe = _awaited(checking.probe)
     completions = _awaited(calls.completions)
+    pause = _awaited(pausing.pause)
+    resume = _awaited(pausing.resume)
     models = _awaited(calls.models)
     health = _awaited(calls.health)
     ready = _awaited(calls.ready)

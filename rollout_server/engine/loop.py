@@ -7,7 +7,6 @@ take commands (waiting only when nothing runs) → admit → prefill a bounded c
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import time
 from collections import deque
@@ -31,6 +30,8 @@ from rollout_server.engine.messages import (
     Submit,
 )
 from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.pause_messages import Pause, Resume
+from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.references import References
 from rollout_server.engine.replays import Replay
@@ -44,8 +45,6 @@ from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError, 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
-STAGE_S = 0.02
-"""Between two steps, for the weights of a merged version."""
 
 
 class Engine:
@@ -86,6 +85,7 @@ class Engine:
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports, frozenset(model.info.eos_token_ids))
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._pausing = Pausing(self._reports)
 
     def _new_batch(self, parameters: int) -> Batch:
         model = self._model
@@ -123,11 +123,18 @@ class Engine:
             self._compute()
         except Exception as error:  # the one place: whatever a step raises fails its rows by name
             self._fail_step(error)
+        self._reports.end_met(self._batch)
+        self._pausing.answer(self._computing)
         self._flush()
 
     def _compute(self) -> None:
         self._change_policies()
-        self._admit()
+        self._call_back()
+        if self._pausing.frozen:
+            self._stand_still()
+            return
+        if not self._pausing.paused:
+            self._admit()
         left = self._budget
         if self._batch.joining:
             self._reports.progress(self._batch.settle())
@@ -147,16 +154,23 @@ class Engine:
         # What prefill and decode left of the turn's tokens, but always enough to get on.
         self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
 
+    def _stand_still(self) -> None:
+        """Reads what is in flight; what was ended meanwhile leaves."""
+        self._settle()
+        self._reports.release(self._batch.release())
+        self._reports.drop(self._batch.drop_cancelled())
+
+    @property
+    def _computing(self) -> bool:
+        """Whether anything is being sampled or scored."""
+        return bool(self._batch.active or self._batch.joining or self._scoring.busy or self._reports.has_complete)
+
     @property
     def _busy(self) -> bool:
-        return bool(
-            self._batch.active
-            or self._batch.joining
-            or self._scoring.busy
-            or self._reports.has_complete
-            or self._changes
-            or self._scheduler.pressing
-        )
+        """Whether a turn has something to do."""
+        if self._pausing.paused:
+            return bool(self._changes) or (self._computing and not self._pausing.frozen)
+        return bool(self._changes) or self._computing or self._scheduler.pressing
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
@@ -176,13 +190,22 @@ class Engine:
                 case Submit():
                     self._scheduler.submit(command)
                     for group in command.groups:
-                        # A name that is being pushed in this very turn may not be there yet.
+                        # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score():
-                    self._references.score(command)
+                    if not self._pausing.holds(command):
+                        self._references.score(command)
                 case Replay():
-                    self._references.replay(command)
+                    if not self._pausing.holds(command):
+                        self._references.replay(command)
+                case Pause():
+                    self._pausing.pause(command)
+                    for id in self._reports.begun if command.mode == "abort" else ():
+                        self._end_request(id, "pause")
+                case Resume():
+                    for held in self._pausing.resume(command):
+                        self._apply(held)
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
@@ -214,39 +237,46 @@ class Engine:
                 slot_bytes=self._policies.slot_bytes,
                 set_bytes=self._policies.set_bytes,
                 sets=len(self._policies.sets),
+                paused=self._pausing.mode,
             )
         )
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def _change_policies(self) -> None:
+        """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
-            self._changing = self._changes.popleft()
-            if not self._policies.advance(self._changing, STAGE_S if self._batch.active else math.inf):
-                # Rows go on meanwhile; whoever came after it waits, and so meets what it changes.
-                self._changes.appendleft(self._changing)
-                self._changing = None
-                return
-            if self._policies.stages(self._changing):
-                # Slot arrays are written in place only while no dispatched step refers to them.
-                self._reports.progress(self._batch.settle())
+            command = self._changing = self._changes.popleft()
             try:
-                self._reports.add(self._policies.apply(self._changing))
+                computing = self._batch.active or self._batch.joining or self._scoring.busy
+                if not self._policies.advance(command, self._settle, at_once=not computing):
+                    self._changes.appendleft(command)
+                    self._changing = None
+                    return
+                if self._policies.stages(command):
+                    # Slot arrays are written in place only while no dispatched step refers to them.
+                    self._settle()
+                self._reports.add(self._policies.apply(command))
             except RolloutError as error:
-                self._reports.fail(self._changing.id, error)
+                self._policies.abandon()
+                self._reports.fail(command.id, error)
             self._changing = None
             for row in self._batch.rows:
                 self._switching.follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
 
+    def _settle(self) -> None:
+        self._reports.progress(self._batch.settle())
+
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        self._call_back()
-        while not self._changes and (admission := self._scheduler.next_admission(self._batch.size)):
+        while admission := self._scheduler.next_admission(self._batch.size):
             group = admission.group
             if group.version is None and not self._take_version(group):
+                if self._scheduler.heads(group):
+                    break
                 continue
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
@@ -270,14 +300,15 @@ class Engine:
                 self._reports.fail_group(group, error)
 
     def _take_version(self, group: Group) -> bool:
-        """Gives a group the version its policy names now, one reference a sample; False if there is none."""
+        """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
+        has failed or was set aside, or heads the queue until a change that came before it is done."""
         request = group.request
         try:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
                 self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
-            else:
+            elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False
         group.admitted_at = time.monotonic()
@@ -292,6 +323,7 @@ class Engine:
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
         self._scoring.end(id, reason)
+        self._pausing.end(id, reason)
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
@@ -302,6 +334,7 @@ class Engine:
             self._scoring.fail(fault)
             return
         if self._changing is not None:
+            self._policies.abandon()
             self._reports.fail(self._changing.id, fault)
             self._changing = None
         self._reports.fail_rows(*self._batch.fail(), fault)
@@ -325,7 +358,8 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        for id in self._scoring.own_requests + [change.id for change in self._changes]:
+        changes = [change.id for change in self._changes]
+        for id in self._scoring.own_requests + self._pausing.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())

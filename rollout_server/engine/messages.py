@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
@@ -178,6 +179,8 @@ class RestoredVersion:
     live: bool
     pinned: bool
     mode: Mode = "adapter"
+    prepared: PreparedBundle | None = None
+    """As in `Publish`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | Replay | PolicyCommand | Abort | Ping | Stop
+Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -330,7 +333,7 @@ class Pong:
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Replayed | PolicyReply | Pong
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Replayed | PolicyReply | Paused | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -384,3 +387,5 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
+    paused: PauseMode | None = None
+    """How new work is held: `wait`, `keep` or `abort`; None if it is not."""

@@ -26,7 +26,6 @@ from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress, tiling_fault
-from rollout_server.schemas.logprobs import SpanToRead
 from rollout_server.schemas.recorded import (
     ProbeReply,
     ProbeRequest,
@@ -36,6 +35,7 @@ from rollout_server.schemas.recorded import (
     RolloutToProbe,
     RolloutToReplay,
 )
+from rollout_server.schemas.spans import SpanToRead
 
 
 class RecordedController(Controller):

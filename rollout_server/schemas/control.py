@@ -1,8 +1,8 @@
-"""`POST /v1/abort`."""
+"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, and vLLM's `/pause`, `/resume`, `/is_paused`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -19,3 +19,29 @@ class AbortRequest(Request):
 class AbortReply(BaseModel):
     aborted: list[str] = Field(description="Ids that were open: their rows end as `aborted` with what they have.")
     unknown: list[str] = Field(description="Ids of nothing that is open.")
+
+
+class PauseRequest(Request):
+    mode: Literal["wait", "keep", "abort"] = Field(
+        default="wait",
+        description="New work waits; what runs goes on (`wait`), freezes too (`keep`), or ends: requests of which a "
+        "row has begun are answered with what they have, `aborted` (`abort`).",
+    )
+
+
+class PauseReply(BaseModel):
+    """`waiting` counts requests, `running` rows."""
+
+    paused: bool
+    mode: Literal["wait", "keep", "abort"] | None
+    waiting: int
+    running: int
+    instance: str
+
+
+class StatusReply(BaseModel):
+    status: Literal["paused", "resumed"]
+
+
+class IsPausedReply(BaseModel):
+    is_paused: bool

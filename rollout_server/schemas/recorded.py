@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.schemas.fields import Request, Seed, TokenIds
-from rollout_server.schemas.logprobs import SpanToRead
 from rollout_server.schemas.rollouts import BaseState, SamplingOptions
+from rollout_server.schemas.spans import SpanToRead
 
 Values = list[float | None]
 
