@@ -45,6 +45,25 @@ def test_rollouts_come_again_from_both_encodings(client: RolloutClient, model: P
     assert again.token_ids.tolist() == row.token_ids.tolist() and again.finish_reason == row.finish_reason
 
 
+def test_a_continued_row_comes_again(client: RolloutClient, model: Path) -> None:
+    """What was given, with and without versions, is read; what was drawn after it is drawn again."""
+    client.push("turns", *adapter(model, 7))
+    options: dict[str, Any] = {"policy": "turns", "max_tokens": 20, "ignore_eos": True, "presence_penalty": 0.5}
+    begun = client.rollouts(PROMPTS, **options | {"max_tokens": 6})
+    client.push("turns", *adapter(model, 8))
+    given = [
+        {"token_ids": row.prompt_token_ids, "prefix": {"token_ids": [*row.token_ids.tolist(), 5, 6]}} for row in begun
+    ]
+    batch = client.rollouts(given, **options)
+    assert all(row.spans[0].policy is None and row.spans[1].kv == "recomputed" for row in batch)
+    assert batch.loss_mask.reshape(3, 20)[:, :8].sum() == 0
+    found = client.replay(batch)
+    assert [row.exact for row in found] == [True] * 3
+    assert max(row.max_abs_logprob_difference or 1 for row in found) < 1e-4
+    (probed,) = client.probe(batch, np.where(batch.loss_mask, batch.logprobs, 0.0))
+    assert probed.tokens == 36 and (probed.rescored.kl or 0) < 1e-9
+
+
 def test_a_changed_token_is_found(client: RolloutClient) -> None:
     batch = client.rollouts(PROMPTS, max_tokens=8, ignore_eos=True)
     batch.token_ids[batch.offsets[1] + 3] ^= 1

@@ -123,11 +123,16 @@ def _margin(logits: mx.array, row: Redraw, position: int) -> float | None:
     slack = _slack(weights[order], sampling)
     count = max(1, int(np.argmax(slack < 0)) if (slack < 0).any() else len(slack))
     found = [_distance(np.isin(np.arange(len(weights)), order[:count]) * weights, uniform, token)]
-    # Where a filter's edge lies so close, one token more or less may have stayed.
-    for other, edge in ((count - 1, count - 1), (count + 1, count)):
-        if 0 < other <= len(weights):
-            kept = np.isin(np.arange(len(weights)), order[:other]) * weights
-            found.append(max(abs(float(slack[edge])), _distance(kept, uniform, token)))
+    # Where a filter's edge lies so close, one token more or less may have stayed, or the next for the last.
+    last, following = order[: count - 1], order[count : count + 1]
+    for changed, edges in (
+        (last, slack[count - 1 : count]),
+        (order[: count + 1], slack[count : count + 1]),
+        (np.concatenate([last, following]), slack[count - 1 : count + 1]),
+    ):
+        if len(changed):
+            kept = np.isin(np.arange(len(weights)), changed) * weights
+            found.append(max([_distance(kept, uniform, token), *np.abs(edges).tolist()]))
     nearest = min(found)
     if math.isfinite(nearest):
         return nearest
