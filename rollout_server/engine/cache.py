@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from rollout_server.engine.chunks import padded
 from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
+from rollout_server.engine.prefix_cache import Layers, Segment, cut
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -48,6 +50,8 @@ class Prompt:
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
     """Its KV, kept for samples of the group that are still waiting."""
+    sought: bool = False
+    """Whatever there was of it from before is in its place."""
 
     @property
     def done(self) -> bool:
@@ -186,6 +190,20 @@ class SlotLayer:
             return None
         return mx.contiguous(self.keys[place, :, :length]), mx.contiguous(self.values[place, :, :length])
 
+    def write(self, place: int, at: int, keys: mx.array, values: mx.array) -> None:
+        """Writes keys and values [heads, length, head size] into the columns of a place from `at` on."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys[None]), self._allocate(values[None])
+        end = at + keys.shape[1]
+        self.keys[place, :, at:end] = keys
+        self.values[place, :, at:end] = values
+
+    def cut(self, place: int, start: int, end: int) -> tuple[mx.array, mx.array] | None:
+        """Columns of a place as arrays of their own, not evaluated."""
+        if self.keys is None or self.values is None:
+            return None
+        return cut((self.keys[place], self.values[place]), start, end)
+
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
@@ -255,20 +273,29 @@ class SlotRows:
     def read(self, forward: Forward, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
         """Runs the pieces through the model, each in its own place; returns logits [pieces, longest piece, V], of
         which those behind a piece's own tokens mean nothing. Nothing is evaluated; see `evaluate`."""
-        length = max(len(piece.tokens) for piece in pieces)
+        length, count = max(len(piece.tokens) for piece in pieces), len(pieces)
+        if self._coarse:
+            length, pieces = padded(length), self._fill_up(pieces)
         ends = [piece.at + len(piece.tokens) for piece in pieces]
         self._grow_columns(max(ends) + 1)
         tokens = [list(piece.tokens) + [0] * (length - len(piece.tokens)) for piece in pieces]
         offset = mx.array([piece.at for piece in pieces], dtype=mx.int32)
         places = mx.array([piece.place for piece in pieces], dtype=mx.int32)
-        width = min(self.columns, round_up(max(ends), COLUMN_BUCKET))
+        width = min(self.columns, self._width(max(ends)))
         step = mx.arange(length, dtype=mx.int32)[None]
         own = step < mx.array([len(piece.tokens) for piece in pieces], dtype=mx.int32)[:, None]
         # Padding goes where no row ever stands, see `aim`.
         columns = mx.where(own, offset[:, None] + step, self.columns - 1)
         self.window = Window(places, places, offset, columns, width)
         route([piece.slot for piece in pieces])
-        return forward(mx.array(tokens, dtype=mx.int32), self.layers)
+        return forward(mx.array(tokens, dtype=mx.int32), self.layers)[:count]
+
+    @staticmethod
+    def _fill_up(pieces: Sequence[Piece]) -> list[Piece]:
+        """As many pieces as some bucket has: each shape is planned anew. Those added have no tokens of their own."""
+        first = pieces[0]
+        spare = Piece(first.place, 0, (), first.slot)
+        return [*pieces, *[spare] * (padded(len(pieces)) - len(pieces))]
 
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         places, length = prompt.places[:count], len(prompt.tokens)
@@ -293,6 +320,19 @@ class SlotRows:
         kept = [layer.copy(place, length) for layer in self.layers]
         mx.eval(kept)
         return kept
+
+    def cut(self, place: int, start: int, end: int) -> Layers:
+        """The KV of some columns of a place, copied when it is evaluated: before the next write is."""
+        return [layer.cut(place, start, end) for layer in self.layers]
+
+    def paste(self, prompt: Prompt, segments: Sequence[Segment]) -> None:
+        """Writes what was read before into a prompt's first place, which goes on behind it. Not evaluated."""
+        self._grow_columns(sum(segment.count for segment in segments) + 1)
+        for segment in segments:
+            for layer, pair in zip(self.layers, segment.layers, strict=True):
+                if pair is not None:
+                    layer.write(prompt.places[0], prompt.fed, *(array[:, : segment.count] for array in pair))
+            prompt.fed += segment.count
 
     def aim(self, offsets: Sequence[int | None], width: int) -> None:
         self._grow_columns(width + 1)

@@ -40,7 +40,9 @@ class EngineOptions:
     max_rows_per_request: int = 65536
     keep_versions: int = 8
     prefill_tokens: int = 512
-    """Prompt tokens fed between two decode steps."""
+    """Tokens read at most between two decode steps, of prompts and of what is scored; fewer while rows decode."""
+    prefix_cache: bool = True
+    """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
 
@@ -197,6 +199,13 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """Forget the KV that is kept for later requests."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Answered with a `Pong` between two turns: the thread lives."""
 
@@ -210,7 +219,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | PolicyCommand | Abort | Ping | Stop
+Command = Submit | Score | PolicyCommand | Abort | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -322,12 +331,18 @@ class Restored:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixCacheReset:
+    id: str
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     id: str
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Pong
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | PrefixCacheReset | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -362,6 +377,20 @@ class PolicyStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixStatus:
+    """KV kept for later requests. `on` is False where it is switched off or the model's state cannot be cut."""
+
+    on: bool = False
+    hits: int = 0
+    """Prompts of which something was there,"""
+    misses: int = 0
+    """and those of which nothing was."""
+    hit_tokens: int = 0
+    nbytes: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """`state` is starting, ready, stopping or dead; `fault` says why it died."""
 
@@ -381,3 +410,4 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
+    prefix: PrefixStatus = PrefixStatus()

@@ -51,7 +51,10 @@ class Driver:
     count: int = 0
 
     @classmethod
-    def start(cls, path: Path, model: ResidentModel | None = None, **options: Any) -> Driver:
+    def start(
+        cls, path: Path, model: ResidentModel | None = None, clock: Callable[[], float] = lambda: 0.0, **options: Any
+    ) -> Driver:
+        """`clock` is what a turn's budget is measured by; this one never moves, so that timing decides nothing."""
         chosen = EngineOptions(str(path), path.name, **options)
         if model is not None and "max_batch" in options:
             rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
@@ -66,6 +69,8 @@ class Driver:
             events.extend,
             lambda status: setattr(driver, "status", status),
             prefill_tokens=chosen.prefill_tokens,
+            prefix_cache=chosen.prefix_cache,
+            clock=clock,
         )
         driver = cls(model, engine, mailbox, events)
         return driver
