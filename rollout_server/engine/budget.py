@@ -48,7 +48,7 @@ class TurnBudget:
         """Decides who may read in this turn, of those who have something to read."""
         self._wanting = frozenset(wanting)
         if self._decoding and len(self._wanting) > 1:
-            self._wanting -= {self._served}  # type: ignore[arg-type]
+            self._wanting -= {self._served}
             self._wanting = frozenset(sorted(self._wanting)[:1])
         self._served = min(self._wanting, default=self._served)
 

@@ -20,6 +20,7 @@ from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
     Command,
@@ -28,8 +29,6 @@ from rollout_server.engine.messages import (
     Ping,
     PolicyCommand,
     Pong,
-    PrefixCacheReset,
-    ResetPrefixCache,
     Score,
     Stop,
     Submit,

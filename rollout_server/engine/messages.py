@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
@@ -199,13 +200,6 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
-class ResetPrefixCache:
-    """Forget the KV that is kept for later requests."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
 class Ping:
     """Answered with a `Pong` between two turns: the thread lives."""
 
@@ -331,12 +325,6 @@ class Restored:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixCacheReset:
-    id: str
-    freed_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Pong:
     id: str
 
@@ -377,20 +365,6 @@ class PolicyStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixStatus:
-    """KV kept for later requests. `on` is False where it is switched off or the model's state cannot be cut."""
-
-    on: bool = False
-    hits: int = 0
-    """Prompts of which something was there,"""
-    misses: int = 0
-    """and those of which nothing was."""
-    hit_tokens: int = 0
-    nbytes: int = 0
-    evictions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """`state` is starting, ready, stopping or dead; `fault` says why it died."""
 
@@ -410,4 +384,4 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
-    prefix: PrefixStatus = PrefixStatus()
+    prefix: PrefixStatus = field(default_factory=PrefixStatus)

@@ -15,7 +15,8 @@ from adapters.resident import Placement
 from adapters.sets import BASE_SET
 from adapters.slots import BASE_SLOT
 from rollout_server.engine.cache import Prompt, SlotRows
-from rollout_server.engine.messages import PolicyStatus, PrefixStatus
+from rollout_server.engine.kept_prefixes import PrefixStatus
+from rollout_server.engine.messages import PolicyStatus
 from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment, common
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
