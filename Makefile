@@ -61,8 +61,9 @@ format: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's batch generator
+bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's; what pushes cost (PUSHES="--rounds 1")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+	$(BIN)/python -m benchmarks.pushes $(PUSHES)
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel
