@@ -23,7 +23,7 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.body import WholeRequest
 from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
-from rollout_server.http.control import ControlController
+from rollout_server.http.control import ControlController, PrefixesController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.logprobs import LogprobsController
@@ -92,6 +92,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             ChatController,
             TokensController,
             ControlController,
+            PrefixesController,
             LogprobsController,
             WeightsController,
             AliasController,

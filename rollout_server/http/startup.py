@@ -41,6 +41,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         context_length=config.context_length,
         max_batch=config.max_batch,
         kv_memory=config.kv_memory,
+        prefix_cache=config.prefix_cache == "on",
         weights_memory=config.weights_memory,
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,

@@ -1,4 +1,4 @@
-"""`POST /v1/abort`."""
+"""`POST /v1/abort` and `POST /reset_prefix_cache`."""
 
 from __future__ import annotations
 
@@ -19,3 +19,7 @@ class AbortRequest(Request):
 class AbortReply(BaseModel):
     aborted: list[str] = Field(description="Ids that were open: their rows end as `aborted` with what they have.")
     unknown: list[str] = Field(description="Ids of nothing that is open.")
+
+
+class ResetReply(BaseModel):
+    freed_bytes: int = Field(description="KV memory that was kept for later requests, bytes.")

@@ -120,6 +120,7 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/chat/completions",
         "/v1/logprobs",
         "/v1/abort",
+        "/reset_prefix_cache",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
