@@ -22,7 +22,8 @@ def plan(lefts: Sequence[int], budget: int) -> list[tuple[int, int]]:
     first, head = waiting[0]
     lengths = {min(left, budget) for left in (head, budget, *(1 << power for power in range(3, budget.bit_length())))}
     best: list[tuple[int, int]] = []
-    for length in sorted(lengths):
+    # Of equal ones the longest, which ends the first prompt soonest.
+    for length in sorted(lengths, reverse=True):
         chunks = [(first, min(head, length))]
         most = budget // length
         for index, left in waiting[1:]:
