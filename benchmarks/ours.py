@@ -33,8 +33,16 @@ class EngineDecode:
     its tokens as they come, to start the clock; it is admitted first, so a row that joined later counts against us.
     """
 
-    def __init__(self, directory: Path, prompts: list[list[int]], load: Load, *, kind: str = "") -> None:
-        self.name = f"engine, {kind}" if kind else "engine"
+    def __init__(
+        self,
+        directory: Path,
+        prompts: list[list[int]],
+        load: Load,
+        *,
+        kind: str = "",
+        compile_decode: bool | None = None,
+    ) -> None:
+        self.name = f"engine, {kind}" if kind else "engine" if compile_decode is None else "engine, not compiled"
         self._load = load
         self._runner = asyncio.Runner()
         self._handle = EngineHandle(
@@ -43,6 +51,7 @@ class EngineDecode:
                 model_id=directory.name,
                 max_batch=load.rows,
                 prefill_tokens=load.rows * load.prompt_tokens,
+                compile_decode=compile_decode,
             )
         )
         self._groups = [self._group(row, prompt, kind) for row, prompt in enumerate(prompts)]
