@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.quoting import counted, quoted
@@ -180,6 +181,42 @@ class Wants:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenSpan:
+    """Tokens `start` to `end` (excluded) of a prefix, and what the client says sampled them; all None if it did not."""
+
+    policy: str | None
+    version: int | None
+    digest: str | None
+    label: str | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens that a row begins with: those of an earlier rollout, a tool's, an environment's. They count as the row's
+    own for `max_tokens`, stops, penalties and draws. All tuples have the length of `token_ids`; NaN is no value."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
+    loss_mask: tuple[int, ...]
+    spans: tuple[GivenSpan, ...]
+    """Tile the tokens."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def missing(self) -> tuple[float, ...]:
+        """NaN for each token: what arrays hold here that a prefix cannot bring."""
+        return (math.nan,) * len(self)
+
+
+NO_PREFIX = Prefix((), (), (), (), ())
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRequest:
     """One group: n samples of one prompt under one policy. Token ids only; text is tokenised at the HTTP edge."""
 
@@ -199,6 +236,15 @@ class RolloutRequest:
     max_staleness: int | None = None
     """Rows more versions behind the alias than this end as `superseded`."""
     wants: Wants = field(default_factory=Wants)
+    prefix: Prefix = NO_PREFIX
+    """What every sample begins with."""
+    return_when: int | None = None
+    """The group is returned when so many samples have stopped or reached their length; the others are aborted."""
+
+    @property
+    def given_ids(self) -> tuple[int, ...]:
+        """All that the model reads before it samples."""
+        return self.prompt_ids + self.prefix.token_ids
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -208,6 +254,17 @@ class RolloutRequest:
         if len(self.seeds) != self.n:
             wanted = f"{counted(self.n, 'sample')} need as many seeds"
             raise InvalidField(f"{wanted}, not {len(self.seeds)}.", param="seed")
+        if self.sampling.max_tokens <= len(self.prefix):
+            raise InvalidField(
+                f"max_tokens is {quoted(self.sampling.max_tokens)} and counts the prefix, which has "
+                f"{counted(len(self.prefix), 'token')} already: it must be larger.",
+                param="max_tokens",
+            )
+        if self.return_when is not None and not 1 <= self.return_when <= self.n:
+            raise InvalidField(
+                f"return_when waits for {quoted(self.return_when)} finished samples of {quoted(self.n)}.",
+                param="return_when",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +290,18 @@ class SpanAddress:
     kv: str | None = None
 
 
-def tiling_fault(spans: Sequence[SpanAddress], length: int) -> str | None:
-    """What keeps spans from saying, for each of `length` tokens, under what it is to be read; None if nothing."""
+class Stretch(Protocol):
+    """Whatever covers tokens `start` to `end` (excluded)."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+
+def gap_fault(spans: Sequence[Stretch], length: int) -> str | None:
+    """What keeps spans from covering each of `length` tokens once, in order; None if nothing."""
     at = 0
     for index, span in enumerate(spans):
         if span.start != at or span.end <= span.start:
@@ -242,6 +309,13 @@ def tiling_fault(spans: Sequence[SpanAddress], length: int) -> str | None:
         at = span.end
     if at != length:
         return f"the spans end at {at}, but {counted(length, 'token')} are to be covered"
+    return None
+
+
+def tiling_fault(spans: Sequence[SpanAddress], length: int) -> str | None:
+    """What keeps spans from saying, for each of `length` tokens, under what it is to be read; None if nothing."""
+    if fault := gap_fault(spans, length):
+        return fault
     if spans and spans[0].kv == CARRIED:
         return "span 0 carries KV on, but nothing says under what that was read; let a span of that version stand first"
     return None
@@ -271,7 +345,7 @@ class Rollout:
     sample_index: int
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    """Exactly what was sampled, the end token included."""
+    """The prefix, if there is one, and exactly what was sampled, the end token included."""
     logprobs: tuple[float, ...]
     """log-softmax of the model's unmodified float32 logits at the token."""
     sampling_logprobs: tuple[float, ...]
@@ -287,14 +361,22 @@ class Rollout:
     timings: Timings
     entropy: tuple[float, ...] | None = None
     """Of the unmodified distribution, in nats."""
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
-    """Per token the k most probable (id, log-probability) of the unmodified distribution, best first."""
+    top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
+    """Per token the k most probable (id, log-probability) of the unmodified distribution, best first; None in a
+    prefix."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     base_logprobs: tuple[float, ...] | None = None
     """`logprobs` of the same tokens under the base; None also where the request ended before they were computed."""
     error: RowError | None = None
     cached_tokens: int = 0
     """Of the prompt, those that were not read again: their KV was there from an earlier request."""
+    prefix: Prefix = NO_PREFIX
+    """What `token_ids` begin with; `spans` tile the tokens behind it."""
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that are its own work."""
+        return len(self.token_ids) - len(self.prefix)
 
 
 def row_seed(seed: int, prompt_index: int, sample_index: int) -> int:

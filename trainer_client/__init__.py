@@ -14,6 +14,7 @@ Needs numpy and httpx; nothing of the server, no MLX, no torch.
 from trainer_client.advantages import Denominator, group_advantages, truncated_importance_weights
 from trainer_client.batch import RolloutBatch
 from trainer_client.client import AsyncRolloutClient, RolloutClient
+from trainer_client.continuing import continued, rejoined
 from trainer_client.digest import adapter_digest
 from trainer_client.errors import (
     BadReply,
@@ -25,6 +26,7 @@ from trainer_client.errors import (
 )
 from trainer_client.keeping import Deletion, ExportedAdapter
 from trainer_client.parsing import Scored
+from trainer_client.pausing import PauseState
 from trainer_client.retry import Retry
 from trainer_client.rollout import Rollout, RowFault, Span
 from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
@@ -38,6 +40,7 @@ __all__ = [
     "ExportedAdapter",
     "KeptVersion",
     "NotSynced",
+    "PauseState",
     "PolicyLine",
     "PolicyRef",
     "PublishedVersion",
@@ -53,6 +56,8 @@ __all__ = [
     "Span",
     "TrainerClientError",
     "adapter_digest",
+    "continued",
     "group_advantages",
+    "rejoined",
     "truncated_importance_weights",
 ]

@@ -18,6 +18,7 @@ from trainer_client.batch import RolloutBatch
 from trainer_client.binary import MEDIA_TYPE
 from trainer_client.body import Body
 from trainer_client.call import Call, LookedUpCall, StreamCall
+from trainer_client.continuing import continued
 from trainer_client.digest import adapter_digest
 from trainer_client.known import Sought, look
 from trainer_client.parsing import (
@@ -41,8 +42,9 @@ T = TypeVar("T")
 BINARY: Mapping[str, str] = MappingProxyType({"accept": f"{MEDIA_TYPE}, application/json;q=0.5"})
 """Rollouts and scores are asked for as arrays; a server that only writes JSON is understood as well."""
 
-Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""Text, token ids, chat messages, or a prompt object of the contract with its own `id`, `n`, `seed`, …"""
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Rollout
+"""Text, token ids, chat messages, a prompt object of the contract with its own `id`, `n`, `seed`, `prefix`, …, or a
+row to go on with."""
 Match = int | str | PublishedVersion | PolicyRef
 """Where the alias must be: a version number, a digest, or an object that has one."""
 Addressed = str | PublishedVersion | PolicyRef
@@ -75,6 +77,8 @@ class RolloutOptions(TypedDict, total=False):
     """End rows that fall further behind the name as `superseded`."""
     timeout_s: float
     """End what is not done after so many seconds as `aborted`."""
+    return_when: Mapping[str, int]
+    """`{"finished": k}`: a prompt is returned when k of its samples have finished, the others as `aborted`."""
     id: str
     """Names the request, for aborting it."""
 
@@ -99,7 +103,7 @@ class RolloutOptions(TypedDict, total=False):
 
 
 _REQUEST_FIELDS = frozenset(
-    {"n", "top_logprobs", "on_update", "min_version", "wait_s", "max_staleness", "timeout_s", "id"}
+    {"n", "top_logprobs", "on_update", "min_version", "wait_s", "max_staleness", "timeout_s", "return_when", "id"}
 )
 
 
@@ -179,10 +183,11 @@ def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[
 # ---- rollouts -----------------------------------------------------------------------------------------------------
 
 
-def rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> Call[RolloutBatch]:
+def rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[RolloutOptions]) -> Call[RolloutBatch]:
     """Samples `n` rollouts of every prompt and returns when all have ended.
 
-    prompts   a list of texts, token ids, lists of chat messages, or prompt objects of the contract; may be mixed
+    prompts   a list of texts, token ids, lists of chat messages, prompt objects of the contract, or rows to go on with
+              (see `continued` for what a tool said in between); may be mixed
     options   `policy`, `n`, `max_tokens`, `temperature`, `top_p`, `seed`, `stop`, …: see `RolloutOptions`
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
@@ -192,7 +197,7 @@ def rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> Ca
     )
 
 
-def stream_rollouts(prompts: Sequence[Prompt], **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
+def stream_rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
     """As `rollouts`, but yields each row when it finishes, in that order; `RolloutBatch.of` joins them. Leaving the
     loop early ends the rows still running. Raises where the stream breaks off, so its end means that all came."""
     call = _post("/v1/rollouts", _rollouts_body(prompts, options, stream=True), lambda reply: None)
@@ -278,7 +283,9 @@ def _yes_or_no(path: str) -> Call[bool]:
     return Call(method="GET", path=path, parse=lambda reply: reply.status < 400, accepts=(503,), timeout_s=PROBE_S)
 
 
-def _rollouts_body(prompts: Sequence[Prompt], options: RolloutOptions, *, stream: bool = False) -> dict[str, Any]:
+def _rollouts_body(
+    prompts: Sequence[Prompt] | RolloutBatch, options: RolloutOptions, *, stream: bool = False
+) -> dict[str, Any]:
     if isinstance(prompts, str | bytes | Mapping):
         raise TypeError("prompts is a list of prompts: put a single one in brackets.")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -301,6 +308,8 @@ def _prompt(prompt: Prompt) -> Mapping[str, Any]:
     """A prompt object; the kind is told by what is in it."""
     if isinstance(prompt, str):
         return {"text": prompt}
+    if isinstance(prompt, Rollout):
+        return continued(prompt)
     if isinstance(prompt, Mapping):
         return {name: _plain_ids(value) if name == "token_ids" else value for name, value in prompt.items()}
     if not isinstance(prompt, Sequence | np.ndarray):

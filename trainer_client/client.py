@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 
-from trainer_client import calls, keeping
+from trainer_client import calls, keeping, pausing
 from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
@@ -169,6 +169,8 @@ class RolloutClient:
     stream_rollouts = _blocking_stream(calls.stream_rollouts)
     logprobs = _blocking(calls.logprobs)
     completions = _blocking(calls.completions)
+    pause = _blocking(pausing.pause)
+    resume = _blocking(pausing.resume)
     models = _blocking(calls.models)
     health = _blocking(calls.health)
     ready = _blocking(calls.ready)
@@ -269,6 +271,8 @@ class AsyncRolloutClient:
     stream_rollouts = _awaited_stream(calls.stream_rollouts)
     logprobs = _awaited(calls.logprobs)
     completions = _awaited(calls.completions)
+    pause = _awaited(pausing.pause)
+    resume = _awaited(pausing.resume)
     models = _awaited(calls.models)
     health = _awaited(calls.health)
     ready = _awaited(calls.ready)

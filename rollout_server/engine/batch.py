@@ -124,7 +124,7 @@ class Batch:
         """Reserves places; no step may be in flight. A group whose KV was kept skips prefill."""
         group = admission.group
         if group.prompt is None:
-            group.prompt = Prompt(group.request.prompt_ids[:-1], group.placement.slot)
+            group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot)
         self._store.begin(group.prompt, admission.count, admission.columns)
         # There may be more places now, and rows go on while the prompt is read.
         self._arrays = None

@@ -42,6 +42,7 @@ from rollout_server.engine.messages import (
     Submit,
     TokensSampled,
 )
+from rollout_server.engine.pause_messages import Pause, PauseMode, Resume
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.rollout import RolloutRequest, tiling_fault
@@ -238,6 +239,16 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(ResetPrefixCache(self.new_id("prefixes")))
 
+    async def pause(self, mode: PauseMode, *, drain: bool = False) -> None:
+        """Lets new work wait, and returns when it does; with `drain`, when nothing runs any more."""
+        self._require_ready()
+        await self._ask(Pause(self.new_id("pause"), mode, drain))
+
+    async def resume(self) -> None:
+        """Goes on."""
+        self._require_ready()
+        await self._ask(Resume(self.new_id("resume")))
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
         found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions)
@@ -264,6 +275,7 @@ class EngineHandle:
     def _check(self, group: RolloutRequest) -> None:
         info = self.info
         self._check_ids(group.prompt_ids, "prompt")
+        self._check_ids(group.prefix.token_ids, "prefix")
         for token in group.sampling.stop_token_ids:
             if not 0 <= token < info.vocab_size:
                 raise InvalidField(
@@ -294,7 +306,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Score | ResetPrefixCache | Ping) -> Any:
+    async def _ask(self, command: PolicyCommand | Score | Pause | Resume | ResetPrefixCache | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

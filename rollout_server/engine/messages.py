@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
+from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
@@ -215,7 +216,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | PolicyCommand | Abort | ResetPrefixCache | Ping | Stop
+Command = Submit | Score | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -332,7 +333,9 @@ class Pong:
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | PrefixCacheReset | Pong
+Event = (
+    TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Paused | PrefixCacheReset | Pong
+)
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -387,3 +390,5 @@ class EngineStatus:
     sets: int = 0
     """and how many there are."""
     prefix: PrefixStatus = field(default_factory=PrefixStatus)
+    paused: PauseMode | None = None
+    """How new work is held: `wait`, `keep` or `abort`; None if it is not."""

@@ -100,10 +100,11 @@ class References:
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:
             for row, sequence in zip(rows, sequences, strict=True):
-                row.base_logprobs = tuple(value for value in sequence.logprobs if value is not None)
+                row.base_logprobs = prefix.missing + tuple(v for v in sequence.logprobs if v is not None)
             self._reports.referred(group)
 
-        prompt = group.request.prompt_ids
+        prompt, prefix = group.request.prompt_ids, group.request.prefix
+        given = len(prompt) + len(prefix)
         job = ScoreJob(
             group.request.id,
             (base,),
@@ -112,7 +113,7 @@ class References:
             group=group,
         )
         job.add(
-            [(prompt + tuple(row.token_ids), len(prompt), [(Span(base, 0, len(row.token_ids)), slot)]) for row in rows],
-            shared=len(prompt) - 1,
+            [(prompt + tuple(row.token_ids), given, [(Span(base, 0, row.sampled), slot)]) for row in rows],
+            shared=given - 1,
         )
         self._queue.add(job)

@@ -22,6 +22,8 @@ class Reports:
         self._policies = policies
         self._events: list[Event] = []
         self._complete: list[Group] = []
+        self._met: list[Group] = []
+        """Groups of which enough samples have finished."""
         self.tokens = 0
 
     def take(self) -> list[Event]:
@@ -64,7 +66,7 @@ class Reports:
                         (row.token_ids[-1],),
                         (row.logprobs[-1],),
                         (row.sampling_logprobs[-1],),
-                        (row.top_logprobs[-1],) if row.top_logprobs else None,
+                        (row.top_logprobs[-1] or (),) if row.top_logprobs else None,
                     )
                 )
             if not row.running:
@@ -102,6 +104,10 @@ class Reports:
         group = row.group
         row.reported = True
         group.ended += 1
+        if row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            group.finished += 1
+            if group.finished == group.request.return_when:
+                self._met.append(group)
         if group.ended == group.request.n and group.unreferenced:
             self._complete.append(group)
         if row.waits:
@@ -114,7 +120,7 @@ class Reports:
             return
         id = row.group.request.id
         ticket = self._scheduler.tickets[id]
-        ticket.produced = ticket.produced or bool(row.token_ids)
+        ticket.produced = ticket.produced or row.sampled > 0
         ticket.error = ticket.error or row.error
         self.add(RowFinished(id, row.rollout()))
         if closed := self._scheduler.row_reported(id):
@@ -168,12 +174,18 @@ class Reports:
             if join.group.version is not None:
                 self._policies.release(join.group.version, join.count)
 
+    @property
+    def begun(self) -> list[str]:
+        """Ids of the requests of which some sample was admitted."""
+        tickets = self._scheduler.tickets.values()
+        return [ticket.id for ticket in tickets if any(group.version is not None for group in ticket.groups)]
+
     def has_tokens(self, id: str, batch: Batches) -> bool:
         """Whether some row of a request, reported or running, has sampled anything."""
         ticket = self._scheduler.tickets[id]
         held = [row for group in ticket.groups for row in group.held]
         running = [row for row in batch.rows if row.group.request.id == id]
-        return ticket.produced or any(row.token_ids for row in held + running)
+        return ticket.produced or any(row.sampled for row in held + running)
 
     def end_request(self, id: str, reason: str, batch: Batches) -> None:
         ticket = self._scheduler.tickets.get(id)
@@ -188,14 +200,31 @@ class Reports:
         for group in ticket.groups:
             group.unscored = group.unreferenced = False
             self._let_go(group)
-        for row in running:
+        self._abort_rows(running, reason)
+        for group in ticket.groups:
+            self._abort_rest(group, joining.get(group), reason)
+
+    def end_met(self, batch: Batches) -> None:
+        """Aborts the samples that `return_when` does not wait for: those that run and those that have not begun."""
+        met, self._met = self._met, []
+        for group in filter(self._open, met):
+            joining = next((join for join in batch.joining if join.group is group), None)
+            self._abort_rows([row for row in batch.rows if row.group is group and row.running], "return_when")
+            self._abort_rest(group, joining, "return_when")
+
+    def _abort_rows(self, rows: Iterable[Sequence], reason: str) -> None:
+        for row in rows:
             row.end(FinishReason.ABORTED, reason)
             self._finished(row)
-        for group in ticket.groups:
-            first = joining[group].first_sample if group in joining else group.admitted
-            group.cancelled = group in joining
-            self._forget(group)
-            self._never_ran(group, range(first, group.request.n), reason=reason)
+
+    def _abort_rest(self, group: Group, joining: Joining | None, reason: str) -> None:
+        """The samples of a group that have no row yet."""
+        if group.cancelled:
+            return
+        first = joining.first_sample if joining is not None else group.admitted
+        group.cancelled = joining is not None
+        self._forget(group)
+        self._never_ran(group, range(first, group.request.n), reason=reason)
 
     def _forget(self, group: Group) -> None:
         """Takes a group's waiting samples out of the queue and gives back their references."""

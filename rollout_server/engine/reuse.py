@@ -127,10 +127,10 @@ class Keeper:
                 # Nobody knows since when its numbers were not finite.
                 self._reuse.forget(key)
             elif row.token_ids and not row.switched:
-                prompt = row.group.request.prompt_ids
-                # The last token was sampled and never read. Rows of a group part behind the prompt.
-                tokens = prompt + tuple(row.token_ids[:-1])
-                self._copies += self._reuse.keep(self._store, place, key, tokens, (len(prompt),))
+                request = row.group.request
+                # The last token was sampled and never read. Rows of a group part behind what all were given.
+                tokens = request.prompt_ids + tuple(row.token_ids[:-1])
+                self._copies += self._reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         if flying:
             mx.async_eval(self._copies)
         else:

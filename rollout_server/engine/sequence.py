@@ -11,6 +11,8 @@ from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Prompt
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import (
+    CARRIED,
+    RECOMPUTED,
     FinishReason,
     PolicyVersion,
     Rollout,
@@ -43,6 +45,8 @@ class Group:
     """Log-probabilities under the base were asked for and are not there yet: rows that need them wait."""
     ended: int = 0
     """Samples that are over; the pass under the base is made when all are."""
+    finished: int = 0
+    """Those of them that stopped or reached their length, for `return_when`."""
     held: list[Sequence] = field(default_factory=list)
     """Rows that are over and wait for values."""
     joining: bool = False
@@ -67,7 +71,7 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One row. `len(token_ids) == len(logprobs)`; spans tile the tokens."""
+    """One row. `len(token_ids) == len(logprobs)`; spans tile the tokens behind the prefix, which it starts with."""
 
     group: Group
     sample_index: int
@@ -85,7 +89,7 @@ class Sequence:
     sampling_logprobs: list[float] = field(default_factory=list)
     log_kept_mass: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
-    top_logprobs: list[TopTokens] = field(default_factory=list)
+    top_logprobs: list[TopTokens | None] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -97,6 +101,24 @@ class Sequence:
     base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
     ended_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        request = self.group.request
+        prefix, wants = request.prefix, request.wants
+        self.dispatched = len(prefix)
+        self.token_ids = list(prefix.token_ids)
+        self.logprobs = list(prefix.logprobs)
+        self.sampling_logprobs = list(prefix.sampling_logprobs)
+        self.log_kept_mass = list(prefix.missing)
+        self.entropy = list(prefix.missing) if wants.entropy else []
+        self.top_logprobs = [None] * len(prefix) if wants.top_logprobs else []
+        if self.text is not None:
+            self.text.push(prefix.token_ids)
+
+    @property
+    def sampled(self) -> int:
+        """Tokens read so far that are its own work, and no prefix."""
+        return len(self.token_ids) - len(self.group.request.prefix)
 
     @property
     def running(self) -> bool:
@@ -110,7 +132,7 @@ class Sequence:
     @property
     def needs_reference(self) -> bool:
         """Whether only another pass can say what the base thinks of its tokens; a row on the base knows."""
-        return bool(self.token_ids) and self.version.number != 0
+        return self.sampled > 0 and self.version.number != 0
 
     @property
     def waits(self) -> bool:
@@ -128,14 +150,20 @@ class Sequence:
         """The next step's input, known on the host only when no step is in flight."""
         return self.token_ids[-1] if self.token_ids else self.group.request.prompt_ids[-1]
 
+    @property
+    def _kv(self) -> str | None:
+        """What a span that begins now reads. Whatever sampled a prefix, this version read it again."""
+        if self.switched:
+            return CARRIED
+        return RECOMPUTED if self.group.request.prefix.token_ids else None
+
     def stamp(self) -> None:
         """Counts a dispatched token under the version of this moment."""
         self.dispatched += 1
         if self.spans and self.spans[-1].version == self.version:
             self.spans[-1] = replace(self.spans[-1], end=self.dispatched)
         else:
-            kv = "carried" if self.switched else None
-            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched, kv))
+            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched, self._kv))
 
     def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
@@ -205,12 +233,17 @@ class Sequence:
             base_logprobs=self._base_logprobs(),
             error=RowError(self.error.code, self.error.message) if self.error else None,
             cached_tokens=group.cached_tokens,
+            prefix=group.request.prefix,
         )
 
     def _base_logprobs(self) -> tuple[float, ...] | None:
         if not self.group.request.wants.base_logprobs:
             return None
-        return self.base_logprobs if self.needs_reference else tuple(self.logprobs)
+        if self.needs_reference:
+            return self.base_logprobs
+        # What the client gave for a prefix need not be of the base.
+        prefix = self.group.request.prefix
+        return prefix.missing + tuple(self.logprobs[len(prefix) :])
 
     def _timings(self) -> Timings:
         """A sample that starts from its group's kept prefill waited until it was seated."""

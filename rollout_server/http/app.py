@@ -28,6 +28,7 @@ from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
+from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
 from rollout_server.http.publishing import Publisher
 from rollout_server.http.rollouts import RolloutsController
@@ -93,6 +94,8 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             TokensController,
             ControlController,
             PrefixesController,
+            PauseController,
+            PauseDoorsController,
             LogprobsController,
             WeightsController,
             AliasController,

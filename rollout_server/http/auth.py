@@ -80,4 +80,4 @@ def may_administer(connection: Connection, _: BaseRouteHandler) -> None:
         raise Unauthorized("This key opens nothing here.")
     if config.admin_key is None:
         raise Forbidden("This server was started without ROLLOUT_ADMIN_KEY, so nothing can be changed over HTTP.")
-    raise Forbidden("This key opens inference only; changing weights needs the ROLLOUT_ADMIN_KEY.")
+    raise Forbidden("This key opens inference only; changing weights and pausing need the ROLLOUT_ADMIN_KEY.")

@@ -128,7 +128,7 @@ class Choice:
 
     def finish(self, rollout: Rollout) -> Piece:
         for at in range(self._taken, len(rollout.token_ids)):
-            top = rollout.top_logprobs[at] if rollout.top_logprobs else ()
+            top = (rollout.top_logprobs[at] if rollout.top_logprobs else None) or ()
             self._take(rollout.token_ids[at], rollout.logprobs[at], rollout.sampling_logprobs[at], top)
         reading = self._reading
         whole = rollout_text(rollout, reading.tokenizer, include_stop=reading.include_stop, shown=reading.shown)

@@ -10,7 +10,7 @@ import msgspec
 from litestar import Response
 
 from rollout_server.detokenize import IncrementalText
-from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span
+from rollout_server.rollout import RECOMPUTED, FinishReason, GivenSpan, PolicyVersion, Rollout, SamplingParams, Span
 
 
 def json_response(content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
@@ -32,7 +32,7 @@ def rollout_entry(
         "sample_index": rollout.sample_index,
         "prompt_token_ids": rollout.prompt_ids,
         "token_ids": rollout.token_ids,
-        "loss_mask": [1] * len(rollout.token_ids),
+        "loss_mask": [*rollout.prefix.loss_mask, *[1] * rollout.sampled],
         "logprobs": rollout.logprobs,
         "sampling_logprobs": rollout.sampling_logprobs if sampling else None,
         "log_kept_mass": rollout.log_kept_mass if sampling else None,
@@ -40,7 +40,7 @@ def rollout_entry(
         "base_logprobs": rollout.base_logprobs if "base_logprobs" in returns else None,
         "top_logprobs": rollout.top_logprobs,
         "prompt_logprobs": rollout.prompt_logprobs if "prompt_logprobs" in returns else None,
-        "versions": [span_entry(span) for span in rollout.spans],
+        "versions": [*map(given_span_entry, rollout.prefix.spans), *map(span_entry, rollout.spans)],
         "finish_reason": rollout.finish_reason,
         "stop_reason": rollout.stop_reason,
         "error": error_entry(rollout),
@@ -73,6 +73,19 @@ def span_entry(span: Span) -> dict[str, Any]:
     return entry if span.kv is None else entry | {"kv": span.kv}
 
 
+def given_span_entry(span: GivenSpan) -> dict[str, Any]:
+    """A span of a prefix: whatever KV its tokens were sampled on, it was made anew."""
+    return {
+        "policy": span.policy,
+        "version": span.version,
+        "digest": span.digest,
+        "label": span.label,
+        "start": span.start,
+        "end": span.end,
+        "kv": RECOMPUTED,
+    }
+
+
 def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
     return {
         "max_tokens": sampling.max_tokens,
@@ -92,12 +105,12 @@ def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def usage(rollouts: Iterable[Rollout], prompt_tokens: int) -> dict[str, Any]:
-    """`prompt_tokens` counts every prompt once whatever its n, as do those of them that were cached; the end token is a
-    completion token."""
+    """`prompt_tokens` counts every prompt once whatever its n, with its prefix, as do those of them that were cached;
+    the end token is a completion token."""
     sampled = 0
     cached: dict[int, int] = {}
     for rollout in rollouts:
-        sampled += len(rollout.token_ids)
+        sampled += rollout.sampled
         cached[rollout.prompt_index] = max(rollout.cached_tokens, cached.get(rollout.prompt_index, 0))
     return {
         "prompt_tokens": prompt_tokens,

@@ -20,7 +20,8 @@ from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import SpanAddress, tiling_fault
-from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest, SequenceToScore, SpanToRead
+from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest, SequenceToScore
+from rollout_server.schemas.spans import SpanToRead
 
 
 class LogprobsController(Controller):

@@ -22,6 +22,7 @@ PUSH_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0
 """Seconds. A push is a matter of milliseconds."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 STATES = ("starting", "ready", "stopping", "dead")
+PAUSES = ("wait", "keep", "abort")
 
 
 class Metrics:
@@ -77,6 +78,10 @@ class _EngineState(Collector):
         for name in STATES:
             state.add_metric([name], float(status.state == name))
         yield state
+        paused = GaugeMetricFamily("rollout_paused", "1 for the mode in which new work is held.", labels=["mode"])
+        for name in PAUSES:
+            paused.add_metric([name], float(status.paused == name))
+        yield paused
         yield GaugeMetricFamily("rollout_requests_waiting", "Requests in the queue.", value=status.waiting)
         yield GaugeMetricFamily("rollout_rows_running", "Rows in the batch.", value=status.running)
         yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)

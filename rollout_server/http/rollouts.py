@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,17 +23,27 @@ from rollout_server.http.binary import binary_response, rollouts_file
 from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import LinesOperation, failures
 from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage, weight_of
+from rollout_server.http.prefixes import check_room, read_prefix
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
-from rollout_server.quoting import quoted
-from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
+from rollout_server.quoting import counted, quoted
+from rollout_server.rollout import (
+    OnUpdate,
+    PolicyAddress,
+    Prefix,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    Wants,
+)
 from rollout_server.schemas.fields import ID_RULE, RequestId
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 
-OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": "sampling.max_tokens"})
+MAX_TOKENS = "sampling.max_tokens"
+OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": MAX_TOKENS})
 """The engine's names of fields → this route's."""
 
 
@@ -49,7 +60,12 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(group.prompt_ids) for group in self.groups)
+        return sum(len(group.given_ids) for group in self.groups)
+
+    def is_complete(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether of every prompt as many rows finished as were waited for."""
+        finished = Counter(rollout.prompt_index for rollout in rollouts if is_complete([rollout]))
+        return all(finished[group.prompt_index] >= (group.return_when or group.n) for group in self.groups)
 
     def entry(self, rollout: Rollout) -> dict[str, Any]:
         returns = frozenset(self.data.returns)
@@ -103,7 +119,7 @@ def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[by
         "policy": service.policy_state(job.address),
         "base": service.base,
         "instance": service.instance,
-        "complete": is_complete(rollouts),
+        "complete": job.is_complete(rollouts),
         "rollouts": [job.entry(rollout) for rollout in rollouts],
         "usage": usage(rollouts, job.prompt_tokens),
         "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
@@ -120,7 +136,7 @@ async def lines(
         if isinstance(event, RowFinished):
             done.append(event.rollout)
             yield ndjson_line(job.entry(event.rollout))
-    yield ndjson_line({"done": True, "complete": is_complete(done), "usage": usage(done, job.prompt_tokens)})
+    yield ndjson_line({"done": True, "complete": job.is_complete(done), "usage": usage(done, job.prompt_tokens)})
 
 
 def header_id(request: Request[Any, Any, Any]) -> str | None:
@@ -163,23 +179,12 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens = tokens_of(prompt, service.tokenizer, param=place)
-        if prompt.token_ids is not None:
-            service.check_ids(prompt.token_ids, f"{place}.token_ids")
-        own = prompt.max_tokens is not None
-        check_own_limit(prompt, data, place)
-        max_tokens = room(
-            len(tokens.ids),
-            prompt.max_tokens if own else data.sampling.max_tokens,
-            service.info.max_model_len,
-            prompt_param=place,
-            param=f"{place}.max_tokens" if own else "sampling.max_tokens",
-        )
+        tokens, prefix, sampling = plan_row(prompt, data, place, service)
         groups.append(
             RolloutRequest(
                 id=id,
-                prompt_ids=tuple(tokens.ids),
-                sampling=sampling_params(data.sampling, max_tokens, prefix="sampling."),
+                prompt_ids=tuple(tokens),
+                sampling=sampling,
                 policy=address,
                 n=counts[index],
                 prompt_index=index,
@@ -189,9 +194,39 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 on_update=OnUpdate(data.on_update),
                 max_staleness=data.max_staleness,
                 wants=wants,
+                prefix=prefix,
+                return_when=needed(data, counts[index], place),
             )
         )
     return Job(id, data, address, groups, service, began)
+
+
+def plan_row(
+    prompt: Prompt, data: RolloutsRequest, place: str, service: Service
+) -> tuple[Sequence[int], Prefix, SamplingParams]:
+    """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
+    tokens = tokens_of(prompt, service.tokenizer, param=place)
+    if prompt.token_ids is not None:
+        service.check_ids(prompt.token_ids, f"{place}.token_ids")
+    prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)
+    own = prompt.max_tokens is not None
+    check_own_limit(prompt, data, place)
+    asked, param = (prompt.max_tokens, f"{place}.max_tokens") if own else (data.sampling.max_tokens, MAX_TOKENS)
+    max_tokens = room(len(tokens.ids), asked, service.info.max_model_len, prompt_param=place, param=param)
+    check_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
+    return tokens.ids, prefix, sampling_params(data.sampling, max_tokens, prefix="sampling.")
+
+
+def needed(data: RolloutsRequest, n: int, place: str) -> int | None:
+    """How many of a prompt's samples `return_when` waits for; None for all."""
+    if data.return_when is None:
+        return None
+    if data.return_when.finished > n:
+        raise InvalidField(
+            f"return_when.finished is {quoted(data.return_when.finished)}, but {place} has {counted(n, 'sample')}.",
+            param="return_when.finished",
+        )
+    return data.return_when.finished
 
 
 def check_own_limit(prompt: Prompt, data: RolloutsRequest, place: str) -> None:

@@ -57,7 +57,7 @@ async def collect(
     try:
         await while_connected(request, _gather(subscription, rows))
     except RolloutError as error:
-        if not any(rollout.token_ids for rollout in rows.values()):
+        if not any(rollout.sampled for rollout in rows.values()):
             raise
         for group in groups:
             for sample in range(group.n):
@@ -77,21 +77,22 @@ async def _gather(subscription: Subscription, rows: dict[tuple[int, int], Rollou
 
 def refuse_if_nothing_ran(rollouts: Sequence[Rollout]) -> None:
     """A request whose rows all failed before their first token fails as a whole."""
-    failed = [rollout.error for rollout in rollouts if rollout.error is not None and not rollout.token_ids]
+    failed = [rollout.error for rollout in rollouts if rollout.error is not None and not rollout.sampled]
     if rollouts and len(failed) == len(rollouts):
         raise error_of_row(failed[0].code, failed[0].message)
 
 
 def failed_row(group: RolloutRequest, sample: int, error: RolloutError) -> Rollout:
     """A row that the engine could not report any more."""
+    prefix = group.prefix
     return Rollout(
         prompt_index=group.prompt_index,
         sample_index=sample,
         prompt_ids=group.prompt_ids,
-        token_ids=(),
-        logprobs=(),
-        sampling_logprobs=(),
-        log_kept_mass=(),
+        token_ids=prefix.token_ids,
+        logprobs=prefix.logprobs,
+        sampling_logprobs=prefix.sampling_logprobs,
+        log_kept_mass=prefix.missing,
         spans=(),
         finish_reason=FinishReason.ERROR,
         stop_reason=None,
@@ -99,6 +100,7 @@ def failed_row(group: RolloutRequest, sample: int, error: RolloutError) -> Rollo
         sampling=group.sampling,
         timings=Timings(0.0, 0.0, 0.0),
         error=RowError(error.code, error.message),
+        prefix=prefix,
     )
 
 
@@ -106,7 +108,7 @@ def failed_row(group: RolloutRequest, sample: int, error: RolloutError) -> Rollo
 
 
 def _produced(event: TokensSampled | RowFinished) -> bool:
-    return isinstance(event, TokensSampled) or event.rollout.error is None or bool(event.rollout.token_ids)
+    return isinstance(event, TokensSampled) or event.rollout.error is None or event.rollout.sampled > 0
 
 
 async def opening(request: Request[Any, Any, Any], subscription: Subscription) -> list[TokensSampled | RowFinished]:

@@ -82,6 +82,7 @@ class HealthController(Controller):
                 "running": status.running,
                 "steps": status.steps,
                 "tokens": status.tokens,
+                "paused": status.paused,
                 "instance": service.instance,
             }
         )

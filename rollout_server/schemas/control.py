@@ -1,8 +1,8 @@
-"""`POST /v1/abort` and `POST /reset_prefix_cache`."""
+"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, `/reset_prefix_cache`, and vLLM's `/pause`, `/resume`, `/is_paused`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -23,3 +23,29 @@ class AbortReply(BaseModel):
 
 class ResetReply(BaseModel):
     freed_bytes: int = Field(description="KV memory that was kept for later requests, bytes.")
+
+
+class PauseRequest(Request):
+    mode: Literal["wait", "keep", "abort"] = Field(
+        default="wait",
+        description="New work waits; what runs goes on (`wait`), freezes too (`keep`), or ends: requests of which a "
+        "row has begun are answered with what they have, `aborted` (`abort`).",
+    )
+
+
+class PauseReply(BaseModel):
+    """`waiting` counts requests, `running` rows."""
+
+    paused: bool
+    mode: Literal["wait", "keep", "abort"] | None
+    waiting: int
+    running: int
+    instance: str
+
+
+class StatusReply(BaseModel):
+    status: Literal["paused", "resumed"]
+
+
+class IsPausedReply(BaseModel):
+    is_paused: bool

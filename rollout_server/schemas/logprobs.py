@@ -8,20 +8,7 @@ from pydantic import BaseModel, Field
 
 from rollout_server.schemas.fields import PolicyText, Request, TokenIds, Whole
 from rollout_server.schemas.rollouts import BaseState, PolicyState, SpanReply
-
-FullDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
-
-class SpanToRead(Request):
-    """A span as a rollout carries it. The version is named by number, by digest, or by both, which must then agree."""
-
-    policy: PolicyText | None = None
-    version: Whole | None = None
-    digest: FullDigest | None = None
-    label: str | None = None
-    start: Whole
-    end: Whole
-    kv: Literal["carried", "recomputed"] | None = None
+from rollout_server.schemas.spans import SpanToRead
 
 
 class SequenceToScore(Request):

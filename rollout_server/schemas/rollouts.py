@@ -21,6 +21,7 @@ from rollout_server.schemas.fields import (
     exactly_one,
 )
 from rollout_server.schemas.messages import Messages
+from rollout_server.schemas.spans import SpanToKeep
 
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "base_logprobs", "prompt_logprobs")
 LATER_SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -50,12 +51,34 @@ class SamplingOptions(Request):
     seed: Seed | None = None
 
 
+Logarithm = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
+"""Whatever float32 can hold."""
+
+
+class PrefixFields(Request):
+    """Tokens that every sample of the prompt begins with; the arrays and versions are those of a Rollout."""
+
+    token_ids: TokenIds
+    logprobs: list[Logarithm | None] | None = Field(default=None, description="Null where not given.")
+    sampling_logprobs: list[Logarithm | None] | None = None
+    versions: list[SpanToKeep] | None = Field(
+        default=None,
+        description="Spans that tile the tokens; a tool's text belongs to the span before it. Without them one span "
+        "comes back whose policy, version, digest and label are null.",
+    )
+    loss_mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(fail_fast=True)] | None = Field(
+        default=None, description="0 for all, if absent."
+    )
+
+
+class ReturnWhen(Request):
+    finished: Count
+
+
 class Prompt(Request):
     """Exactly one of `token_ids`, `text` and `messages`."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one("token_ids", "text", "messages"))
-
-    later: ClassVar = {"prefix": ()}
 
     token_ids: TokenIds | None = None
     text: str | None = None
@@ -64,6 +87,11 @@ class Prompt(Request):
     n: Count | None = None
     max_tokens: Count | None = None
     seed: Seed | None = None
+    prefix: PrefixFields | None = Field(
+        default=None,
+        description="Continues a partial or multi-turn rollout: comes back in front of the new tokens. max_tokens, "
+        "stops and penalties see prefix and new tokens together; `usage` counts it as prompt.",
+    )
     add_special_tokens: bool = True
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -100,8 +128,6 @@ class Prompt(Request):
 class RolloutsRequest(Request):
     """n samples of every prompt under one policy."""
 
-    later: ClassVar = {"return_when": ()}
-
     id: RequestId | None = Field(default=None, description="Names the request; also sent as X-Request-Id.")
     policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
     prompts: Annotated[list[Prompt], Field(min_length=1)]
@@ -122,6 +148,11 @@ class RolloutsRequest(Request):
         "letting others pass; without it, and for a name that does not exist, the answer is an error at once.",
     )
     timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    return_when: ReturnWhen | None = Field(
+        default=None,
+        description="A prompt is returned when so many of its samples have stopped or reached their length; the others "
+        "end as `aborted` with what they have.",
+    )
     stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
 
     @field_validator("returns")
@@ -163,11 +194,12 @@ class BaseState(BaseModel):
 
 class SpanReply(BaseModel):
     """Tokens `start` to `end` (excluded) were sampled under this version. `kv` is `carried` where they read keys and
-    values that an older version computed, `recomputed` where all before them was read again."""
+    values that an older version computed, `recomputed` where all before them was read again; a prefix, and what follows
+    it, is `recomputed`. The first four are null for a prefix that came without versions."""
 
-    policy: str
-    version: int
-    digest: str
+    policy: str | None
+    version: int | None
+    digest: str | None
     label: str | None
     start: int
     end: int
@@ -205,8 +237,9 @@ class EffectiveSampling(BaseModel):
 
 class RolloutReply(BaseModel):
     """One sample. Per-token arrays have the length of `token_ids`; they are null unless asked for, except
-    `loss_mask` and `logprobs`. `base_logprobs` are null too where the request was ended before they were computed; for
-    rows sampled on the base they are `logprobs`, bit for bit."""
+    `loss_mask` and `logprobs`, and their values are null in a prefix unless they came with it. `base_logprobs` are null
+    too where the request was ended before they were computed; for rows sampled on the base they are `logprobs`, bit for
+    bit."""
 
     id: str
     prompt_id: str | None
@@ -220,7 +253,7 @@ class RolloutReply(BaseModel):
     log_kept_mass: list[float | None] | None
     entropy: list[float | None] | None
     base_logprobs: list[float | None] | None
-    top_logprobs: list[list[tuple[int, float | None]]] | None
+    top_logprobs: list[list[tuple[int, float | None]] | None] | None
     prompt_logprobs: list[float | None] | None
     versions: list[SpanReply]
     finish_reason: Literal["stop", "length", "superseded", "aborted", "error"]
@@ -256,7 +289,7 @@ class RolloutsReply(BaseModel):
     policy: PolicyState
     base: BaseState
     instance: str
-    complete: bool = Field(description="Every row ended as stop or length.")
+    complete: bool = Field(description="Every row ended as stop or length, or `return_when` was met.")
     rollouts: list[RolloutReply]
     usage: Usage
     timings_ms: RequestTimings

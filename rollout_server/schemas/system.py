@@ -26,7 +26,7 @@ class ModelsReply(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """`waiting` counts requests, `running` rows; `steps` and `tokens` since the start."""
+    """`waiting` counts requests, `running` rows; `steps` and `tokens` since the start; `paused` is its mode or null."""
 
     status: Literal["ok"]
     state: str
@@ -34,6 +34,7 @@ class HealthReply(BaseModel):
     running: int
     steps: int
     tokens: int
+    paused: Literal["wait", "keep", "abort"] | None
     instance: str
 
 

@@ -37,7 +37,17 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.model import ResidentModel, load
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants, row_seed
+from rollout_server.rollout import (
+    NO_PREFIX,
+    OnUpdate,
+    PolicyAddress,
+    Prefix,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    Wants,
+    row_seed,
+)
 from tests import tiny_models
 
 
@@ -96,6 +106,8 @@ class Driver:
         wait_s: float | None = None,
         on_update: str = "finish",
         max_staleness: int | None = None,
+        prefix: Prefix = NO_PREFIX,
+        return_when: int | None = None,
         **sampling: Any,
     ) -> str:
         """Sends one request of a group for each prompt; returns its id."""
@@ -116,6 +128,8 @@ class Driver:
                 on_update=OnUpdate(on_update),
                 max_staleness=max_staleness,
                 wants=wants or Wants(),
+                prefix=prefix,
+                return_when=return_when,
             )
             for index, prompt in enumerate(prompts)
         )

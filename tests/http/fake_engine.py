@@ -139,28 +139,30 @@ def _token(group: RolloutRequest, sample: int, version: PolicyVersion, id: int) 
 
 def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Row) -> Rollout:
     ids = tuple(row.token_ids)
-    wants = group.wants
+    wants, prefix = group.wants, group.prefix
+    at = len(prefix)
     greedy = group.sampling.temperature == 0
     return Rollout(
         prompt_index=group.prompt_index,
         sample_index=sample,
         prompt_ids=group.prompt_ids,
-        token_ids=ids,
-        logprobs=tuple(logprob(id) for id in ids),
-        sampling_logprobs=tuple(sampling_logprob(id) for id in ids),
-        log_kept_mass=tuple(float("nan") if greedy else 0.0 for _ in ids),
-        spans=(Span(version, 0, len(ids)),) if ids else (),
+        token_ids=prefix.token_ids + ids,
+        logprobs=prefix.logprobs + tuple(logprob(id) for id in ids),
+        sampling_logprobs=prefix.sampling_logprobs + tuple(sampling_logprob(id) for id in ids),
+        log_kept_mass=prefix.missing + tuple(float("nan") if greedy else 0.0 for _ in ids),
+        spans=(Span(version, at, at + len(ids), "recomputed" if at else None),) if ids else (),
         finish_reason=FinishReason.ERROR if row.error else row.finish_reason,
         stop_reason=row.stop_reason,
         seed=group.seeds[sample],
         sampling=group.sampling,
         timings=Timings(1.0, 2.0, 3.0),
-        entropy=tuple(0.5 for _ in ids) if wants.entropy else None,
-        top_logprobs=tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
+        entropy=prefix.missing + tuple(0.5 for _ in ids) if wants.entropy else None,
+        top_logprobs=(None,) * at + tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
         prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
-        base_logprobs=tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
+        base_logprobs=prefix.missing + tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
         error=RowError(row.error.code, row.error.message) if row.error else None,
         cached_tokens=row.cached_tokens,
+        prefix=prefix,
     )
 
 
@@ -180,6 +182,8 @@ class FakeEngine(FakeVersions):
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
         self.life: list[str] = []
+        self.paused: str | None = None
+        self.drained: list[bool] = []
         self._tokenizer = tokenizer
         self._count = 0
 
@@ -211,6 +215,7 @@ class FakeEngine(FakeVersions):
             steps=3,
             tokens=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
+            paused=self.paused,
         )
 
     async def ping(self, timeout_s: float) -> bool:
@@ -299,6 +304,13 @@ class FakeEngine(FakeVersions):
         for id in found:
             self.open[id].abort(reason)
         return found
+
+    async def pause(self, mode: str, *, drain: bool = False) -> None:
+        self.paused = mode
+        self.drained.append(drain)
+
+    async def resume(self) -> None:
+        self.paused = None
 
     # ---- versions -------------------------------------------------------------------------------------------------
 

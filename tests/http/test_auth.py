@@ -27,6 +27,7 @@ INFERENCE = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/base"),
     ("GET", "/metrics"),
+    ("GET", "/is_paused"),
     ("GET", "/v1/weights"),
     ("GET", "/v1/weights/policy"),
     ("GET", "/v1/weights/policy/1/export"),
@@ -34,6 +35,10 @@ INFERENCE = [
 STATE = [
     ("POST", "/v1/weights"),
     ("POST", "/v1/weights/policy/activate"),
+    ("POST", "/v1/pause"),
+    ("POST", "/v1/resume"),
+    ("POST", "/pause"),
+    ("POST", "/resume"),
     ("PATCH", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy"),

@@ -12,5 +12,6 @@ JSON_ROUTES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1, 2]},
     "/v1/abort": {"ids": ["nobody"]},
+    "/v1/pause": {"mode": "wait"},
     "/v1/weights/policy/activate": {"version": 2},
 }

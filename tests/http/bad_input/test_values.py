@@ -175,8 +175,6 @@ def test_other_values_of_a_rollout(client: Client, changes: Any, param: str, pro
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"return_when": {"finished": 1}}, "return_when"),
-        ({"prompts": [{"token_ids": [1], "prefix": {"token_ids": [2]}}]}, "prompts[0].prefix"),
         ({"sampling": {"structured_outputs": {"regex": "a"}}}, "sampling.structured_outputs"),
     ],
     ids=str,

@@ -1,0 +1,67 @@
+"""Whether new work waits and running rows stand still. Plain Python; knows neither arrays nor threads."""
+
+from __future__ import annotations
+
+from rollout_server.engine.messages import Score
+from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
+from rollout_server.engine.reports import Reports
+from rollout_server.errors import EngineUnavailable
+
+
+class Pausing:
+    """`mode` None: everything goes on. A pause replaces the one before."""
+
+    def __init__(self, reports: Reports) -> None:
+        self.mode: PauseMode | None = None
+        self._reports = reports
+        self._held: list[Score] = []
+        self._unanswered: list[Pause | Resume] = []
+
+    @property
+    def paused(self) -> bool:
+        """New work waits."""
+        return self.mode is not None
+
+    @property
+    def frozen(self) -> bool:
+        """Nothing is computed at all."""
+        return self.mode == "keep"
+
+    def pause(self, command: Pause) -> None:
+        self.mode = command.mode
+        self._unanswered.append(command)
+
+    def resume(self, command: Resume) -> list[Score]:
+        """Returns the requests that were held, in the order they came."""
+        self.mode = None
+        self._unanswered.append(command)
+        held, self._held = self._held, []
+        return held
+
+    def holds(self, score: Score) -> bool:
+        """Takes a request that is nothing but scoring if it has to wait; rows wait in the scheduler."""
+        if self.paused:
+            self._held.append(score)
+        return self.paused
+
+    def end(self, id: str, reason: str) -> None:
+        """Ends a request that is held here, if it is."""
+        if any(score.id == id for score in self._held):
+            self._held = [score for score in self._held if score.id != id]
+            self._reports.fail(id, EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
+
+    def answer(self, computing: bool) -> None:
+        """Tells those who paused or resumed that it is so. Who asked for a drained engine waits until nothing runs,
+        or is frozen, or until it is resumed."""
+        waiting: list[Pause | Resume] = []
+        for command in self._unanswered:
+            if isinstance(command, Pause) and command.drain and computing and self.paused and not self.frozen:
+                waiting.append(command)
+            else:
+                self._reports.add(Paused(command.id, self.mode))
+        self._unanswered = waiting
+
+    @property
+    def open_requests(self) -> list[str]:
+        """Ids of whatever still waits for an answer from here."""
+        return [command.id for command in (*self._held, *self._unanswered)]

@@ -1,0 +1,156 @@
+"""`/v1/pause`, `/v1/resume`, and the same as vLLM has them: `/pause`, `/resume`, `/is_paused`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from litestar import Controller, Request, Response, get, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.engine.pause_messages import PauseMode
+from rollout_server.errors import BadBody, InvalidField
+from rollout_server.http.auth import may_administer, may_infer
+from rollout_server.http.body import StrictJson, no_query, parse_json, read_json
+from rollout_server.http.documented import failures
+from rollout_server.http.encoding import json_response
+from rollout_server.http.service import Service, service_of
+from rollout_server.http.streaming import while_connected
+from rollout_server.quoting import quoted, shortened
+from rollout_server.schemas.control import IsPausedReply, PauseReply, PauseRequest, StatusReply
+
+MODES: Mapping[str, PauseMode] = MappingProxyType({"abort": "abort", "wait": "wait", "keep": "keep"})
+FLAGS: Mapping[str, bool] = MappingProxyType({"true": True, "1": True, "false": False, "0": False})
+
+
+class PauseController(Controller):
+    """Holds new work, for as long as a trainer needs the machine or must see it quiet."""
+
+    path = "/v1"
+    guards = (may_administer,)
+    tags = ("control",)
+
+    @post(
+        "/pause",
+        before_request=read_json,
+        dto=StrictJson[PauseRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Let new work wait",
+        description="Versions are pushed and activated, requests aborted and deadlines kept meanwhile. A pause "
+        "replaces the one before.",
+        responses={200: ResponseSpec(PauseReply, description="It is paused."), **failures()},
+    )
+    async def pause(self, data: JSONBody[PauseRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        await service.engine.pause(data.mode)
+        return json_response(state(service))
+
+    @post(
+        "/resume",
+        before_request=no_query,
+        status_code=200,
+        summary="Go on",
+        description="Takes no body, or an empty object. Does nothing if nothing is paused.",
+        responses={200: ResponseSpec(PauseReply, description="It goes on."), **failures()},
+    )
+    async def resume(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        await no_body(request)
+        await service.engine.resume()
+        return json_response(state(service))
+
+
+class PauseDoorsController(Controller):
+    """For trainers written for vLLM."""
+
+    path = "/"
+    tags = ("vllm",)
+
+    @post(
+        "/pause",
+        guards=(may_administer,),
+        status_code=200,
+        summary="Pause as vLLM does",
+        description="`mode` is `abort` (default), `wait` or `keep`; the reply comes when nothing runs any more. "
+        "`clear_cache` changes nothing: what is kept is kept by version, so none of it outlives its weights. "
+        "`wait_for_inflight_requests=true` is an older name of `mode=wait`.",
+        responses={200: ResponseSpec(StatusReply, description="It is paused."), **failures()},
+    )
+    async def pause(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        mode = asked_mode(request)
+        await no_body(request)
+        await while_connected(request, service.engine.pause(mode, drain=True))
+        return json_response({"status": "paused"})
+
+    @post(
+        "/resume",
+        before_request=no_query,
+        guards=(may_administer,),
+        status_code=200,
+        summary="Go on",
+        responses={200: ResponseSpec(StatusReply, description="It goes on."), **failures()},
+    )
+    async def resume(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        await no_body(request)
+        await service_of(request).engine.resume()
+        return json_response({"status": "resumed"})
+
+    @get(
+        "/is_paused",
+        before_request=no_query,
+        guards=(may_infer,),
+        summary="Whether new work waits",
+        responses={200: ResponseSpec(IsPausedReply, description="As vLLM says it."), **failures()},
+    )
+    async def is_paused(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        return json_response({"is_paused": service_of(request).engine.status.paused is not None})
+
+
+def state(service: Service) -> dict[str, Any]:
+    status = service.engine.status
+    return {
+        "paused": status.paused is not None,
+        "mode": status.paused,
+        "waiting": status.waiting,
+        "running": status.running,
+        "instance": service.instance,
+    }
+
+
+async def no_body(request: Request[Any, Any, Any]) -> None:
+    """Nothing may stand in the body, but some clients always send an object."""
+    body = await request.body()
+    if not body.strip():
+        return
+    content = parse_json(body)
+    if not isinstance(content, dict):
+        raise BadBody("This route takes no body, or an empty object.")
+    if content:
+        name = next(iter(content))
+        raise InvalidField(f"This route has no field {quoted(name)}.", param=shortened(name))
+
+
+def asked_mode(request: Request[Any, Any, Any]) -> PauseMode:
+    """The mode that the query of vLLM's route asks for."""
+    fields: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in ("mode", "clear_cache", "wait_for_inflight_requests"):
+            raise InvalidField(f"This route has no query parameter {quoted(name)}.", param=shortened(name))
+        if name in fields:
+            raise InvalidField(f"The query has {name} twice.", param=name)
+        if name != "mode" and value.lower() not in FLAGS:
+            raise InvalidField(f"{name} is true or false, not {quoted(value)}.", param=name)
+        fields[name] = value
+    waits = FLAGS[fields.get("wait_for_inflight_requests", "false").lower()]
+    mode = fields.get("mode", "wait" if waits else "abort")
+    if mode not in MODES:
+        raise InvalidField(f"mode is one of {', '.join(MODES)}, not {quoted(mode)}.", param="mode")
+    if waits and mode != "wait":
+        raise InvalidField(
+            "wait_for_inflight_requests is another name of mode=wait, and the query has both.", param="mode"
+        )
+    return MODES[mode]
