@@ -82,6 +82,9 @@ def serve(
     port: Annotated[int | None, option("Port to listen on; 0 takes a free one.", "8000")] = None,
     max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
     kv_memory: Annotated[str | None, option("For keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
+    prefix_cache: Annotated[
+        str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
+    ] = None,
     weights_memory: Annotated[str | None, option("For adapter versions.", metavar="SIZE")] = None,
     max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
     max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,

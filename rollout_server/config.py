@@ -98,6 +98,8 @@ class ServerConfig(BaseSettings):
     max_batch: int = Field(default=64, ge=1)
     """Rows that decode together."""
     kv_memory: Size | None = None
+    prefix_cache: Literal["on", "off"] = "on"
+    """Keep KV for later requests that begin with the same tokens, in what rows leave of `kv_memory`."""
     weights_memory: Size | None = None
     max_queue: int = Field(default=4096, ge=1)
     """Requests that may be open at once, whether they wait or run."""

@@ -368,6 +368,8 @@ class Rollout:
     base_logprobs: tuple[float, ...] | None = None
     """`logprobs` of the same tokens under the base; None also where the request ended before they were computed."""
     error: RowError | None = None
+    cached_tokens: int = 0
+    """Of the prompt, those that were not read again: their KV was there from an earlier request."""
     prefix: Prefix = NO_PREFIX
     """What `token_ids` begin with; `spans` tile the tokens behind it."""
 

@@ -18,7 +18,9 @@ import numpy as np
 
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.chunks import plan
 from rollout_server.engine.penalties import TokenCounts
+from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.sampling import Sampled, SamplerArrays, prepare, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group, TopTokens
@@ -48,7 +50,7 @@ class Flight:
 
 class Batch:
     """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
-    to what `forward` computes, for one token of every place."""
+    to what `forward` computes, for one token of every place. `keeper` knows what was read before."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Batch:
         eos: frozenset[int],
         vocabulary: int,
         decode: Forward | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._forward = forward
         self._compiled = decode
@@ -73,6 +76,9 @@ class Batch:
         self._steps = 0
         self._arrays: SamplerArrays | None = None
         self._counts = TokenCounts(vocabulary)
+        self._keeper = keeper
+        self.fed = 0
+        """Prompt tokens read since it was made."""
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
@@ -127,18 +133,13 @@ class Batch:
 
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
-        chunks: list[tuple[Prompt, int]] = []
-        longest = 0
-        for joining in self._joining:
-            left = len(joining.prompt.tokens) - joining.prompt.fed
-            if not left:
-                continue
-            longest = max(longest, min(left, budget))
-            if chunks and (len(chunks) + 1) * longest > budget:
-                break
-            chunks.append((joining.prompt, min(left, budget)))
-        if chunks:
+        if self._keeper is not None:
+            self._keeper.enter([joining.group for joining in self._joining])
+        ready = [joining.prompt for joining in self._joining if joining.prompt.sought or self._keeper is None]
+        lefts = [len(prompt.tokens) - prompt.fed for prompt in ready]
+        if chunks := [(ready[index], count) for index, count in plan(lefts, budget)]:
             self._store.feed(self._forward, chunks, self._route)
+            self.fed += sum(count for _, count in chunks)
         rows: list[Row] = []
         for joining in [joining for joining in self._joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
@@ -152,6 +153,8 @@ class Batch:
             raise RuntimeError("A group is seated before it has a version.")
         keep = group.waiting > 0
         places = self._store.seat(joining.prompt, joining.count, keep)
+        if self._keeper is not None:
+            self._keeper.keep_prompt(places[0], group, joining.prompt)
         seated_at = time.monotonic()
         group.prefilled_at = group.prefilled_at or seated_at
         rows = []
@@ -179,6 +182,8 @@ class Batch:
             return []
         for place in gone:
             del self._seats[place]
+        if self._keeper is not None:
+            self._keeper.keep_rows(gone, self._flight is not None)
         scrub = [place for place, row in gone.items() if not self._ended_clean(row)]
         self._vacate(list(gone), scrub)
         return list(gone.values())
@@ -306,6 +311,8 @@ class Batch:
         if flight is None:
             return None
         sampled = flight.sampled
+        if self._keeper is not None:
+            self._keeper.finish()
         ids = np.array(sampled.ids).tolist()
         values = np.array(sampled.values).T.tolist()
         top: list[TopTokens] = []

@@ -25,7 +25,7 @@ class Batches:
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self._make = make
         self._batches: dict[int, Batch] = {BASE_SET: make(BASE_SET)}
-        self._steps_before = 0
+        self._steps_before = self._fed_before = 0
         self._at: int | None = None
         """The set whose batch is being computed: what a failure is blamed on."""
         self._moving: Row | None = None
@@ -66,6 +66,11 @@ class Batches:
     def steps(self) -> int:
         """Steps of all batches, those that are gone included."""
         return self._steps_before + sum(batch.steps for batch in self._batches.values())
+
+    @property
+    def fed(self) -> int:
+        """Prompt tokens read by all batches, those that are gone included."""
+        return self._fed_before + sum(batch.fed for batch in self._batches.values())
 
     @property
     def sets(self) -> tuple[int, ...]:
@@ -111,7 +116,9 @@ class Batches:
                 self._drop(number)
 
     def _drop(self, parameters: int) -> None:
-        self._steps_before += self._batches.pop(parameters).steps
+        gone = self._batches.pop(parameters)
+        self._steps_before += gone.steps
+        self._fed_before += gone.fed
 
     def prefill(self, budget: int) -> Iterator[Row]:
         """See `Batch.prefill`; the budget is shared."""

@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from rollout_server.engine.chunks import padded
 from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
+from rollout_server.engine.prefix_cache import Layers, Segment
+from rollout_server.engine.slot_layer import SlotLayer, Window
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -48,6 +51,8 @@ class Prompt:
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
     """Its KV, kept for samples of the group that are still waiting."""
+    sought: bool = False
+    """Whatever there was of it from before is in its place."""
 
     @property
     def done(self) -> bool:
@@ -104,91 +109,6 @@ class RowStore(Protocol):
 
     @property
     def nbytes(self) -> int: ...
-
-
-@dataclass(slots=True, eq=False)
-class Window:
-    """Addresses of one forward, shared by all layers. `offset` int32 [B] is each row's first new column, `columns`
-    int32 [B, N] all of them; `rows` int32 [B] the places, or None for every place in order."""
-
-    rows: mx.array | None
-    places: mx.array
-    offset: mx.array
-    columns: mx.array
-    width: int
-    masks: dict[int | None, mx.array] = field(default_factory=dict)
-
-    def mask(self, window_size: int | None) -> mx.array:
-        """bool [B, 1, N, width]: which columns each new token may read."""
-        found = self.masks.get(window_size)
-        if found is None:
-            position = self.columns[:, None, :, None]
-            column = mx.arange(self.width, dtype=mx.int32)
-            found = column <= position
-            if window_size is not None:
-                found = found & (column > position - window_size)
-            self.masks[window_size] = found
-        return found
-
-
-class SlotLayer:
-    """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
-
-    def __init__(self, rows: SlotRows, window_size: int | None) -> None:
-        self._rows = rows
-        self._window_size = window_size
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    @property
-    def offset(self) -> mx.array:
-        return self._rows.window.offset
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        return self._rows.window.mask(window_size or self._window_size)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = self._allocate(keys), self._allocate(values)
-        window = self._rows.window
-        for stored, new in ((self.keys, keys), (self.values, values)):
-            if new.shape[2] == 1:
-                stored[window.places, :, window.columns[:, 0]] = new[:, :, 0]
-            else:
-                stored[window.places[:, None], :, window.columns] = new.transpose(0, 2, 1, 3)
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        window = self._rows.window
-        if self.keys is None or self.values is None:
-            raise RuntimeError("A layer reads a KV cache that no layer has written.")
-        keys, values = self.keys[:, :, : window.width], self.values[:, :, : window.width]
-        if window.rows is None:
-            return keys, values
-        return mx.take(keys, window.rows, axis=0), mx.take(values, window.rows, axis=0)
-
-    def _allocate(self, like: mx.array) -> mx.array:
-        return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
-
-    def fill(self, places: Sequence[int], keys: mx.array, values: mx.array) -> None:
-        """Writes a prompt's keys and values [heads, length, head size] into the first columns of `places`."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = self._allocate(keys[None]), self._allocate(values[None])
-        at, length = mx.array(list(places)), keys.shape[1]
-        self.keys[at, :, :length] = keys[None]
-        self.values[at, :, :length] = values[None]
-
-    def copy(self, place: int, length: int) -> tuple[mx.array, mx.array] | None:
-        """The first columns of a place as arrays of their own: a live view would make every later write copy the
-        whole array."""
-        if self.keys is None or self.values is None:
-            return None
-        return mx.contiguous(self.keys[place, :, :length]), mx.contiguous(self.values[place, :, :length])
-
-    def change(self, function: Callable[[mx.array], mx.array]) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = function(self.keys), function(self.values)
 
 
 class SlotRows:
@@ -255,20 +175,29 @@ class SlotRows:
     def read(self, forward: Forward, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
         """Runs the pieces through the model, each in its own place; returns logits [pieces, longest piece, V], of
         which those behind a piece's own tokens mean nothing. Nothing is evaluated; see `evaluate`."""
-        length = max(len(piece.tokens) for piece in pieces)
+        length, count = max(len(piece.tokens) for piece in pieces), len(pieces)
+        if self._coarse:
+            length, pieces = padded(length), self._fill_up(pieces)
         ends = [piece.at + len(piece.tokens) for piece in pieces]
         self._grow_columns(max(ends) + 1)
         tokens = [list(piece.tokens) + [0] * (length - len(piece.tokens)) for piece in pieces]
         offset = mx.array([piece.at for piece in pieces], dtype=mx.int32)
         places = mx.array([piece.place for piece in pieces], dtype=mx.int32)
-        width = min(self.columns, round_up(max(ends), COLUMN_BUCKET))
+        width = min(self.columns, self._width(max(ends)))
         step = mx.arange(length, dtype=mx.int32)[None]
         own = step < mx.array([len(piece.tokens) for piece in pieces], dtype=mx.int32)[:, None]
         # Padding goes where no row ever stands, see `aim`.
         columns = mx.where(own, offset[:, None] + step, self.columns - 1)
         self.window = Window(places, places, offset, columns, width)
         route([piece.slot for piece in pieces])
-        return forward(mx.array(tokens, dtype=mx.int32), self.layers)
+        return forward(mx.array(tokens, dtype=mx.int32), self.layers)[:count]
+
+    @staticmethod
+    def _fill_up(pieces: Sequence[Piece]) -> list[Piece]:
+        """As many pieces as some bucket has: each shape is planned anew. Those added have no tokens of their own."""
+        first = pieces[0]
+        spare = Piece(first.place, 0, (), first.slot)
+        return [*pieces, *[spare] * (padded(len(pieces)) - len(pieces))]
 
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         places, length = prompt.places[:count], len(prompt.tokens)
@@ -293,6 +222,19 @@ class SlotRows:
         kept = [layer.copy(place, length) for layer in self.layers]
         mx.eval(kept)
         return kept
+
+    def cut(self, place: int, start: int, end: int) -> Layers:
+        """The KV of some columns of a place, copied when it is evaluated: before the next write is."""
+        return [layer.cut(place, start, end) for layer in self.layers]
+
+    def paste(self, prompt: Prompt, segments: Sequence[Segment]) -> None:
+        """Writes what was read before into a prompt's first place, which goes on behind it. Not evaluated."""
+        self._grow_columns(sum(segment.count for segment in segments) + 1)
+        for segment in segments:
+            for layer, pair in zip(self.layers, segment.layers, strict=True):
+                if pair is not None:
+                    layer.write(prompt.places[0], prompt.fed, *(array[:, : segment.count] for array in pair))
+            prompt.fed += segment.count
 
     def aim(self, offsets: Sequence[int | None], width: int) -> None:
         self._grow_columns(width + 1)

@@ -12,28 +12,17 @@ import queue
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
-    Activate,
     Command,
-    Delete,
-    Deleted,
     EngineOptions,
     EngineStatus,
     Event,
-    Export,
-    Exported,
     ModelInfo,
-    Pin,
     Ping,
-    Pinned,
-    PolicyCommand,
-    Publish,
-    Published,
     RequestDone,
     RequestFailed,
-    Restore,
-    Restored,
     RowFinished,
     Score,
     Scored,
@@ -42,6 +31,20 @@ from rollout_server.engine.messages import (
     TokensSampled,
 )
 from rollout_server.engine.pause_messages import Pause, PauseMode, Resume
+from rollout_server.engine.policy_messages import (
+    Activate,
+    Delete,
+    Deleted,
+    Export,
+    Exported,
+    Pin,
+    Pinned,
+    PolicyCommand,
+    Publish,
+    Published,
+    Restore,
+    Restored,
+)
 from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
@@ -247,6 +250,11 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(restore)
 
+    async def reset_prefix_cache(self) -> PrefixCacheReset:
+        """Forgets the KV that is kept for later requests; rows go on."""
+        self._require_ready()
+        return await self._ask(ResetPrefixCache(self.new_id("prefixes")))
+
     async def pause(self, mode: PauseMode, *, drain: bool = False) -> None:
         """Lets new work wait, and returns when it does; with `drain`, when nothing runs any more."""
         self._require_ready()
@@ -321,7 +329,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Score | Replay | Pause | Resume | Ping) -> Any:
+    async def _ask(self, command: PolicyCommand | Score | Replay | Pause | Resume | ResetPrefixCache | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -15,15 +15,17 @@ from functools import partial
 
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
+from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
     Command,
     EngineStatus,
     Event,
     Ping,
-    PolicyCommand,
     Pong,
     Score,
     Stop,
@@ -33,9 +35,12 @@ from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.pause_messages import Pause, Resume
 from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policy_messages import PolicyCommand
+from rollout_server.engine.reading import Reading
 from rollout_server.engine.references import References
 from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
+from rollout_server.engine.reuse import Keeper, Reuse
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.sequence import Group
@@ -59,25 +64,29 @@ class Engine:
         show: Callable[[EngineStatus], None],
         *,
         prefill_tokens: int,
+        prefix_cache: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._policies = policies
         self._mailbox = mailbox
         self._post = post
         self._show = show
-        self._budget = prefill_tokens
         self._stopping = False
         self._changes: deque[PolicyCommand] = deque()
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
         self._changing: PolicyCommand | None = None
         self._admitting: Group | None = None
+        info = model.info
+        kv_cells = self._kv_cells = info.kv_memory // info.kv_bytes_per_token
+        on = prefix_cache and info.cache == "slots"
+        self._reuse = Reuse(info.kv_memory, info.kv_bytes_per_token, info.digest, on=on)
         self._batch = Batches(self._new_batch)
-        kv_cells = model.info.kv_memory // model.info.kv_bytes_per_token
         self._scoring = ScoringQueue(
             make_reader(model, policies), policies, lambda cells: self._batch.held_cells + cells <= kv_cells
         )
         self._scheduler = Scheduler(
-            model.info.max_batch,
+            info.max_batch,
             kv_cells,
             lambda group: self._batch.longest(self._set_of(group)),
             lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
@@ -85,14 +94,19 @@ class Engine:
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports, frozenset(model.info.eos_token_ids))
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._budget = TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens)
+        self._reading = Reading(self._batch, self._scoring, self._switching, self._budget)
         self._pausing = Pausing(self._reports)
 
     def _new_batch(self, parameters: int) -> Batch:
         model = self._model
         store = model.make_store()
-        decode = None
-        if model.compiles and isinstance(store, SlotRows):
-            decode = CompiledDecode(model.forward, store, self._policies.routed)
+        decode = keeper = None
+        if isinstance(store, SlotRows):
+            if model.compiles:
+                decode = CompiledDecode(model.forward, store, self._policies.routed)
+            if self._reuse.on:
+                keeper = Keeper(store, self._reuse)
         return Batch(
             model.forward,
             store,
@@ -101,6 +115,7 @@ class Engine:
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
             decode,
+            keeper,
         )
 
     def _set_of(self, group: Group) -> int:
@@ -129,30 +144,33 @@ class Engine:
 
     def _compute(self) -> None:
         self._change_policies()
+        self._budget.begin(decoding=self._batch.active)
         self._call_back()
         if self._pausing.frozen:
             self._stand_still()
             return
         if not self._pausing.paused:
             self._admit()
-        left = self._budget
+        self._reading.divide()
         if self._batch.joining:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
-            unread = self._batch.unread
-            for row in self._batch.prefill(max(1, left // 2) if self._scoring.busy else left):
-                # The alias may have moved while its prompt was read.
-                self._switching.follow(row)
-            left -= unread - self._batch.unread
+            self._reading.prefill()
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
         self._batch.keep(self._policies.sets)
         for group in self._reports.take_complete():
             self._references.score_rows(group)
-        # What prefill and decode left of the turn's tokens, but always enough to get on.
-        self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
+        self._reading.score(self._scheduler.crowded)
+        self._budget.end()
+        self._leave_room(self._batch.held_cells)
+
+    def _leave_room(self, cells: int) -> None:
+        """What rows and the scorer may come to fill is theirs, before what is kept for later requests."""
+        self._reuse.follow(self._policies.snapshot())
+        self._reuse.fit(cells + self._scoring.cells)
 
     def _stand_still(self) -> None:
         """Reads what is in flight; what was ended meanwhile leaves."""
@@ -209,6 +227,8 @@ class Engine:
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
+                case ResetPrefixCache():
+                    self._reports.add(PrefixCacheReset(command.id, self._reuse.clear()))
                 case Ping():
                     self._reports.add(Pong(command.id))
                 case Stop():
@@ -237,6 +257,7 @@ class Engine:
                 slot_bytes=self._policies.slot_bytes,
                 set_bytes=self._policies.set_bytes,
                 sets=len(self._policies.sets),
+                prefix=self._reuse.status,
                 paused=self._pausing.mode,
             )
         )
@@ -281,6 +302,8 @@ class Engine:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._admitting = group
+            # Room first: the rows' arrays may grow at once.
+            self._leave_room(self._batch.cells(group.placement.parameters, admission.count, admission.columns))
             self._batch.join(admission)
             self._admitting = None
             self._scheduler.admitted(admission)
@@ -337,6 +360,8 @@ class Engine:
             self._policies.abandon()
             self._reports.fail(self._changing.id, fault)
             self._changing = None
+        # What was being copied for later may never be there.
+        self._reuse.clear()
         self._reports.fail_rows(*self._batch.fail(), fault)
         if self._admitting is not None:
             self._reports.fail_group(self._admitting, fault)

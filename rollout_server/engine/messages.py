@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
+from rollout_server.engine.policy_messages import PolicyCommand, PolicyReply, PolicyStatus
 from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
 if TYPE_CHECKING:
-    from adapters.bundle import AdapterBundle
-    from adapters.prepare import PreparedBundle
-    from adapters.spec import Mode, Parameter
+    from adapters.spec import Parameter
 
 KV_BUCKET = 32
 """KV columns are allocated and read in multiples of this,"""
@@ -42,7 +42,9 @@ class EngineOptions:
     max_rows_per_request: int = 65536
     keep_versions: int = 8
     prefill_tokens: int = 512
-    """Prompt tokens fed between two decode steps."""
+    """Tokens read at most between two decode steps, of prompts and of what is scored; fewer while rows decode."""
+    prefix_cache: bool = True
+    """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
 
@@ -113,88 +115,6 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Publish:
-    """Stage a bundle as a new version of `name` and, if `activate`, move the alias to it."""
-
-    id: str
-    name: str
-    bundle: AdapterBundle
-    activate: bool = True
-    label: str | None = None
-    if_match: str | None = None
-    """`7` or `sha256:…`: refuse unless the alias is there."""
-    prepared: PreparedBundle | None = None
-    """The same bundle, made ready on another thread for this mode, so that staging only copies."""
-    mode: Mode | None = None
-    """How it is served; None for the usual way of its kind."""
-    dequantize: bool = False
-    """Quantised layers may be served unpacked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Activate:
-    id: str
-    name: str
-    number: int
-    if_match: str | None = None
-    check_only: bool = False
-    """Say whether it would be done, and leave the alias where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """Keep a version whatever its age, or no longer."""
-
-    id: str
-    name: str
-    number: int
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Delete:
-    """Let a version go, or with `number` None all of a name. Rows that use one run on; it is freed with the last."""
-
-    id: str
-    name: str
-    number: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """Ask for the bundle of a kept version."""
-
-    id: str
-    name: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class RestoredVersion:
-    number: int
-    bundle: AdapterBundle
-    label: str | None
-    created: float
-    """Unix time, seconds, of the first publish."""
-    live: bool
-    pinned: bool
-    mode: Mode = "adapter"
-    prepared: PreparedBundle | None = None
-    """As in `Publish`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """Put back a name as an earlier run left it; `versions` are oldest first."""
-
-    id: str
-    name: str
-    last: int
-    """The newest number the name ever had."""
-    versions: tuple[RestoredVersion, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Abort:
     """Ends every row of the named requests; unknown ids are ignored."""
 
@@ -214,9 +134,7 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
-"""What the versions answer to, with one reply each."""
-Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | Ping | Stop
+Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -279,92 +197,25 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """The reply means: every group admitted after it uses this version or a later one."""
-
-    id: str
-    version: PolicyVersion
-    live: bool
-    unchanged: bool
-    stage_ms: float
-    activate_ms: float
-    mode: Mode = "adapter"
-    resident_bytes: int = 0
-    """Device memory that the version takes: its parameter set and one slot."""
-    persist_ms: float | None = None
-    """Time on the state directory; the engine knows none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    id: str
-    status: VersionStatus
-
-
-@dataclass(frozen=True, slots=True)
-class Deleted:
-    """Addresses of these versions are refused from now on."""
-
-    id: str
-    name: str
-    last: int
-    """The newest number the name ever had."""
-    numbers: tuple[int, ...]
-    rows_in_use: int
-    """Rows that still run on them; the memory is given back with the last of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    id: str
-    version: PolicyVersion
-    bundle: AdapterBundle
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
 class Pong:
     id: str
 
 
-PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | Replayed | PolicyReply | Paused | Pong
+Event = (
+    TokensSampled
+    | RowFinished
+    | RequestDone
+    | RequestFailed
+    | Scored
+    | Replayed
+    | PolicyReply
+    | Paused
+    | PrefixCacheReset
+    | Pong
+)
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class VersionStatus:
-    version: PolicyVersion
-    kind: str
-    mode: Mode
-    rank: int
-    modules: int
-    live: bool
-    pinned: bool
-    rows_in_use: int
-    nbytes: int
-    """Of the file's tensors."""
-    created: float
-    """Unix time, seconds."""
-    resident_bytes: int = 0
-    """Device memory that the version takes: its parameter set and one slot."""
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyStatus:
-    name: str
-    live: PolicyVersion | None
-    versions: tuple[VersionStatus, ...]
-    """Kept versions, oldest first."""
-    last: int
-    """The newest number the name ever had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,5 +238,6 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
+    prefix: PrefixStatus = field(default_factory=PrefixStatus)
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""

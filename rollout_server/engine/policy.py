@@ -19,11 +19,13 @@ from adapters.registry import (
 from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
-from rollout_server.engine.messages import (
+from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.policy_errors import as_ours
+from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
     Deleted,
-    EngineOptions,
     Export,
     Exported,
     Pin,
@@ -38,8 +40,6 @@ from rollout_server.engine.messages import (
     RestoredVersion,
     VersionStatus,
 )
-from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.policy_errors import as_ours
 from rollout_server.errors import (
     StalePolicy,
     UnknownPolicy,

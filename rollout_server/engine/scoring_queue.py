@@ -63,13 +63,15 @@ class ScoringQueue:
     def add(self, job: ScoreJob) -> None:
         self._jobs.append(job)
 
-    def advance(self, budget: int, crowded: bool) -> None:
-        """Reads about `budget` tokens of what is open. `crowded`: rows wait for KV memory."""
+    def advance(self, budget: int, crowded: bool) -> int:
+        """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory."""
         if not self._jobs:
-            return
+            return 0
         self.computing = True
         self._fill(budget, crowded)
+        left = self._reader.left
         ended = self._reader.read(budget)
+        tokens = left - self._reader.left
         self.computing = False
         for passage in ended:
             passage.job.reading -= 1
@@ -79,6 +81,7 @@ class ScoringQueue:
         for job in [job for job in self._jobs if not job.open]:
             self._close(job)
             job.finished(tuple(passage.scored for passage in job.passages))
+        return tokens
 
     def _fill(self, budget: int, crowded: bool) -> None:
         waiting = deque(job for job in self._jobs if job.families)

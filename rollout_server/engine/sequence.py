@@ -53,6 +53,8 @@ class Group:
     """Admitted samples wait for their rows to be seated; no more are admitted meanwhile."""
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
+    cached_tokens: int = 0
+    """Of its prompt, those whose KV was there from before."""
 
     def __post_init__(self) -> None:
         self.unreferenced = self.request.wants.base_logprobs
@@ -230,6 +232,7 @@ class Sequence:
             prompt_logprobs=group.prompt_logprobs,
             base_logprobs=self._base_logprobs(),
             error=RowError(self.error.code, self.error.message) if self.error else None,
+            cached_tokens=group.cached_tokens,
             prefix=group.request.prefix,
         )
 

@@ -45,7 +45,13 @@ class EngineThread(threading.Thread):
             model = load(self._options)
             policies = PolicyTable(model, self._options)
             engine = Engine(
-                model, policies, self._mailbox, self._post, self._show, prefill_tokens=self._options.prefill_tokens
+                model,
+                policies,
+                self._mailbox,
+                self._post,
+                self._show,
+                prefill_tokens=self._options.prefill_tokens,
+                prefix_cache=self._options.prefix_cache,
             )
             self.info, self.tokenizer = model.info, model.host_tokenizer
             engine.run()

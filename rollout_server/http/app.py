@@ -23,7 +23,7 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.body import WholeRequest
 from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
-from rollout_server.http.control import ControlController
+from rollout_server.http.control import ControlController, PrefixesController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.logprobs import LogprobsController
@@ -68,6 +68,26 @@ class Application(Litestar):
         return tell
 
 
+CONTROLLERS = (
+    RolloutsController,
+    CompletionsController,
+    ChatController,
+    TokensController,
+    ControlController,
+    PrefixesController,
+    PauseController,
+    PauseDoorsController,
+    LogprobsController,
+    RecordedController,
+    WeightsController,
+    AliasController,
+    VersionController,
+    ModelsController,
+    HealthController,
+    MetricsController,
+)
+
+
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
@@ -88,23 +108,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         return running(service)
 
     return Application(
-        route_handlers=[
-            RolloutsController,
-            CompletionsController,
-            ChatController,
-            TokensController,
-            ControlController,
-            PauseController,
-            PauseDoorsController,
-            LogprobsController,
-            RecordedController,
-            WeightsController,
-            AliasController,
-            VersionController,
-            ModelsController,
-            HealthController,
-            MetricsController,
-        ],
+        route_handlers=CONTROLLERS,
         state=State({STATE_KEY: service}, deep_copy=False),
         lifespan=[lifespan],
         exception_handlers={

@@ -8,12 +8,31 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, read_json
+from rollout_server.http.auth import may_administer, may_infer
+from rollout_server.http.body import StrictJson, no_query, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.service import service_of
-from rollout_server.schemas.control import AbortReply, AbortRequest
+from rollout_server.schemas.control import AbortReply, AbortRequest, ResetReply
+
+
+class PrefixesController(Controller):
+    """The KV that is kept for later requests."""
+
+    path = "/reset_prefix_cache"
+    guards = (may_administer,)
+    tags = ("control",)
+
+    @post(
+        before_request=no_query,
+        status_code=200,
+        summary="Forget the KV that is kept for later requests",
+        description="Rows go on. Results do not depend on it: a version never meets what another has read.",
+        responses={200: ResponseSpec(ResetReply, description="How much it was."), **failures()},
+    )
+    async def reset(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        reset = await service_of(request).engine.reset_prefix_cache()
+        return json_response({"freed_bytes": reset.freed_bytes})
 
 
 class ControlController(Controller):

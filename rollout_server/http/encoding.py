@@ -104,10 +104,20 @@ def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
     }
 
 
-def usage(rollouts: Iterable[Rollout], prompt_tokens: int) -> dict[str, int]:
-    """`prompt_tokens` counts every prompt once whatever its n, with its prefix; the end token is a completion token."""
-    sampled = sum(rollout.sampled for rollout in rollouts)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": sampled, "total_tokens": prompt_tokens + sampled}
+def usage(rollouts: Iterable[Rollout], prompt_tokens: int) -> dict[str, Any]:
+    """`prompt_tokens` counts every prompt once whatever its n, with its prefix, as do those of them that were cached;
+    the end token is a completion token."""
+    sampled = 0
+    cached: dict[int, int] = {}
+    for rollout in rollouts:
+        sampled += rollout.sampled
+        cached[rollout.prompt_index] = max(rollout.cached_tokens, cached.get(rollout.prompt_index, 0))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": sampled,
+        "total_tokens": prompt_tokens + sampled,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+    }
 
 
 def is_complete(rollouts: Iterable[Rollout]) -> bool:

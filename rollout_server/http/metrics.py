@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.rollout import BASE
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
@@ -88,6 +89,7 @@ class _EngineState(Collector):
         yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
         yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
         yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
+        yield from _prefixes(status.prefix)
         versions = GaugeMetricFamily("rollout_versions", "Kept versions.", labels=["policy"])
         live = GaugeMetricFamily("rollout_live_version", "Where the name points; 0 for nowhere.", labels=["policy"])
         rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use kept versions.", labels=["policy"])
@@ -104,3 +106,14 @@ class _EngineState(Collector):
             nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
             resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
         yield from (versions, live, rows, nbytes, resident)
+
+
+def _prefixes(status: PrefixStatus) -> Iterable[Metric]:
+    yield GaugeMetricFamily("rollout_prefix_cache", "1 if KV is kept for later requests.", value=float(status.on))
+    yield CounterMetricFamily("rollout_prefix_hits", "Prompts of which some KV was kept.", value=status.hits)
+    yield CounterMetricFamily("rollout_prefix_misses", "Prompts of which none was.", value=status.misses)
+    yield CounterMetricFamily(
+        "rollout_prefix_hit_tokens", "Prompt tokens that were not read again.", value=status.hit_tokens
+    )
+    yield GaugeMetricFamily("rollout_prefix_bytes", "KV kept for later requests.", value=status.nbytes)
+    yield CounterMetricFamily("rollout_prefix_evictions", "Pieces of it that made room.", value=status.evictions)

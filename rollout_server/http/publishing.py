@@ -18,7 +18,7 @@ from adapters.prepare import PreparedBundle, prepare
 from adapters.spec import AdapterError, Mode
 from adapters.store import NameRecord, StateStore, StoreError, VersionRecord
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import (
+from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
     Deleted,

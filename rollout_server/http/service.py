@@ -12,7 +12,8 @@ from litestar.connection import ASGIConnection
 
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import ModelInfo, PolicyStatus
+from rollout_server.engine.messages import ModelInfo
+from rollout_server.engine.policy_messages import PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED

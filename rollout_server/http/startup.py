@@ -17,7 +17,8 @@ from adapters.spec import AdapterError
 from adapters.store import StateStore, StoreError
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import EngineOptions, ModelInfo, Publish
+from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.engine.policy_messages import Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.problems import from_adapters
 from rollout_server.http.publishing import Publisher
@@ -41,6 +42,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         context_length=config.context_length,
         max_batch=config.max_batch,
         kv_memory=config.kv_memory,
+        prefix_cache=config.prefix_cache == "on",
         weights_memory=config.weights_memory,
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,

@@ -12,7 +12,7 @@ from litestar.params import FromPath, JSONBody
 from adapters import dense
 from adapters.bundle import FORMATS, AdapterBundle
 from adapters.spec import DENSE_KINDS, AdapterUnsupported
-from rollout_server.engine.messages import Delete, Deleted, Export, Pin
+from rollout_server.engine.policy_messages import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import SAFETENSORS, StrictJson, no_query, read_json

@@ -1,4 +1,4 @@
-"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, and vLLM's `/pause`, `/resume`, `/is_paused`."""
+"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, `/reset_prefix_cache`, and vLLM's `/pause`, `/resume`, `/is_paused`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class AbortRequest(Request):
 class AbortReply(BaseModel):
     aborted: list[str] = Field(description="Ids that were open: their rows end as `aborted` with what they have.")
     unknown: list[str] = Field(description="Ids of nothing that is open.")
+
+
+class ResetReply(BaseModel):
+    freed_bytes: int = Field(description="KV memory that was kept for later requests, bytes.")
 
 
 class PauseRequest(Request):

@@ -265,12 +265,17 @@ class RolloutReply(BaseModel):
     timings_ms: RowTimings
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Those whose KV was there from earlier requests.")
+
+
 class Usage(BaseModel):
     """Tokens; a prompt counts once whatever `n`."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class RequestTimings(BaseModel):

@@ -17,15 +17,10 @@ from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages import (
     Abort,
-    Activate,
     Command,
     EngineOptions,
     EngineStatus,
     Event,
-    PolicyCommand,
-    PolicyReply,
-    Publish,
-    Published,
     RequestDone,
     RequestFailed,
     RowFinished,
@@ -37,6 +32,13 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.model import ResidentModel, load
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policy_messages import (
+    Activate,
+    PolicyCommand,
+    PolicyReply,
+    Publish,
+    Published,
+)
 from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.rollout import (
     NO_PREFIX,
@@ -63,7 +65,10 @@ class Driver:
     count: int = 0
 
     @classmethod
-    def start(cls, path: Path, model: ResidentModel | None = None, **options: Any) -> Driver:
+    def start(
+        cls, path: Path, model: ResidentModel | None = None, clock: Callable[[], float] = lambda: 0.0, **options: Any
+    ) -> Driver:
+        """`clock` is what a turn's budget is measured by; this one never moves, so that timing decides nothing."""
         chosen = EngineOptions(str(path), path.name, **options)
         if model is not None and "max_batch" in options:
             rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
@@ -78,6 +83,8 @@ class Driver:
             events.extend,
             lambda status: setattr(driver, "status", status),
             prefill_tokens=chosen.prefill_tokens,
+            prefix_cache=chosen.prefix_cache,
+            clock=clock,
         )
         driver = cls(model, engine, mailbox, events)
         return driver

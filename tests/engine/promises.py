@@ -19,17 +19,14 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from rollout_server.engine.messages import (
-    Deleted,
     Event,
-    Exported,
-    Pinned,
-    Published,
     RequestDone,
     RequestFailed,
     RowFinished,
     Score,
     Scored,
 )
+from rollout_server.engine.policy_messages import Deleted, Exported, Pinned, Published
 from rollout_server.errors import Conflict, EngineFault, NeverAdmitted, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
 from tests.engine.driver import Driver

@@ -23,8 +23,9 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle
-from rollout_server.engine.messages import Activate, Delete, EngineOptions, Export, Pin, Publish, Score, Submit
+from rollout_server.engine.messages import EngineOptions, Score, Submit
 from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.policy_messages import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
 from tests import tiny_models
 from tests.adapters.making import merge

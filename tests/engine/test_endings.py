@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.messages import Delete, RequestDone, RequestFailed, Score, Stop
+from rollout_server.engine.messages import RequestDone, RequestFailed, Score, Stop
+from rollout_server.engine.policy_messages import Delete
 from rollout_server.engine.sequence import Group, Sequence
 from rollout_server.errors import EngineFault, EngineUnavailable, NeverAdmitted, NonFiniteLogits
 from rollout_server.rollout import (

@@ -17,7 +17,7 @@ import adapters.resident
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import prepare
 from adapters.registry import Content
-from rollout_server.engine.messages import Delete, Restore, RestoredVersion
+from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
 from tests.engine.driver import Driver, prompts_of

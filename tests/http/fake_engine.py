@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus
 from rollout_server.engine.messages import (
     EngineStatus,
     ModelInfo,
@@ -53,6 +54,7 @@ class Row:
     error: RolloutError | None = None
     hangs: bool = False
     """Never ends by itself."""
+    cached_tokens: int = 0
 
 
 Script = Callable[[RolloutRequest, int], Row]
@@ -160,6 +162,7 @@ def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Ro
         prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
         base_logprobs=prefix.missing + tuple(map(base_logprob, ids)) if wants.base_logprobs else None,
         error=RowError(row.error.code, row.error.message) if row.error else None,
+        cached_tokens=row.cached_tokens,
         prefix=prefix,
     )
 
@@ -206,9 +209,16 @@ class FakeEngine(FakeVersions):
     def status(self) -> EngineStatus:
         fault = None if self.state == "ready" else "The engine ended: a test."
         return EngineStatus(
-            self.state, fault, waiting=len(self.open), running=2, policies=self.snapshot(), steps=3, tokens=4,
+            self.state,
+            fault,
+            waiting=len(self.open),
+            running=2,
+            policies=self.snapshot(),
+            steps=3,
+            tokens=4,
+            prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
-        )  # fmt: skip
+        )
 
     async def ping(self, timeout_s: float) -> bool:
         return self.answers
@@ -296,6 +306,11 @@ class FakeEngine(FakeVersions):
         if spans is None:
             return (Span(self._found(score.policy), 0, count),)
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
+
+    async def reset_prefix_cache(self) -> PrefixCacheReset:
+        if self.fault is not None:
+            raise self.fault
+        return PrefixCacheReset(self.new_id("prefixes"), 4096)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         found = tuple(id for id in dict.fromkeys(ids) if id in self.open)

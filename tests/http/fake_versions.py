@@ -18,7 +18,7 @@ from adapters.registry import (
     RegistryError,
 )
 from adapters.spec import Mode
-from rollout_server.engine.messages import (
+from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
     Deleted,

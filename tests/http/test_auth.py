@@ -44,6 +44,7 @@ STATE = [
     ("PATCH", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy"),
+    ("POST", "/reset_prefix_cache"),
 ]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
 

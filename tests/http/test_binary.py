@@ -108,7 +108,12 @@ def reply_of(seed: int, returns: frozenset[str] = EVERYTHING) -> tuple[dict[str,
         "instance": "i",
         "complete": False,
         "rollouts": entries,
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "timings_ms": {"total": 1.5},
     }
     return content, rows

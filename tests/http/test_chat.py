@@ -52,7 +52,12 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     assert choice["rollout"]["logprobs_mode"] == "raw_logprobs"
     assert (response.headers["x-policy"], response.headers["x-policy-digest"]) == ("policy@2", live.digest)
     prompt = len(rendered(engine))
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": len(ids), "total_tokens": prompt + len(ids)}
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(ids),
+        "total_tokens": prompt + len(ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None:

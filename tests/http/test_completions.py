@@ -65,7 +65,12 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     assert [(span["version"], span["end"]) for span in choice["rollout"]["versions"]] == [(2, len(ids))]
     assert (response.headers["x-policy"], response.headers["x-policy-digest"]) == ("policy@2", live.digest)
     prompt = len(engine.tokenizer.encode("the cat"))
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": len(ids), "total_tokens": prompt + len(ids)}
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(ids),
+        "total_tokens": prompt + len(ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_the_four_forms_of_a_prompt(client: Client, engine: FakeEngine) -> None:

@@ -1,4 +1,4 @@
-"""`POST /v1/abort`."""
+"""`POST /v1/abort` and `POST /reset_prefix_cache`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from rollout_server.schemas.control import AbortReply
+from rollout_server.errors import EngineUnavailable
+from rollout_server.schemas.control import AbortReply, ResetReply
 from tests.http.fake_engine import FakeEngine, Row
 from tests.live_server import until
 
@@ -53,3 +54,19 @@ def test_what_is_no_list_of_ids(client: Client, problem: Callable[..., Any]) -> 
         ({"ids": [], "all": True}, "all"),
     ):
         problem(client.post("/v1/abort", json=body), 400, "invalid_field", param)
+
+
+def test_kept_prefixes_are_forgotten(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    body = client.post("/reset_prefix_cache").json()
+    ResetReply.model_validate(body)
+    assert body == {"freed_bytes": 4096}
+    problem(client.post("/reset_prefix_cache?all=1"), 400, "invalid_field", "all")
+    engine.fault = EngineUnavailable("The engine is stopping.")
+    problem(client.post("/reset_prefix_cache"), 503, "engine_unavailable")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_cached_tokens_count_once_a_prompt(client: Client, engine: FakeEngine, path: str) -> None:
+    engine.script = lambda request, sample: Row([60], cached_tokens=2 if sample else 0)
+    usage = client.post(path, json={**BODIES[path], "n": 3}).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}

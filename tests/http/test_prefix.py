@@ -54,7 +54,8 @@ def test_it_comes_back_in_front(client: Client, engine: FakeEngine) -> None:
     assert [(span["start"], span["end"]) for span in row["versions"]] == [(0, 2), (2, 3), (3, 6)]
     assert plain["versions"][0]["start"] == 0 and plain["loss_mask"] == [1] * 3
     # the prefix counts once, as prompt
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+    counts = {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+    assert body["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     (_, groups, _), = engine.submitted  # fmt: skip
     assert groups[0].given_ids == (1, 2, 70, 71, 72)
 

@@ -45,7 +45,12 @@ def test_a_reply_has_every_field_of_the_contract(client: Client, engine: FakeEng
     assert live is not None
     assert body["policy"] == {"name": "policy", "version": 3, "digest": live.digest}
     assert body["base"] == {"id": "org/tiny", "digest": BASE_DIGEST}
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 12,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert [(row.prompt_index, row.sample_index) for row in reply.rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     row = body["rollouts"][1]
     ids = row["token_ids"]

@@ -90,7 +90,11 @@ def test_a_stream_adds_up_to_the_same(client: OpenAI, route: str, case: str) -> 
         assert [[name for name, _ in top] for top in got.tops] == [[name for name, _ in top] for top in expected.tops]
         got.values, got.tops = expected.values, expected.tops
         assert got == expected
-    assert usage == reply.usage
+    # The second of them finds what the first has read.
+    assert usage.prompt_tokens_details.cached_tokens >= reply.usage.prompt_tokens_details.cached_tokens
+    assert usage.model_copy(update={"prompt_tokens_details": None}) == reply.usage.model_copy(
+        update={"prompt_tokens_details": None}
+    )
 
 
 @pytest.mark.parametrize("case", ["greedy", "n and stop", "top logprobs", "a name", "a long stop string", "hot"])

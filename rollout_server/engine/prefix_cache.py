@@ -1,0 +1,189 @@
+"""KV of what was read before, for whoever comes with the same beginning: a radix tree of token segments.
+
+Each node holds the KV of its own tokens only, so a group's prompt is there once and every finished row is a branch of
+it. Nodes are evicted one by one, the least recently used first; a node is always more recent than what hangs on it, so
+the oldest is a leaf. Trees are apart by what their KV was computed under: another version never meets them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+Pair = tuple[mx.array, mx.array]
+"""Keys and values [heads, tokens, head size]."""
+Layers = list[Pair | None]
+"""Of each layer; None where a layer keeps no KV of its own."""
+Key = tuple[Hashable, ...]
+"""What KV was computed under."""
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    tokens: tuple[int, ...]
+    layers: Layers
+    parent: Node | None
+    children: dict[int, Node] = field(default_factory=dict)
+    """By their first token."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in arrays_of(self.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The first `count` tokens of `layers`."""
+
+    layers: Layers
+    count: int
+
+
+class PrefixCache:
+    """`token_bytes` is what the KV of a token takes. It holds nothing before `fit` has said how much it may."""
+
+    def __init__(self, token_bytes: int) -> None:
+        self._token_bytes = token_bytes
+        self._roots: dict[Key, Node] = {}
+        self._recent: OrderedDict[Node, Key] = OrderedDict()
+        """Every node and the key of its tree, the least recently used first."""
+        self.limit = 0
+        self.nbytes = 0
+        self.hits = self.misses = self.evictions = self.hit_tokens = 0
+
+    def find(self, key: Key, tokens: Sequence[int], least: int = 1) -> list[Segment]:
+        """The longest beginning of `tokens` that is there, in order; empty if it has fewer than `least` tokens."""
+        path = self._walk(key, tokens)
+        found = sum(count for _, count in path)
+        if found < least:
+            self.misses += 1
+            return []
+        self._touch(path)
+        self.hits += 1
+        self.hit_tokens += found
+        return [Segment(node.layers, count) for node, count in path]
+
+    def insert(
+        self, key: Key, tokens: tuple[int, ...], copy: Callable[[int, int], Layers], ends: Sequence[int] = ()
+    ) -> list[mx.array]:
+        """Adds what is not there yet; `copy(start, end)` gives the KV of these tokens, arrays of their own. A node ends
+        at each of `ends` and at the last token. Returns the arrays to evaluate; none if there is no room."""
+        path = self._walk(key, tokens)
+        at = sum(count for _, count in path)
+        if at == len(tokens) or not self._make_room((len(tokens) - at) * self._token_bytes, path):
+            self._touch(path)
+            return []
+        new: list[mx.array] = []
+        node = path[-1][0] if path else self._roots.setdefault(key, Node((), [], None))
+        if path and path[-1][1] < len(node.tokens):
+            node = self._split(key, node, path[-1][1], new)
+        for end in sorted({end for end in (*ends, len(tokens)) if at < end <= len(tokens)}):
+            child = Node(tokens[at:end], copy(at, end), node)
+            node.children[tokens[at]] = child
+            self._recent[child] = key
+            self.nbytes += child.nbytes
+            new += arrays_of(child.layers)
+            node, at = child, end
+        self._touch_up(node)
+        return new
+
+    def fit(self, limit: int) -> None:
+        """Holds at most `limit` bytes from now on."""
+        self.limit = max(0, limit)
+        while self.nbytes > self.limit:
+            self._evict()
+
+    def drop(self, gone: Callable[[Key], bool]) -> None:
+        """Forgets the trees whose keys are `gone`."""
+        keys = [key for key in self._roots if gone(key)]
+        for node in [node for node, key in self._recent.items() if key in keys] if keys else ():
+            self.nbytes -= node.nbytes
+            del self._recent[node]
+        for key in keys:
+            del self._roots[key]
+
+    def clear(self) -> None:
+        self._roots.clear()
+        self._recent.clear()
+        self.nbytes = 0
+
+    # ---- the tree ---------------------------------------------------------------------------------------------------
+
+    def _walk(self, key: Key, tokens: Sequence[int]) -> list[tuple[Node, int]]:
+        """The nodes along `tokens` and how many tokens of each agree; only the last may agree in part."""
+        node, at = self._roots.get(key), 0
+        path: list[tuple[Node, int]] = []
+        while node is not None and at < len(tokens):
+            child = node.children.get(tokens[at])
+            if child is None:
+                break
+            count = common(child.tokens, tokens, at)
+            path.append((child, count))
+            at += count
+            node = child if count == len(child.tokens) else None
+        return path
+
+    def _touch(self, path: Sequence[tuple[Node, int]]) -> None:
+        for node, _ in reversed(path):
+            self._recent.move_to_end(node)
+
+    def _touch_up(self, node: Node) -> None:
+        while node.parent is not None:
+            self._recent.move_to_end(node)
+            node = node.parent
+
+    def _split(self, key: Key, node: Node, at: int, new: list[mx.array]) -> Node:
+        """Puts the first `at` tokens of a node into one of their own above it; returns that."""
+        parent = node.parent
+        if parent is None:
+            raise RuntimeError("The root of a prefix tree has no tokens to split.")
+        upper = Node(node.tokens[:at], [cut(pair, 0, at) for pair in node.layers], parent)
+        node.layers = [cut(pair, at, len(node.tokens)) for pair in node.layers]
+        node.tokens, node.parent = node.tokens[at:], upper
+        upper.children[node.tokens[0]] = node
+        parent.children[upper.tokens[0]] = upper
+        self._recent[upper] = key
+        new += arrays_of(upper.layers) + arrays_of(node.layers)
+        return upper
+
+    def _make_room(self, nbytes: int, path: Sequence[tuple[Node, int]]) -> bool:
+        """Evicts until so many bytes are free; never what stands on `path`. False if it cannot."""
+        held = {node for node, _ in path}
+        if nbytes + sum(node.nbytes for node in held) > self.limit:
+            return False
+        self._touch(path)
+        while self.nbytes + nbytes > self.limit:
+            if next(iter(self._recent)) in held:
+                return False
+            self._evict()
+        return True
+
+    def _evict(self) -> None:
+        node, key = self._recent.popitem(last=False)
+        self.nbytes -= node.nbytes
+        self.evictions += 1
+        if node.parent is not None:
+            del node.parent.children[node.tokens[0]]
+            if node.parent.parent is None and not node.parent.children:
+                del self._roots[key]
+
+
+def arrays_of(layers: Layers) -> list[mx.array]:
+    return [array for pair in layers if pair is not None for array in pair]
+
+
+def cut(pair: Pair | None, start: int, end: int) -> Pair | None:
+    if pair is None:
+        return None
+    return mx.contiguous(pair[0][:, start:end]), mx.contiguous(pair[1][:, start:end])
+
+
+def common(segment: Sequence[int], tokens: Sequence[int], at: int) -> int:
+    """How many tokens of `segment` agree with `tokens` from `at` on."""
+    count = min(len(segment), len(tokens) - at)
+    if segment[:count] == tokens[at : at + count]:
+        return count
+    return next(i for i in range(count) if segment[i] != tokens[at + i])

@@ -1,0 +1,43 @@
+"""What a turn reads besides decoding: prompts of rows that join, and sequences that are scored, under one budget."""
+
+from __future__ import annotations
+
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.budget import Kind, TurnBudget
+from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.switching import Switching
+
+
+class Reading:
+    def __init__(self, batches: Batches, scoring: ScoringQueue, switching: Switching, budget: TurnBudget) -> None:
+        self._batches = batches
+        self._scoring = scoring
+        self._switching = switching
+        self._budget = budget
+
+    def divide(self) -> None:
+        """Once a turn, when it is known who joins."""
+        wanting: list[Kind] = []
+        if self._batches.joining:
+            wanting.append("prefill")
+        if self._scoring.busy:
+            wanting.append("scoring")
+        self._budget.divide(wanting)
+
+    def prefill(self) -> None:
+        """No step may be in flight."""
+        if self._budget.share("prefill"):
+            self._budget.measure("prefill", self._prefill)
+
+    def score(self, crowded: bool) -> None:
+        """`crowded`: rows wait for KV memory."""
+        share = self._budget.share("scoring")
+        if share:
+            self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded))
+
+    def _prefill(self) -> int:
+        before = self._batches.fed
+        for row in self._batches.prefill(self._budget.share("prefill")):
+            # The alias may have moved while its prompt was read.
+            self._switching.follow(row)
+        return self._batches.fed - before

@@ -1,0 +1,153 @@
+"""What of the rows' KV is kept for later requests, and what a new prompt finds of it.
+
+Kept are prompts when they were read and rows when they ended, under (digest of the version, how it is served). Not
+kept: rows that switched versions, since their KV is of several; rows that failed, whose whole tree goes; versions that
+are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from adapters.resident import Placement
+from adapters.sets import BASE_SET
+from adapters.slots import BASE_SLOT
+from rollout_server.engine.cache import Prompt, SlotRows
+from rollout_server.engine.kept_prefixes import PrefixStatus
+from rollout_server.engine.policy_messages import PolicyStatus
+from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment, common
+from rollout_server.engine.sequence import Group
+from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.rollout import PolicyVersion
+
+LEAST = 8
+"""Fewer tokens than these are read again sooner than written from here."""
+
+
+def key_of(version: PolicyVersion, placement: Placement) -> Key:
+    """What KV was computed under. Slots and sets are taken by others later; whether there is one tells the modes of
+    equal content apart. One process has one base."""
+    return version.digest, placement.slot != BASE_SLOT, placement.parameters != BASE_SET
+
+
+class Reuse:
+    """`memory` bytes are shared with rows, which come first: `fit` says what they leave. With `on` False it keeps and
+    finds nothing."""
+
+    def __init__(self, memory: int, token_bytes: int, base_digest: str, *, on: bool) -> None:
+        self._memory = memory
+        self._token_bytes = token_bytes
+        self._base_digest = base_digest
+        self._cache = PrefixCache(token_bytes)
+        self._kept = {base_digest}
+        self._seen: tuple[PolicyStatus, ...] | None = None
+        self.on = on
+
+    @property
+    def status(self) -> PrefixStatus:
+        cache = self._cache
+        return PrefixStatus(self.on, cache.hits, cache.misses, cache.hit_tokens, cache.nbytes, cache.evictions)
+
+    # ---- room -------------------------------------------------------------------------------------------------------
+
+    def fit(self, cells: int) -> None:
+        """Gives way to `cells` KV columns of rows and of what is scored."""
+        if self.on:
+            self._cache.fit(self._memory - cells * self._token_bytes)
+
+    def follow(self, policies: tuple[PolicyStatus, ...]) -> None:
+        """Forgets what was computed under versions that are kept no longer."""
+        if not self.on or policies is self._seen:
+            return
+        self._seen = policies
+        kept = {status.version.digest for policy in policies for status in policy.versions} | {self._base_digest}
+        if self._kept - kept:
+            self._cache.drop(lambda key: key[0] not in kept)
+        self._kept = kept
+
+    def clear(self) -> int:
+        """Forgets everything; returns how many bytes that were."""
+        freed = self._cache.nbytes
+        self._cache.clear()
+        return freed
+
+    # ---- prompts and rows -------------------------------------------------------------------------------------------
+
+    def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
+        return self._cache.find(key, tokens, LEAST)
+
+    def forget(self, key: Key) -> None:
+        self._cache.drop(lambda other: other == key)
+
+    def keep(
+        self, store: SlotRows, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
+    ) -> list[mx.array]:
+        """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
+        if key[0] not in self._kept:
+            return []
+        return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
+
+
+class Keeper:
+    """Between the places of one batch and what is kept for later."""
+
+    def __init__(self, store: SlotRows, reuse: Reuse) -> None:
+        self._store = store
+        self._reuse = reuse
+        self._copies: list[mx.array] = []
+
+    def enter(self, groups: Sequence[Group]) -> None:
+        """Gives each joining prompt that nobody has looked up what there is of it. One that an earlier prompt will
+        bring along waits for that. No step in flight."""
+        for index, group in enumerate(groups):
+            prompt = group.prompt
+            if prompt is None or prompt.sought or group.version is None:
+                continue
+            if any(_brings(earlier, group, prompt) for earlier in groups[:index]):
+                continue
+            prompt.sought = True
+            if prompt.done:
+                continue
+            if segments := self._reuse.find(key_of(group.version, group.placement), prompt.tokens):
+                self._store.paste(prompt, segments)
+                group.cached_tokens = prompt.fed
+
+    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
+        """A prompt that was read in `place`. No step in flight."""
+        if group.version is not None and prompt.tokens:
+            mx.eval(self._reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
+
+    def keep_rows(self, ended: Mapping[int, Row], flying: bool) -> None:
+        """Rows that leave their places. While a step is `flying` their KV is copied behind it; see `finish`."""
+        for place, row in ended.items():
+            key = key_of(row.version, row.placement)
+            if row.error is not None:
+                # Nobody knows since when its numbers were not finite.
+                self._reuse.forget(key)
+            elif row.token_ids and not row.switched:
+                request = row.group.request
+                # The last token was sampled and never read. Rows of a group part behind what all were given.
+                tokens = request.prompt_ids + tuple(row.token_ids[:-1])
+                self._copies += self._reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
+        if flying:
+            mx.async_eval(self._copies)
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the copies: a KV array that one of them still reads would be copied whole by the next write."""
+        copies, self._copies = self._copies, []
+        if copies:
+            mx.eval(copies)
+
+
+def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
+    """Whether at least half of a prompt is there once an earlier one was read."""
+    first = earlier.prompt
+    if first is None or first.done or earlier.cancelled or earlier.version != later.version:
+        return False
+    if not prompt.tokens or first.tokens[0] != prompt.tokens[0]:
+        return False
+    return common(first.tokens, prompt.tokens, 0) >= max(LEAST, len(prompt.tokens) // 2)

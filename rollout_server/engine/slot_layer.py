@@ -1,0 +1,113 @@
+"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from rollout_server.engine.prefix_cache import cut
+
+if TYPE_CHECKING:
+    from rollout_server.engine.cache import SlotRows
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Addresses of one forward, shared by all layers. `offset` int32 [B] is each row's first new column, `columns`
+    int32 [B, N] all of them; `rows` int32 [B] the places, or None for every place in order."""
+
+    rows: mx.array | None
+    places: mx.array
+    offset: mx.array
+    columns: mx.array
+    width: int
+    masks: dict[int | None, mx.array] = field(default_factory=dict)
+
+    def mask(self, window_size: int | None) -> mx.array:
+        """bool [B, 1, N, width]: which columns each new token may read."""
+        found = self.masks.get(window_size)
+        if found is None:
+            position = self.columns[:, None, :, None]
+            column = mx.arange(self.width, dtype=mx.int32)
+            found = column <= position
+            if window_size is not None:
+                found = found & (column > position - window_size)
+            self.masks[window_size] = found
+        return found
+
+
+class SlotLayer:
+    """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
+
+    def __init__(self, rows: SlotRows, window_size: int | None) -> None:
+        self._rows = rows
+        self._window_size = window_size
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        return self._rows.window.offset
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        return self._rows.window.mask(window_size or self._window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys), self._allocate(values)
+        window = self._rows.window
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            if new.shape[2] == 1:
+                stored[window.places, :, window.columns[:, 0]] = new[:, :, 0]
+            else:
+                stored[window.places[:, None], :, window.columns] = new.transpose(0, 2, 1, 3)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        window = self._rows.window
+        if self.keys is None or self.values is None:
+            raise RuntimeError("A layer reads a KV cache that no layer has written.")
+        keys, values = self.keys[:, :, : window.width], self.values[:, :, : window.width]
+        if window.rows is None:
+            return keys, values
+        return mx.take(keys, window.rows, axis=0), mx.take(values, window.rows, axis=0)
+
+    def _allocate(self, like: mx.array) -> mx.array:
+        return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
+
+    def fill(self, places: Sequence[int], keys: mx.array, values: mx.array) -> None:
+        """Writes a prompt's keys and values [heads, length, head size] into the first columns of `places`."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys[None]), self._allocate(values[None])
+        at, length = mx.array(list(places)), keys.shape[1]
+        self.keys[at, :, :length] = keys[None]
+        self.values[at, :, :length] = values[None]
+
+    def copy(self, place: int, length: int) -> tuple[mx.array, mx.array] | None:
+        """The first columns of a place as arrays of their own: a live view would make every later write copy the
+        whole array."""
+        if self.keys is None or self.values is None:
+            return None
+        return mx.contiguous(self.keys[place, :, :length]), mx.contiguous(self.values[place, :, :length])
+
+    def write(self, place: int, at: int, keys: mx.array, values: mx.array) -> None:
+        """Writes keys and values [heads, length, head size] into the columns of a place from `at` on."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(keys[None]), self._allocate(values[None])
+        end = at + keys.shape[1]
+        self.keys[place, :, at:end] = keys
+        self.values[place, :, at:end] = values
+
+    def cut(self, place: int, start: int, end: int) -> tuple[mx.array, mx.array] | None:
+        """Columns of a place as arrays of their own, not evaluated."""
+        if self.keys is None or self.values is None:
+            return None
+        return cut((self.keys[place], self.values[place]), start, end)
+
+    def change(self, function: Callable[[mx.array], mx.array]) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = function(self.keys), function(self.values)

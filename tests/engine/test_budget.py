@@ -1,0 +1,231 @@
+"""What a turn may read, measured by a clock that the tests hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
+from rollout_server.engine.chunks import padded, plan, planned
+from rollout_server.engine.model import ResidentModel
+from tests.engine.driver import Driver, prompts_of
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def turn(self, budget: TurnBudget, step: float, cost: Callable[[int], float], *wanting: Kind) -> dict[Kind, int]:
+        """One turn whose step takes so long, and reading n tokens cost(n); what each kind read."""
+        budget.begin(decoding=True)
+        budget.divide(wanting)
+        read: dict[Kind, int] = {}
+        for kind in wanting:
+            if share := budget.share(kind):
+                budget.measure(kind, lambda kind=kind, share=share: self._read(read, kind, share, cost))  # type: ignore[misc]
+        self.now += step
+        budget.end()
+        return read
+
+    def _read(self, read: dict[Kind, int], kind: Kind, share: int, cost: Callable[[int], float]) -> int:
+        self.now += cost(share)
+        read[kind] = share
+        return share
+
+
+@pytest.mark.parametrize(
+    ("step", "cost", "expected"),
+    [
+        (0.05, lambda tokens: tokens * 0.0015, 33),
+        (0.01, lambda tokens: tokens * 0.002, LEAST),
+        # A GPU: the weights are read whatever the number of tokens.
+        (0.008, lambda tokens: 0.004 + tokens * 0.00002, 200),
+        (0.05, lambda tokens: tokens * 1e-6, 512),
+    ],
+)
+def test_reading_takes_as_long_as_the_step(step: float, cost: Callable[[int], float], expected: int) -> None:
+    clock = Clock()
+    budget = TurnBudget(512, clock)
+    assert clock.turn(budget, step, cost, "prefill") == {"prefill": FIRST}
+    found = [clock.turn(budget, step, cost, "prefill")["prefill"] for _ in range(40)][-1]
+    assert abs(found - expected) <= 0.1 * expected
+    assert cost(found) <= 1.05 * step or found == LEAST
+
+
+def test_one_slow_turn_decides_nothing() -> None:
+    clock, cost = Clock(), lambda tokens: tokens * 0.001
+    budget = TurnBudget(512, clock)
+    for _ in range(30):
+        before = clock.turn(budget, 0.05, cost, "prefill")["prefill"]
+    clock.turn(budget, 3.0, cost, "prefill")
+    assert clock.turn(budget, 0.05, cost, "prefill")["prefill"] == pytest.approx(before, abs=1)
+
+
+def test_a_slower_step_leaves_more_and_a_faster_one_less() -> None:
+    clock, cost = Clock(), lambda tokens: tokens * 0.001
+    budget = TurnBudget(512, clock)
+    for step in (0.05, 0.1, 0.02):
+        for _ in range(40):
+            found = clock.turn(budget, step, cost, "prefill")["prefill"]
+        assert found == pytest.approx(step * 1000, rel=0.1)
+
+
+def test_two_kinds_take_turns_while_rows_decode() -> None:
+    clock, cost = Clock(), lambda tokens: tokens * 0.001
+    budget = TurnBudget(512, clock)
+    served = [tuple(clock.turn(budget, 0.05, cost, "prefill", "scoring")) for _ in range(6)]
+    assert served == [("prefill",), ("scoring",)] * 3
+    # Whoever is alone reads every turn.
+    assert [tuple(clock.turn(budget, 0.05, cost, "scoring")) for _ in range(3)] == [("scoring",)] * 3
+
+
+def test_everything_may_be_read_when_nothing_decodes() -> None:
+    budget = TurnBudget(512, Clock())
+    budget.begin(decoding=False)
+    budget.divide(["prefill"])
+    assert (budget.share("prefill"), budget.share("scoring")) == (512, 0)
+    budget.divide(["prefill", "scoring"])
+    assert (budget.share("prefill"), budget.share("scoring")) == (256, 256)
+
+
+def test_a_small_budget_is_the_most_there_is() -> None:
+    clock = Clock()
+    budget = TurnBudget(5, clock)
+    for _ in range(10):
+        assert clock.turn(budget, 0.05, lambda tokens: tokens * 1e-6, "prefill") == {"prefill": 5}
+        assert clock.turn(budget, 0.05, lambda tokens: tokens * 1.0, "prefill") == {"prefill": 5}
+
+
+def test_sizes_are_those_that_were_planned() -> None:
+    assert [padded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 100, 400)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        6,
+        8,
+        12,
+        12,
+        16,
+        128,
+        512,
+    ]
+    for n in range(1, 2000):
+        assert padded(n) >= n >= planned(n) == padded(planned(n)) and padded(n) <= 1.5 * n
+
+
+def test_chunks_are_padded_little() -> None:
+    assert plan([], 64) == [] and plan([0, 0], 64) == []
+    assert plan([0, 500, 100], 64) == [(1, 64)]
+    assert plan([10, 10, 10, 10], 64) == [(index, 10) for index in range(4)]
+    assert plan([2, 500], 512) == [(0, 2), (1, 256)]
+    for lefts in ([3, 90, 40, 41, 7], [500, 1, 1, 1], [1, 1, 1, 500], [64] * 9, list(range(1, 40))):
+        for budget in (1, 8, 33, 64, 512):
+            chunks = plan(lefts, budget)
+            longest = max(count for _, count in chunks)
+            assert chunks[0][0] == 0 and len(chunks) * longest <= budget
+            assert all(0 < count <= lefts[index] for index, count in chunks)
+            assert all(2 * count >= longest for index, count in chunks[1:]), "only the first may be short"
+
+
+# ---- in the engine ------------------------------------------------------------------------------------------------
+
+
+def test_rows_decode_while_a_long_prompt_is_read(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=512)
+    short, long = prompts_of([20, 600], 286)
+    first = driver.submit([short], n=4, max_tokens=60, ignore_eos=True)
+    driver.turn(4)
+    second = driver.submit([long], max_tokens=4, ignore_eos=True)
+    batch: Any = driver.engine._batch
+    progress = []
+    while not driver.over(second):
+        fed, steps = batch.fed, driver.status.steps
+        driver.turn()
+        progress.append((batch.fed - fed, driver.status.steps - steps))
+    assert max(fed for fed, _ in progress) == FIRST and all(steps for _, steps in progress[:-3])
+    driver.finish(first)
+
+
+def test_prompts_and_scores_share_a_turn(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=64)
+    short, long, given = prompts_of([20, 500, 500], 286)
+    first = driver.submit([short], n=4, max_tokens=80, ignore_eos=True)
+    driver.turn(4)
+    second = driver.submit([long], max_tokens=4, ignore_eos=True)
+    scored = driver.ask_score([given])
+    reader: Any = driver.engine._scoring._reader
+    batch: Any = driver.engine._batch
+    driver.turn()
+    kinds = []
+    for _ in range(12):
+        fed, left = batch.fed, reader.left
+        driver.turn()
+        kinds.append((batch.fed - fed, left - reader.left))
+    assert all(sorted(kind)[0] <= 0 < sorted(kind)[1] <= FIRST for kind in kinds[2:]), kinds
+    assert sum(fed > 0 for fed, _ in kinds) in (5, 6, 7)
+    driver.finish(first, second)
+    assert driver.scored(scored)
+
+
+@pytest.mark.parametrize("huge_first", [True, False])
+def test_nobody_starves(huge_first: bool, bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=8)
+    (huge,), small = prompts_of([200], 286), prompts_of([10] * 6, 286, seed=1)
+    started: list[str] = []
+
+    def ask_huge() -> None:
+        started.append(driver.submit([huge], n=40, max_tokens=10, ignore_eos=True))
+
+    if huge_first:
+        ask_huge()
+    started += [driver.submit([prompt], n=2, max_tokens=10, ignore_eos=True) for prompt in small]
+    if not huge_first:
+        ask_huge()
+    driver.finish(*started, turns=400)
+    ends = [at for at, event in enumerate(driver.events) if type(event).__name__ == "RequestDone"]
+    order = [driver.events[at].id for at in ends]  # type: ignore[union-attr]
+    # First come, first served, but for those that run together.
+    assert sorted(order) == sorted(started) and abs(order.index(started[0])) <= 4
+    assert all(len(row.token_ids) == 10 for id in started for row in driver.rollouts(id))
+
+
+def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    """As on devices where each shape is planned at its first use."""
+    from dataclasses import replace
+
+    from rollout_server.engine.cache import SlotRows
+
+    model = bare_model("qwen3")
+    windows: list[int | None] = [None] * len(model.module.layers)
+    coarse = replace(model, make_store=lambda: SlotRows(windows, 16, coarse=True))
+    driver = Driver.start(qwen, coarse, max_batch=16, prefill_tokens=200)
+    prompts = prompts_of([3, 50, 21, 77, 9, 130, 64], 286)
+    shapes: list[tuple[int, ...]] = []
+    batch: Any = driver.engine._batch[0]
+    forward = batch._forward
+
+    def noted(tokens: mx.array, caches: list[Any]) -> mx.array:
+        shapes.append(tuple(tokens.shape))
+        return forward(tokens, caches)
+
+    batch._forward = noted
+    found = driver.generate(prompts, n=2, max_tokens=8)
+    expected = Driver.start(qwen, model, max_batch=16, prefill_tokens=200).generate(prompts, n=2, max_tokens=8)
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    read = [shape for shape in shapes if shape[1] > 1]
+    assert read and all(padded(rows) == rows and padded(length) == length for rows, length in read)
+    scored, plain = driver.score(prompts), Driver.start(qwen, model).score(prompts)
+    for one, other in zip(scored, plain, strict=True):
+        assert one.logprobs[1:] == pytest.approx(other.logprobs[1:], abs=1e-5)

@@ -1,0 +1,107 @@
+"""The tree alone, against a plain list of everything that was inserted."""
+
+from __future__ import annotations
+
+import random
+
+import mlx.core as mx
+import pytest
+
+from rollout_server.engine.prefix_cache import Layers, PrefixCache
+
+TOKEN_BYTES = 2 * 2 * 2 * 4
+"""Two layers' keys and values, one head of two float32; the third layer has none of its own."""
+
+
+def kv(tokens: tuple[int, ...], start: int, end: int) -> Layers:
+    """KV that depends on every token before, as a model's does."""
+    values = [hash(tokens[: at + 1]) % 1000003 for at in range(start, end)]
+    pair = mx.array([[[value % 1000, value // 1000] for value in values]], dtype=mx.float32)
+    return [(pair, pair + 1), None, (pair + 2, pair + 3)]
+
+
+def insert(cache: PrefixCache, key: tuple[str, ...], tokens: tuple[int, ...], *ends: int) -> None:
+    mx.eval(cache.insert(key, tokens, lambda start, end: kv(tokens, start, end), ends))
+
+
+def read(cache: PrefixCache, key: tuple[str, ...], tokens: tuple[int, ...]) -> int:
+    """How much is found; what is found must be right."""
+    at = 0
+    for segment in cache.find(key, tokens):
+        expected = kv(tokens, at, at + segment.count)
+        for pair, wanted in zip(segment.layers, expected, strict=True):
+            if wanted is None:
+                assert pair is None
+            else:
+                assert pair is not None and pair[0].shape[1] >= segment.count
+                assert mx.array_equal(pair[0][:, : segment.count], wanted[0])
+                assert mx.array_equal(pair[1][:, : segment.count], wanted[1])
+        at += segment.count
+    return at
+
+
+def test_branches_share_their_beginning() -> None:
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(10**6)
+    insert(cache, ("a",), (1, 2, 3))
+    insert(cache, ("a",), (1, 2, 3, 4, 5), 3)
+    insert(cache, ("a",), (1, 2, 3, 4, 6, 7), 3)
+    assert cache.nbytes == (3 + 2 + 2) * TOKEN_BYTES
+    assert read(cache, ("a",), (1, 2, 3, 4, 6, 7, 8)) == 6
+    assert read(cache, ("a",), (1, 2, 9)) == 2
+    assert read(cache, ("a",), (2,)) == 0
+    assert read(cache, ("b",), (1, 2, 3)) == 0
+    insert(cache, ("a",), (1, 2, 9))
+    assert cache.nbytes == 8 * TOKEN_BYTES and read(cache, ("a",), (1, 2, 9)) == 3
+    assert read(cache, ("a",), (1, 2, 3, 4, 5)) == 5
+
+
+def test_too_little_in_common_is_a_miss() -> None:
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(10**6)
+    insert(cache, ("a",), (1, 2, 3))
+    assert not cache.find(("a",), (1, 2, 5), least=3) and cache.find(("a",), (1, 2, 3), least=3)
+    assert (cache.hits, cache.misses, cache.hit_tokens) == (1, 1, 3)
+
+
+def test_the_oldest_leaf_goes_first() -> None:
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(8 * TOKEN_BYTES)
+    insert(cache, ("a",), (1, 2, 3, 4))
+    insert(cache, ("a",), (1, 2, 3, 4, 5, 6))
+    insert(cache, ("a",), (1, 2, 3, 4, 7, 8))
+    assert read(cache, ("a",), (1, 2, 3, 4, 5, 6)) == 6
+    insert(cache, ("a",), (1, 2, 3, 4, 9, 9))
+    assert read(cache, ("a",), (1, 2, 3, 4, 7, 8)) == 4 and read(cache, ("a",), (1, 2, 3, 4, 5, 6)) == 6
+    assert cache.evictions == 1
+    cache.fit(4 * TOKEN_BYTES)
+    assert read(cache, ("a",), (1, 2, 3, 4, 5, 6)) == 4
+    insert(cache, ("a",), (1, 2, 3, 4, 5))
+    assert cache.nbytes == 4 * TOKEN_BYTES, "what an insertion stands on makes no room for it"
+    cache.fit(0)
+    assert cache.nbytes == 0 and read(cache, ("a",), (1, 2)) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_insertions_and_evictions(seed: int) -> None:
+    chance = random.Random(seed)
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(60 * TOKEN_BYTES)
+    for _ in range(600):
+        key = (chance.choice("ab"),)
+        tokens = tuple(chance.randrange(3) for _ in range(chance.randrange(1, 14)))
+        match chance.randrange(12):
+            case 0:
+                cache.fit(chance.randrange(100) * TOKEN_BYTES)
+            case 1:
+                cache.drop(lambda other, key=key: other == key)  # type: ignore[misc]
+                assert read(cache, key, tokens) == 0
+            case 2 | 3 | 4 | 5:
+                read(cache, key, tokens)
+            case _:
+                insert(cache, key, tokens, chance.randrange(1, 14))
+        nodes = list(cache._recent)
+        assert cache.nbytes == sum(node.nbytes for node in nodes) <= cache.limit
+        assert cache.nbytes == TOKEN_BYTES * sum(len(node.tokens) for node in nodes)
+        for at, node in enumerate(nodes):
+            assert all(nodes.index(child) < at for child in node.children.values()), "parents are more recent"
