@@ -27,7 +27,8 @@ To add one: subclass `RolloutError`, give it a code, add a row to the status tab
     ├── NeverAdmitted           deadline passed in the queue          never_admitted
     ├── EngineUnavailable       starting, stopping or dead            engine_unavailable
     └── EngineFault             a step failed                         engine_fault
-        └── NonFiniteLogits     the model produced NaN or infinity    non_finite_logits
+        ├── NonFiniteLogits     the model produced NaN or infinity    non_finite_logits
+        └── GrammarFault        a row's grammar met a limit           grammar_fault
 """
 
 from __future__ import annotations
@@ -162,4 +163,9 @@ class EngineFault(RolloutError):
 
 class NonFiniteLogits(EngineFault):
     code = "non_finite_logits"
+    retryable = False
+
+
+class GrammarFault(EngineFault):
+    code = "grammar_fault"
     retryable = False

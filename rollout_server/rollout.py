@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from rollout_server.errors import InvalidField, UnknownPolicy
+from rollout_server.grammar import Constraint
 from rollout_server.quoting import counted, quoted
 
 BASE = "base"
@@ -82,6 +83,8 @@ class SamplingParams:
     """Positive logits of tokens in the prompt or sampled are divided by it, others multiplied."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit), each token once."""
+    constraint: Constraint | None = None
+    """What its text has to match; its end tokens come when it does, and before `min_tokens` where nothing else can."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, rule: str) -> None:
@@ -107,6 +110,7 @@ class SamplingParams:
             need(-2 <= getattr(self, name) <= 2, name, "between -2 and 2")
         need(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100 (1 is off)")
         need(all(-100 <= value <= 100 for _, value in self.logit_bias), "logit_bias", "values between -100 and 100")
+        need(not (self.ignore_eos and self.constraint), "ignore_eos", "false where a grammar says when the text ends")
         need(len(dict(self.logit_bias)) == len(self.logit_bias), "logit_bias", "one value a token")
 
     @property

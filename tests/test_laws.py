@@ -39,7 +39,8 @@ INDEX_HOSTS = re.compile(
 IMPORTS = {
     "rollout_server/errors.py": set(),
     "rollout_server/quoting.py": set(),
-    "rollout_server/rollout.py": {"rollout_server.errors", "rollout_server.quoting"},
+    "rollout_server/grammar.py": set(),
+    "rollout_server/rollout.py": {"rollout_server.errors", "rollout_server.grammar", "rollout_server.quoting"},
     "rollout_server/blas.py": set(),
     "rollout_server/schemas": {"pydantic", "pydantic_core", "rollout_server.quoting"},
     "trainer_client": {"numpy", "httpx", "safetensors"},

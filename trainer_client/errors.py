@@ -12,7 +12,7 @@
         ├── UnknownPolicy · VersionGone · StalePolicy · Conflict · PreconditionFailed
         ├── AdapterInvalid      AdapterMismatch (its `faults` lists every fault)
         ├── WeightsMemoryExceeded · QueueFull · NeverAdmitted
-        └── EngineUnavailable · EngineFault (NonFiniteLogits)
+        └── EngineUnavailable · EngineFault (NonFiniteLogits, GrammarFault)
 
 A code this client does not know is a plain `ServerError`. To add one: subclass, give it the code, list it in `_CODES`.
 """
@@ -188,6 +188,12 @@ class NonFiniteLogits(EngineFault):
     code = "non_finite_logits"
 
 
+class GrammarFault(EngineFault):
+    """The grammar of a row met a limit of the server's: what it has is returned."""
+
+    code = "grammar_fault"
+
+
 _CODES: Mapping[str, type[ServerError]] = MappingProxyType(
     {
         kind.code: kind
@@ -217,6 +223,7 @@ _CODES: Mapping[str, type[ServerError]] = MappingProxyType(
             EngineUnavailable,
             EngineFault,
             NonFiniteLogits,
+            GrammarFault,
         )
     }
 )

@@ -19,7 +19,9 @@ import numpy as np
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Forward, Prompt, RowStore
 from rollout_server.engine.chunks import plan
-from rollout_server.engine.penalties import TokenCounts
+from rollout_server.engine.filters import Some
+from rollout_server.engine.masking import Masking
+from rollout_server.engine.penalties import Pairs, TokenCounts
 from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.sampling import Sampled, SamplerArrays, prepare, sample, uniforms
 from rollout_server.engine.scheduler import Admission
@@ -46,6 +48,17 @@ class Flight:
     number: int
     rows: tuple[tuple[int, Row], ...]
     sampled: Sampled
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """A step whose tokens are still to be drawn from its logits [R, V]."""
+
+    number: int
+    rows: tuple[tuple[int, Row], ...]
+    logits: mx.array
+    draws: mx.array
+    banned: Pairs | None
 
 
 class Batch:
@@ -77,6 +90,7 @@ class Batch:
         self._arrays: SamplerArrays | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
+        self._masking = Masking(vocabulary, eos)
         self.fed = 0
         """Prompt tokens read since it was made."""
 
@@ -245,19 +259,32 @@ class Batch:
 
     def step(self) -> list[Row]:
         """Builds the next step, reads the one in flight, launches the next; returns the rows that got a token."""
-        following = None if self.must_settle else self._build()
+        launch = None if self.must_settle else self._build()
+        if launch is not None and self._masking.concerns(launch.rows):
+            return self._step_masked(launch)
+        following = None if launch is None else self._draw(launch, None)
         read = self._take()
         if following is not None:
             mx.async_eval(following.sampled.arrays(), self._store.pending())
             self._flight = following
         return self._record(*read) if read else []
 
+    def _step_masked(self, launch: Launch) -> list[Row]:
+        """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
+        read = self._take()
+        mx.async_eval(launch.logits, self._store.pending())
+        touched = self._record(*read) if read else []
+        mask, failed = self._masking.of(launch.rows, self._store.capacity)
+        self._flight = self._draw(launch, mask)
+        mx.async_eval(self._flight.sampled.arrays())
+        return touched + [row for row in failed if row not in touched]
+
     def settle(self) -> list[Row]:
         """Reads the step in flight without launching another."""
         read = self._take()
         return self._record(*read) if read else []
 
-    def _build(self) -> Flight | None:
+    def _build(self) -> Launch | None:
         rows = tuple((place, row) for place, row in self._seats.items() if row.wants_step)
         if not rows:
             return None
@@ -277,13 +304,18 @@ class Batch:
         draws = mx.array(uniforms(seeds, positions))
         bans = self._arrays.bans
         banned = bans.at(positions) if bans else None
-        sampled = sample(logits, self._arrays, draws, banned, seen=self._counts.seen)
-        self._counts.add(sampled.ids)
         self._steps += 1
         for _, row in rows:
             row.stamp()
             row.last_step = self._steps
-        return Flight(self._steps, rows, sampled)
+        return Launch(self._steps, rows, logits, draws, banned)
+
+    def _draw(self, launch: Launch, mask: Some | None) -> Flight:
+        if self._arrays is None:
+            raise RuntimeError("Rows changed between a step's forward and its draw.")
+        sampled = sample(launch.logits, self._arrays, launch.draws, launch.banned, seen=self._counts.seen, mask=mask)
+        self._counts.add(sampled.ids)
+        return Flight(launch.number, launch.rows, sampled)
 
     def _inputs(self, size: int) -> mx.array:
         if self._flight is not None:

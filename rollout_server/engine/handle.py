@@ -48,6 +48,7 @@ from rollout_server.engine.policy_messages import (
 from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
+from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import RolloutRequest, tiling_fault
 
 
@@ -148,6 +149,12 @@ class EngineHandle:
         if self._thread.tokenizer is None:
             raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
         return self._thread.tokenizer
+
+    def compile(self, grammar: Grammar, param: str) -> Constraint:
+        """See `Grammars.compile`; on any thread."""
+        if self._thread.grammars is None:
+            raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
+        return self._thread.grammars.compile(grammar, param)
 
     def new_id(self, kind: str) -> str:
         """An id that no client can choose: theirs have no slash."""

@@ -38,13 +38,19 @@ class Bans:
         return mx.array(self.places[holds].astype(np.int32)), mx.array(self.tokens[holds].astype(np.int32))
 
 
+def ends_of(row: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
+    """The tokens that end a row; `eos` are the model's end tokens."""
+    return frozenset(row.stop_token_ids) | (frozenset() if row.ignore_eos else eos)
+
+
 def prepare_bans(rows: Sequence[SamplingParams | None], eos: frozenset[int]) -> Bans | None:
-    """End tokens and stop tokens of rows with `min_tokens`; None if no row has it."""
+    """End tokens and stop tokens of rows with `min_tokens`; None if no row has it. Rows with a grammar hold them back
+    in their masks (`grammars.hold_back`)."""
     found = [
         (place, token, row.min_tokens)
         for place, row in enumerate(rows)
-        if row is not None and row.min_tokens
-        for token in sorted(set(row.stop_token_ids) | (frozenset() if row.ignore_eos else eos))
+        if row is not None and row.min_tokens and row.constraint is None
+        for token in sorted(ends_of(row, eos))
     ]
     return Bans(*np.array(found, dtype=np.int64).T) if found else None
 
@@ -175,11 +181,12 @@ def count_tokens(prompt_ids: Sequence[int], token_ids: Sequence[int], vocabulary
     return counts
 
 
-def allowed_only(logits: mx.array, mask: mx.array) -> mx.array:
-    """Logits [R, V] with −inf where the mask, uint32 [R, ⌈V/32⌉], has no bit: token t is bit t mod 32 of word
-    t // 32."""
-    bits = (mask[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return mx.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]] > 0, logits, -math.inf)
+def allowed_only(logits: mx.array, mask: Some) -> mx.array:
+    """Logits [R, V] with −inf where a row's mask, uint32 [F, ⌈V/32⌉], has no bit: token t is bit t mod 32 of word
+    t // 32. An array of its own."""
+    bits = (mask.values[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(mask.values), -1)[:, : logits.shape[-1]] > 0
+    return mask.put(logits + 0.0, mx.where(allowed, mask.of(logits), -math.inf))
 
 
 def without(logits: mx.array, banned: Pairs) -> mx.array:

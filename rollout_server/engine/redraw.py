@@ -12,7 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.exponentials import block_size
-from rollout_server.engine.penalties import Pairs, count_tokens
+from rollout_server.engine.filters import Some
+from rollout_server.engine.grammars import Follower, MaskFiller, hold_back
+from rollout_server.engine.penalties import Pairs, count_tokens, ends_of
 from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
 from rollout_server.rollout import SamplingParams
 
@@ -37,6 +39,30 @@ class Redraw:
     distance and of how close the edge is (mass for top-p, nats for top-k and min-p); and where the filters removed the
     recorded token among others, how far it is from the edge. Of a greedy row: the gap between its logit and the
     largest. None where it could not come at all."""
+
+    follower: Follower | None = None
+    """Of a row with a grammar: where in it the tokens up to the last masked position lead."""
+    followed: int = 0
+
+    def masks(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
+        """What the grammar lets come at ascending positions, none before the last that was asked for; uint32
+        [P, ⌈V/32⌉], see `grammars.MaskFiller`. Once a token was recorded that it does not let come, anything may."""
+        if self.follower is None:
+            self.follower = self.sampling.constraint.follow(()) if self.sampling.constraint is not None else None
+        words = np.full((len(positions), (vocabulary + 31) // 32), 2**32 - 1, dtype=np.uint32)
+        if self.follower is None:
+            return words
+        filler = MaskFiller(vocabulary)
+        for mask, position in zip(words, positions, strict=True):
+            for token in self.token_ids[self.followed : position]:
+                self.follower.advance(token)
+            self.followed = position
+            if self.follower.fault is not None:
+                break
+            mask[:] = filler.fill([self.follower])[0]
+            if position < self.sampling.min_tokens:
+                hold_back(mask, ends_of(self.sampling, self.eos))
+        return words
 
     def seen(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
         """What the penalties of each position count, int32 [P, V], as `penalties.TokenCounts` holds it."""
@@ -73,9 +99,11 @@ class _Inputs:
     uniform: mx.array
     banned: Pairs | None
     seen: mx.array | None
+    mask: Some | None
 
     @classmethod
-    def of(cls, work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int) -> _Inputs:
+    def of(cls, work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int, mask: Some | None = None) -> _Inputs:
+        """`mask` is what is known of the only row; else it is asked for."""
         params = [row.sampling for row, positions in work for _ in positions]
         every = [position for _, positions in work for position in positions]
         arrays = prepare(params, vocabulary, entropy=False, top_logprobs=0, eos=work[0][0].eos)
@@ -85,7 +113,27 @@ class _Inputs:
             mx.array(uniforms([row.seed for row, positions in work for _ in positions], every)),
             arrays.bans.at(every) if arrays.bans else None,
             mx.array(np.concatenate(counted)) if counted else None,
+            mask or _mask(work, vocabulary),
         )
+
+    def mask_of(self, index: int) -> Some | None:
+        """That of one row alone."""
+        if self.mask is None:
+            return None
+        if self.mask.rows is None:
+            return Some(None, self.mask.values[index : index + 1])
+        found = np.flatnonzero(np.array(self.mask.rows) == index)
+        return Some(None, self.mask.values[int(found[0])][None]) if len(found) else None
+
+
+def _mask(work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int) -> Some | None:
+    """Of the rows that have a grammar."""
+    constrained = [row.sampling.constraint is not None for row, positions in work for _ in positions]
+    if not any(constrained):
+        return None
+    words = [row.masks(positions, vocabulary) for row, positions in work if row.sampling.constraint is not None]
+    rows = None if all(constrained) else mx.array(np.flatnonzero(constrained).astype(np.int32))
+    return Some(rows, mx.array(np.concatenate(words)))
 
 
 def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
@@ -96,7 +144,9 @@ def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
     places = [stretch.at + position - stretch.first for stretch, positions in work for position in positions]
     theirs = logits if places == list(range(len(logits))) else mx.take(logits, mx.array(places), axis=0)
     inputs = _Inputs.of([(stretch.row, positions) for stretch, positions in work], logits.shape[-1])
-    drawn = np.array(sample(theirs, inputs.arrays, inputs.uniform, inputs.banned, seen=inputs.seen).ids)
+    drawn = np.array(
+        sample(theirs, inputs.arrays, inputs.uniform, inputs.banned, seen=inputs.seen, mask=inputs.mask).ids
+    )
     recorded = np.array([stretch.row.token_ids[position] for stretch, positions in work for position in positions])
     owners = list(chain.from_iterable([(stretch, p) for p in positions] for stretch, positions in work))
     for index in np.flatnonzero(drawn != recorded):
@@ -104,14 +154,14 @@ def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
         row = stretch.row
         if row.difference is None:
             row.difference = position
-            row.margin = _margin(theirs[int(index)][None], row, position)
+            row.margin = _margin(theirs[int(index)][None], row, position, inputs.mask_of(int(index)))
 
 
-def _margin(logits: mx.array, row: Redraw, position: int) -> float | None:
-    """See `Redraw.margin`; logits [1, V] of the position."""
+def _margin(logits: mx.array, row: Redraw, position: int, mask: Some | None) -> float | None:
+    """See `Redraw.margin`; logits [1, V] of the position and what the grammar says of it."""
     token, sampling = row.token_ids[position], row.sampling
-    inputs = _Inputs.of([(row, [position])], logits.shape[-1])
-    shaped = np.array(shape(logits, inputs.arrays, inputs.seen, inputs.banned, None)[0], dtype=np.float64)
+    inputs = _Inputs.of([(row, [position])], logits.shape[-1], mask)
+    shaped = np.array(shape(logits, inputs.arrays, inputs.seen, inputs.banned, mask)[0], dtype=np.float64)
     short = float(shaped.max() - shaped[token])
     if not math.isfinite(short):
         return None

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.exponentials import block_sums, blocks_of, exponential, largest, on_cpu, peak_of
-from rollout_server.engine.filters import Filters, prepare_filters, threshold
+from rollout_server.engine.filters import Filters, Some, prepare_filters, threshold
 from rollout_server.engine.penalties import (
     Bans,
     Bias,
@@ -129,11 +129,11 @@ def sample(
     banned: Pairs | None = None,
     *,
     seen: mx.array | None = None,
-    mask: mx.array | None = None,
+    mask: Some | None = None,
 ) -> Sampled:
     """logits [R, V] of any float dtype, uniform float32 [R, 2] → one token a row. `seen` is what `TokenCounts` holds,
-    `banned` are (row, token) pairs that may not come, `mask` uint32 [R, ⌈V/32⌉] the tokens that may (bit t mod 32 of
-    word t // 32); they change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
+    `banned` are (row, token) pairs that may not come, `mask` says of some rows which tokens may (`allowed_only`); they
+    change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
     raw = logits.astype(mx.float32)
     peak = peak_of(raw)
     shifted = raw - peak
@@ -170,7 +170,7 @@ def shape(
     arrays: SamplerArrays,
     seen: mx.array | None,
     banned: Pairs | None,
-    mask: mx.array | None,
+    mask: Some | None,
 ) -> mx.array:
     """The logits that are sampled from; `raw` itself, untouched, where nothing changes them."""
     shaped = raw

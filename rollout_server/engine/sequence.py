@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from adapters.resident import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Prompt
+from rollout_server.engine.grammars import Follower
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import (
     CARRIED,
@@ -80,6 +81,8 @@ class Sequence:
     placement: Placement
     text: IncrementalText | None
     """Only for rows with stop strings."""
+    follower: Follower | None = None
+    """Only for rows with a grammar: where in it the recorded tokens lead."""
     dispatched: int = 0
     """Tokens whose step was dispatched; at most one more than were recorded."""
     last_step: int = -1
@@ -114,6 +117,8 @@ class Sequence:
         self.top_logprobs = [None] * len(prefix) if wants.top_logprobs else []
         if self.text is not None:
             self.text.push(prefix.token_ids)
+        if request.sampling.constraint is not None:
+            self.follower = request.sampling.constraint.follow(prefix.token_ids)
 
     @property
     def sampled(self) -> int:
@@ -182,6 +187,8 @@ class Sequence:
             self.end(FinishReason.STOP, stop)
         elif len(self.token_ids) == sampling.max_tokens:
             self.end(FinishReason.LENGTH, None)
+        elif self.follower is not None:
+            self.follower.advance(token)
 
     def _stop_string(self, token: int) -> str | None:
         if self.text is None:

@@ -12,11 +12,12 @@ from rollout_server.engine.messages import Command, EngineOptions, EngineStatus,
 from rollout_server.errors import RolloutError
 
 if TYPE_CHECKING:
+    from rollout_server.engine.grammars import Grammars
     from rollout_server.engine.loop import Engine
 
 
 class EngineThread(threading.Thread):
-    """`info` and `tokenizer` are set before the status says ready."""
+    """`info`, `tokenizer` and `grammars` are set before the status says ready."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class EngineThread(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
+        self.grammars: Grammars | None = None
         self._options = options
         self._mailbox = mailbox
         self._post = post
@@ -38,6 +40,7 @@ class EngineThread(threading.Thread):
         cause: BaseException | None = None
         try:
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
+            from rollout_server.engine.grammars import Grammars
             from rollout_server.engine.loop import Engine
             from rollout_server.engine.model import load
             from rollout_server.engine.policy import PolicyTable
@@ -53,6 +56,7 @@ class EngineThread(threading.Thread):
                 prefill_tokens=self._options.prefill_tokens,
                 prefix_cache=self._options.prefix_cache,
             )
+            self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
             self.info, self.tokenizer = model.info, model.host_tokenizer
             engine.run()
         except RolloutError as error:

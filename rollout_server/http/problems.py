@@ -97,6 +97,7 @@ TABLE: Mapping[type[RolloutError], Row] = MappingProxyType(
         errors.EngineUnavailable: Row(503, SERVER),
         errors.EngineFault: Row(500, SERVER),
         errors.NonFiniteLogits: Row(500, SERVER),
+        errors.GrammarFault: Row(500, SERVER),
     }
 )
 

@@ -1,0 +1,208 @@
+"""Grammars made ready by llguidance: which tokens may come next in the text of a row.
+
+A grammar is compiled once for the model's tokenizer, on whatever thread asks, and kept; each row follows a copy of its
+own. What a compilation and a step may take is bounded by llguidance's limits, which count work and not seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from rollout_server.errors import InvalidField, UnsupportedField
+from rollout_server.grammar import Grammar, GrammarKind
+from rollout_server.quoting import shortened
+
+MOST_TEXT = 262_144
+"""Characters of a grammar."""
+MOST_KEPT = 256
+"""Compiled grammars."""
+MOST_LEXER_STATES = 50_000
+"""One to two kB each."""
+MESSAGE_SHOWN = 240
+EXCERPT = re.compile(r"\s*\d+ \| ")
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between the parts of JSON. Bounded, because models have been seen to write newlines for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """The `grammar.Constraint` of this engine. Two of one grammar are equal."""
+
+    grammar: Grammar
+    start: LLMatcher = field(compare=False, repr=False)
+    """At its beginning; only copied, never moved on."""
+
+    def accepted(self, token_ids: Sequence[int]) -> int:
+        return self.start.deep_copy().try_consume_tokens(list(token_ids))
+
+    def follow(self, token_ids: Sequence[int]) -> Follower:
+        """Of a row that begins with these tokens."""
+        follower = Follower(self.start.deep_copy())
+        for token in token_ids:
+            follower.advance(token)
+        return follower
+
+
+class Follower:
+    """Where a row is in its grammar."""
+
+    __slots__ = ("fault", "matcher")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.fault: str | None = None
+        """Why it cannot be followed any further."""
+
+    def advance(self, token: int) -> None:
+        """Takes the row's next token."""
+        self.matcher.consume_token(token)
+        self.check()
+
+    def check(self) -> None:
+        """Notes a fault: each call of the library may have met a limit."""
+        if self.fault is None and self.matcher.is_error():
+            self.fault = said(self.matcher.get_error())
+
+
+class Grammars:
+    """Compiles and keeps; its methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Iterable[int]) -> None:
+        self._hugging_face = tokenizer
+        self._vocabulary = vocabulary
+        self._eos = sorted(eos)
+        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._keeping = threading.Lock()
+        # One at a time: however many are asked for, other cores stay free.
+        self._compiling = threading.Lock()
+
+    def compile(self, grammar: Grammar, param: str) -> CompiledGrammar:
+        """Raises `InvalidField` about the field `param` for what is no grammar or too large a one, and
+        `UnsupportedField` where the model's tokenizer cannot be used."""
+        if (kept := self._find(grammar)) is not None:
+            return kept
+        if len(grammar.text) > MOST_TEXT:
+            raise InvalidField(
+                f"{param} has {len(grammar.text)} characters; at most {MOST_TEXT} are read.", param=param
+            )
+        with self._compiling:
+            if (kept := self._find(grammar)) is not None:
+                return kept
+            compiled = CompiledGrammar(grammar, self._matcher(grammar, param))
+        with self._keeping:
+            self._kept[grammar] = compiled
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _find(self, grammar: Grammar) -> CompiledGrammar | None:
+        with self._keeping:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+            return self._kept.get(grammar)
+
+    def _matcher(self, grammar: Grammar, param: str) -> LLMatcher:
+        if not self._eos:
+            raise UnsupportedField(f"{param} needs a model with an end token; this one has none.", param=param)
+        try:
+            matcher = LLMatcher(self._tokenizer(param), written(grammar), log_level=0, limits=_limits())
+        except ValueError as error:
+            raise InvalidField(f"{param} cannot be compiled: {said(str(error))}.", param=param) from error
+        # The first mask too: some grammars compile, but nothing can begin them.
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise InvalidField(f"{param} cannot be compiled: {said(matcher.get_error())}.", param=param)
+        return matcher
+
+    def _tokenizer(self, param: str) -> LLTokenizer:
+        try:
+            return self._made
+        except (ValueError, AttributeError) as error:
+            raise UnsupportedField(
+                f"{param} is not supported with this model's tokenizer: {said(str(error))}.", param=param
+            ) from error
+
+    @cached_property
+    def _made(self) -> LLTokenizer:
+        """About a second for a large vocabulary, so not before it is needed."""
+        return from_tokenizer(self._hugging_face, n_vocab=self._vocabulary, eos_token=self._eos)
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(max_lexer_states=MOST_LEXER_STATES, verbose_errors=False)
+
+
+def written(grammar: Grammar) -> str:
+    """The grammar in llguidance's own form. Raises ValueError."""
+    match grammar.kind, grammar.whitespace:
+        case GrammarKind.REGEX, _:
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case GrammarKind.CHOICE, _:
+            return grammar_from("choice", grammar.text)
+        case GrammarKind.GRAMMAR, _:
+            return grammar_from("grammar", grammar.text)
+        case _, "":
+            # A pattern that only the empty text matches would be another thing to the library.
+            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_flexible": False})
+        case _, None:
+            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": WHITESPACE})
+        case _, pattern:
+            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": pattern})
+
+
+def said(message: str) -> str:
+    """The library's words on one line, without its drawings of where in the text something is."""
+    told = []
+    for line in message.split("<non-verbose/>")[0].splitlines():
+        if EXCERPT.match(line):
+            break
+        if line.strip("^ "):
+            told.append(line.strip())
+    return shortened(" ".join(told).rstrip(". "), MESSAGE_SHOWN) or "it cannot be followed"
+
+
+class MaskFiller:
+    """Computes masks of many rows at once, outside of Python's lock."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._words = (vocabulary + 31) // 32
+
+    def fill(self, followers: Sequence[Follower]) -> np.ndarray:
+        """uint32 [len(followers), ⌈V/32⌉]: token t may come where bit t mod 32 of word t // 32 is set. A follower that
+        meets a limit gets a fault."""
+        words = np.zeros((len(followers), self._words), dtype=np.int32)
+        if len(followers) == 1:
+            fill_next_token_bitmask(followers[0].matcher, words)
+        else:
+            rows = [(follower.matcher, row) for row, follower in enumerate(followers)]
+            fill_next_token_bitmask_par(self._executor, rows, words)
+        for follower in followers:
+            follower.check()
+        return words.view(np.uint32)
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        """Its threads are not started before rows need them."""
+        return LLExecutor()
+
+
+def hold_back(words: np.ndarray, tokens: Iterable[int]) -> None:
+    """Clears the bits of tokens in a row's mask [W], unless nothing else may come: the grammar's end goes before
+    `min_tokens`."""
+    held = words.copy()
+    for token in tokens:
+        held[token // 32] &= ~np.uint32(1 << token % 32)
+    if held.any():
+        words[:] = held

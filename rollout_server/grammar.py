@@ -1,0 +1,41 @@
+"""What the text of a row has to match. Standard library only, like the other nouns (`rollout`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class GrammarKind(StrEnum):
+    """How a grammar is written; the names are vLLM's."""
+
+    JSON = "json"
+    """A JSON schema, as JSON."""
+    REGEX = "regex"
+    CHOICE = "choice"
+    """A JSON list of texts, one of which it is."""
+    GRAMMAR = "grammar"
+    """GBNF, or Lark as llguidance reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    kind: GrammarKind
+    text: str
+    whitespace: str | None = None
+    """Of JSON: a regex for what may stand between its parts; empty for nothing, None for the usual."""
+
+
+class Constraint(Protocol):
+    """A grammar made ready for one tokenizer. Immutable, so threads share it."""
+
+    @property
+    def grammar(self) -> Grammar: ...
+
+    def follow(self, token_ids: Sequence[int]) -> Any:
+        """What the engine keeps of a row that begins with these tokens, see `engine.grammars.Follower`."""
+
+    def accepted(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens, from the first on, can begin a text of the grammar."""
