@@ -26,6 +26,8 @@ class Grammar:
     text: str
     whitespace: str | None = None
     """Of JSON: a regex for what may stand between its parts; empty for nothing, None for the usual."""
+    after: tuple[int, ...] = ()
+    """Token ids of the mark, the end of reasoning, behind which it begins; what stands before is free."""
 
 
 class Constraint(Protocol):

@@ -44,11 +44,15 @@ class CompiledGrammar:
     """At its beginning; only copied, never moved on."""
 
     def accepted(self, token_ids: Sequence[int]) -> int:
-        return self.start.deep_copy().try_consume_tokens(list(token_ids))
+        follower, free = self.follow(()), 0
+        while follower.free and free < len(token_ids):
+            follower.advance(token_ids[free])
+            free += 1
+        return free + follower.matcher.try_consume_tokens(list(token_ids[free:]))
 
     def follow(self, token_ids: Sequence[int]) -> Follower:
         """Of a row that begins with these tokens."""
-        follower = Follower(self.start.deep_copy())
+        follower = Follower(self.start.deep_copy(), self.grammar.after)
         for token in token_ids:
             follower.advance(token)
         return follower
@@ -57,17 +61,27 @@ class CompiledGrammar:
 class Follower:
     """Where a row is in its grammar."""
 
-    __slots__ = ("fault", "matcher")
+    __slots__ = ("_mark", "_tail", "fault", "matcher")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, mark: tuple[int, ...] = ()) -> None:
+        self._mark = mark
+        self._tail: tuple[int, ...] = ()
         self.matcher = matcher
         self.fault: str | None = None
         """Why it cannot be followed any further."""
 
     def advance(self, token: int) -> None:
         """Takes the row's next token."""
-        self.matcher.consume_token(token)
-        self.check()
+        if self.free:
+            self._tail = (*self._tail, token)[-len(self._mark) :]
+        else:
+            self.matcher.consume_token(token)
+            self.check()
+
+    @property
+    def free(self) -> bool:
+        """Anything may come: the grammar has not begun."""
+        return self._tail != self._mark
 
     def check(self) -> None:
         """Notes a fault: each call of the library may have met a limit."""
@@ -182,11 +196,12 @@ class MaskFiller:
     def fill(self, followers: Sequence[Follower]) -> np.ndarray:
         """uint32 [len(followers), ⌈V/32⌉]: token t may come where bit t mod 32 of word t // 32 is set. A follower that
         meets a limit gets a fault."""
-        words = np.zeros((len(followers), self._words), dtype=np.int32)
-        if len(followers) == 1:
-            fill_next_token_bitmask(followers[0].matcher, words)
-        else:
-            rows = [(follower.matcher, row) for row, follower in enumerate(followers)]
+        words = np.full((len(followers), self._words), -1, dtype=np.int32)
+        rows = [(follower.matcher, row) for row, follower in enumerate(followers) if not follower.free]
+        if len(rows) == 1:
+            ((matcher, row),) = rows
+            fill_next_token_bitmask(matcher, words, row)
+        elif rows:
             fill_next_token_bitmask_par(self._executor, rows, words)
         for follower in followers:
             follower.check()

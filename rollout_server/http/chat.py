@@ -24,6 +24,7 @@ from rollout_server.http.reply_parts import Gain, ReplyParts
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
+from rollout_server.http.structured import constraint_of, extra_weight
 from rollout_server.http.token_strings import TokenStrings
 from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
@@ -175,7 +176,7 @@ class ChatController(Controller):
     async def complete(self, data: JSONBody[ChatRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
         with renamed({**OUR_WORDS, "max_tokens": data.limit_name}):
-            weight = len(await request.body()) + data.n
+            weight = len(await request.body()) + data.n + extra_weight(data)
             job = await beside(weight, lambda: plan(data, request, service))
             return await respond(job, request, service)
 
@@ -191,18 +192,21 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
         raise InvalidField("The chat template of this model has no place for tools.", param="tools")
     ids = render(data, service.tokenizer, param="")
     limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
+    format, ends = service.reply_format, service.info.eos_token_ids
+    thinking = format.opens_thinking(ids, ends)
+    # What the model thinks is its own affair; the reply behind it is what was asked for.
+    constraint = constraint_of(data, service, after=format.think_end_ids if thinking else ())
     id = request_id(None, request, kind="chatcmpl")
     seed = fresh_seed() if data.seed is None else data.seed
     group = RolloutRequest(
         id=id,
         prompt_ids=tuple(ids),
-        sampling=sampling_params(data, limit),
+        sampling=sampling_params(data, limit, constraint),
         policy=address,
         n=data.n,
         seeds=row_seeds(seed, None, 0, data.n),
         wants=Wants(top_logprobs=data.top_logprobs or 0, tokens_as_they_come=data.stream),
     )
-    format, ends = service.reply_format, service.info.eos_token_ids
     reading = Reading(
         service.tokenizer,
         service.token_strings,
@@ -221,5 +225,5 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
         stream=data.stream,
         data=data,
         format=format,
-        thinking=format.opens_thinking(ids, ends),
+        thinking=thinking,
     )

@@ -25,6 +25,7 @@ from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import SSE, sse_event, stream, while_connected
+from rollout_server.http.structured import constraint_of, extra_weight
 from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
@@ -141,7 +142,7 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
     """The reply, or its stream."""
     address = service.address(data.model, request, param="model")
     length = len(await request.body())
-    prompts = await beside(length, lambda: read_prompts(data, service))
+    prompts = await beside(length + extra_weight(data), lambda: read_prompts(data, service))
     scored = await score_prompts(data, address, prompts, request, service)
     weight = length + len(prompts) * data.n
     job = await beside(weight, lambda: plan(data, address, prompts, scored, request, service))
@@ -159,6 +160,7 @@ def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[Promp
     service.check_ids(data.stop_token_ids, "stop_token_ids")
     service.check_bias(data.logit_bias, "logit_bias")
     context = service.info.max_model_len
+    constraint = constraint_of(data, service)
     prompts = []
     for prompt, place in found:
         count = len(prompt.ids)
@@ -172,7 +174,7 @@ def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[Promp
             limit = 1
         else:
             limit = room(count, data.max_tokens, context, prompt_param=place, param="max_tokens")
-        prompts.append((prompt, sampling_params(data, limit)))
+        prompts.append((prompt, sampling_params(data, limit, constraint)))
     return prompts
 
 

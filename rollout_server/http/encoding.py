@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 from litestar import Response
 
 from rollout_server.detokenize import IncrementalText
+from rollout_server.grammar import Constraint, GrammarKind
 from rollout_server.rollout import RECOMPUTED, FinishReason, GivenSpan, PolicyVersion, Rollout, SamplingParams, Span
 
 
@@ -101,7 +103,20 @@ def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": sampling.repetition_penalty,
         "logit_bias": {str(token): value for token, value in sampling.logit_bias},
+        "structured_outputs": structure_entry(sampling.constraint),
     }
+
+
+def structure_entry(constraint: Constraint | None) -> dict[str, Any] | None:
+    """As `structured_outputs` would have to be written to have the same effect."""
+    if constraint is None:
+        return None
+    grammar = constraint.grammar
+    written = grammar.kind in (GrammarKind.JSON, GrammarKind.CHOICE)
+    entry: dict[str, Any] = {grammar.kind.value: json.loads(grammar.text) if written else grammar.text}
+    if grammar.whitespace is not None:
+        entry |= {"whitespace_pattern": grammar.whitespace} if grammar.whitespace else {"disable_any_whitespace": True}
+    return entry
 
 
 def usage(rollouts: Iterable[Rollout], prompt_tokens: int) -> dict[str, Any]:

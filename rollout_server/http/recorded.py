@@ -24,6 +24,7 @@ from rollout_server.http.rollouts import header_id
 from rollout_server.http.sampling import sampling_params
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
+from rollout_server.http.structured import check_given, constraint_of, extra_weight
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress, tiling_fault
 from rollout_server.schemas.recorded import (
@@ -60,7 +61,7 @@ class RecordedController(Controller):
     async def replay(self, data: JSONBody[ReplayRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
         header_id(request)
-        weight = len(await request.body())
+        weight = len(await request.body()) + sum(extra_weight(row.sampling) for row in data.rollouts)
         rows = await beside(weight, lambda: [_row(row, at, request, service) for at, row in enumerate(data.rollouts)])
         command = Replay(service.engine.new_id("replay"), tuple(rows))
         replayed = await while_connected(request, service.engine.replay(command))
@@ -154,6 +155,8 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
     check(row, place, service)
     service.check_ids(row.sampling.stop_token_ids, f"{place}.sampling.stop_token_ids")
     service.check_bias(row.sampling.logit_bias, f"{place}.sampling.logit_bias")
+    constraint = constraint_of(row.sampling, service, prefix=f"{place}.sampling.")
+    check_given(constraint, row.token_ids, judged(row), f"{place}.token_ids")
     # What was returned has a limit; where it was left out, the row's own length is one that it kept.
     longest = row.sampling.max_tokens or max(1, len(row.token_ids), row.sampling.min_tokens)
     return RecordedRow(
@@ -162,7 +165,7 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
         spans=spans_of(row, place, request, service),
         judged=judged(row),
         logprobs=tuple(row.logprobs) if row.logprobs is not None else (None,) * len(row.token_ids),
-        sampling=sampling_params(row.sampling, longest, prefix=f"{place}.sampling."),
+        sampling=sampling_params(row.sampling, longest, constraint, prefix=f"{place}.sampling."),
         seed=row.seed,
     )
 

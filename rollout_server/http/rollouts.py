@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
+from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, rollouts_file
 from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
@@ -29,6 +30,7 @@ from rollout_server.http.prompts import room, tokens_of
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
+from rollout_server.http.structured import check_given, constraint_of, extra_weight
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import (
     OnUpdate,
@@ -100,6 +102,7 @@ class RolloutsController(Controller):
         service = service_of(request)
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
+        weight += extra_weight(data.sampling)
         job = await beside(weight, lambda: plan(data, request, service))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed(OUR_WORDS):
@@ -176,10 +179,11 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     )
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
+    constraint = constraint_of(data.sampling, service, prefix="sampling.")
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens, prefix, sampling = plan_row(prompt, data, place, service)
+        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service)
         groups.append(
             RolloutRequest(
                 id=id,
@@ -202,19 +206,20 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
 
 
 def plan_row(
-    prompt: Prompt, data: RolloutsRequest, place: str, service: Service
+    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service
 ) -> tuple[Sequence[int], Prefix, SamplingParams]:
     """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
     tokens = tokens_of(prompt, service.tokenizer, param=place)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
     prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)
+    check_given(constraint, prefix.token_ids, (False,) * len(prefix), f"{place}.prefix.token_ids")
     own = prompt.max_tokens is not None
     check_own_limit(prompt, data, place)
     asked, param = (prompt.max_tokens, f"{place}.max_tokens") if own else (data.sampling.max_tokens, MAX_TOKENS)
     max_tokens = room(len(tokens.ids), asked, service.info.max_model_len, prompt_param=place, param=param)
     check_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
-    return tokens.ids, prefix, sampling_params(data.sampling, max_tokens, prefix="sampling.")
+    return tokens.ids, prefix, sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
 
 
 def needed(data: RolloutsRequest, n: int, place: str) -> int | None:

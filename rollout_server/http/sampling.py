@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 
 from rollout_server.errors import InvalidField
+from rollout_server.grammar import Constraint
 from rollout_server.quoting import quoted
 from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
 from rollout_server.schemas.fields import stops
@@ -13,8 +14,12 @@ from rollout_server.schemas.openai import OpenAIRequest
 from rollout_server.schemas.rollouts import SamplingOptions
 
 
-def sampling_params(options: SamplingOptions | OpenAIRequest, max_tokens: int, *, prefix: str = "") -> SamplingParams:
-    """Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
+def sampling_params(
+    options: SamplingOptions | OpenAIRequest, max_tokens: int, constraint: Constraint | None, *, prefix: str = ""
+) -> SamplingParams:
+    """`constraint` is what `structured.constraint_of` made of the same options.
+
+    Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -30,6 +35,7 @@ def sampling_params(options: SamplingOptions | OpenAIRequest, max_tokens: int, *
             frequency_penalty=options.frequency_penalty,
             repetition_penalty=options.repetition_penalty,
             logit_bias=tuple(sorted((int(token), value) for token, value in options.logit_bias.items())),
+            constraint=constraint,
         )
     except InvalidField as error:
         raise InvalidField(f"{prefix}{error.message}", param=f"{prefix}{error.param}") from error

@@ -13,7 +13,6 @@ from rollout_server.schemas.openai import ChoiceRollout, OpenAIRequest
 from rollout_server.schemas.rollouts import Usage
 
 LATER_CHAT: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True,),

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.schemas.fields import Count, LogitBias, OneOrMany, PolicyText, Request, Seed, TokenIds
-from rollout_server.schemas.rollouts import LATER_SAMPLING, ErrorInRow, SpanReply
+from rollout_server.schemas.rollouts import ErrorInRow, SpanReply
+from rollout_server.schemas.structured import Structured
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -17,8 +18,8 @@ class StreamOptions(Request):
     include_usage: bool = False
 
 
-class OpenAIRequest(Request):
-    later: ClassVar = {**LATER_SAMPLING, "user": ()}
+class OpenAIRequest(Structured):
+    later: ClassVar = {"user": ()}
 
     model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
     n: Count = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,18 +22,13 @@ from rollout_server.schemas.fields import (
 )
 from rollout_server.schemas.messages import Messages
 from rollout_server.schemas.spans import SpanToKeep
+from rollout_server.schemas.structured import EffectiveStructure, Structured
 
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "base_logprobs", "prompt_logprobs")
-LATER_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "response_format": (),
-    "structured_outputs": (),
-}
 
 
-class SamplingOptions(Request):
+class SamplingOptions(Structured):
     """How to sample; the domains of the numbers are those of `rollout.SamplingParams`."""
-
-    later: ClassVar = LATER_SAMPLING
 
     max_tokens: Count | None = Field(default=None, description="What fits, if absent.")
     min_tokens: int = 0
@@ -233,6 +228,7 @@ class EffectiveSampling(BaseModel):
     frequency_penalty: float
     repetition_penalty: float
     logit_bias: dict[str, float]
+    structured_outputs: EffectiveStructure | None
 
 
 class RolloutReply(BaseModel):

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server.engine.grammars import Grammars
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus
 from rollout_server.engine.messages import (
     EngineStatus,
@@ -23,6 +24,7 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
+from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (
     FinishReason,
     PolicyAddress,
@@ -248,6 +250,10 @@ class FakeEngine(FakeVersions):
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    def compile(self, grammar: Grammar, param: str) -> Constraint:
+        """As the real one does, with the same library."""
+        return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
 
     def new_id(self, kind: str) -> str:
         self._count += 1

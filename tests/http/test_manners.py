@@ -311,7 +311,12 @@ def test_faults_of_one_prompt_name_it(
         ("/v1/completions", {"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens is above 0, but with"),
         ("/v1/rollouts", {"sampling": {"top_p": 2.0}}, "sampling.top_p must be above 0 and at most 1, not 2.0."),
         ("/v1/rollouts", {"sampling": []}, "sampling must be an object, not a list."),
-        ("/v1/rollouts", {"sampling": {"response_format": {}}}, "sampling.response_format is not supported by"),
+        ("/v1/rollouts", {"sampling": {"response_format": {}}}, "sampling.response_format.type is required."),
+        (
+            "/v1/rollouts",
+            {"sampling": {"structured_outputs": {}}},
+            "sampling.structured_outputs must have one of json,",
+        ),
         ("/v1/rollouts", {"prompts": [{}]}, "prompts[0] must have one of token_ids, text and messages; this one has"),
         ("/v1/rollouts", {"prompts": [{"token_ids": [5] * 600}]}, "prompts[0] has 600 tokens; the context holds 512"),
         ("/v1/rollouts", {"colour": 1}, "colour is an unknown field."),

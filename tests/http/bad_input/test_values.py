@@ -172,15 +172,42 @@ def test_other_values_of_a_rollout(client: Client, changes: Any, param: str, pro
     problem(rollouts(client, **changes), 400, "invalid_field", param)
 
 
-@pytest.mark.parametrize(
-    ("changes", "param"),
-    [
-        ({"sampling": {"structured_outputs": {"regex": "a"}}}, "sampling.structured_outputs"),
-    ],
-    ids=str,
-)
-def test_what_is_not_served_yet_is_named(client: Client, changes: Any, param: str, problem: Callable[..., Any]) -> None:
-    problem(rollouts(client, **changes), 400, "unsupported_field", param)
+STRUCTURED: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["a", 5]}}, "structured_outputs.choice[1]"),
+    ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"json": {"type": "frob"}}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": [1]}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+    ({"structured_outputs": {"json_object": True, "whitespace_pattern": "("}}, "structured_outputs.json_object"),
+    ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    (
+        {"structured_outputs": {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}},
+        "structured_outputs.whitespace_pattern",
+    ),
+    ({"structured_outputs": {"backend": "xgrammar"}}, "structured_outputs.backend"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param"), STRUCTURED, ids=str)
+def test_what_is_no_grammar(client: Client, changes: Any, param: str, problem: Callable[..., Any]) -> None:
+    problem(completions(client, **changes), 400, "invalid_field", param)
+    problem(rollouts(client, sampling=changes), 400, "invalid_field", f"sampling.{param}")
+
+
+def test_a_schema_as_text_is_json(client: Client, problem: Callable[..., Any]) -> None:
+    bad = {"structured_outputs": {"json": "{'type'"}}
+    problem(completions(client, **bad), 400, "bad_body", "structured_outputs.json")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +216,6 @@ def test_what_is_not_served_yet_is_named(client: Client, changes: Any, param: st
         {"best_of": 2},
         {"suffix": "x"},
         {"user": "me"},
-        {"response_format": {}},
     ],
     ids=str,
 )

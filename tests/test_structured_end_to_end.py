@@ -1,0 +1,167 @@
+"""Structured output over HTTP from a real server: 200 random schemas, and every way to ask for it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from tests import tiny_models
+from tests.live_server import live_server
+
+SCHEMAS = 200
+NAMES = ("a", "size", "the name", "ключ", 'q"\\', "items", "on", "x_1")
+TEXT_RULES: tuple[dict[str, Any], ...] = (
+    {"maxLength": 5},
+    {"minLength": 1, "maxLength": 3},
+    {"pattern": "^[a-f]{2,4}$"},
+    {"enum": ["red", "grün", "", 'quo"te']},
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    model = tiny_models.build("qwen3", tmp_path_factory.mktemp("model") / "tiny")
+    with live_server(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+    """One that every text of it comes to an end, whatever is sampled."""
+    kinds = ["integer", "number", "string", "boolean", "null", "const", "anyOf"]
+    if depth < 3:
+        kinds += ["object", "array"] * 3
+    match draw.choice(kinds):
+        case "object":
+            names = draw.sample(NAMES, draw.randint(1, 4))
+            return {
+                "type": "object",
+                "properties": {name: random_schema(draw, depth + 1) for name in names},
+                "required": draw.sample(names, draw.randint(0, len(names))),
+                "additionalProperties": False,
+            }
+        case "array":
+            least = draw.randint(0, 2)
+            items = random_schema(draw, depth + 1)
+            return {"type": "array", "items": items, "minItems": least, "maxItems": least + draw.randint(0, 2)}
+        case "string":
+            return {"type": "string", **draw.choice(TEXT_RULES)}
+        case "integer":
+            low = draw.randint(-300, 300)
+            return {"type": "integer", "minimum": low, "maximum": low + draw.randint(0, 2000)}
+        case "number":
+            # All its digits are in the text, so that it ends.
+            return {"enum": [draw.randint(-99, 99) / 4, draw.randint(0, 9), -0.5]}
+        case "const":
+            return {"const": draw.choice(["fixed", 7, None, [1, "b"], {"k": True}])}
+        case "anyOf":
+            return {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 99}]}
+        case kind:
+            return {"type": kind}
+
+
+def test_replies_are_valid_in_random_schemas(client: httpx.Client) -> None:
+    """Half of them through each route, at temperature 1 from random weights; none is cut."""
+
+    def ask(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        schema = random_schema(random.Random(seed))
+        shared = {"model": "base", "seed": seed, "max_tokens": 1500}
+        if seed % 2:
+            structured = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+            reply = client.post("/v1/completions", json={"prompt": "JSON:", **shared, **structured})
+        else:
+            format = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
+            messages = [{"role": "user", "content": "JSON!"}]
+            body = {"messages": messages, **shared, "response_format": format, "logit_bias": unspaced}
+            reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return schema, reply.json()["choices"][0]
+
+    # Random weights are fond of white space, and a format has no say in it.
+    spaces = [
+        client.post("/tokenize", json={"model": "base", "prompt": space}).json()["tokens"][0] for space in " \t\r\n"
+    ]
+    unspaced = {str(token): -7 for token in spaces}
+    valid, texts = 0, set()
+    with ThreadPoolExecutor(32) as threads:
+        for schema, choice in threads.map(ask, range(SCHEMAS)):
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            assert choice["finish_reason"] == "stop", (schema, text)
+            jsonschema.validate(json.loads(text), schema)
+            valid += 1
+            texts.add(text)
+    assert valid == SCHEMAS and len(texts) > SCHEMAS / 2
+
+
+def test_streams_n_and_logprobs(client: httpx.Client) -> None:
+    body = {
+        "model": "base",
+        "prompt": ["a", "b"],
+        "n": 3,
+        "seed": 5,
+        "max_tokens": 40,
+        "structured_outputs": {"regex": "[a-e]{3,6} é[0-9]{2}"},
+        "logprobs": 2,
+        "logprobs_mode": "processed_logprobs",
+    }
+    whole = client.post("/v1/completions", json=body).json()["choices"]
+    parts: dict[int, str] = {}
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    parts[choice["index"]] = parts.get(choice["index"], "") + choice["text"]
+    assert len(whole) == 6
+    for choice in whole:
+        assert re.fullmatch("[a-e]{3,6} é[0-9]{2}", choice["text"]) and parts[choice["index"]] == choice["text"]
+        assert choice["finish_reason"] == "stop"
+        # " é" could not go on otherwise.
+        assert choice["logprobs"]["token_logprobs"].count(0.0) >= 2
+
+
+def test_any_object_and_free_text(client: httpx.Client) -> None:
+    ask = {"model": "base", "prompt": "x", "max_tokens": 30, "seed": 2}
+    start = client.post("/v1/completions", json={**ask, "response_format": {"type": "json_object"}}).json()
+    assert start["choices"][0]["text"].startswith("{")
+    free = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
+    same = client.post("/v1/completions", json={**ask, "response_format": {"type": "text"}}).json()
+    assert same["choices"][0]["text"] == free
+    schema = json.dumps({"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 2})
+    spaced = {"structured_outputs": {"json": schema, "whitespace_pattern": " ?"}}
+    for seed in range(5):
+        text = client.post("/v1/completions", json={**ask, **spaced, "seed": seed}).json()["choices"][0]["text"]
+        assert re.fullmatch(r"\[ ?null ?, ?null ?\]", text)
+
+
+def test_rollouts_tell_their_grammar_and_are_drawn_again(client: httpx.Client) -> None:
+    structures: list[dict[str, Any]] = [
+        {"regex": "[a-c]{2,8}"},
+        {"choice": ["yes", "no", "pérhaps"]},
+        {"grammar": 'root ::= "(" [0-9]{1,4} ")"'},
+        {"json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}, "disable_any_whitespace": True},
+        {"json": {"enum": ["a", 1.5]}, "whitespace_pattern": " "},
+    ]
+    for structure in structures:
+        sampling = {"max_tokens": 40, "seed": 1, "structured_outputs": structure}
+        body = {"prompts": [{"token_ids": [5, 6]}, {"text": "abc"}], "n": 3, "policy": "base", "sampling": sampling}
+        rows = client.post("/v1/rollouts", json={**body, "return": ["text", "sampling_logprobs"]}).json()["rollouts"]
+        assert all(row["sampling"]["structured_outputs"] == structure for row in rows)
+        replayed = client.post("/v1/replay", json={"rollouts": rows}).json()["rollouts"]
+        assert [found["exact"] for found in replayed] == [True] * 6
+        # A row is cut, and continued under the same grammar.
+        row = max(rows, key=lambda row: len(row["token_ids"]))
+        prompt = {"token_ids": row["prompt_token_ids"], "prefix": {"token_ids": row["token_ids"][:1]}}
+        again = {**sampling, "seed": row["seed"]}
+        reply = client.post("/v1/rollouts", json={**body, "prompts": [prompt], "n": 1, "sampling": again}).json()
+        assert reply["rollouts"][0]["token_ids"] == row["token_ids"]
+        prompt["prefix"]["token_ids"] = [*row["token_ids"][:1], 2, 3]
+        refused = client.post("/v1/rollouts", json={**body, "prompts": [prompt], "n": 1, "sampling": again})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "prompts[0].prefix.token_ids"
