@@ -100,6 +100,17 @@ class Batch:
         return self._store.cells(count, columns)
 
     @property
+    def nbytes(self) -> int:
+        """KV memory, bytes: of rows, and of prompts on their way."""
+        return self._store.nbytes
+
+    @property
+    def filled_cells(self) -> int:
+        """KV columns over all rows that hold something."""
+        read = sum(joining.prompt.fed for joining in self._joining)
+        return read + sum(row.offset for row in self._seats.values())
+
+    @property
     def unread(self) -> int:
         """Prompt tokens that joining groups still have to read."""
         return sum(len(joining.prompt.tokens) - joining.prompt.fed for joining in self._joining)
@@ -222,7 +233,14 @@ class Batch:
         return dropped
 
     def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:
-        moved = self._store.leave(places, scrub)
+        self._follow(self._store.leave(places, scrub))
+
+    def shrink(self) -> None:
+        """Gives back KV that no row needs; no step may be in flight."""
+        reading = [len(joining.prompt.tokens) for joining in self._joining]
+        self._follow(self._store.shrink(max([row.offset + 1 for row in self._seats.values()] + reading, default=0)))
+
+    def _follow(self, moved: dict[int, int] | None) -> None:
         self._arrays = None
         if moved is None:
             return

@@ -59,6 +59,16 @@ class Batches:
         return sum(batch.cells(0, batch.longest) for batch in self._batches.values() if self._holds(batch))
 
     @property
+    def nbytes(self) -> int:
+        """KV memory of all batches, bytes."""
+        return sum(batch.nbytes for batch in self._batches.values())
+
+    @property
+    def filled_cells(self) -> int:
+        """KV columns over all rows that hold something."""
+        return sum(batch.filled_cells for batch in self._batches.values())
+
+    @property
     def active(self) -> bool:
         return any(batch.active for batch in self._batches.values())
 
@@ -109,6 +119,14 @@ class Batches:
         for number in self._batches.keys() - {BASE_SET, *sets}:
             if not self._holds(self._batches[number]):
                 self._drop(number)
+
+    def shrink(self) -> None:
+        """Gives back KV that no row needs; no step may be in flight."""
+        self.keep(())
+        for parameters, batch in self._batches.items():
+            self._at = parameters
+            batch.shrink()
+        self._at = None
 
     def _drop(self, parameters: int) -> None:
         self._steps_before += self._batches.pop(parameters).steps

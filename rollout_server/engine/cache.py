@@ -102,6 +102,10 @@ class RowStore(Protocol):
     def moves_on_leave(self, leaving: int) -> bool:
         """Whether freeing `leaving` places now would move the rows that stay."""
 
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        """Gives back what no row needs, where none has filled more than `columns`; returns old → new places if rows
+        moved. No step may be in flight."""
+
     @property
     def nbytes(self) -> int: ...
 
@@ -343,6 +347,17 @@ class SlotRows:
                     layer.keys[dirty] = mx.zeros((), dtype=layer.keys.dtype)
                     layer.values[dirty] = mx.zeros((), dtype=layer.values.dtype)
         return self._compact() if moves else None
+
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        live = self.capacity - len(self._free)
+        if not live:
+            self._clear()
+            return None
+        moved = self._compact() if row_bucket(live, self._max_rows) < self.capacity else None
+        width = round_up(columns + 1, COLUMN_BUCKET)
+        if width < self.columns:
+            self._resize(self.capacity, width)
+        return moved
 
     def arrays(self) -> list[mx.array]:
         return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]

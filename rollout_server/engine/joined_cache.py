@@ -92,6 +92,10 @@ class JoinedRows:
     def moves_on_leave(self, leaving: int) -> bool:
         return True
 
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        """Filtering left nothing over."""
+        return None
+
     def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
         if not places:
             return None

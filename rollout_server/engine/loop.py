@@ -18,6 +18,8 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.footprint import Release
+from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import (
     Abort,
     Command,
@@ -85,6 +87,8 @@ class Engine:
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports)
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._memory = Memory(self._batch, policies, model.info)
+        self._releases: deque[Release] = deque()
 
     def _new_batch(self, parameters: int) -> Batch:
         model = self._model
@@ -125,6 +129,7 @@ class Engine:
         self._flush()
 
     def _compute(self) -> None:
+        self._give_back()
         self._change_policies()
         self._admit()
         left = self._budget
@@ -146,10 +151,18 @@ class Engine:
         # What prefill and decode left of the turn's tokens, but always enough to get on.
         self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
 
+    def _give_back(self) -> None:
+        while self._releases:
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._reports.add(self._memory.give_back(self._releases.popleft().id))
+        self._memory.rest(self._busy)
+
     @property
     def _busy(self) -> bool:
         return bool(
             self._batch.active
+            or self._releases
             or self._batch.joining
             or self._scoring.busy
             or self._reports.has_complete
@@ -183,6 +196,8 @@ class Engine:
                 case Abort():
                     for id in command.ids:
                         self._end_request(id, command.reason)
+                case Release():
+                    self._releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
                 case Stop():
@@ -211,6 +226,7 @@ class Engine:
                 slot_bytes=self._policies.slot_bytes,
                 set_bytes=self._policies.set_bytes,
                 sets=len(self._policies.sets),
+                memory=self._memory.status(),
             )
         )
 
@@ -322,7 +338,7 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        for id in self._scoring.own_requests + [change.id for change in self._changes]:
+        for id in self._scoring.own_requests + [change.id for change in [*self._changes, *self._releases]]:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.footprint import MemoryStatus, Release, Released
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
@@ -67,6 +68,8 @@ class ModelInfo:
     """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
     max_batch: int
     device: str
+    weight_bytes: int = 0
+    """Of the base, as it is in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     weights: dict[str, Parameter] = field(default_factory=dict)
@@ -210,7 +213,7 @@ class Stop:
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
 """What the versions answer to, with one reply each."""
-Command = Submit | Score | PolicyCommand | Abort | Ping | Stop
+Command = Submit | Score | PolicyCommand | Abort | Release | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -327,7 +330,7 @@ class Pong:
 
 
 PolicyReply = Published | Pinned | Deleted | Exported | Restored
-Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Pong
+Event = TokensSampled | RowFinished | RequestDone | RequestFailed | Scored | PolicyReply | Released | Pong
 
 
 # ---- status: one immutable snapshot, replaced by the engine thread after every change ------------------------------
@@ -381,3 +384,4 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
+    memory: MemoryStatus = MemoryStatus()

@@ -85,6 +85,7 @@ def load(options: EngineOptions) -> ResidentModel:
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
         parameters=_parameters(module),
+        weight_bytes=sum(array.nbytes for array in _arrays(module)),
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         kv_bytes_per_token=cell_bytes,

@@ -1,4 +1,4 @@
-"""`POST /v1/abort`."""
+"""`POST /v1/abort` and `POST /v1/release`."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ class AbortRequest(Request):
 class AbortReply(BaseModel):
     aborted: list[str] = Field(description="Ids that were open: their rows end as `aborted` with what they have.")
     unknown: list[str] = Field(description="Ids of nothing that is open.")
+
+
+class ReleaseReply(BaseModel):
+    released_bytes: int = Field(description="What the server's process holds less than before, bytes.")
+    kv_bytes: int = Field(description="How much of it was KV memory.")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.messages import (
     EngineStatus,
     ModelInfo,
@@ -200,7 +201,14 @@ class FakeEngine(FakeVersions):
     def status(self) -> EngineStatus:
         fault = None if self.state == "ready" else "The engine ended: a test."
         return EngineStatus(
-            self.state, fault, waiting=len(self.open), running=2, policies=self.snapshot(), steps=3, tokens=4
+            self.state,
+            fault,
+            waiting=len(self.open),
+            running=2,
+            policies=self.snapshot(),
+            steps=3,
+            tokens=4,
+            memory=MemoryStatus(weights=4000, kv_held=512, kv_filled=256, peak=9000),
         )
 
     async def ping(self, timeout_s: float) -> bool:
@@ -278,6 +286,9 @@ class FakeEngine(FakeVersions):
         if spans is None:
             return (Span(self._found(score.policy), 0, count),)
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
+
+    async def release(self) -> Released:
+        return Released(self.new_id("release"), 3072, 1024)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         found = tuple(id for id in dict.fromkeys(ids) if id in self.open)

@@ -37,6 +37,7 @@ STATE = [
     ("PATCH", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy"),
+    ("POST", "/v1/release"),
 ]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
 

@@ -1,4 +1,4 @@
-"""`POST /v1/abort`."""
+"""`POST /v1/abort` and `POST /v1/release`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from rollout_server.schemas.control import AbortReply
+from rollout_server.schemas.control import AbortReply, ReleaseReply
 from tests.http.fake_engine import FakeEngine, Row
 from tests.live_server import until
 
@@ -53,3 +53,10 @@ def test_what_is_no_list_of_ids(client: Client, problem: Callable[..., Any]) -> 
         ({"ids": [], "all": True}, "all"),
     ):
         problem(client.post("/v1/abort", json=body), 400, "invalid_field", param)
+
+
+def test_release_says_how_much(client: Client, problem: Callable[..., Any]) -> None:
+    response = client.post("/v1/release")
+    assert response.status_code == 200
+    ReleaseReply.model_validate(response.json())
+    assert response.json() == {"released_bytes": 3072, "kv_bytes": 1024}

@@ -35,6 +35,8 @@ def test_the_engine_s_state(client: Client, engine: FakeEngine) -> None:
     assert value(samples, "rollout_rows_running") == 2
     assert value(samples, "rollout_requests_waiting") == 0
     assert (value(samples, "rollout_steps_total"), value(samples, "rollout_tokens_total")) == (3, 4)
+    for part, expected in (("weights", 4000), ("kv_held", 512), ("kv_filled", 256), ("cached", 0), ("peak", 9000)):
+        assert value(samples, "rollout_memory_bytes", part=part) == expected, part
     for name, expected in (("versions", 3), ("live_version", 3), ("policy_rows", 4), ("weights_bytes", 192)):
         assert value(samples, f"rollout_{name}", policy="policy") == expected, name
     client.delete("/v1/weights/policy")
