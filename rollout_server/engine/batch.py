@@ -95,6 +95,19 @@ class Batch:
         groups = [row.group for row in self._seats.values()] + [joining.group for joining in self._joining]
         return max((group.length for group in groups), default=0)
 
+    @property
+    def width(self) -> int:
+        """Columns the next step needs for its longest row; prompts on their way count as read."""
+        read = [len(joining.prompt.tokens) for joining in self._joining]
+        return 1 + max([row.offset for row in self._seats.values()] + read, default=-1)
+
+    def seats(self, row: Row) -> bool:
+        return any(seated is row for seated in self._seats.values())
+
+    def places(self, rows: int) -> int:
+        """How many are computed for so many rows."""
+        return self._store.places(rows)
+
     def cells(self, count: int, columns: int) -> int:
         """KV columns over all rows that the cache could come to fill, see `cache.RowStore.cells`."""
         return self._store.cells(count, columns)
@@ -125,12 +138,13 @@ class Batch:
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
-    def join(self, admission: Admission) -> None:
-        """Reserves places; no step may be in flight. A group whose KV was kept skips prefill."""
+    def join(self, admission: Admission, columns: int) -> None:
+        """Reserves places; no step may be in flight. No row may exceed `columns`. A group whose KV was kept skips
+        prefill."""
         group = admission.group
         if group.prompt is None:
             group.prompt = Prompt(group.request.prompt_ids[:-1], group.placement.slot)
-        self._store.begin(group.prompt, admission.count, admission.columns)
+        self._store.begin(group.prompt, admission.count, columns)
         # There may be more places now, and rows go on while the prompt is read.
         self._arrays = None
         group.joining = True

@@ -1,5 +1,5 @@
-"""One batch for each parameter set that rows run on, behind the face of one: a forward reads one set of weights, so
-rows of another set cost another pass.
+"""Batches behind the face of one. Each parameter set that rows run on has its own, since a forward reads one set of
+weights; where rows of one set differ much in length it has one for each class of lengths, see `lengths`.
 
 A batch is made when the first group needs it. One without rows keeps its KV for the next rows of its set until another
 batch needs room or its set is gone. What is computed comes row by row, one batch after another, as it is read: where a
@@ -9,30 +9,56 @@ batch fails, the rows of those before it have been told of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch, Joining
+from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
 
+Berth = tuple[int, int]
+"""Which batch: the parameter set, and the number of a class of lengths."""
+
+FIRST: Berth = (BASE_SET, 0)
+LEAST_WASTE = 4096
+"""Columns attended in vain each step, below which nobody asks what they cost,"""
+LONG = 1024
+"""and the columns a row may come to from which it is asked early, while there is room to measure."""
+MEASURED_WIDTH = 1024
+MEASURED_CELLS = 5 * MEASURED_WIDTH
+"""At least what measuring fills."""
+ARRANGED_EVERY = 16
+"""Turns."""
+
 
 class Batches:
-    """`make(parameters)` gives an empty batch whose forwards run on that parameter set."""
+    """`make(parameters)` gives an empty batch whose forwards run on that parameter set; all together fill at most
+    `kv_cells` columns. `measure(width)` says what steps cost; None where rows cannot be put into classes."""
 
-    def __init__(self, make: Callable[[int], Batch]) -> None:
+    def __init__(
+        self, make: Callable[[int], Batch], kv_cells: int, measure: Callable[[int], StepCosts] | None = None
+    ) -> None:
         self._make = make
-        self._batches: dict[int, Batch] = {BASE_SET: make(BASE_SET)}
+        self._kv_cells = kv_cells
+        self._measure = measure
+        self._costs: StepCosts | None = None
+        self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
         self._steps_before = 0
-        self._at: int | None = None
-        """The set whose batch is being computed: what a failure is blamed on."""
+        self._turns = 0
+        self._at: Berth | None = None
+        """The batch that is being computed: what a failure is blamed on."""
         self._moving: Row | None = None
 
     def __getitem__(self, parameters: int) -> Batch:
-        """Raises `KeyError` where no row has run on this set lately."""
-        return self._batches[parameters]
+        """The first batch of a set. Raises `KeyError` where no row has run on this set lately."""
+        return self._batches[self._of(parameters)[0]] if self._of(parameters) else self._batches[parameters, 0]
+
+    def _of(self, parameters: int) -> list[Berth]:
+        return sorted(berth for berth in self._batches if berth[0] == parameters)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
@@ -80,18 +106,22 @@ class Batches:
     @property
     def sets(self) -> tuple[int, ...]:
         """Those that have a batch."""
-        return tuple(self._batches)
+        return tuple(sorted({berth[0] for berth in self._batches}))
 
-    def longest(self, parameters: int) -> int:
-        """The most columns that a row on this set can fill."""
-        return self._batches[parameters].longest if parameters in self._batches else 0
+    def classes(self, parameters: int) -> int:
+        """Batches of a set that have rows."""
+        return sum(self._holds(self._batches[berth]) for berth in self._of(parameters))
 
-    def cells(self, parameters: int, count: int, columns: int) -> int:
-        """KV columns over all rows of all batches once `count` more rows joined on this set and none of its rows is
-        longer than `columns`. Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(parameters) or self._make(parameters)
-        others = (other for number, other in self._batches.items() if number != parameters and self._holds(other))
-        return batch.cells(count, columns) + sum(other.cells(0, other.longest) for other in others)
+    def columns(self, berth: Berth, length: int) -> int:
+        """The most columns that a row of this batch can fill once one of `length` joined."""
+        return max(length, self._batches[berth].longest) if berth in self._batches else length
+
+    def cells(self, berth: Berth, count: int, length: int) -> int:
+        """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
+        Batches without rows count for nothing: they make room."""
+        batch = self._batches.get(berth) or self._make(berth[0])
+        others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
+        return batch.cells(count, self.columns(berth, length)) + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
     def _holds(batch: Batch) -> bool:
@@ -101,35 +131,36 @@ class Batches:
 
     def join(self, admission: Admission) -> None:
         """See `Batch.join`."""
-        self._at = admission.group.placement.parameters
-        self.open(self._at).join(admission)
+        self._at = admission.berth
+        batch = self.open(admission.berth)
+        batch.join(admission, self.columns(admission.berth, admission.group.length))
         self._at = None
 
-    def open(self, parameters: int) -> Batch:
-        """The batch of a set, made if need be; others that have no rows give their KV back."""
-        for number in [number for number, batch in self._batches.items() if not self._holds(batch)]:
-            if number != parameters:
-                self._drop(number)
-        if parameters not in self._batches:
-            self._batches[parameters] = self._make(parameters)
-        return self._batches[parameters]
+    def open(self, berth: Berth) -> Batch:
+        """A batch, made if need be; others that have no rows give their KV back."""
+        for key in [key for key, batch in self._batches.items() if not self._holds(batch)]:
+            if key != berth:
+                self._drop(key)
+        if berth not in self._batches:
+            self._batches[berth] = self._make(berth[0])
+        return self._batches[berth]
 
     def keep(self, sets: Collection[int]) -> None:
-        """Batches without rows whose set is not among these give their KV back."""
-        for number in self._batches.keys() - {BASE_SET, *sets}:
-            if not self._holds(self._batches[number]):
-                self._drop(number)
+        """Batches without rows whose set is not among these, or has others, give their KV back."""
+        for berth in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
+            if not self._holds(self._batches[berth]):
+                self._drop(berth)
 
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
         self.keep(())
-        for parameters, batch in self._batches.items():
-            self._at = parameters
+        for berth, batch in self._batches.items():
+            self._at = berth
             batch.shrink()
         self._at = None
 
-    def _drop(self, parameters: int) -> None:
-        self._steps_before += self._batches.pop(parameters).steps
+    def _drop(self, berth: Berth) -> None:
+        self._steps_before += self._batches.pop(berth).steps
 
     def prefill(self, budget: int) -> Iterator[Row]:
         """See `Batch.prefill`; the budget is shared."""
@@ -142,18 +173,85 @@ class Batches:
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)
 
-    def move(self, row: Row, parameters: int, kv_cells: int) -> bool:
-        """Takes a row to the batch of another set, with the KV it has; no step may be in flight. False, and the row is
-        in no batch any more, where all batches would then fill more than `kv_cells` columns."""
-        self._at, self._moving = row.placement.parameters, row
-        kept = self._batches[self._at].take_out(row)
-        columns = max(self.longest(parameters), row.group.length)
-        fits = self.cells(parameters, 1, columns) <= kv_cells
+    def move(self, row: Row, parameters: int) -> bool:
+        """Takes a row to a batch of another set, with the KV it has; no step may be in flight. False, and the row is
+        in no batch any more, where there is no room for it."""
+        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1, row.group.length))
+
+    def _home(self, row: Row) -> Berth:
+        return next(berth for berth in self._of(row.placement.parameters) if self._batches[berth].seats(row))
+
+    def _shift(self, row: Row, source: Berth, target: Callable[[], Berth]) -> bool:
+        self._at, self._moving = source, row
+        kept = self._batches[source].take_out(row)
+        berth = target()
+        fits = self.cells(berth, 1, row.group.length) <= self._kv_cells
         if fits:
-            self._at = parameters
-            self.open(parameters).put_in(row, kept, columns)
+            self._at = berth
+            columns = self.columns(berth, row.group.length)
+            self.open(berth).put_in(row, kept, columns)
         self._at = self._moving = None
         return fits
+
+    # ---- classes of lengths ---------------------------------------------------------------------------------------
+
+    def berth(self, parameters: int, count: int, width: int, length: int) -> Berth:
+        """Where `count` rows that have `width` columns now, and `length` at most, would run on a set."""
+        here = self._of(parameters)
+        busy = [berth for berth in here if self._batches[berth].size]
+        if not busy:
+            self._know_costs(length >= LONG)
+            return here[0] if here else (parameters, 0)
+        shapes = [Shape(self._batches[berth].size, self._batches[berth].width) for berth in busy]
+        self._know_costs(length >= LONG or waste(shapes, count, width, self._places) >= LEAST_WASTE)
+        if self._costs is None:
+            return busy[0]
+        chosen = cheapest(shapes, count, width, self._costs, self._places, may_open=True)
+        if chosen < len(busy):
+            return busy[chosen]
+        return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
+
+    def _places(self, rows: int) -> int:
+        return next(iter(self._batches.values())).places(rows)
+
+    def _know_costs(self, wanted: bool) -> None:
+        """Measures once, when somebody wants to know and the memory for it is free."""
+        if wanted and self._costs is None and self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
+            self._costs = self._measure(MEASURED_WIDTH)
+
+    def moves(self) -> list[tuple[Row, Berth]]:
+        """Rows that should run in another class by now; looked at once in a while."""
+        self._turns += 1
+        if self._measure is None or self._turns % ARRANGED_EVERY:
+            return []
+        return [move for parameters in {berth[0] for berth in self._batches} for move in self._better(parameters)]
+
+    def _better(self, parameters: int) -> list[tuple[Row, Berth]]:
+        here = self._of(parameters)
+        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running]
+        if not seated or any(self._batches[berth].joining for berth in here):
+            return []
+        widths = [row.offset + 1 for row, _ in seated]
+        self._know_costs(max(widths) * len(widths) - sum(widths) >= LEAST_WASTE)
+        if self._costs is None:
+            return []
+        found = plan(widths, [berth[1] for _, berth in seated], self._costs, self._places)
+        if found is None:
+            return []
+        return [(row, (parameters, at)) for (row, berth), at in zip(seated, found, strict=True) if at != berth[1]]
+
+    def rearrange(self, moves: Sequence[tuple[Row, Berth]]) -> None:
+        """Moves those that still run, as far as there is room; no step may be in flight."""
+        sources = set()
+        for row, berth in moves:
+            if row.running and self.cells(berth, 1, row.group.length) <= self._kv_cells:
+                source = self._home(row)
+                sources.add(source)
+                self._shift(row, source, partial(_given, berth))
+        for source in sources & self._batches.keys():
+            self._at = source
+            self._batches[source].shrink()
+        self._at = None
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
@@ -165,8 +263,8 @@ class Batches:
         return self._each(Batch.settle)
 
     def _each(self, do: Callable[[Batch], Sequence[T]]) -> Iterator[T]:
-        for parameters, batch in list(self._batches.items()):
-            self._at = parameters
+        for berth, batch in list(self._batches.items()):
+            self._at = berth
             done = do(batch)
             self._at = None
             yield from done
@@ -176,11 +274,17 @@ class Batches:
         are in no batch any more."""
         failed = [self._at] if self._at is not None and self._at in self._batches else list(self._batches)
         self._at = None
-        rows = [row for number in failed for row in self._batches[number].rows]
-        joining = [group for number in failed for group in self._batches[number].joining]
+        rows = [row for berth in failed for row in self._batches[berth].rows]
+        joining = [group for berth in failed for group in self._batches[berth].joining]
         if self._moving is not None and self._moving not in rows:
             rows.append(self._moving)
         self._moving = None
-        for number in failed:
-            self._drop(number)
+        for berth in failed:
+            self._drop(berth)
+        if not self._batches:
+            self._batches[FIRST] = self._make(BASE_SET)
         return rows, joining
+
+
+def _given(berth: Berth) -> Berth:
+    return berth

@@ -70,6 +70,9 @@ class RowStore(Protocol):
     layers: list[Any]
     capacity: int
 
+    def places(self, rows: int) -> int:
+        """How many a step computes for so many rows."""
+
     def cells(self, count: int, columns: int) -> int:
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
 
@@ -212,6 +215,9 @@ class SlotRows:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for layer in self.layers for array in (layer.keys, layer.values) if array is not None)
+
+    def places(self, rows: int) -> int:
+        return row_bucket(rows, self._max_rows)
 
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)

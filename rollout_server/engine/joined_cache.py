@@ -32,6 +32,9 @@ class JoinedRows:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    def places(self, rows: int) -> int:
+        return rows
+
     def cells(self, count: int, columns: int) -> int:
         rows = self.capacity + self._reserved + count
         return rows * (columns + JOINED_KV_SPARE + self._row_cells)

@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batches import Batches, Berth
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.footprint import Release
+from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import (
     Abort,
@@ -39,6 +41,7 @@ from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.sequence import Group
+from rollout_server.engine.step_cost import measure
 from rollout_server.engine.switching import Switching
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError, StalePolicy
 
@@ -73,20 +76,15 @@ class Engine:
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
         self._changing: PolicyCommand | None = None
         self._admitting: Group | None = None
-        self._batch = Batches(self._new_batch)
-        kv_cells = model.info.kv_memory // model.info.kv_bytes_per_token
+        kv_cells = self._kv_cells = model.info.kv_memory // model.info.kv_bytes_per_token
+        self._batch = Batches(self._new_batch, kv_cells, self._measure_step if model.info.cache == "slots" else None)
         self._scoring = ScoringQueue(
             make_reader(model, policies), policies, lambda cells: self._batch.held_cells + cells <= kv_cells
         )
-        self._scheduler = Scheduler(
-            model.info.max_batch,
-            kv_cells,
-            lambda group: self._batch.longest(self._set_of(group)),
-            lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
-        )
+        self._scheduler = Scheduler(model.info.max_batch, self._fit)
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports)
-        self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._switching = Switching(policies, self._batch, self._reports)
         self._memory = Memory(self._batch, policies, model.info)
         self._releases: deque[Release] = deque()
 
@@ -105,6 +103,16 @@ class Engine:
             model.info.vocab_size,
             decode,
         )
+
+    def _measure_step(self, width: int) -> StepCosts:
+        model = self._model
+        return measure(model.forward, model.make_slots, partial(self._policies.route, BASE_SET), width)
+
+    def _fit(self, group: Group, count: int) -> Berth | None:
+        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
+        berth = self._batch.berth(self._set_of(group), count, len(group.request.prompt_ids), group.length)
+        cells = self._batch.cells(berth, count, group.length) + self._scoring.cells
+        return berth if cells <= self._kv_cells else None
 
     def _set_of(self, group: Group) -> int:
         """The parameter set that a group runs on, or would if it were admitted now."""
@@ -145,6 +153,10 @@ class Engine:
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
+        if moves := self._batch.moves():
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._batch.rearrange(moves)
         self._batch.keep(self._policies.sets)
         for group in self._reports.take_complete():
             self._references.score_rows(group)

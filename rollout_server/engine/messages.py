@@ -384,4 +384,4 @@ class EngineStatus:
     """Device memory of all parameter sets, the base not counted,"""
     sets: int = 0
     """and how many there are."""
-    memory: MemoryStatus = MemoryStatus()
+    memory: MemoryStatus = field(default_factory=MemoryStatus)

@@ -49,6 +49,13 @@ class ResidentModel:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
         return self.module(tokens, cache=caches)
 
+    def make_slots(self) -> SlotRows:
+        """Empty rows with columns; only where `info.cache` is `slots`."""
+        store = self.make_store()
+        if not isinstance(store, SlotRows):
+            raise RuntimeError("A model with slot caches made another kind of store.")
+        return store
+
     def make_caches(self) -> list[Any]:
         """Fresh mlx-lm caches for one sequence."""
         return make_prompt_cache(self.module)

@@ -10,13 +10,10 @@ from rollout_server.rollout import FinishReason, OnUpdate
 
 
 class Switching:
-    """`kv_cells` is how many KV columns all batches may fill together."""
-
-    def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports, kv_cells: int) -> None:
+    def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports) -> None:
         self._policies = policies
         self._batches = batches
         self._reports = reports
-        self._kv_cells = kv_cells
 
     def follow(self, row: Sequence) -> None:
         """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
@@ -42,7 +39,7 @@ class Switching:
             self._reports.progress(self._batches.settle())
             if not row.running:
                 return
-            if not self._batches.move(row, parameters, self._kv_cells):
+            if not self._batches.move(row, parameters):
                 row.end(FinishReason.SUPERSEDED, f"{address.name}@{self._policies.alias(address.name)}")
                 self._reports.ended(row)
                 self._reports.release([row])

@@ -163,7 +163,7 @@ def test_a_switch_for_which_there_is_no_kv_ends_the_row(driver: Driver) -> None:
     driver.turn(6)
     assert driver.status.running == 4
     # Exactly what runs: three rows keep the places of four.
-    driver.engine._switching._kv_cells = driver.engine._batch.cells(0, 0, 55)
+    driver.engine._batch._kv_cells = driver.engine._batch.cells((0, 0), 0, 55)
     driver.push("p", full(driver, 2))
     driver.finish(*ids)
     (moved,), stayed = driver.rollouts(ids[0]), driver.rollouts(ids[1])
@@ -181,7 +181,7 @@ def test_a_batch_is_dropped_with_its_set_and_admission_counts_all(driver: Driver
     driver.turn(4)
     batches = driver.engine._batch
     columns = [batches[number].longest for number in (0, 1)]
-    assert batches.cells(0, 0, columns[0]) == sum(
+    assert batches.cells((0, 0), 0, columns[0]) == sum(
         batches[n].cells(0, width) for n, width in zip((0, 1), columns, strict=True)
     )
     driver.push("p", driver.bundle(2))
