@@ -9,13 +9,16 @@ batch fails, the rows of those before it have been told of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch, Joining
 from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
+from rollout_server.engine.recovery import Leg
 from rollout_server.engine.scheduler import Admission
+from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
@@ -24,6 +27,25 @@ Berth = tuple[int, int]
 """Which batch: the parameter set, and the number of a class of lengths."""
 
 FIRST: Berth = (BASE_SET, 0)
+Age = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
+
+    age: Age
+    berth: Berth
+    count: int
+    width: int
+    row: Row | None = None
+    joining: Joining | None = None
+
+
+def _age(group: Group, sample: int) -> Age:
+    return group.arrived, group.request.prompt_index, sample
+
+
 LEAST_WASTE = 4096
 """Columns attended in vain each step, below which nobody asks what they cost,"""
 LONG = 1024
@@ -52,6 +74,8 @@ class Batches:
         self._at: Berth | None = None
         """The batch that is being computed: what a failure is blamed on."""
         self._moving: Row | None = None
+        self.aside: list[Row] = []
+        """Rows whose KV was dropped and that wait to come back, oldest first."""
 
     def __getitem__(self, parameters: int) -> Batch:
         """The first batch of a set. Raises `KeyError` where no row has run on this set lately."""
@@ -64,7 +88,8 @@ class Batches:
 
     @property
     def rows(self) -> list[Row]:
-        return [row for batch in self._batches.values() for row in batch.rows]
+        """Those that stepped aside included."""
+        return [row for batch in self._batches.values() for row in batch.rows] + self.aside
 
     @property
     def joining(self) -> list[Joining]:
@@ -133,7 +158,7 @@ class Batches:
         """See `Batch.join`."""
         self._at = admission.berth
         batch = self.open(admission.berth)
-        batch.join(admission, self.columns(admission.berth, admission.group.length))
+        batch.join(admission, self.columns(admission.berth, admission.group.soon))
         self._at = None
 
     def open(self, berth: Berth) -> Batch:
@@ -164,11 +189,14 @@ class Batches:
 
     def prefill(self, budget: int) -> Iterator[Row]:
         """See `Batch.prefill`; the budget is shared."""
-        joining = sum(bool(batch.joining) for batch in self._batches.values())
-        return self._each(lambda batch: batch.prefill(max(1, budget // joining)) if batch.joining else [])
+        joining = sum(bool(batch.unread or batch.joining) for batch in self._batches.values())
+        return self._each(lambda b: b.prefill(max(1, budget // joining)) if b.unread or b.joining else [])
 
     def release(self) -> Iterator[Row]:
-        return self._each(Batch.release)
+        ended = [row for row in self.aside if not row.running]
+        self.aside = [row for row in self.aside if row.running]
+        yield from ended
+        yield from self._each(Batch.release)
 
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)
@@ -176,7 +204,7 @@ class Batches:
     def move(self, row: Row, parameters: int) -> bool:
         """Takes a row to a batch of another set, with the KV it has; no step may be in flight. False, and the row is
         in no batch any more, where there is no room for it."""
-        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1, row.group.length))
+        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1, row.soon))
 
     def _home(self, row: Row) -> Berth:
         return next(berth for berth in self._of(row.placement.parameters) if self._batches[berth].seats(row))
@@ -185,13 +213,65 @@ class Batches:
         self._at, self._moving = source, row
         kept = self._batches[source].take_out(row)
         berth = target()
-        fits = self.cells(berth, 1, row.group.length) <= self._kv_cells
+        fits = self.cells(berth, 1, row.soon) <= self._kv_cells
         if fits:
             self._at = berth
-            columns = self.columns(berth, row.group.length)
+            columns = self.columns(berth, row.soon)
             self.open(berth).put_in(row, kept, columns)
         self._at = self._moving = None
         return fits
+
+    # ---- memory at its limit --------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> int:
+        """KV columns over all rows of all batches once the next step is done."""
+        return sum(batch.due for batch in self._batches.values())
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Rows and joining groups, for which of them steps aside."""
+        held = []
+        for berth, batch in self._batches.items():
+            held += [Holder(_age(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
+            for each in batch.joining:
+                width, age = len(each.prompt.tokens) + 1, _age(each.group, each.first_sample)
+                held.append(Holder(age, berth, each.count, width, joining=each))
+        return held
+
+    def packed(self, holders: Sequence[Holder]) -> int:
+        """KV columns over all rows that these alone would fill."""
+        total = 0
+        for berth, batch in self._batches.items():
+            mine = [holder for holder in holders if holder.berth == berth]
+            width = max((holder.width for holder in mine), default=0)
+            total += batch.store.packed(sum(holder.count for holder in mine), width)
+        return total
+
+    def tighten(self) -> None:
+        """Batches keep what their rows need now; those without rows give all back. No step may be in flight."""
+        self.shrink()
+
+    def evict(self, row: Row) -> None:
+        """Drops the KV of a row, which waits to come back; no step may be in flight."""
+        berth = self._at = self._home(row)
+        self._batches[berth].evict(row)
+        self._at = None
+        row.away = True
+        self.aside = sorted([*self.aside, row], key=lambda row: _age(row.group, row.sample_index))
+
+    def unjoin(self, joining: Joining) -> None:
+        """See `Batch.unjoin`."""
+        for batch in self._batches.values():
+            if joining in batch.joining:
+                batch.unjoin(joining)
+
+    def recover(self, row: Row, berth: Berth, legs: Sequence[Leg]) -> None:
+        """Takes a row back that stepped aside; no step may be in flight."""
+        self._at = berth
+        self.open(berth).recover(row, legs, self.columns(berth, row.soon))
+        self.aside.remove(row)
+        self._at = None
 
     # ---- classes of lengths ---------------------------------------------------------------------------------------
 
@@ -212,7 +292,7 @@ class Batches:
         return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
 
     def _places(self, rows: int) -> int:
-        return next(iter(self._batches.values())).places(rows)
+        return next(iter(self._batches.values())).store.places(rows)
 
     def _know_costs(self, wanted: bool) -> None:
         """Measures once, when somebody wants to know and the memory for it is free."""
@@ -228,7 +308,7 @@ class Batches:
 
     def _better(self, parameters: int) -> list[tuple[Row, Berth]]:
         here = self._of(parameters)
-        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running]
+        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running and not row.away]
         if not seated or any(self._batches[berth].joining for berth in here):
             return []
         widths = [row.offset + 1 for row, _ in seated]
@@ -244,7 +324,7 @@ class Batches:
         """Moves those that still run, as far as there is room; no step may be in flight."""
         sources = set()
         for row, berth in moves:
-            if row.running and self.cells(berth, 1, row.group.length) <= self._kv_cells:
+            if row.running and not row.away and self.cells(berth, 1, row.soon) <= self._kv_cells:
                 source = self._home(row)
                 sources.add(source)
                 self._shift(row, source, partial(_given, berth))

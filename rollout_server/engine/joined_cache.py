@@ -35,6 +35,12 @@ class JoinedRows:
     def places(self, rows: int) -> int:
         return rows
 
+    def due(self, width: int) -> int:
+        return self.cells(0, width)
+
+    def packed(self, rows: int, width: int) -> int:
+        return rows * (width + JOINED_KV_SPARE + self._row_cells)
+
     def cells(self, count: int, columns: int) -> int:
         rows = self.capacity + self._reserved + count
         return rows * (columns + JOINED_KV_SPARE + self._row_cells)

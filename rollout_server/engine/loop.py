@@ -36,6 +36,7 @@ from rollout_server.engine.messages import (
 )
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
@@ -85,6 +86,7 @@ class Engine:
         self._reports = Reports(self._scheduler, policies)
         self._references = References(self._scoring, policies, self._reports)
         self._switching = Switching(policies, self._batch, self._reports)
+        self._preemption = Preemption(self._batch, policies, self._reports, self._scheduler, self._scoring, kv_cells)
         self._memory = Memory(self._batch, policies, model.info)
         self._releases: deque[Release] = deque()
 
@@ -102,6 +104,7 @@ class Engine:
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
             decode,
+            lambda placement: self._policies.route_rows([placement]),
         )
 
     def _measure_step(self, width: int) -> StepCosts:
@@ -111,7 +114,7 @@ class Engine:
     def _fit(self, group: Group, count: int) -> Berth | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         berth = self._batch.berth(self._set_of(group), count, len(group.request.prompt_ids), group.length)
-        cells = self._batch.cells(berth, count, group.length) + self._scoring.cells
+        cells = self._batch.cells(berth, count, group.soon) + self._scoring.cells
         return berth if cells <= self._kv_cells else None
 
     def _set_of(self, group: Group) -> int:
@@ -141,15 +144,17 @@ class Engine:
         self._change_policies()
         self._admit()
         left = self._budget
-        if self._batch.joining:
+        if self._batch.unread or self._batch.joining:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
             unread = self._batch.unread
             for row in self._batch.prefill(max(1, left // 2) if self._scoring.busy else left):
-                # The alias may have moved while its prompt was read.
+                # The alias may have moved while its prompt was read, or while it was away.
+                self._reports.let_go(row)
                 self._switching.follow(row)
             left -= unread - self._batch.unread
+        self._preemption.make_room()
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
@@ -161,7 +166,7 @@ class Engine:
         for group in self._reports.take_complete():
             self._references.score_rows(group)
         # What prefill and decode left of the turn's tokens, but always enough to get on.
-        self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._scheduler.crowded)
+        self._scoring.advance(max(left - self._batch.size, self._budget // 4, 1), self._crowded)
 
     def _give_back(self) -> None:
         while self._releases:
@@ -171,10 +176,16 @@ class Engine:
         self._memory.rest(self._busy)
 
     @property
+    def _crowded(self) -> bool:
+        """Rows wait for KV memory."""
+        return self._scheduler.crowded or bool(self._batch.aside)
+
+    @property
     def _busy(self) -> bool:
         return bool(
             self._batch.active
             or self._releases
+            or self._batch.aside
             or self._batch.joining
             or self._scoring.busy
             or self._reports.has_complete
@@ -269,6 +280,8 @@ class Engine:
 
     def _admit(self) -> None:
         self._call_back()
+        if not self._preemption.resume():
+            return
         while not self._changes and (admission := self._scheduler.next_admission(self._batch.size)):
             group = admission.group
             if group.version is None and not self._take_version(group):

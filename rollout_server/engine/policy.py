@@ -132,6 +132,14 @@ class PolicyTable:
             self._shown = None
             self._registry.acquire(version.name, version.number, rows)
 
+    def acquire_if_kept(self, version: PolicyVersion) -> bool:
+        """One more reference to a version that rows ran on, unless it is gone."""
+        try:
+            self.acquire_again(version, 1)
+        except RegistryError:
+            return False
+        return True
+
     def release(self, version: PolicyVersion, rows: int) -> None:
         """Gives references back; a version nothing keeps any more is freed."""
         if version.number and rows:

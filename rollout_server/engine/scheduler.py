@@ -121,6 +121,18 @@ class Scheduler:
         if not admission.group.waiting:
             self._left_queue(admission.group)
 
+    def put_back(self, group: Group, count: int) -> None:
+        """The last `count` samples that were admitted have not started after all: they are first in the queue."""
+        if not group.waiting:
+            ticket = self.tickets.get(group.request.id)
+            if ticket is not None:
+                self.waiting_requests += ticket.waiting_groups == 0
+                ticket.waiting_groups += 1
+        group.admitted -= count
+        if group in self._waiting:
+            self._waiting.remove(group)
+        self._waiting.appendleft(group)
+
     def drop(self, group: Group) -> int:
         """Takes what still waits of a group out of the queue; returns how many samples that were."""
         left = group.waiting

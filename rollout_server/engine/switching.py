@@ -24,6 +24,8 @@ class Switching:
         if alias is None or alias == row.version.number:
             return
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
+        if request.on_update is OnUpdate.SWITCH and row.away:
+            return  # once it is back
         if request.on_update is OnUpdate.SWITCH:
             self._switch(row)
         elif request.on_update is OnUpdate.ABORT or stale:
