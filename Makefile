@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-peers test-schema golden check format bench wheel lock clean
+.PHONY: help setup demo serve test test-peers test-schema golden check format bench bench-peers wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +61,13 @@ format: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's batch generator
-	$(BIN)/python -m benchmarks.engine $(ARGS)
+bench: $(READY)  ## every benchmark, then docs/benchmarks.md and its charts (ARGS="--full", ARGS="decode http")
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.report
+
+bench-peers: $(PEERS_READY)  ## generate of transformers against the engine; sets up .venv-peers (ARGS="--full")
+	$(PEERS)/bin/python -m benchmarks generate $(ARGS)
+	$(PEERS)/bin/python -m benchmarks.report
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

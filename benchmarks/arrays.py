@@ -18,8 +18,8 @@ COMPLETIONS = "completions without log-probabilities"
 ROLLOUTS = "rollouts with sampling_logprobs and log_kept_mass"
 EXTRAS = "the same with entropy and top_logprobs 5"
 WHAT = (
-    "One request of 32 prompts of 100 token ids to our server, sampled at temperature 1, JSON both ways; tokens over the "
-    "time until the last byte of the reply. `/v1/completions` returns text alone."
+    "One request of 32 prompts of 100 token ids to our server, sampled at temperature 1, JSON both ways; tokens over "
+    "the time until the last byte of the reply. `/v1/completions` returns text alone."
 )
 
 

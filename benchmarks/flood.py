@@ -20,16 +20,17 @@ from benchmarks.servers import our_server
 CLIENTS, QUEUE, EACH = 512, 2048, 5
 SLOTS, PROMPT_TOKENS = 64, 16
 WHAT = (
-    "512 clients open five requests each at the same moment, so 2,560 connections at a server that lets 2,048 requests "
-    "wait or run (`--max-queue 2048 --max-batch 64`). Refusals (429, with `Retry-After`) are counted apart. Every other reply "
-    "must be a 200 that carries its own request's id and all its tokens, once. The wait runs from connecting to the last "
-    "byte. It is held against the accepted requests' tokens over the rate that 64 clients reach before the flood on the same requests."
+    "512 clients open five requests each at the same moment, so 2,560 connections at a server that lets 2,048 "
+    "requests wait or run (`--max-queue 2048 --max-batch 64`). Refusals (429, with `Retry-After`) are counted apart. "
+    "Every other reply must be a 200 that carries its own request's id and all its tokens, once. The wait runs from "
+    "connecting to the last byte. It is held against the accepted requests' tokens over the rate that 64 clients "
+    "reach before the flood on the same requests."
 )
 
 
 def section(scale: Scale) -> Section:
-    tokens, each = (64, EACH) if scale.full else (8, EACH)
-    _allow_files(CLIENTS * each + 200)
+    tokens = 64 if scale.full else 8
+    _allow_files(2 * CLIENTS * EACH + 500)
     rates: list[float] = []
     floods: list[tuple[list[Answer], float]] = []
     with (
@@ -44,7 +45,7 @@ def section(scale: Scale) -> Section:
             if number == 0:
                 continue  # The first load warms the server up.
             rates.append(done.tokens() / done.seconds)
-            floods.append(asyncio.run(flood(url, number, tokens, CLIENTS * each)))
+            floods.append(asyncio.run(flood(url, number, tokens, CLIENTS * EACH)))
     return report(rates, floods, tokens)
 
 

@@ -19,10 +19,10 @@ from benchmarks.ours import EngineDecode
 from benchmarks.record import Measured, Scale, Section, ratio
 
 WHAT = (
-    "The same float32 weights and prompts in one process, in turns: decode at temperature 1 from the first sampled token "
-    "of every row to the last, prefill outside for everybody. `generate` runs under `torch.inference_mode` with PyTorch's "
-    "own BLAS on all cores, sdpa attention and its default cache; `with logits` keeps `output_logits`, from which a "
-    "trainer would compute the log-probabilities that the engine returns."
+    "The same float32 weights and prompts in one process, in turns: decode at temperature 1 from the first sampled "
+    "token of every row to the last, prefill outside for everybody. `generate` runs under `torch.inference_mode` "
+    "with PyTorch's own BLAS on all cores, sdpa attention and its default cache; `with logits` keeps "
+    "`output_logits`, from which a trainer would compute the log-probabilities that the engine returns."
 )
 
 
@@ -101,5 +101,10 @@ def section(scale: Scale) -> Section:
             ratio("engine with log-probabilities / generate", ours, plain),
             ratio("engine with log-probabilities / generate with logits", ours, with_logits),
         ),
-        facts={"rows": load.rows, "prompt tokens": load.prompt_tokens, "steps": load.steps, "torch threads": torch.get_num_threads()},
+        facts={
+            "rows": load.rows,
+            "prompt tokens": load.prompt_tokens,
+            "steps": load.steps,
+            "torch threads": torch.get_num_threads(),
+        },
     )

@@ -20,8 +20,9 @@ SIZES, FEW_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 4, 16, 64, 256)
 PROMPT_TOKENS = 32
 X_LABEL = "rows in the batch"
 WHAT = (
-    "Decode as in the first section, prompts of 32 tokens, at growing batch sizes: tokens per second of the whole batch, "
-    "divided by its rows in the chart's second half. Where a batch costs no more than one row, the second is flat."
+    "Decode as in the first section, prompts of 32 tokens, at growing batch sizes: tokens per second of the whole "
+    "batch, divided by its rows in the chart's second half. Where a batch costs no more than one row, the second is "
+    "flat."
 )
 
 
@@ -41,7 +42,9 @@ def section(scale: Scale) -> Section:
                     found.setdefault(result.name, {})[rows] = result.rates
             line = ", ".join(f"{name} {statistics.median(rates[rows]):.0f}" for name, rates in found.items())
             print(f"  {rows} rows: {line} tok/s", file=sys.stderr, flush=True)
-    measured = {(n, rows): Measured(f"{n}, {rows} rows", "tok/s", r) for n, by in found.items() for rows, r in by.items()}
+    measured = {
+        (n, rows): Measured(f"{n}, {rows} rows", "tok/s", r) for n, by in found.items() for rows, r in by.items()
+    }
     return Section(
         "growth",
         "Growth: from one row to 256",

@@ -18,10 +18,10 @@ LETTERS = 150
 KINDS = ("plain", "log-probabilities", "log-probabilities and top-p")
 WHAT = (
     "Both servers run as processes of their own; 32 clients of one load generator each send `POST /v1/completions` "
-    "(text prompts of about 100 tokens, temperature 1) and the next when it is answered, a connection for each request. "
-    "Tokens are those the replies count; the time is the whole load's, prefill, JSON and sockets included. "
-    "`mlx_lm.server` runs with `--decode-concurrency 32 --prompt-concurrency 32` and the same BLAS. "
-    "With top-p every client has its own between 0.9 and 1.0."
+    "(text prompts of about 100 tokens, temperature 1) and the next when it is answered, a connection for each "
+    "request. Tokens are those the replies count; the time is the whole load's, prefill, JSON and sockets included. "
+    "`mlx_lm.server` runs with `--decode-concurrency 32 --prompt-concurrency 32` and the same BLAS. With top-p every "
+    "client has its own between 0.9 and 1.0."
 )
 
 

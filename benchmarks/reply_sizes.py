@@ -16,10 +16,10 @@ from rollout_server.http.binary import rollouts_file
 
 PROMPTS = 64
 WHAT = (
-    "Rows as the engine hands them out, encoded by the functions of the route and read by those of the client, in one "
-    "process and in turns, no socket between. Bytes are counted for a reply of 64 prompts × 16 × 256 tokens with ids, "
-    "mask, both log-probabilities and spans, prompts excluded; `log_kept_mass`, which always comes along, is listed apart. Times are for "
-    "the number of tokens below."
+    "Rows as the engine hands them out, encoded by the functions of the route and read by those of the client, in "
+    "one process and in turns, no socket between. Bytes are counted for a reply of 64 prompts × 16 × 256 tokens with "
+    "ids, mask, both log-probabilities and spans, prompts excluded; `log_kept_mass`, which always comes along, is "
+    "listed apart. Times are for the number of tokens below."
 )
 
 
@@ -40,7 +40,12 @@ def section(scale: Scale) -> Section:
             *(Measured(name, "bytes per sampled token", (size,)) for name, size in sizes.items()),
         ),
         (
-            Ratio("bytes per sampled token, ids, mask, both log-probabilities, spans", (sizes[ALL_PARTS],), 14, at_most=True),
+            Ratio(
+                "bytes per sampled token, ids, mask, both log-probabilities, spans",
+                (sizes[ALL_PARTS],),
+                14,
+                at_most=True,
+            ),
             ratio("client reads JSON / safetensors", reading["read JSON"], reading["read safetensors"], 30),
             ratio(
                 "the same, every row looked at",
@@ -49,7 +54,11 @@ def section(scale: Scale) -> Section:
             ),
             ratio("server writes safetensors / JSON", writing["write safetensors"], writing["write JSON"]),
         ),
-        facts={"rows read": len(content["rollouts"]), "tokens read": len(content["rollouts"]) * TOKENS, "samples of a prompt": SAMPLES},
+        facts={
+            "rows read": len(content["rollouts"]),
+            "tokens read": len(content["rollouts"]) * TOKENS,
+            "samples of a prompt": SAMPLES,
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """Turn docs/benchmarks/*.json into docs/benchmarks.md and charts. Nothing is measured and nothing typed in by hand.
 
-`python -m benchmarks.report [--results DIR] [--output FILE]`. A file NAME.txt beside NAME.json holds notes on a section,
-such as why a figure is out of reach; it is copied below the section's tables.
+`python -m benchmarks.report [--results DIR] [--output FILE]`. A file NAME.txt beside NAME.json holds notes on a
+section, such as why a figure is out of reach; it is copied below the section's tables.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from benchmarks.sections import PEERS, SECTIONS
 
 HEAD = """# Benchmarks
 
-Made by `python -m benchmarks.report` from `docs/benchmarks/*.json`, which `make bench` and `make bench-peers` write: do not
-edit it. Contenders of a section run side by side in turns, one warm-up round first; figures are medians of the rounds,
-ratios the median of each round's ratio, with the smallest and largest round behind them. Floating-point type, sizes and
+Made by `python -m benchmarks.report` from `docs/benchmarks/*.json`, which `make bench` and `make bench-peers` write; do
+not edit it. Contenders of a section run side by side in turns, one warm-up round first; figures are medians of the
+rounds, ratios the median of each round's ratio, with the smallest and largest round behind them. Sizes and
 machine stand with each section. Only figures of one section compare.
 """
 REDUCED = "Reduced size: a quick run; the figure asked for is about the full size (`--full`)."

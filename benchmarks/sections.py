@@ -8,6 +8,8 @@ SECTIONS = {
     "staggered": "benchmarks.staggered",
     "arrays": "benchmarks.arrays",
     "growth": "benchmarks.growth",
+    "rows": "benchmarks.row_costs",
+    "turns": "benchmarks.prefix_reuse",
     "flood": "benchmarks.flood",
     "replies": "benchmarks.reply_sizes",
 }

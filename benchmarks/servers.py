@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
@@ -44,8 +45,13 @@ def _free_port() -> int:
 
 @contextmanager
 def _running(command: list[str], port: int, path: str) -> Iterator[str]:
-    """Start a server, wait until it answers 200 on `path`, and end it afterwards. Raises RuntimeError if it does not."""
-    log = tempfile.TemporaryFile()
+    """Start a server, wait until it answers 200 on `path`, and end it afterwards. Raises RuntimeError if it does not
+    answer."""
+    with tempfile.TemporaryFile() as log:
+        yield from _watched(command, port, path, log)
+
+
+def _watched(command: list[str], port: int, path: str, log: IO[bytes]) -> Iterator[str]:
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -63,7 +69,6 @@ def _running(command: list[str], port: int, path: str) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        log.close()
 
 
 def _answers(url: str) -> bool:

@@ -22,10 +22,11 @@ from benchmarks.record import Scale, Section, ratio
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 
 WHAT = (
-    "All rows are handed over at once; their lengths are spread evenly and shuffled, and rows take the place of those that "
-    "end. Sampled tokens over the time from handing over to the last row, prefill and joins included, in one process. "
-    "Ours returns `logprobs`, `sampling_logprobs` and `log_kept_mass`; `BatchGenerator` (`completion_batch_size` as many "
-    "as our rows, `prefill_batch_size` its default of 8) leaves its log-probabilities unread. Top-p by row: each its own between 0.9 and 1.0."
+    "All rows are handed over at once; their lengths are spread evenly and shuffled, and rows take the place of "
+    "those that end. Sampled tokens over the time from handing over to the last row, prefill and joins included, in "
+    "one process. Ours returns `logprobs`, `sampling_logprobs` and `log_kept_mass`; `BatchGenerator` "
+    "(`completion_batch_size` as many as our rows, `prefill_batch_size` its default of 8) leaves its "
+    "log-probabilities unread. Top-p by row: each its own between 0.9 and 1.0."
 )
 
 
