@@ -15,10 +15,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-peers test-schema golden check format bench bench-peers wheel lock clean
+.PHONY: help setup demo serve test test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -68,6 +68,9 @@ bench: $(READY)  ## every benchmark, then docs/benchmarks.md and its charts (ARG
 bench-peers: $(PEERS_READY)  ## generate of transformers against the engine; sets up .venv-peers (ARGS="--full")
 	$(PEERS)/bin/python -m benchmarks generate $(ARGS)
 	$(PEERS)/bin/python -m benchmarks.report
+
+bench-pushes: $(READY)  ## what pushes cost the rows that run (ARGS="--rounds 1")
+	$(BIN)/python -m benchmarks.pushes $(ARGS)
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

@@ -50,6 +50,11 @@ class SlotStack:
     def nbytes(self) -> int:
         return self.a.nbytes + self.b.nbytes + (0 if self.gain is None else self.gain.nbytes)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(slots, rank) there is room for."""
+        return self.a.shape[0], self.a.shape[-2]
+
     def arrays(self) -> list[mx.array]:
         """What writes change, for the caller to evaluate."""
         return [self.a, self.b] if self.gain is None else [self.a, self.b, self.gain]

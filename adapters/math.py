@@ -60,16 +60,21 @@ def thinned(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.
     return (product, whole) if out <= width else (whole, product)
 
 
+def squared_delta_norms(a: NDArray[Any], b: NDArray[Any], scale: float) -> NDArray[np.float64]:
+    """‖scale · B · A‖² of each row [out]: s² · b · (A · Aᵀ) · b for a row b of B; A [rank, in], B [out, rank]."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if a.shape[0] > a.shape[1]:  # Whichever is smaller than what was sent.
+        return scale**2 * np.square(b @ a).sum(axis=1)
+    return scale**2 * ((b @ (a @ a.T)) * b).sum(axis=1)
+
+
 def squared_row_norms(
-    base: NDArray[np.float64], product: NDArray[Any], a: NDArray[Any], b: NDArray[Any], scale: float
+    base: NDArray[np.float64], products: NDArray[np.float64], added: NDArray[np.float64], scale: float
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """(‖W + scale · B · A‖² of each row [out], rows whose terms cancel so far that this is not accurate).
 
-    `base` is ‖W‖² of each row [out], `product` W · Aᵀ [out, rank], both exact to float32; A [rank, in], B [out, rank].
-    ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: nothing of the size of W is formed.
+    ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: `base`, `products` (without 2s) and
+    `added`, the first two exact to float32. Nothing of the size of W is formed.
     """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    wide = a.shape[0] > a.shape[1]  # Whichever is smaller than what was sent.
-    added = scale**2 * (np.square(b @ a).sum(axis=1) if wide else np.einsum("or,or->o", b @ (a @ a.T), b))
-    squared = base + 2 * scale * np.einsum("or,or->o", product.astype(np.float64), b) + added
+    squared = base + 2 * scale * products + added
     return squared, np.flatnonzero(squared < CANCELLED * (base + added))

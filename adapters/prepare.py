@@ -1,6 +1,7 @@
-"""What can be done for a version before the engine's thread takes it: scale folded in, turned and cast, on the host.
+"""What can be done for a version before the engine's thread takes it: scale folded in, turned and cast, on the host,
+and what a DoRA gain is made of besides the base.
 
-Numpy only, so that it can run on any thread; staging then only copies.
+Numpy only, so that it can run on any thread; staging then copies, and for DoRA multiplies the base with thin factors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
+from adapters.math import squared_delta_norms
 from adapters.spec import AdapterDoesNotFit, Mode, Parameter
 from adapters.tensors import AdapterTensor
 
@@ -32,6 +34,21 @@ class HostFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class HostDelta:
+    """Of one layer of a DoRA version: all of its gain that can be known without the base."""
+
+    a: NDArray[np.float32]
+    """[rank, in], without ranks that are zero."""
+    b: NDArray[np.float32]
+    """[out, rank], likewise, unscaled."""
+    scale: float
+    magnitude: NDArray[np.float32]
+    """[out]"""
+    squared: NDArray[np.float64]
+    """‖scale · B · A‖² of each row [out]."""
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedBundle:
     bundle: AdapterBundle
     mode: Mode
@@ -41,6 +58,13 @@ class PreparedBundle:
     """By the layer's path."""
     dense: Mapping[str, NDArray[Any]]
     """By parameter path: float32 where it is added to the base's, else in the parameter's dtype."""
+    deltas: Mapping[str, HostDelta]
+    """By the layer's path; empty for LoRA, and where the factors will be merged."""
+
+    @property
+    def nbytes(self) -> int:
+        """That staging copies."""
+        return sum(factors.a.nbytes + factors.b.nbytes for factors in self.factors.values())
 
 
 def prepare(
@@ -72,7 +96,11 @@ def prepare(
         path: _unscaled(bundle.tensors[path], "float32" if adds else parameters[path].dtype)
         for path in bundle.spec.dense
     }
-    return PreparedBundle(bundle, mode, dtype, MappingProxyType(factors), MappingProxyType(dense))
+    gained = bundle.spec.modules if bundle.spec.kind == "dora" and mode == "adapter" else ()
+    deltas = {path: _delta(bundle, path) for path in gained}
+    return PreparedBundle(
+        bundle, mode, dtype, MappingProxyType(factors), MappingProxyType(dense), MappingProxyType(deltas)
+    )
 
 
 def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[str]:
@@ -80,6 +108,17 @@ def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parame
     largest = float(np.abs(bundle.tensors[path].float32()).max(initial=0.0))
     if largest > LARGEST[dtype]:
         yield f"{path}: {largest:.3g} is outside the range of {dtype}, the dtype of this parameter."
+
+
+def _delta(bundle: AdapterBundle, path: str) -> HostDelta:
+    a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
+    scale = bundle.spec.modules[path].scale
+    # Ranks that add nothing, as all do before the first step of training, need no product with the base.
+    adding: NDArray[np.bool_] = np.logical_and(a.any(axis=1), b.any(axis=0))
+    adding[0] = True
+    if not adding.all():
+        a, b = a[adding], b[:, adding]
+    return HostDelta(a, b, scale, magnitude, squared_delta_norms(a, b, scale))
 
 
 def _unscaled(tensor: AdapterTensor, dtype: str) -> NDArray[Any]:

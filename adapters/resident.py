@@ -5,8 +5,9 @@ adapter with whole layers beside it in both. Engine thread only; change it only 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,6 +18,12 @@ from adapters.registry import Content
 from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
 from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import Parameter
+from adapters.staging import Staging
+
+BUILD_S = 0.02
+"""Of each turn, while rows decode, for the weights of a parameter set."""
+WRITE_S = 0.005
+"""Likewise, for writing a version into its slot."""
 
 
 class QuantisedBase(Exception):
@@ -56,6 +63,29 @@ class _Resident:
     references: int
 
 
+@dataclass(slots=True)
+class _Work:
+    """What was done so far for a version that is not staged yet."""
+
+    prepared: PreparedBundle
+    build: Build | None = None
+    staging: Staging | None = None
+    build_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.build_s + (self.staging.seconds if self.staging else 0.0)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside for the parameter set; a `Staging` counts its own."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.build_s += time.perf_counter() - began
+
+
 class ResidentVersions:
     """Versions by content; each `stage` of the same one is one more reference to it. `limit` is the most bytes that
     stacks and sets may take together."""
@@ -72,49 +102,59 @@ class ResidentVersions:
         self.sets = ParameterSets(model, layers, parameters)
         self._limit = limit
         self._residents: dict[Content, _Resident] = {}
-        self._build: Build | None = None
+        self._work: _Work | None = None
 
     @property
     def nbytes(self) -> int:
         return self.slots.nbytes + self.sets.nbytes
 
-    def advance(self, prepared: PreparedBundle, seconds: float, *, dequantize: bool) -> bool:
-        """Computes at most about so long for a parameter set that `stage` will want; True when there is nothing left
-        to do before it. One version at a time; a step may be in flight."""
-        if Content(prepared.bundle.digest, prepared.mode) in self._residents or not _has_set(prepared):
+    def advance(self, prepared: PreparedBundle, settle: Callable[[], None], *, dequantize: bool, at_once: bool) -> bool:
+        """Does a bounded part of what `stage` will want, or all but what only `stage` can do; true when nothing of it
+        is left. One version at a time. A step may be in flight: `settle` is called before a slot is written.
+
+        Raises what `stage` would, and the version begins anew."""
+        if _content(prepared) in self._residents:
             return True
-        if not dequantize and self.sets.quantised(prepared):
-            return True
-        build, self._build = self._build, None
-        if build is None or build.prepared is not prepared:
-            build = self.sets.begin(prepared, None if self._limit is None else self._limit - self.nbytes)
-        done = self.sets.advance(build, seconds)
+        work = self._take(prepared, dequantize=dequantize)
+        self.sets.mount(BASE_SET)
+        done = True
+        if work.build is not None:
+            # The slot of a version with both is left to `stage`, at once: its gains are of the layers of its own set,
+            # which would have to be mounted between the steps of rows that run on others.
+            with work.timed():
+                done = self.sets.advance(work.build, math.inf if at_once else BUILD_S)
+        elif work.staging is not None:
+            # Products are dispatched and not waited for: the device has them while the next step is being built.
+            done = self.slots.measure(work.staging, at_once=at_once)
+            if done:
+                settle()
+                done = self.slots.write(work.staging, None if at_once else WRITE_S)
         # Only now: what failed begins anew.
-        self._build = build
+        self._work = work
         return done
 
     def abandon(self) -> None:
-        """Forgets what `advance` computed and nobody staged."""
-        self._build = None
+        """Forgets what `advance` did and nobody staged; the slot that it wrote is still free."""
+        self._work = None
 
-    def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> None:
-        """Makes a version ready to be routed to. Evaluates what was not computed before, a layer at a time.
+    def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
+        """Makes a version ready to be routed to, and returns the seconds that were spent on it in all. Evaluates what
+        was not done before, a layer at a time. No step may be in flight.
 
         Raises `AdapterDoesNotFit`, `QuantisedBase` unless `dequantize`, or `WeightsFull`, and has changed nothing."""
-        content = Content(prepared.bundle.digest, prepared.mode)
+        content = _content(prepared)
         resident = self._residents.get(content)
         if resident is not None:
             resident.references += 1
-            return
-        packed = [] if dequantize else self.sets.quantised(prepared)
-        if packed:
-            raise QuantisedBase(packed)
-        parameters = self._set(prepared)
+            return 0.0
+        work = self._take(prepared, dequantize=dequantize)
+        parameters = self._finish_set(work)
         with ExitStack() as undo:
             undo.callback(self.sets.drop, parameters)
-            slot = self._stage_slot(prepared, parameters)
+            slot = self._finish_slot(work, parameters)
             undo.pop_all()
         self._residents[content] = _Resident(Placement(parameters, slot), 1)
+        return work.seconds
 
     def release(self, content: Content) -> None:
         """One reference less; with the last the memory is free. Raises `KeyError` for what is not staged."""
@@ -142,30 +182,54 @@ class ResidentVersions:
         self.sets.mount(parameters)
         self.slots.route(slots)
 
-    def _stage_slot(self, prepared: PreparedBundle, parameters: int) -> int:
-        if prepared.mode != "adapter" or not prepared.factors:
-            return BASE_SLOT
+    def _take(self, prepared: PreparedBundle, *, dequantize: bool) -> _Work:
+        """What `advance` left of this version, or a start in which nothing is computed or written yet."""
+        work, self._work = self._work, None
+        if work is not None and _content(work.prepared) == _content(prepared):
+            return work
+        packed = [] if dequantize else self.sets.quantised(prepared)
+        if packed:
+            raise QuantisedBase(packed)
+        if _has_set(prepared):
+            room = None if self._limit is None else self._limit - self.nbytes
+            return _Work(prepared, build=self.sets.begin(prepared, room))
+        return _Work(prepared, staging=self._begin_slot(prepared) if _has_slot(prepared) else None)
+
+    def _begin_slot(self, prepared: PreparedBundle, parameters: int = BASE_SET) -> Staging:
         total = self.slots.nbytes_with(prepared.bundle) + self.sets.nbytes
         if self._limit is not None and total > self._limit:
             raise WeightsFull(f"with it all of them would take {total} bytes")
         self.sets.mount(parameters)
-        gains = self.slots.gains(prepared.bundle)
+        return self.slots.begin(prepared)
+
+    def _finish_set(self, work: _Work) -> int:
+        if work.build is None:
+            return BASE_SET
+        with work.timed():
+            self.sets.advance(work.build, math.inf)
+            try:
+                return self.sets.finish(work.build)
+            except NoRoom as error:
+                raise WeightsFull(f"kept versions hold {self.nbytes} bytes") from error
+
+    def _finish_slot(self, work: _Work, parameters: int) -> int:
+        if not _has_slot(work.prepared):
+            return BASE_SLOT
+        if work.staging is None:
+            work.staging = self._begin_slot(work.prepared, parameters)
+            self.slots.measure(work.staging, at_once=True)
         # Layers are wrapped only around the base's own.
         self.sets.mount(BASE_SET)
-        return self.slots.stage(prepared, gains)
+        return self.slots.stage(work.staging)
 
-    def _set(self, prepared: PreparedBundle) -> int:
-        if not _has_set(prepared):
-            return BASE_SET
-        self.advance(prepared, math.inf, dequantize=True)
-        build, self._build = self._build, None
-        if build is None:
-            raise RuntimeError("A parameter set was computed and is not there.")
-        try:
-            return self.sets.finish(build)
-        except NoRoom as error:
-            raise WeightsFull(f"kept versions hold {self.nbytes} bytes") from error
+
+def _content(prepared: PreparedBundle) -> Content:
+    return Content(prepared.bundle.digest, prepared.mode)
 
 
 def _has_set(prepared: PreparedBundle) -> bool:
     return prepared.mode == "merged" or bool(prepared.dense)
+
+
+def _has_slot(prepared: PreparedBundle) -> bool:
+    return prepared.mode == "adapter" and bool(prepared.factors)

@@ -1,12 +1,14 @@
 """Which versions are resident: stacked A, B and gain of every adapted layer, one slot per version, slot 0 the base.
 
-Only the engine thread may use this, and only while no dispatched step is in flight: a write is in place because
+Only the engine thread may use this, and write only while no dispatched step is in flight: a write is in place because
 nothing else refers to the stacks then.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
@@ -22,13 +23,17 @@ from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
 from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank
 from adapters.norms import RowNorms, Rows, TableRows
-from adapters.prepare import LARGEST, HostFactors, PreparedBundle, cast, prepare
+from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.sets import SplitEmbedding
-from adapters.spec import MAGNITUDE, AdapterDoesNotFit, experts_of, place_of
+from adapters.spec import experts_of, place_of
+from adapters.staging import Gains, Staging
 
-Gains = dict[str, NDArray[np.float32]]
 BASE_SLOT = 0
 FIRST_CAPACITY = 4
+TURNS = 4
+"""Steps over which the products of a thin DoRA version are spread: each then costs a batch of rows little."""
+WRITE_BYTES = 4 << 20
+"""Written, or moved where a stack grows, before the clock is asked again."""
 
 
 @dataclass(slots=True)
@@ -52,6 +57,8 @@ class AdapterSlots:
         self._stacks: dict[str, SlotStack] = {}
         self._residents: dict[str, _Resident] = {}
         self._norms = RowNorms()
+        values = sum(math.prod((*experts_of(shape), *shape)) for shape in self._layers.values())
+        self._allowance = max(values // TURNS, 1)
         self._routed: tuple[int, ...] | None = None
 
     @property
@@ -84,31 +91,65 @@ class AdapterSlots:
     def slots_in_use(self) -> int:
         return len(self._residents)
 
-    def stage(self, version: AdapterBundle | PreparedBundle, gains: Gains | None = None) -> int:
-        """The slot (1 and up) that holds the version, with one more reference. Evaluates what it writes. A bundle that
-        was prepared elsewhere, for the model's dtype, is only copied; `gains` are those of `gains()`, where another
-        parameter set than the base was mounted for them.
+    def begin(self, version: AdapterBundle | PreparedBundle) -> Staging:
+        """What `measure` and `write` take further, and `stage` completes. A bundle that was prepared elsewhere, for
+        the model's dtype, is only copied. Gains are of the parameter set that is mounted now, and is again whenever
+        `measure` is called. Raises `AdapterDoesNotFit` where a value leaves the range of that dtype."""
+        bundle = version if isinstance(version, AdapterBundle) else version.bundle
+        if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
+            version = prepare(bundle, self._dtype_name)
+        norms = (
+            self._norms_for(path, bundle).begin(path, self._weights(path), delta)
+            for path, delta in version.deltas.items()
+        )
+        return Staging(version, Gains(version, norms))
+
+    def measure(self, staging: Staging, *, at_once: bool = False) -> bool:
+        """Does a bounded part of what needs only the base, without waiting for it; true when nothing of it is left.
+
+        Raises `AdapterDoesNotFit`, before anything is written, where a DoRA gain is not finite."""
+        with staging.timed():
+            return staging.digest in self._residents or staging.gains.measure(None if at_once else self._allowance)
+
+    def write(self, staging: Staging, seconds: float | None = None) -> bool:
+        """Writes layers for about so long, or all of them; true when none is left. Evaluates what it writes. Only
+        after `measure`, and while no step is in flight."""
+        if staging.digest in self._residents:
+            return True
+        with staging.timed() as began:
+            self._choose_slot(staging)
+            for stack in self._stacks.values():
+                stack.rest()
+            try:
+                while staging.unwritten:
+                    self._write(staging)
+                    if seconds is not None and time.perf_counter() - began >= seconds:
+                        break
+            finally:
+                self._aim(self._routed)
+        return not staging.unwritten
+
+    def stage(self, version: AdapterBundle | PreparedBundle | Staging) -> int:
+        """The slot (1 and up) that holds the version, with one more reference; does what is left of its staging.
 
         Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
         a DoRA gain is not finite."""
-        bundle = version if isinstance(version, AdapterBundle) else version.bundle
-        resident = self._residents.get(bundle.digest)
-        if resident is not None:
-            resident.references += 1
-            return resident.slot
-        if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
-            version = prepare(bundle, self._dtype_name)
-        gains = self.gains(bundle) if gains is None else gains
-        slot = self._free_slot()
-        for stack in self._stacks.values():
-            stack.rest()
-        try:
-            self._fit_capacity(slot)
-            self._write(slot, version.factors, gains)
-        finally:
-            self._aim(self._routed)
-        self._residents[bundle.digest] = _Resident(slot, 1)
-        return slot
+        if not isinstance(version, Staging):
+            bundle = version if isinstance(version, AdapterBundle) else version.bundle
+            resident = self._residents.get(bundle.digest)
+            if resident is not None:
+                resident.references += 1
+                return resident.slot
+            version = self.begin(version)
+        self.measure(version, at_once=True)
+        self.write(version)
+        resident = self._residents.get(version.digest)
+        if resident is None:
+            if version.slot is None:
+                raise RuntimeError("A version was written, but into no slot.")
+            resident = self._residents[version.digest] = _Resident(version.slot, 0)
+        resident.references += 1
+        return resident.slot
 
     def release(self, digest: str) -> None:
         """One reference less; with the last the slot is free. Raises `KeyError` for a digest that is not staged."""
@@ -175,15 +216,20 @@ class AdapterSlots:
         for stack in self._stacks.values():
             stack.aim_rows(distinct, rows)
 
-    def _free_slot(self) -> int:
-        taken = {resident.slot for resident in self._residents.values()}
-        return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
+    def _choose_slot(self, staging: Staging) -> None:
+        """A slot that is free, and stays so: versions are staged one after another."""
+        if staging.slot is not None:
+            return
+        staging.slot = self._free_slot()
+        self._capacity = self._capacity_for(staging.slot)
+        for path in staging.prepared.factors:
+            if path not in self._stacks:
+                self._mount(path)
+        staging.unwritten = deque(self._stacks)
 
-    def _fit_capacity(self, slot: int) -> None:
-        """Room for this slot and those in use; what is twice too large, in slots or in rank, is given back."""
-        self._capacity = self._capacity_for(slot)
-        for stack in self._stacks.values():
-            stack.shrink(self._capacity, self._in_use())
+    def _free_slot(self) -> int:
+        taken = self._in_use()
+        return next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
 
     def _capacity_for(self, slot: int) -> int:
         needed = max(self._in_use() | {slot, FIRST_CAPACITY - 1}) + 1
@@ -194,47 +240,34 @@ class AdapterSlots:
     def _in_use(self) -> set[int]:
         return {resident.slot for resident in self._residents.values()}
 
-    def gains(self, bundle: AdapterBundle) -> Gains:
-        """m / ‖W + scale · B · A‖ of each layer [out], computed in float64 from the weights that are mounted; empty
-        for LoRA. Raises `AdapterDoesNotFit`."""
-        limit = LARGEST[self._dtype_name]
-        gains: Gains = {}
-        faults: list[str] = []
-        for path, module in bundle.spec.modules.items() if bundle.spec.kind == "dora" else ():
-            a, b, magnitude = (bundle.tensors[f"{path}.{part}"].float32() for part in bundle.spec.parts)
-            # A whole tensor of the bundle itself may stand in place of the base's weight.
-            cache = RowNorms() if self._weight_path(path) in bundle.spec.dense else self._norms
-            norms = cache.adapted(path, self._weights(path), a, b, module.scale)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                gain = magnitude / norms
-            if np.all(np.abs(gain) <= limit):
-                gains[path] = gain.astype(np.float32)
-            else:
-                row = int(np.argmin(np.abs(gain) <= limit))
-                faults.append(
-                    f"{path}.{MAGNITUDE}: {magnitude[row]:.3g} for output {row}, whose weights have the length "
-                    f"{norms[row]:.3g}, is a gain outside the range of {self._dtype}, the dtype of the model."
-                )
-        if faults:
-            raise AdapterDoesNotFit(faults)
-        return gains
-
-    def _write(self, slot: int, factors: Mapping[str, HostFactors], gains: Gains) -> None:
-        for path, new in factors.items():
-            stack = self._stacks.get(path) or self._mount(path)
-            stack.reserve(self._capacity, new.a.shape[-2])
-            gain = self._array(cast(gains[path], self._dtype_name)) if path in gains else None
-            stack.write(slot, self._array(new.a), self._array(new.b), gain)
-        for path, stack in self._stacks.items():
-            if path not in factors:
-                stack.reserve(self._capacity, 0)
+    def _write(self, staging: Staging) -> None:
+        """The next layers of a version, to about `WRITE_BYTES`. Those that it does not change get a clear slot."""
+        slot, factors, gains = staging.slot, staging.prepared.factors, staging.gains.found
+        if slot is None:
+            raise RuntimeError("A version is written before it has a slot.")
+        in_use = self._in_use()
+        paths: list[str] = []
+        moved = 0
+        while staging.unwritten and moved < WRITE_BYTES:
+            path = staging.unwritten.popleft()
+            paths.append(path)
+            stack, new, before = self._stacks[path], factors.get(path), self._stacks[path].shape
+            # Room for the slots in use and this one; what is twice too large, in slots or in rank, is given back.
+            stack.shrink(self._capacity, in_use)
+            stack.reserve(self._capacity, 0 if new is None else new.a.shape[-2])
+            moved += 0 if stack.shape == before else stack.nbytes
+            if new is None:
                 stack.clear(slot)
-        mx.eval([stack.arrays() for stack in self._stacks.values()])
-        for path, stack in self._stacks.items():
+            else:
+                gain = self._array(cast(gains[path], self._dtype_name)) if path in gains else None
+                stack.write(slot, self._array(new.a), self._array(new.b), gain)
+                moved += new.a.nbytes + new.b.nbytes
+        mx.eval([self._stacks[path].arrays() for path in paths])
+        for path in paths:
             if path not in factors:
-                stack.filled.pop(slot, None)
+                self._stacks[path].filled.pop(slot, None)
             if path not in gains:
-                stack.gained.discard(slot)
+                self._stacks[path].gained.discard(slot)
 
     def _array(self, values: NDArray[Any]) -> mx.array:
         return mx.array(values).view(self._dtype) if self._dtype == mx.bfloat16 else mx.array(values)
@@ -262,6 +295,10 @@ class AdapterSlots:
         if isinstance(layer, SplitEmbedding):
             layer = layer["head" if place == "tied_head" else "table"]
         return TableRows(layer) if place in ("embedding", "tied_embedding") else Rows(layer)
+
+    def _norms_for(self, path: str, bundle: AdapterBundle) -> RowNorms:
+        """A whole tensor of the bundle itself may stand in place of the base's weight."""
+        return RowNorms() if self._weight_path(path) in bundle.spec.dense else self._norms
 
     def _weight_path(self, path: str) -> str:
         """The parameter that decides the layer's weight: for a tied head that has none of its own, the embedding's."""

@@ -69,10 +69,19 @@ class EngineDecode(Engine):
     counts against us.
     """
 
-    def __init__(self, directory: Path, prompts: list[list[int]], load: Load, *, kind: str = "") -> None:
-        self.name = f"engine, {kind}" if kind else "engine"
+    def __init__(
+        self,
+        directory: Path,
+        prompts: list[list[int]],
+        load: Load,
+        *,
+        kind: str = "",
+        compile_decode: bool | None = None,
+    ) -> None:
+        self.name = f"engine, {kind}" if kind else "engine" if compile_decode is None else "engine, not compiled"
         self._load = load
-        super().__init__(directory, load.rows, prefill_tokens=load.rows * load.prompt_tokens)
+        prefill_tokens = load.rows * load.prompt_tokens
+        super().__init__(directory, load.rows, prefill_tokens=prefill_tokens, compile_decode=compile_decode)
         self._groups = [self._group(row, prompt, kind) for row, prompt in enumerate(prompts)]
 
     def run(self) -> tuple[int, float]:

@@ -76,6 +76,23 @@ def load_fast_blas() -> BlasChoice:
     )
 
 
+def one_thread_for_numpy() -> bool:
+    """Keeps the OpenBLAS inside numpy's wheels to one thread, and leaves mlx's alone; false where there is none.
+
+    A server's numpy works on adapters beside the engine. With threads of its own it waits for cores that the engine
+    has, 15 ms for a product of 0.3 ms, and keeps the engine from them meanwhile. numpy must have been imported."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "libscipy_openblas" in line}
+    for path in paths:
+        library = ctypes.CDLL(path)
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
+            if hasattr(library, name):
+                getattr(library, name)(1)
+    return bool(paths)
+
+
 def _cuda_build() -> str | None:
     """Name and version of the installed CUDA build of mlx."""
     for name in CUDA_BUILDS:

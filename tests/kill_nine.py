@@ -42,7 +42,8 @@ class Trainer:
     pushes: int = 0
 
     def adapter(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        return tiny_models.random_adapter(tiny_models.linear_layers(self.model), 4, step)
+        """LoRA and, every third time, DoRA, which takes longer to stage."""
+        return tiny_models.random_adapter(tiny_models.linear_layers(self.model), 4, step, dora=step % 3 == 0)
 
     def push_until_death(self, url: str) -> None:
         with RolloutClient(url, retry=Retry(attempts=1)) as client:
@@ -109,11 +110,13 @@ def check(server: LiveServer, trainer: Trainer) -> str | None:
             step = trainer.digests[version.digest]
             if version.label != f"step-{step}":
                 raise AssertionError(f"{version} was sent as step {step}")
-        # The weights themselves: the same numbers as a fresh push of the same step.
-        exported = client.export(NAME, live.version)
+            # What it exports, hashed here, and not only what it says of itself.
+            exported = client.export(NAME, version.version)
+            tensors, config = trainer.adapter(step)
+            if exported.digest != adapter_digest(host_tensors(tensors), config):
+                raise AssertionError(f"{version} exports {exported.digest}")
+        # The weights as they are served: the same numbers as a fresh push of the same step.
         tensors, config = trainer.adapter(trainer.digests[live.digest])
-        if exported.digest != adapter_digest(host_tensors(tensors), config):
-            raise AssertionError(f"{live} exports {exported.digest}")
         client.push("fresh", tensors, config)
         kept, fresh = (client.rollouts(PROMPTS, policy=name, max_tokens=4, seed=1) for name in (NAME, "fresh"))
         if kept.logprobs.tobytes() != fresh.logprobs.tobytes():

@@ -98,3 +98,21 @@ def test_a_choice_reads_as_one_line() -> None:
     missing = BlasChoice(None, None, None, "BLAS: none was found.", "apt-get install x")
     assert str(missing) == "BLAS: none was found. To fix it: apt-get install x"
     assert missing.missing
+
+
+@needs_blas
+def test_numpys_own_threads_are_taken_away_and_not_those_of_mlx() -> None:
+    code = """
+from rollout_server.blas import load_fast_blas, one_thread_for_numpy
+before = load_fast_blas().threads
+import numpy as np
+found = one_thread_for_numpy()
+lines = [line.split()[-1] for line in open("/proc/self/maps") if "libscipy_openblas" in line]
+assert found == bool(lines)
+if lines:
+    import ctypes
+    assert ctypes.CDLL(lines[0]).scipy_openblas_get_num_threads64_() == 1
+assert load_fast_blas().threads == before
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr

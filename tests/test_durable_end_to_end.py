@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests import kill_nine, tiny_models
@@ -19,6 +20,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_at_random_moments_it_serves_what_it_acknowledged(model: Path, tmp_path: Path) -> None:
     trainer = kill_nine.run(model, tmp_path / "state", kills=15)
     assert trainer.pushes > 15, "the kills came while it was pushing"
+
+
+def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
+    """Of 24 pushes with three kept, rows decoding meanwhile, the directory holds three files of weights."""
+    state, layers = tmp_path / "state", tiny_models.linear_layers(model)
+    counts = []
+    options = ("--state-dir", str(state), "--keep-versions", "3")
+    with live_server(model, *options) as live, RolloutClient(live.url) as client:
+        for step in range(24):
+            client.push("p", *tiny_models.random_adapter(layers, 4, step, dora=step % 2 == 1))
+            client.rollouts([[5, 9, 33]], policy="p", max_tokens=3)
+            counts.append(sum(path.is_file() for path in state.rglob("*")))
+        metrics = httpx.get(f"{live.url}/metrics").text
+    assert set(counts[4:]) == {3 + 3}, "weights, and lock, state.json and the record of the name"
+    for phase in ("receive", "validate", "stage", "activate", "persist"):
+        assert f'rollout_push_seconds_count{{phase="{phase}"}} 24.0' in metrics
 
 
 def test_a_base_that_is_another_one_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ take commands (waiting only when nothing runs) → admit → prefill a bounded c
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import time
 from collections import deque
@@ -43,8 +42,6 @@ from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError, 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
-STAGE_S = 0.02
-"""Between two steps, for the weights of a merged version."""
 
 
 class Engine:
@@ -175,7 +172,7 @@ class Engine:
                 case Submit():
                     self._scheduler.submit(command)
                     for group in command.groups:
-                        # A name that is being pushed in this very turn may not be there yet.
+                        # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score():
@@ -217,33 +214,40 @@ class Engine:
     # ---- versions -------------------------------------------------------------------------------------------------
 
     def _change_policies(self) -> None:
+        """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
-            self._changing = self._changes.popleft()
-            if not self._policies.advance(self._changing, STAGE_S if self._batch.active else math.inf):
-                # Rows go on meanwhile; whoever came after it waits, and so meets what it changes.
-                self._changes.appendleft(self._changing)
-                self._changing = None
-                return
-            if self._policies.stages(self._changing):
-                # Slot arrays are written in place only while no dispatched step refers to them.
-                self._reports.progress(self._batch.settle())
+            command = self._changing = self._changes.popleft()
             try:
-                self._reports.add(self._policies.apply(self._changing))
+                computing = self._batch.active or self._batch.joining or self._scoring.busy
+                if not self._policies.advance(command, self._settle, at_once=not computing):
+                    self._changes.appendleft(command)
+                    self._changing = None
+                    return
+                if self._policies.stages(command):
+                    # Slot arrays are written in place only while no dispatched step refers to them.
+                    self._settle()
+                self._reports.add(self._policies.apply(command))
             except RolloutError as error:
-                self._reports.fail(self._changing.id, error)
+                self._policies.abandon()
+                self._reports.fail(command.id, error)
             self._changing = None
             for row in self._batch.rows:
                 self._switching.follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
 
+    def _settle(self) -> None:
+        self._reports.progress(self._batch.settle())
+
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         self._call_back()
-        while not self._changes and (admission := self._scheduler.next_admission(self._batch.size)):
+        while admission := self._scheduler.next_admission(self._batch.size):
             group = admission.group
             if group.version is None and not self._take_version(group):
+                if self._scheduler.heads(group):
+                    break
                 continue
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
@@ -267,14 +271,15 @@ class Engine:
                 self._reports.fail_group(group, error)
 
     def _take_version(self, group: Group) -> bool:
-        """Gives a group the version its policy names now, one reference a sample; False if there is none."""
+        """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
+        has failed or was set aside, or heads the queue until a change that came before it is done."""
         request = group.request
         try:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
                 self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
-            else:
+            elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False
         group.admitted_at = time.monotonic()
@@ -299,6 +304,7 @@ class Engine:
             self._scoring.fail(fault)
             return
         if self._changing is not None:
+            self._policies.abandon()
             self._reports.fail(self._changing.id, fault)
             self._changing = None
         self._reports.fail_rows(*self._batch.fail(), fault)

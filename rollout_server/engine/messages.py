@@ -175,6 +175,8 @@ class RestoredVersion:
     live: bool
     pinned: bool
     mode: Mode = "adapter"
+    prepared: PreparedBundle | None = None
+    """As in `Publish`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,13 +14,9 @@ from adapters.registry import (
     Content,
     Entry,
     Facts,
-    GoneVersion,
-    LiveVersion,
-    Mismatch,
     Registry,
-    RegistryError,
 )
-from adapters.resident import BASE_PLACEMENT, Placement, QuantisedBase, ResidentVersions, WeightsFull
+from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
 from rollout_server.engine.messages import (
@@ -43,14 +39,11 @@ from rollout_server.engine.messages import (
     VersionStatus,
 )
 from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.policy_errors import as_ours
 from rollout_server.errors import (
-    AdapterMismatch,
-    Conflict,
-    PreconditionFailed,
     StalePolicy,
     UnknownPolicy,
     VersionGone,
-    WeightsMemoryExceeded,
 )
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
@@ -73,6 +66,8 @@ class PolicyTable:
         self._resident = ResidentVersions(model.module, info.layers, info.weights, model.dtype, options.weights_memory)
         self._registry = Registry(options.keep_versions)
         self._bundles: dict[str, _Held] = {}
+        self._prepared: PreparedBundle | None = None
+        """Of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = self.set_bytes = 0
         """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
@@ -169,17 +164,26 @@ class PolicyTable:
             return self._registry.same(command.name, command.bundle.digest, _mode(command)) is None
         return isinstance(command, Restore)
 
-    def advance(self, command: PolicyCommand, seconds: float) -> bool:
-        """Computes at most about so long for what a command will stage; True when `apply` is due. A step may be in
-        flight, and rows run between two calls."""
-        if not isinstance(command, Publish) or command.prepared is None or not self.stages(command):
+    def advance(self, command: PolicyCommand, settle: Callable[[], None], *, at_once: bool) -> bool:
+        """Takes a push a bounded part further, or all the way; true when `apply` has little left to do. Rows run
+        between two calls; `settle` is called before anything is written that a step in flight may read. Raises what
+        `apply` would, and has changed nothing."""
+        if not isinstance(command, Publish) or not self.stages(command):
             return True
-        return self._resident.advance(command.prepared, seconds, dequantize=command.dequantize)
+        with as_ours():
+            self._registry.require(command.name, command.if_match)
+            prepared = self._ready(command)
+            return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
+
+    def abandon(self) -> None:
+        """Forgets the version that is being staged: its slot is still free, and nothing has its parameter set."""
+        self._prepared = None
+        self._resident.abandon()
 
     def apply(self, command: PolicyCommand) -> PolicyReply:
-        """Does what a command says, or raises and has changed nothing."""
+        """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
         self._shown = None
-        with self._leaving_nothing(), _as_ours():
+        with self._leaving_nothing(), as_ours():
             match command:
                 case Publish():
                     return self._publish(command)
@@ -199,15 +203,14 @@ class PolicyTable:
         try:
             yield
         finally:
-            self._resident.abandon()
+            self.abandon()
 
     def _publish(self, command: Publish) -> Published:
         bundle = command.bundle
-        began = time.perf_counter()
-        fresh = self.stages(command)
-        if fresh:
+        stage_s = 0.0
+        if self.stages(command):
             self._registry.require(command.name, command.if_match)
-            self._stage(command.prepared or self._prepare(bundle, _mode(command)), dequantize=command.dequantize)
+            stage_s = self._stage(self._ready(command), dequantize=command.dequantize)
         staged = time.perf_counter()
         change = self._registry.publish(
             command.name,
@@ -219,7 +222,7 @@ class PolicyTable:
             if_match=command.if_match,
         )
         self._free(change.freed)
-        return self._published(command.id, change, staged - began, time.perf_counter() - staged)
+        return self._published(command.id, change, stage_s, time.perf_counter() - staged)
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
@@ -258,7 +261,7 @@ class PolicyTable:
         try:
             for version in command.versions:
                 # What was served unpacked once may be so again: the base is the same.
-                self._stage(self._prepare(version.bundle, version.mode), dequantize=True)
+                self._stage(version.prepared or self._prepare(version.bundle, version.mode), dequantize=True)
                 staged.append(Content(version.bundle.digest, version.mode))
         except (AdapterDoesNotFit, WeightsFull):
             self._free(staged)
@@ -283,10 +286,21 @@ class PolicyTable:
     def _prepare(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
         return prepare(bundle, self._dtype, mode=mode, parameters=self._parameters)
 
-    def _stage(self, prepared: PreparedBundle, *, dequantize: bool) -> None:
-        self._resident.stage(prepared, dequantize=dequantize)
+    def _ready(self, command: Publish) -> PreparedBundle:
+        """Prepared once for all its turns, where that was not done before the engine's thread took it."""
+        if command.prepared is not None:
+            return command.prepared
+        known = self._prepared
+        if known is None or known.bundle is not command.bundle or known.mode != _mode(command):
+            known = self._prepared = self._prepare(command.bundle, _mode(command))
+        return known
+
+    def _stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
+        """Completes what `advance` began, or does all; returns the seconds that took together."""
+        seconds = self._resident.stage(prepared, dequantize=dequantize)
         self._count_bytes()
         self._bundles.setdefault(prepared.bundle.digest, _Held(prepared.bundle, 0)).versions += 1
+        return seconds
 
     def _free(self, contents: Sequence[Content]) -> None:
         for content in contents:
@@ -308,7 +322,7 @@ class PolicyTable:
             if wrong:
                 raise UnknownPolicy(f"The base has only version 0 ({self.base.digest}), not {address}.", param="policy")
             return None
-        with _as_ours():
+        with as_ours():
             return self._registry.resolve(address.name, address.number, address.digest)
 
     # ---- status ---------------------------------------------------------------------------------------------------
@@ -365,27 +379,3 @@ def _entry(name: str, version: RestoredVersion) -> Entry:
 
 def _version(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
-
-
-@contextmanager
-def _as_ours() -> Iterator[None]:
-    """The adapters' own errors in the words of the one tree the server speaks."""
-    try:
-        yield
-    except GoneVersion as error:
-        raise VersionGone(error.message, param="policy") from error
-    except LiveVersion as error:
-        raise Conflict(error.message, param="version") from error
-    except Mismatch as error:
-        raise PreconditionFailed(error.message, param="If-Match") from error
-    except RegistryError as error:
-        raise UnknownPolicy(error.message, param="policy") from error
-    except AdapterDoesNotFit as error:
-        raise AdapterMismatch(str(error), faults=error.faults) from error
-    except QuantisedBase as error:
-        raise Conflict(error.message, param="dequantize") from error
-    except WeightsFull as error:
-        raise WeightsMemoryExceeded(
-            f"There is no memory for this version: {error.message}, and --weights-memory allows no more. Nothing "
-            "changed; keep fewer versions (--keep-versions) or allow more."
-        ) from error

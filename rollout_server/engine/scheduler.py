@@ -90,6 +90,10 @@ class Scheduler:
             self.crowded = count == 0
         return Admission(group, count, columns) if count > 0 else None
 
+    def heads(self, group: Group) -> bool:
+        """Whether a group still waits at the head of the queue."""
+        return bool(group.waiting and self._waiting and self._waiting[0] is group)
+
     # ---- waiting for a version --------------------------------------------------------------------------------------
 
     def set_aside(self, group: Group, until: float) -> None:

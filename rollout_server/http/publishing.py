@@ -13,6 +13,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from adapters.bundle import AdapterBundle
+from adapters.prepare import PreparedBundle, prepare
+from adapters.spec import AdapterError, Mode
 from adapters.store import NameRecord, StateStore, StoreError, VersionRecord
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import (
@@ -28,6 +31,7 @@ from rollout_server.engine.messages import (
     RestoredVersion,
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
+from rollout_server.http.problems import from_adapters
 
 log = logging.getLogger("rollout_server.http")
 
@@ -88,15 +92,27 @@ class Publisher:
             raise InvalidField(error.message, param="state_dir") from error
         for name in sorted(store.records):
             record, bundles = await asyncio.to_thread(store.load, name)
+            prepared = [
+                await self._prepared(bundle, v.mode) for v, bundle in zip(record.versions, bundles, strict=True)
+            ]
             versions = tuple(
-                RestoredVersion(v.number, bundle, v.label, v.created, v.number == record.live, v.pinned, v.mode)
-                for v, bundle in zip(record.versions, bundles, strict=True)
+                RestoredVersion(
+                    v.number, ready.bundle, v.label, v.created, v.number == record.live, v.pinned, v.mode, ready
+                )
+                for v, ready in zip(record.versions, prepared, strict=True)
             )
             await self._engine.restore(Restore(self._engine.new_id("restore"), name, record.last, versions))
             live = "deleted" if not versions else "nothing live" if record.live is None else f"@{record.live} live"
             log.info("%s was restored: %d versions, %s", name, len(versions), live)
         self._restored = True
         return tuple(name for name in store.records if store.records[name].versions)
+
+    async def _prepared(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
+        info = self._engine.info
+        try:
+            return await asyncio.to_thread(prepare, bundle, info.dtype, mode=mode, parameters=info.weights)
+        except AdapterError as error:
+            raise from_adapters(error) from error
 
     # ---- one at a time ----------------------------------------------------------------------------------------------
 

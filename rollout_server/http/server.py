@@ -16,6 +16,7 @@ import uvicorn
 from litestar import Litestar
 
 from rollout_server import logs
+from rollout_server.blas import one_thread_for_numpy
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
@@ -41,6 +42,7 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
     the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
     logs.configure(config.log_format)
     raise_file_limit()
+    one_thread_for_numpy()
     serve_app(create_app(config), config, ready)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import read_bundle
+from adapters.prepare import PreparedBundle, prepare
 from adapters.spec import AdapterError
 from adapters.store import StateStore, StoreError
 from rollout_server.config import ServerConfig
@@ -80,15 +81,16 @@ def open_state(config: ServerConfig) -> StateStore | None:
         raise InvalidField(error.message, param="state_dir") from error
 
 
-def read_adapter_directory(directory: Path, info: ModelInfo) -> AdapterBundle:
-    """The adapter that PEFT or mlx-lm saved there. Raises `AdapterInvalid` and its kin."""
+def read_adapter_directory(directory: Path, info: ModelInfo) -> PreparedBundle:
+    """The adapter that PEFT or mlx-lm saved there, ready for the model. Raises `AdapterInvalid` and its kin."""
     weights = next((path for name in WEIGHT_NAMES if (path := directory / name).is_file()), None)
     if weights is None:
         raise AdapterInvalid(f"{directory} holds neither {' nor '.join(WEIGHT_NAMES)}.", param="adapter")
     config_path = directory / CONFIG_NAME
     try:
         config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
-        return read_bundle(weights.read_bytes(), config, layers=info.layers, parameters=info.weights)
+        bundle = read_bundle(weights.read_bytes(), config, layers=info.layers, parameters=info.weights)
+        return prepare(bundle, info.dtype, parameters=info.weights)
     except AdapterError as error:
         raise from_adapters(error) from error
     except (OSError, ValueError) as error:
@@ -136,8 +138,9 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         check_name(name, info.id)
-        bundle = await asyncio.to_thread(read_adapter_directory, directory, info)
-        published = await self._publisher.publish(Publish(self._engine.new_id("publish"), name, bundle))
+        prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
+        publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
+        published = await self._publisher.publish(publish)
         log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
 
     async def finished(self) -> None:

@@ -14,6 +14,9 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.find import holder
+from adapters.math import squared_delta_norms
+from adapters.norms import RowNorms, Rows
+from adapters.prepare import HostDelta
 from tests.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]
@@ -64,6 +67,15 @@ def merge(model: nn.Module, bundle: AdapterBundle) -> nn.Module:
         parent, name = holder(model, embedding.removesuffix(".weight"))
         parent[name] = two
     return model
+
+
+def adapted(known: RowNorms, weights: Rows, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """‖W + scale · B · A‖ of each row, in one go."""
+    ones, squared = np.ones(len(b), np.float32), squared_delta_norms(a, b, scale)
+    pending = known.begin("here", weights, HostDelta(a, b, scale, ones, squared))
+    while not pending.dispatched:
+        mx.eval(pending.next_piece()[0])
+    return pending.finish()
 
 
 class TwoTables(nn.Module):

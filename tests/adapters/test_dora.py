@@ -17,12 +17,12 @@ from mlx_lm.utils import load_model
 from adapters import mlx_lm, norms, peft
 from adapters.bundle import read_bundle
 from adapters.find import adaptable_layers
-from adapters.math import squared_row_norms
+from adapters.math import squared_delta_norms, squared_row_norms
 from adapters.norms import RowNorms, Rows
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models
-from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
+from tests.adapters.making import Layers, adapted, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 
 Load = Callable[[], nn.Module]
@@ -87,7 +87,7 @@ def test_row_norms_are_those_of_the_definition(
     row_norms = RowNorms()
     for scale in (0.7, -1.3):  # The second time from the cache.
         expected = np.linalg.norm(np.array(weight).astype(np.float64) + scale * (b.astype(float) @ a), axis=1)
-        given = row_norms.adapted("here", Rows(layer), a, b, scale)
+        given = adapted(row_norms, Rows(layer), a, b, scale)
         np.testing.assert_allclose(given, expected, rtol=2e-6)
 
 
@@ -99,8 +99,9 @@ def test_rows_that_the_delta_cancels_are_computed_from_the_weights() -> None:
     a, b = weight[2:4], np.zeros((6, 2), np.float32)
     b[2, 0], b[3, 1], b[4, 0] = -0.5, -0.49999, 0.3
     expected = np.linalg.norm(weight.astype(np.float64) + 2.0 * (b.astype(float) @ a), axis=1)
-    assert list(squared_row_norms(np.square(weight).sum(1), weight @ a.T, a, b, 2.0)[1]) == [2, 3]
-    np.testing.assert_allclose(RowNorms().adapted("here", Rows(layer), a, b, 2.0), expected, rtol=1e-5, atol=1e-12)
+    base, products, added = np.square(weight).sum(1), ((weight @ a.T) * b).sum(1), squared_delta_norms(a, b, 2.0)
+    assert list(squared_row_norms(base, products, added, 2.0)[1]) == [2, 3]
+    np.testing.assert_allclose(adapted(RowNorms(), Rows(layer), a, b, 2.0), expected, rtol=1e-5, atol=1e-12)
     assert expected[2] == 0 < expected[3] < 1e-3
 
 
@@ -273,8 +274,8 @@ def test_staging_again_reads_the_weights_once_more_but_not_the_norms(
     first = make(layers, 1, dora=True)
     slots.stage(first)
     asked: list[object] = []
-    squared = norms.Rows.squared
-    monkeypatch.setattr(norms.Rows, "squared", lambda rows: asked.append(rows) or squared(rows))
+    squares = norms.Rows.squares
+    monkeypatch.setattr(norms.Rows, "squares", lambda rows, block: asked.append(rows) or squares(rows, block))
     slots.stage(make(layers, 2, dora=True))
     assert not asked
 

@@ -21,7 +21,7 @@ from adapters.layers import AdaptedEmbedding
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models
-from tests.adapters.making import file_of, logits, make, merge, tokens
+from tests.adapters.making import adapted, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 from trainer_client.digest import adapter_digest
 from trainer_client.tensors import host_tensors
@@ -186,7 +186,7 @@ def test_norms_of_a_transposed_table_come_in_blocks(monkeypatch: pytest.MonkeyPa
     a, b = random.normal(size=(3, 45)).astype(np.float32), random.normal(size=(16, 3)).astype(np.float32)
     a[0], b[5] = table[:, 5], (-1 / 0.7, 0, 0)  # One column is cancelled.
     expected = np.linalg.norm(table.T.astype(np.float64) + 0.7 * (b.astype(float) @ a), axis=1)
-    given = norms.RowNorms().adapted("here", norms.TableRows(layer), a, b, 0.7)
+    given = adapted(norms.RowNorms(), norms.TableRows(layer), a, b, 0.7)
     np.testing.assert_allclose(given, expected, rtol=2e-6, atol=1e-5)
 
 

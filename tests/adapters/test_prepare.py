@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from adapters.bundle import make_bundle
 from adapters.find import adaptable_layers
 from adapters.prepare import cast, prepare
 from adapters.slots import AdapterSlots
+from adapters.spec import AdapterSpec
+from adapters.tensors import AdapterTensor
 from tests.adapters.making import Layers, logits, make, merge, tokens
 
 Load = Callable[[], nn.Module]
@@ -44,6 +48,25 @@ def test_a_prepared_version_is_the_same_version(load: Load, layers: Layers, dtyp
         slots.route([slots.stage(version)] * 2)  # A CPU gathers in float32 only.
         answers.append(logits(model, text))
     assert np.array_equal(answers[0], answers[1]) and np.array_equal(answers[0], answers[2])
+
+
+def test_ranks_that_add_nothing_cost_a_dora_version_no_product(load: Load, layers: Layers) -> None:
+    text, narrow = tokens(2), make(layers, rank=4, dora=True)
+    tensors = {}
+    for name, tensor in narrow.tensors.items():
+        wider = {"lora_A": ((0, 12), (0, 0)), "lora_B": ((0, 0), (0, 12))}.get(name.rpartition(".")[2])
+        tensors[name] = tensor if wider is None else AdapterTensor(tensor.dtype, np.pad(tensor.array, wider))
+    modules = {path: replace(module, rank=16) for path, module in narrow.spec.modules.items()}
+    padded = make_bundle(AdapterSpec("dora", modules), tensors)
+    zero = {n: AdapterTensor(t.dtype, t.array * np.float32("lora_B" not in n)) for n, t in narrow.tensors.items()}
+    assert {delta.a.shape[0] for delta in prepare(padded, "float32").deltas.values()} == {4}
+    at_first = make_bundle(narrow.spec, zero)
+    assert {delta.b.shape[1] for delta in prepare(at_first, "float32").deltas.values()} == {1}
+    for bundle in (padded, at_first):
+        model = load()
+        slots = slots_for(model)
+        slots.route([slots.stage(bundle)] * 2)
+        assert np.abs(logits(model, text) - logits(merge(load(), bundle), text)).max() < CLOSE
 
 
 def test_memory_of_versions_that_are_gone_is_given_back(load: Load, layers: Layers) -> None:

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.math import squared_row_norms, thinned
+from adapters.math import squared_delta_norms, thinned
 from adapters.report import LARGEST, report
 from adapters.spec import HALVES, ExpertsShape
 from tests.adapters.making import make
@@ -103,7 +103,7 @@ def test_a_rank_above_the_width_of_a_layer_costs_no_more_than_its_file() -> None
         found = report(bundle_of({path: (a, b)}))
         assert found.effective_rank == pytest.approx(by_hand(a, b), rel=1e-4)
         assert found.delta_norm == pytest.approx(4.0 / 3000 * np.linalg.norm(b @ a), rel=1e-4)
-        norms, _ = squared_row_norms(np.zeros(out), np.zeros((out, 3000)), a, b, 2.0)
+        norms = squared_delta_norms(a, b, 2.0)
         np.testing.assert_allclose(norms, 4.0 * np.square(b @ a).sum(axis=1))
 
 

@@ -13,10 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
+import adapters.resident
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import prepare
 from adapters.registry import Content
-from rollout_server.engine import loop
 from rollout_server.engine.messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
@@ -247,7 +247,7 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     expected = run(driver, "base")
     held = driver.submit(PROMPTS, seed=3, max_tokens=16, ignore_eos=True)
     driver.turn(3)
-    monkeypatch.setattr(loop, "STAGE_S", 0.0)  # one parameter between two steps
+    monkeypatch.setattr(adapters.resident, "BUILD_S", 0.0)  # one parameter between two steps
     bundle = driver.bundle(2)
     options = {"mode": "merged", "parameters": driver.model.info.weights}
     push = driver.publish("p", bundle, mode="merged", prepared=prepare(bundle, "float32", **options))
@@ -264,4 +264,4 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     wrong = prepare(full(driver, 3), "float32", parameters=driver.model.info.weights)
     with pytest.raises(PreconditionFailed):
         driver.push("p", wrong.bundle, prepared=wrong, if_match="9")
-    assert driver.engine._policies._resident._build is None and driver.status.sets == 1
+    assert driver.engine._policies._resident._work is None and driver.status.sets == 1

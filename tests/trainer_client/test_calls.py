@@ -184,3 +184,9 @@ def test_both_clients_have_every_verb_with_its_parameters_and_documentation() ->
             own, *parameters = inspect.signature(method).parameters.values()
             assert own.name == "self"
             assert parameters == list(inspect.signature(build).parameters.values())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://x"])
+def test_an_address_without_a_scheme_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="http://"):
+        RolloutClient(url)

@@ -394,9 +394,3 @@ def test_threads_can_share_one_client() -> None:
         for thread in threads:
             thread.join()
     assert len(batches) == count
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://x"])
-def test_an_address_without_a_scheme_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="http://"):
-        RolloutClient(url)

@@ -1,0 +1,101 @@
+"""A version on its way into a slot: what is done and what is left, while rows go on decoding in between."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.norms import BLOCK_VALUES, AdaptedNorms
+from adapters.prepare import LARGEST, PreparedBundle
+from adapters.spec import MAGNITUDE, AdapterDoesNotFit
+
+
+class Gains:
+    """m / ‖W + scale · B · A‖ of each layer of a DoRA version, in turns: `measure` until it is true. Reads the base
+    and writes nothing."""
+
+    def __init__(self, prepared: PreparedBundle, norms: Iterable[AdaptedNorms]) -> None:
+        self._prepared = prepared
+        self._waiting = deque(norms)
+        self._dispatched: list[AdaptedNorms] = []
+        self.found: dict[str, NDArray[np.float32]] = {}
+        """[out] of each layer, when all are measured; empty for LoRA."""
+
+    def measure(self, allowance: int | None) -> bool:
+        """Dispatches products of about this cost (`AdaptedNorms.next_piece`), and returns whether all gains are found:
+        at the earliest in the call after the last product was dispatched, when the device is done with it. None does
+        all at once.
+
+        Raises `AdapterDoesNotFit` where a gain is not finite in the model's dtype."""
+        while self._waiting:
+            pieces = self._pieces(BLOCK_VALUES if allowance is None else allowance)
+            if allowance is not None:
+                mx.async_eval(pieces)
+                return False
+            mx.eval(pieces)  # One after another, to bound what is unpacked at a time.
+        if self._dispatched:
+            self._find()
+        return True
+
+    def _pieces(self, allowance: int) -> list[mx.array]:
+        pieces: list[mx.array] = []
+        while self._waiting and allowance > 0:
+            arrays, cost = self._waiting[0].next_piece()
+            pieces += arrays
+            allowance -= cost
+            if self._waiting[0].dispatched:
+                self._dispatched.append(self._waiting.popleft())
+        return pieces
+
+    def _find(self) -> None:
+        dtype, faults = self._prepared.dtype, []
+        for norms in self._dispatched:
+            magnitude, lengths = norms.delta.magnitude, norms.finish()
+            with np.errstate(divide="ignore", invalid="ignore"):
+                gain = magnitude / lengths
+            if np.all(np.abs(gain) <= LARGEST[dtype]):
+                self.found[norms.path] = gain.astype(np.float32)
+            else:
+                row = int(np.argmin(np.abs(gain) <= LARGEST[dtype]))
+                faults.append(
+                    f"{norms.path}.{MAGNITUDE}: {magnitude[row]:.3g} for output {row}, whose weights have the length "
+                    f"{lengths[row]:.3g}, is a gain outside the range of {dtype}, the dtype of the model."
+                )
+        self._dispatched = []
+        if faults:
+            raise AdapterDoesNotFit(faults)
+
+
+@dataclass(slots=True)
+class Staging:
+    """Made by `AdapterSlots.begin`, taken further by `measure` and `write`. Left alone at any point it costs nothing:
+    only `AdapterSlots.stage` makes its slot one that rows may use."""
+
+    prepared: PreparedBundle
+    gains: Gains
+    slot: int | None = None
+    """Where it is being written."""
+    unwritten: deque[str] = field(default_factory=deque)
+    """Layers whose stacks are still to be written, once it has a slot."""
+    seconds: float = 0.0
+    """Spent on it so far."""
+
+    @property
+    def digest(self) -> str:
+        return self.prepared.bundle.digest
+
+    @contextmanager
+    def timed(self) -> Iterator[float]:
+        """Counts what is done inside; gives the moment it began."""
+        began = time.perf_counter()
+        try:
+            yield began
+        finally:
+            self.seconds += time.perf_counter() - began
