@@ -10,8 +10,10 @@ import asyncio
 import itertools
 import queue
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from rollout_server.engine.admissible import check_group, check_sequence
+from rollout_server.engine.footprint import Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
@@ -47,9 +49,11 @@ from rollout_server.engine.policy_messages import (
 )
 from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
-from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull
+from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import RolloutRequest, tiling_fault
+
+T = TypeVar("T")
 
 
 class Subscription:
@@ -138,23 +142,21 @@ class EngineHandle:
 
     @property
     def info(self) -> ModelInfo:
-        info = self._thread.info
-        if info is None:
-            raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
-        return info
+        return self._loaded(self._thread.info)
 
     @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the base, for the event loop's side."""
-        if self._thread.tokenizer is None:
-            raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
-        return self._thread.tokenizer
+        return self._loaded(self._thread.tokenizer)
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
         """See `Grammars.compile`; on any thread."""
-        if self._thread.grammars is None:
+        return self._loaded(self._thread.grammars).compile(grammar, param)
+
+    def _loaded(self, part: T | None) -> T:
+        if part is None:
             raise EngineUnavailable(self._status.fault or "The model is still loading; try again in a moment.")
-        return self._thread.grammars.compile(grammar, param)
+        return part
 
     def new_id(self, kind: str) -> str:
         """An id that no client can choose: theirs have no slash."""
@@ -181,7 +183,7 @@ class EngineHandle:
                 param="n",
             )
         for group in groups:
-            self._check(group)
+            check_group(group, self.info)
         subscription = Subscription(id, self)
         self._subscriptions[id] = subscription
         self._mailbox.put(Submit(id, tuple(groups), deadline))
@@ -202,7 +204,7 @@ class EngineHandle:
                     f"start is {start}, but the sequence has {len(tokens)} tokens: it lies within them.",
                     param="sequences",
                 )
-            self._check_sequence(tokens, "sequences")
+            check_sequence(tokens, self.info, "sequences")
         return await self._answered(score)
 
     async def replay(self, replay: Replay) -> Replayed:
@@ -216,7 +218,7 @@ class EngineHandle:
                 raise InvalidField("The arrays of a rollout differ in length.", param="rollouts")
             if not row.prompt_ids:
                 raise InvalidField("A rollout has no prompt.", param="rollouts")
-            self._check_sequence(row.prompt_ids + row.token_ids, "rollouts")
+            check_sequence(row.prompt_ids + row.token_ids, self.info, "rollouts")
         return await self._answered(replay)
 
     async def _answered(self, command: Score | Replay) -> Any:
@@ -272,6 +274,11 @@ class EngineHandle:
         self._require_ready()
         await self._ask(Resume(self.new_id("resume")))
 
+    async def release(self) -> Released:
+        """Gives back KV and cached memory that nothing uses; rows go on."""
+        self._require_ready()
+        return await self._ask(Release(self.new_id("release")))
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
         found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions)
@@ -295,48 +302,11 @@ class EngineHandle:
         if len(self._subscriptions) + len(self._replies) >= self._options.max_queue:
             raise QueueFull(f"As many requests are open as --max-queue allows ({self._options.max_queue}); try again.")
 
-    def _check(self, group: RolloutRequest) -> None:
-        info = self.info
-        self._check_ids(group.prompt_ids, "prompt")
-        self._check_ids(group.prefix.token_ids, "prefix")
-        for token in group.sampling.stop_token_ids:
-            if not 0 <= token < info.vocab_size:
-                raise InvalidField(
-                    f"Stop token id {token} is outside the vocabulary of {info.vocab_size}.", param="stop_token_ids"
-                )
-        total = len(group.prompt_ids) + group.sampling.max_tokens
-        if total > info.max_model_len:
-            raise ContextExceeded(
-                f"A prompt of {len(group.prompt_ids)} tokens and max_tokens {group.sampling.max_tokens} exceed the "
-                f"context of {info.max_model_len} tokens.",
-                param="max_tokens",
-            )
-        if group.sampling.min_tokens and len({*group.sampling.stop_token_ids, *info.eos_token_ids}) >= info.vocab_size:
-            raise InvalidField(
-                "min_tokens leaves no token to sample: every one of them would stop.", param="min_tokens"
-            )
-        if info.row_bytes(total) > info.kv_memory:
-            raise ContextExceeded(
-                f"One row of {total} tokens needs more KV memory than the {info.kv_memory} bytes of --kv-memory.",
-                param="max_tokens",
-            )
-
-    def _check_ids(self, tokens: Sequence[int], param: str) -> None:
-        vocabulary = self.info.vocab_size
-        if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
-            wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-            raise InvalidField(f"Token id {wrong} is outside the vocabulary of {vocabulary}.", param=param)
-
-    def _check_sequence(self, tokens: Sequence[int], param: str) -> None:
-        self._check_ids(tokens, param)
-        if len(tokens) > self.info.max_model_len:
-            raise ContextExceeded(
-                f"A sequence has {len(tokens)} tokens; the context holds {self.info.max_model_len}.", param=param
-            )
-
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Score | Replay | Pause | Resume | ResetPrefixCache | Ping) -> Any:
+    async def _ask(
+        self, command: PolicyCommand | Score | Replay | Pause | Resume | Release | ResetPrefixCache | Ping
+    ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply
