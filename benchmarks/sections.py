@@ -9,6 +9,7 @@ SECTIONS = {
     "arrays": "benchmarks.arrays",
     "growth": "benchmarks.growth",
     "rows": "benchmarks.row_costs",
+    "constrained": "benchmarks.constrained",
     "turns": "benchmarks.prefix_reuse",
     "flood": "benchmarks.flood",
     "replies": "benchmarks.reply_sizes",

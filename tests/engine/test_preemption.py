@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rollout_server.engine.grammars import Grammars
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import Delete
+from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
@@ -160,3 +162,21 @@ def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwe
     (ended,) = driver.rollouts(row.group.request.id)
     assert ended.finish_reason is FinishReason.ABORTED and len(ended.token_ids) > 0
     driver.finish(*ids)
+
+
+def test_rows_with_a_grammar_step_aside_where_they_are_in_it(base: Driver, qwen: Path) -> None:
+    """A row comes back with its tokens; its grammar has been where they lead all the while."""
+    info = base.model.info
+    grammars = Grammars(base.model.host_tokenizer, info.vocab_size, info.eos_token_ids)
+    nested = grammars.compile(Grammar(GrammarKind.REGEX, r"(\[[a-d]{3}\]){25,}"), "structured_outputs.regex")
+    prompts = prompts_of([20, 5, 33, 12], 286)
+    asked = {"n": 2, "seed": 4, "max_tokens": 150, "constraint": nested}
+    expected = base.generate(prompts, **asked)
+    driver = small(qwen, base.model)
+    id = driver.submit(prompts, **asked)
+    watched(driver, id)
+    assert driver.engine._preemption.count > 0
+    for one, other in zip(expected, driver.rollouts(id), strict=True):
+        assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
+        assert len(other.token_ids) > 100
+    assert all(found.exact for found in driver.replay(driver.rollouts(id)))
