@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from rollout_server.engine.grammars import MOST_TEXT, CompiledGrammar, Grammars, hold_back
 from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason, Rollout, SamplingParams, Wants
+from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of, recorded
 from tests.engine.test_prefix import cut, prefix_of
 
@@ -246,6 +249,69 @@ def test_a_grammar_that_meets_a_limit_fails_its_row_alone(base: Driver, regex: C
     assert first.error is not None and first.error.code == "grammar_fault" and "beyond token" in first.error.message
     assert first.finish_reason is FinishReason.ERROR and len(first.token_ids) >= 1
     assert second.error is None and second.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def byte_fallback_model(directory: Path) -> Path:
+    """A tiny model whose tokenizer is as sentencepiece's: ▁ for spaces, characters it does not know as bytes."""
+    special = ("<unk>", "<s>", "</s>")
+    pieces = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdyesx[],",
+        "ye",
+        "yes",
+        "▁y",
+        "▁ye",
+        "▁yes",
+    ]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "y"), ("▁y", "e"), ("▁ye", "s")]
+    vocabulary = {piece: id for id, piece in enumerate(dict.fromkeys(pieces))}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tiny_models.build("llama", directory, eos_token_id=2)
+    made.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_tokenizers_with_byte_fallback_and_padded_logits(tmp_path: Path) -> None:
+    driver = Driver.start(byte_fallback_model(tmp_path / "tiny"))
+    tokenizer, info = driver.model.host_tokenizer, driver.model.info
+    assert len(tokenizer) < info.vocab_size and info.eos_token_ids == (2,)
+    pattern = r"[ab]é{1,2}( yes|x){2,4}😀"
+    grammars = Grammars(tokenizer, info.vocab_size, info.eos_token_ids)
+    rows = driver.generate([[5, 6]], n=16, constraint=ready(grammars, "regex", pattern), max_tokens=60, temperature=2.0)
+    for row in rows:
+        assert re.fullmatch(pattern, tokenizer.decode(row.token_ids, skip_special_tokens=True))
+        assert row.stop_reason == 2
+    assert all(found.exact for found in driver.replay(rows))
+    with pytest.raises(UnsupportedField, match="vocab size"):
+        ready(Grammars(tokenizer, 100, (2,)), "regex", "a")
+
+
+def test_a_grammar_that_begins_behind_a_mark(base: Driver, grammars: Grammars) -> None:
+    """As behind reasoning: everything before is as it would be without, but for the end tokens of `min_tokens`."""
+    (end,) = base.model.info.eos_token_ids
+    mark = tuple(base.model.tokenizer.encode("th"))
+    late = grammars.compile(Grammar(GrammarKind.REGEX, "[0-9]{3}", after=mark), "structured_outputs.regex")
+    bias = ((mark[0], 4.0),)
+    free = base.generate([[7, 7, 7]], n=12, seed=6, max_tokens=60, logit_bias=bias)
+    rows = base.generate([[7, 7, 7]], n=12, seed=6, max_tokens=60, logit_bias=bias, constraint=late)
+    reached = 0
+    for row, without in zip(rows, free, strict=True):
+        at = row.token_ids.index(mark[0]) + 1 if mark[0] in row.token_ids else len(row.token_ids)
+        assert row.token_ids[:at] == without.token_ids[:at]
+        if at + 3 < len(row.token_ids):
+            reached += 1
+            assert re.fullmatch(rb"[0-9]{3}", written_by(base, replace(row, token_ids=row.token_ids[at:])))
+            assert row.token_ids[-1] == end
+    assert reached > 3 and all(found.exact for found in base.replay(rows))
+    assert late.accepted([1, 2, *mark, *base.model.tokenizer.encode("12x")]) == 5
 
 
 # ---- compiling ----------------------------------------------------------------------------------------------------
