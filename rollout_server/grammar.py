@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""The usual between the parts of JSON. Bounded, because models have been seen to write newlines for ever."""
+
 
 class GrammarKind(StrEnum):
     """How a grammar is written; the names are vLLM's."""
@@ -40,4 +43,5 @@ class Constraint(Protocol):
         """What the engine keeps of a row that begins with these tokens, see `engine.grammars.Follower`."""
 
     def accepted(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens, from the first on, can begin a text of the grammar."""
+        """How many of the tokens, from the first on, can begin a text of the grammar. An end token
+        counts only where the text could also go on."""

@@ -29,6 +29,8 @@ class ReplyFormat:
     tool_start: str | None = None
     tool_end: str | None = None
     """Empty where a tool call goes on to the end of the reply."""
+    tool_style: str | None = None
+    """mlx-lm's name for how calls are written."""
     parse_tool_call: ParseToolCall | None = None
     """(text between the marks, tools) → a call or several, `{"name", "arguments", "id"?}`; raises on what is none."""
     special: frozenset[int] = frozenset()
@@ -47,6 +49,7 @@ class ReplyFormat:
             think_end_ids=tuple(marks.think_end_tokens or ()),
             tool_start=module.tool_call_start if module else None,
             tool_end=module.tool_call_end if module else None,
+            tool_style=module.__name__.rpartition(".")[2] if module else None,
             parse_tool_call=module.parse_tool_call if module else None,
             special=special_ids(tokenizer) - named - set(ends),
         )

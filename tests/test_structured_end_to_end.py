@@ -12,8 +12,11 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from tests import tiny_models
+from tests.http.test_chat_tools import TEMPLATE
 from tests.live_server import live_server
 
 SCHEMAS = 200
@@ -28,7 +31,12 @@ TEXT_RULES: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The model's template and marks of calls are like Qwen's, one mark a special token, the other plain text."""
     model = tiny_models.build("qwen3", tmp_path_factory.mktemp("model") / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=True)], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
     with live_server(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
 
@@ -165,3 +173,57 @@ def test_rollouts_tell_their_grammar_and_are_drawn_again(client: httpx.Client) -
         refused = client.post("/v1/rollouts", json={**body, "prompts": [prompt], "n": 1, "sampling": again})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "prompts[0].prefix.token_ids"
+
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/digit"}, "b": {"$ref": "#/$defs/digit"}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+            "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+        },
+    },
+    {
+        "name": 'sag "é"',
+        "parameters": {
+            "type": "object",
+            "properties": {"mood": {"enum": ["gut", "böse"]}},
+            "required": ["mood"],
+            "additionalProperties": False,
+        },
+    },
+]
+
+
+def test_a_call_of_a_tool_can_be_asked_for(client: httpx.Client) -> None:
+    named = {"type": "function", "function": {"name": "add"}}
+    spaces = [
+        client.post("/tokenize", json={"model": "base", "prompt": space}).json()["tokens"][0] for space in " \t\r\n"
+    ]
+    by_name = {tool["name"]: tool["parameters"] for tool in TOOLS}
+    called = set()
+    for seed, choice in enumerate(["required", named] * 6):
+        body = {
+            "model": "base",
+            "messages": [{"role": "user", "content": "call!"}],
+            "tools": [{"type": "function", "function": tool} for tool in TOOLS],
+            "tool_choice": choice,
+            "seed": seed,
+            "max_tokens": 900,
+            "logit_bias": {str(token): -9 for token in spaces},
+        }
+        reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        (given,) = reply.json()["choices"]
+        assert given["finish_reason"] == "tool_calls", given
+        calls = given["message"]["tool_calls"]
+        for call in calls:
+            called.add(call["function"]["name"])
+            jsonschema.validate(json.loads(call["function"]["arguments"]), by_name[call["function"]["name"]])
+        if choice is named:
+            assert [call["function"]["name"] for call in calls] == ["add"]
+            assert given["message"]["content"] is None
+    assert called == set(by_name)

@@ -20,7 +20,7 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from rollout_server.errors import InvalidField, UnsupportedField
-from rollout_server.grammar import Grammar, GrammarKind
+from rollout_server.grammar import WHITESPACE, Grammar, GrammarKind
 from rollout_server.quoting import shortened
 
 MOST_TEXT = 262_144
@@ -31,8 +31,6 @@ MOST_LEXER_STATES = 50_000
 """One to two kB each."""
 MESSAGE_SHOWN = 240
 EXCERPT = re.compile(r"\s*\d+ \| ")
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""Between the parts of JSON. Bounded, because models have been seen to write newlines for ever."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.answering import OUR_WORDS, Job, respond
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
+from rollout_server.http.calling import constraint_of_chat
 from rollout_server.http.choices import Choice, Piece, Reading
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, usage
@@ -24,7 +25,7 @@ from rollout_server.http.reply_parts import Gain, ReplyParts
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
-from rollout_server.http.structured import constraint_of, extra_weight
+from rollout_server.http.structured import extra_weight
 from rollout_server.http.token_strings import TokenStrings
 from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
@@ -176,7 +177,7 @@ class ChatController(Controller):
     async def complete(self, data: JSONBody[ChatRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
         with renamed({**OUR_WORDS, "max_tokens": data.limit_name}):
-            weight = len(await request.body()) + data.n + extra_weight(data)
+            weight = len(await request.body()) + data.n + extra_weight(data, compiles=data.must_call)
             job = await beside(weight, lambda: plan(data, request, service))
             return await respond(job, request, service)
 
@@ -194,8 +195,7 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
     limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
     format, ends = service.reply_format, service.info.eos_token_ids
     thinking = format.opens_thinking(ids, ends)
-    # What the model thinks is its own affair; the reply behind it is what was asked for.
-    constraint = constraint_of(data, service, after=format.think_end_ids if thinking else ())
+    constraint = constraint_of_chat(data, format, service, thinking=thinking)
     id = request_id(None, request, kind="chatcmpl")
     seed = fresh_seed() if data.seed is None else data.seed
     group = RolloutRequest(

@@ -15,9 +15,9 @@ from rollout_server.schemas.structured import Structured, StructuredOutputs
 ANY_OBJECT = json.dumps({"type": "object"})
 
 
-def extra_weight(options: Structured) -> int:
+def extra_weight(options: Structured, *, compiles: bool = False) -> int:
     """On the scale of `body.LONG`: a grammar is compiled beside the event loop, however short it is."""
-    return LONG if options.constrained else 0
+    return LONG if options.constrained or compiles else 0
 
 
 def constraint_of(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Count, Whole, unsupported
+from rollout_server.quoting import quoted
+from rollout_server.schemas.fields import Count, Request, Whole, unsupported
 from rollout_server.schemas.messages import Conversation
 from rollout_server.schemas.openai import ChoiceRollout, OpenAIRequest
 from rollout_server.schemas.rollouts import Usage
@@ -35,6 +36,28 @@ LATER_CHAT: dict[str, tuple[Any, ...]] = {
 }
 
 
+class ToolName(Request):
+    name: Annotated[str, Field(min_length=1)]
+
+
+class NamedTool(Request):
+    type: Literal["function"]
+    function: ToolName
+
+
+WORD, NAMED = "<word>", "<named>"
+
+
+def _choice_form(value: Any) -> str:
+    return NAMED if isinstance(value, dict | NamedTool) else WORD
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag(WORD)] | Annotated[NamedTool, Tag(NAMED)],
+    Discriminator(_choice_form),
+]
+
+
 class ChatRequest(OpenAIRequest, Conversation):
     later: ClassVar = {**OpenAIRequest.later, **LATER_CHAT}
 
@@ -42,19 +65,12 @@ class ChatRequest(OpenAIRequest, Conversation):
     max_tokens: Count | None = Field(default=None, description="The older name of max_completion_tokens.")
     logprobs: bool = False
     top_logprobs: Whole | None = Field(default=None, description="Alternatives for every token; needs `logprobs`.")
-    tool_choice: Literal["none", "auto"] | None = Field(
+    tool_choice: ToolChoice | None = Field(
         default=None,
-        description="`auto`, the default with tools: calls are parsed out of the reply. `none`: they stay text. Either "
-        "way the chat template gets the tools.",
+        description="`auto`, the default with tools: calls are parsed out of the reply. `required`, or the name of a "
+        "tool: a grammar sees to calls, where the model writes them as JSON. `none`: they stay text. In any case the "
+        "chat template gets the tools.",
     )
-
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _free_choice(cls, value: Any) -> Any:
-        if value == "required" or isinstance(value, dict):
-            what = "'required'" if value == "required" else "the name of a tool"
-            raise unsupported("", f"cannot be {what} with this server yet; use 'auto' or 'none'")
-        return value
 
     @field_validator("tools")
     @classmethod
@@ -80,9 +96,35 @@ class ChatRequest(OpenAIRequest, Conversation):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", 'needs "logprobs": true', {"field": "top_logprobs"})
-        if self.tool_choice == "auto" and not self.tools:
+        if self.tool_choice not in (None, "none") and not self.tools:
             raise PydanticCustomError("tool_choice", "needs tools", {"field": "tool_choice"})
+        if self.called_name is not None and not self.callable_tools:
+            raise PydanticCustomError(
+                "tool_choice",
+                "names {name}, which is none of the tools",
+                {"field": "tool_choice", "name": quoted(self.called_name)},
+            )
+        if self.must_call and self.constrained:
+            raise PydanticCustomError(
+                "tool_choice", "asks for a call, and another field for another text", {"field": "tool_choice"}
+            )
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply has to be calls of tools."""
+        return self.tool_choice == "required" or self.called_name is not None
+
+    @property
+    def called_name(self) -> str | None:
+        """The tool that has to be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that may be called."""
+        functions = [tool["function"] for tool in self.tools or ()]
+        return [each for each in functions if self.called_name in (None, each["name"])]
 
     @property
     def limit_name(self) -> str:

@@ -161,9 +161,11 @@ def test_a_stream_adds_up_to_the_whole_reply(client: Client, engine: FakeEngine,
 @pytest.mark.parametrize(
     ("changes", "param", "code"),
     [
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_field"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "unsupported_field"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_field"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_field"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "invalid_field"),
         ({"tool_choice": "auto"}, "tool_choice", "invalid_field"),
+        ({"tool_choice": "any"}, "tool_choice", "invalid_field"),
         ({"response_format": {"type": "json"}}, "response_format.type", "invalid_field"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_field"),
         (

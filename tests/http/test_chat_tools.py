@@ -198,3 +198,70 @@ def test_what_is_wrong_is_named(
     client: Client, changes: Any, param: str, code: str, problem: Callable[..., Any]
 ) -> None:
     problem(ask(client, **changes), 400, code, param)
+
+
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+def test_a_grammar_begins_behind_the_reasoning_that_the_template_opened(client: Client, engine: FakeEngine) -> None:
+    says(engine, f"yes{END}")
+    mark = tuple(engine.tokenizer.encode("</think>"))
+    for think in (True, False):
+        for fields in ({"response_format": {"type": "json_object"}}, {"tools": TOOLS, "tool_choice": "required"}):
+            assert ask(client, chat_template_kwargs={"think": think}, **fields).status_code == 200
+            ((group,),) = [groups for _, groups, _ in engine.submitted[-1:]]
+            assert group.sampling.constraint is not None
+            assert group.sampling.constraint.grammar.after == (mark if think else ())
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_calls_that_are_asked_for_are_what_the_template_writes(client: Client, engine: FakeEngine, choice: Any) -> None:
+    says(engine, f"yes{END}")
+    assert ask(client, tools=TOOLS, tool_choice=choice).status_code == 200
+    constraint = engine.submitted[-1][1][0].sampling.constraint
+    assert constraint is not None
+    encode = engine.tokenizer.encode
+    for text, fits in (
+        (CALL, True),
+        (f"{CALL}\n{CALL}", choice == "required"),
+        (f"so {CALL}", False),
+        (CALL.replace("add", "sub"), False),
+        (CALL.replace('{"a": 1}', "1"), False),
+        (END, False),
+    ):
+        assert (constraint.accepted(encode(text)) == len(encode(text))) is fits, text
+
+
+def test_a_model_that_writes_calls_otherwise_cannot_be_made_to(
+    client: Client, tool_tokenizer: Any, problem: Callable[..., Any]
+) -> None:
+    try:
+        tool_tokenizer.init_kwargs["tool_parser_type"] = "mistral"
+        for choice in ("required", NAMED):
+            error = problem(ask(client, tools=TOOLS, tool_choice=choice), 400, "unsupported_field", "tool_choice")
+            assert "mistral" in error["message"]
+    finally:
+        del tool_tokenizer.init_kwargs["tool_parser_type"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "frob"}}}],
+            },
+            "tools",
+        ),
+        (
+            {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
+            "tools",
+        ),
+    ],
+    ids=str,
+)
+def test_calls_that_cannot_be_asked_for(client: Client, fields: Any, param: str, problem: Callable[..., Any]) -> None:
+    problem(ask(client, **{"tools": TOOLS, **fields}), 400, "invalid_field", param)
