@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import demo, doctor, serve, weights
+from rollout_server.commands import demo, doctor, download, serve, weights
 
 COMMANDS = (
     serve.serve,
     demo.demo,
     weights.push,
+    download.download,
     doctor.doctor,
 )
 GROUPS = {"weights": weights.app}
