@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import demo, doctor, download, serve, weights
+from rollout_server.commands import demo, doctor, download, generate, serve, top, weights
 
 COMMANDS = (
     serve.serve,
     demo.demo,
     weights.push,
     download.download,
+    generate.generate,
+    top.top,
     doctor.doctor,
 )
 GROUPS = {"weights": weights.app}
