@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import demo, doctor, download, generate, serve, top, weights
+from rollout_server.commands import bench, demo, doctor, download, generate, serve, top, weights
 
 COMMANDS = (
     serve.serve,
@@ -16,6 +16,7 @@ COMMANDS = (
     download.download,
     generate.generate,
     top.top,
+    bench.bench,
     doctor.doctor,
 )
 GROUPS = {"weights": weights.app}
