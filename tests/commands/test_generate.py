@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.generate import harmless
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--kv-memory", "64MiB") as live:
-        yield live
+from tests.live_server import LiveServer
 
 
 def generate(*arguments: str, given: str | None = None) -> Result:
@@ -66,9 +52,8 @@ def test_chat_and_stops(server: LiveServer) -> None:
     assert done.stdout == text.partition(cut)[0] + "\n"
 
 
-def test_a_model_started_for_it_says_the_same(server: LiveServer, model: Path, tmp_path: Path) -> None:
+def test_a_model_started_for_it_says_the_same(server: LiveServer, model: Path, adapter: Path) -> None:
     expected = completion(server, prompt="the end", seed=3)["text"]
-    adapter = tiny_models.save_adapter(tmp_path, *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1))
     own = ["the end", "--model", str(model), "--max-tokens", "12", "--seed", "3", "--adapter", f"p={adapter}", "--json"]
     done = generate(*own)
     assert done.exit_code == 0, done.output

@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from io import StringIO
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,18 +17,15 @@ from typer.testing import CliRunner, Result
 from rollout_server.cli import app
 from rollout_server.commands.top import State, counted, view
 from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.live_server import LiveServer
 from trainer_client import KeptVersion, PolicyLine, RolloutClient
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    model = tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny")
-    with live_server(model, "--kv-memory", "64MiB") as live:
-        with RolloutClient(live.url) as client:
-            for seed in (1, 2):
-                client.push("p", *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed))
-        yield live
+@pytest.fixture(scope="module", autouse=True)
+def pushed(server: LiveServer, model: Path) -> None:
+    with RolloutClient(server.url) as client:
+        for seed in (1, 2):
+            client.push("p", *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed))
 
 
 def top(*arguments: str) -> Result:
