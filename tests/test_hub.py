@@ -160,14 +160,17 @@ def test_what_is_not_foreseen_is_told_in_a_sentence() -> None:
     assert full.message.startswith(f"{OPEN} could not be fetched from ") and "No space left on device" in full.message
 
 
-def test_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_a_line_now_and_then(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rollout_server.hub.LINE_S", 0.0)
     monkeypatch.setattr(logging.getLogger("rollout_server"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="rollout_server.hub"):
-        progress = progress_of(OPEN)
+        progress = progress_of(OPEN, made := [])
         progress(total=3, desc="Fetching 3 files").update(3)
         bar = progress(total=4_000_000, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download")
         bar.update(1_000_000)
         bar.refresh()
         bar.close()
-    assert {record.getMessage() for record in caplog.records} == {f"{OPEN}: 1.00M of 4.00M"}
+    assert made[-1] is bar and capsys.readouterr().err == ""
+    assert {record.getMessage() for record in caplog.records} == {f"{OPEN}: 1.00MB of 4.00MB"}
