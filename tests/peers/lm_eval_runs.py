@@ -1,8 +1,8 @@
 """What lm-eval finds, as JSON on stdout: `python -m tests.peers.lm_eval_runs TASKS RUN…`, in a process of its own.
 
 TASKS is a directory of tasks besides those of examples/lm_eval. A RUN is JSON: `name`, `model`, `model_args`, `tasks`
-and whatever else `simple_evaluate` takes. For each name: `{"metrics": {task: {metric: value}}, "samples": {task: […]}}`,
-a sample being the log-likelihoods, or the text, in the order of the documents.
+and whatever else `simple_evaluate` takes. Written is `{name: {"metrics": {task: {metric: value}}, "samples": …}}`,
+samples being {task: […]} with the log-likelihoods, or the text, of each document in turn.
 """
 
 from __future__ import annotations
