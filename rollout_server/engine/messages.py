@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.footprint import MemoryStatus, Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.policy_messages import PolicyCommand, PolicyReply, PolicyStatus
@@ -71,6 +72,8 @@ class ModelInfo:
     """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
     max_batch: int
     device: str
+    weight_bytes: int = 0
+    """Of the base, as it is in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     weights: dict[str, Parameter] = field(default_factory=dict)
@@ -134,7 +137,7 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
+Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -210,6 +213,7 @@ Event = (
     | Replayed
     | PolicyReply
     | Paused
+    | Released
     | PrefixCacheReset
     | Pong
 )
@@ -241,3 +245,4 @@ class EngineStatus:
     prefix: PrefixStatus = field(default_factory=PrefixStatus)
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""
+    memory: MemoryStatus = field(default_factory=MemoryStatus)

@@ -49,6 +49,13 @@ class ResidentModel:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
         return self.module(tokens, cache=caches)
 
+    def make_slots(self) -> SlotRows:
+        """Empty rows with columns; only where `info.cache` is `slots`."""
+        store = self.make_store()
+        if not isinstance(store, SlotRows):
+            raise RuntimeError("A model with slot caches made another kind of store.")
+        return store
+
     def make_caches(self) -> list[Any]:
         """Fresh mlx-lm caches for one sequence."""
         return make_prompt_cache(self.module)
@@ -85,6 +92,7 @@ def load(options: EngineOptions) -> ResidentModel:
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
         parameters=_parameters(module),
+        weight_bytes=sum(array.nbytes for array in _arrays(module)),
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         kv_bytes_per_token=cell_bytes,

@@ -122,6 +122,7 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/replay",
         "/v1/probe",
         "/v1/abort",
+        "/v1/release",
         "/reset_prefix_cache",
         "/v1/pause",
         "/v1/resume",
