@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from examples.trl_grpo import Rollouts
 from tests.live_server import live_server
+from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
@@ -41,3 +46,24 @@ def test_the_reward_rises_and_every_batch_is_from_the_adapter_just_pushed(tmp_pa
     assert max(float(gap) for *_, gap, _ in steps) <= 1e-3
     # One step earlier there was nothing to differ from: a fresh adapter changes nothing.
     assert min(float(before) for *_, before in steps[1:]) > 1e-3
+
+
+def test_a_push_that_did_nothing_ends_the_run() -> None:
+    """The server samples with the adapter of the step before, as it would if the push were lost."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "rollout_server" / "demo" / "model", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.eval()
+    with live_server(None) as server, RolloutClient(server.url) as client:
+        version = client.push("trl-policy", model)
+        batch = client.rollouts(["17+25=", "4+4="], policy=version, n=4, max_tokens=8)
+    rollouts = Rollouts(client, "trl-policy")
+    rollouts.compare(model, batch)
+    assert rollouts.gap <= 1e-3
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 1e-3
+    with pytest.raises(SystemExit, match="do not compute the same policy"):
+        rollouts.compare(model, batch)
+    assert rollouts.before <= 1e-3 < rollouts.gap

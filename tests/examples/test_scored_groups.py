@@ -5,24 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
-from tests.live_server import LiveServer, live_server
+from tests.live_server import LiveServer
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RETURNS = ("sampling_logprobs", "base_logprobs")
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    with live_server(None) as server:
-        yield server
 
 
 def test_a_row_with_a_tool_in_it_is_masked_there_and_scores_as_it_says(live: LiveServer) -> None:

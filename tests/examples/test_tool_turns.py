@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,13 @@ from transformers import AutoTokenizer
 import rollout_server.demo
 from examples.tool_conversation import tool_ids
 from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.live_server import LiveServer
 from trainer_client import RolloutClient, continued
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = Path(rollout_server.demo.__file__).parent / "model"
 QUESTION = [{"role": "user", "content": "17+25="}]
 TOOL = ("42+1=", "30+2=")
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    with live_server(None) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
