@@ -182,11 +182,11 @@ def count_tokens(prompt_ids: Sequence[int], token_ids: Sequence[int], vocabulary
 
 
 def allowed_only(logits: mx.array, mask: Some) -> mx.array:
-    """Logits [R, V] with −inf where a row's mask, uint32 [F, ⌈V/32⌉], has no bit: token t is bit t mod 32 of word
-    t // 32. An array of its own."""
+    """Of logits [R, V] the rows that have a mask, uint32 [F, ⌈V/32⌉] → [F, V] with −inf where it has no bit: token t is
+    bit t mod 32 of word t // 32."""
     bits = (mask.values[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     allowed = bits.reshape(len(mask.values), -1)[:, : logits.shape[-1]] > 0
-    return mask.put(logits + 0.0, mx.where(allowed, mask.of(logits), -math.inf))
+    return mx.where(allowed, mask.of(logits), -math.inf)
 
 
 def without(logits: mx.array, banned: Pairs) -> mx.array:

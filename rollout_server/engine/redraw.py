@@ -14,7 +14,7 @@ import numpy as np
 from rollout_server.engine.exponentials import block_size
 from rollout_server.engine.filters import Some
 from rollout_server.engine.grammars import Follower, MaskFiller, hold_back
-from rollout_server.engine.penalties import Pairs, count_tokens, ends_of
+from rollout_server.engine.penalties import Pairs, allowed_only, count_tokens, ends_of
 from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
 from rollout_server.rollout import SamplingParams
 
@@ -161,7 +161,8 @@ def _margin(logits: mx.array, row: Redraw, position: int, mask: Some | None) -> 
     """See `Redraw.margin`; logits [1, V] of the position and what the grammar says of it."""
     token, sampling = row.token_ids[position], row.sampling
     inputs = _Inputs.of([(row, [position])], logits.shape[-1], mask)
-    shaped = np.array(shape(logits, inputs.arrays, inputs.seen, inputs.banned, mask)[0], dtype=np.float64)
+    reshaped = shape(logits, inputs.arrays, inputs.seen, inputs.banned)
+    shaped = np.array((reshaped if mask is None else allowed_only(reshaped, mask))[0], dtype=np.float64)
     short = float(shaped.max() - shaped[token])
     if not math.isfinite(short):
         return None

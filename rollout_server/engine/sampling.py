@@ -141,15 +141,16 @@ def sample(
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
     sums = block_sums(exponentials)
     log_total = mx.log(mx.sum(sums, axis=-1, keepdims=True))
-    shaped = shape(raw, arrays, seen, banned, mask)
-    best = mx.argmax(shaped, axis=-1).astype(mx.int32) if arrays.greedy is not None or arrays.all_greedy else None
+    shaped = shape(raw, arrays, seen, banned)
+    masked = None if mask is None else Some(mask.rows, allowed_only(shaped, mask))
+    best = _best(shaped, masked) if arrays.greedy is not None or arrays.all_greedy else None
     if arrays.all_greedy and best is not None:
         ids = best
         sampling = mx.zeros(ids.shape, dtype=mx.float32)
         kept = mx.full(ids.shape, mx.nan)
     else:
         ids, sampling, kept = _sample_rows(
-            shaped, (exponentials, sums, peak) if shaped is raw else None, arrays, uniform
+            shaped, (exponentials, sums, peak) if shaped is raw else None, masked, arrays, uniform
         )
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
@@ -170,9 +171,8 @@ def shape(
     arrays: SamplerArrays,
     seen: mx.array | None,
     banned: Pairs | None,
-    mask: Some | None,
 ) -> mx.array:
-    """The logits that are sampled from; `raw` itself, untouched, where nothing changes them."""
+    """The logits that are sampled from, masks apart; `raw` itself, untouched, where nothing changes them."""
     shaped = raw
     if arrays.penalties is not None:
         if seen is None:
@@ -182,17 +182,25 @@ def shape(
         shaped = shaped.at[arrays.bias.places, arrays.bias.tokens].add(arrays.bias.values)
     if banned is not None:
         shaped = without(shaped, banned)
-    return shaped if mask is None else allowed_only(shaped, mask)
+    return shaped
+
+
+def _best(shaped: mx.array, masked: Some | None) -> mx.array:
+    """The most probable token of each row, int32 [R]."""
+    best = mx.argmax(shaped, axis=-1).astype(mx.int32)
+    return best if masked is None else masked.put(best, mx.argmax(masked.values, axis=-1).astype(mx.int32))
 
 
 def _sample_rows(
     shaped: mx.array,
     known: tuple[mx.array, mx.array, mx.array] | None,
+    masked: Some | None,
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, block sums and peak of
-    `shaped`, which serve as they are where every row has temperature 1."""
+    `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that have a
+    mask, under it."""
     if known is None or arrays.inverse_temperature is not None:
         if arrays.inverse_temperature is not None:
             shaped = shaped * arrays.inverse_temperature
@@ -201,6 +209,15 @@ def _sample_rows(
         sums = block_sums(weights)
     else:
         weights, sums, peak = known
+    if masked is not None:
+        # Only these are exponentiated anew. Sums of their own, because `put` writes in place.
+        theirs = masked.values
+        if arrays.inverse_temperature is not None:
+            theirs = theirs * masked.of(arrays.inverse_temperature)
+        highest = peak_of(theirs)
+        own = exponential(theirs - highest)
+        weights, sums = masked.put(weights + 0.0, own), masked.put(sums + 0.0, block_sums(own))
+        peak = masked.put(peak + 0.0, highest)
     everything = mx.sum(sums, axis=-1, keepdims=True)
     if arrays.filters is not None:
         weights = weights * (weights >= threshold(weights, everything, arrays.filters))
