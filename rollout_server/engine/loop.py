@@ -19,6 +19,7 @@ from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.embedding_messages import Embed
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
@@ -92,7 +93,9 @@ class Engine:
             lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
         )
         self._reports = Reports(self._scheduler, policies)
-        self._references = References(self._scoring, policies, self._reports, frozenset(model.info.eos_token_ids))
+        self._references = References(
+            self._scoring, policies, self._reports, frozenset(info.eos_token_ids), info.embedding.pooling
+        )
         self._switching = Switching(policies, self._batch, self._reports, kv_cells)
         self._budget = TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens)
         self._reading = Reading(self._batch, self._scoring, self._switching, self._budget)
@@ -211,12 +214,9 @@ class Engine:
                         # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
-                case Score():
+                case Score() | Replay() | Embed():
                     if not self._pausing.holds(command):
-                        self._references.score(command)
-                case Replay():
-                    if not self._pausing.holds(command):
-                        self._references.replay(command)
+                        self._references.read(command)
                 case Pause():
                     self._pausing.pause(command)
                     for id in self._reports.begun if command.mode == "abort" else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.policy_messages import PolicyCommand, PolicyReply, PolicyStatus
@@ -73,6 +74,7 @@ class ModelInfo:
     device: str
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
+    embedding: Embedding = field(default_factory=Embedding)
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
 
@@ -134,7 +136,9 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
+Reading = Score | Replay | Embed
+"""Requests that are answered by reading alone: nothing is sampled."""
+Command = Submit | Reading | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -208,6 +212,7 @@ Event = (
     | RequestFailed
     | Scored
     | Replayed
+    | Embedded
     | PolicyReply
     | Paused
     | PrefixCacheReset

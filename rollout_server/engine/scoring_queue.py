@@ -22,9 +22,10 @@ from rollout_server.errors import EngineUnavailable, RolloutError
 def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
     """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
     info = model.info
+    hidden = model.hidden if model.trunk else None
     if info.cache != "slots":
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
-        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells)
+        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells, hidden)
 
     def rows() -> SlotRows:
         store = model.make_store()
@@ -32,7 +33,7 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
             raise RuntimeError("A model with slot caches made another kind of store.")
         return store
 
-    return SlotReader(model.forward, rows, policies.route_rows, policies.apart, info.vocab_size)
+    return SlotReader(model.forward, rows, policies.route_rows, policies.apart, info.vocab_size, hidden)
 
 
 class ScoringQueue:

@@ -26,6 +26,7 @@ from rollout_server.http.completions import CompletionsController
 from rollout_server.http.control import ControlController, PrefixesController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
+from rollout_server.http.embeddings import EmbeddingsController
 from rollout_server.http.logprobs import LogprobsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.pausing import PauseController, PauseDoorsController
@@ -72,6 +73,7 @@ CONTROLLERS = (
     RolloutsController,
     CompletionsController,
     ChatController,
+    EmbeddingsController,
     TokensController,
     ControlController,
     PrefixesController,

@@ -19,6 +19,7 @@ INFERENCE = [
     ("POST", "/v1/rollouts"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/embeddings"),
     ("POST", "/v1/logprobs"),
     ("POST", "/v1/replay"),
     ("POST", "/v1/probe"),

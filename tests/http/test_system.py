@@ -118,6 +118,7 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/rollouts",
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/embeddings",
         "/v1/logprobs",
         "/v1/replay",
         "/v1/probe",
