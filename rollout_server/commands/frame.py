@@ -1,0 +1,118 @@
+"""What the commands have around them: options, errors as one sentence, configuration, a client, JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from rollout_server.errors import RolloutError
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
+    from rollout_server.blas import BlasChoice
+    from rollout_server.config import ServerConfig
+    from trainer_client import RolloutClient
+
+    S = TypeVar("S", bound=BaseSettings)
+
+log = logging.getLogger("rollout_server")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Url = Annotated[str | None, typer.Option(help="The server; default is ROLLOUT_HOST and ROLLOUT_PORT.", metavar="URL")]
+
+
+def option(text: str, default: str | None = None, metavar: str | None = None) -> Any:
+    """An option that is None when not given: environment and configuration decide, help names their default."""
+    return typer.Option(help=f"{text} Default: {default}." if default else text, metavar=metavar)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn what a user can cause into one sentence on standard error and exit status 1. A bug keeps its traceback."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError by descent
+        raise
+    except RolloutError as error:
+        _fail(error.message)
+    except ImportError as error:
+        _fail(f"{error}. `rollout-server doctor` says what is wrong with this installation.")
+    except (OSError, RuntimeError, ValueError) as error:
+        log.debug("Where it came from:", exc_info=True)
+        _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"rollout-server: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def load_blas() -> BlasChoice:
+    from rollout_server.blas import load_fast_blas
+
+    return load_fast_blas()
+
+
+def configure(given: dict[str, Any]) -> ServerConfig:
+    """The configuration from options and environment. Raises ValueError with one line that names every bad option."""
+    from rollout_server.config import ServerConfig
+
+    return _read(ServerConfig, given)
+
+
+def _read(settings: type[S], given: dict[str, Any]) -> S:
+    from pydantic import ValidationError
+
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        faults = [_fault(fault["loc"], fault["msg"]) for fault in error.errors()]
+        raise ValueError("; ".join(faults)) from None
+
+
+def _fault(loc: tuple[int | str, ...], message: str) -> str:
+    text = message.removeprefix("Value error, ")
+    if not loc:
+        return text
+    field = str(loc[0])
+    flag = "adapter" if field == "adapters" else field.replace("_", "-")
+    return f"--{flag} (ROLLOUT_{field.upper()}): {text}"
+
+
+@contextmanager
+def connected(url: str | None) -> Iterator[RolloutClient]:
+    """A client with this environment's key; what the server refuses leaves as one sentence."""
+    from rollout_server.config import ClientSettings
+    from trainer_client import Retry, RolloutClient, TrainerClientError
+
+    # With --url it does not matter what the variables say of an address.
+    settings = _read(ClientSettings, {} if url is None else {"host": "127.0.0.1", "port": 8000})
+    try:
+        with RolloutClient(url or settings.url, api_key=settings.key, retry=Retry(attempts=3)) as client:
+            yield client
+    except TrainerClientError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        # The contract's name for a size is `bytes`.
+        names = {field.name: "bytes" if field.name == "nbytes" else field.name for field in fields(value)}
+        return {name: getattr(value, attribute) for attribute, name in names.items()}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,58 @@
+"""`rollout-server serve`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from rollout_server.commands.frame import configure, load_blas, log, one_sentence, option
+
+
+def serve(
+    ctx: typer.Context,
+    model: Annotated[str | None, option("Directory or Hub id; without it the embedded demo model.")] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", help="Publish at the start; repeatable.", metavar="NAME=DIR")
+    ] = None,
+    served_model_name: Annotated[str | None, option("What the base is called, besides `base`.")] = None,
+    revision: Annotated[str | None, option("Branch, tag or commit of a Hub id.")] = None,
+    context_length: Annotated[int | None, option("Tokens of prompt and reply; at most the model's.")] = None,
+    host: Annotated[str | None, option("Address to listen on; loopback unless keys are set.", "127.0.0.1")] = None,
+    port: Annotated[int | None, option("Port to listen on; 0 takes a free one.", "8000")] = None,
+    max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
+    kv_memory: Annotated[str | None, option("For keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
+    prefix_cache: Annotated[
+        str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
+    ] = None,
+    weights_memory: Annotated[str | None, option("For adapter versions.", metavar="SIZE")] = None,
+    max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
+    max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,
+    keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
+    state_dir: Annotated[
+        str | None, option("Where versions outlive a restart; one server each.", metavar="DIR")
+    ] = None,
+    max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
+    max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
+) -> None:
+    """Serve one base model: rollouts, completions, log-probabilities, weights.
+
+    What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
+    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only.
+    """
+    given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
+    with one_sentence():
+        blas = load_blas()
+        config = configure(given)
+
+        from rollout_server import logs
+
+        logs.configure(config.log_format)
+        log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+
+        from rollout_server.http.server import serve as serve_http
+
+        serve_http(config)
