@@ -28,6 +28,7 @@ from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
 from rollout_server.http.embeddings import EmbeddingsController
 from rollout_server.http.logprobs import LogprobsController
+from rollout_server.http.lora_doors import LoraDoorsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
@@ -79,6 +80,7 @@ CONTROLLERS = (
     PrefixesController,
     PauseController,
     PauseDoorsController,
+    LoraDoorsController,
     LogprobsController,
     RecordedController,
     WeightsController,

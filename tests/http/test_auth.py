@@ -38,6 +38,8 @@ INFERENCE = [
 STATE = [
     ("POST", "/v1/weights"),
     ("POST", "/v1/weights/policy/activate"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/v1/pause"),
     ("POST", "/v1/resume"),
     ("POST", "/pause"),

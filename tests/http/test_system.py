@@ -122,6 +122,8 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/logprobs",
         "/v1/replay",
         "/v1/probe",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/v1/abort",
         "/reset_prefix_cache",
         "/v1/pause",
