@@ -15,10 +15,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-peers test-schema golden check format bench wheel lock clean
+.PHONY: help setup demo serve test test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -61,9 +61,16 @@ format: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## decode throughput against the bare loop and mlx-lm's; what pushes cost (PUSHES="--rounds 1")
-	$(BIN)/python -m benchmarks.engine $(ARGS)
-	$(BIN)/python -m benchmarks.pushes $(PUSHES)
+bench: $(READY)  ## every benchmark, then docs/benchmarks.md and its charts (ARGS="--full", ARGS="decode http")
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.report
+
+bench-peers: $(PEERS_READY)  ## generate of transformers against the engine; sets up .venv-peers (ARGS="--full")
+	$(PEERS)/bin/python -m benchmarks generate $(ARGS)
+	$(PEERS)/bin/python -m benchmarks.report
+
+bench-pushes: $(READY)  ## what pushes cost the rows that run (ARGS="--rounds 1")
+	$(BIN)/python -m benchmarks.pushes $(ARGS)
 
 wheel: $(READY)  ## build dist/*.whl
 	$(BIN)/python -m hatchling build --target wheel

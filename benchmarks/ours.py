@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from benchmarks.measure import Load
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import EngineOptions, RowFinished, TokensSampled
-from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams, Wants
+from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants
 
+T = TypeVar("T")
 TOP_P, MIXED, PENALTIES, EXTRAS = "top-p by row", "filters mixed", "penalties", "entropy, top 5"
 
 
@@ -26,11 +28,45 @@ def sampling_of(kind: str, row: int, rows: int) -> dict[str, Any]:
     return share if kind == TOP_P else {}
 
 
-class EngineDecode:
+class Engine:
+    """An engine with its own copy of the model on its own thread, from enter to exit."""
+
+    def __init__(self, directory: Path, max_batch: int, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+        self.handle = EngineHandle(
+            EngineOptions(model_path=str(directory), model_id=directory.name, max_batch=max_batch, **options)
+        )
+
+    def __enter__(self) -> Self:
+        self._runner.run(self._start())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.run(self.handle.close())
+        self._runner.close()
+
+    def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    def rollouts(self, groups: list[RolloutRequest]) -> list[Rollout]:
+        """Every row of the groups, in the order in which they ended."""
+        return self.wait_for(self._rollouts(groups))
+
+    async def _start(self) -> None:
+        self.handle.start()
+        await self.handle.wait_ready()
+
+    async def _rollouts(self, groups: list[RolloutRequest]) -> list[Rollout]:
+        return [e.rollout async for e in self.handle.submit("bench", groups) if isinstance(e, RowFinished)]
+
+
+class EngineDecode(Engine):
     """Temperature 1 with `logprobs`, `sampling_logprobs` and `log_kept_mass` of every token, as every row returns them.
 
-    A context manager: the engine's own copy of the model lives on its thread from enter to exit. The first row reports
-    its tokens as they come, to start the clock; it is admitted first, so a row that joined later counts against us.
+    The first row reports its tokens as they come, to start the clock; it is admitted first, so a row that joined later
+    counts against us.
     """
 
     def __init__(
@@ -44,30 +80,12 @@ class EngineDecode:
     ) -> None:
         self.name = f"engine, {kind}" if kind else "engine" if compile_decode is None else "engine, not compiled"
         self._load = load
-        self._runner = asyncio.Runner()
-        self._handle = EngineHandle(
-            EngineOptions(
-                model_path=str(directory),
-                model_id=directory.name,
-                max_batch=load.rows,
-                prefill_tokens=load.rows * load.prompt_tokens,
-                compile_decode=compile_decode,
-            )
-        )
+        prefill_tokens = load.rows * load.prompt_tokens
+        super().__init__(directory, load.rows, prefill_tokens=prefill_tokens, compile_decode=compile_decode)
         self._groups = [self._group(row, prompt, kind) for row, prompt in enumerate(prompts)]
 
-    def __enter__(self) -> EngineDecode:
-        self._runner.run(self._start())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._runner.run(self._handle.close())
-        self._runner.close()
-
     def run(self) -> tuple[int, float]:
-        return self._runner.run(self._decode())
+        return self.wait_for(self._decode())
 
     def _group(self, row: int, prompt: list[int], kind: str) -> RolloutRequest:
         extras = kind == EXTRAS
@@ -82,13 +100,9 @@ class EngineDecode:
             wants=Wants(tokens_as_they_come=row == 0, entropy=extras, top_logprobs=5 if extras else 0),
         )
 
-    async def _start(self) -> None:
-        self._handle.start()
-        await self._handle.wait_ready()
-
     async def _decode(self) -> tuple[int, float]:
         begin, tokens = None, 0
-        async for event in self._handle.submit("bench", self._groups):
+        async for event in self.handle.submit("bench", self._groups):
             if isinstance(event, TokensSampled) and begin is None:
                 begin = time.perf_counter()
             elif isinstance(event, RowFinished):

@@ -27,6 +27,7 @@ from trainer_client.replies import Reply
 
 TOKENS, PROMPT_TOKENS, SAMPLES = 256, 64, 16
 VERSION = PolicyVersion("policy", 7, "sha256:" + "5" * 64, "step-120")
+ALL_PARTS = "all of these"
 COUNTED = ("token_ids", "loss_mask", "logprobs", "sampling_logprobs")
 """The figure that is asked for counts these, the spans, and all that is not a prompt's; `log_kept_mass`, which always
 comes along, is shown apart."""
@@ -68,7 +69,8 @@ def read(body: bytes, media_type: str) -> RolloutBatch:
     return parse_reply(Reply(200, {"content-type": media_type}, body))
 
 
-def weigh(content: dict[str, Any]) -> None:
+def weigh(content: dict[str, Any]) -> dict[str, float]:
+    """Bytes per sampled token by part, prompts excluded but for JSON."""
     body, text = rollouts_file(content), msgspec.json.encode(content)
     header = 8 + int.from_bytes(body[:8], "little")
     arrays = json.loads(body[8:header])
@@ -80,16 +82,33 @@ def weigh(content: dict[str, Any]) -> None:
     tokens = len(content["rollouts"]) * TOKENS
     prompts = sizes["prompt_token_ids"] + sizes["prompt_offsets"]
     kept = sizes["log_kept_mass"]
-    print(f"{len(content['rollouts'])} rows × {TOKENS} tokens, bytes per sampled token, prompts excluded:")
-    for name, size in (
-        ("ids, mask, both log-probabilities", sum(sizes[name] for name in COUNTED)),
-        ("spans", sum(sizes[name] for name in ("span_offsets", "span_version", "span_end", "span_kv"))),
-        ("other columns and header", sum(sizes.values()) + header - prompts - kept - sum(sizes[n] for n in COUNTED)),
-        ("all of these", len(body) - prompts - kept),
-        ("and log_kept_mass", len(body) - prompts),
-        ("JSON, prompts included", len(text)),
-    ):
-        print(f"  {name:36} {size / tokens:7.2f}")
+    parts = {
+        "ids, mask, both log-probabilities": sum(sizes[name] for name in COUNTED),
+        "spans": sum(sizes[name] for name in ("span_offsets", "span_version", "span_end", "span_kv")),
+        "other columns and header": sum(sizes.values()) + header - prompts - kept - sum(sizes[n] for n in COUNTED),
+        ALL_PARTS: len(body) - prompts - kept,
+        "and log_kept_mass": len(body) - prompts,
+        "JSON, prompts included": len(text),
+    }
+    return {name: size / tokens for name, size in parts.items()}
+
+
+def readers(text: bytes, body: bytearray) -> dict[str, Callable[[], Any]]:
+    """How the client reads one reply: as JSON, and as a file with less and more looked at."""
+    return {
+        "JSON": lambda: read(text, "application/json"),
+        "safetensors": lambda: read(body, MEDIA_TYPE),
+        "safetensors, every row looked at": lambda: list(read(body, MEDIA_TYPE)),
+        "safetensors, assert_synced": lambda: read(body, MEDIA_TYPE).assert_synced(VERSION.digest),
+    }
+
+
+def writers(content: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    return {
+        "json of the standard library": lambda: json.dumps(content),
+        "JSON": lambda: msgspec.json.encode(content),
+        "safetensors": lambda: rollouts_file(content),
+    }
 
 
 def race(name: str, contenders: dict[str, Callable[[], Any]], rounds: int) -> None:
@@ -114,33 +133,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     returns = frozenset({"sampling_logprobs"})
-    weigh(content_of(64, returns))
+    print(f"64 × {SAMPLES} rows × {TOKENS} tokens, bytes per sampled token, prompts excluded:")
+    for name, size in weigh(content_of(64, returns)).items():
+        print(f"  {name:36} {size:7.2f}")
     content = content_of(256, returns)
     text, body = msgspec.json.encode(content), bytearray(rollouts_file(content))
     million = f"{len(content['rollouts']) * TOKENS / 1e6:.2f} M tokens"
-
-    def synced() -> None:
-        read(body, MEDIA_TYPE).assert_synced(VERSION.digest)
-
-    race(
-        f"Client reads {million}",
-        {
-            "JSON": lambda: read(text, "application/json"),
-            "safetensors": lambda: read(body, MEDIA_TYPE),
-            "safetensors, every row looked at": lambda: list(read(body, MEDIA_TYPE)),
-            "safetensors, assert_synced": synced,
-        },
-        options.rounds,
-    )
-    race(
-        f"Server writes {million}",
-        {
-            "json of the standard library": lambda: json.dumps(content),
-            "JSON": lambda: msgspec.json.encode(content),
-            "safetensors": lambda: rollouts_file(content),
-        },
-        options.rounds,
-    )
+    race(f"Client reads {million}", readers(text, body), options.rounds)
+    race(f"Server writes {million}", writers(content), options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,42 +10,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Forward, Prompt, RowStore
 from rollout_server.engine.chunks import plan
+from rollout_server.engine.flight import Flight, Joining
 from rollout_server.engine.penalties import TokenCounts
+from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
-from rollout_server.engine.sampling import Sampled, SamplerArrays, prepare, sample, uniforms
+from rollout_server.engine.sampling import SamplerArrays, prepare, sample, uniforms
 from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
 from rollout_server.rollout import FinishReason
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Joining:
-    """Samples of one group whose prompt is being prefilled."""
-
-    group: Group
-    prompt: Prompt
-    count: int
-    first_sample: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Flight:
-    """A dispatched step: which row sits where, and its results, still on the device."""
-
-    number: int
-    rows: tuple[tuple[int, Row], ...]
-    sampled: Sampled
 
 
 class Batch:
@@ -61,11 +44,13 @@ class Batch:
         eos: frozenset[int],
         vocabulary: int,
         decode: Forward | None = None,
+        reroute: Callable[[Placement], None] = lambda _: None,
         keeper: Keeper | None = None,
     ) -> None:
+        self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
         self._compiled = decode
-        self._store = store
+        self.store = store
         self._route = route
         self._tokenizer = tokenizer
         self._eos = eos
@@ -84,7 +69,7 @@ class Batch:
 
     @property
     def rows(self) -> list[Row]:
-        return list(self._seats.values())
+        return list(self._seats.values()) + self._recovering.rows
 
     @property
     def joining(self) -> list[Joining]:
@@ -93,26 +78,55 @@ class Batch:
     @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
-        return len(self._seats) + sum(joining.count for joining in self._joining)
+        return len(self.rows) + sum(joining.count for joining in self._joining)
 
     @property
     def longest(self) -> int:
-        """The most columns any of them can fill."""
-        groups = [row.group for row in self._seats.values()] + [joining.group for joining in self._joining]
-        return max((group.length for group in groups), default=0)
+        """The most columns any of them needs soon."""
+        return max([row.soon for row in self.rows] + [each.group.soon for each in self._joining], default=0)
+
+    @property
+    def width(self) -> int:
+        """Columns the next step needs for its longest row; prompts on their way count as read."""
+        read = [len(joining.prompt.tokens) for joining in self._joining]
+        return 1 + max([row.offset for row in self.rows] + read, default=-1)
+
+    def seats(self, row: Row) -> bool:
+        return any(seated is row for seated in self.rows)
+
+    @property
+    def due(self) -> int:
+        """KV columns over all rows once the next step is done."""
+        return self.store.due(self.width) if self.size else 0
 
     def cells(self, count: int, columns: int) -> int:
         """KV columns over all rows that the cache could come to fill, see `cache.RowStore.cells`."""
-        return self._store.cells(count, columns)
+        return self.store.cells(count, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """KV memory, bytes: of rows, and of prompts on their way."""
+        return self.store.nbytes
+
+    @property
+    def filled_cells(self) -> int:
+        """KV columns over all rows that hold something."""
+        read = sum(joining.prompt.fed for joining in self._joining)
+        return read + sum(row.offset for row in self._seats.values())
 
     @property
     def unread(self) -> int:
         """Prompt tokens that joining groups still have to read."""
-        return sum(len(joining.prompt.tokens) - joining.prompt.fed for joining in self._joining)
+        return self._recovering.unread + sum(len(each.prompt.tokens) - each.prompt.fed for each in self._joining)
+
+    @property
+    def reading(self) -> bool:
+        """Whether groups join, or rows come back."""
+        return bool(self._joining or self._recovering.rows)
 
     @property
     def active(self) -> bool:
-        return bool(self._seats) or self._flight is not None
+        return bool(self.rows) or self._flight is not None
 
     @property
     def steps(self) -> int:
@@ -120,12 +134,13 @@ class Batch:
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
-    def join(self, admission: Admission) -> None:
-        """Reserves places; no step may be in flight. A group whose KV was kept skips prefill."""
+    def join(self, admission: Admission, columns: int) -> None:
+        """Reserves places; no step may be in flight. No row may exceed `columns`. A group whose KV was kept skips
+        prefill."""
         group = admission.group
         if group.prompt is None:
             group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot)
-        self._store.begin(group.prompt, admission.count, admission.columns)
+        self.store.begin(group.prompt, admission.count, columns)
         # There may be more places now, and rows go on while the prompt is read.
         self._arrays = None
         group.joining = True
@@ -133,14 +148,14 @@ class Batch:
 
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
+        rows, budget = self._recover(budget)
         if self._keeper is not None:
             self._keeper.enter([joining.group for joining in self._joining])
         ready = [joining.prompt for joining in self._joining if joining.prompt.sought or self._keeper is None]
         lefts = [len(prompt.tokens) - prompt.fed for prompt in ready]
-        if chunks := [(ready[index], count) for index, count in plan(lefts, budget)]:
-            self._store.feed(self._forward, chunks, self._route)
+        if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
+            self.store.feed(self._forward, chunks, self._route)
             self.fed += sum(count for _, count in chunks)
-        rows: list[Row] = []
         for joining in [joining for joining in self._joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -152,7 +167,7 @@ class Batch:
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
         keep = group.waiting > 0
-        places = self._store.seat(joining.prompt, joining.count, keep)
+        places = self.store.seat(joining.prompt, joining.count, keep)
         if self._keeper is not None:
             self._keeper.keep_prompt(places[0], group, joining.prompt)
         seated_at = time.monotonic()
@@ -176,9 +191,13 @@ class Batch:
     def release(self) -> list[Row]:
         """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
         would move other rows it waits until nothing is in flight."""
+        if not self._flight and not all(row.running for row in self._recovering.rows):
+            ended, places = self._recovering.take(lambda row: not row.running)
+            self._vacate(places, places)
+            return ended + self.release()
         flying = self._flight.number if self._flight else None
         gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
-        if not gone or (self._flight and self._store.moves_on_leave(len(gone))):
+        if not gone or (self._flight and self.store.moves_on_leave(len(gone))):
             return []
         for place in gone:
             del self._seats[place]
@@ -194,10 +213,37 @@ class Batch:
         ended = row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         return ended and row.dispatched == len(row.token_ids)
 
+    def recover(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
+        """See `Recoveries.begin`."""
+        self._recovering.begin(row, legs, columns)
+        self._arrays = None
+
+    def _recover(self, budget: int) -> tuple[list[Row], int]:
+        """Rows that are back, and what is left of the budget."""
+        before = self._recovering.unread
+        back = dict(self._recovering.feed(budget))
+        fed = before - self._recovering.unread
+        for row in back.values():
+            row.last_step, row.away, self._arrays = -1, False, None
+        self._seats |= back
+        self.fed += fed
+        return list(back.values()), budget - fed
+
+    def evict(self, row: Row) -> None:
+        """Drops the KV of a row; no step may be in flight."""
+        _, places = self._recovering.take(lambda other: other is row)
+        places += [place for place, seated in self._seats.items() if seated is row]
+        self._seats = {place: seated for place, seated in self._seats.items() if place not in places}
+        self._vacate(places, [])
+
+    def unjoin(self, joining: Joining) -> None:
+        """Forgets what was read of a prompt; no step may be in flight."""
+        self._forget([joining])
+
     def take_out(self, row: Row) -> list[Any]:
         """The KV of a row, which gives its place back; no step may be in flight."""
         place = next(place for place, seated in self._seats.items() if seated is row)
-        kept = self._store.copy(place, row.offset)
+        kept = self.store.copy(place, row.offset)
         del self._seats[place]
         # What it computed was read and is finite, so there is nothing to scrub.
         self._vacate([place], [])
@@ -206,8 +252,8 @@ class Batch:
     def put_in(self, row: Row, kept: list[Any], columns: int) -> None:
         """Seats a row that another batch had; no step may be in flight, and no row may exceed `columns`."""
         moved = Prompt((0,) * row.offset, row.placement.slot, fed=row.offset, kept=kept)
-        self._store.begin(moved, 1, columns)
-        (place,) = self._store.seat(moved, 1, keep=False)
+        self.store.begin(moved, 1, columns)
+        (place,) = self.store.seat(moved, 1, keep=False)
         self._seats[place] = row
         row.last_step = -1
         self._arrays = None
@@ -215,22 +261,33 @@ class Batch:
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
         dropped = [joining for joining in self._joining if joining.group.cancelled]
-        self._joining = [joining for joining in self._joining if not joining.group.cancelled]
+        self._forget(dropped)
+        return dropped
+
+    def _forget(self, dropped: Sequence[Joining]) -> None:
+        self._joining = [joining for joining in self._joining if joining not in dropped]
         # All at once: freeing places one by one could move those still to be freed.
         places = [place for joining in dropped for place in joining.prompt.places]
         if places:
             self._vacate(places, places)
         for joining in dropped:
-            self._store.cancel(joining.prompt, joining.count)
+            self.store.cancel(joining.prompt, joining.count)
             joining.group.prompt = None
             joining.group.joining = False
-        return dropped
 
     def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:
-        moved = self._store.leave(places, scrub)
+        self._follow(self.store.leave(places, scrub))
+
+    def shrink(self) -> None:
+        """Gives back KV that no row needs; no step may be in flight."""
+        reading = [len(joining.prompt.tokens) for joining in self._joining]
+        self._follow(self.store.shrink(max([row.offset + 1 for row in self._seats.values()] + reading, default=0)))
+
+    def _follow(self, moved: dict[int, int] | None) -> None:
         self._arrays = None
         if moved is None:
             return
+        self._recovering.follow(moved)
         self._seats = {moved[place]: row for place, row in self._seats.items()}
         for joining in self._joining:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
@@ -239,7 +296,7 @@ class Batch:
     def must_settle(self) -> bool:
         """Rows that ended cannot leave while a step is in flight, because others would move."""
         ended = sum(not row.running for row in self._seats.values())
-        return self._flight is not None and ended > 0 and self._store.moves_on_leave(ended)
+        return self._flight is not None and ended > 0 and self.store.moves_on_leave(ended)
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
@@ -248,7 +305,7 @@ class Batch:
         following = None if self.must_settle else self._build()
         read = self._take()
         if following is not None:
-            mx.async_eval(following.sampled.arrays(), self._store.pending())
+            mx.async_eval(following.sampled.arrays(), self.store.pending())
             self._flight = following
         return self._record(*read) if read else []
 
@@ -261,7 +318,7 @@ class Batch:
         rows = tuple((place, row) for place, row in self._seats.items() if row.wants_step)
         if not rows:
             return None
-        size = self._store.capacity
+        size = self.store.capacity
         if self._arrays is None:
             self._arrays = self._prepare(size)
         offsets: list[int | None] = [None] * size
@@ -270,10 +327,10 @@ class Batch:
         for place, row in rows:
             offsets[place], seeds[place], positions[place] = row.offset, row.seed, row.dispatched
             slots[place] = row.placement.slot
-        self._store.aim(offsets, 1 + max(row.offset for _, row in rows))
+        self.store.aim(offsets, 1 + max(row.offset for _, row in rows))
         self._route(slots)
         decode = self._compiled or self._forward
-        logits = decode(self._inputs(size)[:, None], self._store.layers)[:, -1]
+        logits = decode(self._inputs(size)[:, None], self.store.layers)[:, -1]
         draws = mx.array(uniforms(seeds, positions))
         bans = self._arrays.bans
         banned = bans.at(positions) if bans else None

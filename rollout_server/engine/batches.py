@@ -1,5 +1,5 @@
-"""One batch for each parameter set that rows run on, behind the face of one: a forward reads one set of weights, so
-rows of another set cost another pass.
+"""Batches behind the face of one. Each parameter set that rows run on has its own, since a forward reads one set of
+weights; where rows of one set differ much in length it has one for each class of lengths, see `lengths`.
 
 A batch is made when the first group needs it. One without rows keeps its KV for the next rows of its set until another
 batch needs room or its set is gone. What is computed comes row by row, one batch after another, as it is read: where a
@@ -9,36 +9,94 @@ batch fails, the rows of those before it have been told of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from adapters.sets import BASE_SET
-from rollout_server.engine.batch import Batch, Joining
+from rollout_server.engine.batch import Batch
+from rollout_server.engine.flight import Joining
+from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
+from rollout_server.engine.recovery import Leg
 from rollout_server.engine.scheduler import Admission
+from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
 
+Berth = tuple[int, int]
+"""Which batch: the parameter set, and the number of a class of lengths."""
+
+FIRST: Berth = (BASE_SET, 0)
+Age = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
+
+    age: Age
+    berth: Berth
+    count: int
+    width: int
+    row: Row | None = None
+    joining: Joining | None = None
+
+
+def _age(group: Group, sample: int) -> Age:
+    return group.arrived, group.request.prompt_index, sample
+
+
+LEAST_WASTE = 4096
+"""Columns attended in vain each step, below which nobody asks what they cost,"""
+LONG = 1024
+"""and the columns a row may come to from which it is asked early, while there is room to measure."""
+MEASURED_WIDTH = 1024
+MEASURED_CELLS = 5 * MEASURED_WIDTH
+"""At least what measuring fills."""
+ARRANGED_EVERY = 16
+"""Turns."""
+
 
 class Batches:
-    """`make(parameters)` gives an empty batch whose forwards run on that parameter set."""
+    """`make(parameters)` gives an empty batch whose forwards run on that parameter set; all together fill at most
+    `kv_cells` columns. `measure(width)` says what steps cost; None where rows cannot be put into classes.
+    `leave_room(cells)` is told before rows come to fill so many columns."""
 
-    def __init__(self, make: Callable[[int], Batch]) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], Batch],
+        kv_cells: int,
+        measure: Callable[[int], StepCosts] | None = None,
+        leave_room: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._make = make
-        self._batches: dict[int, Batch] = {BASE_SET: make(BASE_SET)}
+        self._kv_cells = kv_cells
+        self._measure = measure
+        self._leave_room = leave_room
+        self._costs: StepCosts | None = None
+        self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
         self._steps_before = self._fed_before = 0
-        self._at: int | None = None
-        """The set whose batch is being computed: what a failure is blamed on."""
+        self._turns = 0
+        self._at: Berth | None = None
+        """The batch that is being computed: what a failure is blamed on."""
         self._moving: Row | None = None
+        self.aside: list[Row] = []
+        """Rows whose KV was dropped and that wait to come back, oldest first."""
 
     def __getitem__(self, parameters: int) -> Batch:
-        """Raises `KeyError` where no row has run on this set lately."""
-        return self._batches[parameters]
+        """The first batch of a set. Raises `KeyError` where no row has run on this set lately."""
+        return self._batches[self._of(parameters)[0]] if self._of(parameters) else self._batches[parameters, 0]
+
+    def _of(self, parameters: int) -> list[Berth]:
+        return sorted(berth for berth in self._batches if berth[0] == parameters)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> list[Row]:
-        return [row for batch in self._batches.values() for row in batch.rows]
+        """Those that stepped aside included."""
+        return [row for batch in self._batches.values() for row in batch.rows] + self.aside
 
     @property
     def joining(self) -> list[Joining]:
@@ -59,6 +117,21 @@ class Batches:
         return sum(batch.cells(0, batch.longest) for batch in self._batches.values() if self._holds(batch))
 
     @property
+    def nbytes(self) -> int:
+        """KV memory of all batches, bytes."""
+        return sum(batch.nbytes for batch in self._batches.values())
+
+    @property
+    def filled_cells(self) -> int:
+        """KV columns over all rows that hold something."""
+        return sum(batch.filled_cells for batch in self._batches.values())
+
+    @property
+    def reading(self) -> bool:
+        """Whether groups join, or rows come back."""
+        return any(batch.reading for batch in self._batches.values())
+
+    @property
     def active(self) -> bool:
         return any(batch.active for batch in self._batches.values())
 
@@ -75,18 +148,22 @@ class Batches:
     @property
     def sets(self) -> tuple[int, ...]:
         """Those that have a batch."""
-        return tuple(self._batches)
+        return tuple(sorted({berth[0] for berth in self._batches}))
 
-    def longest(self, parameters: int) -> int:
-        """The most columns that a row on this set can fill."""
-        return self._batches[parameters].longest if parameters in self._batches else 0
+    def classes(self, parameters: int) -> int:
+        """Batches of a set that have rows."""
+        return sum(self._holds(self._batches[berth]) for berth in self._of(parameters))
 
-    def cells(self, parameters: int, count: int, columns: int) -> int:
-        """KV columns over all rows of all batches once `count` more rows joined on this set and none of its rows is
-        longer than `columns`. Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(parameters) or self._make(parameters)
-        others = (other for number, other in self._batches.items() if number != parameters and self._holds(other))
-        return batch.cells(count, columns) + sum(other.cells(0, other.longest) for other in others)
+    def columns(self, berth: Berth, length: int) -> int:
+        """The most columns that a row of this batch can fill once one of `length` joined."""
+        return max(length, self._batches[berth].longest) if berth in self._batches else length
+
+    def cells(self, berth: Berth, count: int, length: int) -> int:
+        """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
+        Batches without rows count for nothing: they make room."""
+        batch = self._batches.get(berth) or self._make(berth[0])
+        others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
+        return batch.cells(count, self.columns(berth, length)) + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
     def _holds(batch: Batch) -> bool:
@@ -96,53 +173,189 @@ class Batches:
 
     def join(self, admission: Admission) -> None:
         """See `Batch.join`."""
-        self._at = admission.group.placement.parameters
-        self.open(self._at).join(admission)
+        self._at = admission.berth
+        soon = admission.group.soon
+        self.open(admission.berth, admission.count, soon).join(admission, self.columns(admission.berth, soon))
         self._at = None
 
-    def open(self, parameters: int) -> Batch:
-        """The batch of a set, made if need be; others that have no rows give their KV back."""
-        for number in [number for number, batch in self._batches.items() if not self._holds(batch)]:
-            if number != parameters:
-                self._drop(number)
-        if parameters not in self._batches:
-            self._batches[parameters] = self._make(parameters)
-        return self._batches[parameters]
+    def open(self, berth: Berth, count: int, length: int) -> Batch:
+        """A batch, made if need be, which `count` rows of `length` are about to join; others that have no rows give
+        their KV back."""
+        self._leave_room(self.cells(berth, count, length))
+        for key in [key for key, batch in self._batches.items() if not self._holds(batch)]:
+            if key != berth:
+                self._drop(key)
+        if berth not in self._batches:
+            self._batches[berth] = self._make(berth[0])
+        return self._batches[berth]
 
     def keep(self, sets: Collection[int]) -> None:
-        """Batches without rows whose set is not among these give their KV back."""
-        for number in self._batches.keys() - {BASE_SET, *sets}:
-            if not self._holds(self._batches[number]):
-                self._drop(number)
+        """Batches without rows whose set is not among these, or has others, give their KV back."""
+        for berth in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
+            if not self._holds(self._batches[berth]):
+                self._drop(berth)
 
-    def _drop(self, parameters: int) -> None:
-        gone = self._batches.pop(parameters)
+    def shrink(self) -> None:
+        """Gives back KV that no row needs; no step may be in flight."""
+        self.keep(())
+        for berth, batch in self._batches.items():
+            self._at = berth
+            batch.shrink()
+        self._at = None
+
+    def _drop(self, berth: Berth) -> None:
+        gone = self._batches.pop(berth)
         self._steps_before += gone.steps
         self._fed_before += gone.fed
 
     def prefill(self, budget: int) -> Iterator[Row]:
         """See `Batch.prefill`; the budget is shared."""
-        joining = sum(bool(batch.joining) for batch in self._batches.values())
-        return self._each(lambda batch: batch.prefill(max(1, budget // joining)) if batch.joining else [])
+        reading = sum(batch.reading for batch in self._batches.values())
+        return self._each(lambda batch: batch.prefill(max(1, budget // reading)) if batch.reading else [])
 
     def release(self) -> Iterator[Row]:
-        return self._each(Batch.release)
+        ended = [row for row in self.aside if not row.running]
+        self.aside = [row for row in self.aside if row.running]
+        yield from ended
+        yield from self._each(Batch.release)
 
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)
 
-    def move(self, row: Row, parameters: int, kv_cells: int) -> bool:
-        """Takes a row to the batch of another set, with the KV it has; no step may be in flight. False, and the row is
-        in no batch any more, where all batches would then fill more than `kv_cells` columns."""
-        self._at, self._moving = row.placement.parameters, row
-        kept = self._batches[self._at].take_out(row)
-        columns = max(self.longest(parameters), row.group.length)
-        fits = self.cells(parameters, 1, columns) <= kv_cells
+    def move(self, row: Row, parameters: int) -> bool:
+        """Takes a row to a batch of another set, with the KV it has; no step may be in flight. False, and the row is
+        in no batch any more, where there is no room for it."""
+        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1, row.soon))
+
+    def _home(self, row: Row) -> Berth:
+        return next(berth for berth in self._of(row.placement.parameters) if self._batches[berth].seats(row))
+
+    def _shift(self, row: Row, source: Berth, target: Callable[[], Berth]) -> bool:
+        self._at, self._moving = source, row
+        kept = self._batches[source].take_out(row)
+        berth = target()
+        fits = self.cells(berth, 1, row.soon) <= self._kv_cells
         if fits:
-            self._at = parameters
-            self.open(parameters).put_in(row, kept, columns)
+            self._at = berth
+            self.open(berth, 1, row.soon).put_in(row, kept, self.columns(berth, row.soon))
         self._at = self._moving = None
         return fits
+
+    # ---- memory at its limit --------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> int:
+        """KV columns over all rows of all batches once the next step is done."""
+        return sum(batch.due for batch in self._batches.values())
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Rows and joining groups, for which of them steps aside."""
+        held = []
+        for berth, batch in self._batches.items():
+            held += [Holder(_age(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
+            for each in batch.joining:
+                width, age = len(each.prompt.tokens) + 1, _age(each.group, each.first_sample)
+                held.append(Holder(age, berth, each.count, width, joining=each))
+        return held
+
+    def packed(self, holders: Sequence[Holder]) -> int:
+        """KV columns over all rows that these alone would fill."""
+        total = 0
+        for berth, batch in self._batches.items():
+            mine = [holder for holder in holders if holder.berth == berth]
+            width = max((holder.width for holder in mine), default=0)
+            total += batch.store.packed(sum(holder.count for holder in mine), width)
+        return total
+
+    def tighten(self) -> None:
+        """Batches keep what their rows need now; those without rows give all back. No step may be in flight."""
+        self.shrink()
+
+    def evict(self, row: Row) -> None:
+        """Drops the KV of a row, which waits to come back; no step may be in flight."""
+        berth = self._at = self._home(row)
+        self._batches[berth].evict(row)
+        self._at = None
+        self.set_aside(row)
+
+    def set_aside(self, row: Row) -> None:
+        """Lets a row that is in no batch wait to come back."""
+        row.away = True
+        self.aside = sorted([*self.aside, row], key=lambda row: _age(row.group, row.sample_index))
+
+    def unjoin(self, joining: Joining) -> None:
+        """See `Batch.unjoin`."""
+        for batch in self._batches.values():
+            if joining in batch.joining:
+                batch.unjoin(joining)
+
+    def recover(self, row: Row, berth: Berth, legs: Sequence[Leg]) -> None:
+        """Takes a row back that stepped aside; no step may be in flight."""
+        self._at = berth
+        self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
+        self.aside.remove(row)
+        self._at = None
+
+    # ---- classes of lengths ---------------------------------------------------------------------------------------
+
+    def berth(self, parameters: int, count: int, width: int, length: int) -> Berth:
+        """Where `count` rows that have `width` columns now, and `length` at most, would run on a set."""
+        here = self._of(parameters)
+        busy = [berth for berth in here if self._batches[berth].size]
+        if not busy:
+            self._know_costs(length >= LONG)
+            return here[0] if here else (parameters, 0)
+        shapes = [Shape(self._batches[berth].size, self._batches[berth].width) for berth in busy]
+        self._know_costs(length >= LONG or waste(shapes, count, width, self._places) >= LEAST_WASTE)
+        if self._costs is None:
+            return busy[0]
+        chosen = cheapest(shapes, count, width, self._costs, self._places, may_open=True)
+        if chosen < len(busy):
+            return busy[chosen]
+        return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
+
+    def _places(self, rows: int) -> int:
+        return next(iter(self._batches.values())).store.places(rows)
+
+    def _know_costs(self, wanted: bool) -> None:
+        """Measures once, when somebody wants to know and the memory for it is free."""
+        if wanted and self._costs is None and self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
+            self._costs = self._measure(MEASURED_WIDTH)
+
+    def moves(self) -> list[tuple[Row, Berth]]:
+        """Rows that should run in another class by now; looked at once in a while."""
+        self._turns += 1
+        if self._measure is None or self._turns % ARRANGED_EVERY:
+            return []
+        return [move for parameters in {berth[0] for berth in self._batches} for move in self._better(parameters)]
+
+    def _better(self, parameters: int) -> list[tuple[Row, Berth]]:
+        here = self._of(parameters)
+        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running and not row.away]
+        if not seated or any(self._batches[berth].joining for berth in here):
+            return []
+        widths = [row.offset + 1 for row, _ in seated]
+        self._know_costs(max(widths) * len(widths) - sum(widths) >= LEAST_WASTE)
+        if self._costs is None:
+            return []
+        found = plan(widths, [berth[1] for _, berth in seated], self._costs, self._places)
+        if found is None:
+            return []
+        return [(row, (parameters, at)) for (row, berth), at in zip(seated, found, strict=True) if at != berth[1]]
+
+    def rearrange(self, moves: Sequence[tuple[Row, Berth]]) -> None:
+        """Moves those that still run, as far as there is room; no step may be in flight."""
+        sources = set()
+        for row, berth in moves:
+            if row.running and not row.away and self.cells(berth, 1, row.soon) <= self._kv_cells:
+                source = self._home(row)
+                sources.add(source)
+                self._shift(row, source, partial(_given, berth))
+        for source in sources & self._batches.keys():
+            self._at = source
+            self._batches[source].shrink()
+        self._at = None
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
@@ -154,8 +367,8 @@ class Batches:
         return self._each(Batch.settle)
 
     def _each(self, do: Callable[[Batch], Sequence[T]]) -> Iterator[T]:
-        for parameters, batch in list(self._batches.items()):
-            self._at = parameters
+        for berth, batch in list(self._batches.items()):
+            self._at = berth
             done = do(batch)
             self._at = None
             yield from done
@@ -165,11 +378,17 @@ class Batches:
         are in no batch any more."""
         failed = [self._at] if self._at is not None and self._at in self._batches else list(self._batches)
         self._at = None
-        rows = [row for number in failed for row in self._batches[number].rows]
-        joining = [group for number in failed for group in self._batches[number].joining]
+        rows = [row for berth in failed for row in self._batches[berth].rows]
+        joining = [group for berth in failed for group in self._batches[berth].joining]
         if self._moving is not None and self._moving not in rows:
             rows.append(self._moving)
         self._moving = None
-        for number in failed:
-            self._drop(number)
+        for berth in failed:
+            self._drop(berth)
+        if not self._batches:
+            self._batches[FIRST] = self._make(BASE_SET)
         return rows, joining
+
+
+def _given(berth: Berth) -> Berth:
+    return berth

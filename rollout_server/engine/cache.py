@@ -16,27 +16,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from rollout_server.engine.buckets import round_up, row_bucket
 from rollout_server.engine.chunks import padded
 from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
 from rollout_server.engine.prefix_cache import Layers, Segment
 from rollout_server.engine.slot_layer import SlotLayer, Window
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
 Forward = Callable[[mx.array, list[Any]], mx.array]
 """(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
-
-
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def row_bucket(rows: int, limit: int) -> int:
-    """The number of places allocated for `rows` running rows."""
-    for bucket in ROW_BUCKETS:
-        if bucket >= rows:
-            return min(bucket, max(limit, rows))
-    return round_up(rows, 512)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +62,16 @@ class RowStore(Protocol):
     layers: list[Any]
     capacity: int
 
+    def places(self, rows: int) -> int:
+        """That a step computes for so many rows."""
+
     def cells(self, count: int, columns: int) -> int:
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
+
+    def due(self, width: int) -> int:
+        """Rows × columns once a step has read `width` columns; `packed`: were there just so many rows then."""
+
+    def packed(self, rows: int, width: int) -> int: ...
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`."""
@@ -107,6 +102,9 @@ class RowStore(Protocol):
     def moves_on_leave(self, leaving: int) -> bool:
         """Whether freeing `leaving` places now would move the rows that stay."""
 
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        """Gives back what rows of at most `columns` do not need; as `leave`. No step may be in flight."""
+
     @property
     def nbytes(self) -> int: ...
 
@@ -129,6 +127,15 @@ class SlotRows:
     def nbytes(self) -> int:
         return sum(array.nbytes for layer in self.layers for array in (layer.keys, layer.values) if array is not None)
 
+    def places(self, rows: int) -> int:
+        return row_bucket(rows, self._max_rows)
+
+    def due(self, width: int) -> int:
+        return self.capacity * self._grown(width + 1)
+
+    def packed(self, rows: int, width: int) -> int:
+        return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
+
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)
         return rows * width
@@ -144,8 +151,7 @@ class SlotRows:
         self._free.sort()
         prompt.places, self._free = self._free[:count], self._free[count:]
 
-    def cancel(self, prompt: Prompt, count: int) -> None:
-        """Its places say it all."""
+    def cancel(self, prompt: Prompt, count: int) -> None: ...
 
     def pending(self) -> list[Any]:
         return []
@@ -253,8 +259,7 @@ class SlotRows:
         return round_up(needed, step)
 
     @property
-    def filled(self) -> bool:
-        """Whether every layer has its arrays, as from the first forward on."""
+    def filled(self) -> bool:  # as from the first forward on
         return all(layer.keys is not None for layer in self.layers)
 
     def give_arrays(self) -> list[mx.array]:
@@ -286,6 +291,18 @@ class SlotRows:
                     layer.values[dirty] = mx.zeros((), dtype=layer.values.dtype)
         return self._compact() if moves else None
 
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        live = self.capacity - len(self._free)
+        if not live:
+            self._clear()
+            return None
+        moved = self._compact() if self.places(live) < self.capacity else None
+        self._ceiling = 0
+        width = round_up(columns + 1, COLUMN_BUCKET)
+        if width < self.columns:
+            self._resize(self.capacity, width)
+        return moved
+
     def arrays(self) -> list[mx.array]:
         return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
 
@@ -306,9 +323,13 @@ class SlotRows:
 
     def _grow_columns(self, needed: int) -> None:
         if needed > self.columns:
-            # Half as much again, so that the copies of a row that grows token by token stay constant per token.
-            columns = max(needed, min(self.columns * 3 // 2, self._ceiling))
-            self._resize(self.capacity, round_up(columns, COLUMN_BUCKET))
+            self._resize(self.capacity, self._grown(needed))
+
+    def _grown(self, needed: int) -> int:
+        if needed <= self.columns:
+            return self.columns
+        # Half as much again, so that the copies of a row that grows token by token stay constant per token.
+        return round_up(max(needed, min(self.columns * 3 // 2, self._ceiling)), COLUMN_BUCKET)
 
     def _resize(self, capacity: int, columns: int) -> None:
         """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""

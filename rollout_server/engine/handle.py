@@ -15,6 +15,7 @@ from typing import Any
 
 from rollout_server.engine.checks import check_ids, check_reading
 from rollout_server.engine.embedding_messages import Embed, Embedded
+from rollout_server.engine.footprint import Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
     Abort,
@@ -252,6 +253,11 @@ class EngineHandle:
         self._require_ready()
         await self._ask(Resume(self.new_id("resume")))
 
+    async def release(self) -> Released:
+        """Gives back KV and cached memory that nothing uses; rows go on."""
+        self._require_ready()
+        return await self._ask(Release(self.new_id("release")))
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
         found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions)
@@ -303,7 +309,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Reading | Pause | Resume | ResetPrefixCache | Ping) -> Any:
+    async def _ask(self, command: PolicyCommand | Reading | Pause | Resume | Release | ResetPrefixCache | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -32,6 +32,15 @@ class JoinedRows:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    def places(self, rows: int) -> int:
+        return rows
+
+    def due(self, width: int) -> int:
+        return self.cells(0, width)
+
+    def packed(self, rows: int, width: int) -> int:
+        return rows * (width + JOINED_KV_SPARE + self._row_cells)
+
     def cells(self, count: int, columns: int) -> int:
         rows = self.capacity + self._reserved + count
         return rows * (columns + JOINED_KV_SPARE + self._row_cells)
@@ -91,6 +100,10 @@ class JoinedRows:
 
     def moves_on_leave(self, leaving: int) -> bool:
         return True
+
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        """Filtering left nothing over."""
+        return None
 
     def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
         if not places:

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from adapters.sets import BASE_SET
+from rollout_server.engine.admitting import Admitting, Room
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.budget import TurnBudget
@@ -20,7 +22,10 @@ from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.embedding_messages import Embed
+from rollout_server.engine.footprint import Release
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
+from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import (
     Abort,
     Command,
@@ -37,6 +42,7 @@ from rollout_server.engine.pause_messages import Pause, Resume
 from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
+from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reading import Reading
 from rollout_server.engine.references import References
 from rollout_server.engine.replays import Replay
@@ -44,9 +50,9 @@ from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Keeper, Reuse
 from rollout_server.engine.scheduler import Scheduler
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
-from rollout_server.engine.sequence import Group
+from rollout_server.engine.step_cost import measure
 from rollout_server.engine.switching import Switching
-from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError, StalePolicy
+from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 
 log = logging.getLogger(__name__)
 
@@ -77,29 +83,30 @@ class Engine:
         self._changes: deque[PolicyCommand] = deque()
         # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
         self._changing: PolicyCommand | None = None
-        self._admitting: Group | None = None
         info = model.info
-        kv_cells = self._kv_cells = info.kv_memory // info.kv_bytes_per_token
-        on = prefix_cache and info.cache == "slots"
-        self._reuse = Reuse(info.kv_memory, info.kv_bytes_per_token, info.digest, on=on)
-        self._batch = Batches(self._new_batch)
+        slots = info.cache == "slots"
+        kv_cells = info.kv_memory // info.kv_bytes_per_token
+        self._reuse = Reuse(info.kv_memory, info.kv_bytes_per_token, info.digest, on=prefix_cache and slots)
+        self._batch = Batches(self._new_batch, kv_cells, self._measure_step if slots else None, self._leave_room)
         self._scoring = ScoringQueue(
             make_reader(model, policies), policies, lambda cells: self._batch.held_cells + cells <= kv_cells
         )
-        self._scheduler = Scheduler(
-            info.max_batch,
-            kv_cells,
-            lambda group: self._batch.longest(self._set_of(group)),
-            lambda group, count, columns: self._batch.cells(self._set_of(group), count, columns) + self._scoring.cells,
-        )
+        self._room = Room(policies, self._batch, self._scoring, kv_cells)
+        self._scheduler = Scheduler(info.max_batch, self._room.berth)
         self._reports = Reports(self._scheduler, policies)
         self._references = References(
             self._scoring, policies, self._reports, frozenset(info.eos_token_ids), info.embedding.pooling
         )
-        self._switching = Switching(policies, self._batch, self._reports, kv_cells)
+        self._admitting = Admitting(
+            policies, self._batch, self._scheduler, self._reports, self._references, self._changes
+        )
+        self._preemption = Preemption(self._batch, policies, self._reports, self._scheduler, self._scoring, kv_cells)
+        self._switching = Switching(policies, self._batch, self._reports, self._preemption)
         self._budget = TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens)
-        self._reading = Reading(self._batch, self._scoring, self._switching, self._budget)
+        self._reading = Reading(self._batch, self._scoring, self._switching, self._reports, self._budget)
         self._pausing = Pausing(self._reports)
+        self._memory = Memory(self._batch, policies, self._reuse, info)
+        self._releases: deque[Release] = deque()
 
     def _new_batch(self, parameters: int) -> Batch:
         model = self._model
@@ -118,13 +125,13 @@ class Engine:
             frozenset(model.info.eos_token_ids),
             model.info.vocab_size,
             decode,
+            lambda placement: self._policies.route_rows([placement]),
             keeper,
         )
 
-    def _set_of(self, group: Group) -> int:
-        """The parameter set that a group runs on, or would if it were admitted now."""
-        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
-        return known.parameters
+    def _measure_step(self, width: int) -> StepCosts:
+        model = self._model
+        return measure(model.forward, model.make_slots, partial(self._policies.route, BASE_SET), width)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -146,27 +153,33 @@ class Engine:
         self._flush()
 
     def _compute(self) -> None:
+        self._give_back()
         self._change_policies()
         self._budget.begin(decoding=self._batch.active)
-        self._call_back()
+        self._admitting.call_back()
         if self._pausing.frozen:
             self._stand_still()
             return
-        if not self._pausing.paused:
-            self._admit()
+        if self._preemption.resume() and not self._pausing.paused:
+            self._admitting.admit()
         self._reading.divide()
-        if self._batch.joining:
+        if self._batch.reading:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
             self._reading.prefill()
+        self._preemption.make_room()
         if self._batch.active:
             self._reports.progress(self._batch.step())
             self._reports.release(self._batch.release())
+        if moves := self._batch.moves():
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._batch.rearrange(moves)
         self._batch.keep(self._policies.sets)
         for group in self._reports.take_complete():
             self._references.score_rows(group)
-        self._reading.score(self._scheduler.crowded)
+        self._reading.score(self._scheduler.crowded or bool(self._batch.aside))
         self._budget.end()
         self._leave_room(self._batch.held_cells)
 
@@ -174,6 +187,13 @@ class Engine:
         """What rows and the scorer may come to fill is theirs, before what is kept for later requests."""
         self._reuse.follow(self._policies.snapshot())
         self._reuse.fit(cells + self._scoring.cells)
+
+    def _give_back(self) -> None:
+        while self._releases:
+            self._reports.progress(self._batch.settle())
+            self._reports.release(self._batch.release())
+            self._reports.add(self._memory.give_back(self._releases.popleft().id))
+        self._memory.rest(self._busy)
 
     def _stand_still(self) -> None:
         """Reads what is in flight; what was ended meanwhile leaves."""
@@ -184,14 +204,17 @@ class Engine:
     @property
     def _computing(self) -> bool:
         """Whether anything is being sampled or scored."""
-        return bool(self._batch.active or self._batch.joining or self._scoring.busy or self._reports.has_complete)
+        batch = self._batch
+        return bool(batch.active or batch.joining or batch.aside or self._scoring.busy or self._reports.has_complete)
 
     @property
     def _busy(self) -> bool:
         """Whether a turn has something to do."""
+        if self._changes or self._releases:
+            return True
         if self._pausing.paused:
-            return bool(self._changes) or (self._computing and not self._pausing.frozen)
-        return bool(self._changes) or self._computing or self._scheduler.pressing
+            return self._computing and not self._pausing.frozen
+        return self._computing or self._scheduler.pressing
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
@@ -229,6 +252,8 @@ class Engine:
                         self._end_request(id, command.reason)
                 case ResetPrefixCache():
                     self._reports.add(PrefixCacheReset(command.id, self._reuse.clear()))
+                case Release():
+                    self._releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
                 case Stop():
@@ -259,6 +284,7 @@ class Engine:
                 sets=len(self._policies.sets),
                 prefix=self._reuse.status,
                 paused=self._pausing.mode,
+                memory=self._memory.status(),
             )
         )
 
@@ -290,53 +316,6 @@ class Engine:
     def _settle(self) -> None:
         self._reports.progress(self._batch.settle())
 
-    # ---- admission ------------------------------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        while admission := self._scheduler.next_admission(self._batch.size):
-            group = admission.group
-            if group.version is None and not self._take_version(group):
-                if self._scheduler.heads(group):
-                    break
-                continue
-            self._reports.progress(self._batch.settle())
-            self._reports.release(self._batch.release())
-            self._admitting = group
-            # Room first: the rows' arrays may grow at once.
-            self._leave_room(self._batch.cells(group.placement.parameters, admission.count, admission.columns))
-            self._batch.join(admission)
-            self._admitting = None
-            self._scheduler.admitted(admission)
-            wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
-            if wanted and group.version is not None:
-                self._references.score_prompt(group, group.version)
-
-    def _call_back(self) -> None:
-        """Groups that wait for a version come back when it is there, and fail when their time is over."""
-        self._scheduler.bring_back(
-            lambda group: not self._policies.behind(group.request.policy, group.request.min_version or 0)
-        )
-        for group in self._scheduler.impatient(time.monotonic()):
-            try:
-                self._policies.require(group.request.policy, group.request.min_version or 0)
-            except StalePolicy as error:
-                self._reports.fail_group(group, error)
-
-    def _take_version(self, group: Group) -> bool:
-        """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
-        has failed or was set aside, or heads the queue until a change that came before it is done."""
-        request = group.request
-        try:
-            group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
-        except RolloutError as error:
-            if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
-                self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
-            elif not any(change.name == request.policy.name for change in self._changes):
-                self._reports.fail_group(group, error)
-            return False
-        group.admitted_at = time.monotonic()
-        return True
-
     # ---- endings --------------------------------------------------------------------------------------------------
 
     def _end_overdue(self) -> None:
@@ -363,9 +342,7 @@ class Engine:
         # What was being copied for later may never be there.
         self._reuse.clear()
         self._reports.fail_rows(*self._batch.fail(), fault)
-        if self._admitting is not None:
-            self._reports.fail_group(self._admitting, fault)
-            self._admitting = None
+        self._admitting.fail(fault)
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
@@ -383,7 +360,7 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._scheduler.tickets):
             self._reports.fail(id, error)
-        changes = [change.id for change in self._changes]
+        changes = [change.id for change in [*self._changes, *self._releases]]
         for id in self._scoring.own_requests + self._pausing.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.

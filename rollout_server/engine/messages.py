@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
+from rollout_server.engine.footprint import MemoryStatus, Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.policy_messages import PolicyCommand, PolicyReply, PolicyStatus
@@ -72,6 +73,8 @@ class ModelInfo:
     """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
     max_batch: int
     device: str
+    weight_bytes: int = 0
+    """Of the base, as it is in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     embedding: Embedding = field(default_factory=Embedding)
@@ -138,7 +141,7 @@ class Stop:
 
 Reading = Score | Replay | Embed
 """Requests that are answered by reading alone: nothing is sampled."""
-Command = Submit | Reading | PolicyCommand | Abort | Pause | Resume | ResetPrefixCache | Ping | Stop
+Command = Submit | Reading | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -215,6 +218,7 @@ Event = (
     | Embedded
     | PolicyReply
     | Paused
+    | Released
     | PrefixCacheReset
     | Pong
 )
@@ -246,3 +250,4 @@ class EngineStatus:
     prefix: PrefixStatus = field(default_factory=PrefixStatus)
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""
+    memory: MemoryStatus = field(default_factory=MemoryStatus)

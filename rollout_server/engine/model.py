@@ -59,6 +59,13 @@ class ResidentModel:
         """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
         return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
 
+    def make_slots(self) -> SlotRows:
+        """Empty rows with columns; only where `info.cache` is `slots`."""
+        store = self.make_store()
+        if not isinstance(store, SlotRows):
+            raise RuntimeError("A model with slot caches made another kind of store.")
+        return store
+
     def make_caches(self) -> list[Any]:
         """Fresh mlx-lm caches for one sequence."""
         return make_prompt_cache(self.module)
@@ -96,6 +103,7 @@ def load(options: EngineOptions) -> ResidentModel:
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
         parameters=_parameters(module),
+        weight_bytes=sum(array.nbytes for array in _arrays(module)),
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         kv_bytes_per_token=cell_bytes,

@@ -15,6 +15,7 @@ from adapters.registry import (
     Entry,
     Facts,
     Registry,
+    RegistryError,
 )
 from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
@@ -126,6 +127,14 @@ class PolicyTable:
         if version.number:
             self._shown = None
             self._registry.acquire(version.name, version.number, rows)
+
+    def acquire_if_kept(self, version: PolicyVersion) -> bool:
+        """One more reference to a version that rows ran on, unless it is gone."""
+        try:
+            self.acquire_again(version, 1)
+        except RegistryError:
+            return False
+        return True
 
     def release(self, version: PolicyVersion, rows: int) -> None:
         """Gives references back; a version nothing keeps any more is freed."""

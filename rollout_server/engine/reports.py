@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rollout_server.engine.batch import Joining
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.flight import Joining
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import Scheduler, Ticket
@@ -80,6 +80,12 @@ class Reports:
         """Rows whose place is free: no dispatched step needs their version any more."""
         for row in rows:
             self._policies.release(row.version, 1)
+            self.let_go(row)
+
+    def let_go(self, row: Sequence) -> None:
+        """Gives back the versions that were kept for a row while it was away."""
+        while row.lent:
+            self._policies.release(row.lent.pop(), 1)
 
     def prompt_scored(self, group: Group, logprobs: tuple[float | None, ...]) -> None:
         group.prompt_logprobs, group.unscored = logprobs, False
@@ -160,7 +166,7 @@ class Reports:
                 row.fail(error)
             if not row.reported:
                 self._finished(row)
-            self._policies.release(row.version, 1)
+            self.release([row])
         for join in joining:
             self._forget(join.group)
             join.group.prompt, join.group.joining = None, False

@@ -31,26 +31,23 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
-    """`count` samples of a group may start; every row, running or starting, stays within `columns`."""
+    """`count` samples of a group may start, in the batch that `berth` names."""
 
     group: Group
     count: int
-    columns: int
+    berth: tuple[int, int]
 
 
 class Scheduler:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
     waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
 
-    `longest(group)` is the most columns that a row beside which the group would run can fill, `cells(group, count,
-    columns)` how many KV columns over all rows all caches could come to fill if `count` of its samples joined."""
+    `fit(group, count)` says in which batch `count` of its samples could start, or None where KV memory has no room."""
 
     def __init__(
         self,
         max_rows: int,
-        kv_cells: int,
-        longest: Callable[[Group], int],
-        cells: Callable[[Group, int, int], int],
+        fit: Callable[[Group, int], tuple[int, int] | None],
     ) -> None:
         self.tickets: dict[str, Ticket] = {}
         self.waiting_requests = 0
@@ -60,9 +57,7 @@ class Scheduler:
         self._aside: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
-        self._kv_cells = kv_cells
-        self._longest = longest
-        self._cells = cells
+        self._fit = fit
 
     def submit(self, submit: Submit) -> Ticket:
         groups = tuple(Group(request) for request in submit.groups)
@@ -83,12 +78,12 @@ class Scheduler:
         group = self._waiting[0]
         if group.joining:
             return None
-        columns = max(self._longest(group), group.length)
-        count = min(group.waiting, self._max_rows - running)
-        while count > 0 and self._cells(group, count, columns) > self._kv_cells:
-            count -= 1
-            self.crowded = count == 0
-        return Admission(group, count, columns) if count > 0 else None
+        for count in range(min(group.waiting, self._max_rows - running), 0, -1):
+            berth = self._fit(group, count)
+            if berth is not None:
+                return Admission(group, count, berth)
+            self.crowded = count == 1
+        return None
 
     def heads(self, group: Group) -> bool:
         """Whether a group still waits at the head of the queue."""
@@ -129,6 +124,18 @@ class Scheduler:
         admission.group.admitted += admission.count
         if not admission.group.waiting:
             self._left_queue(admission.group)
+
+    def put_back(self, group: Group, count: int) -> None:
+        """The last `count` samples that were admitted have not started after all: they are first in the queue."""
+        if not group.waiting:
+            ticket = self.tickets.get(group.request.id)
+            if ticket is not None:
+                self.waiting_requests += ticket.waiting_groups == 0
+                ticket.waiting_groups += 1
+        group.admitted -= count
+        if group in self._waiting:
+            self._waiting.remove(group)
+        self._waiting.appendleft(group)
 
     def drop(self, group: Group) -> int:
         """Takes what still waits of a group out of the queue; returns how many samples that were."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import Family, ScoreJob
 from rollout_server.engine.policy import PolicyTable
@@ -27,13 +26,7 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
         return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells, hidden)
 
-    def rows() -> SlotRows:
-        store = model.make_store()
-        if not isinstance(store, SlotRows):
-            raise RuntimeError("A model with slot caches made another kind of store.")
-        return store
-
-    return SlotReader(model.forward, rows, policies.route_rows, policies.apart, info.vocab_size, hidden)
+    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, info.vocab_size, hidden)
 
 
 class ScoringQueue:

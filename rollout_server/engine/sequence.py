@@ -22,6 +22,8 @@ from rollout_server.rollout import (
     Timings,
 )
 
+HEADROOM = 64
+"""Columns that a row must have room for besides what it fills."""
 TopTokens = tuple[tuple[int, float], ...]
 
 
@@ -64,6 +66,11 @@ class Group:
         return self.request.n - self.admitted
 
     @property
+    def soon(self) -> int:
+        """Columns one of its rows needs to start."""
+        return min(self.length, len(self.request.given_ids) + HEADROOM)
+
+    @property
     def length(self) -> int:
         """Columns one of its rows can fill."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
@@ -98,6 +105,14 @@ class Sequence:
     """Its end was told, or is held until its values are there."""
     switched: bool = False
     """Its KV comes from more than one version."""
+    placements: list[Placement] = field(default_factory=list)
+    """Where each of its spans was sampled."""
+    away: bool = False
+    """Its KV was dropped for want of memory, or is being read again."""
+    recomputed: bool = False
+    """All its KV is read again under its present version: an earlier one is gone."""
+    lent: list[PolicyVersion] = field(default_factory=list)
+    """Versions kept for it while it is away."""
     base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
     ended_at: float = 0.0
@@ -146,6 +161,11 @@ class Sequence:
         return len(self.group.request.prompt_ids) - 1 + self.dispatched
 
     @property
+    def soon(self) -> int:
+        """Columns it needs to go on for a while."""
+        return min(self.group.length, self.offset + 1 + HEADROOM)
+
+    @property
     def input_id(self) -> int:
         """The next step's input, known on the host only when no step is in flight."""
         return self.token_ids[-1] if self.token_ids else self.group.request.prompt_ids[-1]
@@ -153,6 +173,8 @@ class Sequence:
     @property
     def _kv(self) -> str | None:
         """What a span that begins now reads. Whatever sampled a prefix, this version read it again."""
+        if self.recomputed:
+            return RECOMPUTED
         if self.switched:
             return CARRIED
         return RECOMPUTED if self.group.request.prefix.token_ids else None
@@ -160,10 +182,12 @@ class Sequence:
     def stamp(self) -> None:
         """Counts a dispatched token under the version of this moment."""
         self.dispatched += 1
-        if self.spans and self.spans[-1].version == self.version:
+        if self.spans and self.spans[-1].version == self.version and not self.recomputed:
             self.spans[-1] = replace(self.spans[-1], end=self.dispatched)
         else:
             self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched, self._kv))
+            self.placements.append(self.placement)
+            self.recomputed = False
 
     def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""

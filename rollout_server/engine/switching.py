@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.sequence import Sequence
 from rollout_server.rollout import FinishReason, OnUpdate
 
 
 class Switching:
-    """`kv_cells` is how many KV columns all batches may fill together."""
-
-    def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports, kv_cells: int) -> None:
+    def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports, preemption: Preemption) -> None:
         self._policies = policies
         self._batches = batches
         self._reports = reports
-        self._kv_cells = kv_cells
+        self._preemption = preemption
 
     def follow(self, row: Sequence) -> None:
         """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
@@ -27,6 +26,8 @@ class Switching:
         if alias is None or alias == row.version.number:
             return
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
+        if request.on_update is OnUpdate.SWITCH and row.away:
+            return  # once it is back
         if request.on_update is OnUpdate.SWITCH:
             self._switch(row)
         elif request.on_update is OnUpdate.ABORT or stale:
@@ -37,18 +38,17 @@ class Switching:
         """Its next token is of the version that is live now, over the KV it has."""
         address = row.group.request.policy
         parameters = self._policies.placement(address).parameters
+        seated = True
         if parameters != row.placement.parameters:
             # It changes its batch, and what is in flight says where it stands.
             self._reports.progress(self._batches.settle())
             if not row.running:
                 return
-            if not self._batches.move(row, parameters, self._kv_cells):
-                row.end(FinishReason.SUPERSEDED, f"{address.name}@{self._policies.alias(address.name)}")
-                self._reports.ended(row)
-                self._reports.release([row])
-                return
+            seated = self._batches.move(row, parameters)
         old = row.version
         row.version, row.placement = self._policies.acquire(address, 1, None)
         row.switched = True
+        if not seated:
+            self._preemption.set_aside(row)
         # A step in flight may still read the old version's slot: it is written again only after that was read.
         self._policies.release(old, 1)

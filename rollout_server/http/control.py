@@ -15,7 +15,7 @@ from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.queries import read_flags
 from rollout_server.http.service import service_of
-from rollout_server.schemas.control import AbortReply, AbortRequest, ResetReply
+from rollout_server.schemas.control import AbortReply, AbortRequest, ReleaseReply, ResetReply
 
 
 class PrefixesController(Controller):
@@ -50,7 +50,7 @@ def check_reset(request: Request[Any, Any, Any]) -> None:
 
 
 class ControlController(Controller):
-    """Ends requests by their ids."""
+    """Ends requests by their ids, and gives memory back."""
 
     path = "/v1"
     guards = (may_infer,)
@@ -73,3 +73,15 @@ class ControlController(Controller):
         aborted = service.engine.abort(asked)
         open_ids = set(aborted)
         return json_response({"aborted": aborted, "unknown": [id for id in asked if id not in open_ids]})
+
+    @post(
+        "/release",
+        guards=[may_administer],
+        status_code=200,
+        summary="Give back memory that is not in use",
+        description="Free KV and what MLX keeps of freed arrays; rows go on, and it grows again on demand.",
+        responses={200: ResponseSpec(ReleaseReply, description="How much it was."), **failures()},
+    )
+    async def release(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        released = await service_of(request).engine.release()
+        return json_response({"released_bytes": released.nbytes, "kv_bytes": released.kv_bytes})

@@ -7,11 +7,13 @@ come from here or are names of policies; nothing a client makes up becomes a lab
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rollout_server.engine.footprint import MemoryStatus
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.rollout import BASE
@@ -64,6 +66,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+def _memory(memory: MemoryStatus) -> Metric:
+    """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, slots, sets, active, cached,
+    peak."""
+    gauge = GaugeMetricFamily("rollout_memory_bytes", "Device memory by what it is for.", labels=["part"])
+    for part in fields(memory):
+        gauge.add_metric([part.name], getattr(memory, part.name))
+    return gauge
+
+
 class _EngineState(Collector):
     def __init__(self, engine: EngineHandle) -> None:
         self._engine = engine
@@ -90,6 +101,7 @@ class _EngineState(Collector):
         yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
         yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
         yield from _prefixes(status.prefix)
+        yield _memory(status.memory)
         versions = GaugeMetricFamily("rollout_versions", "Kept versions.", labels=["policy"])
         live = GaugeMetricFamily("rollout_live_version", "Where the name points; 0 for nowhere.", labels=["policy"])
         rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use kept versions.", labels=["policy"])

@@ -1,4 +1,5 @@
-"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, `/reset_prefix_cache`, and vLLM's `/pause`, `/resume`, `/is_paused`."""
+"""`POST /v1/abort`, `/v1/pause`, `/v1/resume`, `/v1/release`, and vLLM's `/pause`, `/resume`, `/is_paused`,
+`/reset_prefix_cache`."""
 
 from __future__ import annotations
 
@@ -49,3 +50,8 @@ class StatusReply(BaseModel):
 
 class IsPausedReply(BaseModel):
     is_paused: bool
+
+
+class ReleaseReply(BaseModel):
+    released_bytes: int = Field(description="What the server's process holds less than before, bytes.")
+    kv_bytes: int = Field(description="How much of it was KV memory.")

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.embedding_messages import Embed, Embedded
+from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages import (
     Abort,
@@ -87,8 +88,15 @@ class Driver:
             prefix_cache=chosen.prefix_cache,
             clock=clock,
         )
+        # As if measured: rows get no classes of lengths unless a test says what they cost.
+        engine._batch._costs = StepCosts(1.0, 0.0)
         driver = cls(model, engine, mailbox, events)
         return driver
+
+    def limit_kv(self, cells: int) -> None:
+        """From now on all KV is at most so many columns."""
+        for part in (self.engine._room, self.engine._batch, self.engine._preemption):
+            part._kv_cells = cells  # type: ignore[attr-defined]
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):

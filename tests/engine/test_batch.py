@@ -233,7 +233,7 @@ def test_admission_stays_inside_the_kv_memory(bare_model: Callable[[str], Reside
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch[0]._store.nbytes)
+        largest = max(largest, driver.engine._batch[0].store.nbytes)
     assert 0 < largest <= limit
     assert len(driver.rollouts(id)) == 30 and all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
@@ -243,12 +243,12 @@ def test_kv_is_written_in_place(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 47, 286), max_tokens=60, ignore_eos=True)
     base.until(lambda: base.status.running == 48 and not base.engine._batch.joining)
     base.turn(3)
-    held = base.engine._batch[0]._store.nbytes
+    held = base.engine._batch[0].store.nbytes
     mx.synchronize()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     base.turn(6)
-    per_layer = held / len(base.engine._batch[0]._store.layers)
+    per_layer = held / len(base.engine._batch[0].store.layers)
     assert mx.get_peak_memory() - before < 0.5 * per_layer
     base.abort(id)
     base.finish(id)
@@ -263,7 +263,7 @@ def test_a_long_row_is_admitted_after_many_short_ones(bare_model: Callable[[str]
     id = driver.submit(prompts_of([400], 286), max_tokens=80, ignore_eos=True)
     driver.finish(id, turns=200)
     assert len(driver.rollouts(id)[0].token_ids) == 80
-    assert driver.engine._batch[0]._store.nbytes <= small.info.kv_memory
+    assert driver.engine._batch[0].store.nbytes <= small.info.kv_memory
 
 
 @pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
@@ -278,7 +278,7 @@ def test_joined_rows_stay_inside_the_kv_memory(
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch[0]._store.nbytes)
+        largest = max(largest, driver.engine._batch[0].store.nbytes)
     assert 0 < largest <= limit
     assert all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
@@ -287,7 +287,7 @@ def test_a_group_joins_without_copying_the_cache(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 39, 286), max_tokens=60, ignore_eos=True)
     base.until(lambda: base.status.running == 40 and not base.engine._batch.joining)
     base.turn(3)
-    per_layer = base.engine._batch[0]._store.nbytes / len(base.engine._batch[0]._store.layers)
+    per_layer = base.engine._batch[0].store.nbytes / len(base.engine._batch[0].store.layers)
     group = base.submit(prompts_of([20], 286), n=8, max_tokens=5, ignore_eos=True)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -316,7 +316,7 @@ def test_a_stopped_row_s_last_look_ahead_leaves_nothing_behind(
     ended = driver.generate([prompt], n=2, seed=1, max_tokens=30, stop_token_ids=tuple(range(200)))
     assert any(row.finish_reason is FinishReason.STOP for row in ended)
     driver.turn(3)
-    store = driver.engine._batch[0]._store
+    store = driver.engine._batch[0].store
     assert all(bool(mx.isfinite(layer.keys).all()) and bool(mx.isfinite(layer.values).all()) for layer in store.layers)
     assert driver.generate([healthy], max_tokens=5)[0].token_ids
 

@@ -235,7 +235,7 @@ def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Drive
 
 
 def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
-    store = base.engine._batch[0]._store
+    store = base.engine._batch[0].store
     store.begin, calls = _once(RuntimeError("no room"))
     id = base.submit([PROMPT], n=2, max_tokens=5)
     base.finish(id, turns=3)

@@ -173,7 +173,7 @@ def test_rows_come_first(bare_model: Models, qwen: Path) -> None:
         on.turn()
         off.turn()
         assert on.status.running == off.status.running
-        most = max(most, on.engine._batch[0]._store.nbytes + on.status.prefix.nbytes)  # type: ignore[attr-defined]
+        most = max(most, on.engine._batch[0].store.nbytes + on.status.prefix.nbytes)  # type: ignore[attr-defined]
         kept = max(kept, on.status.prefix.nbytes)
     assert kept > 0 and most <= limit and on.status.prefix.evictions > 0
     assert_all_same(on.rollouts(ids[0]), off.rollouts(ids[1]), 1e-5)
@@ -184,7 +184,7 @@ def test_copies_hold_up_no_write(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 39, 286), max_tokens=60, ignore_eos=True)
     ending = base.submit(prompts_of([12] * 8, 286, seed=2), max_tokens=9, ignore_eos=True)
     base.until(lambda: base.status.running == 48 and not base.engine._batch.joining)
-    store: Any = base.engine._batch[0]._store
+    store: Any = base.engine._batch[0].store
     per_layer = store.nbytes / len(store.layers)
     mx.synchronize()
     mx.reset_peak_memory()
@@ -231,6 +231,6 @@ def test_random_beginnings_under_pressure(seed: int, bare_model: Models, qwen: P
             assert one.token_ids[:both] == other.token_ids[:both]
             assert one.logprobs[:both] == pytest.approx(other.logprobs[:both], abs=1e-5)
         seen += [list(row.prompt_ids + row.token_ids) for row in results[0]]
-    store: Any = on.engine._batch[0]._store
+    store: Any = on.engine._batch[0].store
     assert on.status.prefix.nbytes <= memory and (on.status.prefix.hits > 0 or memory < 10 * 128)
     assert store.nbytes <= memory

@@ -175,7 +175,7 @@ def test_scoring_stays_inside_the_kv_memory_of_the_rows(bare_model: Callable[[st
     while not (driver.over(rows) and driver.is_scored(id)):
         driver.turn()
         scoring: Any = driver.engine._scoring._reader
-        held = driver.engine._batch[0]._store.nbytes + scoring._rows.nbytes
+        held = driver.engine._batch[0].store.nbytes + scoring._rows.nbytes
         # One sequence at a time may always be scored.
         assert held <= limit + (alone if scoring.size <= 1 else 0)
         largest = max(largest, scoring.size)

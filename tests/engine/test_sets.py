@@ -154,7 +154,8 @@ def test_many_rows_switch_and_samples_that_start_late_follow(driver: Driver, qwe
     assert small.engine._batch.sets in ((0,), (0, 2), (2, 0)) and small.status.sets == 1
 
 
-def test_a_switch_for_which_there_is_no_kv_ends_the_row(driver: Driver) -> None:
+def test_a_switch_for_which_there_is_no_kv_waits(driver: Driver) -> None:
+    """The row steps aside, and goes on over KV that is built again as it was."""
     driver.push("p", driver.bundle(1))
     ids = [
         driver.submit([LONG], n=n, policy=policy, seed=1, max_tokens=30, ignore_eos=True, on_update=update)
@@ -163,12 +164,17 @@ def test_a_switch_for_which_there_is_no_kv_ends_the_row(driver: Driver) -> None:
     driver.turn(6)
     assert driver.status.running == 4
     # Exactly what runs: three rows keep the places of four.
-    driver.engine._switching._kv_cells = driver.engine._batch.cells(0, 0, 55)
+    cells = driver.engine._batch.cells((0, 0), 0, 55)
+    driver.limit_kv(cells)
     driver.push("p", full(driver, 2))
+    driver.turn()
+    assert driver.engine._preemption.count == 1 and len(driver.engine._batch.aside) == 1
     driver.finish(*ids)
     (moved,), stayed = driver.rollouts(ids[0]), driver.rollouts(ids[1])
-    assert (moved.finish_reason, moved.stop_reason) == (FinishReason.SUPERSEDED, "p@2") and moved.token_ids
-    assert spans(moved) == [(1, 0, len(moved.token_ids), None)]
+    (first, second) = spans(moved)
+    assert (first[0], first[3]) == (1, None) and (second[0], second[2:]) == (2, (30, "carried"))
+    expected = reread(driver, moved, {1: "adapter", 2: "merged"})
+    np.testing.assert_allclose(moved.logprobs, expected, atol=max(4 * tolerance(driver, [moved]), 1e-4), rtol=0)
     assert {row.finish_reason for row in stayed} == {FinishReason.LENGTH}
     driver.turn(2)
     assert all(v.rows_in_use == 0 for v in driver.status.policies[0].versions)
@@ -181,7 +187,7 @@ def test_a_batch_is_dropped_with_its_set_and_admission_counts_all(driver: Driver
     driver.turn(4)
     batches = driver.engine._batch
     columns = [batches[number].longest for number in (0, 1)]
-    assert batches.cells(0, 0, columns[0]) == sum(
+    assert batches.cells((0, 0), 0, columns[0]) == sum(
         batches[n].cells(0, width) for n, width in zip((0, 1), columns, strict=True)
     )
     driver.push("p", driver.bundle(2))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
+from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus
 from rollout_server.engine.messages import (
     EngineStatus,
@@ -229,6 +230,7 @@ class FakeEngine(FakeVersions):
             tokens=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
+            memory=MemoryStatus(weights=4000, kv_held=512, kv_filled=256, peak=9000),
         )
 
     async def ping(self, timeout_s: float) -> bool:
@@ -330,6 +332,9 @@ class FakeEngine(FakeVersions):
         if self.fault is not None:
             raise self.fault
         return PrefixCacheReset(self.new_id("prefixes"), 4096)
+
+    async def release(self) -> Released:
+        return Released(self.new_id("release"), 3072, 1024)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         found = tuple(id for id in dict.fromkeys(ids) if id in self.open)

@@ -48,6 +48,7 @@ STATE = [
     ("DELETE", "/v1/weights/policy/1"),
     ("DELETE", "/v1/weights/policy"),
     ("POST", "/reset_prefix_cache"),
+    ("POST", "/v1/release"),
 ]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
 

@@ -1,4 +1,4 @@
-"""`POST /v1/abort` and `POST /reset_prefix_cache`."""
+"""`POST /v1/abort`, `POST /v1/release` and `POST /reset_prefix_cache`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.errors import EngineUnavailable
-from rollout_server.schemas.control import AbortReply, ResetReply
+from rollout_server.schemas.control import AbortReply, ReleaseReply, ResetReply
 from tests.http.fake_engine import FakeEngine, Row
 from tests.live_server import until
 
@@ -70,3 +70,10 @@ def test_cached_tokens_count_once_a_prompt(client: Client, engine: FakeEngine, p
     engine.script = lambda request, sample: Row([60], cached_tokens=2 if sample else 0)
     usage = client.post(path, json={**BODIES[path], "n": 3}).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_release_says_how_much(client: Client, problem: Callable[..., Any]) -> None:
+    response = client.post("/v1/release")
+    assert response.status_code == 200
+    ReleaseReply.model_validate(response.json())
+    assert response.json() == {"released_bytes": 3072, "kv_bytes": 1024}

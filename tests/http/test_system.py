@@ -125,6 +125,7 @@ def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> N
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
         "/v1/abort",
+        "/v1/release",
         "/reset_prefix_cache",
         "/v1/pause",
         "/v1/resume",

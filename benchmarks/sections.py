@@ -1,0 +1,18 @@
+"""Which sections there are, in the order of the report: name → the module whose `section(scale)` measures it."""
+
+from __future__ import annotations
+
+SECTIONS = {
+    "decode": "benchmarks.decode",
+    "http": "benchmarks.over_http",
+    "staggered": "benchmarks.staggered",
+    "arrays": "benchmarks.arrays",
+    "growth": "benchmarks.growth",
+    "rows": "benchmarks.row_costs",
+    "turns": "benchmarks.prefix_reuse",
+    "flood": "benchmarks.flood",
+    "replies": "benchmarks.reply_sizes",
+}
+
+PEERS = {"generate": "benchmarks.generate"}
+"""Only in the environment with torch: `make bench-peers`."""

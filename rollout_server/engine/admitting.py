@@ -1,0 +1,106 @@
+"""Groups on their way from the queue into a batch: where there is room for them, and which version they start on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from rollout_server.engine.batches import Batches, Berth
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policy_messages import PolicyCommand
+from rollout_server.engine.references import References
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.sequence import Group
+from rollout_server.errors import RolloutError, StalePolicy
+
+
+class Room:
+    """All rows and what is scored fill at most `kv_cells` columns."""
+
+    def __init__(self, policies: PolicyTable, batches: Batches, scoring: ScoringQueue, kv_cells: int) -> None:
+        self._policies = policies
+        self._batches = batches
+        self._scoring = scoring
+        self._kv_cells = kv_cells
+
+    def berth(self, group: Group, count: int) -> Berth | None:
+        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
+        # A group that has no version yet starts on what its policy names now.
+        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
+        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids), group.length)
+        cells = self._batches.cells(berth, count, group.soon) + self._scoring.cells
+        return berth if cells <= self._kv_cells else None
+
+
+class Admitting:
+    """`changes` are the changes of versions that wait or are under way."""
+
+    def __init__(
+        self,
+        policies: PolicyTable,
+        batches: Batches,
+        scheduler: Scheduler,
+        reports: Reports,
+        references: References,
+        changes: Collection[PolicyCommand],
+    ) -> None:
+        self._policies = policies
+        self._batches = batches
+        self._scheduler = scheduler
+        self._reports = reports
+        self._references = references
+        self._changes = changes
+        self._group: Group | None = None
+        """What a failure is blamed on."""
+
+    def admit(self) -> None:
+        """Lets groups join for as long as rows and KV memory allow."""
+        while admission := self._scheduler.next_admission(self._batches.size):
+            group = admission.group
+            if group.version is None and not self._take_version(group):
+                if self._scheduler.heads(group):
+                    break
+                continue
+            self._reports.progress(self._batches.settle())
+            self._reports.release(self._batches.release())
+            self._group = group
+            self._batches.join(admission)
+            self._group = None
+            self._scheduler.admitted(admission)
+            wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
+            if wanted and group.version is not None:
+                self._references.score_prompt(group, group.version)
+
+    def fail(self, fault: RolloutError) -> None:
+        """A step failed: the group that was joining fails with it."""
+        if self._group is not None:
+            self._reports.fail_group(self._group, fault)
+            self._group = None
+
+    def call_back(self) -> None:
+        """Groups that wait for a version come back when it is there, and fail when their time is over."""
+        self._scheduler.bring_back(
+            lambda group: not self._policies.behind(group.request.policy, group.request.min_version or 0)
+        )
+        for group in self._scheduler.impatient(time.monotonic()):
+            try:
+                self._policies.require(group.request.policy, group.request.min_version or 0)
+            except StalePolicy as error:
+                self._reports.fail_group(group, error)
+
+    def _take_version(self, group: Group) -> bool:
+        """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
+        has failed or was set aside, or heads the queue until a change that came before it is done."""
+        request = group.request
+        try:
+            group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
+        except RolloutError as error:
+            if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
+                self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
+            elif not any(change.name == request.policy.name for change in self._changes):
+                self._reports.fail_group(group, error)
+            return False
+        group.admitted_at = time.monotonic()
+        return True

@@ -1,0 +1,127 @@
+"""Which rows attend together. A forward pads every row to its longest, and another forward costs another pass over the
+weights: rows of one parameter set are put into classes by length where that is cheaper. Plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MOST_CLASSES = 4
+WORTH = 0.9
+"""What a step must come down to before rows are moved for it,"""
+HORIZON = 32
+"""and the steps within which that pays for moving them."""
+COPY = 4.0
+"""Moving a column costs as much as attending to it so many times."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Measured, in seconds: a pass over the weights, and attending to one column in one place."""
+
+    weights: float
+    cell: float
+
+    def of(self, places: int, width: int) -> float:
+        return self.weights + self.cell * places * width
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A class as it is: rows, and the columns its longest needs now."""
+
+    rows: int
+    width: int
+
+
+Places = Callable[[int], int]
+"""Rows → the places that are computed for them."""
+
+
+def cheapest(
+    shapes: Sequence[Shape], count: int, width: int, costs: StepCosts, places: Places, *, may_open: bool
+) -> int:
+    """The class that `count` rows of `width` columns join at the least cost a step; `len(shapes)` for one more."""
+
+    def more(shape: Shape) -> float:
+        before = costs.of(places(shape.rows), shape.width) if shape.rows else 0.0
+        return costs.of(places(shape.rows + count), max(shape.width, width)) - before
+
+    added = [more(shape) for shape in shapes]
+    if may_open and len(shapes) < MOST_CLASSES:
+        added.append(costs.of(places(count), width))
+    return added.index(min(added))
+
+
+def waste(shapes: Sequence[Shape], count: int, width: int, places: Places) -> int:
+    """Columns a step that would be attended in vain, at least, if `count` rows of `width` joined a class there is."""
+    return min(
+        abs(shape.width - width) * (places(count) if shape.width > width else places(shape.rows)) for shape in shapes
+    )
+
+
+def plan(widths: Sequence[int], classes: Sequence[int], costs: StepCosts, places: Places) -> list[int] | None:
+    """`widths` are the columns each row needs now, `classes` where it is. Returns where each should be, with the
+    numbers of the classes it keeps the most rows of and new ones after the highest; None to leave all as they are."""
+    levels = sorted({_level(width) for width in widths}, reverse=True)
+    of_level = {level: [i for i, width in enumerate(widths) if _level(width) == level] for level in levels}
+    cuts = _partition([len(of_level[level]) for level in levels], levels, costs, places)
+    parts = [[row for level in levels[begin:end] for row in of_level[level]] for begin, end in cuts]
+    found = _labelled(parts, classes)
+    now, then = _cost(widths, classes, costs, places), _cost(widths, found, costs, places)
+    moved = sum(width for width, old, new in zip(widths, classes, found, strict=True) if old != new)
+    if then > WORTH * now or (now - then) * HORIZON < COPY * costs.cell * moved:
+        return None
+    return found
+
+
+def _level(width: int) -> int:
+    """Rounded up to eight levels an octave, and to 32 columns: finer differences are not worth a class."""
+    step = max(32, 1 << max(0, width.bit_length() - 4))
+    return -(-width // step) * step
+
+
+def _cost(widths: Sequence[int], classes: Sequence[int], costs: StepCosts, places: Places) -> float:
+    rows: dict[int, list[int]] = {}
+    for width, number in zip(widths, classes, strict=True):
+        rows.setdefault(number, []).append(_level(width))
+    return sum(costs.of(places(len(members)), max(members)) for members in rows.values())
+
+
+def _partition(counts: Sequence[int], levels: Sequence[int], costs: StepCosts, places: Places) -> list[tuple[int, int]]:
+    """The cheapest way to cut levels, longest first, into at most `MOST_CLASSES` runs [begin, end)."""
+    size = len(levels)
+    before = [0]
+    for count in counts:
+        before.append(before[-1] + count)
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, []), *[(float("inf"), [])] * size]
+    for _ in range(min(MOST_CLASSES, size)):
+        following = list(best)
+        for end in range(1, size + 1):
+            for begin in range(end):
+                cost = best[begin][0] + costs.of(places(before[end] - before[begin]), levels[begin])
+                if cost < following[end][0]:
+                    following[end] = (cost, [*best[begin][1], (begin, end)])
+        best = following
+    return best[size][1]
+
+
+def _labelled(parts: Sequence[Sequence[int]], classes: Sequence[int]) -> list[int]:
+    """Numbers for parts: each keeps the number most of its rows have, the largest overlaps first."""
+    overlaps: dict[tuple[int, int], int] = {}
+    for part, rows in enumerate(parts):
+        for row in rows:
+            overlaps[part, classes[row]] = overlaps.get((part, classes[row]), 0) + 1
+    named: dict[int, int] = {}
+    for part, number in sorted(overlaps, key=lambda pair: -overlaps[pair]):
+        if part not in named and number not in named.values():
+            named[part] = number
+    free = max(classes) + 1
+    found = [0] * len(classes)
+    for part, rows in enumerate(parts):
+        if part not in named:
+            named[part], free = free, free + 1
+        for row in rows:
+            found[row] = named[part]
+    return found

@@ -1,0 +1,86 @@
+"""What the engine's memory is made of, and giving back what nobody uses: most users train on the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.footprint import MemoryStatus, Released
+from rollout_server.engine.messages import ModelInfo
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.reuse import Reuse
+
+IDLE_S = 5.0
+"""KV of an engine that has had nothing to do for so long is given back,"""
+FRESH_S = 0.25
+"""and the figures are at most so old while it works."""
+
+
+class Memory:
+    """Engine thread only. `clock` is in seconds."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        policies: PolicyTable,
+        reuse: Reuse,
+        info: ModelInfo,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._batches = batches
+        self._reuse = reuse
+        self._policies = policies
+        self._info = info
+        self._clock = clock
+        self._idle_since: float | None = None
+        self._shown: MemoryStatus | None = None
+        self._shown_at = 0.0
+
+    def rest(self, busy: bool) -> None:
+        """Told every turn whether there is anything to do; gives back once a rest has been long enough."""
+        now = self._clock()
+        if busy or self._batches.active:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since, self._shown = now, None
+        elif now - self._idle_since >= IDLE_S and self._batches.nbytes:
+            # What is kept for later requests stays: the next turn of a conversation may be a minute away.
+            self._shrink()
+
+    def give_back(self, id: str) -> Released:
+        """KV that no row needs and what MLX keeps of freed arrays go back to the system; no step may be in flight.
+        What is in use stays, and everything grows again on demand."""
+        before, held = mx.get_active_memory() + mx.get_cache_memory(), self._batches.nbytes
+        kept = self._reuse.clear()
+        self._shrink()
+        after = mx.get_active_memory() + mx.get_cache_memory()
+        return Released(id, max(0, before - after), kept + max(0, held - self._batches.nbytes))
+
+    def _shrink(self) -> None:
+        self._batches.shrink()
+        mx.clear_cache()
+        self._shown = None
+
+    def status(self) -> MemoryStatus:
+        now = self._clock()
+        if self._shown is None or now - self._shown_at >= FRESH_S:
+            self._shown, self._shown_at = self._look(), now
+        return self._shown
+
+    def _look(self) -> MemoryStatus:
+        info = self._info
+        return MemoryStatus(
+            weights=info.weight_bytes,
+            kv_limit=info.kv_memory,
+            kv_held=self._batches.nbytes,
+            kv_filled=self._batches.filled_cells * info.kv_bytes_per_token,
+            kv_kept=self._reuse.status.nbytes,
+            slots=self._policies.slot_bytes,
+            sets=self._policies.set_bytes,
+            active=mx.get_active_memory(),
+            cached=mx.get_cache_memory(),
+            peak=mx.get_peak_memory(),
+        )

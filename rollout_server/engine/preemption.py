@@ -1,0 +1,114 @@
+"""KV memory at its limit: the newest rows step aside, and come back when there is room, with the tokens they had."""
+
+from __future__ import annotations
+
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.recovery import Leg
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.sequence import Sequence
+from rollout_server.rollout import RECOMPUTED
+
+
+class Preemption:
+    """All rows and what is scored fill at most `kv_cells` columns."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        policies: PolicyTable,
+        reports: Reports,
+        scheduler: Scheduler,
+        scoring: ScoringQueue,
+        kv_cells: int,
+    ) -> None:
+        self._batches = batches
+        self._policies = policies
+        self._reports = reports
+        self._scheduler = scheduler
+        self._scoring = scoring
+        self._kv_cells = kv_cells
+        self.count = 0
+        """Rows that stepped aside since the start."""
+
+    def _settle(self) -> None:
+        self._reports.progress(self._batches.settle())
+        self._reports.release(self._batches.release())
+
+    def make_room(self) -> None:
+        """Before a step: where the KV it needs is not there, rows give theirs up, the newest first. The oldest row
+        never does."""
+        if self._fits():
+            return
+        self._settle()
+        self._batches.tighten()
+        if self._fits():
+            return
+        order = sorted(self._batches.holders, key=lambda holder: holder.age)
+        staying = len(order)
+        while staying > 1 and self._batches.packed(order[:staying]) + self._scoring.cells > self._kv_cells:
+            staying -= 1
+        for holder in order[staying:]:
+            if holder.row is not None:
+                self._hold(holder.row)
+                self._batches.evict(holder.row)
+                self.count += 1
+            elif holder.joining is not None:
+                self._batches.unjoin(holder.joining)
+                self._scheduler.put_back(holder.joining.group, holder.joining.count)
+        self._batches.tighten()
+
+    def _fits(self) -> bool:
+        return self._batches.due + self._scoring.cells <= self._kv_cells
+
+    def resume(self) -> bool:
+        """Lets rows that stepped aside come back, the oldest first; whether none is left."""
+        if any(not row.running for row in self._batches.aside):
+            self._settle()
+        while self._batches.aside:
+            row = self._batches.aside[0]
+            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1, row.soon)
+            if self._batches.cells(berth, 1, row.soon) + self._scoring.cells > self._kv_cells:
+                return False
+            self._settle()
+            if row.running:
+                self._batches.recover(row, berth, self._legs(row))
+        return True
+
+    def set_aside(self, row: Sequence) -> None:
+        """Lets a row wait that there is no room for where it has to go, and that is in no batch any more."""
+        self._hold(row)
+        self._batches.set_aside(row)
+        self.count += 1
+
+    # ---- under which versions its tokens were read ------------------------------------------------------------------
+
+    def _hold(self, row: Sequence) -> None:
+        """Keeps the versions that its tokens were read under, as far as they are there still. Where one is gone, all
+        is read again under the version the row is on, and its next span says so."""
+        group = row.group
+        wanted = {span.version for span in row.spans[_fresh_from(row) :]}
+        if not _fresh_from(row) and group.version:
+            wanted.add(group.version)
+        for version in wanted - {row.version, *row.lent}:
+            if not self._policies.acquire_if_kept(version):
+                self._reports.let_go(row)
+                row.recomputed = True
+                return
+            row.lent.append(version)
+
+    def _legs(self, row: Sequence) -> list[Leg]:
+        if row.recomputed:
+            return [(row.offset, row.placement)]
+        request = row.group.request
+        # Positions of spans count from the first token behind the prompt, a prefix included.
+        ends = [len(request.prompt_ids) - 1 + span.end for span in row.spans]
+        legs = list(zip(ends, row.placements, strict=True))[_fresh_from(row) :]
+        return legs if _fresh_from(row) else [(len(request.given_ids) - 1, row.group.placement), *legs]
+
+
+def _fresh_from(row: Sequence) -> int:
+    """The last span from which everything was read again; 0 if none was."""
+    return max([at for at, span in enumerate(row.spans) if span.kv == RECOMPUTED], default=0)

@@ -1,0 +1,72 @@
+"""Rows whose KV was dropped for want of memory read their tokens again, each under the version it was read first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adapters.resident import Placement
+from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.sequence import Sequence as Row
+
+Leg = tuple[int, Placement]
+"""Inputs up to this one (excluded) are read there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recovery:
+    row: Row
+    prompt: Prompt
+    legs: tuple[Leg, ...]
+
+
+class Recoveries:
+    """Of one batch, oldest first. `route` aims the next forward at a placement of any parameter set."""
+
+    def __init__(self, forward: Forward, store: RowStore, route: Callable[[Placement], None]) -> None:
+        self._forward = forward
+        self._store = store
+        self._route = route
+        self._open: list[Recovery] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        return [recovery.row for recovery in self._open]
+
+    @property
+    def unread(self) -> int:
+        return sum(len(recovery.prompt.tokens) - recovery.prompt.fed for recovery in self._open)
+
+    def begin(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
+        """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
+        tokens = (*row.group.request.prompt_ids, *row.token_ids)[: row.offset]
+        prompt = Prompt(tokens, row.placement.slot)
+        self._store.begin(prompt, 1, columns)
+        self._open.append(Recovery(row, prompt, tuple(legs)))
+
+    def feed(self, budget: int) -> list[tuple[int, Row]]:
+        """Reads about `budget` tokens, of the oldest first; returns those that are complete, and their places."""
+        for recovery in self._open:
+            while budget > 0 and not recovery.prompt.done:
+                prompt = recovery.prompt
+                end, placement = next(leg for leg in recovery.legs if leg[0] > prompt.fed)
+                count = min(end - prompt.fed, budget)
+                prompt.slot = placement.slot
+                self._store.feed(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
+                budget -= count
+        done = [recovery for recovery in self._open if recovery.prompt.done]
+        self._open = [recovery for recovery in self._open if not recovery.prompt.done]
+        return [(self._store.seat(recovery.prompt, 1, False)[0], recovery.row) for recovery in done]
+
+    def take(self, chosen: Callable[[Row], bool]) -> tuple[list[Row], list[int]]:
+        """Rows that are to leave before they are complete, and the places that become free."""
+        leaving = [recovery for recovery in self._open if chosen(recovery.row)]
+        self._open = [recovery for recovery in self._open if not chosen(recovery.row)]
+        places = [place for recovery in leaving for place in recovery.prompt.places]
+        for recovery in leaving:
+            self._store.cancel(recovery.prompt, 1)
+        return [recovery.row for recovery in leaving], places
+
+    def follow(self, moved: dict[int, int]) -> None:
+        for recovery in self._open:
+            recovery.prompt.places = [moved[place] for place in recovery.prompt.places]

@@ -1,0 +1,128 @@
+"""Classes of lengths: what is decided, and that rows do not notice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from rollout_server.engine.cache import row_bucket
+from rollout_server.engine.lengths import MOST_CLASSES, Shape, StepCosts, cheapest, plan
+from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import assert_same, tolerance
+
+COSTS = StepCosts(weights=0.01, cell=4e-6)
+FREE = StepCosts(weights=0.0, cell=1.0)
+"""Another pass costs nothing: classes wherever lengths differ."""
+
+
+def places(rows: int) -> int:
+    return row_bucket(rows, 64)
+
+
+def step(widths: list[int], classes: list[int], costs: StepCosts = COSTS) -> float:
+    members = {n: [w for w, at in zip(widths, classes, strict=True) if at == n] for n in set(classes)}
+    return sum(costs.of(places(len(rows)), max(rows)) for rows in members.values())
+
+
+def test_one_long_row_gets_a_class_of_its_own() -> None:
+    assert plan([128] * 31 + [4096], [0] * 32, COSTS, places) == [0] * 31 + [1]
+    shapes = [Shape(31, 128)]
+    assert cheapest(shapes, 1, 4096, COSTS, places, may_open=True) == 1
+    assert cheapest(shapes, 1, 4096, COSTS, places, may_open=False) == 0
+    assert cheapest([*shapes, Shape(1, 4096)], 1, 130, COSTS, places, may_open=True) == 0
+
+
+def test_a_class_that_saves_less_than_a_pass_is_not_opened() -> None:
+    assert plan([100] * 31 + [160], [0] * 32, COSTS, places) is None
+    assert plan([128] * 31 + [4096], [0] * 32, StepCosts(weights=10.0, cell=4e-6), places) is None
+    assert cheapest([Shape(31, 100)], 1, 160, COSTS, places, may_open=True) == 0
+
+
+def test_classes_merge_when_they_are_worth_it_no_more() -> None:
+    assert plan([128] * 20 + [160], [0] * 20 + [1], COSTS, places) == [0] * 21
+    assert plan([4000, 4096], [0, 2], COSTS, places) in ([0, 0], [2, 2])
+
+
+def test_a_row_that_outgrows_its_class_is_moved_and_none_bounces() -> None:
+    widths, classes = [128] * 31 + [4096], [0] * 31 + [1]
+    moves = 0
+    for _ in range(400):
+        # One of the short ones is on its way to a long length.
+        widths[0] += 8
+        found = plan(widths, classes, COSTS, places)
+        if found is not None:
+            moves += sum(a != b for a, b in zip(classes, found, strict=True))
+            classes = found
+    assert classes[0] != classes[1], "it left the short ones"
+    assert moves <= 4
+
+
+def test_a_plan_is_always_much_cheaper_and_settles() -> None:
+    dice = random.Random(3)
+    changed = 0
+    for _ in range(150):
+        rows = dice.randrange(1, 64)
+        widths = [int(2 ** dice.uniform(3, 13)) for _ in range(rows)]
+        classes = [dice.randrange(MOST_CLASSES) for _ in range(rows)]
+        costs = StepCosts(10 ** dice.uniform(-3, 0), 10 ** dice.uniform(-7, -4))
+        found = plan(widths, classes, costs, places)
+        if found is not None:
+            changed += 1
+            assert len(set(found)) <= MOST_CLASSES
+            assert step(widths, found, costs) < step(widths, classes, costs)
+            assert plan(widths, found, costs, places) is None
+    assert changed > 50
+
+
+@pytest.mark.parametrize("costs", [FREE, StepCosts(1.0, 0.0)], ids=["classes", "one batch"])
+def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
+    prompts = prompts_of([3, 700, 40, 5, 350, 9, 120], 286, seed=2)
+    expected = [base.generate([p], seed=7 + i, max_tokens=60, ignore_eos=True)[0] for i, p in enumerate(prompts)]
+    base.engine._batch._costs = costs
+    ids = [base.submit([p], seed=7 + i, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
+    base.turn(6)
+    assert base.engine._batch.classes(0) == (MOST_CLASSES if costs is FREE else 1)
+    # A plan that changes moves rows with what they have.
+    base.turn(10)
+    base.engine._batch._costs = StepCosts(1.0, 0.0)
+    base.turn(17)
+    assert base.engine._batch.classes(0) == 1
+    base.engine._batch._costs = FREE
+    base.turn(17)
+    assert base.engine._batch.classes(0) == MOST_CLASSES
+    base.finish(*ids)
+    for id, alone in zip(ids, expected, strict=True):
+        assert_same(alone, base.rollouts(id)[0], tolerance(base, [alone]))
+    base.turn(2)
+    assert base.engine._batch.classes(0) == 0
+
+
+def test_costs_are_measured_when_they_matter(base: Driver) -> None:
+    batch = base.engine._batch
+    batch._costs = None
+    base.generate(prompts_of([20] * 4, 286), max_tokens=20, ignore_eos=True)
+    assert batch._costs is None, "rows alike need no classes"
+    id = base.submit(prompts_of([10] * 6, 286), max_tokens=40, ignore_eos=True)
+    base.turn(3)
+    base.submit(prompts_of([1000], 286), max_tokens=4, ignore_eos=True)
+    base.finish(id)
+    assert batch._costs is not None and batch._costs.weights > 0 and batch._costs.cell >= 0
+
+
+def test_a_failed_step_of_one_class_leaves_the_others(qwen: Path, base: Driver) -> None:
+    base.engine._batch._costs = FREE
+    short, long = prompts_of([4, 600], 286)
+    ids = [base.submit([p], seed=5, max_tokens=30, ignore_eos=True) for p in (short, long)]
+    base.turn(6)
+    assert base.engine._batch.classes(0) == 2
+
+    def broken(tokens: object, caches: object) -> object:
+        raise ValueError("the device is on fire")
+
+    base.engine._batch._batches[0, 0]._forward = broken  # type: ignore[assignment]
+    base.finish(*ids)
+    (one,), (other,) = base.rollouts(ids[0]), base.rollouts(ids[1])
+    assert (one.error is None) != (other.error is None)
+    assert len(next(row for row in (one, other) if row.error is None).token_ids) == 30

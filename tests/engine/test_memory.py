@@ -1,0 +1,68 @@
+"""Memory that nobody uses is given back, on request and at rest; rows that run do not notice."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from rollout_server.engine.footprint import Release, Released
+from rollout_server.engine.memory import IDLE_S
+from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import assert_same, tolerance
+
+
+def released(driver: Driver) -> Released:
+    driver.count += 1
+    id = f"release{driver.count}"
+    driver.send(Release(id))
+    driver.until(lambda: any(isinstance(event, Released) and event.id == id for event in driver.events))
+    return next(event for event in driver.events if isinstance(event, Released) and event.id == id)
+
+
+def test_release_gives_back_what_no_row_needs(base: Driver) -> None:
+    (prompt,) = prompts_of([20], 286)
+    expected = base.generate([prompt], n=2, seed=3, max_tokens=60, ignore_eos=True)
+    base.generate(prompts_of([600] * 3, 286), n=5, max_tokens=3, ignore_eos=True)
+    id = base.submit([prompt], n=2, seed=3, max_tokens=60, ignore_eos=True)
+    base.generate(prompts_of([600], 286), n=9, max_tokens=3, ignore_eos=True)
+    before, wide = mx.get_active_memory(), base.engine._batch.nbytes
+    reply = released(base)
+    assert 0 < base.engine._batch.nbytes < wide / 4, "two rows of fewer than 80 tokens run"
+    assert 0 < reply.kv_bytes <= wide - base.engine._batch.nbytes <= before - mx.get_active_memory() + 65536
+    assert reply.nbytes >= reply.kv_bytes
+    memory = base.status.memory
+    assert 0 < memory.kv_filled <= memory.kv_held == base.engine._batch.nbytes < memory.kv_limit
+    base.finish(id)
+    for one, other in zip(expected, base.rollouts(id), strict=True):
+        assert_same(one, other, tolerance(base, [one]))
+    assert released(base).kv_bytes > 0
+    assert base.engine._batch.nbytes == 0 == base.status.memory.kv_held
+    assert base.generate([prompt], n=2, seed=3, max_tokens=60, ignore_eos=True)[1].token_ids == expected[1].token_ids
+
+
+def test_an_idle_engine_gives_its_kv_back(base: Driver) -> None:
+    now = 0.0
+    base.engine._memory._clock = lambda: now
+    base.generate(prompts_of([300], 286), n=4, max_tokens=3, ignore_eos=True)
+    memory = base.engine._memory
+    base.turn(2)
+    memory.rest(False)
+    assert base.engine._batch.nbytes
+    now = IDLE_S - 0.1
+    memory.rest(False)
+    assert base.engine._batch.nbytes
+    memory.rest(True)
+    now = 2 * IDLE_S
+    memory.rest(False)
+    assert base.engine._batch.nbytes, "it had work in between"
+    now = 3 * IDLE_S
+    memory.rest(False)
+    assert base.engine._batch.nbytes == 0 and mx.get_cache_memory() == 0
+
+
+def test_the_parts_are_counted(driver: Driver) -> None:
+    driver.push("p", driver.bundle(1))
+    driver.turn(0)
+    memory = driver.engine._memory._look()
+    weights = driver.model.info.weight_bytes
+    assert memory.weights == weights > 0 and memory.slots == driver.status.slot_bytes > 0
+    assert memory.active >= weights + memory.slots and memory.peak >= memory.active - 4096

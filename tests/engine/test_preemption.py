@@ -1,0 +1,162 @@
+"""KV memory at its limit: rows step aside and come back, and nobody can tell from what they return."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.policy_messages import Delete
+from rollout_server.rollout import FinishReason
+from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import assert_same, tolerance
+from tests.engine.test_on_update import spans
+
+CELLS = 4 * 160
+
+
+def small(path: Path, model: ResidentModel, cells: int = CELLS, **options: Any) -> Driver:
+    limit = cells * model.info.kv_bytes_per_token
+    return Driver.start(path, replace(model, info=replace(model.info, kv_memory=limit)), **options)
+
+
+def watched(driver: Driver, *ids: str) -> int:
+    """Finishes requests; returns the most bytes of KV there were."""
+    most = 0
+    for _ in range(6000):
+        if all(driver.over(id) for id in ids):
+            return most
+        driver.turn()
+        most = max(most, driver.engine._batch.nbytes)
+    raise AssertionError(f"not over: {driver.status}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_p": 0.9, "temperature": 1.2},
+        {"presence_penalty": 0.7, "repetition_penalty": 1.2},
+        {"stop": ("ab", "e")},
+    ],
+    ids=["plain", "top_p", "penalties", "stop"],
+)
+def test_rows_that_step_aside_return_the_same(base: Driver, qwen: Path, options: dict[str, Any]) -> None:
+    prompts = prompts_of([20, 5, 33, 12], 286)
+    asked = {"n": 2, "seed": 4, "max_tokens": 150, "ignore_eos": True, **options}
+    expected = base.generate(prompts, **asked)
+    driver = small(qwen, base.model)
+    id = driver.submit(prompts, **asked)
+    most = watched(driver, id)
+    rows = driver.rollouts(id)
+    assert len(rows) == 8 and 0 < most <= CELLS * base.model.info.kv_bytes_per_token
+    if "stop" not in options:
+        assert driver.engine._preemption.count > 0
+    for one, other in zip(expected, rows, strict=True):
+        assert_same(one, other, tolerance(base, [one]))
+        assert (one.finish_reason, one.spans) == (other.finish_reason, other.spans)
+    assert not driver.engine._batch.aside
+
+
+def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
+    model = bare_model("falcon_h1")
+    free = Driver.start(model_path("falcon_h1"), model)
+    prompts = prompts_of([20] * 5, model.info.vocab_size)
+    expected = free.generate(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    limit = 3 * model.info.row_bytes(110)
+    driver = Driver.start(model_path("falcon_h1"), replace(model, info=replace(model.info, kv_memory=limit)))
+    id = driver.submit(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    assert watched(driver, id) <= limit
+    for one, other in zip(expected, driver.rollouts(id), strict=True):
+        assert_same(one, other, tolerance(free, [one]))
+
+
+def test_a_switched_row_is_read_again_span_by_span(driver: Driver) -> None:
+    def run(driver: Driver) -> list[Any]:
+        driver.push("p", driver.bundle(1))
+        ask = {"policy": "p", "seed": 2, "max_tokens": 100, "ignore_eos": True, "on_update": "switch"}
+        ids = [driver.submit([prompt], **ask) for prompt in prompts_of([25, 9, 14], 286)]
+        driver.until(lambda: len(driver.engine._batch.rows) == 3)
+        driver.until(lambda: min(len(row.token_ids) for row in driver.engine._batch.rows) == 12)
+        driver.push("p", driver.bundle(2))
+        watched(driver, *ids)
+        rows = [driver.rollouts(id)[0] for id in ids]
+        driver.turn(3)
+        assert all(v.rows_in_use == 0 for v in driver.status.policies[0].versions)
+        driver.change(Delete("", "p"))
+        return rows
+
+    expected = run(driver)
+    driver.limit_kv(400)
+    rows = run(driver)
+    assert driver.engine._preemption.count > 0
+    for one, other in zip(expected, rows, strict=True):
+        assert [span[1:] for span in spans(one)] == [span[1:] for span in spans(other)]
+        assert_same(one, other, 4 * tolerance(driver, [one]))
+
+
+def test_a_row_whose_old_version_is_gone_says_that_it_was_read_again(driver: Driver, qwen: Path) -> None:
+    tight = small(qwen, driver.model, 400)
+    tight.push("p", tight.bundle(1))
+    ask = {"policy": "p", "seed": 2, "max_tokens": 110, "ignore_eos": True, "on_update": "switch"}
+    ids = [tight.submit([prompt], **ask) for prompt in prompts_of([25, 9, 14], 286)]
+    tight.turn(12)
+    tight.push("p", tight.bundle(2))
+    tight.change(Delete("", "p", 1))
+    watched(tight, *ids)
+    rows = [tight.rollouts(id)[0] for id in ids]
+    assert all(len(row.token_ids) == 110 for row in rows)
+    kinds = [[span.kv for span in row.spans] for row in rows]
+    assert any("recomputed" in kind for kind in kinds)
+    for row in rows:
+        if any(span.kv == "recomputed" for span in row.spans):
+            last = row.spans[-1]
+            (scored,) = tight.score([row.prompt_ids + row.token_ids], [len(row.prompt_ids)], policy="p")
+            np.testing.assert_allclose(
+                row.logprobs[last.start :], scored.logprobs[last.start :], atol=4 * tolerance(tight, [row]), rtol=0
+            )
+
+
+def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
+    dice = random.Random(5)
+    driver = small(qwen, base.model, 600, max_batch=16, prefill_tokens=64)
+    asked, most = [], 0
+    for number in range(14):
+        length, tokens, n = dice.randrange(1, 120), dice.randrange(80, 220), dice.randrange(1, 5)
+        prompt = prompts_of([length], 286, seed=number)
+        id = driver.submit(prompt, n=n, seed=number, max_tokens=tokens, ignore_eos=True)
+        asked.append((id, prompt, n, number, tokens))
+        if number % 5 == 4:
+            driver.abort(dice.choice(asked)[0])
+        for _ in range(dice.randrange(1, 8)):
+            driver.turn()
+            most = max(most, driver.engine._batch.nbytes)
+    most = max(most, watched(driver, *(id for id, *_ in asked)))
+    assert most <= 600 * base.model.info.kv_bytes_per_token
+    assert driver.engine._preemption.count > 0
+    for id, prompt, n, seed, tokens in asked[::3]:
+        expected = base.generate(prompt, n=n, seed=seed, max_tokens=tokens, ignore_eos=True)
+        for one, other in zip(expected, driver.rollouts(id), strict=True):
+            if other.finish_reason is FinishReason.ABORTED:
+                assert other.token_ids == one.token_ids[: len(other.token_ids)]
+            else:
+                assert_same(one, other, tolerance(base, [one]))
+    driver.turn(2)
+    assert not driver.engine._batch.aside and driver.engine._batch.size == 0
+
+
+def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwen: Path) -> None:
+    driver = small(qwen, base.model, 2 * 128)
+    ids = [driver.submit([p], seed=1, max_tokens=150, ignore_eos=True) for p in prompts_of([20, 20, 20], 286)]
+    driver.until(lambda: bool(driver.engine._batch.aside))
+    row = driver.engine._batch.aside[-1]
+    driver.abort(row.group.request.id)
+    driver.finish(row.group.request.id, turns=2)
+    (ended,) = driver.rollouts(row.group.request.id)
+    assert ended.finish_reason is FinishReason.ABORTED and len(ended.token_ids) > 0
+    driver.finish(*ids)
