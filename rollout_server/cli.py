@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import demo, doctor, serve, weights
+from rollout_server.commands import bench, demo, doctor, download, generate, serve, top, weights
 
 COMMANDS = (
     serve.serve,
     demo.demo,
     weights.push,
+    download.download,
+    generate.generate,
+    top.top,
+    bench.bench,
     doctor.doctor,
 )
 GROUPS = {"weights": weights.app}

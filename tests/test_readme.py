@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from rollout_server.cli import COMMANDS, app
+from tests import tiny_models
 from tests.live_server import live_server
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +47,52 @@ def test_the_example_of_replay_and_probe_runs_as_written() -> None:
         *rows, probed = run(example.replace("http://127.0.0.1:8000", server.url))
     assert [line.split(": ")[1] for line in rows] == ["exact"] * 8
     assert probed.startswith("base@0: ") and float(probed.split("kl ")[1]) < 1e-8
+
+
+def commands() -> list[str]:
+    """The lines of the block that begins with starting a server."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    (block,) = (block for block in blocks if block.startswith("rollout-server serve"))
+    return str(block).splitlines()
+
+
+def test_the_commands_run_as_written(tmp_path: Path) -> None:
+    """`DIR` and the like are named; only the port is another one, and what is measured smaller."""
+    serve, *others = commands()
+    model = tiny_models.build("qwen3", tmp_path / "model")
+    tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1)
+    adapter = tiny_models.save_adapter(tmp_path / "adapter", tensors, config)
+    places = {
+        "DIR_OR_HUB_ID": str(model),
+        "policy=DIR": f"policy={adapter}",
+        "DIR": str(adapter),
+        "state": str(tmp_path),
+    }
+    program, command, *options = [places.get(word, word) for word in shlex.split(serve)]
+    assert (program, command) == ("rollout-server", "serve")
+    with live_server(None, *options) as server:
+        port = server.url.rpartition(":")[2]
+        # tests/test_doctor.py runs the last one; measuring takes it seconds.
+        assert others.pop() == "rollout-server doctor"
+        for line in others:
+            words = [
+                places.get(word, word).replace("localhost:8000", f"127.0.0.1:{port}") for word in shlex.split(line)
+            ]
+            if "bench" in words:
+                words += ["--max-tokens", "4", "--prompt-tokens", "4", "--rounds", "1"]
+            if words[0] == "rollout-server":
+                done = CliRunner().invoke(app, words[1:], env={"ROLLOUT_PORT": port, "ROLLOUT_ADMIN_KEY": None})
+                status, said = done.exit_code, done.output
+            else:
+                ran = subprocess.run(words, capture_output=True, text=True, cwd=adapter, timeout=100)
+                status, said = ran.returncode, ran.stdout
+            assert status == 0 and said.strip() and '"error"' not in said, (line, said)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    for command in COMMANDS:
+        name = command.__name__
+        assert f"rollout-server {name}" in README or f"make {name} " in README, name
 
 
 def test_every_guarantee_names_a_test_that_exists() -> None:

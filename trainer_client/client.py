@@ -157,6 +157,11 @@ class RolloutClient:
         self._connection = _Connection(url, api_key, timeout_s, retry or Retry())
         self._http = httpx.Client(transport=transport, **self._connection.options)
 
+    @property
+    def url(self) -> str:
+        """Of the server, without a slash at the end."""
+        return self._connection.url
+
     push = _blocking(calls.push)
     weights = _blocking(calls.weights)
     policy = _blocking(calls.policy)
@@ -260,6 +265,11 @@ class AsyncRolloutClient:
     ) -> None:
         self._connection = _Connection(url, api_key, timeout_s, retry or Retry())
         self._http = httpx.AsyncClient(transport=transport, **self._connection.options)
+
+    @property
+    def url(self) -> str:
+        """Of the server, without a slash at the end."""
+        return self._connection.url
 
     push = _awaited(calls.push)
     weights = _awaited(calls.weights)

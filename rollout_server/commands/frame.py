@@ -89,16 +89,23 @@ def _fault(loc: tuple[int | str, ...], message: str) -> str:
     return f"--{flag} (ROLLOUT_{field.upper()}): {text}"
 
 
-@contextmanager
-def connected(url: str | None) -> Iterator[RolloutClient]:
-    """A client with this environment's key; what the server refuses leaves as one sentence."""
+def address(url: str | None) -> tuple[str, str | None]:
+    """(URL, key) of the server that a command talks to. Raises ValueError for variables that make none."""
     from rollout_server.config import ClientSettings
-    from trainer_client import Retry, RolloutClient, TrainerClientError
 
     # With --url it does not matter what the variables say of an address.
     settings = _read(ClientSettings, {} if url is None else {"host": "127.0.0.1", "port": 8000})
+    return url or settings.url, settings.key
+
+
+@contextmanager
+def connected(url: str | None) -> Iterator[RolloutClient]:
+    """A client with this environment's key; what the server refuses leaves as one sentence."""
+    from trainer_client import Retry, RolloutClient, TrainerClientError
+
+    where, key = address(url)
     try:
-        with RolloutClient(url or settings.url, api_key=settings.key, retry=Retry(attempts=3)) as client:
+        with RolloutClient(where, api_key=key, retry=Retry(attempts=3)) as client:
             yield client
     except TrainerClientError as error:
         raise RuntimeError(str(error)) from error

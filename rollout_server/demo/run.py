@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -61,14 +61,16 @@ def run_demo(output: Path, steps: int | None, seed: int, json_output: bool) -> d
 
 
 @contextmanager
-def serving(log: Path) -> Iterator[str]:
-    """The address of a server of the embedded model that is ready; its log goes to the file `log`. It is stopped at the
-    end, whatever happens."""
+def serving(
+    log: Path, options: Sequence[str] = (), *, unset: Iterable[str] = tuple(ServerConfig.model_fields)
+) -> Iterator[str]:
+    """The address of a server that is ready, of the embedded model unless `options` name another; its log goes to the
+    file `log`. It is stopped at the end, whatever happens."""
     port = free_port()
     # The demo's server is the same everywhere: what the user has set for their own servers is taken away from it.
-    clean = [part for name in ServerConfig.model_fields for part in ("-u", f"ROLLOUT_{name.upper()}")]
+    clean = [part for name in unset for part in ("-u", f"ROLLOUT_{name.upper()}")]
     command = ["env", *clean, sys.executable, "-m", "rollout_server", "serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as sink:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT)

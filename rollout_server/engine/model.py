@@ -14,8 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-from mlx_lm.utils import load_model
-from transformers import AutoTokenizer
 
 from adapters.fit import adaptable_layers, replaceable_parameters
 from rollout_server.engine.base_digest import base_digest
@@ -24,10 +22,10 @@ from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.joined_cache import JoinedRows
+from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
-from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +72,7 @@ class ResidentModel:
 def load(options: EngineOptions) -> ResidentModel:
     """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
     path = Path(options.model_path)
-    try:
-        module, config = load_model(path)
-        tokenizer, host_tokenizer = (AutoTokenizer.from_pretrained(path) for _ in range(2))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise EngineUnavailable(f"The model at {path} could not be loaded: {error}") from error
+    module, config, tokenizer, host_tokenizer = read_model(path)
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         _to_float32(module)

@@ -10,7 +10,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from litestar import Litestar
@@ -50,6 +52,27 @@ def serve_app(app: Litestar, config: ServerConfig, ready: Callable[[str], None])
     """`serve` for an application that is there already."""
     with bound_socket(config) as listener:
         asyncio.run(StoppableServer(app, config, listener, ready).until_stopped())
+
+
+@contextmanager
+def served(config: ServerConfig) -> Iterator[str]:
+    """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. Raises
+    as `serve` does."""
+    app = create_app(config)
+    ready: Future[str] = Future()
+    with bound_socket(config) as listener, ThreadPoolExecutor(1, "server") as pool:
+        server = StoppableServer(app, config, listener, ready.set_result)
+        running = pool.submit(lambda: asyncio.run(server.until_stopped()))
+        try:
+            either: tuple[Future[Any], ...] = (ready, running)
+            wait(either, return_when=FIRST_COMPLETED)
+            if not ready.done():
+                running.result()
+                raise EngineUnavailable("The server ended before it was ready.")
+            yield ready.result()
+        finally:
+            server.should_exit = True
+        running.result()
 
 
 @contextmanager

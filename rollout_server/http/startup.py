@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from importlib.resources import files
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from adapters.bundle import read_bundle
 from adapters.prepare import PreparedBundle, prepare
@@ -22,20 +18,19 @@ from rollout_server.engine.policy_messages import Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.problems import from_adapters
 from rollout_server.http.publishing import Publisher
+from rollout_server.model_files import resolve_model
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 
 log = logging.getLogger("rollout_server.http")
 
-EMBEDDED_ID = "rollout-demo"
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapters.safetensors")
 
 
 def engine_options(config: ServerConfig) -> EngineOptions:
     """Finds the model (downloading it from the Hub if need be) and says how to run it."""
-    path, name = resolve_model(config)
+    path, name = resolve_model(config.model, config.revision)
     return EngineOptions(
         model_path=str(path),
         model_id=config.served_model_name or name,
@@ -48,29 +43,6 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         max_rows_per_request=config.max_rows_per_request,
         keep_versions=config.keep_versions,
     )
-
-
-def resolve_model(config: ServerConfig) -> tuple[Path, str]:
-    """(directory, id) of `--model`. Raises `InvalidField` with what to do if there is none."""
-    if config.model is None:
-        path = Path(str(files("rollout_server"))) / "demo" / "model"
-        if not (path / "config.json").is_file():
-            raise InvalidField("The embedded demo model is not installed; name a model with --model.", param="model")
-        return path, EMBEDDED_ID
-    local = Path(config.model).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise InvalidField(f"{local} holds no config.json, so it is no model directory.", param="model")
-        return local, local.resolve().name
-    try:
-        found = snapshot_download(config.model, revision=config.revision, allow_patterns=list(MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidField(
-            f"{config.model!r} is no directory here, and could not be had from the Hugging Face Hub: {reason}",
-            param="model",
-        ) from error
-    return Path(found), config.model
 
 
 def open_state(config: ServerConfig) -> StateStore | None:
