@@ -66,8 +66,9 @@ def read_inputs(data: EmbeddingsRequest, service: Service) -> tuple[tuple[int, .
             f"dimensions is {quoted(data.dimensions)}, but this model's embeddings have {how.width}.",
             param="dimensions",
         )
+    several = not isinstance(data.input, str) and bool(data.input) and not isinstance(data.input[0], int)
+    check_rows([len(data.input) if several else 1], service.config.max_rows_per_request, ["input"])
     found = prompts_of(data.input, service.tokenizer, param="input")
-    check_rows([1] * len(found), service.config.max_rows_per_request, ["input"] * len(found))
     for prompt, place in found:
         service.check_ids(prompt.ids, place)
         if len(prompt.ids) > context:

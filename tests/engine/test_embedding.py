@@ -17,6 +17,7 @@ import pytest
 from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.pause_messages import Pause, Resume
 from rollout_server.engine.score_rows import SlotReader
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
@@ -128,6 +129,22 @@ def test_what_cannot_be_embedded_holds_nothing(driver: Driver) -> None:
         driver.embedded(id)
     assert all(v.rows_in_use == 0 for policy in driver.status.policies for v in policy.versions)
     assert np.isfinite(driver.embed(sequences)).all()
+
+
+def test_it_waits_while_paused_and_ends_with_the_engine(base: Driver) -> None:
+    base.send(Pause("pause", "wait"))
+    id, other = (base.ask_embed([[1, 2, 3]]) for _ in range(2))
+    base.turn(5)
+    assert not any(event.id in (id, other) for event in base.events)
+    base.abort(other, "disconnect")
+    base.turn()
+    assert "disconnect" in str(base.error(other))
+    base.send(Resume("resume"))
+    assert base.embedded(id).shape == (1, 64)
+    last = base.ask_embed(prompts_of([900] * 3, 286))
+    base.turn()
+    base.engine.stop()
+    assert "stopping" in str(base.error(last))
 
 
 # ---- what a model directory says ------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from litestar.testing import TestClient
 
+from rollout_server.config import ServerConfig
 from rollout_server.errors import NonFiniteLogits
+from rollout_server.http.app import create_app
 from rollout_server.http.embeddings import finished
 from rollout_server.rollout import PolicyAddress
 from rollout_server.schemas.embeddings import EmbeddingsReply
@@ -92,6 +94,14 @@ def test_what_is_wrong_is_named(
 ) -> None:
     problem(ask(client, **changes), 400, code, param)
     assert not engine.embeds
+
+
+def test_too_many_inputs_are_refused_before_they_are_read(engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    with TestClient(create_app(ServerConfig(max_rows_per_request=2), engine)) as client:  # type: ignore[arg-type]
+        for given in (["a"] * 3, [[1]] * 3):
+            problem(ask(client, input=given), 400, "invalid_field", "input")
+        for given in ([1] * 3, "abc", ["a", "b"]):
+            assert ask(client, input=given).status_code == 200
 
 
 def test_a_model_that_cannot_embed_says_why(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
