@@ -8,6 +8,7 @@ whole is never fetched again.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -46,6 +47,7 @@ def fetch(model: str, revision: str | None = None) -> Path:
     downloading what is missing of it. Raises `InvalidField` for what the user has to change and `EngineUnavailable` for
     what may work later; both say what to do."""
     started = time.monotonic()
+    bars: list[Any] = []
     try:
         found = snapshot_download(
             model,
@@ -54,10 +56,14 @@ def fetch(model: str, revision: str | None = None) -> Path:
             ignore_patterns=list(LEFT_OUT),
             library_name="rollout-server",
             library_version=__version__,
-            tqdm_class=progress_of(model),
+            tqdm_class=progress_of(model, bars),
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise explained(error, model, revision) from error
+    finally:
+        # The library leaves them open, and what is said next would continue their line.
+        for bar in bars:
+            bar.close()
     path = Path(found)
     log.info("%s is at %s (%.1f s)", model, path, time.monotonic() - started)
     return path
@@ -140,9 +146,9 @@ def _reason(error: BaseException) -> str:
     return shortened(lines[0], REASON) if lines else type(error).__name__
 
 
-def progress_of(title: str) -> type[Any]:
+def progress_of(title: str, made: list[Any]) -> type[Any]:
     """A class for huggingface_hub to report to: one bar of bytes on a terminal, a line in the log every few seconds
-    elsewhere, nothing where HF_HUB_DISABLE_PROGRESS_BARS says so."""
+    elsewhere, nothing where HF_HUB_DISABLE_PROGRESS_BARS says so. Its objects are added to `made`."""
     on_terminal = sys.stderr.isatty()
 
     class Progress(tqdm):
@@ -150,7 +156,9 @@ def progress_of(title: str) -> type[Any]:
             # Of the library's bars only this one is about all bytes: others count files, or bytes on the wire.
             of_bytes = options.get("unit") == "B" and not str(options.get("name")).endswith(".transfer")
             self._told = time.monotonic()
-            super().__init__(*args, **{**options, "disable": not of_bytes, "desc": title})
+            sink = sys.stderr if on_terminal else io.StringIO()
+            super().__init__(*args, **{**options, "disable": not of_bytes, "desc": title, "file": sink})
+            made.append(self)
 
         def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
             """Its title stays."""
@@ -160,6 +168,7 @@ def progress_of(title: str) -> type[Any]:
                 super().display(msg, pos)
             elif self.n and time.monotonic() - self._told >= LINE_S:
                 self._told = time.monotonic()
-                log.info("%s: %s of %s", title, self.format_sizeof(self.n), self.format_sizeof(self.total or self.n))
+                done, whole = (self.format_sizeof(number, "B") for number in (self.n, self.total or self.n))
+                log.info("%s: %s of %s", title, done, whole)
 
     return Progress

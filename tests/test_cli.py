@@ -138,7 +138,7 @@ def test_help_names_the_defaults_of_the_configuration() -> None:
 def test_version_and_commands() -> None:
     assert run("--version").stdout == f"rollout-server {__version__}\n"
     listed = run("--help").stdout
-    for command in ("serve", "demo", "push", "weights", "doctor"):
+    for command in ("serve", "demo", "push", "weights", "download", "generate", "top", "bench", "doctor"):
         assert f" {command} " in listed
 
 

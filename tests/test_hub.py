@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import pty
 import random
+import re
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -107,11 +114,30 @@ def test_a_model_is_fetched_once_and_served_by_its_id(hub: HubStandIn, tmp_path:
 
 
 def test_a_broken_connection_is_gone_on_with(hub: HubStandIn, tmp_path: Path) -> None:
-    ((status, out, error),) = run(SEVERAL, [(["download", LARGE], None)], environment(hub, tmp_path))
-    assert status == 0, error
+    """And on a terminal a bar says how far it is."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # what the other end's closing looks like
+            while part := os.read(master, 4096):
+                shown.append(part)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    command, variables = [sys.executable, "-m", "rollout_server", "download", LARGE], environment(hub, tmp_path)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=variables) as done:
+        os.close(slave)
+        out, _ = done.communicate(timeout=100)
+    reading.join()
+    os.close(master)
+    terminal = b"".join(shown).decode()
+    assert done.returncode == 0, terminal
     ranges = [ask.range for ask in hub.asked if ask.method == "GET" and ask.path.endswith("model.safetensors")]
     assert ranges[0] is None and ranges[1:] == [f"bytes={10 * 2**20}-"]
     assert (Path(out.strip()) / "model.safetensors").read_bytes() == hub.repositories[LARGE].files["model.safetensors"]
+    assert re.search(rf"\r{LARGE}: 100%\|█+\| 22\.0MB / 22\.0MB", terminal), terminal
 
 
 def test_every_refusal_says_what_to_do(hub: HubStandIn, tmp_path: Path) -> None:
@@ -160,14 +186,19 @@ def test_what_is_not_foreseen_is_told_in_a_sentence() -> None:
     assert full.message.startswith(f"{OPEN} could not be fetched from ") and "No space left on device" in full.message
 
 
-def test_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_a_line_now_and_then(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rollout_server.hub.LINE_S", 0.0)
+    # As it is before a command has said where the log goes.
     monkeypatch.setattr(logging.getLogger("rollout_server"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("rollout_server"), "handlers", [])
     with caplog.at_level(logging.INFO, logger="rollout_server.hub"):
-        progress = progress_of(OPEN)
+        progress = progress_of(OPEN, made := [])
         progress(total=3, desc="Fetching 3 files").update(3)
         bar = progress(total=4_000_000, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download")
         bar.update(1_000_000)
         bar.refresh()
         bar.close()
-    assert {record.getMessage() for record in caplog.records} == {f"{OPEN}: 1.00M of 4.00M"}
+    assert made[-1] is bar and capsys.readouterr().err == ""
+    assert {record.getMessage() for record in caplog.records} == {f"{OPEN}: 1.00MB of 4.00MB"}

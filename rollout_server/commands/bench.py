@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, address, connected, load_blas, one_sentence, option, print_json
+from rollout_server.commands.frame import Json, Url, address, connected, one_sentence, option, print_json
 from rollout_server.commands.target import Model, Revision, one_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OWN = ("model", "revision", "served_model_name", "adapters", "host", "port", "api_key", "admin_key", "state_dir")
 """Variables of the user's own server that are not those of one that is started to be measured."""
+LOAD_S = 1800.0
+"""Longest wait for a model to be read."""
 Clients = Annotated[str, typer.Option(help="Numbers of clients, one after another.", metavar="N[,N…]")]
 
 
@@ -57,7 +59,7 @@ def bench(
 
 def numbers(text: str) -> list[int]:
     """`1,8,32` → numbers. Raises ValueError for anything else."""
-    found = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(found) < 1:
         raise ValueError(f"--clients is {text!r}, but takes numbers from 1 on with commas between them, as 1,8,32")
     return found
@@ -69,16 +71,17 @@ def started(model: str | None, revision: str | None) -> Iterator[str | None]:
     if model is None:
         yield None
         return
-    load_blas()
     from rollout_server import logs
-    from rollout_server.demo.run import serving
+    from rollout_server.demo.run import ending_in_order, serving
     from rollout_server.model_files import resolve_model
 
     logs.configure()
     path, name = resolve_model(model, revision)
+    # The server's log is shown if it fails.
     with tempfile.TemporaryDirectory(prefix="rollout-bench-") as folder:
         options = ["--model", str(path), "--served-model-name", name]
-        with serving(Path(folder) / "server.log", options, unset=OWN) as address:
+        log = Path(folder) / "server.log"
+        with ending_in_order(), serving(log, options, unset=OWN, start_s=LOAD_S) as address:
             yield address
 
 

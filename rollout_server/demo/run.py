@@ -62,10 +62,15 @@ def run_demo(output: Path, steps: int | None, seed: int, json_output: bool) -> d
 
 @contextmanager
 def serving(
-    log: Path, options: Sequence[str] = (), *, unset: Iterable[str] = tuple(ServerConfig.model_fields)
+    log: Path,
+    options: Sequence[str] = (),
+    *,
+    unset: Iterable[str] = tuple(ServerConfig.model_fields),
+    start_s: float = START_S,
 ) -> Iterator[str]:
     """The address of a server that is ready, of the embedded model unless `options` name another; its log goes to the
-    file `log`. It is stopped at the end, whatever happens."""
+    file `log`. It is stopped at the end, whatever happens. `unset` are the settings that it does not take from the
+    environment, `start_s` is how long it may take to be ready."""
     port = free_port()
     # The demo's server is the same everywhere: what the user has set for their own servers is taken away from it.
     clean = [part for name in unset for part in ("-u", f"ROLLOUT_{name.upper()}")]
@@ -75,7 +80,7 @@ def serving(
     with log.open("wb") as sink:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT)
         try:
-            wait_ready(server, url, log)
+            wait_ready(server, url, log, start_s)
             yield url
         finally:
             stop(server)
@@ -101,9 +106,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Returns once `/ready` answers 200. Raises `DemoFailed` if the server ends or takes longer than `START_S`."""
-    deadline = time.monotonic() + START_S
+def wait_ready(server: subprocess.Popen[bytes], url: str, log: Path, start_s: float = START_S) -> None:
+    """Returns once `/ready` answers 200. Raises `DemoFailed` if the server ends or takes longer than `start_s`."""
+    deadline = time.monotonic() + start_s
     answer = "never asked"
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -116,7 +121,7 @@ def wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
         except httpx.TransportError as error:
             answer = str(error)
         time.sleep(0.25)
-    raise DemoFailed(f"The server is not ready after {START_S:.0f} s ({answer}); the end of {log}:\n{tail(log)}")
+    raise DemoFailed(f"The server is not ready after {start_s:.0f} s ({answer}); the end of {log}:\n{tail(log)}")
 
 
 def run_trainer(arguments: Sequence[str], *, stdout: IO[str] | None = None) -> None:

@@ -45,23 +45,22 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
     logs.configure(config.log_format)
     raise_file_limit()
     one_thread_for_numpy()
-    serve_app(create_app(config), config, ready)
+    serve_app(lambda: create_app(config), config, ready)
 
 
-def serve_app(app: Litestar, config: ServerConfig, ready: Callable[[str], None]) -> None:
-    """`serve` for an application that is there already."""
+def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callable[[str], None]) -> None:
+    """`serve` for the application that `make` makes, once the address is ours: it may download a model first."""
     with bound_socket(config) as listener:
-        asyncio.run(StoppableServer(app, config, listener, ready).until_stopped())
+        asyncio.run(StoppableServer(make(), config, listener, ready).until_stopped())
 
 
 @contextmanager
 def served(config: ServerConfig) -> Iterator[str]:
     """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. Raises
     as `serve` does."""
-    app = create_app(config)
     ready: Future[str] = Future()
     with bound_socket(config) as listener, ThreadPoolExecutor(1, "server") as pool:
-        server = StoppableServer(app, config, listener, ready.set_result)
+        server = StoppableServer(create_app(config), config, listener, ready.set_result)
         running = pool.submit(lambda: asyncio.run(server.until_stopped()))
         try:
             either: tuple[Future[Any], ...] = (ready, running)

@@ -18,4 +18,5 @@ def script(request: RolloutRequest, sample: int) -> Row:
 if __name__ == "__main__":
     logs.configure("json")
     config = ServerConfig(port=0)
-    serve_app(create_app(config, FakeEngine(byte_level_tokenizer(), script)), config, announce)  # type: ignore[arg-type]
+    engine = FakeEngine(byte_level_tokenizer(), script)
+    serve_app(lambda: create_app(config, engine), config, announce)  # type: ignore[arg-type]

@@ -161,6 +161,35 @@ def test_a_tool_conversation_is_rendered_as_transformers_does(client: Client, en
     assert client.post("/tokenize", json={"messages": messages, "tools": TOOLS}).json()["tokens"] == expected
 
 
+def test_three_turns_of_calls_go_on_from_the_exact_ids(client: Client, engine: FakeEngine) -> None:
+    """What a client sends back of a reply is rendered as the model wrote it: every prompt begins with the one before
+    and its completion, so that the KV kept for them serves, and a trainer may join the turns."""
+    messages, known = list(MESSAGES), []
+    for written in (CALL, "so " + CALL, "four"):
+        ids = says(engine, written + END)
+        body = ask(client, messages, tools=TOOLS, return_token_ids=True).json()
+        prompt, (choice,) = body["prompt_token_ids"], body["choices"]
+        assert prompt[: len(known)] == known and choice["token_ids"] == ids
+        assert prompt == engine.tokenizer.apply_chat_template(
+            as_objects(messages), tools=TOOLS, add_generation_prompt=True, return_dict=False
+        )
+        known = prompt + ids
+        calls = choice["message"].get("tool_calls", [])
+        answers = [{"role": "tool", "tool_call_id": call["id"], "content": "3"} for call in calls]
+        # As the SDK's `message.model_dump(exclude_none=True)` gives it back.
+        sent = {key: value for key, value in choice["message"].items() if value is not None}
+        messages += [{"content": "", **sent}, *answers]
+    assert len(messages) == 6 and choice["finish_reason"] == "stop"
+
+
+def as_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The arguments of calls as templates want them."""
+    copied: list[dict[str, Any]] = json.loads(json.dumps(messages))
+    for call in (call for message in copied for call in message.get("tool_calls", ())):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return copied
+
+
 def test_arguments_stay_text_where_the_template_asks(client: Client, engine: FakeEngine) -> None:
     tokenizer = engine.tokenizer
     exact = "{% if tool_call.arguments is string %}{{ tool_call.arguments }}{% endif %}"

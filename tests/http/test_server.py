@@ -20,7 +20,7 @@ import pytest
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
-from rollout_server.http.server import StoppableServer, bound_socket
+from rollout_server.http.server import StoppableServer, bound_socket, serve_app
 from rollout_server.rollout import RolloutRequest
 from tests.http.fake_engine import FakeEngine, Row
 
@@ -212,8 +212,8 @@ def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
     with bound_socket(ServerConfig(port=0)) as listener:
         listener.listen()
         config = ServerConfig(port=listener.getsockname()[1])
-        with pytest.raises(EngineUnavailable, match="cannot be used"), bound_socket(config):
-            pass
+        with pytest.raises(EngineUnavailable, match="cannot be used"):
+            serve_app(lambda: pytest.fail("it was made, which may download a model"), config, print)
 
 
 def test_a_start_that_fails_raises_its_cause(engine: FakeEngine) -> None:
