@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rollout_server.commands.frame import Json, Url, one_sentence, option, print_json
+from rollout_server.commands.progress import Progress
 from rollout_server.commands.target import Adapters, Model, Revision, client_of
 
 if TYPE_CHECKING:
-    from rollout_server.commands.bench import Progress
     from trainer_client import PolicyRef, RolloutClient
 
 WINDOW = 2048
@@ -137,8 +137,6 @@ def tokenize(client: RolloutClient, text: str) -> list[int]:
 
 def measure(client: RolloutClient, policy: str, tokens: list[int], plan: Windows) -> Measured:
     """All windows are read under the version that the policy means at the first."""
-    from rollout_server.commands.bench import Progress
-
     batches = plan.batches
     with Progress(len(batches)) as progress:
         return _sum(client, policy, tokens, batches, progress)
