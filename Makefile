@@ -33,7 +33,7 @@ serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 	$(BIN)/rollout-server serve $(ARGS)
 
 test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
 $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(PEERS) default peers

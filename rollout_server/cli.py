@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import bench, demo, doctor, download, generate, serve, top, weights
+from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, serve, top, weights
 
 COMMANDS = (
     serve.serve,
@@ -15,6 +15,7 @@ COMMANDS = (
     weights.push,
     download.download,
     generate.generate,
+    perplexity.perplexity,
     top.top,
     bench.bench,
     doctor.doctor,

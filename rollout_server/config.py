@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 GIB = 2**30
@@ -107,6 +107,8 @@ class ServerConfig(BaseSettings):
     keep_versions: int = Field(default=8, ge=1)
     state_dir: Path | None = None
     """Where versions are kept over restarts; without it they end with the process."""
+    adapter_dir: Path | None = None
+    """The only folder that vLLM's routes load adapters from; without it they load none."""
     max_upload: Size = 2 * GIB
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
@@ -114,6 +116,13 @@ class ServerConfig(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     shutdown_s: float = Field(default=10.0, gt=0)
     """How long replies that are still being sent may take after the engine has stopped."""
+
+    @field_validator("adapter_dir")
+    @classmethod
+    def _is_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.expanduser().is_dir():
+            raise ValueError(f"{value} is no directory")
+        return value
 
     @model_validator(mode="after")
     def _loopback_rule(self) -> ServerConfig:

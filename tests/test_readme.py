@@ -67,6 +67,7 @@ def test_the_commands_run_as_written(tmp_path: Path) -> None:
         "policy=DIR": f"policy={adapter}",
         "DIR": str(adapter),
         "state": str(tmp_path),
+        "FILE": str(ROOT / "LICENSE"),
     }
     program, command, *options = [places.get(word, word) for word in shlex.split(serve)]
     assert (program, command) == ("rollout-server", "serve")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rollout_server.commands.frame import Json, Url, address, connected, one_sentence, option, print_json
+from rollout_server.commands.progress import Progress
 from rollout_server.commands.target import Model, Revision, one_of
 
 if TYPE_CHECKING:
@@ -121,34 +122,6 @@ def run(client: RolloutClient, plan: Plan, levels: list[int], pushed: tuple[Path
         "push": pushing,
         "seconds": time.perf_counter() - began,
     }
-
-
-class Progress:
-    """On a terminal a bar, elsewhere a line for each step when it is done; both on standard error."""
-
-    def __init__(self, steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-        console = Console(stderr=True, highlight=False)
-        self._bar = Bar(console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=steps)
-        self._plain = not console.is_terminal
-
-    def begin(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
-
-    def done(self, line: str) -> None:
-        self._bar.advance(self._task)
-        if self._plain:
-            typer.echo(line, err=True)
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
 
 def show(result: dict[str, Any]) -> None:

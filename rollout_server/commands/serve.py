@@ -33,6 +33,9 @@ def serve(
     state_dir: Annotated[
         str | None, option("Where versions outlive a restart; one server each.", metavar="DIR")
     ] = None,
+    adapter_dir: Annotated[
+        str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")
+    ] = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,

@@ -1,4 +1,5 @@
-"""The asyncio face of the engine thread: four verbs (submit, publish, abort, status) and scoring.
+"""The asyncio face of the engine thread: four verbs (submit, publish, abort, status) and what reads
+without sampling.
 
 Commands go in through one queue. Events come back in one hop to the event loop per engine turn and are handed to the
 subscription or the future they belong to. Everything public here runs on the event loop that called `start`.
@@ -12,7 +13,8 @@ import queue
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
-from rollout_server.engine.admissible import check_group, check_sequence
+from rollout_server.engine.checks import check_group, check_reading
+from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.footprint import Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages import (
@@ -23,6 +25,7 @@ from rollout_server.engine.messages import (
     Event,
     ModelInfo,
     Ping,
+    Reading,
     RequestDone,
     RequestFailed,
     RowFinished,
@@ -51,7 +54,7 @@ from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.grammar import Constraint, Grammar
-from rollout_server.rollout import RolloutRequest, tiling_fault
+from rollout_server.rollout import RolloutRequest
 
 T = TypeVar("T")
 
@@ -191,38 +194,21 @@ class EngineHandle:
 
     async def score(self, score: Score) -> Scored:
         """Log-probabilities of given tokens under a policy."""
-        self._require_ready()
-        self._require_room()
-        if not 1e-3 <= score.temperature <= 100:
-            raise InvalidField("temperature must be between 0.001 and 100.", param="temperature")
-        for spans, tokens, start in zip(score.spans, score.sequences, score.starts, strict=bool(score.spans)):
-            if spans is not None and (fault := tiling_fault(spans, len(tokens) - start)):
-                raise InvalidField(f"The versions of a sequence do not fit it: {fault}.", param="sequences")
-        for tokens, start in zip(score.sequences, score.starts, strict=True):
-            if not 0 <= start < len(tokens):
-                raise InvalidField(
-                    f"start is {start}, but the sequence has {len(tokens)} tokens: it lies within them.",
-                    param="sequences",
-                )
-            check_sequence(tokens, self.info, "sequences")
         return await self._answered(score)
 
     async def replay(self, replay: Replay) -> Replayed:
         """Draws the tokens of recorded rows again and compares."""
-        self._require_ready()
-        self._require_room()
-        for row in replay.rows:
-            if row.spans and (fault := tiling_fault(row.spans, len(row.token_ids))):
-                raise InvalidField(f"The versions of a rollout do not fit it: {fault}.", param="rollouts")
-            if not len(row.token_ids) == len(row.judged) == len(row.logprobs):
-                raise InvalidField("The arrays of a rollout differ in length.", param="rollouts")
-            if not row.prompt_ids:
-                raise InvalidField("A rollout has no prompt.", param="rollouts")
-            check_sequence(row.prompt_ids + row.token_ids, self.info, "rollouts")
         return await self._answered(replay)
 
-    async def _answered(self, command: Score | Replay) -> Any:
+    async def embed(self, embed: Embed) -> Embedded:
+        """Pooled hidden states of given tokens under a policy."""
+        return await self._answered(embed)
+
+    async def _answered(self, command: Reading) -> Any:
         """What is no longer wanted is not read to its end."""
+        self._require_ready()
+        self._require_room()
+        check_reading(command, self.info)
         try:
             return await self._ask(command)
         except asyncio.CancelledError:
@@ -304,9 +290,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(
-        self, command: PolicyCommand | Score | Replay | Pause | Resume | Release | ResetPrefixCache | Ping
-    ) -> Any:
+    async def _ask(self, command: PolicyCommand | Reading | Pause | Resume | Release | ResetPrefixCache | Ping) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -21,6 +21,7 @@ from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.embedding_messages import Embed
 from rollout_server.engine.footprint import Release
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.lengths import StepCosts
@@ -93,7 +94,9 @@ class Engine:
         self._room = Room(policies, self._batch, self._scoring, kv_cells)
         self._scheduler = Scheduler(info.max_batch, self._room.berth)
         self._reports = Reports(self._scheduler, policies)
-        self._references = References(self._scoring, policies, self._reports, frozenset(model.info.eos_token_ids))
+        self._references = References(
+            self._scoring, policies, self._reports, frozenset(info.eos_token_ids), info.embedding.pooling
+        )
         self._admitting = Admitting(
             policies, self._batch, self._scheduler, self._reports, self._references, self._changes
         )
@@ -234,12 +237,9 @@ class Engine:
                         # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
-                case Score():
+                case Score() | Replay() | Embed():
                     if not self._pausing.holds(command):
-                        self._references.score(command)
-                case Replay():
-                    if not self._pausing.holds(command):
-                        self._references.replay(command)
+                        self._references.read(command)
                 case Pause():
                     self._pausing.pause(command)
                     for id in self._reports.begun if command.mode == "abort" else ():

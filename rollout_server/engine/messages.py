@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
 from rollout_server.engine.footprint import MemoryStatus, Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus, ResetPrefixCache
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
@@ -76,6 +77,7 @@ class ModelInfo:
     """Of the base, as it is in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
+    embedding: Embedding = field(default_factory=Embedding)
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
 
@@ -137,7 +139,9 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-Command = Submit | Score | Replay | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
+Reading = Score | Replay | Embed
+"""Requests that are answered by reading alone: nothing is sampled."""
+Command = Submit | Reading | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 
@@ -211,6 +215,7 @@ Event = (
     | RequestFailed
     | Scored
     | Replayed
+    | Embedded
     | PolicyReply
     | Paused
     | Released

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from adapters.fit import adaptable_layers, replaceable_parameters
 from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
+from rollout_server.engine.embedding_messages import Embedding
+from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.joined_cache import JoinedRows
 from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
 
 log = logging.getLogger(__name__)
@@ -42,10 +46,16 @@ class ResidentModel:
     make_store: Callable[[], RowStore]
     compiles: bool = False
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
+    trunk: str = ""
+    """Path of the part of `module` that gives hidden states; empty if none does."""
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
         return self.module(tokens, cache=caches)
+
+    def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
+        return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
 
     def make_slots(self) -> SlotRows:
         """Empty rows with columns; only where `info.cache` is `slots`."""
@@ -75,6 +85,7 @@ def load(options: EngineOptions) -> ResidentModel:
     chosen = _choose_store(module, vocabulary, options.max_batch, compiles)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(config, options.context_length)
+    trunk, width = find_trunk(module, vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     info = ModelInfo(
         id=options.model_id,
@@ -93,12 +104,13 @@ def load(options: EngineOptions) -> ResidentModel:
         kv_bytes_per_row=cell_bytes * row_cells,
         kv_memory=options.kv_memory or default_kv_memory(),
         cache=kind,
+        embedding=read_embedding(path, config, width) if trunk else Embedding(),
         max_batch=1 if kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
     )
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, chosen.make, chosen.compiles)
+    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
 
 
 def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:

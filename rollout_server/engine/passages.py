@@ -1,6 +1,7 @@
-"""What is scored: sequences as runs of inputs under versions, and how far each got. Nothing here touches an array.
+"""What is scored or embedded: sequences as runs of inputs under versions, and how far each got.
 
-Input i of a sequence is its token i; reading it gives the distribution of token i + 1. The last token is no input.
+Input i of a sequence is its token i; reading it gives the distribution of token i + 1. The last token is no input,
+unless its hidden state is wanted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine.cache import Prompt
+from rollout_server.engine.embedding_messages import PoolingKind
 from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.pooling import Pool
 from rollout_server.engine.redraw import Redraw
 from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.errors import RolloutError
@@ -60,6 +63,8 @@ class Passage:
     fault: RolloutError | None = None
     redraw: Redraw | None = None
     """Its tokens, where they are drawn again as well."""
+    pool: Pool | None = None
+    """Its vector, where that is what is wanted: the last token is an input then, too."""
     logprobs: list[float | None] = field(default_factory=list)
     entropies: list[float | None] = field(default_factory=list)
     tops: list[TopTokens | None] = field(default_factory=list)
@@ -92,7 +97,7 @@ class Passage:
     @property
     def length(self) -> int:
         """KV columns it fills."""
-        return len(self.tokens) - 1
+        return len(self.tokens) - (self.pool is None)
 
     def feed(self, count: int) -> None:
         """Counts `count` inputs of the current leg as read."""
@@ -158,6 +163,14 @@ class ScoreJob:
     """Passages in the reader."""
     open: int = 0
     """Passages that have not ended."""
+
+    def embed(self, tokens: tuple[int, ...], version: PolicyVersion, slot: Any, kind: PoolingKind) -> None:
+        """A sequence whose hidden states are pooled."""
+        pool = Pool(kind, len(tokens))
+        passage = Passage(self, tokens, (), (Leg(0, len(tokens), pool.first, version, slot),), pool=pool)
+        self.passages.append(passage)
+        self.open += 1
+        self.families.append(Family(Prompt(tokens[: pool.first], slot), deque([passage])))
 
     def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
         """A family of (tokens, start, spans with their slots) whose first `shared` inputs are the same."""

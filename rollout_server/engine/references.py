@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rollout_server.engine.messages import Score, Scored, ScoredSequence
+from rollout_server.engine.embedding_messages import Embed, Embedded, PoolingKind
+from rollout_server.engine.messages import Reading, Score, Scored, ScoredSequence
 from rollout_server.engine.passages import Passage, ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.redraw import Redraw
@@ -22,13 +23,45 @@ Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
 
 
 class References:
-    """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens."""
+    """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens,
+    `pooling` is how it embeds."""
 
-    def __init__(self, queue: ScoringQueue, policies: PolicyTable, reports: Reports, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        queue: ScoringQueue,
+        policies: PolicyTable,
+        reports: Reports,
+        eos: frozenset[int],
+        pooling: PoolingKind,
+    ) -> None:
         self._eos = eos
+        self._pooling = pooling
         self._queue = queue
         self._policies = policies
         self._reports = reports
+
+    def read(self, request: Reading) -> None:
+        """A request of its own. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
+        match request:
+            case Score():
+                self.score(request)
+            case Replay():
+                self.replay(request)
+            case Embed():
+                self.embed(request)
+
+    def embed(self, embed: Embed) -> None:
+        """Hidden states pooled. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
+        version, slot = self._policies.acquire(embed.policy, 1, None)
+
+        def finished(_: tuple[ScoredSequence, ...]) -> None:
+            vectors = tuple(passage.pool.vector for passage in job.passages if passage.pool is not None)
+            self._reports.add(Embedded(embed.id, version, vectors))
+
+        job = ScoreJob(embed.id, (version,), finished, lambda error: self._reports.fail(embed.id, error))
+        for tokens in embed.sequences:
+            job.embed(tokens, version, slot, self._pooling)
+        self._queue.add(job)
 
     def score(self, score: Score) -> None:
         """A request of its own. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""

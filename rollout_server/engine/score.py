@@ -18,6 +18,7 @@ import numpy as np
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.passages import Family, Passage, ScoreJob
+from rollout_server.engine.pooling import pool
 from rollout_server.engine.redraw import Stretch, redraw
 from rollout_server.engine.sampling import entropy_of, top_of
 from rollout_server.engine.sequence import TopTokens
@@ -108,6 +109,17 @@ def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Seque
     redraw(raw, stretches)
 
 
+def gather(hidden: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any]) -> None:
+    """`measure` for passages that are embedded: hidden [B, N, width] instead of logits."""
+    pools = [(passage.pool, n) for passage, n in parts if passage.pool is not None]
+    for (passage, _), finite in zip(parts, pool(hidden, pools, state), strict=True):
+        if not finite:
+            version = passage.leg.version
+            passage.fault = NonFiniteLogits(
+                f"The model produced NaN or infinity while embedding under {version.name}@{version.number}."
+            )
+
+
 class SequentialReader:
     """The methods of `Reader`, one passage at a time. `row_cells(columns)` is what a sequence costs in KV columns."""
 
@@ -120,8 +132,10 @@ class SequentialReader:
         route: Callable[[Sequence[Any]], None],
         vocabulary: int,
         row_cells: Callable[[int], int],
+        hidden: Forward | None = None,
     ) -> None:
         self._forward = forward
+        self._hidden = hidden or forward
         self._make_caches = make_caches
         self._route = route
         self._chunk = logit_tokens(vocabulary)
@@ -173,14 +187,14 @@ class SequentialReader:
             caches = self._make_caches()
             self._caches = caches
         n = min(budget, passage.left_alike)
-        if passage.scoring:
+        if passage.scoring and passage.pool is None:
             n = min(n, self._chunk)
         self._route([passage.leg.slot])
         tokens = mx.array([passage.tokens[passage.fed : passage.fed + n]], dtype=mx.int32)
-        logits = self._forward(tokens, caches)
+        out = (self._forward if passage.pool is None else self._hidden)(tokens, caches)
         state = [cache.state for cache in caches]
         if passage.scoring:
-            measure(logits, [(passage, n)], state)
+            (measure if passage.pool is None else gather)(out, [(passage, n)], state)
         else:
             mx.eval(state)
         if passage.fault is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout_server.engine.cache import Forward, Piece, Prompt, SlotRows
 from rollout_server.engine.passages import Family, Passage, ScoreJob
-from rollout_server.engine.score import logit_tokens, measure
+from rollout_server.engine.score import gather, logit_tokens, measure
 
 MOST_PASSAGES = 32
 
@@ -54,8 +54,10 @@ class SlotReader:
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         vocabulary: int,
+        hidden: Forward | None = None,
     ) -> None:
         self._forward = forward
+        self._hidden = hidden or forward
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
@@ -161,26 +163,28 @@ class SlotReader:
         for joining in self._joining:
             prompt = joining.prompt
             left = len(prompt.tokens) - prompt.fed
-            kind = (False, self._apart(prompt.slot))
+            kind = (False, False, self._apart(prompt.slot))
             yield _Part(kind, prompt.places[0], prompt.fed, prompt.tokens, prompt.slot, left, None, prompt)
         for passage in self._seated:
             slot = passage.leg.slot
-            kind = (passage.scoring, self._apart(slot))
+            kind = (passage.scoring, passage.scoring and passage.pool is not None, self._apart(slot))
             yield _Part(kind, passage.place, passage.fed, passage.tokens, slot, passage.left_alike, passage, None)
 
     def _run(self, parts: Sequence[_Part], share: int) -> None:
         """One forward over the next inputs of each part, at most `share` of them."""
-        scoring = parts[0].passage is not None and parts[0].passage.scoring
-        most = min(share, self._chunk // len(parts)) if scoring else share
+        first = parts[0].passage
+        scoring = first is not None and first.scoring
+        pooled = scoring and first is not None and first.pool is not None
+        most = min(share, self._chunk // len(parts)) if scoring and not pooled else share
         pieces = [
             Piece(part.place, part.at, part.tokens[part.at : part.at + min(most, part.left)], part.slot)
             for part in parts
         ]
-        logits = self._rows.read(self._forward, pieces, self._route)
+        out = self._rows.read(self._hidden if pooled else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:
             passages = [part.passage for part in parts if part.passage is not None]
-            measure(logits, list(zip(passages, counts, strict=True)), self._rows.arrays())
+            (gather if pooled else measure)(out, list(zip(passages, counts, strict=True)), self._rows.arrays())
         else:
             self._rows.evaluate()
         for part, count in zip(parts, counts, strict=True):

@@ -21,11 +21,12 @@ from rollout_server.errors import EngineUnavailable, RolloutError
 def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
     """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
     info = model.info
+    hidden = model.hidden if model.trunk else None
     if info.cache != "slots":
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
-        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells)
+        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells, hidden)
 
-    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, info.vocab_size)
+    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, info.vocab_size, hidden)
 
 
 class ScoringQueue:

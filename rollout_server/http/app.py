@@ -26,7 +26,9 @@ from rollout_server.http.completions import CompletionsController
 from rollout_server.http.control import ControlController, PrefixesController
 from rollout_server.http.courtesy import courteous
 from rollout_server.http.documented import ExactJsonPlugin
+from rollout_server.http.embeddings import EmbeddingsController
 from rollout_server.http.logprobs import LogprobsController
+from rollout_server.http.lora_doors import LoraDoorsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
@@ -72,11 +74,13 @@ CONTROLLERS = (
     RolloutsController,
     CompletionsController,
     ChatController,
+    EmbeddingsController,
     TokensController,
     ControlController,
     PrefixesController,
     PauseController,
     PauseDoorsController,
+    LoraDoorsController,
     LogprobsController,
     RecordedController,
     WeightsController,

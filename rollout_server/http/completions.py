@@ -20,7 +20,7 @@ from rollout_server.http.choices import Choice, Echo, Piece, Reading
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, json_response, usage
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import PromptTokens, completion_prompts, room
+from rollout_server.http.prompts import PromptTokens, prompts_of, room
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
@@ -153,7 +153,7 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
 
 def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[PromptTokens, SamplingParams]]:
     """Prompts and how to sample each, checked for vocabulary and length; what is wrong is named by its place."""
-    found = completion_prompts(data, service.tokenizer)
+    found = prompts_of(data.prompt, service.tokenizer, param="prompt")
     check_rows([data.n] * len(found), service.config.max_rows_per_request)
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")

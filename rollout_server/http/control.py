@@ -8,10 +8,12 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
+from rollout_server.errors import UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.body import StrictJson, no_query, read_json
+from rollout_server.http.body import StrictJson, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.queries import read_flags
 from rollout_server.http.service import service_of
 from rollout_server.schemas.control import AbortReply, AbortRequest, ReleaseReply, ResetReply
 
@@ -24,15 +26,27 @@ class PrefixesController(Controller):
     tags = ("control",)
 
     @post(
-        before_request=no_query,
         status_code=200,
         summary="Forget the KV that is kept for later requests",
-        description="Rows go on. Results do not depend on it: a version never meets what another has read.",
+        description="Rows go on. Results do not depend on it: a version never meets what another has read. Of vLLM's "
+        "query parameters `reset_external` changes nothing, there being no cache elsewhere; `reset_running_requests` "
+        "may only be false.",
         responses={200: ResponseSpec(ResetReply, description="How much it was."), **failures()},
     )
     async def reset(self, request: Request[Any, Any, Any]) -> Response[bytes]:
+        check_reset(request)
         reset = await service_of(request).engine.reset_prefix_cache()
         return json_response({"freed_bytes": reset.freed_bytes})
+
+
+def check_reset(request: Request[Any, Any, Any]) -> None:
+    """What vLLM takes in this query."""
+    flags = read_flags(request, ("reset_running_requests", "reset_external"))
+    if flags.get("reset_running_requests"):
+        raise UnsupportedField(
+            "reset_running_requests is not supported: rows keep the KV of the version they run on.",
+            param="reset_running_requests",
+        )
 
 
 class ControlController(Controller):

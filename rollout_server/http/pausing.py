@@ -16,13 +16,13 @@ from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson, no_query, parse_json, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.queries import read_flag, read_query
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
 from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.control import IsPausedReply, PauseReply, PauseRequest, StatusReply
 
 MODES: Mapping[str, PauseMode] = MappingProxyType({"abort": "abort", "wait": "wait", "keep": "keep"})
-FLAGS: Mapping[str, bool] = MappingProxyType({"true": True, "1": True, "false": False, "0": False})
 
 
 class PauseController(Controller):
@@ -136,16 +136,9 @@ async def no_body(request: Request[Any, Any, Any]) -> None:
 
 def asked_mode(request: Request[Any, Any, Any]) -> PauseMode:
     """The mode that the query of vLLM's route asks for."""
-    fields: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name not in ("mode", "clear_cache", "wait_for_inflight_requests"):
-            raise InvalidField(f"This route has no query parameter {quoted(name)}.", param=shortened(name))
-        if name in fields:
-            raise InvalidField(f"The query has {name} twice.", param=name)
-        if name != "mode" and value.lower() not in FLAGS:
-            raise InvalidField(f"{name} is true or false, not {quoted(value)}.", param=name)
-        fields[name] = value
-    waits = FLAGS[fields.get("wait_for_inflight_requests", "false").lower()]
+    fields = read_query(request, ("mode", "clear_cache", "wait_for_inflight_requests"))
+    flags = {name: read_flag(name, value) for name, value in fields.items() if name != "mode"}
+    waits = flags.get("wait_for_inflight_requests", False)
     mode = fields.get("mode", "wait" if waits else "abort")
     if mode not in MODES:
         raise InvalidField(f"mode is one of {', '.join(MODES)}, not {quoted(mode)}.", param="mode")

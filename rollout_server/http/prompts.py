@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.body import parse_json
 from rollout_server.quoting import counted, quoted, shortened
 from rollout_server.schemas.chat import ChatRequest
-from rollout_server.schemas.completions import CompletionsRequest
 from rollout_server.schemas.messages import Message
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.schemas.tokens import TokenizeRequest
@@ -126,16 +126,17 @@ def check_template_arguments(extra: dict[str, Any], tokenizer: Any, *, param: st
         raise InvalidField(f"{param} cannot set {wrong[0]!r}, which is no variable of a chat template.", param=param)
 
 
-def completion_prompts(data: CompletionsRequest, tokenizer: Any) -> list[tuple[PromptTokens, str]]:
-    """The prompts of `/v1/completions` with their places, in any of the four forms."""
-    prompt = data.prompt
+def prompts_of(
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]], tokenizer: Any, *, param: str
+) -> list[tuple[PromptTokens, str]]:
+    """The prompts of an OpenAI route with their places, in any of the four forms; `param` is the field they are in."""
     if isinstance(prompt, str):
-        return [_text(prompt, tokenizer, "prompt")]
+        return [_text(prompt, tokenizer, param)]
     if not prompt or isinstance(prompt[0], int):
-        return [(PromptTokens(some([id for id in prompt if isinstance(id, int)], "prompt")), "prompt")]
+        return [(PromptTokens(some([id for id in prompt if isinstance(id, int)], param)), param)]
     found = []
     for index, item in enumerate(prompt):
-        place = f"prompt[{index}]"
+        place = f"{param}[{index}]"
         if isinstance(item, str):
             found.append(_text(item, tokenizer, place))
         elif isinstance(item, list):

@@ -23,6 +23,6 @@ def adapter(model: Path) -> Path:
 
 
 @pytest.fixture(scope="package")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--kv-memory", "64MiB") as live:
+def server(model: Path, adapter: Path) -> Iterator[LiveServer]:
+    with live_server(model, "--kv-memory", "64MiB", "--adapter-dir", str(adapter.parent)) as live:
         yield live

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages import (
@@ -56,6 +57,13 @@ from rollout_server.rollout import (
 from tests import tiny_models
 
 
+class Mailbox(queue.SimpleQueue[Command]):
+    """Waits for nobody: the test that drives the engine has put in what there is."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Command:
+        return super().get(block=False)
+
+
 @dataclass
 class Driver:
     model: ResidentModel
@@ -75,7 +83,7 @@ class Driver:
             rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
             model = replace(model, info=replace(model.info, max_batch=rows))
         model = model or load(chosen)
-        mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        mailbox = Mailbox()
         events: list[Event] = []
         engine = Engine(
             model,
@@ -210,6 +218,24 @@ class Driver:
         if self.error(id):
             raise self.error(id)
         return list(next(e for e in self.events if isinstance(e, Scored) and e.id == id).sequences)
+
+    def ask_embed(self, sequences: Sequence[Sequence[int]], policy: str = "base") -> str:
+        """Sends sequences to be embedded; returns the id."""
+        self.count += 1
+        id = f"e{self.count}"
+        self.send(Embed(id, PolicyAddress.parse(policy), tuple(map(tuple, sequences))))
+        return id
+
+    def embedded(self, id: str) -> np.ndarray:
+        """float32 [sequences, width], as pooled."""
+        self.until(lambda: self.error(id) or any(isinstance(e, Embedded) and e.id == id for e in self.events))
+        if self.error(id):
+            raise self.error(id)
+        vectors = next(e for e in self.events if isinstance(e, Embedded) and e.id == id).vectors
+        return np.stack([np.frombuffer(vector, "<f4") for vector in vectors])
+
+    def embed(self, sequences: Sequence[Sequence[int]], policy: str = "base") -> np.ndarray:
+        return self.embedded(self.ask_embed(sequences, policy))
 
     def replay(self, rows: Sequence[Rollout | RecordedRow]) -> list[ReplayedRow]:
         self.count += 1

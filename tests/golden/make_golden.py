@@ -1,4 +1,5 @@
-"""Writes the golden files: tiny models, PEFT adapters on them, and the log-probabilities that torch and PEFT give.
+"""Writes the golden files: tiny models, PEFT adapters on them, and the log-probabilities and pooled hidden
+states that torch and PEFT give.
 
 `make golden`, or `python -m tests.golden.make_golden [FAMILY…]` where torch and peft are installed. Weights are float16
 in the files and float32 in both computations: every value was rounded before it was used.
@@ -67,7 +68,9 @@ def write(family: str, scratch: Path, target: Path) -> None:
     generator = np.random.default_rng(11)
     prompts = [generator.integers(0, families.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
     found = {"prompts": np.concatenate(prompts).astype(np.int32), "lengths": np.array(LENGTHS, np.int32)}
-    found["base"] = np.concatenate(reference.logprobs(families.load(scratch), prompts))
+    base = families.load(scratch)
+    found["base"] = np.concatenate(reference.logprobs(base, prompts))
+    found |= pooled("base", base, prompts)
     for kind, options in (reference.KINDS | EXTRA.get(family, {})).items():
         if kind == "dora" and families.FAMILIES[family].experts:
             options = {**options, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -79,7 +82,12 @@ def write(family: str, scratch: Path, target: Path) -> None:
         tensors = halved(load_file(scratch / kind / "adapter_model.safetensors"))
         save_file(tensors, target / f"{kind}.safetensors", metadata=metadata)
         found[kind] = np.concatenate(reference.logprobs(model, prompts))
+        found |= pooled(kind, model, prompts)
     save_file(found, target / "reference.safetensors")
+
+
+def pooled(kind: str, model: torch.nn.Module, prompts: list[list[int]]) -> dict[str, np.ndarray]:
+    return {f"{kind}, {how}": vectors for how, vectors in reference.embeddings(model, prompts).items()}
 
 
 def halved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

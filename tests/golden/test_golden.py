@@ -67,6 +67,20 @@ def test_there_are_enough_of_them() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_those_of_transformers(family: str, start: Start) -> None:
+    driver = start(family)
+    reference = load_file(HERE / family / "reference.safetensors")
+    prompts = [p.tolist() for p in np.split(reference["prompts"], np.cumsum(reference["lengths"])[:-1])]
+    push(driver, family, "lora")
+    push(driver, family, "dora")
+    for how in ("last", "mean"):
+        driver.engine._references._pooling = how
+        for policy in ("base", "lora", "dora"):
+            found, expected = driver.embed(prompts, policy), reference[f"{policy}, {how}"]
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0, err_msg=f"{policy}, {how}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_those_of_peft(family: str, start: Start) -> None:
     driver = start(family)
     assert difference(driver, family, "base") <= TOLERANCE

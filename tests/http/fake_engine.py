@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
 from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.grammars import Grammars
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus
@@ -41,6 +44,7 @@ from tests.http.fake_versions import BASE_DIGEST, FakeVersions
 
 CONTEXT = 512
 VOCABULARY = 400
+EMBEDDING = Embedding("last", True, 4, "")
 LAYERS = {
     "model.layers.0.self_attn.q_proj": (6, 4),
     "model.layers.0.mlp.down_proj": (4, 10),
@@ -69,6 +73,11 @@ def logprob(token: int) -> float:
 
 def sampling_logprob(token: int) -> float:
     return -0.002 * token - 0.125
+
+
+def pooled(ids: Sequence[int]) -> list[float]:
+    """A vector of `EMBEDDING.width`."""
+    return [float(len(ids)), float(ids[-1]), 2.0, -1.0]
 
 
 def base_logprob(token: int) -> float:
@@ -183,6 +192,8 @@ class FakeEngine(FakeVersions):
         self.closing: RolloutError | None = None
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
+        self.embeds: list[Embed] = []
+        self.embedding = EMBEDDING
         self.replayed: list[RecordedRow] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
@@ -247,6 +258,7 @@ class FakeEngine(FakeVersions):
             cache="slots",
             max_batch=64,
             device="cpu",
+            embedding=self.embedding,
         )
 
     @property
@@ -295,6 +307,13 @@ class FakeEngine(FakeVersions):
             )
         version = self._found(score.policy)
         return Scored(score.id, version, score.temperature, tuple(sequences))
+
+    async def embed(self, embed: Embed) -> Embedded:
+        self.embeds.append(embed)
+        if self.fault is not None:
+            raise self.fault
+        vectors = (np.array(pooled(ids), "<f4").tobytes() for ids in embed.sequences)
+        return Embedded(embed.id, self._found(embed.policy), tuple(vectors))
 
     async def replay(self, replay: Replay) -> Replayed:
         """A row differs at its second token where it has one."""

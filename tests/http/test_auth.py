@@ -19,6 +19,7 @@ INFERENCE = [
     ("POST", "/v1/rollouts"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/embeddings"),
     ("POST", "/v1/logprobs"),
     ("POST", "/v1/replay"),
     ("POST", "/v1/probe"),
@@ -37,6 +38,8 @@ INFERENCE = [
 STATE = [
     ("POST", "/v1/weights"),
     ("POST", "/v1/weights/policy/activate"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/v1/pause"),
     ("POST", "/v1/resume"),
     ("POST", "/pause"),

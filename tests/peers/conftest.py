@@ -59,6 +59,16 @@ class Peer:
         self.note(self.family, column, found)
         assert found <= TOLERANCE, f"{self.family}, {column}: max |Δlogprob| = {found:.1e}"
 
+    def hold_embeddings(self, model: reference.torch.nn.Module, policy: str) -> None:
+        """Last hidden states of length 1 are within the tolerance."""
+        body = {"model": policy, "input": self.prompts}
+        reply = httpx.post(f"{self.url}/v1/embeddings", json=body).raise_for_status().json()
+        expected = reference.embeddings(model, self.prompts)["last"]
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        found = float(np.abs([entry["embedding"] for entry in reply["data"]] - expected).max())
+        self.note(self.family, f"embeddings of {policy}", found)
+        assert found <= TOLERANCE, f"{self.family}, embeddings of {policy}: max |Δ| = {found:.1e}"
+
     def hold_mlx_lm(self, model: reference.PeftModel, adapter: Path, column: str) -> None:
         """mlx-lm gives PEFT's numbers with the directory of an adapter exported for it."""
         module, _ = mlx_lm.load(str(self.directory / "mlx"), adapter_path=str(adapter))

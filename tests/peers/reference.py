@@ -62,6 +62,17 @@ def reloaded(directory: Path, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(families.load(directory), adapter).eval()
 
 
+def embeddings(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Hidden states after the final norm, pooled: `last` and `mean`, both float32 [sequences, width]."""
+    trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).model
+    with torch.no_grad():
+        states = [trunk(input_ids=torch.tensor([list(ids)])).last_hidden_state[0].float() for ids in sequences]
+    return {
+        "last": np.stack([each[-1].numpy() for each in states]),
+        "mean": np.stack([each.mean(0).numpy() for each in states]),
+    }
+
+
 def logprobs(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Of each sequence, [length − 1] float32: the log-probability of every token but the first, given those before."""
     found = []

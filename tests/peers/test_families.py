@@ -10,7 +10,7 @@ import pytest
 
 from tests.peers import reference
 from tests.peers.conftest import Peer
-from tests.peers.families import FAMILIES
+from tests.peers.families import FAMILIES, load
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -35,6 +35,14 @@ def test_an_adapter_gives_what_it_gives_in_peft(peer: Peer, kind: str, tmp_path:
     else:
         with pytest.raises(httpx.HTTPStatusError, match="409"):
             peer.export(kind, "peft")
+
+
+def test_embeddings_are_those_of_transformers(peer: Peer, tmp_path: Path) -> None:
+    model = reference.adapted(peer.directory, target_modules=ATTENTION, r=3, lora_alpha=5)
+    model.save_pretrained(tmp_path / "saved")
+    peer.client.push("embeds", tmp_path / "saved")
+    for policy, module in (("base", load(peer.directory)), ("embeds", model)):
+        peer.hold_embeddings(module, policy)
 
 
 def experts_in(model: reference.PeftModel) -> bool:

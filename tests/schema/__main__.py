@@ -24,6 +24,7 @@ ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/rollouts",
+    "/v1/embeddings",
     "/v1/logprobs",
     "/v1/replay",
     "/v1/probe",

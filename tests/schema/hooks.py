@@ -17,11 +17,12 @@ WHOLE = {
     "n": (1, 2),
     "top_k": (0, 5),
     "start": (0, 0),
+    "dimensions": (1, 8),
     "min_version": (0, 1),
     "version": (1, 1),
 }
 NUMBERS = {"temperature": (0.1, 1.0), "top_p": (0.1, 1.0), "min_p": (0.0, 1.0), "timeout_s": (5.0, 60.0)}
-IDS = {"token_ids", "tokens", "stop_token_ids", "prompt"}
+IDS = {"token_ids", "tokens", "stop_token_ids", "prompt", "input"}
 LEFT_OUT = {
     "chat_template_kwargs",
     "tools",

@@ -19,6 +19,7 @@ JSON_ROUTES: dict[str, dict[str, Any]] = {
     "/v1/probe": {"rollouts": [RECORDED | {"trainer_logprobs": [-1.5, None]}]},
     "/v1/completions": {"model": "base", "prompt": [1, 2]},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/embeddings": {"model": "base", "input": [1, 2]},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1, 2]},
     "/v1/abort": {"ids": ["nobody"]},

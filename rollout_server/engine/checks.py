@@ -1,0 +1,97 @@
+"""Whether the model can take what a request asks for: what is wrong is said before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rollout_server.engine.embedding_messages import Embed
+from rollout_server.engine.messages import ModelInfo, Reading, Score
+from rollout_server.engine.replays import Replay
+from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.rollout import RolloutRequest, tiling_fault
+
+
+def check_reading(request: Reading, info: ModelInfo) -> None:
+    """Raises `InvalidField` or `ContextExceeded`."""
+    match request:
+        case Score():
+            _check_score(request, info)
+        case Replay():
+            _check_replay(request, info)
+        case Embed():
+            _check_embed(request, info)
+
+
+def _check_score(score: Score, info: ModelInfo) -> None:
+    if not 1e-3 <= score.temperature <= 100:
+        raise InvalidField("temperature must be between 0.001 and 100.", param="temperature")
+    for spans, tokens, start in zip(score.spans, score.sequences, score.starts, strict=bool(score.spans)):
+        if spans is not None and (fault := tiling_fault(spans, len(tokens) - start)):
+            raise InvalidField(f"The versions of a sequence do not fit it: {fault}.", param="sequences")
+    for tokens, start in zip(score.sequences, score.starts, strict=True):
+        if not 0 <= start < len(tokens):
+            raise InvalidField(
+                f"start is {start}, but the sequence has {len(tokens)} tokens: it lies within them.",
+                param="sequences",
+            )
+        check_sequence(tokens, "sequences", info)
+
+
+def _check_replay(replay: Replay, info: ModelInfo) -> None:
+    for row in replay.rows:
+        if row.spans and (fault := tiling_fault(row.spans, len(row.token_ids))):
+            raise InvalidField(f"The versions of a rollout do not fit it: {fault}.", param="rollouts")
+        if not len(row.token_ids) == len(row.judged) == len(row.logprobs):
+            raise InvalidField("The arrays of a rollout differ in length.", param="rollouts")
+        if not row.prompt_ids:
+            raise InvalidField("A rollout has no prompt.", param="rollouts")
+        check_sequence(row.prompt_ids + row.token_ids, "rollouts", info)
+
+
+def _check_embed(embed: Embed, info: ModelInfo) -> None:
+    if info.embedding.refusal:
+        raise InvalidField(info.embedding.refusal, param="policy")
+    for tokens in embed.sequences:
+        if not tokens:
+            raise InvalidField("A sequence to embed has no tokens.", param="input")
+        check_sequence(tokens, "input", info)
+
+
+def check_group(group: RolloutRequest, info: ModelInfo) -> None:
+    """What can be said of a group before the engine has it."""
+    check_ids(group.prompt_ids, "prompt", info)
+    check_ids(group.prefix.token_ids, "prefix", info)
+    for token in group.sampling.stop_token_ids:
+        if not 0 <= token < info.vocab_size:
+            raise InvalidField(
+                f"Stop token id {token} is outside the vocabulary of {info.vocab_size}.", param="stop_token_ids"
+            )
+    total = len(group.prompt_ids) + group.sampling.max_tokens
+    if total > info.max_model_len:
+        raise ContextExceeded(
+            f"A prompt of {len(group.prompt_ids)} tokens and max_tokens {group.sampling.max_tokens} exceed the "
+            f"context of {info.max_model_len} tokens.",
+            param="max_tokens",
+        )
+    if group.sampling.min_tokens and len({*group.sampling.stop_token_ids, *info.eos_token_ids}) >= info.vocab_size:
+        raise InvalidField("min_tokens leaves no token to sample: every one of them would stop.", param="min_tokens")
+    if info.row_bytes(total) > info.kv_memory:
+        raise ContextExceeded(
+            f"One row of {total} tokens needs more KV memory than the {info.kv_memory} bytes of --kv-memory.",
+            param="max_tokens",
+        )
+
+
+def check_ids(tokens: Sequence[int], param: str, info: ModelInfo) -> None:
+    vocabulary = info.vocab_size
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
+        wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+        raise InvalidField(f"Token id {wrong} is outside the vocabulary of {vocabulary}.", param=param)
+
+
+def check_sequence(tokens: Sequence[int], param: str, info: ModelInfo) -> None:
+    check_ids(tokens, param, info)
+    if len(tokens) > info.max_model_len:
+        raise ContextExceeded(
+            f"A sequence has {len(tokens)} tokens; the context holds {info.max_model_len}.", param=param
+        )
