@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.aim import Aim
 from rollout_server.engine.cache import Forward, Prompt, RowStore
 from rollout_server.engine.chunks import plan
 from rollout_server.engine.filters import Some
@@ -57,7 +58,10 @@ class Batch:
         self._joining: list[Joining] = []
         self._flight: Flight | None = None
         self._steps = 0
+        # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
+        self._aim: Aim | None = None
+        self._extent: tuple[int, int] | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
         self._masking = Masking(vocabulary, eos)
@@ -77,18 +81,30 @@ class Batch:
     @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
-        return len(self.rows) + sum(joining.count for joining in self._joining)
+        return len(self._seats) + len(self._recovering.rows) + sum(joining.count for joining in self._joining)
 
     @property
     def longest(self) -> int:
         """The most columns any of them needs soon."""
-        return max([row.soon for row in self.rows] + [each.group.soon for each in self._joining], default=0)
+        return max([self._extents[1], *(each.group.soon for each in self._joining)])
 
     @property
     def width(self) -> int:
         """Columns the next step needs for its longest row; prompts on their way count as read."""
         read = [len(joining.prompt.tokens) for joining in self._joining]
-        return 1 + max([row.offset for row in self.rows] + read, default=-1)
+        return 1 + max([self._extents[0], *read])
+
+    @property
+    def _extents(self) -> tuple[int, int]:
+        """Of the rows: the column of the longest one's next token (−1 without rows), and the most that one needs soon.
+        Kept from one step to the next, since each turn asks several times."""
+        if self._extent is None:
+            rows = self.rows
+            self._extent = max([row.offset for row in rows], default=-1), max([row.soon for row in rows], default=0)
+        return self._extent
+
+    def _changed(self) -> None:
+        self._arrays = self._aim = self._extent = None
 
     def seats(self, row: Row) -> bool:
         return any(seated is row for seated in self.rows)
@@ -125,7 +141,7 @@ class Batch:
 
     @property
     def active(self) -> bool:
-        return bool(self.rows) or self._flight is not None
+        return bool(self._seats or self._recovering.rows) or self._flight is not None
 
     @property
     def steps(self) -> int:
@@ -141,7 +157,7 @@ class Batch:
             group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot)
         self.store.begin(group.prompt, admission.count, columns)
         # There may be more places now, and rows go on while the prompt is read.
-        self._arrays = None
+        self._changed()
         group.joining = True
         self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
@@ -182,7 +198,7 @@ class Batch:
         if not keep:
             group.prompt = None
         group.joining = False
-        self._arrays = None
+        self._changed()
         return rows
 
     # ---- leaving --------------------------------------------------------------------------------------------------
@@ -215,7 +231,7 @@ class Batch:
     def recover(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
         """See `Recoveries.begin`."""
         self._recovering.begin(row, legs, columns)
-        self._arrays = None
+        self._changed()
 
     def _recover(self, budget: int) -> tuple[list[Row], int]:
         """Rows that are back, and what is left of the budget."""
@@ -223,8 +239,10 @@ class Batch:
         back = dict(self._recovering.feed(budget))
         fed = before - self._recovering.unread
         for row in back.values():
-            row.last_step, row.away, self._arrays = -1, False, None
+            row.last_step, row.away = -1, False
         self._seats |= back
+        if back:
+            self._changed()
         self.fed += fed
         return list(back.values()), budget - fed
 
@@ -255,7 +273,7 @@ class Batch:
         (place,) = self.store.seat(moved, 1, keep=False)
         self._seats[place] = row
         row.last_step = -1
-        self._arrays = None
+        self._changed()
 
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
@@ -283,7 +301,7 @@ class Batch:
         self._follow(self.store.shrink(max([row.offset + 1 for row in self._seats.values()] + reading, default=0)))
 
     def _follow(self, moved: dict[int, int] | None) -> None:
-        self._arrays = None
+        self._changed()
         if moved is None:
             return
         self._recovering.follow(moved)
@@ -302,7 +320,7 @@ class Batch:
     def step(self) -> list[Row]:
         """Builds the next step, reads the one in flight, launches the next; returns the rows that got a token."""
         launch = None if self.must_settle else self._build()
-        if launch is not None and self._masking.concerns(launch.rows):
+        if launch is not None and self._aim is not None and self._aim.masked:
             return self._step_masked(launch)
         following = None if launch is None else self._draw(launch, None)
         read = self._take()
@@ -327,29 +345,25 @@ class Batch:
         return read.record(self._eos) if read else []
 
     def _build(self) -> Launch | None:
-        rows = tuple((place, row) for place, row in self._seats.items() if row.wants_step)
+        rows = tuple([(place, row) for place, row in self._seats.items() if row.wants_step])
         if not rows:
             return None
         size = self.store.capacity
         if self._arrays is None:
             self._arrays = self._prepare(size)
-        offsets: list[int | None] = [None] * size
-        # Places that take no part use some row's slot, so that a batch on one version stays on the plain path.
-        seeds, positions, slots = [0] * size, [0] * size, [rows[0][1].placement.slot] * size
-        for place, row in rows:
-            offsets[place], seeds[place], positions[place] = row.offset, row.seed, row.dispatched
-            slots[place] = row.placement.slot
-        self.store.aim(offsets, 1 + max(row.offset for _, row in rows))
-        self._route(slots)
+        if self._aim is None or self._aim.rows != rows:
+            self._aim = Aim(rows, size)
+        aim = self._aim
+        self.store.aim(aim.offsets, aim.width)
+        self._route(aim.slots())
         decode = self._compiled or self._forward
         logits = decode(self._inputs(size)[:, None], self.store.layers)[:, -1]
-        draws = mx.array(uniforms(seeds, positions))
+        draws = mx.array(uniforms(aim.seeds, aim.positions))
         bans = self._arrays.bans
-        banned = bans.at(positions) if bans else None
+        banned = bans.at(aim.positions) if bans else None
         self._steps += 1
-        for _, row in rows:
-            row.stamp()
-            row.last_step = self._steps
+        aim.advance(self._steps)
+        self._extent = None
         return Launch(self._steps, rows, logits, draws, banned)
 
     def _draw(self, launch: Launch, mask: Some | None) -> Flight:
