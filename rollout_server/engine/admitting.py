@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from rollout_server.engine.batches import Batches, Berth
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.holders import Berth
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import References

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import mlx.core as mx
 import numpy as np
 
+from rollout_server.engine.sampling import SamplerArrays, prepare
 from rollout_server.engine.sequence import Sequence as Row
 
 
@@ -36,7 +38,7 @@ class Aim:
     @property
     def offsets(self) -> list[int | None]:
         """Column that each place writes; None where it takes no part."""
-        found: list[int | None] = self._columns.tolist()
+        found: list[int | None] = list(self._columns.tolist())
         for place in self._idle:
             found[place] = None
         return found
@@ -56,3 +58,23 @@ class Aim:
             row.last_step = step
         self.positions[self._places] += 1
         self._columns[self._places] += 1
+
+
+def inputs_of(seats: Mapping[int, Row], size: int) -> mx.array:
+    """int32 [size]: the input of each place where no step in flight computes it."""
+    ids = [0] * size
+    for place, row in seats.items():
+        ids[place] = row.input_id
+    return mx.array(ids, dtype=mx.int32)
+
+
+def prepare_rows(rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int]) -> SamplerArrays:
+    """What the rows are sampled with, by place; at least one is there."""
+    wants = [row.group.request.wants for row in rows if row is not None]
+    return prepare(
+        [None if row is None else row.group.request.sampling for row in rows],
+        vocabulary,
+        entropy=any(want.entropy for want in wants),
+        top_logprobs=max(want.top_logprobs for want in wants),
+        eos=eos,
+    )

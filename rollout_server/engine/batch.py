@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.aim import Aim
+from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward, Prompt, RowStore
 from rollout_server.engine.chunks import plan
 from rollout_server.engine.filters import Some
@@ -24,7 +24,7 @@ from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import TokenCounts
 from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
-from rollout_server.engine.sampling import SamplerArrays, prepare, sample, uniforms
+from rollout_server.engine.sampling import SamplerArrays, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
 from rollout_server.rollout import FinishReason
@@ -356,8 +356,9 @@ class Batch:
         aim = self._aim
         self.store.aim(aim.offsets, aim.width)
         self._route(aim.slots())
+        ids = self._flight.sampled.ids if self._flight is not None else inputs_of(self._seats, size)
         decode = self._compiled or self._forward
-        logits = decode(self._inputs(size)[:, None], self.store.layers)[:, -1]
+        logits = decode(ids[:, None], self.store.layers)[:, -1]
         draws = mx.array(uniforms(aim.seeds, aim.positions))
         bans = self._arrays.bans
         banned = bans.at(aim.positions) if bans else None
@@ -373,25 +374,10 @@ class Batch:
         self._counts.add(sampled.ids)
         return Flight(launch.number, launch.rows, sampled)
 
-    def _inputs(self, size: int) -> mx.array:
-        if self._flight is not None:
-            return self._flight.sampled.ids
-        ids = [0] * size
-        for place, row in self._seats.items():
-            ids[place] = row.input_id
-        return mx.array(ids, dtype=mx.int32)
-
     def _prepare(self, size: int) -> SamplerArrays:
-        wants = [row.group.request.wants for row in self._seats.values()]
         by_place = [self._seats.get(place) for place in range(size)]
         self._counts.seat(by_place)
-        return prepare(
-            [row.group.request.sampling if row else None for row in by_place],
-            self._vocabulary,
-            entropy=any(want.entropy for want in wants),
-            top_logprobs=max(want.top_logprobs for want in wants),
-            eos=self._eos,
-        )
+        return prepare_rows(by_place, self._vocabulary, self._eos)
 
     def _take(self) -> Landed | None:
         """Waits for the step in flight and copies its results to the host."""

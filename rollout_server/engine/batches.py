@@ -9,42 +9,22 @@ batch fails, the rows of those before it have been told of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
+from rollout_server.engine.cache import RowStore
 from rollout_server.engine.flight import Joining
+from rollout_server.engine.holders import Berth, Holder, age_of
 from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
 
-Berth = tuple[int, int]
-"""Which batch: the parameter set, and the number of a class of lengths."""
-
 FIRST: Berth = (BASE_SET, 0)
-Age = tuple[float, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
-
-    age: Age
-    berth: Berth
-    count: int
-    width: int
-    row: Row | None = None
-    joining: Joining | None = None
-
-
-def _age(group: Group, sample: int) -> Age:
-    return group.arrived, group.request.prompt_index, sample
 
 
 LEAST_WASTE = 4096
@@ -161,9 +141,10 @@ class Batches:
     def cells(self, berth: Berth, count: int, length: int) -> int:
         """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
         Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(berth) or self._make(berth[0])
+        batch = self._batches.get(berth)
         others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
-        return batch.cells(count, self.columns(berth, length)) + sum(other.cells(0, other.longest) for other in others)
+        own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
+        return own + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
     def _holds(batch: Batch) -> bool:
@@ -248,14 +229,22 @@ class Batches:
         """KV columns over all rows of all batches once the next step is done."""
         return sum(batch.due for batch in self._batches.values())
 
+    def stretch(self, cells: int) -> None:
+        """Before a step: batches that have to grow for it may grow by more, as far as all rows come to at most
+        `cells` columns."""
+        for batch in self._batches.values():
+            if batch.size:
+                others = self.held_cells - batch.cells(0, batch.longest)
+                batch.store.stretch(batch.width, cells - others)
+
     @property
     def holders(self) -> list[Holder]:
         """Rows and joining groups, for which of them steps aside."""
         held = []
         for berth, batch in self._batches.items():
-            held += [Holder(_age(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
+            held += [Holder(age_of(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
             for each in batch.joining:
-                width, age = len(each.prompt.tokens) + 1, _age(each.group, each.first_sample)
+                width, age = len(each.prompt.tokens) + 1, age_of(each.group, each.first_sample)
                 held.append(Holder(age, berth, each.count, width, joining=each))
         return held
 
@@ -282,7 +271,7 @@ class Batches:
     def set_aside(self, row: Row) -> None:
         """Lets a row that is in no batch wait to come back."""
         row.away = True
-        self.aside = sorted([*self.aside, row], key=lambda row: _age(row.group, row.sample_index))
+        self.aside = sorted([*self.aside, row], key=lambda row: age_of(row.group, row.sample_index))
 
     def unjoin(self, joining: Joining) -> None:
         """See `Batch.unjoin`."""
@@ -316,7 +305,12 @@ class Batches:
         return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
 
     def _places(self, rows: int) -> int:
-        return next(iter(self._batches.values())).store.places(rows)
+        return self._store.places(rows)
+
+    @property
+    def _store(self) -> RowStore:
+        """Any: all are of one kind."""
+        return next(iter(self._batches.values())).store
 
     def _know_costs(self, wanted: bool) -> None:
         """Measures once, when somebody wants to know and the memory for it is free."""
