@@ -55,6 +55,8 @@ class Batch:
         self._eos = eos
         self._vocabulary = vocabulary
         self._seats: dict[int, Row] = {}
+        self._leaving: list[Row] = []
+        """Rows whose places are being freed: in neither list if that fails."""
         self._joining: list[Joining] = []
         self._flight: Flight | None = None
         self._steps = 0
@@ -72,7 +74,7 @@ class Batch:
 
     @property
     def rows(self) -> list[Row]:
-        return list(self._seats.values()) + self._recovering.rows
+        return [*self._seats.values(), *self._recovering.rows, *self._leaving]
 
     @property
     def joining(self) -> list[Joining]:
@@ -158,7 +160,7 @@ class Batch:
         self.store.begin(group.prompt, admission.count, columns)
         # There may be more places now, and rows go on while the prompt is read.
         self._changed()
-        group.joining = True
+        group.joining = admission.count
         self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
     def prefill(self, budget: int) -> list[Row]:
@@ -197,7 +199,7 @@ class Batch:
             rows.append(row)
         if not keep:
             group.prompt = None
-        group.joining = False
+        group.joining = 0
         self._changed()
         return rows
 
@@ -214,12 +216,14 @@ class Batch:
         gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
         if not gone or (self._flight and self.store.moves_on_leave(len(gone))):
             return []
+        self._leaving = list(gone.values())
         for place in gone:
             del self._seats[place]
         if self._keeper is not None:
             self._keeper.keep_rows(gone, self._flight is not None)
         scrub = [place for place, row in gone.items() if not self._ended_clean(row)]
         self._vacate(list(gone), scrub)
+        self._leaving = []
         return list(gone.values())
 
     @staticmethod
@@ -236,15 +240,18 @@ class Batch:
     def _recover(self, budget: int) -> tuple[list[Row], int]:
         """Rows that are back, and what is left of the budget."""
         before = self._recovering.unread
-        back = dict(self._recovering.feed(budget))
-        fed = before - self._recovering.unread
-        for row in back.values():
+        back: list[Row] = []
+
+        def seat(place: int, row: Row) -> None:
             row.last_step, row.away = -1, False
-        self._seats |= back
-        if back:
+            self._seats[place] = row
             self._changed()
+            back.append(row)
+
+        self._recovering.feed(budget, seat)
+        fed = before - self._recovering.unread
         self.fed += fed
-        return list(back.values()), budget - fed
+        return back, budget - fed
 
     def evict(self, row: Row) -> None:
         """Drops the KV of a row; no step may be in flight."""
@@ -290,7 +297,7 @@ class Batch:
         for joining in dropped:
             self.store.cancel(joining.prompt, joining.count)
             joining.group.prompt = None
-            joining.group.joining = False
+            joining.group.joining = 0
 
     def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:
         self._follow(self.store.leave(places, scrub))
@@ -298,7 +305,7 @@ class Batch:
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
         reading = [len(joining.prompt.tokens) for joining in self._joining]
-        self._follow(self.store.shrink(max([row.offset + 1 for row in self._seats.values()] + reading, default=0)))
+        self._follow(self.store.shrink(max([row.offset + 1 for row in self.rows] + reading, default=0)))
 
     def _follow(self, moved: dict[int, int] | None) -> None:
         self._changed()

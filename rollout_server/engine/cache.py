@@ -112,6 +112,10 @@ class RowStore(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def held(self) -> int:
+        """Rows × columns that are allocated though no row is there."""
+
 
 class SlotRows:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
@@ -133,6 +137,10 @@ class SlotRows:
 
     def places(self, rows: int) -> int:
         return row_bucket(rows, self._max_rows)
+
+    @property
+    def held(self) -> int:
+        return self.capacity * self.columns
 
     def due(self, width: int) -> int:
         return self.capacity * self._grown(width + 1)

@@ -1,15 +1,18 @@
-"""What holds KV while it runs, and how old it is: who steps aside when there is not enough."""
+"""Who holds KV in which batch, and since when: what decides who steps aside."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapters.sets import BASE_SET
 from rollout_server.engine.flight import Joining
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 Berth = tuple[int, int]
 """Which batch: the parameter set, and the number of a class of lengths."""
+
+FIRST: Berth = (BASE_SET, 0)
 Age = tuple[float, int, int]
 
 
@@ -26,5 +29,4 @@ class Holder:
 
 
 def age_of(group: Group, sample: int) -> Age:
-    """Less is older."""
     return group.arrived, group.request.prompt_index, sample

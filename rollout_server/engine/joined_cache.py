@@ -32,6 +32,10 @@ class JoinedRows:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def held(self) -> int:
+        return 0  # nothing is kept for rows to come
+
     def places(self, rows: int) -> int:
         return rows
 

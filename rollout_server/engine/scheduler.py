@@ -102,6 +102,17 @@ class Scheduler:
                 fails = count
         return Admission(group, fits, found)
 
+    @property
+    def kept_cells(self) -> int:
+        """KV columns of prompts that are kept for samples that wait: only the first groups in the queue have begun."""
+        cells = 0
+        for group in self._waiting:
+            if group.version is None:
+                break
+            if group.prompt is not None and group.prompt.kept is not None:
+                cells += len(group.prompt.tokens)
+        return cells
+
     def heads(self, group: Group) -> bool:
         """Whether a group still waits at the head of the queue."""
         return bool(group.waiting and self._waiting and self._waiting[0] is group)

@@ -52,8 +52,8 @@ class Group:
     """Those of them that stopped or reached their length, for `return_when`."""
     held: list[Sequence] = field(default_factory=list)
     """Rows that are over and wait for values."""
-    joining: bool = False
-    """Admitted samples wait for their rows to be seated; no more are admitted meanwhile."""
+    joining: int = 0
+    """Admitted samples that wait for their rows to be seated; no more are admitted meanwhile."""
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
     cached_tokens: int = 0
