@@ -7,8 +7,10 @@ when the step in flight has been read. Rows join and move only when no step is i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +29,9 @@ from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.sampling import SamplerArrays, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
-from rollout_server.rollout import FinishReason
+
+MOST_KEPT = 16
+"""Rows whose KV is kept in one turn while others run or wait to be told: a copy for each layer of each."""
 
 
 class Batch:
@@ -66,6 +70,7 @@ class Batch:
         self._extent: tuple[int, int] | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
+        self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
         self._masking = Masking(vocabulary, eos)
         self.fed = 0
         """Prompt tokens read since it was made."""
@@ -205,15 +210,18 @@ class Batch:
 
     # ---- leaving --------------------------------------------------------------------------------------------------
 
-    def release(self) -> list[Row]:
+    def release(self, *, few: bool = False) -> list[Row]:
         """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
-        would move other rows it waits until nothing is in flight."""
+        would move other rows it waits until nothing is in flight. `few`: only so many that others need not wait long
+        for what is kept of them."""
         if not self._flight and not all(row.running for row in self._recovering.rows):
             ended, places = self._recovering.take(lambda row: not row.running)
             self._vacate(places, places)
             return ended + self.release()
         flying = self._flight.number if self._flight else None
         gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
+        if few:
+            gone = dict(islice(gone.items(), self._most_leaving))
         if not gone or (self._flight and self.store.moves_on_leave(len(gone))):
             return []
         self._leaving = list(gone.values())
@@ -221,16 +229,10 @@ class Batch:
             del self._seats[place]
         if self._keeper is not None:
             self._keeper.keep_rows(gone, self._flight is not None)
-        scrub = [place for place, row in gone.items() if not self._ended_clean(row)]
+        scrub = [place for place, row in gone.items() if not row.ended_clean]
         self._vacate(list(gone), scrub)
         self._leaving = []
         return list(gone.values())
-
-    @staticmethod
-    def _ended_clean(row: Row) -> bool:
-        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
-        ended = row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        return ended and row.dispatched == len(row.token_ids)
 
     def recover(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
         """See `Recoveries.begin`."""
@@ -319,7 +321,7 @@ class Batch:
     @property
     def must_settle(self) -> bool:
         """Rows that ended cannot leave while a step is in flight, because others would move."""
-        ended = sum(not row.running for row in self._seats.values())
+        ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
         return self._flight is not None and ended > 0 and self.store.moves_on_leave(ended)
 
     # ---- stepping -------------------------------------------------------------------------------------------------

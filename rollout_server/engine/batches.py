@@ -204,11 +204,11 @@ class Batches:
         reading = sum(batch.reading for batch in self._batches.values())
         return self._each(lambda batch: batch.prefill(max(1, budget // reading)) if batch.reading else [])
 
-    def release(self) -> Iterator[Row]:
+    def release(self, *, few: bool = False) -> Iterator[Row]:
         ended = [row for row in self.aside if not row.running]
         self.aside = [row for row in self.aside if row.running]
         yield from ended
-        yield from self._each(Batch.release)
+        yield from self._each(partial(Batch.release, few=few))
 
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)

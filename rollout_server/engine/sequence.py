@@ -158,6 +158,12 @@ class Sequence:
         return self.finish_reason is None
 
     @property
+    def ended_clean(self) -> bool:
+        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
+        ended = self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return ended and self.dispatched == len(self.token_ids)
+
+    @property
     def wants_step(self) -> bool:
         """A length stop is known in advance and not dispatched."""
         return self.finish_reason is None and self.dispatched < self._most
