@@ -66,3 +66,21 @@ def test_the_parts_are_counted(driver: Driver) -> None:
     weights = driver.model.info.weight_bytes
     assert memory.weights == weights > 0 and memory.slots == driver.status.slot_bytes > 0
     assert memory.active >= weights + memory.slots and memory.peak >= memory.active - 4096
+
+
+def test_arrays_grow_by_half_as_much_again_while_there_is_room(base: Driver) -> None:
+    widths = set()
+
+    def grow(cells: int | None) -> int:
+        if cells:
+            base.limit_kv(cells)
+        widths.clear()
+        id = base.submit(prompts_of([20], 286), n=2, max_tokens=500, ignore_eos=True)
+        while not base.over(id):
+            base.turn()
+            widths.add(base.engine._batch[0].store.columns)
+        return len(widths)
+
+    assert grow(None) <= 9
+    # Three quarters of this is less than the rows come to: then they take what they need.
+    assert grow(2 * 544) > 9 and base.rollouts("r2")[1].token_ids == base.rollouts("r1")[1].token_ids

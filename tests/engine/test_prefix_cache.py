@@ -7,7 +7,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.prefix_cache import Layers, PrefixCache
+from rollout_server.engine.prefix_cache import Layers, PrefixCache, common
 
 TOKEN_BYTES = 2 * 2 * 2 * 4
 """Two layers' keys and values, one head of two float32; the third layer has none of its own."""
@@ -105,3 +105,15 @@ def test_random_insertions_and_evictions(seed: int) -> None:
         assert cache.nbytes == TOKEN_BYTES * sum(len(node.tokens) for node in nodes)
         for at, node in enumerate(nodes):
             assert all(nodes.index(child) < at for child in node.children.values()), "parents are more recent"
+
+
+def test_common_beginnings_token_by_token() -> None:
+    chance = random.Random(0)
+    for _ in range(500):
+        tokens = tuple(chance.randrange(3) for _ in range(chance.randrange(1, 40)))
+        at = chance.randrange(len(tokens))
+        segment = [*tokens[at:], 1, 2][: chance.randrange(1, 30)]
+        if chance.randrange(3):
+            segment[chance.randrange(len(segment))] = chance.randrange(3)
+        agree = [a == b for a, b in zip(segment, tokens[at:], strict=False)]
+        assert common(tuple(segment), tokens, at) == (agree.index(False) if False in agree else len(agree))

@@ -234,3 +234,12 @@ def test_random_beginnings_under_pressure(seed: int, bare_model: Models, qwen: P
     store: Any = on.engine._batch[0].store
     assert on.status.prefix.nbytes <= memory and (on.status.prefix.hits > 0 or memory < 10 * 128)
     assert store.nbytes <= memory
+
+
+def test_rows_that_end_together_are_told_of_at_once_and_all_kept(base: Driver) -> None:
+    id = base.submit(prompts_of([20], base.model.info.vocab_size), n=40, max_tokens=8, ignore_eos=True)
+    base.until(lambda: base.over(id))
+    assert base.engine._batch.size >= 40 - 16, "the reply waits for no copies of the others"
+    base.until(lambda: not base.engine._batch.active, turns=4)
+    again = [(*row.prompt_ids, *row.token_ids) for row in base.rollouts(id)]
+    assert [row.cached_tokens for row in base.generate(again, max_tokens=2, ignore_eos=True)] == [27] * 40

@@ -1,0 +1,46 @@
+"""The queue alone: how many samples start at once, and which requests are overdue."""
+
+from __future__ import annotations
+
+import pytest
+
+from rollout_server.engine.messages import Submit
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.sequence import Group
+from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
+
+
+def submitted(id: str, n: int = 1, deadline: float | None = None) -> Submit:
+    sampling = SamplingParams(max_tokens=4)
+    request = RolloutRequest(
+        id=id, prompt_ids=(1, 2), sampling=sampling, policy=PolicyAddress("base"), n=n, seeds=tuple(range(n))
+    )
+    return Submit(id, (request,), deadline)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 63, 64, 65, 255, 256])
+def test_as_many_samples_start_as_there_is_room_for(room: int) -> None:
+    asked: list[int] = []
+
+    def fit(group: Group, count: int) -> tuple[int, int] | None:
+        asked.append(count)
+        return (0, 0) if count <= room else None
+
+    scheduler = Scheduler(256, fit)
+    scheduler.submit(submitted("a", n=256))
+    admission = scheduler.next_admission(0)
+    assert (admission.count if admission else 0) == room
+    assert scheduler.crowded == (room == 0)
+    assert len(asked) <= 10, "not every count is tried"
+
+
+def test_requests_are_overdue_until_they_are_closed() -> None:
+    scheduler = Scheduler(4, lambda group, count: None)
+    for id, deadline in (("late", 9.0), ("soon", 2.0), ("never", None), ("over", 1.0)):
+        scheduler.submit(submitted(id, deadline=deadline))
+    scheduler.close("over")
+    assert [ticket.id for ticket in scheduler.overdue(1.5)] == []
+    assert [ticket.id for ticket in scheduler.overdue(3.0)] == ["soon"]
+    assert [ticket.id for ticket in scheduler.overdue(9.0)] == ["soon", "late"], "nobody has ended it"
+    scheduler.close("soon")
+    assert [ticket.id for ticket in scheduler.overdue(10.0)] == ["late"]
