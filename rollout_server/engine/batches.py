@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
+from rollout_server.engine.cache import RowStore
 from rollout_server.engine.flight import Joining
 from rollout_server.engine.holders import FIRST, Berth, Holder, age_of
 from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
@@ -142,9 +143,10 @@ class Batches:
     def cells(self, berth: Berth, count: int, length: int) -> int:
         """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
         Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(berth) or self._make(berth[0])
+        batch = self._batches.get(berth)
         others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
-        return batch.cells(count, self.columns(berth, length)) + sum(other.cells(0, other.longest) for other in others)
+        own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
+        return own + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
     def _holds(batch: Batch) -> bool:
@@ -202,11 +204,11 @@ class Batches:
         reading = sum(batch.reading for batch in self._batches.values())
         return self._each(lambda batch: batch.prefill(max(1, budget // reading)) if batch.reading else [])
 
-    def release(self) -> Iterator[Row]:
+    def release(self, *, few: bool = False) -> Iterator[Row]:
         ended = [row for row in self.aside if not row.running]
         self.aside = [row for row in self.aside if row.running]
         yield from ended
-        yield from self._each(Batch.release)
+        yield from self._each(partial(Batch.release, few=few))
 
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)
@@ -236,6 +238,13 @@ class Batches:
     def due(self) -> int:
         """KV columns over all rows of all batches once the next step is done."""
         return sum(batch.due for batch in self._batches.values())
+
+    def stretch(self, cells: int) -> None:
+        """Before a step: batches that have to grow for it may grow by more, as far as all rows come to at most
+        `cells` columns."""
+        for batch in filter(self._holds, self._batches.values()):
+            others = self.held_cells - batch.cells(0, batch.longest)
+            batch.store.stretch(batch.width, cells - others)
 
     @property
     def holders(self) -> list[Holder]:
@@ -306,7 +315,11 @@ class Batches:
         return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
 
     def _places(self, rows: int) -> int:
-        return next(iter(self._batches.values())).store.places(rows)
+        return self._store.places(rows)
+
+    @property
+    def _store(self) -> RowStore:  # any: all are of one kind
+        return next(iter(self._batches.values())).store
 
     def _know_costs(self, wanted: bool) -> None:
         """Measures once, when somebody wants to know and the memory for it is free."""

@@ -45,6 +45,9 @@ class JoinedRows:
     def packed(self, rows: int, width: int) -> int:
         return rows * (width + JOINED_KV_SPARE + self._row_cells)
 
+    def stretch(self, width: int, cells: int) -> None:
+        """The caches grow by themselves."""
+
     def cells(self, count: int, columns: int) -> int:
         rows = self.capacity + self._reserved + count
         return rows * (columns + JOINED_KV_SPARE + self._row_cells)

@@ -174,7 +174,7 @@ class Engine:
         self._preemption.make_room()
         if self._batch.active:
             self._reports.progress(self._batch.step())
-            self._reports.release(self._batch.release())
+            self._reports.release(self._batch.release(few=True))
         if moves := self._batch.moves():
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())

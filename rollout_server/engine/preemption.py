@@ -40,6 +40,9 @@ class Preemption:
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, rows give theirs up, the newest first. The oldest row
         never does."""
+        if not self._scheduler.crowded and not self._batches.aside:
+            # A quarter stays free for whoever comes, and for what is kept for later requests.
+            self._batches.stretch((self._kv_cells - self._scoring.cells) * 3 // 4)
         if self._fits():
             return
         self._batches.drop_idle()
