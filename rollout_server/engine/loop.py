@@ -158,6 +158,8 @@ class Engine:
     def _compute(self) -> None:
         self._give_back()
         self._change_policies()
+        # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
+        self._reuse.follow(self._policies.snapshot())
         self._budget.begin(decoding=self._batch.active)
         self._admitting.call_back()
         if self._pausing.frozen:
@@ -192,11 +194,11 @@ class Engine:
         kept = self._reuse.status.nbytes // self._model.info.kv_bytes_per_token
         if (idle := self._batch.idle_cells) and self._scoring.cells + held + idle + kept > self._room.kv_cells:
             self._batch.drop_idle()
+        self._reuse.follow(self._policies.snapshot())
         self._leave_room(held)
 
     def _leave_room(self, cells: int) -> None:
         """What rows and the scorer may come to fill is theirs, before what is kept for later requests."""
-        self._reuse.follow(self._policies.snapshot())
         self._reuse.fit(cells + self._scheduler.kept_cells + self._scoring.cells)
 
     def _give_back(self) -> None:

@@ -42,7 +42,8 @@ class Preemption:
         never does."""
         if not self._scheduler.crowded and not self._batches.aside:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
-            self._batches.stretch((self._kv_cells - self._scoring.cells) * 3 // 4)
+            beside = self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
+            self._batches.stretch((self._kv_cells - beside) * 3 // 4)
         if self._fits():
             return
         self._batches.drop_idle()
