@@ -15,8 +15,8 @@ from adapters.registry import (
     Entry,
     Facts,
     Registry,
-    RegistryError,
 )
+from adapters.registry_errors import RegistryError
 from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
@@ -229,6 +229,7 @@ class PolicyTable:
             activate=command.activate,
             label=command.label,
             if_match=command.if_match,
+            provisional=command.provisional,
         )
         self._free(change.freed)
         return self._published(command.id, change, stage_s, time.perf_counter() - staged)
@@ -276,7 +277,7 @@ class PolicyTable:
             self._free(staged)
             raise
         entries = [_entry(command.name, version) for version in command.versions]
-        self._free(self._registry.restore(command.name, command.last, entries))
+        self._free(self._registry.restore(command.name, command.last, entries, command.gone))
         return Restored(command.id, command.name)
 
     def _published(self, id: str, change: Change, stage_s: float, activate_s: float) -> Published:
@@ -343,9 +344,9 @@ class PolicyTable:
         return self._shown
 
     def _line(self, name: str) -> PolicyStatus:
-        live = self._registry.live(name)
-        versions = tuple(self._status(entry) for entry in self._registry.versions(name))
-        return PolicyStatus(name, _version(live) if live else None, versions, self._registry.last(name))
+        registry, live = self._registry, self._registry.live(name)
+        versions = tuple(self._status(entry) for entry in registry.versions(name))
+        return PolicyStatus(name, _version(live) if live else None, versions, registry.last(name), registry.gone(name))
 
     def _status(self, entry: Entry) -> VersionStatus:
         facts = entry.facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adapters.registry import GoneVersion, LiveVersion, Mismatch, RegistryError
+from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, RegistryError
 from adapters.resident import QuantisedBase, WeightsFull
 from adapters.spec import AdapterDoesNotFit
 from rollout_server.errors import (

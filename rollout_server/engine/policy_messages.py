@@ -32,6 +32,8 @@ class Publish:
     """How it is served; None for the usual way of its kind."""
     dequantize: bool = False
     """Quantised layers may be served unpacked."""
+    provisional: bool = False
+    """Only make the version: move no alias, change no label, free nothing. Published again, the rest is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Restore:
     last: int
     """The newest number the name ever had."""
     versions: tuple[RestoredVersion, ...]
+    gone: tuple[str, ...] = ()
+    """Digests of versions that were freed, oldest first."""
 
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
@@ -183,3 +187,5 @@ class PolicyStatus:
     """Kept versions, oldest first."""
     last: int
     """The newest number the name ever had."""
+    gone: tuple[str, ...] = ()
+    """The newest digests of versions that were freed, oldest first."""

@@ -11,12 +11,9 @@ from adapters.registry import (
     Change,
     Entry,
     Facts,
-    GoneVersion,
-    LiveVersion,
-    Mismatch,
     Registry,
-    RegistryError,
 )
+from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, RegistryError
 from adapters.spec import Mode
 from rollout_server.engine.policy_messages import (
     Activate,
@@ -61,6 +58,7 @@ class FakeVersions:
                 activate=publish.activate,
                 label=publish.label,
                 if_match=publish.if_match,
+                provisional=publish.provisional,
             )
         self._bundles[bundle.digest] = bundle
         return published(publish.id, change, 0.0 if change.unchanged else 1.5, 0.0 if change.unchanged else 0.5)
@@ -108,7 +106,7 @@ class FakeVersions:
                     0,
                 )
             )
-        self.registry.restore(restore.name, restore.last, entries)
+        self.registry.restore(restore.name, restore.last, entries, restore.gone)
         return Restored(restore.id, restore.name)
 
     # ---- what tests arrange and look at -----------------------------------------------------------------------------
@@ -137,8 +135,9 @@ class FakeVersions:
         found = []
         for name in self.registry.names:
             live = self.registry.live(name)
+            alias = version(live) if live else None
             kept = tuple(status(entry) for entry in self.registry.versions(name))
-            found.append(PolicyStatus(name, version(live) if live else None, kept, self.registry.last(name)))
+            found.append(PolicyStatus(name, alias, kept, self.registry.last(name), self.registry.gone(name)))
         return tuple(found)
 
 
