@@ -61,6 +61,7 @@ BASE_PLACEMENT = Placement()
 class _Resident:
     placement: Placement
     references: int
+    changes: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -75,6 +76,10 @@ class _Work:
     @property
     def seconds(self) -> float:
         return self.build_s + (self.staging.seconds if self.staging else 0.0)
+
+    @property
+    def changes(self) -> dict[str, float]:
+        return (self.build.changes if self.build else {}) | (self.staging.gains.changes if self.staging else {})
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -153,7 +158,7 @@ class ResidentVersions:
             undo.callback(self.sets.drop, parameters)
             slot = self._finish_slot(work, parameters)
             undo.pop_all()
-        self._residents[content] = _Resident(Placement(parameters, slot), 1)
+        self._residents[content] = _Resident(Placement(parameters, slot), 1, work.changes)
         return work.seconds
 
     def release(self, content: Content) -> None:
@@ -170,6 +175,10 @@ class ResidentVersions:
     def placement(self, content: Content) -> Placement:
         """Raises `KeyError` for what is not staged."""
         return self._residents[content].placement
+
+    def changes(self, content: Content) -> Mapping[str, float]:
+        """‖W' − W‖ of its DoRA modules and of its tensors in place of the base's. Raises `KeyError`."""
+        return self._residents[content].changes
 
     def size(self, content: Content) -> int:
         """Device memory that a version takes: its parameter set and one slot."""

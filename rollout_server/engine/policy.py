@@ -291,6 +291,7 @@ class PolicyTable:
             1e3 * activate_s,
             entry.facts.mode,
             self._resident.size(entry.content),
+            changes=self._resident.changes(entry.content),
         )
 
     def _prepare(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:

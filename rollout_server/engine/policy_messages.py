@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rollout_server.rollout import PolicyVersion
@@ -122,6 +123,8 @@ class Published:
     """Device memory that the version takes: its parameter set and one slot."""
     persist_ms: float | None = None
     """Time on the state directory; the engine knows none."""
+    changes: Mapping[str, float] = field(default_factory=dict)
+    """‖W' − W‖ of DoRA modules and of tensors in place of the base's, which only staging finds out."""
 
 
 @dataclass(frozen=True, slots=True)

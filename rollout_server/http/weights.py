@@ -14,7 +14,7 @@ from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import PreparedBundle, prepare
-from adapters.report import BundleReport
+from adapters.report import BundleReport, completed
 from adapters.report import report as report_on
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy_messages import Activate, Publish, Published
@@ -86,7 +86,7 @@ class WeightsController(Controller):
                 dequantize=options.dequantize == "true",
             )
         )
-        reply = push_reply(published, bundle, report, service)
+        reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)
         reply["timings_ms"] = {
             "receive": milliseconds(received - began),
             "validate": milliseconds(validated - received),
