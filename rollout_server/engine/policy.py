@@ -188,6 +188,7 @@ class PolicyTable:
         """Forgets the version that is being staged: its slot is still free, and nothing has its parameter set."""
         self._prepared = None
         self._resident.abandon()
+        self._count_bytes()
 
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
@@ -322,6 +323,11 @@ class PolicyTable:
                 del self._bundles[content.digest]
         if contents:
             self._count_bytes()
+
+    def trim(self) -> None:
+        """Gives back what no version needs of the slots."""
+        self._resident.trim()
+        self._count_bytes()
 
     def _count_bytes(self) -> None:
         self.slot_bytes, self.set_bytes = self._resident.slots.nbytes, self._resident.sets.nbytes

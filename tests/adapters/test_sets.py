@@ -321,3 +321,35 @@ def test_what_dora_changes_is_told_with_its_magnitudes(tied: Load, mode: Mode, c
     assert found.delta_norm == pytest.approx(np.sqrt(sum(norm**2 for norm in expected.values())), rel=1e-5)
     for module in found.largest_modules:
         assert module.delta_norm == pytest.approx(expected[module.module], rel=1e-5)
+
+
+def test_slots_that_nobody_uses_are_no_reason_to_refuse(tied: Load) -> None:
+    base = Base(tied())
+    wide = base.bundle(*tiny_models.random_adapter(base.layers, 16, 1))
+    base.stage(wide)
+    held = base.resident.nbytes
+    base.resident.release(Content(wide.digest, "adapter"))
+    assert base.resident.nbytes == 0
+    bare = base.logits()
+    placed = base.stage(wide, "merged")
+    assert base.resident.nbytes > 0
+    base.resident.release(Content(wide.digest, "merged"))
+    limited = Base(tied(), limit=held)
+    for mode in ("adapter", "merged", "adapter"):
+        limited.stage(limited.bundle(*tiny_models.random_adapter(base.layers, 16, 1)), mode)
+        limited.resident.release(Content(wide.digest, mode))
+    assert limited.resident.nbytes == 0 and placed.parameters
+    np.testing.assert_array_equal(limited.logits(), bare)
+
+
+def test_released_slots_shrink_to_those_that_are_left(tied: Load) -> None:
+    base = Base(tied())
+    wide, thin = base.bundle(*tiny_models.random_adapter(base.layers, 64, 1)), base.low_rank(2)
+    base.stage(wide)
+    placed = base.stage(thin)
+    before, size = base.logits(placed), base.resident.nbytes
+    base.resident.release(Content(wide.digest, "adapter"))
+    assert base.resident.nbytes == size
+    base.resident.trim()
+    assert base.resident.nbytes < size / 4
+    np.testing.assert_allclose(base.logits(placed), before, atol=1e-6)
