@@ -221,7 +221,8 @@ class Registry:
             raise Mismatch(f"If-Match asks for {if_match}, but no version of {name} is live.")
         if current.number != int(if_match) if number else not current.digest.startswith(if_match):
             raise Mismatch(
-                f"If-Match asks for {if_match}, but {name} is at version {current.number} ({current.digest})."
+                f"If-Match asks for {if_match}, but {name} is at version {current.number} ({current.digest}).",
+                at=(current.number, current.digest),
             )
 
     def publish(

@@ -28,4 +28,8 @@ class LiveVersion(RegistryError):
 
 
 class Mismatch(RegistryError):
-    """The alias is not where the caller expects it (If-Match)."""
+    """The alias is not where the caller expects it (If-Match); `at` is where it is: number and digest, if anywhere."""
+
+    def __init__(self, message: str, at: tuple[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.at = at

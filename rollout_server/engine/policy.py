@@ -179,7 +179,7 @@ class PolicyTable:
         `apply` would, and has changed nothing."""
         if not isinstance(command, Publish) or not self.stages(command):
             return True
-        with as_ours():
+        with as_ours(command.name):
             self._registry.require(command.name, command.if_match)
             prepared = self._ready(command)
             return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
@@ -193,7 +193,7 @@ class PolicyTable:
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
         self._shown = None
-        with self._leaving_nothing(), as_ours():
+        with self._leaving_nothing(), as_ours(command.name):
             match command:
                 case Publish():
                     return self._publish(command)

@@ -39,7 +39,7 @@ from rollout_server.schemas.weights import (
     PushReply,
 )
 
-MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{64}))"')
+MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 
 
 class WeightsController(Controller):
@@ -165,7 +165,7 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     found = MATCH.fullmatch(header.strip())
     if found is None:
         raise InvalidField(
-            f'If-Match is a quoted version or digest, "7" or "sha256:" and 64 hex digits, not {quoted(header)}.',
+            f'If-Match is a quoted version or digest, "7" or "sha256:" and 8 hex digits or more, not {quoted(header)}.',
             param="If-Match",
         )
     return found[1] or found[2]
