@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from rollout_server.engine.batches import Batches, Berth
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.holders import Berth
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import References
@@ -23,15 +24,15 @@ class Room:
         self._policies = policies
         self._batches = batches
         self._scoring = scoring
-        self._kv_cells = kv_cells
+        self.kv_cells = kv_cells
 
     def berth(self, group: Group, count: int) -> Berth | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
         berth = self._batches.berth(known.parameters, count, len(group.request.given_ids), group.length)
-        cells = self._batches.cells(berth, count, group.soon) + self._scoring.cells
-        return berth if cells <= self._kv_cells else None
+        cells = self._batches.cells(berth, count, group.soon) + self._scoring.cells + self._scoring.wanted
+        return berth if cells <= self.kv_cells else None
 
 
 class Admitting:

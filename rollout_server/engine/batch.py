@@ -7,14 +7,17 @@ when the step in flight has been read. Rows join and move only when no step is i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 
 from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward, Prompt, RowStore
 from rollout_server.engine.chunks import plan
 from rollout_server.engine.filters import Some
@@ -23,10 +26,12 @@ from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import TokenCounts
 from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
-from rollout_server.engine.sampling import SamplerArrays, prepare, sample, uniforms
+from rollout_server.engine.sampling import SamplerArrays, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
-from rollout_server.rollout import FinishReason
+
+MOST_KEPT = 16
+"""Rows whose KV is kept in one turn while others run or wait to be told: a copy for each layer of each."""
 
 
 class Batch:
@@ -54,12 +59,18 @@ class Batch:
         self._eos = eos
         self._vocabulary = vocabulary
         self._seats: dict[int, Row] = {}
+        self._leaving: list[Row] = []
+        """Rows whose places are being freed: in neither list if that fails."""
         self._joining: list[Joining] = []
         self._flight: Flight | None = None
         self._steps = 0
+        # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
+        self._aim: Aim | None = None
+        self._extent: tuple[int, int] | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
+        self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
         self._masking = Masking(vocabulary, eos)
         self.fed = 0
         """Prompt tokens read since it was made."""
@@ -68,7 +79,7 @@ class Batch:
 
     @property
     def rows(self) -> list[Row]:
-        return list(self._seats.values()) + self._recovering.rows
+        return [*self._seats.values(), *self._recovering.rows, *self._leaving]
 
     @property
     def joining(self) -> list[Joining]:
@@ -77,18 +88,30 @@ class Batch:
     @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
-        return len(self.rows) + sum(joining.count for joining in self._joining)
+        return len(self._seats) + len(self._recovering.rows) + sum(joining.count for joining in self._joining)
 
     @property
     def longest(self) -> int:
         """The most columns any of them needs soon."""
-        return max([row.soon for row in self.rows] + [each.group.soon for each in self._joining], default=0)
+        return max([self._extents[1], *(each.group.soon for each in self._joining)])
 
     @property
     def width(self) -> int:
         """Columns the next step needs for its longest row; prompts on their way count as read."""
         read = [len(joining.prompt.tokens) for joining in self._joining]
-        return 1 + max([row.offset for row in self.rows] + read, default=-1)
+        return 1 + max([self._extents[0], *read])
+
+    @property
+    def _extents(self) -> tuple[int, int]:
+        """Of the rows: the column of the longest one's next token (−1 without rows), and the most that one needs soon.
+        Kept from one step to the next, since each turn asks several times."""
+        if self._extent is None:
+            rows = self.rows
+            self._extent = max([row.offset for row in rows], default=-1), max([row.soon for row in rows], default=0)
+        return self._extent
+
+    def _changed(self) -> None:
+        self._arrays = self._aim = self._extent = None
 
     def seats(self, row: Row) -> bool:
         return any(seated is row for seated in self.rows)
@@ -125,7 +148,7 @@ class Batch:
 
     @property
     def active(self) -> bool:
-        return bool(self.rows) or self._flight is not None
+        return bool(self._seats or self._recovering.rows) or self._flight is not None
 
     @property
     def steps(self) -> int:
@@ -141,8 +164,8 @@ class Batch:
             group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot)
         self.store.begin(group.prompt, admission.count, columns)
         # There may be more places now, and rows go on while the prompt is read.
-        self._arrays = None
-        group.joining = True
+        self._changed()
+        group.joining = admission.count
         self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
     def prefill(self, budget: int) -> list[Row]:
@@ -181,52 +204,56 @@ class Batch:
             rows.append(row)
         if not keep:
             group.prompt = None
-        group.joining = False
-        self._arrays = None
+        group.joining = 0
+        self._changed()
         return rows
 
     # ---- leaving --------------------------------------------------------------------------------------------------
 
-    def release(self) -> list[Row]:
+    def release(self, *, few: bool = False) -> list[Row]:
         """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
-        would move other rows it waits until nothing is in flight."""
+        would move other rows it waits until nothing is in flight. `few`: only so many that others need not wait long
+        for what is kept of them."""
         if not self._flight and not all(row.running for row in self._recovering.rows):
             ended, places = self._recovering.take(lambda row: not row.running)
             self._vacate(places, places)
             return ended + self.release()
         flying = self._flight.number if self._flight else None
         gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
+        if few:
+            gone = dict(islice(gone.items(), self._most_leaving))
         if not gone or (self._flight and self.store.moves_on_leave(len(gone))):
             return []
+        self._leaving = list(gone.values())
         for place in gone:
             del self._seats[place]
         if self._keeper is not None:
             self._keeper.keep_rows(gone, self._flight is not None)
-        scrub = [place for place, row in gone.items() if not self._ended_clean(row)]
+        scrub = [place for place, row in gone.items() if not row.ended_clean]
         self._vacate(list(gone), scrub)
+        self._leaving = []
         return list(gone.values())
-
-    @staticmethod
-    def _ended_clean(row: Row) -> bool:
-        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
-        ended = row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        return ended and row.dispatched == len(row.token_ids)
 
     def recover(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
         """See `Recoveries.begin`."""
         self._recovering.begin(row, legs, columns)
-        self._arrays = None
+        self._changed()
 
     def _recover(self, budget: int) -> tuple[list[Row], int]:
         """Rows that are back, and what is left of the budget."""
         before = self._recovering.unread
-        back = dict(self._recovering.feed(budget))
+        back: list[Row] = []
+
+        def seat(place: int, row: Row) -> None:
+            row.last_step, row.away = -1, False
+            self._seats[place] = row
+            self._changed()
+            back.append(row)
+
+        self._recovering.feed(budget, seat)
         fed = before - self._recovering.unread
-        for row in back.values():
-            row.last_step, row.away, self._arrays = -1, False, None
-        self._seats |= back
         self.fed += fed
-        return list(back.values()), budget - fed
+        return back, budget - fed
 
     def evict(self, row: Row) -> None:
         """Drops the KV of a row; no step may be in flight."""
@@ -255,7 +282,7 @@ class Batch:
         (place,) = self.store.seat(moved, 1, keep=False)
         self._seats[place] = row
         row.last_step = -1
-        self._arrays = None
+        self._changed()
 
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
@@ -272,7 +299,7 @@ class Batch:
         for joining in dropped:
             self.store.cancel(joining.prompt, joining.count)
             joining.group.prompt = None
-            joining.group.joining = False
+            joining.group.joining = 0
 
     def _vacate(self, places: Sequence[int], scrub: Sequence[int]) -> None:
         self._follow(self.store.leave(places, scrub))
@@ -280,10 +307,10 @@ class Batch:
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
         reading = [len(joining.prompt.tokens) for joining in self._joining]
-        self._follow(self.store.shrink(max([row.offset + 1 for row in self._seats.values()] + reading, default=0)))
+        self._follow(self.store.shrink(max([row.offset + 1 for row in self.rows] + reading, default=0)))
 
     def _follow(self, moved: dict[int, int] | None) -> None:
-        self._arrays = None
+        self._changed()
         if moved is None:
             return
         self._recovering.follow(moved)
@@ -294,7 +321,7 @@ class Batch:
     @property
     def must_settle(self) -> bool:
         """Rows that ended cannot leave while a step is in flight, because others would move."""
-        ended = sum(not row.running for row in self._seats.values())
+        ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
         return self._flight is not None and ended > 0 and self.store.moves_on_leave(ended)
 
     # ---- stepping -------------------------------------------------------------------------------------------------
@@ -302,7 +329,7 @@ class Batch:
     def step(self) -> list[Row]:
         """Builds the next step, reads the one in flight, launches the next; returns the rows that got a token."""
         launch = None if self.must_settle else self._build()
-        if launch is not None and self._masking.concerns(launch.rows):
+        if launch is not None and self._aim is not None and self._aim.masked:
             return self._step_masked(launch)
         following = None if launch is None else self._draw(launch, None)
         read = self._take()
@@ -327,29 +354,26 @@ class Batch:
         return read.record(self._eos) if read else []
 
     def _build(self) -> Launch | None:
-        rows = tuple((place, row) for place, row in self._seats.items() if row.wants_step)
+        rows = tuple([(place, row) for place, row in self._seats.items() if row.wants_step])
         if not rows:
             return None
         size = self.store.capacity
         if self._arrays is None:
             self._arrays = self._prepare(size)
-        offsets: list[int | None] = [None] * size
-        # Places that take no part use some row's slot, so that a batch on one version stays on the plain path.
-        seeds, positions, slots = [0] * size, [0] * size, [rows[0][1].placement.slot] * size
-        for place, row in rows:
-            offsets[place], seeds[place], positions[place] = row.offset, row.seed, row.dispatched
-            slots[place] = row.placement.slot
-        self.store.aim(offsets, 1 + max(row.offset for _, row in rows))
-        self._route(slots)
+        if self._aim is None or self._aim.rows != rows:
+            self._aim = Aim(rows, size)
+        aim = self._aim
+        self.store.aim(aim.offsets, aim.width)
+        self._route(aim.slots())
+        ids = self._flight.sampled.ids if self._flight is not None else inputs_of(self._seats, size)
         decode = self._compiled or self._forward
-        logits = decode(self._inputs(size)[:, None], self.store.layers)[:, -1]
-        draws = mx.array(uniforms(seeds, positions))
+        logits = decode(ids[:, None], self.store.layers)[:, -1]
+        draws = mx.array(uniforms(aim.seeds, aim.positions))
         bans = self._arrays.bans
-        banned = bans.at(positions) if bans else None
+        banned = bans.at(aim.positions) if bans else None
         self._steps += 1
-        for _, row in rows:
-            row.stamp()
-            row.last_step = self._steps
+        aim.advance(self._steps)
+        self._extent = None
         return Launch(self._steps, rows, logits, draws, banned)
 
     def _draw(self, launch: Launch, mask: Some | None) -> Flight:
@@ -359,25 +383,10 @@ class Batch:
         self._counts.add(sampled.ids)
         return Flight(launch.number, launch.rows, sampled)
 
-    def _inputs(self, size: int) -> mx.array:
-        if self._flight is not None:
-            return self._flight.sampled.ids
-        ids = [0] * size
-        for place, row in self._seats.items():
-            ids[place] = row.input_id
-        return mx.array(ids, dtype=mx.int32)
-
     def _prepare(self, size: int) -> SamplerArrays:
-        wants = [row.group.request.wants for row in self._seats.values()]
         by_place = [self._seats.get(place) for place in range(size)]
         self._counts.seat(by_place)
-        return prepare(
-            [row.group.request.sampling if row else None for row in by_place],
-            self._vocabulary,
-            entropy=any(want.entropy for want in wants),
-            top_logprobs=max(want.top_logprobs for want in wants),
-            eos=self._eos,
-        )
+        return prepare_rows(by_place, self._vocabulary, self._eos)
 
     def _take(self) -> Landed | None:
         """Waits for the step in flight and copies its results to the host."""

@@ -9,43 +9,20 @@ batch fails, the rows of those before it have been told of.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
+from rollout_server.engine.cache import RowStore
 from rollout_server.engine.flight import Joining
+from rollout_server.engine.holders import FIRST, Berth, Holder, age_of
 from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
-
-Berth = tuple[int, int]
-"""Which batch: the parameter set, and the number of a class of lengths."""
-
-FIRST: Berth = (BASE_SET, 0)
-Age = tuple[float, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
-
-    age: Age
-    berth: Berth
-    count: int
-    width: int
-    row: Row | None = None
-    joining: Joining | None = None
-
-
-def _age(group: Group, sample: int) -> Age:
-    return group.arrived, group.request.prompt_index, sample
-
 
 LEAST_WASTE = 4096
 """Columns attended in vain each step, below which nobody asks what they cost,"""
@@ -117,6 +94,11 @@ class Batches:
         return sum(batch.cells(0, batch.longest) for batch in self._batches.values() if self._holds(batch))
 
     @property
+    def idle_cells(self) -> int:
+        """KV columns over all rows of batches that keep their arrays for the next rows."""
+        return sum(batch.store.held for batch in self._batches.values() if not self._holds(batch))
+
+    @property
     def nbytes(self) -> int:
         """KV memory of all batches, bytes."""
         return sum(batch.nbytes for batch in self._batches.values())
@@ -161,9 +143,10 @@ class Batches:
     def cells(self, berth: Berth, count: int, length: int) -> int:
         """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
         Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(berth) or self._make(berth[0])
+        batch = self._batches.get(berth)
         others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
-        return batch.cells(count, self.columns(berth, length)) + sum(other.cells(0, other.longest) for other in others)
+        own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
+        return own + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
     def _holds(batch: Batch) -> bool:
@@ -181,18 +164,26 @@ class Batches:
     def open(self, berth: Berth, count: int, length: int) -> Batch:
         """A batch, made if need be, which `count` rows of `length` are about to join; others that have no rows give
         their KV back."""
-        self._leave_room(self.cells(berth, count, length))
         for key in [key for key, batch in self._batches.items() if not self._holds(batch)]:
             if key != berth:
                 self._drop(key)
         if berth not in self._batches:
             self._batches[berth] = self._make(berth[0])
+        self._leave_room(self.cells(berth, count, length))
         return self._batches[berth]
 
     def keep(self, sets: Collection[int]) -> None:
         """Batches without rows whose set is not among these, or has others, give their KV back."""
         for berth in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
             if not self._holds(self._batches[berth]):
+                self._drop(berth)
+
+    def drop_idle(self) -> None:
+        """Batches without rows give their KV back."""
+        for berth in [berth for berth, batch in self._batches.items() if not self._holds(batch)]:
+            if berth == FIRST:
+                self._batches[berth].shrink()
+            else:
                 self._drop(berth)
 
     def shrink(self) -> None:
@@ -213,11 +204,11 @@ class Batches:
         reading = sum(batch.reading for batch in self._batches.values())
         return self._each(lambda batch: batch.prefill(max(1, budget // reading)) if batch.reading else [])
 
-    def release(self) -> Iterator[Row]:
+    def release(self, *, few: bool = False) -> Iterator[Row]:
         ended = [row for row in self.aside if not row.running]
         self.aside = [row for row in self.aside if row.running]
         yield from ended
-        yield from self._each(Batch.release)
+        yield from self._each(partial(Batch.release, few=few))
 
     def drop_cancelled(self) -> Iterator[Joining]:
         return self._each(Batch.drop_cancelled)
@@ -248,14 +239,21 @@ class Batches:
         """KV columns over all rows of all batches once the next step is done."""
         return sum(batch.due for batch in self._batches.values())
 
+    def stretch(self, cells: int) -> None:
+        """Before a step: batches that have to grow for it may grow by more, as far as all rows come to at most
+        `cells` columns."""
+        for batch in filter(self._holds, self._batches.values()):
+            others = self.held_cells - batch.cells(0, batch.longest)
+            batch.store.stretch(batch.width, cells - others)
+
     @property
     def holders(self) -> list[Holder]:
         """Rows and joining groups, for which of them steps aside."""
         held = []
         for berth, batch in self._batches.items():
-            held += [Holder(_age(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
+            held += [Holder(age_of(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
             for each in batch.joining:
-                width, age = len(each.prompt.tokens) + 1, _age(each.group, each.first_sample)
+                width, age = len(each.prompt.tokens) + 1, age_of(each.group, each.first_sample)
                 held.append(Holder(age, berth, each.count, width, joining=each))
         return held
 
@@ -275,14 +273,15 @@ class Batches:
     def evict(self, row: Row) -> None:
         """Drops the KV of a row, which waits to come back; no step may be in flight."""
         berth = self._at = self._home(row)
+        self._moving = row
         self._batches[berth].evict(row)
-        self._at = None
+        self._at = self._moving = None
         self.set_aside(row)
 
     def set_aside(self, row: Row) -> None:
         """Lets a row that is in no batch wait to come back."""
         row.away = True
-        self.aside = sorted([*self.aside, row], key=lambda row: _age(row.group, row.sample_index))
+        self.aside = sorted([*self.aside, row], key=lambda row: age_of(row.group, row.sample_index))
 
     def unjoin(self, joining: Joining) -> None:
         """See `Batch.unjoin`."""
@@ -292,10 +291,10 @@ class Batches:
 
     def recover(self, row: Row, berth: Berth, legs: Sequence[Leg]) -> None:
         """Takes a row back that stepped aside; no step may be in flight."""
-        self._at = berth
-        self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
+        self._at, self._moving = berth, row
         self.aside.remove(row)
-        self._at = None
+        self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
+        self._at = self._moving = None
 
     # ---- classes of lengths ---------------------------------------------------------------------------------------
 
@@ -316,11 +315,16 @@ class Batches:
         return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
 
     def _places(self, rows: int) -> int:
-        return next(iter(self._batches.values())).store.places(rows)
+        return self._store.places(rows)
+
+    @property
+    def _store(self) -> RowStore:  # any: all are of one kind
+        return next(iter(self._batches.values())).store
 
     def _know_costs(self, wanted: bool) -> None:
         """Measures once, when somebody wants to know and the memory for it is free."""
         if wanted and self._costs is None and self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
+            self._leave_room(self.held_cells + MEASURED_CELLS)
             self._costs = self._measure(MEASURED_WIDTH)
 
     def moves(self) -> list[tuple[Row, Berth]]:
@@ -376,7 +380,8 @@ class Batches:
     def fail(self) -> tuple[list[Row], list[Joining]]:
         """The rows and joining groups that a failure took along: of the batch that was being computed, or of all. They
         are in no batch any more."""
-        failed = [self._at] if self._at is not None and self._at in self._batches else list(self._batches)
+        # One that was still to be made has taken nothing along but the row or group it was made for.
+        failed = list(self._batches) if self._at is None else [self._at] * (self._at in self._batches)
         self._at = None
         rows = [row for berth in failed for row in self._batches[berth].rows]
         joining = [group for berth in failed for group in self._batches[berth].joining]

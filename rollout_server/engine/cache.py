@@ -73,6 +73,10 @@ class RowStore(Protocol):
 
     def packed(self, rows: int, width: int) -> int: ...
 
+    def stretch(self, width: int, cells: int) -> None:
+        """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns
+        of `cells`, so that they seldom do."""
+
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`."""
 
@@ -108,6 +112,10 @@ class RowStore(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def held(self) -> int:
+        """Rows × columns that are allocated though no row is there."""
+
 
 class SlotRows:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
@@ -130,11 +138,20 @@ class SlotRows:
     def places(self, rows: int) -> int:
         return row_bucket(rows, self._max_rows)
 
+    @property
+    def held(self) -> int:
+        return self.capacity * self.columns
+
     def due(self, width: int) -> int:
         return self.capacity * self._grown(width + 1)
 
     def packed(self, rows: int, width: int) -> int:
         return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
+
+    def stretch(self, width: int, cells: int) -> None:
+        if width + 1 > max(self.columns, self._ceiling) and self.capacity:
+            most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
+            self._ceiling = max(self._ceiling, min(self._roomy(width + 1), most))
 
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)
@@ -328,8 +345,13 @@ class SlotRows:
     def _grown(self, needed: int) -> int:
         if needed <= self.columns:
             return self.columns
-        # Half as much again, so that the copies of a row that grows token by token stay constant per token.
-        return round_up(max(needed, min(self.columns * 3 // 2, self._ceiling)), COLUMN_BUCKET)
+        return round_up(max(needed, min(self._roomy(needed), self._ceiling)), COLUMN_BUCKET)
+
+    def _roomy(self, needed: int) -> int:
+        """Half as much again, so that the copies of a row that grows token by token stay constant per token; where
+        each shape is a trace of its own, for all of a width that is read, and the spare column."""
+        most = max(needed, self.columns * 3 // 2)
+        return round_up(self._width(most) + 1, COLUMN_BUCKET) if self._coarse else round_up(most, COLUMN_BUCKET)
 
     def _resize(self, capacity: int, columns: int) -> None:
         """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""

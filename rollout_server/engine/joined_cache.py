@@ -32,6 +32,10 @@ class JoinedRows:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def held(self) -> int:
+        return 0  # nothing is kept for rows to come
+
     def places(self, rows: int) -> int:
         return rows
 
@@ -40,6 +44,9 @@ class JoinedRows:
 
     def packed(self, rows: int, width: int) -> int:
         return rows * (width + JOINED_KV_SPARE + self._row_cells)
+
+    def stretch(self, width: int, cells: int) -> None:
+        """The caches grow by themselves."""
 
     def cells(self, count: int, columns: int) -> int:
         rows = self.capacity + self._reserved + count

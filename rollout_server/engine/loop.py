@@ -89,7 +89,10 @@ class Engine:
         self._reuse = Reuse(info.kv_memory, info.kv_bytes_per_token, info.digest, on=prefix_cache and slots)
         self._batch = Batches(self._new_batch, kv_cells, self._measure_step if slots else None, self._leave_room)
         self._scoring = ScoringQueue(
-            make_reader(model, policies), policies, lambda cells: self._batch.held_cells + cells <= kv_cells
+            make_reader(model, policies),
+            policies,
+            lambda cells: self._batch.held_cells + self._scheduler.kept_cells + cells <= self._room.kv_cells,
+            lambda: not self._batch.size,
         )
         self._room = Room(policies, self._batch, self._scoring, kv_cells)
         self._scheduler = Scheduler(info.max_batch, self._room.berth)
@@ -171,7 +174,7 @@ class Engine:
         self._preemption.make_room()
         if self._batch.active:
             self._reports.progress(self._batch.step())
-            self._reports.release(self._batch.release())
+            self._reports.release(self._batch.release(few=True))
         if moves := self._batch.moves():
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
@@ -181,12 +184,20 @@ class Engine:
             self._references.score_rows(group)
         self._reading.score(self._scheduler.crowded or bool(self._batch.aside))
         self._budget.end()
-        self._leave_room(self._batch.held_cells)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        """What is kept for later requests comes before the arrays that rows have left, and after the rows."""
+        held = self._batch.held_cells
+        kept = self._reuse.status.nbytes // self._model.info.kv_bytes_per_token
+        if (idle := self._batch.idle_cells) and self._scoring.cells + held + idle + kept > self._room.kv_cells:
+            self._batch.drop_idle()
+        self._leave_room(held)
 
     def _leave_room(self, cells: int) -> None:
         """What rows and the scorer may come to fill is theirs, before what is kept for later requests."""
         self._reuse.follow(self._policies.snapshot())
-        self._reuse.fit(cells + self._scoring.cells)
+        self._reuse.fit(cells + self._scheduler.kept_cells + self._scoring.cells)
 
     def _give_back(self) -> None:
         while self._releases:
@@ -276,6 +287,8 @@ class Engine:
                 fault=fault,
                 waiting=self._scheduler.waiting_requests,
                 running=self._batch.size,
+                aside=len(self._batch.aside),
+                preemptions=self._preemption.count,
                 policies=self._policies.snapshot(),
                 steps=self._batch.steps,
                 tokens=self._reports.tokens,

@@ -20,11 +20,6 @@ class Masking:
         self._filler = MaskFiller(vocabulary)
         self._eos = eos
 
-    @staticmethod
-    def concerns(rows: Sequence[tuple[int, Row]]) -> bool:
-        """Whether any of these (place, row) has a grammar."""
-        return any(row.follower is not None for _, row in rows)
-
     def of(self, rows: Sequence[tuple[int, Row]], size: int) -> tuple[Some | None, list[Row]]:
         """Masks for the next token of these (place, row), all whose tokens have been recorded, among `size` places;
         and the rows that failed because their grammars cannot be followed any further."""

@@ -237,6 +237,10 @@ class EngineStatus:
     """Requests in the queue."""
     running: int = 0
     """Rows in the batch."""
+    aside: int = 0
+    """Rows that gave their KV up and wait to come back,"""
+    preemptions: int = 0
+    """and how often one did since the start."""
     policies: tuple[PolicyStatus, ...] = field(default=())
     steps: int = 0
     tokens: int = 0

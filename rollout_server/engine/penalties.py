@@ -30,7 +30,7 @@ class Bans:
     tokens: np.ndarray
     until: np.ndarray
 
-    def at(self, positions: Sequence[int]) -> Pairs | None:
+    def at(self, positions: Sequence[int] | np.ndarray) -> Pairs | None:
         """Those that hold where the row at each place samples token number `positions[place]`."""
         holds = np.asarray(positions)[self.places] < self.until
         if not holds.any():

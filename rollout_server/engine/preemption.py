@@ -40,6 +40,12 @@ class Preemption:
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, rows give theirs up, the newest first. The oldest row
         never does."""
+        if not self._scheduler.crowded and not self._batches.aside:
+            # A quarter stays free for whoever comes, and for what is kept for later requests.
+            self._batches.stretch((self._kv_cells - self._scoring.cells) * 3 // 4)
+        if self._fits():
+            return
+        self._batches.drop_idle()
         if self._fits():
             return
         self._settle()
@@ -48,9 +54,11 @@ class Preemption:
             return
         order = sorted(self._batches.holders, key=lambda holder: holder.age)
         staying = len(order)
-        while staying > 1 and self._batches.packed(order[:staying]) + self._scoring.cells > self._kv_cells:
+        beside = self._scheduler.kept_cells + self._scoring.cells
+        while staying > 1 and self._batches.packed(order[:staying]) + beside > self._kv_cells:
             staying -= 1
-        for holder in order[staying:]:
+        # The newest first, so that groups stand in the queue in their order again.
+        for holder in reversed(order[staying:]):
             if holder.row is not None:
                 self._hold(holder.row)
                 self._batches.evict(holder.row)
@@ -61,7 +69,8 @@ class Preemption:
         self._batches.tighten()
 
     def _fits(self) -> bool:
-        return self._batches.due + self._scoring.cells <= self._kv_cells
+        used = self._batches.due + self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
+        return used <= self._kv_cells
 
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
@@ -70,7 +79,8 @@ class Preemption:
         while self._batches.aside:
             row = self._batches.aside[0]
             berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1, row.soon)
-            if self._batches.cells(berth, 1, row.soon) + self._scoring.cells > self._kv_cells:
+            beside = self._scheduler.kept_cells + self._scoring.cells + self._scoring.wanted
+            if self._batches.cells(berth, 1, row.soon) + beside > self._kv_cells:
                 return False
             self._settle()
             if row.running:
@@ -89,6 +99,8 @@ class Preemption:
         """Keeps the versions that its tokens were read under, as far as they are there still. Where one is gone, all
         is read again under the version the row is on, and its next span says so."""
         group = row.group
+        if not row.spans:
+            return  # its prompt is read under the version it is on
         wanted = {span.version for span in row.spans[_fresh_from(row) :]}
         if not _fresh_from(row) and group.version:
             wanted.add(group.version)
@@ -100,7 +112,7 @@ class Preemption:
             row.lent.append(version)
 
     def _legs(self, row: Sequence) -> list[Leg]:
-        if row.recomputed:
+        if row.recomputed or not row.spans:
             return [(row.offset, row.placement)]
         request = row.group.request
         # Positions of spans count from the first token behind the prompt, a prefix included.

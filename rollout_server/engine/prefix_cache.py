@@ -186,4 +186,12 @@ def common(segment: Sequence[int], tokens: Sequence[int], at: int) -> int:
     count = min(len(segment), len(tokens) - at)
     if segment[:count] == tokens[at : at + count]:
         return count
-    return next(i for i in range(count) if segment[i] != tokens[at + i])
+    # By halving, since comparing slices does not run in Python: [0, agree) is equal and [0, differ) is not.
+    agree, differ = 0, count
+    while differ - agree > 1:
+        half = (agree + differ) // 2
+        if segment[agree:half] == tokens[at + agree : at + half]:
+            agree = half
+        else:
+            differ = half
+    return agree

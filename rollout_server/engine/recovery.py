@@ -44,8 +44,8 @@ class Recoveries:
         self._store.begin(prompt, 1, columns)
         self._open.append(Recovery(row, prompt, tuple(legs)))
 
-    def feed(self, budget: int) -> list[tuple[int, Row]]:
-        """Reads about `budget` tokens, of the oldest first; returns those that are complete, and their places."""
+    def feed(self, budget: int, seat: Callable[[int, Row], None]) -> None:
+        """Reads about `budget` tokens, of the oldest first; rows that are complete, and their places, go to `seat`."""
         for recovery in self._open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
@@ -54,9 +54,10 @@ class Recoveries:
                 prompt.slot = placement.slot
                 self._store.feed(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
                 budget -= count
-        done = [recovery for recovery in self._open if recovery.prompt.done]
-        self._open = [recovery for recovery in self._open if not recovery.prompt.done]
-        return [(self._store.seat(recovery.prompt, 1, False)[0], recovery.row) for recovery in done]
+        for recovery in [recovery for recovery in self._open if recovery.prompt.done]:
+            # One after another: what a failure leaves unseated is still known to be open.
+            seat(self._store.seat(recovery.prompt, 1, False)[0], recovery.row)
+            self._open.remove(recovery)
 
     def take(self, chosen: Callable[[Row], bool]) -> tuple[list[Row], list[int]]:
         """Rows that are to leave before they are complete, and the places that become free."""

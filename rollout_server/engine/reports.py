@@ -155,7 +155,9 @@ class Reports:
         for row in group.held:
             row.fail(error)
         self._let_go(group)
-        first = group.admitted
+        # Those whose prompt is being read fail with it; their places are given back.
+        first = group.admitted - group.joining
+        group.cancelled = group.cancelled or bool(group.joining)
         self._forget(group)
         self._never_ran(group, range(first, group.request.n), error=error)
 
@@ -169,7 +171,7 @@ class Reports:
             self.release([row])
         for join in joining:
             self._forget(join.group)
-            join.group.prompt, join.group.joining = None, False
+            join.group.prompt, join.group.joining = None, 0
             self.drop([join])
             if not join.group.cancelled:
                 self._never_ran(join.group, range(join.first_sample, join.group.request.n), error=error)

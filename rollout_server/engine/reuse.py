@@ -17,7 +17,7 @@ from adapters.slots import BASE_SLOT
 from rollout_server.engine.cache import Prompt, SlotRows
 from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.engine.policy_messages import PolicyStatus
-from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment, common
+from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 from rollout_server.rollout import PolicyVersion
@@ -148,6 +148,7 @@ def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
     first = earlier.prompt
     if first is None or first.done or earlier.cancelled or earlier.version != later.version:
         return False
-    if not prompt.tokens or first.tokens[0] != prompt.tokens[0]:
+    half = max(LEAST, len(prompt.tokens) // 2)
+    if len(first.tokens) < half or len(prompt.tokens) < half or first.tokens[half - 1] != prompt.tokens[half - 1]:
         return False
-    return common(first.tokens, prompt.tokens, 0) >= max(LEAST, len(prompt.tokens) // 2)
+    return first.tokens[:half] == prompt.tokens[:half]

@@ -40,7 +40,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+def uniforms(seeds: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
     """float32 [R, 2] in [0, 1 − 2⁻²³], a pure function of each row's seed and token index."""
     with np.errstate(over="ignore"):
         seed = _mix(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -54,6 +55,8 @@ class Scheduler:
         self.crowded = False
         """The group at the head of the queue waits for KV memory."""
         self._waiting: deque[Group] = deque()
+        self._deadlines: list[tuple[float, str]] = []
+        """Of requests that have one, the soonest first."""
         self._aside: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
@@ -64,6 +67,8 @@ class Scheduler:
         rows = sum(group.request.n for group in groups)
         ticket = Ticket(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
         self.tickets[submit.id] = ticket
+        if submit.deadline is not None:
+            heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         self._waiting.extend(groups)
         self.waiting_requests += 1
         return ticket
@@ -78,12 +83,35 @@ class Scheduler:
         group = self._waiting[0]
         if group.joining:
             return None
-        for count in range(min(group.waiting, self._max_rows - running), 0, -1):
-            berth = self._fit(group, count)
-            if berth is not None:
-                return Admission(group, count, berth)
-            self.crowded = count == 1
-        return None
+        most = min(group.waiting, self._max_rows - running)
+        if most < 1:
+            return None
+        if berth := self._fit(group, most):
+            return Admission(group, most, berth)
+        found = self._fit(group, 1) if most > 1 else None
+        if found is None:
+            self.crowded = True
+            return None
+        # As many as fit, by halving: asking for every count each turn costs more than the step where n is large.
+        fits, fails = 1, most
+        while fails - fits > 1:
+            count = (fits + fails) // 2
+            if berth := self._fit(group, count):
+                fits, found = count, berth
+            else:
+                fails = count
+        return Admission(group, fits, found)
+
+    @property
+    def kept_cells(self) -> int:
+        """KV columns of prompts that are kept for samples that wait: only the first groups in the queue have begun."""
+        cells = 0
+        for group in self._waiting:
+            if group.version is None:
+                break
+            if group.prompt is not None and group.prompt.kept is not None:
+                cells += len(group.prompt.tokens)
+        return cells
 
     def heads(self, group: Group) -> bool:
         """Whether a group still waits at the head of the queue."""
@@ -163,6 +191,12 @@ class Scheduler:
         return self.tickets.pop(id)
 
     def overdue(self, now: float) -> Iterator[Ticket]:
-        for ticket in list(self.tickets.values()):
-            if ticket.deadline is not None and ticket.deadline <= now:
-                yield ticket
+        due = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            due.append(heapq.heappop(self._deadlines))
+        for deadline, id in due:
+            # One that is over keeps its place here until its time.
+            if id in self.tickets:
+                yield self.tickets[id]
+            if id in self.tickets:
+                heapq.heappush(self._deadlines, (deadline, id))

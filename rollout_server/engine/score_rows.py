@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rollout_server.engine.cache import Forward, Piece, Prompt, SlotRows
@@ -98,9 +99,9 @@ class SlotReader:
     # ---- joining and leaving --------------------------------------------------------------------------------------
 
     def begin(self, family: Family, count: int) -> None:
-        passages = [family.waiting.popleft() for _ in range(count)]
-        longest = max(passage.length for passage in self._held + passages)
+        longest = max(passage.length for passage in [*self._held, *islice(family.waiting, count)])
         self._rows.begin(family.prompt, count, longest)
+        passages = [family.waiting.popleft() for _ in range(count)]
         family.joining = True
         self._joining.append(_Joining(family, passages))
         self._kept = [kept for kept in self._kept if kept is not family] + [family] * bool(family.waiting)

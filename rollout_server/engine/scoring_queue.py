@@ -1,8 +1,9 @@
 """Who is scored next: the jobs take turns, and a reader is kept as full as one turn's share of the budget.
 
 Every job may have one passage in the reader; more only while the reader holds less than a turn can read. Their KV
-counts against the rows' memory: nothing joins that does not fit, or while a group of rows waits for memory, except
-the first passage, so that neither can wait for the other for ever.
+counts against the rows' memory: nothing joins that does not fit, or while a group of rows waits for memory. For the
+first passage room is kept: no row joins until it fits, and where nothing runs it joins in any case, so that neither can
+wait for the other for ever.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
 
 
 class ScoringQueue:
-    """`fits(cells)` says whether so many KV columns are left beside the rows'."""
+    """`fits(cells)` says whether so many KV columns are left beside the rows', `alone()` whether no row has any."""
 
-    def __init__(self, reader: Reader, policies: PolicyTable, fits: Callable[[int], bool]) -> None:
+    def __init__(
+        self, reader: Reader, policies: PolicyTable, fits: Callable[[int], bool], alone: Callable[[], bool]
+    ) -> None:
         self._reader = reader
         self._policies = policies
         self._fits = fits
+        self._alone = alone
+        self.wanted = 0
+        """KV columns that the first passage waits for."""
         self._jobs: deque[ScoreJob] = deque()
         self.computing = False
         """A forward of it is running: a failure now is its own."""
@@ -59,6 +65,7 @@ class ScoringQueue:
 
     def advance(self, budget: int, crowded: bool) -> int:
         """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory."""
+        self.wanted = 0
         if not self._jobs:
             return 0
         self.computing = True
@@ -89,8 +96,8 @@ class ScoringQueue:
             count = self._room(family, budget, crowded)
             if not count:
                 return
-            self._reader.begin(family, count)
             job.reading += count
+            self._reader.begin(family, count)
             if not family.waiting:
                 job.families.remove(family)
             # Whoever had a turn stands behind the others in the next one.
@@ -101,7 +108,11 @@ class ScoringQueue:
     def _room(self, family: Family, budget: int, crowded: bool) -> int:
         """How many passages of a family may join now."""
         reader = self._reader
-        if reader.size and (crowded or not self._fits(reader.cells_with(1, family.length))):
+        cells = reader.cells_with(1, family.length)
+        if reader.size and (crowded or not self._fits(cells)):
+            return 0
+        if not (reader.size or self._alone() or self._fits(cells)):
+            self.wanted = cells
             return 0
         left, count = reader.left + len(family.prompt.tokens) - family.prompt.fed, 0
         for passage in family.waiting:

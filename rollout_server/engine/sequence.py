@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from adapters.resident import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
@@ -52,8 +52,8 @@ class Group:
     """Those of them that stopped or reached their length, for `return_when`."""
     held: list[Sequence] = field(default_factory=list)
     """Rows that are over and wait for values."""
-    joining: bool = False
-    """Admitted samples wait for their rows to be seated; no more are admitted meanwhile."""
+    joining: int = 0
+    """Admitted samples that wait for their rows to be seated; no more are admitted meanwhile."""
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
     cached_tokens: int = 0
@@ -75,6 +75,16 @@ class Group:
     def length(self) -> int:
         """Columns one of its rows can fill."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A span from its first token on, and where it is sampled; it goes on until the next one begins."""
+
+    version: PolicyVersion
+    start: int
+    kv: str | None
+    placement: Placement
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +110,8 @@ class Sequence:
     log_kept_mass: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     top_logprobs: list[TopTokens | None] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    begun: list[Begun] = field(default_factory=list)
+    """Its spans; see `spans`."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: RolloutError | None = None
@@ -108,8 +119,6 @@ class Sequence:
     """Its end was told, or is held until its values are there."""
     switched: bool = False
     """Its KV comes from more than one version."""
-    placements: list[Placement] = field(default_factory=list)
-    """Where each of its spans was sampled."""
     away: bool = False
     """Its KV was dropped for want of memory, or is being read again."""
     recomputed: bool = False
@@ -119,9 +128,13 @@ class Sequence:
     base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
     ended_at: float = 0.0
+    _first: int = field(init=False)
+    _most: int = field(init=False)
+    """Column of its prompt's last token, and the tokens it may have: of the request, since every step asks for them."""
 
     def __post_init__(self) -> None:
         request = self.group.request
+        self._first, self._most = len(request.prompt_ids) - 1, request.sampling.max_tokens
         prefix, wants = request.prefix, request.wants
         self.dispatched = len(prefix)
         self.token_ids = list(prefix.token_ids)
@@ -145,9 +158,15 @@ class Sequence:
         return self.finish_reason is None
 
     @property
+    def ended_clean(self) -> bool:
+        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
+        ended = self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return ended and self.dispatched == len(self.token_ids)
+
+    @property
     def wants_step(self) -> bool:
         """A length stop is known in advance and not dispatched."""
-        return self.running and self.dispatched < self.group.request.sampling.max_tokens
+        return self.finish_reason is None and self.dispatched < self._most
 
     @property
     def needs_reference(self) -> bool:
@@ -163,12 +182,12 @@ class Sequence:
     @property
     def offset(self) -> int:
         """Column of the next step's input token: the last prompt token, or the token sampled before."""
-        return len(self.group.request.prompt_ids) - 1 + self.dispatched
+        return self._first + self.dispatched
 
     @property
     def soon(self) -> int:
         """Columns it needs to go on for a while."""
-        return min(self.group.length, self.offset + 1 + HEADROOM)
+        return self._first + 1 + min(self._most, self.dispatched + HEADROOM)
 
     @property
     def input_id(self) -> int:
@@ -184,15 +203,32 @@ class Sequence:
             return CARRIED
         return RECOMPUTED if self.group.request.prefix.token_ids else None
 
+    @property
+    def spans(self) -> list[Span]:
+        """Which version sampled which tokens, as far as steps were dispatched."""
+        return self._spans(self.dispatched)
+
+    def _spans(self, count: int) -> list[Span]:
+        """Of the first `count` tokens."""
+        ends = [*(begun.start for begun in self.begun[1:]), count]
+        pairs = zip(self.begun, ends, strict=False)
+        return [
+            Span(begun.version, begun.start, min(end, count), begun.kv) for begun, end in pairs if begun.start < count
+        ]
+
+    @property
+    def placements(self) -> list[Placement]:
+        """Where each of its spans was sampled."""
+        return [begun.placement for begun in self.begun]
+
     def stamp(self) -> None:
         """Counts a dispatched token under the version of this moment."""
-        self.dispatched += 1
-        if self.spans and self.spans[-1].version == self.version and not self.recomputed:
-            self.spans[-1] = replace(self.spans[-1], end=self.dispatched)
-        else:
-            self.spans.append(Span(self.version, self.dispatched - 1, self.dispatched, self._kv))
-            self.placements.append(self.placement)
+        last = self.begun[-1].version if self.begun else None
+        # Nearly always the same object: comparing the fields costs more than all else here.
+        if self.recomputed or (last is not self.version and last != self.version):
+            self.begun.append(Begun(self.version, self.dispatched, self._kv, self.placement))
             self.recomputed = False
+        self.dispatched += 1
 
     def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
@@ -243,7 +279,6 @@ class Sequence:
         """What the trainer gets. A step in flight may have stamped one token more than were recorded."""
         group, count = self.group, len(self.token_ids)
         wants = group.request.wants
-        spans = tuple(replace(span, end=min(span.end, count)) for span in self.spans if span.start < count)
         return Rollout(
             prompt_index=group.request.prompt_index,
             sample_index=self.sample_index,
@@ -252,7 +287,7 @@ class Sequence:
             logprobs=tuple(self.logprobs),
             sampling_logprobs=tuple(self.sampling_logprobs),
             log_kept_mass=tuple(self.log_kept_mass),
-            spans=spans,
+            spans=tuple(self._spans(count)),
             finish_reason=self.finish_reason or FinishReason.ABORTED,
             stop_reason=self.stop_reason,
             seed=self.seed,

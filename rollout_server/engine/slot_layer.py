@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from rollout_server.engine.prefix_cache import cut
-
 if TYPE_CHECKING:
     from rollout_server.engine.cache import SlotRows
 
@@ -106,7 +104,7 @@ class SlotLayer:
         """Columns of a place as arrays of their own, not evaluated."""
         if self.keys is None or self.values is None:
             return None
-        return cut((self.keys[place], self.values[place]), start, end)
+        return mx.contiguous(self.keys[place, :, start:end]), mx.contiguous(self.values[place, :, start:end])
 
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:

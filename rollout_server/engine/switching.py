@@ -28,7 +28,7 @@ class Switching:
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
         # A pinned address stays where it is, but grows stale as any other.
         asked = request.on_update if request.policy.follows else OnUpdate.FINISH
-        if asked is OnUpdate.SWITCH and row.away:
+        if asked is OnUpdate.SWITCH and row.away and not _reads_anew(row):
             return  # once it is back
         if asked is OnUpdate.SWITCH:
             self._switch(row)
@@ -41,7 +41,12 @@ class Switching:
         address = row.group.request.policy
         parameters = self._policies.placement(address).parameters
         seated = True
-        if parameters != row.placement.parameters:
+        anew = _reads_anew(row)
+        if anew:
+            if row not in self._batches.aside:
+                self._reports.progress(self._batches.settle())
+                self._batches.evict(row)
+        elif parameters != row.placement.parameters:
             # It changes its batch, and what is in flight says where it stands.
             self._reports.progress(self._batches.settle())
             if not row.running:
@@ -49,8 +54,14 @@ class Switching:
             seated = self._batches.move(row, parameters)
         old = row.version
         row.version, row.placement = self._policies.acquire(address, 1, None)
-        row.switched = True
+        row.switched = row.switched or not anew
         if not seated:
             self._preemption.set_aside(row)
         # A step in flight may still read the old version's slot: it is written again only after that was read.
         self._policies.release(old, 1)
+
+
+def _reads_anew(row: Sequence) -> bool:
+    """A row that has no token yet of what it has read, or is about to read, reads it under the new version instead:
+    its next span is of one version then, and can be drawn again."""
+    return row.recomputed or row.dispatched == len(row.group.request.prefix)

@@ -95,6 +95,8 @@ class _EngineState(Collector):
         yield paused
         yield GaugeMetricFamily("rollout_requests_waiting", "Requests in the queue.", value=status.waiting)
         yield GaugeMetricFamily("rollout_rows_running", "Rows in the batch.", value=status.running)
+        yield GaugeMetricFamily("rollout_rows_aside", "Rows that wait for KV memory to go on.", value=status.aside)
+        yield CounterMetricFamily("rollout_preemptions", "Rows that gave their KV up.", value=status.preemptions)
         yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
         yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
         yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)

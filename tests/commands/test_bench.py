@@ -36,7 +36,8 @@ def test_a_running_server(server: LiveServer, model: Path, adapter: Path) -> Non
         assert 0 < level["first_token_p50_s"] <= level["latency_p50_s"] <= level["latency_p95_s"]
         assert level["tokens_per_s"] == pytest.approx(5 * level["requests_per_s"])
     assert (result["model"], result["push"]["count"]) == (model.name, 2)
-    assert result["push"]["p50_ms"] >= result["push"]["server_ms"]["stage"] > 0
+    # A content that is resident already takes no staging.
+    assert result["push"]["p50_ms"] >= result["push"]["server_ms"]["stage"] >= 0
     assert httpx.get(f"{server.url}/v1/weights", trust_env=False).json()["policies"] == policies
     assert "3 clients: " in done.stderr and "pushes: " in done.stderr
 

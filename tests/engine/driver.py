@@ -58,17 +58,19 @@ from tests import tiny_models
 
 
 class Mailbox(queue.SimpleQueue[Command]):
-    """Waits for nobody: the test that drives the engine has put in what there is."""
+    """Waits for nobody unless it is `patient`: the test that drives the engine has put in what there is."""
+
+    patient = False
 
     def get(self, block: bool = True, timeout: float | None = None) -> Command:
-        return super().get(block=False)
+        return super().get(block, timeout) if self.patient else super().get(block=False)
 
 
 @dataclass
 class Driver:
     model: ResidentModel
     engine: Engine
-    mailbox: queue.SimpleQueue[Command]
+    mailbox: Mailbox
     events: list[Event] = field(default_factory=list)
     status: EngineStatus = field(default_factory=lambda: EngineStatus("starting"))
     count: int = 0
@@ -102,8 +104,8 @@ class Driver:
 
     def limit_kv(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
-        for part in (self.engine._room, self.engine._batch, self.engine._preemption):
-            part._kv_cells = cells  # type: ignore[attr-defined]
+        self.engine._room.kv_cells = cells
+        self.engine._batch._kv_cells = self.engine._preemption._kv_cells = cells
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):

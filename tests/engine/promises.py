@@ -209,7 +209,7 @@ class Promises:
             assert len(row.token_ids) == len(row.logprobs) == len(row.sampling_logprobs)
             assert 0 <= row.dispatched - len(row.token_ids) <= 1 or not row.running
             tiles(row.spans, row.dispatched)
-            if row.running:
+            if row.running and not row.away:
                 self._follows(row.group.request, row.version, row.group.version)
 
     def _started(self, asked: Asked, request: RolloutRequest, version: PolicyVersion) -> None:
@@ -255,16 +255,19 @@ class Promises:
                 refused = row.error is not None and row.error.code in {cls.code for cls in REFUSALS}
                 assert "fault" in asked.ended or refused, row.error
         if count:
-            self._check_logprobs(row, asked.started[row.prompt_index])
+            self._check_logprobs(request, row, asked.started[row.prompt_index])
         if row.prompt_logprobs is not None:
             expected = self.logprobs(row.prompt_ids, [(asked.started[row.prompt_index].digest, 1, len(row.prompt_ids))])
             np.testing.assert_allclose(np.array(row.prompt_logprobs[1:], float), expected, atol=CLOSE, rtol=0)
 
-    def _check_logprobs(self, row: Rollout, first: PolicyVersion) -> None:
+    def _check_logprobs(self, request: RolloutRequest, row: Rollout, first: PolicyVersion) -> None:
         """Every token under the version it is stamped with, on the KV that is said to have been read."""
         at = len(row.prompt_ids)
+        # A row that switched before its first token has read its prompt again.
+        assert row.spans[0].version == first or request.on_update is OnUpdate.SWITCH
+        first = row.spans[0].version
         for span in row.spans:
-            assert span.kv == (None if span.version == first and span is row.spans[0] else "carried")
+            assert span.kv == (None if span is row.spans[0] else "carried")
         spans = [(span.version.digest, at + span.start, at + span.end) for span in row.spans]
         expected = self.logprobs(row.prompt_ids + row.token_ids, spans, prompt=(first.digest, at - 1))
         np.testing.assert_allclose(row.logprobs, expected, atol=CLOSE, rtol=0)

@@ -278,8 +278,8 @@ def test_a_recomputed_span_reads_everything_before_it_again(driver: Driver, path
     assert whole.logprobs[0] is None and len(whole.logprobs) == 60
 
 
-def test_a_late_sample_is_checked_with_the_version_that_read_its_prompt(driver: Driver, qwen: Path) -> None:
-    """Its prompt is of version 1, all its tokens of version 2: spans from position 1 say so."""
+def test_a_late_sample_is_all_of_the_version_it_switched_to(driver: Driver, qwen: Path) -> None:
+    """Its prompt was read by version 1 for the first sample, and is read again: nothing of version 1 is in it."""
     small = Driver.start(qwen, driver.model, max_batch=1)
     small.push("p", small.bundle(1))
     prompt = prompts_of([25], 286)[0]
@@ -289,12 +289,8 @@ def test_a_late_sample_is_checked_with_the_version_that_read_its_prompt(driver: 
     small.finish(id)
     row = small.rollouts(id)[1]
     (only,) = row.spans
-    assert (only.version.number, only.kv) == (2, "carried")
-    spans = (
-        SpanAddress(PolicyAddress("p", 1), 0, 24),
-        SpanAddress(PolicyAddress("p", 2), 24, 32, kv="carried"),
-    )
-    (found,) = small.score([row.prompt_ids + row.token_ids], [1], spans=(spans,))
+    assert (only.version.number, only.kv) == (2, None)
+    (found,) = small.score([row.prompt_ids + row.token_ids], [1], policy="p@2")
     np.testing.assert_allclose(found.logprobs[24:], row.logprobs, atol=2e-5, rtol=0)
 
 

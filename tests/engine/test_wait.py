@@ -18,6 +18,12 @@ PROMPT = prompts_of([10], 286)[0]
 LONG = 3600.0
 
 
+@pytest.fixture(autouse=True)
+def patient(driver: Driver) -> None:
+    """An idle engine waits for its mail here, as it does on its thread."""
+    driver.mailbox.patient = True
+
+
 def waiting(driver: Driver, min_version: int = 2, wait_s: float = LONG, **options: object) -> str:
     options = {"policy": "p", "max_tokens": 4, "ignore_eos": True, **options}
     return driver.submit([PROMPT], min_version=min_version, wait_s=wait_s, **options)  # type: ignore[arg-type]

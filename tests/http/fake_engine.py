@@ -230,6 +230,8 @@ class FakeEngine(FakeVersions):
             policies=self.snapshot(),
             steps=3,
             tokens=4,
+            aside=3,
+            preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
             memory=MemoryStatus(weights=4000, kv_held=512, kv_filled=256, peak=9000),

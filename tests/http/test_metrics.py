@@ -35,6 +35,7 @@ def test_the_engine_s_state(client: Client, engine: FakeEngine) -> None:
     assert value(samples, "rollout_rows_running") == 2
     assert value(samples, "rollout_requests_waiting") == 0
     assert (value(samples, "rollout_steps_total"), value(samples, "rollout_tokens_total")) == (3, 4)
+    assert value(samples, "rollout_rows_aside") == 3 and value(samples, "rollout_preemptions_total") == 4
     prefixes = {"prefix_hits_total": 5, "prefix_misses_total": 6, "prefix_hit_tokens_total": 700}
     for name, expected in (prefixes | {"prefix_cache": 1, "prefix_bytes": 800, "prefix_evictions_total": 9}).items():
         assert value(samples, f"rollout_{name}") == expected, name

@@ -236,16 +236,6 @@ def test_weights_are_sent_only_where_the_server_lacks_them(
 
 
 @both
-@pytest.mark.parametrize("config", [{"kind": "delta"}, {"kind": "full"}, {"fine_tune_type": "full", "num_layers": -1}])
-def test_whole_tensors_are_not_sent_again(ask: Any, config: dict[str, Any]) -> None:
-    tensors = {"model.norm.weight": np.ones(8, "f4")}
-    digest = adapter_digest(host_tensors(tensors), config)
-    with scripted(line(kept(7, digest, live=True, mode="merged"))) as seen:
-        assert ask(seen.url, "push", "policy", tensors, config).unchanged
-    assert [method for method, *_ in seen.requests] == ["GET"]
-
-
-@both
 def test_a_version_freed_since_it_was_looked_at_is_sent_again(ask: Any) -> None:
     gone = answer(contract.problem("version_gone"), 409)
     with scripted(line(kept(7, THEIRS, live=True), kept(8, OURS)), gone, SENT) as seen:

@@ -1,0 +1,80 @@
+"""What the rows of a decode step are computed and drawn with, kept between steps while they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from rollout_server.engine.sampling import SamplerArrays, prepare
+from rollout_server.engine.sequence import Sequence as Row
+
+
+class Aim:
+    """Of (place, row) `rows` among `size` places. The rows know all of it; as arrays it moves on without a loop over
+    them. Places that take no part have seed and position 0."""
+
+    def __init__(self, rows: Sequence[tuple[int, Row]], size: int) -> None:
+        self.rows = tuple(rows)
+        self.masked = any(row.follower is not None for _, row in rows)
+        """Whether any of them has a grammar."""
+        self._places = np.array([place for place, _ in rows], dtype=np.int64)
+        self._idle = sorted(set(range(size)) - {place for place, _ in rows})
+        self.seeds = np.zeros(size, dtype=np.uint64)
+        """uint64 [size]"""
+        self.seeds[self._places] = np.array([row.seed for _, row in rows], dtype=np.uint64)
+        self.positions = np.zeros(size, dtype=np.int64)
+        """int64 [size], the index of the token that each row samples"""
+        self.positions[self._places] = [row.dispatched for _, row in rows]
+        self._columns = np.zeros(size, dtype=np.int64)
+        self._columns[self._places] = [row.offset for _, row in rows]
+
+    @property
+    def width(self) -> int:
+        """Columns that the longest row reads."""
+        return 1 + int(self._columns.max())
+
+    @property
+    def offsets(self) -> list[int | None]:
+        """Column that each place writes; None where it takes no part."""
+        found: list[int | None] = list(self._columns.tolist())
+        for place in self._idle:
+            found[place] = None
+        return found
+
+    def slots(self) -> list[int]:
+        """Adapter slot of each place, as its row's version is now. Those that take no part use some row's, so that a
+        batch on one version stays on the plain path."""
+        found = [self.rows[0][1].placement.slot] * len(self.seeds)
+        for place, row in self.rows:
+            found[place] = row.placement.slot
+        return found
+
+    def advance(self, step: int) -> None:
+        """`step` was dispatched: every row is one token further."""
+        for _, row in self.rows:
+            row.stamp()
+            row.last_step = step
+        self.positions[self._places] += 1
+        self._columns[self._places] += 1
+
+
+def inputs_of(seats: Mapping[int, Row], size: int) -> mx.array:
+    """int32 [size]: the input of each place where no step in flight computes it."""
+    ids = [0] * size
+    for place, row in seats.items():
+        ids[place] = row.input_id
+    return mx.array(ids, dtype=mx.int32)
+
+
+def prepare_rows(rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int]) -> SamplerArrays:
+    """What the rows are sampled with, by place; at least one is there."""
+    wants = [row.group.request.wants for row in rows if row is not None]
+    return prepare(
+        [None if row is None else row.group.request.sampling for row in rows],
+        vocabulary,
+        entropy=any(want.entropy for want in wants),
+        top_logprobs=max(want.top_logprobs for want in wants),
+        eos=eos,
+    )

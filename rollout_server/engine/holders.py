@@ -1,0 +1,32 @@
+"""Who holds KV in which batch, and since when: what decides who steps aside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapters.sets import BASE_SET
+from rollout_server.engine.flight import Joining
+from rollout_server.engine.sequence import Group
+from rollout_server.engine.sequence import Sequence as Row
+
+Berth = tuple[int, int]
+"""Which batch: the parameter set, and the number of a class of lengths."""
+
+FIRST: Berth = (BASE_SET, 0)
+Age = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
+
+    age: Age
+    berth: Berth
+    count: int
+    width: int
+    row: Row | None = None
+    joining: Joining | None = None
+
+
+def age_of(group: Group, sample: int) -> Age:
+    return group.arrived, group.request.prompt_index, sample
