@@ -66,3 +66,10 @@ def test_the_parts_are_counted(driver: Driver) -> None:
     weights = driver.model.info.weight_bytes
     assert memory.weights == weights > 0 and memory.slots == driver.status.slot_bytes > 0
     assert memory.active >= weights + memory.slots and memory.peak >= memory.active - 4096
+
+
+def test_a_version_that_comes_or_goes_is_counted_though_nobody_looks_for_long(driver: Driver) -> None:
+    driver.engine._memory._clock = lambda: 0.0
+    held = driver.status.memory.slots
+    driver.push("counted", driver.bundle(1))
+    assert driver.status.memory.slots == driver.engine._policies.slot_bytes > held
