@@ -134,6 +134,12 @@ def read_bundle(
     tensors, metadata = read_safetensors(weights)
     if config is None:
         config = _config_of(metadata)
+    elif "adapter_config" in metadata and _config_of(metadata) != config:
+        raise AdapterUnreadable(
+            "The configuration that was sent differs from the one in the weights file's metadata under "
+            "`adapter_config`: send one of the two, or the same.",
+            field="config",
+        )
     if not tensors:
         raise AdapterUnreadable("The weights file holds no tensors.", field="weights")
     reader, proposal = _propose(tensors, config, format, layers, parameters)
@@ -160,6 +166,10 @@ def _propose(
     """(The reader of the file's format, what it says)."""
     _known(format)
     if dense.is_dense(config):
+        if format != "auto" and (format == "peft" or "fine_tune_type" not in config):
+            raise AdapterUnreadable(
+                f"The format was given as {format}, but these are whole tensors: leave it out.", field="format"
+            )
         return dense, dense.read(tensors, config, parameters)
     if config.get("kind", "lora") not in ("lora", None):
         reason = f"kind {shown(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."

@@ -29,6 +29,7 @@ def is_dense(config: Mapping[str, Any]) -> bool:
 def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Proposal:
     """Raises `AdapterUnsupported` for fields that would mean something else, `AdapterUnreadable` for wrong values."""
     by_mlx = "fine_tune_type" in config
+    _refuse_twofold(config)
     if not by_mlx:
         _refuse(config)
     dense: dict[str, FileTensor] = {}
@@ -55,6 +56,22 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
 def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
     """The file says everything."""
     return spec, tensors
+
+
+def _refuse_twofold(config: Mapping[str, Any]) -> None:
+    """Fields that say something else than that these are whole tensors."""
+    wrong = {
+        field: f"{field} = {shown(config[field])} contradicts whole tensors: leave it out, or send a low-rank adapter."
+        for field in ("peft_type", "r", "lora_alpha", "target_modules")
+        if config.get(field) not in (None, [], "")
+    }
+    if config.get("fine_tune_type", "full") != "full":
+        said = shown(config["fine_tune_type"])
+        wrong["fine_tune_type"] = f"fine_tune_type = {said} contradicts kind {config['kind']}: leave one of them out."
+    elif "fine_tune_type" in config and config.get("kind", "full") != "full":
+        wrong["kind"] = f"kind {shown(config['kind'])} contradicts fine_tune_type = full: leave one of them out."
+    if wrong:
+        raise AdapterUnsupported(wrong)
 
 
 def _refuse(config: Mapping[str, Any]) -> None:

@@ -12,6 +12,10 @@ CANCELLED = 1e-3
 """A sum that is this much smaller than its terms has lost three of the seven digits they have."""
 
 
+ROUNDING = 1e-5
+"""Of ‖W‖: magnitudes that a trainer computed in float32 differ by less from ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaMeasure:
     """Of one layer's delta, scale · B · A."""
@@ -66,6 +70,21 @@ def squared_delta_norms(a: NDArray[Any], b: NDArray[Any], scale: float) -> NDArr
     if a.shape[0] > a.shape[1]:  # Whichever is smaller than what was sent.
         return scale**2 * np.square(b @ a).sum(axis=1)
     return scale**2 * ((b @ (a @ a.T)) * b).sum(axis=1)
+
+
+def gained_norm(
+    gain: NDArray[np.float64], base: NDArray[np.float64], inner: NDArray[np.float64], added: NDArray[np.float64]
+) -> float:
+    """‖gain · (W + D) − W‖ (Frobenius), what DoRA changes in all, from ‖w‖², ⟨w, d⟩ and ‖d‖² of each row [out].
+
+    g(w + d) − w = (g − 1)w + g·d; in this form nothing cancels where g is near 1."""
+    squared = (gain - 1) ** 2 * base + 2 * (gain - 1) * gain * inner + gain**2 * added
+    return float(np.sqrt(max(float(squared.sum()), 0.0)))
+
+
+def unless_rounding(norm: float, base: float, *, zero: bool) -> float:
+    """A change as it is told: 0 where the low-rank part is `zero` and no more than rounding is left of ‖W‖ = `base`."""
+    return 0.0 if zero and norm <= ROUNDING * base else norm
 
 
 def squared_row_norms(

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.math import squared_row_norms
+from adapters.math import gained_norm, squared_row_norms, unless_rounding
 from adapters.prepare import HostDelta
 
 BLOCK_VALUES = 1 << 24
@@ -50,6 +50,7 @@ class AdaptedNorms:
     _factors: tuple[mx.array, mx.array] | None = None
     _products: list[mx.array] = field(default_factory=list)
     _squares: list[mx.array] = field(default_factory=list)
+    _inner: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         self._left = list(_blocks(self.weights.layer))[::-1]
@@ -76,13 +77,24 @@ class AdaptedNorms:
         if self._squares:
             self.known.squared[self.path] = self.weights.joined(self._squares)
         base, delta = self.known.squared[self.path], self.delta
-        squared, cancelled = squared_row_norms(base, self.weights.joined(self._products), delta.squared, delta.scale)
+        products = self.weights.joined(self._products)
+        self._inner = delta.scale * products
+        squared, cancelled = squared_row_norms(base, products, delta.squared, delta.scale)
         if cancelled.size:
             rows = self.weights.rows(cancelled).astype(np.float64)
             rows += delta.scale * (delta.b[cancelled].astype(np.float64) @ delta.a.astype(np.float64))
             squared[cancelled] = np.square(rows).sum(axis=1)
         self._factors = None
+        self._products = []
         return np.sqrt(np.maximum(squared, 0.0))
+
+    def change(self, gain: NDArray[np.float64]) -> float:
+        """‖gain · (W + scale · B · A) − W‖ (Frobenius) with a gain for each row [out]; after `finish`."""
+        if self._inner is None:
+            raise RuntimeError(f"The norms of {self.path} are not finished.")
+        base, added = self.known.squared[self.path], self.delta.squared
+        norm = gained_norm(gain.astype(np.float64), base, self._inner, added)
+        return unless_rounding(norm, float(np.sqrt(base.sum())), zero=not added.any())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,42 +9,18 @@ for whoever asks at once, and freed when the last row that uses it ends. Not thr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
+from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
 from adapters.spec import Mode
 
 GONE_DIGESTS = 4096
 """Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
-
-
-class RegistryError(Exception):
-    """Base of the tree. `message` is what the user reads."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-class UnknownName(RegistryError):
-    """Nothing was ever published under this name."""
-
-
-class UnknownVersion(RegistryError):
-    """The name exists, but never had this version, or none of its versions is live."""
-
-
-class GoneVersion(RegistryError):
-    """The version existed, but was freed."""
-
-
-class LiveVersion(RegistryError):
-    """The alias points to the version, so it cannot be deleted by itself."""
-
-
-class Mismatch(RegistryError):
-    """The alias is not where the caller expects it (If-Match)."""
+GONE_TOLD = 512
+"""The newest of them, which outlive the process where there is a state directory."""
 
 
 class Content(NamedTuple):
@@ -194,6 +170,11 @@ class Registry:
         line = self._lines.get(name)
         return line.last if line else 0
 
+    def gone(self, name: str) -> tuple[str, ...]:
+        """The newest `GONE_TOLD` digests of freed versions of a name, oldest first."""
+        line = self._lines.get(name)
+        return tuple(islice(reversed(line.gone), GONE_TOLD))[::-1] if line else ()
+
     def versions(self, name: str) -> tuple[Entry, ...]:
         """Kept versions, oldest first. Raises `UnknownName`."""
         line = self._kept_line(name)
@@ -240,7 +221,8 @@ class Registry:
             raise Mismatch(f"If-Match asks for {if_match}, but no version of {name} is live.")
         if current.number != int(if_match) if number else not current.digest.startswith(if_match):
             raise Mismatch(
-                f"If-Match asks for {if_match}, but {name} is at version {current.number} ({current.digest})."
+                f"If-Match asks for {if_match}, but {name} is at version {current.number} ({current.digest}).",
+                at=(current.number, current.digest),
             )
 
     def publish(
@@ -253,8 +235,10 @@ class Registry:
         activate: bool = True,
         label: str | None = None,
         if_match: str | None = None,
+        provisional: bool = False,
     ) -> Change:
-        """Make the next version of `name`, and with `activate` move the alias to it.
+        """Make the next version of `name`, and with `activate` move the alias to it. A `provisional` one is only made:
+        no alias moves, no label changes, nothing is freed; published again it is `unchanged`, and the rest is done.
 
         Content equal to the live or the newest version makes none: that version is the answer, `unchanged`, with the
         label replaced if one is given. This is decided before `if_match`, so that repeating a publish is safe.
@@ -269,6 +253,9 @@ class Registry:
             version = line.kept[line.last] = _Version(line.last, digest, facts, created)
             line.gone.pop(digest, None)
         line = self._lines[name]
+        if provisional:
+            version.label = version.label if unchanged else label
+            return Change(line.entry(version), unchanged=unchanged)
         if label is not None:
             version.label = label
         if activate:
@@ -311,12 +298,12 @@ class Registry:
         line.live = None
         return self._delete(line, list(line.kept.values()))
 
-    def restore(self, name: str, last: int, entries: Sequence[Entry]) -> tuple[Content, ...]:
+    def restore(self, name: str, last: int, entries: Sequence[Entry], gone: Iterable[str] = ()) -> tuple[Content, ...]:
         """Put back a name that is not known here: its numbering, its versions and its alias, as `entries` say, oldest
-        first. Returns the contents of those that retention frees at once."""
+        first, and the digests of freed versions. Returns the contents of those that retention frees at once."""
         if name in self._lines or any(not 1 <= entry.number <= last for entry in entries):
             raise ValueError(f"{name} is known already, or has versions beyond its last, {last}.")
-        line = self._lines[name] = _Line(name, last)
+        line = self._lines[name] = _Line(name, last, gone=dict.fromkeys(gone))
         for entry in entries:
             line.kept[entry.number] = _Version(
                 entry.number, entry.digest, entry.facts, entry.created, entry.label, entry.pinned
@@ -372,16 +359,22 @@ class Registry:
     def _forget(line: _Line, versions: list[_Version]) -> None:
         for version in versions:
             del line.kept[version.number]
-            line.gone.pop(version.digest, None)
-            line.gone[version.digest] = None
-        while len(line.gone) > GONE_DIGESTS:
-            del line.gone[next(iter(line.gone))]
+        remember(line.gone, [version.digest for version in versions])
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
         """Versions that nothing keeps, oldest first."""
         for version in list(line.kept.values())[: -self._keep]:
             if version.number != line.live and not version.pinned and not version.in_use:
                 yield version
+
+
+def remember(gone: dict[str, None], digests: Iterable[str]) -> None:
+    """Adds digests of freed versions, the newest last, and forgets the oldest beyond `GONE_DIGESTS`."""
+    for digest in digests:
+        gone.pop(digest, None)
+        gone[digest] = None
+    while len(gone) > GONE_DIGESTS:
+        del gone[next(iter(gone))]
 
 
 def _same(line: _Line, digest: str, mode: str) -> _Version | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +20,14 @@ TINY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """Of one layer's ΔW = scale · B · A, or of a whole tensor that is added to the base's."""
+    """Of one layer's ΔW, or of a whole tensor's."""
 
     module: str
     delta_norm: float
     """Frobenius."""
     effective_rank: float | None
-    """exp of the entropy of its singular values, from 1 to the rank; None where ΔW is zero or has no factors."""
+    """exp of the entropy of the singular values of scale · B · A, from 1 to the rank; None where that is zero or there
+    is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +37,47 @@ class BundleReport:
     dense: int
     """Whole tensors."""
     delta_norm: float | None
-    """Frobenius norm of all deltas together; None where there are only tensors in place of the base's."""
+    """Frobenius norm of all deltas together; None where none is known."""
     effective_rank: float | None
     """Mean over the modules that have one."""
     largest_modules: tuple[ModuleReport, ...]
     """By delta norm, largest first; zero ones are never among them."""
     zero_modules: tuple[str, ...]
     nbytes: int
+    ranks: Mapping[str, float]
+    """Effective rank of each module that has one."""
 
 
 def report(bundle: AdapterBundle) -> BundleReport:
-    ranks = effective_ranks(bundle)
-    norms = {path: measure.norm for path, measure in bundle.measures.items() if not measure.zero}
+    """By what the file says: for DoRA its low-rank part, of tensors in place of the base's nothing; see `completed`."""
+    return _report(bundle, effective_ranks(bundle), _norms(bundle))
+
+
+def completed(first: BundleReport, bundle: AdapterBundle, changes: Mapping[str, float]) -> BundleReport:
+    """The report with ‖W' − W‖ in place of what the file says, for the modules and tensors in `changes`."""
+    if not changes:
+        return first
+    return _report(bundle, first.ranks, _norms(bundle) | dict(changes))
+
+
+def _norms(bundle: AdapterBundle) -> dict[str, float]:
+    """Of what the file adds; a norm that only underflowed is not the 0 of one that adds nothing."""
+    return {path: 0.0 if known.zero else max(known.norm, TINY) for path, known in bundle.measures.items()}
+
+
+def _report(bundle: AdapterBundle, ranks: Mapping[str, float], all_norms: Mapping[str, float]) -> BundleReport:
+    still = {path for path, norm in all_norms.items() if norm == 0}
+    norms = {path: norm for path, norm in all_norms.items() if path not in still}
     largest = sorted(norms, key=lambda path: (-norms[path], path))[:LARGEST]
     return BundleReport(
         modules=len(bundle.spec.modules),
         dense=len(bundle.spec.dense),
-        delta_norm=bundle.delta_norm if bundle.measures else None,
+        delta_norm=math.sqrt(sum(norm**2 for norm in all_norms.values())) if all_norms else None,
         effective_rank=sum(ranks.values()) / len(ranks) if ranks else None,
         largest_modules=tuple(ModuleReport(path, norms[path], ranks.get(path)) for path in largest),
-        zero_modules=bundle.zero_modules,
+        zero_modules=tuple(path for path in all_norms if path in still),
         nbytes=bundle.nbytes,
+        ranks=ranks,
     )
 
 

@@ -61,6 +61,7 @@ BASE_PLACEMENT = Placement()
 class _Resident:
     placement: Placement
     references: int
+    changes: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -75,6 +76,10 @@ class _Work:
     @property
     def seconds(self) -> float:
         return self.build_s + (self.staging.seconds if self.staging else 0.0)
+
+    @property
+    def changes(self) -> dict[str, float]:
+        return (self.build.changes if self.build else {}) | (self.staging.gains.changes if self.staging else {})
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -135,7 +140,19 @@ class ResidentVersions:
 
     def abandon(self) -> None:
         """Forgets what `advance` did and nobody staged; the slot that it wrote is still free."""
-        self._work = None
+        if self._work is not None:
+            self._work = None
+            self._trim_unused()
+
+    def trim(self) -> None:
+        """Gives back what no version needs of the stacks, unless one is just being staged."""
+        if self._work is None:
+            self.slots.trim()
+
+    def _trim_unused(self) -> None:
+        # Not while there are versions: the next one of a trainer would need the room again.
+        if not self.slots.slots_in_use:
+            self.trim()
 
     def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
         """Makes a version ready to be routed to, and returns the seconds that were spent on it in all. Evaluates what
@@ -153,7 +170,7 @@ class ResidentVersions:
             undo.callback(self.sets.drop, parameters)
             slot = self._finish_slot(work, parameters)
             undo.pop_all()
-        self._residents[content] = _Resident(Placement(parameters, slot), 1)
+        self._residents[content] = _Resident(Placement(parameters, slot), 1, work.changes)
         return work.seconds
 
     def release(self, content: Content) -> None:
@@ -166,10 +183,15 @@ class ResidentVersions:
         self.sets.drop(resident.placement.parameters)
         if resident.placement.slot != BASE_SLOT:
             self.slots.release(content.digest)
+            self._trim_unused()
 
     def placement(self, content: Content) -> Placement:
         """Raises `KeyError` for what is not staged."""
         return self._residents[content].placement
+
+    def changes(self, content: Content) -> Mapping[str, float]:
+        """‖W' − W‖ of its DoRA modules and of its tensors in place of the base's. Raises `KeyError`."""
+        return self._residents[content].changes
 
     def size(self, content: Content) -> int:
         """Device memory that a version takes: its parameter set and one slot."""
@@ -191,6 +213,8 @@ class ResidentVersions:
         if packed:
             raise QuantisedBase(packed)
         if _has_set(prepared):
+            if self._limit is not None:
+                self.slots.trim()  # What nobody uses must not be the reason to refuse.
             room = None if self._limit is None else self._limit - self.nbytes
             return _Work(prepared, build=self.sets.begin(prepared, room))
         return _Work(prepared, staging=self._begin_slot(prepared) if _has_slot(prepared) else None)

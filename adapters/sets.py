@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from adapters.find import bare_holder
-from adapters.merge import merged_weights
+from adapters.math import unless_rounding
+from adapters.merge import base_weight, merged_weights
 from adapters.prepare import PreparedBundle
 from adapters.spec import TIED_HEAD, AdapterDoesNotFit, Parameter, place_of
 
@@ -55,6 +56,8 @@ class Build:
     weights: Iterator[tuple[str, mx.array]]
     own: dict[str, mx.array] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    changes: dict[str, float] = field(default_factory=dict)
+    """‖W' − W‖ of DoRA modules and of tensors in place of the base's, which the file alone does not tell."""
 
     @property
     def exceeds(self) -> bool:
@@ -124,8 +127,10 @@ class ParameterSets:
             mx.eval(array)
             if not bool(mx.all(mx.isfinite(array))):
                 build.faults.append(f"{path}: merged, it leaves the range of {array.dtype}, that of this parameter.")
-            elif not self._is_base(path, array):
-                build.own[path] = array
+            else:
+                if not self._is_base(path, array):
+                    build.own[path] = array
+                self._measure(build, path, array)
             if build.exceeds:
                 return True
             if time.monotonic() > end:
@@ -173,6 +178,20 @@ class ParameterSets:
             swap.holder[swap.key] = swap.own
         self._undo += own.arrays
         self._mounted = number
+
+    def _measure(self, build: Build, path: str, array: mx.array) -> None:
+        bundle, layer = build.prepared.bundle, path.removesuffix(".weight")
+        module = build.prepared.mode == "merged" and bundle.spec.kind == "dora" and layer in bundle.spec.modules
+        if not module and (path not in bundle.spec.dense or bundle.spec.kind == "delta"):
+            return
+        norm = 0.0
+        if path in build.own:
+            real = self._real(path)
+            weight = base_weight(self._model, real, self._parameters[real])
+            change = mx.linalg.norm((array.astype(mx.float32) - weight).reshape(-1))
+            zero = module and bundle.measures[layer].zero
+            norm = unless_rounding(float(change), float(mx.linalg.norm(weight.reshape(-1))), zero=zero)
+        build.changes[layer if module else path] = norm
 
     def _is_base(self, path: str, array: mx.array) -> bool:
         if self._parameters[path].quantised:

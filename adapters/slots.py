@@ -159,6 +159,18 @@ class AdapterSlots:
             del self._residents[digest]
             self._routed = None
 
+    def trim(self) -> None:
+        """Gives back slots and ranks that the versions which are left do not need; with none left, all of them. Not
+        while a version is being written; a step in flight keeps what it reads until it is done."""
+        in_use = self._in_use()
+        self._capacity = self._capacity_for(BASE_SLOT)
+        try:
+            for stack in self._stacks.values():
+                stack.rest()
+                stack.shrink(self._capacity, in_use)
+        finally:
+            self._aim(self._routed)
+
     def slot(self, digest: str) -> int:
         """Where a staged bundle sits. Raises `KeyError` for a digest that is not staged."""
         return self._residents[digest].slot

@@ -27,6 +27,8 @@ class Gains:
         self._dispatched: list[AdaptedNorms] = []
         self.found: dict[str, NDArray[np.float32]] = {}
         """[out] of each layer, when all are measured; empty for LoRA."""
+        self.changes: dict[str, float] = {}
+        """‖W' − W‖ of each of them."""
 
     def measure(self, allowance: int | None) -> bool:
         """Dispatches products of about this cost (`AdaptedNorms.next_piece`), and returns whether all gains are found:
@@ -62,6 +64,7 @@ class Gains:
                 gain = magnitude / lengths
             if np.all(np.abs(gain) <= LARGEST[dtype]):
                 self.found[norms.path] = gain.astype(np.float32)
+                self.changes[norms.path] = norms.change(gain)
             else:
                 row = int(np.argmin(np.abs(gain) <= LARGEST[dtype]))
                 faults.append(

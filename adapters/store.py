@@ -62,6 +62,8 @@ class NameRecord:
     last: int
     live: int | None
     versions: tuple[VersionRecord, ...] = ()
+    gone: tuple[str, ...] = ()
+    """Digests of versions that were freed, oldest first: they stay known as such."""
 
 
 class StateStore:
@@ -74,9 +76,13 @@ class StateStore:
         self._policies = directory / "policies"
         self._state = directory / "state.json"
         self._clean = True
+        self._doubtful: set[str] = set()
+        """Names whose last write failed: it may be on disk nevertheless."""
+        self._dropped: set[str] = set()
+        """Digests that some name no longer has; their files may still be there."""
         try:
             for folder in (self._bundles, self._policies):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_durably(folder)
             self._lock = (directory / "lock").open("a")
         except OSError as error:
             raise StoreError(f"The state directory {directory} cannot be used: {error}.") from error
@@ -114,9 +120,7 @@ class StateStore:
             )
         self._bases = {base}
         write_durably(self._state, _sealed({"format": FORMAT, "instance": self.instance, "base": base}))
-        for path in self._bundles.glob("*.safetensors"):
-            if f"sha256:{path.stem}" not in self._referenced():
-                path.unlink()
+        self.forget(*(f"sha256:{path.stem}" for path in self._bundles.glob("*.safetensors")))
 
     def load(self, name: str) -> tuple[NameRecord, tuple[AdapterBundle, ...]]:
         """A name with the bundle of each of its versions. Those whose weights are missing or do not have their digest
@@ -138,32 +142,50 @@ class StateStore:
         whole = replace(record, versions=versions, live=record.live if record.live in numbers else None)
         if whole != record:
             self.write(whole)
+            self.sweep()
         return whole, tuple(bundle for _, bundle in kept)
 
     # ---- while serving ----------------------------------------------------------------------------------------------
 
     def put(self, bundle: AdapterBundle) -> None:
         """The weights are on disk when this returns. Raises `OSError`."""
-        path = self._bundle_path(bundle.digest)
-        if not path.exists():
-            write_durably(path, pack(bundle))
+        path, body = self._bundle_path(bundle.digest), pack(bundle)
+        # A file that is there may have been torn or changed since it was written.
+        if not _holds(path, body):
+            write_durably(path, body)
 
     def write(self, record: NameRecord) -> None:
-        """The name is on disk as `record` says when this returns; weights it no longer has are removed. Their files
-        must be there already. Raises `OSError`, and the directory says what it said before."""
-        before = self.records.get(record.name)
-        if before == record:
+        """The name is on disk as `record` says when this returns. The files of its weights must be there already;
+        those that it no longer has stay until `sweep`. Raises `OSError`, and the directory says what it said before."""
+        if self.says(record):
             return
+        before = self.records.get(record.name)
         (base,) = self._bases
         body = {"format": FORMAT, "base": base, **asdict(record)}
+        self._doubtful.add(record.name)
         write_durably(self._record_path(record.name), _sealed(body))
+        self._doubtful.discard(record.name)
         self.records[record.name] = record
-        self.forget(*(version.digest for version in (before.versions if before else ())))
+        self._dropped |= {version.digest for version in (before.versions if before else ())}
+
+    def says(self, record: NameRecord) -> bool:
+        """Whether this is on disk for certain, so that there is nothing to write."""
+        return self.records.get(record.name) == record and record.name not in self._doubtful
+
+    def sweep(self) -> None:
+        """Removes the weights that names no longer have."""
+        self.forget(*self._dropped)
 
     def forget(self, *digests: str) -> None:
-        """Removes weights that no name has."""
+        """Removes weights that no name has. A file that cannot be removed takes room and changes nothing: it is a line
+        in the log, and tried again at the next start."""
+        self._dropped -= set(digests)
         for digest in set(digests) - self._referenced():
-            self._bundle_path(digest).unlink(missing_ok=True)
+            path = self._bundle_path(digest)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s, which no version needs, could not be removed: %s", path, error)
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -258,7 +280,9 @@ def _record(body: Mapping[str, Any]) -> NameRecord:
     versions = tuple(VersionRecord(**version) for version in body["versions"])
     if any(version.mode not in ("adapter", "merged") for version in versions):
         raise ValueError("it has a mode that is not known")
-    return NameRecord(str(body["name"]), int(body["last"]), body["live"], versions)
+    return NameRecord(
+        str(body["name"]), int(body["last"]), body["live"], versions, tuple(map(str, body.get("gone", ())))
+    )
 
 
 def _sealed(body: Mapping[str, Any]) -> bytes:
@@ -290,11 +314,31 @@ def write_durably(path: Path, body: bytes) -> None:
         file.flush()
         _sync(file.fileno())
     part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+def make_durably(folder: Path) -> None:
+    """The folder is there when this returns, and still is if the machine stops. Raises `OSError`."""
+    if folder.is_dir():
+        return
+    make_durably(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_directory(folder.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _sync(directory)
+        _sync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def _holds(path: Path, body: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(body) and path.read_bytes() == body
+    except OSError:
+        return False
 
 
 def _sync(descriptor: int) -> None:

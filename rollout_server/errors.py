@@ -106,7 +106,13 @@ class Conflict(RolloutError):
 
 
 class PreconditionFailed(RolloutError):
+    """`at` is where the alias is: name, version and digest, if anywhere."""
+
     code = "precondition_failed"
+
+    def __init__(self, message: str, *, param: str | None = None, at: tuple[str, int, str] | None = None) -> None:
+        super().__init__(message, param=param)
+        self.at = at
 
 
 class AdapterInvalid(RolloutError):

@@ -54,14 +54,16 @@ def full(model: Path, seed: int) -> dict[str, np.ndarray]:
 def test_a_restart_serves_merged_and_full_versions_as_they_were(model: Path, tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1, dora=True)
-    dense = full(model, 2)
+    dense, base = full(model, 2), load_file(model / "model.safetensors")
     with live_server(model, "--state-dir", state) as live, RolloutClient(live.url) as client:
         bare = numbers(client, "base")
         pushed = post(live, "low", tensors, config, mode="merged").json()
         assert (pushed["mode"], pushed["kind"], pushed["rank"]) == ("merged", "dora", 4)
         whole = client.push("whole", dense, {"kind": "full"})
         assert whole.verified and (whole.kind, whole.mode, whole.rank) == ("full", "merged", 0)
-        assert whole.report["dense"] == len(dense) and whole.report["delta_norm"] is None
+        assert whole.report["dense"] == len(dense) and whole.report["delta_norm"] == pytest.approx(
+            np.sqrt(sum(np.square(v - base[n], dtype=np.float64).sum() for n, v in dense.items())), rel=1e-5
+        )
         assert whole.report["resident_bytes"] == whole.nbytes == sum(v.nbytes for v in dense.values())
         before = {policy: numbers(client, policy) for policy in ("low", "whole")}
         assert len({bare, *before.values()}) == 3 and numbers(client, "base") == bare

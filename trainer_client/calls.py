@@ -19,7 +19,7 @@ from trainer_client.binary import MEDIA_TYPE
 from trainer_client.body import Body
 from trainer_client.call import Call, LookedUpCall, StreamCall
 from trainer_client.continuing import continued
-from trainer_client.digest import adapter_digest
+from trainer_client.digest import adapter_digest, adapter_kind
 from trainer_client.known import Sought, look
 from trainer_client.parsing import (
     Scored,
@@ -130,7 +130,8 @@ def push(
     config     what that format's adapter_config.json holds; only with named tensors, or a directory without one
     activate   False stages the version without moving the name to it
     label      your own mark, at most 64 characters, echoed wherever the version is reported
-    mode       `merged` serves W + ΔW as a parameter set of its own; the server's default is `adapter`
+    mode       `merged` serves W + ΔW as a parameter set of its own; the server's default is `adapter`,
+               and for whole tensors (kinds `delta` and `full`) `merged`, the only one they have
     dequantize lets `merged` unpack a quantised base
     if_match   fail with `PreconditionFailed` unless the name points at this version now
     resend     True uploads without asking first
@@ -142,7 +143,8 @@ def push(
     host, config = adapter_of(source, config)
     digest = adapter_digest(host, config)
     known = digest is not None and not resend
-    sought = Sought(name=name, digest=digest or "", mode=mode or "adapter", label=label, activate=activate)
+    served = mode or ("merged" if adapter_kind(config) in ("delta", "full") else "adapter")
+    sought = Sought(name=name, digest=digest or "", mode=served, label=label, activate=activate)
     options = _given(label=label, mode=mode, dequantize="true" if dequantize else None)
     return LookedUpCall(
         method="POST",

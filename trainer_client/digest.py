@@ -45,7 +45,7 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
     parameters, a text model inside one that sees).
 
     `tensors` and `config` are as PEFT or mlx-lm saves them; which of the two is read from the tensor names."""
-    kind = _kind(config)
+    kind = adapter_kind(config)
     if kind in ("delta", "full"):
         prefix = "" if "fine_tune_type" in config else _PEFT_PREFIX
         dense = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -103,8 +103,8 @@ def _peft_layout(tensors: Mapping[str, HostTensor]) -> dict[str, HostTensor] | N
     return named
 
 
-def _kind(config: Mapping[str, Any]) -> str | None:
-    """`lora`, `dora`, `delta` or `full`; None for others."""
+def adapter_kind(config: Mapping[str, Any]) -> str | None:
+    """`lora`, `dora`, `delta` or `full`, by what adapter_config.json holds; None for others."""
     if config.get("kind") in ("delta", "full"):
         return str(config["kind"])
     kind = config.get("peft_type") or config.get("fine_tune_type") or config.get("kind") or "lora"

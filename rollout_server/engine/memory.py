@@ -55,6 +55,7 @@ class Memory:
         What is in use stays, and everything grows again on demand."""
         before, held = mx.get_active_memory() + mx.get_cache_memory(), self._batches.nbytes
         kept = self._reuse.clear()
+        self._policies.trim()
         self._shrink()
         after = mx.get_active_memory() + mx.get_cache_memory()
         return Released(id, max(0, before - after), kept + max(0, held - self._batches.nbytes))
@@ -65,8 +66,13 @@ class Memory:
         self._shown = None
 
     def status(self) -> MemoryStatus:
-        now = self._clock()
-        if self._shown is None or now - self._shown_at >= FRESH_S:
+        now, policies = self._clock(), self._policies
+        # A version that came or went while nothing runs is told at once: the next look may be far.
+        known = self._shown is not None and (self._shown.slots, self._shown.sets) == (
+            policies.slot_bytes,
+            policies.set_bytes,
+        )
+        if self._shown is None or not known or now - self._shown_at >= FRESH_S:
             self._shown, self._shown_at = self._look(), now
         return self._shown
 

@@ -15,8 +15,8 @@ from adapters.registry import (
     Entry,
     Facts,
     Registry,
-    RegistryError,
 )
+from adapters.registry_errors import RegistryError
 from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
@@ -179,7 +179,7 @@ class PolicyTable:
         `apply` would, and has changed nothing."""
         if not isinstance(command, Publish) or not self.stages(command):
             return True
-        with as_ours():
+        with as_ours(command.name):
             self._registry.require(command.name, command.if_match)
             prepared = self._ready(command)
             return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
@@ -188,11 +188,12 @@ class PolicyTable:
         """Forgets the version that is being staged: its slot is still free, and nothing has its parameter set."""
         self._prepared = None
         self._resident.abandon()
+        self._count_bytes()
 
     def apply(self, command: PolicyCommand) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
         self._shown = None
-        with self._leaving_nothing(), as_ours():
+        with self._leaving_nothing(), as_ours(command.name):
             match command:
                 case Publish():
                     return self._publish(command)
@@ -229,6 +230,7 @@ class PolicyTable:
             activate=command.activate,
             label=command.label,
             if_match=command.if_match,
+            provisional=command.provisional,
         )
         self._free(change.freed)
         return self._published(command.id, change, stage_s, time.perf_counter() - staged)
@@ -276,7 +278,7 @@ class PolicyTable:
             self._free(staged)
             raise
         entries = [_entry(command.name, version) for version in command.versions]
-        self._free(self._registry.restore(command.name, command.last, entries))
+        self._free(self._registry.restore(command.name, command.last, entries, command.gone))
         return Restored(command.id, command.name)
 
     def _published(self, id: str, change: Change, stage_s: float, activate_s: float) -> Published:
@@ -290,6 +292,7 @@ class PolicyTable:
             1e3 * activate_s,
             entry.facts.mode,
             self._resident.size(entry.content),
+            changes=self._resident.changes(entry.content),
         )
 
     def _prepare(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
@@ -321,6 +324,11 @@ class PolicyTable:
         if contents:
             self._count_bytes()
 
+    def trim(self) -> None:
+        """Gives back what no version needs of the slots."""
+        self._resident.trim()
+        self._count_bytes()
+
     def _count_bytes(self) -> None:
         self.slot_bytes, self.set_bytes = self._resident.slots.nbytes, self._resident.sets.nbytes
 
@@ -343,9 +351,9 @@ class PolicyTable:
         return self._shown
 
     def _line(self, name: str) -> PolicyStatus:
-        live = self._registry.live(name)
-        versions = tuple(self._status(entry) for entry in self._registry.versions(name))
-        return PolicyStatus(name, _version(live) if live else None, versions, self._registry.last(name))
+        registry, live = self._registry, self._registry.live(name)
+        versions = tuple(self._status(entry) for entry in registry.versions(name))
+        return PolicyStatus(name, _version(live) if live else None, versions, registry.last(name), registry.gone(name))
 
     def _status(self, entry: Entry) -> VersionStatus:
         facts = entry.facts

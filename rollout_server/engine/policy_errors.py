@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adapters.registry import GoneVersion, LiveVersion, Mismatch, RegistryError
+from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, RegistryError
 from adapters.resident import QuantisedBase, WeightsFull
 from adapters.spec import AdapterDoesNotFit
 from rollout_server.errors import (
@@ -19,8 +19,8 @@ from rollout_server.errors import (
 
 
 @contextmanager
-def as_ours() -> Iterator[None]:
-    """The adapters' own errors in the words of the one tree the server speaks."""
+def as_ours(name: str = "") -> Iterator[None]:
+    """The adapters' own errors in the words of the one tree the server speaks; `name` is the policy's."""
     try:
         yield
     except GoneVersion as error:
@@ -28,7 +28,8 @@ def as_ours() -> Iterator[None]:
     except LiveVersion as error:
         raise Conflict(error.message, param="version") from error
     except Mismatch as error:
-        raise PreconditionFailed(error.message, param="If-Match") from error
+        at = None if error.at is None else (name, *error.at)
+        raise PreconditionFailed(error.message, param="If-Match", at=at) from error
     except RegistryError as error:
         raise UnknownPolicy(error.message, param="policy") from error
     except AdapterDoesNotFit as error:

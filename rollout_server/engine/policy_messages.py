@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rollout_server.rollout import PolicyVersion
@@ -32,6 +33,8 @@ class Publish:
     """How it is served; None for the usual way of its kind."""
     dequantize: bool = False
     """Quantised layers may be served unpacked."""
+    provisional: bool = False
+    """Only make the version: move no alias, change no label, free nothing. Published again, the rest is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Restore:
     last: int
     """The newest number the name ever had."""
     versions: tuple[RestoredVersion, ...]
+    gone: tuple[str, ...] = ()
+    """Digests of versions that were freed, oldest first."""
 
 
 PolicyCommand = Publish | Activate | Pin | Delete | Export | Restore
@@ -118,6 +123,8 @@ class Published:
     """Device memory that the version takes: its parameter set and one slot."""
     persist_ms: float | None = None
     """Time on the state directory; the engine knows none."""
+    changes: Mapping[str, float] = field(default_factory=dict)
+    """‖W' − W‖ of DoRA modules and of tensors in place of the base's, which only staging finds out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +190,5 @@ class PolicyStatus:
     """Kept versions, oldest first."""
     last: int
     """The newest number the name ever had."""
+    gone: tuple[str, ...] = ()
+    """The newest digests of versions that were freed, oldest first."""

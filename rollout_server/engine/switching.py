@@ -7,7 +7,7 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.sequence import Sequence
-from rollout_server.rollout import FinishReason, OnUpdate
+from rollout_server.rollout import BASE, FinishReason, OnUpdate
 
 
 class Switching:
@@ -20,17 +20,19 @@ class Switching:
     def follow(self, row: Sequence) -> None:
         """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
         request = row.group.request
-        if not row.running or not request.policy.follows:
+        if not row.running or request.policy.name == BASE:
             return
         alias = self._policies.alias(request.policy.name)
         if alias is None or alias == row.version.number:
             return
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
-        if request.on_update is OnUpdate.SWITCH and row.away and not _reads_anew(row):
+        # A pinned address stays where it is, but grows stale as any other.
+        asked = request.on_update if request.policy.follows else OnUpdate.FINISH
+        if asked is OnUpdate.SWITCH and row.away and not _reads_anew(row):
             return  # once it is back
-        if request.on_update is OnUpdate.SWITCH:
+        if asked is OnUpdate.SWITCH:
             self._switch(row)
-        elif request.on_update is OnUpdate.ABORT or stale:
+        elif asked is OnUpdate.ABORT or stale:
             row.end(FinishReason.SUPERSEDED, f"{request.policy.name}@{alias}")
             self._reports.ended(row)
 

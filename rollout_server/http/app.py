@@ -97,7 +97,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     been started. Without one, the model is looked up now, which may download it."""
     handle = engine or EngineHandle(engine_options(config))
     store = open_state(config)
-    publisher = Publisher(handle, store)
+    publisher = Publisher(handle, store, config.keep_versions)
     service = Service(
         config=config,
         engine=handle,

@@ -1,7 +1,8 @@
 """Changes to versions, in their order: on disk first where there is a state directory, then in the engine.
 
-Without one a change is one engine command. With one, changes go one at a time: a pushed version is staged, written,
-and only then does the alias move; nothing is answered before it is durable. Files are written on a thread of their own.
+Without one a change is one engine command. With one, changes go one at a time: what the directory will say is written
+first, and only then does the engine do it, so a disk that fails changes nothing, and nothing is answered before it is
+durable. A pushed version is staged before, provisionally, since it may not fit. Files are written on another thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.spec import AdapterError, Mode
-from adapters.store import NameRecord, StateStore, StoreError, VersionRecord
+from adapters.store import NameRecord, StateStore, StoreError
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.policy_messages import (
     Activate,
@@ -31,20 +32,22 @@ from rollout_server.engine.policy_messages import (
     RestoredVersion,
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
+from rollout_server.http import records
 from rollout_server.http.problems import from_adapters
 
 log = logging.getLogger("rollout_server.http")
 
 T = TypeVar("T")
-C = TypeVar("C", Pin, Delete)
+C = TypeVar("C", Activate, Pin, Delete)
 
 
 class Publisher:
     """The one way by which versions change. Belongs to one event loop."""
 
-    def __init__(self, engine: EngineHandle, store: StateStore | None) -> None:
+    def __init__(self, engine: EngineHandle, store: StateStore | None, keep_versions: int) -> None:
         self._engine = engine
         self._store = store
+        self._keep = keep_versions
         self._lock = asyncio.Lock()
         self._restored = store is None
         self._running: set[asyncio.Task[Any]] = set()
@@ -73,12 +76,12 @@ class Publisher:
     async def pin(self, pin: Pin) -> Pinned:
         if self._store is None:
             return await self._engine.pin(pin)
-        return await self._in_turn(self._then_written(self._engine.pin, pin, self._store))
+        return await self._in_turn(self._pin(pin, self._store))
 
     async def delete(self, delete: Delete) -> Deleted:
         if self._store is None:
             return await self._engine.delete(delete)
-        return await self._in_turn(self._then_written(self._engine.delete, delete, self._store))
+        return await self._in_turn(self._delete(delete, self._store))
 
     async def restore(self) -> tuple[str, ...]:
         """Puts back what the state directory holds; returns the names. Raises `InvalidField` where it is for another
@@ -101,7 +104,9 @@ class Publisher:
                 )
                 for v, ready in zip(record.versions, prepared, strict=True)
             )
-            await self._engine.restore(Restore(self._engine.new_id("restore"), name, record.last, versions))
+            await self._engine.restore(
+                Restore(self._engine.new_id("restore"), name, record.last, versions, record.gone)
+            )
             live = "deleted" if not versions else "nothing live" if record.live is None else f"@{record.live} live"
             log.info("%s was restored: %d versions, %s", name, len(versions), live)
         self._restored = True
@@ -137,75 +142,84 @@ class Publisher:
         await self._write(store.put, publish.bundle)
         put_s = time.perf_counter() - began
         try:
-            staged = await self._engine.publish(replace(publish, activate=False))
+            staged = await self._engine.publish(replace(publish, provisional=True))
         except RolloutError:
-            await self._write(store.forget, digest)
+            await asyncio.to_thread(store.forget, digest)
             raise
         number = staged.version.number
-        moves = publish.activate and not staged.live
         began = time.perf_counter()
         try:
-            await self._write(store.write, self._record(name, live=number if moves else None))
+            shown = self._shown(name)
+            if shown is not None:
+                record = records.published(shown, number, self._keep, activate=publish.activate, label=publish.label)
+                await self._write(store.write, record)
         except StorageFailed:
             if not staged.unchanged:
                 await self._engine.delete(Delete(self._engine.new_id("delete"), name, number))
+            await self._settle(name, store)
+            await asyncio.to_thread(store.forget, digest)
             raise
-        written = replace(staged, persist_ms=1e3 * (put_s + time.perf_counter() - began))
-        if not moves:
-            return written
-        moved = await self._engine.activate(Activate(self._engine.new_id("activate"), name, number))
-        return replace(written, live=moved.live, activate_ms=staged.activate_ms + moved.activate_ms)
+        persist_s = put_s + time.perf_counter() - began
+        # It is known now, so this stages nothing and looks at no condition again.
+        done = await self._engine.publish(publish)
+        await self._settle(name, store)
+        return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)
 
     async def _activate(self, activate: Activate, store: StateStore) -> Published:
         # Asked first, so that nothing is written of a move that will be refused.
         await self._engine.activate(replace(activate, id=self._engine.new_id("check"), check_only=True))
         began = time.perf_counter()
-        await self._write(store.write, self._record(activate.name, live=activate.number))
-        persist_ms = 1e3 * (time.perf_counter() - began)
-        try:
-            moved = await self._engine.activate(activate)
-        except RolloutError:
-            # The last row of a version that only rows kept may end in between.
-            await self._write(store.write, self._record(activate.name))
-            raise
-        return replace(moved, persist_ms=persist_ms)
+        shown = self._shown(activate.name)
+        record = records.activated(shown, activate.number, self._keep) if shown else None
+        moved, written = await self._after(record, self._engine.activate, activate, store)
+        return replace(moved, persist_ms=1e3 * (written - began))
 
-    async def _then_written(self, verb: Callable[[C], Coroutine[Any, Any, T]], command: C, store: StateStore) -> T:
-        """For changes that move no alias to other weights."""
-        done = await verb(command)
-        await self._write(store.write, self._record(command.name))
-        return done
+    async def _pin(self, pin: Pin, store: StateStore) -> Pinned:
+        shown = self._shown(pin.name)
+        record = records.pinned(shown, pin, self._keep) if shown else None
+        return (await self._after(record, self._engine.pin, pin, store))[0]
+
+    async def _delete(self, delete: Delete, store: StateStore) -> Deleted:
+        shown = self._shown(delete.name)
+        record = records.deleted(shown, delete) if shown else None
+        return (await self._after(record, self._engine.delete, delete, store))[0]
+
+    async def _after(
+        self, record: NameRecord | None, verb: Callable[[C], Coroutine[Any, Any, T]], command: C, store: StateStore
+    ) -> tuple[T, float]:
+        """Writes what will be, None where the engine will refuse, and has it done; returns also when it was durable."""
+        try:
+            if record is not None:
+                await self._write(store.write, record)
+            written = time.perf_counter()
+            done = await verb(command)
+        finally:
+            # A refusal too: the last row of a version that only rows kept may end in between.
+            await self._settle(command.name, store)
+        return done, written
+
+    async def _settle(self, name: str, store: StateStore) -> None:
+        """Makes the directory say what the engine has, if that is not what was written, and removes weights of nobody.
+        What fails here was not promised to anybody, and is made good by the next change or the next start."""
+        shown = self._shown(name)
+        record = records.record_of(shown) if shown else store.records.get(name)
+        try:
+            if record is not None and not store.says(record):
+                await asyncio.to_thread(store.write, record)
+            await asyncio.to_thread(store.sweep)
+        except OSError as error:
+            log.warning("The state directory has versions of %s that are no longer kept: %s", name, error)
 
     async def _write(self, write: Callable[..., None], *arguments: Any) -> None:
         try:
             await asyncio.to_thread(write, *arguments)
         except OSError as error:
             log.error("The state directory could not be written: %s", error)
-            raise StorageFailed(f"The state directory could not be written: {error}. Nothing was made live.") from error
+            raise StorageFailed(
+                f"The state directory could not be written: {error}. Nothing changed; make room or mend the disk, and "
+                "send it again."
+            ) from error
 
-    def _record(self, name: str, live: int | None = None) -> NameRecord:
-        """What the engine has of a name now, with its alias at `live` if given."""
-        found = next((policy for policy in self._engine.status.policies if policy.name == name), None)
-        if found is None:
-            return NameRecord(name, self._last(name), None)
-        return record_of(found, live)
-
-    def _last(self, name: str) -> int:
-        known = self._store.records.get(name) if self._store is not None else None
-        return known.last if known else 0
-
-
-def record_of(policy: PolicyStatus, live: int | None = None) -> NameRecord:
-    versions = tuple(
-        VersionRecord(
-            status.version.number,
-            status.version.digest,
-            status.mode,
-            status.version.label,
-            status.pinned,
-            status.created,
-        )
-        for status in policy.versions
-    )
-    alias = live if live is not None else policy.live.number if policy.live else None
-    return NameRecord(policy.name, policy.last, alias, versions)
+    def _shown(self, name: str) -> PolicyStatus | None:
+        """What the engine has of a name now; None for one without versions."""
+        return next((policy for policy in self._engine.status.policies if policy.name == name), None)

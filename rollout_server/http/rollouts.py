@@ -165,6 +165,11 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
     began = request.scope["state"][ARRIVED]
     address = service.address(data.policy, request, param="policy")
+    if data.on_update != "finish" and not address.follows:
+        raise InvalidField(
+            f"on_update is {data.on_update!r}, but {address} never moves: leave it out, or ask for a bare name.",
+            param="on_update",
+        )
     service.check_top_logprobs(data.top_logprobs, "top_logprobs")
     service.check_ids(data.sampling.stop_token_ids, "sampling.stop_token_ids")
     service.check_bias(data.sampling.logit_bias, "sampling.logit_bias")

@@ -14,7 +14,7 @@ from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import PreparedBundle, prepare
-from adapters.report import BundleReport
+from adapters.report import BundleReport, completed
 from adapters.report import report as report_on
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy_messages import Activate, Publish, Published
@@ -39,7 +39,7 @@ from rollout_server.schemas.weights import (
     PushReply,
 )
 
-MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{64}))"')
+MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 
 
 class WeightsController(Controller):
@@ -86,7 +86,7 @@ class WeightsController(Controller):
                 dequantize=options.dequantize == "true",
             )
         )
-        reply = push_reply(published, bundle, report, service)
+        reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)
         reply["timings_ms"] = {
             "receive": milliseconds(received - began),
             "validate": milliseconds(validated - received),
@@ -165,7 +165,7 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
     found = MATCH.fullmatch(header.strip())
     if found is None:
         raise InvalidField(
-            f'If-Match is a quoted version or digest, "7" or "sha256:" and 64 hex digits, not {quoted(header)}.',
+            f'If-Match is a quoted version or digest, "7" or "sha256:" and 8 hex digits or more, not {quoted(header)}.',
             param="If-Match",
         )
     return found[1] or found[2]

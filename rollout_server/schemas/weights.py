@@ -50,11 +50,11 @@ class ModuleReport(BaseModel):
 
 
 class PushReport(BaseModel):
-    """`delta_norm` is the Frobenius norm of all ΔW together; a zero module changes nothing (B starts at zero).
-    `effective_rank` is exp of the entropy of ΔW's singular values, the mean over modules that are not zero.
-    `dense` counts whole tensors; of those in place of the base's no ΔW is known, and `delta_norm` is null where there
-    are only such. `bytes` are those of the file's tensors, `resident_bytes` what the version takes of the device's
-    memory: its parameter set, and one slot of the stacks."""
+    """`delta_norm` is the Frobenius norm of all ΔW = W' − W together: DoRA's magnitudes count, and tensors in place of
+    the base's are compared with these. A zero module changes nothing: B starts at zero, and DoRA's magnitudes at ‖W‖,
+    of which less than 1e-5 is rounding. `effective_rank` is exp of the entropy of the singular values of B · A, the
+    mean over modules where that is not zero. `dense` counts whole tensors. `bytes` are those of the file's tensors,
+    `resident_bytes` what the version takes of the device's memory: its parameter set, and one slot of the stacks."""
 
     modules: int
     dense: int

@@ -10,14 +10,9 @@ from adapters.registry import (
     Change,
     Content,
     Facts,
-    GoneVersion,
-    LiveVersion,
-    Mismatch,
     Registry,
-    RegistryError,
-    UnknownName,
-    UnknownVersion,
 )
+from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, RegistryError, UnknownName, UnknownVersion
 
 FACTS = Facts(kind="lora", mode="adapter", rank=8, modules=14, nbytes=1000)
 

@@ -19,6 +19,7 @@ from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.merge import merge as merge_weight
 from adapters.prepare import HostFactors, prepare
 from adapters.registry import Content
+from adapters.report import completed, report
 from adapters.resident import Placement, QuantisedBase, ResidentVersions, WeightsFull
 from adapters.spec import AdapterDoesNotFit, Mode
 from tests import tiny_models
@@ -289,3 +290,66 @@ def test_a_merged_weight_by_hand() -> None:
     rows = np.array([[3.0, 3.0], [5.0, 5.0], [7.0, 7.0]])
     exact = rows / np.linalg.norm(rows, axis=1)[:, None] * np.array([[1.0], [2.0], [3.0]])
     np.testing.assert_allclose(np.array(merged), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("case", ["random", "first step", "magnitudes alone"])
+def test_what_dora_changes_is_told_with_its_magnitudes(tied: Load, mode: Mode, case: str) -> None:
+    base = Base(tied())
+    weights = {name: np.array(value, np.float64) for name, value in tree_flatten(base.model.parameters())}
+    linear = {path: shape for path, shape in base.layers.items() if "proj" in path}
+    tensors, config = tiny_models.random_adapter(linear, 4, 3, dora=True)
+    expected = {}
+    for path in linear:
+        names = {
+            part: next(n for n in tensors if f"{path}.lora_{part}" in n) for part in ("A", "B", "magnitude_vector")
+        }
+        weight = weights[f"{path}.weight"]
+        if case != "random":
+            tensors[names["B"]] = np.zeros_like(tensors[names["B"]])
+            length = np.linalg.norm(weight, axis=1) * (1.5 if case == "magnitudes alone" else 1)
+            tensors[names["magnitude_vector"]] = length.astype(np.float32)
+        scale = base.bundle(tensors, config).spec.modules[path].scale
+        a, b, m = (tensors[names[part]].astype(np.float64) for part in names)
+        moved = weight + scale * b @ a
+        gained = m[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        expected[path] = 0 if case == "first step" else np.linalg.norm(gained - weight)
+    bundle = base.bundle(tensors, config)
+    base.stage(bundle, mode)
+    found = completed(report(bundle), bundle, base.resident.changes(Content(bundle.digest, mode)))
+    assert set(found.zero_modules) == {path for path, norm in expected.items() if norm == 0}
+    assert found.delta_norm == pytest.approx(np.sqrt(sum(norm**2 for norm in expected.values())), rel=1e-5)
+    for module in found.largest_modules:
+        assert module.delta_norm == pytest.approx(expected[module.module], rel=1e-5)
+
+
+def test_slots_that_nobody_uses_are_no_reason_to_refuse(tied: Load) -> None:
+    base = Base(tied())
+    wide = base.bundle(*tiny_models.random_adapter(base.layers, 16, 1))
+    base.stage(wide)
+    held = base.resident.nbytes
+    base.resident.release(Content(wide.digest, "adapter"))
+    assert base.resident.nbytes == 0
+    bare = base.logits()
+    placed = base.stage(wide, "merged")
+    assert base.resident.nbytes > 0
+    base.resident.release(Content(wide.digest, "merged"))
+    limited = Base(tied(), limit=held)
+    for mode in ("adapter", "merged", "adapter"):
+        limited.stage(limited.bundle(*tiny_models.random_adapter(base.layers, 16, 1)), mode)
+        limited.resident.release(Content(wide.digest, mode))
+    assert limited.resident.nbytes == 0 and placed.parameters
+    np.testing.assert_array_equal(limited.logits(), bare)
+
+
+def test_released_slots_shrink_to_those_that_are_left(tied: Load) -> None:
+    base = Base(tied())
+    wide, thin = base.bundle(*tiny_models.random_adapter(base.layers, 64, 1)), base.low_rank(2)
+    base.stage(wide)
+    placed = base.stage(thin)
+    before, size = base.logits(placed), base.resident.nbytes
+    base.resident.release(Content(wide.digest, "adapter"))
+    assert base.resident.nbytes == size
+    base.resident.trim()
+    assert base.resident.nbytes < size / 4
+    np.testing.assert_allclose(base.logits(placed), before, atol=1e-6)

@@ -66,6 +66,8 @@ def test_weights_nobody_has_are_removed(tmp_path: Path) -> None:
         store.adopt(BASE)
         store.write(record("q", bundles[0]))
         store.write(NameRecord("p", 3, None))
+        assert len(weights(tmp_path)) == 3, "until the engine has let them go too"
+        store.sweep()
         assert weights(tmp_path) == {bundles[0].digest}, "another name still has the first"
         store.put(bundle(8))
         store.forget(bundles[0].digest, bundle(8).digest)
@@ -75,6 +77,23 @@ def test_weights_nobody_has_are_removed(tmp_path: Path) -> None:
         again.adopt(BASE)
         assert weights(tmp_path) == {bundles[0].digest}
         assert again.records["p"] == NameRecord("p", 3, None), "the numbering of a deleted name goes on"
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 5000)])
+def test_a_file_that_is_there_is_believed_only_for_its_content(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    _, bundles = fill(tmp_path)
+    damage(tmp_path / "bundles" / f"{bundles[0].digest.removeprefix('sha256:')}.safetensors")
+    with StateStore(tmp_path) as store:
+        store.adopt(BASE)
+        store.put(bundles[0])
+        assert len(store.load("p")[1]) == 3
+
+
+def test_new_directories_are_synced_into_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(store_module, "_sync_directory", synced.append)
+    StateStore(tmp_path / "a" / "b").close()
+    assert synced[:2] == [tmp_path, tmp_path / "a"] and synced.count(tmp_path / "a" / "b") == 2
 
 
 def test_names_that_differ_in_case_have_files_of_their_own(tmp_path: Path) -> None:

@@ -84,3 +84,10 @@ def test_arrays_grow_by_half_as_much_again_while_there_is_room(base: Driver) -> 
     assert grow(None) <= 9
     # Three quarters of this is less than the rows come to: then they take what they need.
     assert grow(2 * 544) > 9 and base.rollouts("r2")[1].token_ids == base.rollouts("r1")[1].token_ids
+
+
+def test_a_version_that_comes_or_goes_is_counted_though_nobody_looks_for_long(driver: Driver) -> None:
+    driver.engine._memory._clock = lambda: 0.0
+    held = driver.status.memory.slots
+    driver.push("counted", driver.bundle(1))
+    assert driver.status.memory.slots == driver.engine._policies.slot_bytes > held

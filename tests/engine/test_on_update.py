@@ -85,6 +85,19 @@ def test_max_staleness_ends_what_is_too_far_behind(driver: Driver) -> None:
     assert (row.finish_reason, row.stop_reason) == (FinishReason.SUPERSEDED, "p@4")
 
 
+def test_a_pinned_address_grows_stale_too(driver: Driver) -> None:
+    driver.push("p", driver.bundle(1))
+    id = driver.submit([PROMPT], policy="p@1", max_tokens=400, ignore_eos=True, max_staleness=1)
+    driver.turn(3)
+    driver.push("p", driver.bundle(2))
+    driver.turn(2)
+    assert not driver.over(id)
+    driver.push("p", driver.bundle(3))
+    driver.finish(id, turns=3)
+    (row,) = driver.rollouts(id)
+    assert (row.finish_reason, row.stop_reason) == (FinishReason.SUPERSEDED, "p@3")
+
+
 def test_samples_that_start_late_follow_too(driver: Driver, qwen: Path) -> None:
     small = Driver.start(qwen, driver.model, max_batch=2)
     small.push("p", small.bundle(1))

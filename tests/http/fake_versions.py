@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from adapters.bundle import AdapterBundle
 from adapters.registry import (
     Change,
     Entry,
     Facts,
-    GoneVersion,
-    LiveVersion,
-    Mismatch,
     Registry,
-    RegistryError,
 )
 from adapters.spec import Mode
+from rollout_server.engine.policy_errors import as_ours
 from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
@@ -33,7 +28,6 @@ from rollout_server.engine.policy_messages import (
     Restored,
     VersionStatus,
 )
-from rollout_server.errors import Conflict, PreconditionFailed, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyVersion
 
 BASE_DIGEST = "sha256:" + "b" * 64
@@ -52,7 +46,7 @@ class FakeVersions:
     async def publish(self, publish: Publish) -> Published:
         self.published.append(publish)
         bundle = publish.bundle
-        with ours():
+        with as_ours(publish.name):
             change = self.registry.publish(
                 publish.name,
                 bundle.digest,
@@ -61,12 +55,13 @@ class FakeVersions:
                 activate=publish.activate,
                 label=publish.label,
                 if_match=publish.if_match,
+                provisional=publish.provisional,
             )
         self._bundles[bundle.digest] = bundle
         return published(publish.id, change, 0.0 if change.unchanged else 1.5, 0.0 if change.unchanged else 0.5)
 
     async def activate(self, activate: Activate) -> Published:
-        with ours():
+        with as_ours(activate.name):
             if activate.check_only:
                 entry = self.registry.resolve(activate.name, activate.number)
                 self.registry.require(activate.name, activate.if_match)
@@ -75,18 +70,18 @@ class FakeVersions:
         return published(activate.id, change, 0.0, 0.25)
 
     async def pin(self, pin: Pin) -> Pinned:
-        with ours():
+        with as_ours():
             return Pinned(pin.id, status(self.registry.pin(pin.name, pin.number, pin.pinned).entry))
 
     async def delete(self, delete: Delete) -> Deleted:
         name, number = delete.name, delete.number
-        with ours():
+        with as_ours():
             gone = self.registry.delete_name(name) if number is None else self.registry.delete(name, number)
         numbers = tuple(entry.number for entry in gone.entries)
         return Deleted(delete.id, name, self.registry.last(name), numbers, sum(entry.in_use for entry in gone.entries))
 
     async def export(self, export: Export) -> Exported:
-        with ours():
+        with as_ours():
             entry = self.registry.resolve(export.name, export.number)
         return Exported(export.id, version(entry), self._bundles[entry.digest])
 
@@ -108,7 +103,7 @@ class FakeVersions:
                     0,
                 )
             )
-        self.registry.restore(restore.name, restore.last, entries)
+        self.registry.restore(restore.name, restore.last, entries, restore.gone)
         return Restored(restore.id, restore.name)
 
     # ---- what tests arrange and look at -----------------------------------------------------------------------------
@@ -126,7 +121,7 @@ class FakeVersions:
     def find(self, name: str, number: int | None = None, digest: str | None = None) -> PolicyVersion:
         if name == BASE:
             return PolicyVersion(BASE, 0, BASE_DIGEST)
-        with ours():
+        with as_ours():
             return version(self.registry.resolve(name, number, digest))
 
     def free(self, name: str, *numbers: int) -> None:
@@ -137,8 +132,9 @@ class FakeVersions:
         found = []
         for name in self.registry.names:
             live = self.registry.live(name)
+            alias = version(live) if live else None
             kept = tuple(status(entry) for entry in self.registry.versions(name))
-            found.append(PolicyStatus(name, version(live) if live else None, kept, self.registry.last(name)))
+            found.append(PolicyStatus(name, alias, kept, self.registry.last(name), self.registry.gone(name)))
         return tuple(found)
 
 
@@ -169,17 +165,3 @@ def status(entry: Entry) -> VersionStatus:
 def published(id: str, change: Change, stage_ms: float, activate_ms: float) -> Published:
     entry = change.entry
     return Published(id, version(entry), entry.live, change.unchanged, stage_ms, activate_ms, entry.facts.mode)
-
-
-@contextmanager
-def ours() -> Iterator[None]:
-    try:
-        yield
-    except GoneVersion as error:
-        raise VersionGone(error.message, param="policy") from error
-    except LiveVersion as error:
-        raise Conflict(error.message, param="version") from error
-    except Mismatch as error:
-        raise PreconditionFailed(error.message, param="If-Match") from error
-    except RegistryError as error:
-        raise UnknownPolicy(error.message, param="policy") from error

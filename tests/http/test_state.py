@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
+from adapters import store as store_module
 from adapters.store import StateStore
 from rollout_server.config import ServerConfig
-from rollout_server.errors import InvalidField, WeightsMemoryExceeded
+from rollout_server.errors import InvalidField, VersionGone, WeightsMemoryExceeded
 from rollout_server.http.app import create_app
 from tests.http.conftest import PEFT_CONFIG
 from tests.http.fake_engine import FakeEngine
@@ -120,6 +121,88 @@ def test_a_disk_that_fails_makes_nothing_live(
         assert accepted["live"] and set(accepted["timings_ms"]) > {"persist"}
     with started(tmp_path, another()) as client:
         assert listed(client)["live"] == accepted["version"]
+
+
+def test_a_directory_that_is_away_keeps_every_version_label_and_pin(
+    tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter, problem: Callable[..., Any]
+) -> None:
+    """Whatever was asked: once the directory is back it can be asked again, and a restart agrees."""
+    away = tmp_path.with_name(tmp_path.name + "-away")
+    with started(tmp_path, another(keep_versions=3), keep_versions=3) as client:
+        for seed in (1, 2, 3):
+            push(client, adapter(seed, config=True), f"&label=step-{seed}")
+        before = listed(client)
+        (tmp_path / "policies").rename(away)
+        for refused in (
+            push(client, adapter(4, config=True)),
+            push(client, adapter(3, config=True), "&label=other"),
+            client.post("/v1/weights/p/activate", json={"version": 1}),
+            client.patch("/v1/weights/p/1", json={"pinned": True}),
+            client.delete("/v1/weights/p/2"),
+            client.delete("/v1/weights/p"),
+        ):
+            assert "Nothing changed" in problem(refused, 507, "storage_failed")["message"]
+            assert listed(client) == before
+        away.rename(tmp_path / "policies")
+        assert client.delete("/v1/weights/p/2").json()["deleted"] == [2]
+        assert push(client, adapter(3, config=True), "&label=other").json()["label"] == "other"
+    with started(tmp_path, another()) as client:
+        assert [(v["version"], v["label"]) for v in listed(client)["versions"]] == [(1, "step-1"), (3, "other")]
+        assert client.delete("/v1/weights/p").status_code == 200
+    with started(tmp_path, another()) as client:
+        assert client.get("/v1/weights/p").status_code == 404
+
+
+def test_a_write_that_fails_after_its_rename_is_taken_back(
+    tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter, problem: Callable[..., Any]
+) -> None:
+    failing = iter([None, OSError(5, "Input/output error")])  # the file's own sync succeeds, its directory's does not
+
+    def sync(_: int) -> None:
+        if error := next(failing, None):
+            raise error
+
+    with started(tmp_path, another()) as client:
+        push(client, adapter(1, config=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store_module, "_sync", sync)
+            problem(client.delete("/v1/weights/p"), 507, "storage_failed")
+        assert listed(client)["live"] == 1
+    with started(tmp_path, another()) as client:
+        assert listed(client)["live"] == 1
+
+
+def test_weights_that_cannot_be_removed_are_a_line_in_the_log(
+    tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise OSError(13, "Permission denied")
+
+    with started(tmp_path, another(keep_versions=1), keep_versions=1) as client:
+        push(client, adapter(1, config=True))
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(Path, "unlink", denied)
+            assert push(client, adapter(2, config=True)).status_code == 201
+        assert "could not be removed" in caplog.text
+        assert [v["version"] for v in listed(client)["versions"]] == [2]
+    with started(tmp_path, another()) as client:
+        assert listed(client)["live"] == 2
+        assert len(list((tmp_path / "bundles").iterdir())) == 1
+
+
+def test_a_freed_digest_is_still_known_after_a_restart(
+    tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter
+) -> None:
+    with started(tmp_path, another()) as client:
+        first = push(client, adapter(1, config=True)).json()["digest"]
+        push(client, adapter(2, config=True))
+        client.delete("/v1/weights/p/1")
+        client.delete("/v1/weights/p")
+    engine = another()
+    with started(tmp_path, engine) as client:
+        push(client, adapter(3, config=True))
+        with pytest.raises(VersionGone):
+            engine.find("p", digest=first)
 
 
 def test_a_refused_change_leaves_nothing_on_disk(

@@ -93,12 +93,33 @@ def test_if_match_is_a_version_or_a_digest(
     client: Client, engine: FakeEngine, push: Callable[..., Any], problem: Callable[..., Any]
 ) -> None:
     engine.add("policy", 2)
-    problem(push(headers={"if-match": '"1"'}), 412, "precondition_failed")
+    at = problem(push(headers={"if-match": '"1"'}), 412, "precondition_failed")
+    assert (at["policy"], at["version"], at["digest"]) == ("policy", 2, engine.find("policy", 2).digest)
     for wrong in ("2", 'W/"2"', '"latest"', '"sha256:12"'):
         problem(push(headers={"if-match": wrong}), 400, "invalid_field", "If-Match")
     live = engine.live("policy")
     assert live is not None
-    assert push(headers={"if-match": f'"{live.digest}"'}).status_code == 201
+    assert push(headers={"if-match": f'"{live.digest[:15]}"'}).status_code == 201
+
+
+def test_two_answers_to_one_question_are_refused(
+    client: Client, adapter: Callable[..., bytes], push: Callable[..., Any], problem: Callable[..., Any]
+) -> None:
+    problem(push(config={"kind": "full"}, format="peft"), 422, "adapter_invalid", "format")
+    octets, body = {"content-type": "application/octet-stream"}, adapter(1, config=True)
+    for config, status in ((PEFT_CONFIG | {"lora_alpha": 99}, 422), (PEFT_CONFIG, 201)):
+        query = {"name": "p", "config": json.dumps(config)}
+        response = client.post("/v1/weights", params=query, content=body, headers=octets)
+        assert response.status_code == status, response.text
+        assert status == 201 or "differs from the one in the weights file" in response.text
+
+
+def test_only_a_bare_name_can_be_followed(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    engine.add("policy")
+    body = {"prompts": [{"token_ids": [1]}], "sampling": {"max_tokens": 1}, "on_update": "switch"}
+    for address in ("base", "policy@1"):
+        problem(client.post("/v1/rollouts", json=body | {"policy": address}), 400, "invalid_field", "on_update")
+    assert client.post("/v1/rollouts", json=body | {"policy": "policy"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -108,6 +129,9 @@ def test_if_match_is_a_version_or_a_digest(
         ({"dequantize": "yes"}, "invalid_field", "dequantize"),
         ({"dequantize": "true"}, "invalid_field", "dequantize"),
         ({"config": PEFT_CONFIG | {"kind": "delta"}}, "unsupported_field", "config.peft_type"),
+        ({"config": {"kind": "full", "fine_tune_type": "lora"}}, "unsupported_field", "config.fine_tune_type"),
+        ({"config": {"kind": "delta", "fine_tune_type": "full"}}, "unsupported_field", "config.kind"),
+        ({"config": {"fine_tune_type": "full", "peft_type": "LORA"}}, "unsupported_field", "config.peft_type"),
         ({"config": {"kind": "soup"}}, "unsupported_field", "config.kind"),
         ({"config": PEFT_CONFIG | {"lora_bias": True}}, "unsupported_field", "config.lora_bias"),
         ({"format": "gguf"}, "invalid_field", "format"),
