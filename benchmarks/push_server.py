@@ -47,7 +47,7 @@ def main() -> None:
     )
     app = create_app(config)
     app.register(bare)
-    serve_app(app, config, announce)
+    serve_app(lambda: app, config, announce)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.tiny_models import VOCAB_SIZE, random_adapter, save_adapter
 
 PROMPTS = prompts_of([24, 9, 3], VOCAB_SIZE, seed=4)
 TOLERANCE = 1e-5
-DORA_QUANTISED = 3e-5
+DORA_QUANTISED = 1e-5
 """mlx-lm's DoRA multiplies by the unpacked weight, we by the packed one: the two round differently."""
 
 

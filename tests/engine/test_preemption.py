@@ -172,7 +172,7 @@ def test_rows_with_a_grammar_step_aside_where_they_are_in_it(base: Driver, qwen:
     prompts = prompts_of([20, 5, 33, 12], 286)
     asked = {"n": 2, "seed": 4, "max_tokens": 150, "constraint": nested}
     expected = base.generate(prompts, **asked)
-    driver = small(qwen, base.model)
+    driver = small(qwen, base.model, 4 * 96)
     id = driver.submit(prompts, **asked)
     watched(driver, id)
     assert driver.engine._preemption.count > 0
