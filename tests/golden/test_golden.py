@@ -48,7 +48,9 @@ def config_of(family: str, kind: str) -> dict[str, Any]:
 def push(driver: Driver, family: str, kind: str, **changed: Any) -> None:
     path = HERE / family / f"{kind}.safetensors"
     # The file's own configuration speaks for it; another one needs the tensors without it.
-    content, config = (save(load_file(path)), config_of(family, kind) | changed) if changed else (path.read_bytes(), None)
+    content, config = (
+        (save(load_file(path)), config_of(family, kind) | changed) if changed else (path.read_bytes(), None)
+    )
     driver.push(kind, read_bundle(content, config, layers=driver.model.info.layers))
 
 
