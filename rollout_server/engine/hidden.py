@@ -18,6 +18,9 @@ PLACES = (
 )
 """What mlx-lm calls it, the layers of a vision model in front."""
 
+UNFIT = (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError)
+"""What a model class raises that is called in a way it was not written for."""
+
 
 def find_trunk(module: nn.Module, vocabulary: int) -> tuple[str, int] | None:
     """The path of the part that gives hidden states [B, N, width] after the final norm, and their width; None for a
@@ -42,7 +45,7 @@ def _width(module: nn.Module, trunk: nn.Module) -> int | None:
     tokens = mx.array([[0, 0]], dtype=mx.int32)
     try:
         hidden = trunk(tokens, cache=make_prompt_cache(module))
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError):
+    except UNFIT:
         return None
     if not isinstance(hidden, mx.array) or hidden.ndim != 3 or hidden.shape[:2] != tokens.shape:
         return None

@@ -20,7 +20,7 @@ from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.embedding_messages import Embedding
-from rollout_server.engine.hidden import find_trunk
+from rollout_server.engine.hidden import UNFIT, find_trunk
 from rollout_server.engine.joined_cache import JoinedRows
 from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
@@ -279,7 +279,7 @@ def _self_test(
         tokens = mx.array(inputs, dtype=mx.int32)[:, None]
         logits = (decode or forward)(tokens, store.layers)[:, -1].astype(mx.float32)
         mx.eval(logits)
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
+    except UNFIT as error:
         return f"{type(error).__name__}: {error}"
     scale = max(float(mx.max(mx.abs(row))) for row in expected)
     # float32 hardly depends on the batch's shape; the half precisions visibly do.
