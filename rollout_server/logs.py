@@ -8,8 +8,9 @@ import sys
 import time
 from typing import Literal, TextIO
 
-ROOT = "rollout_server"
-"""Every logger of the server is a child of this one."""
+UVICORN = "uvicorn"
+CONFIGURED = ("rollout_server", "adapters", UVICORN)
+"""Every logger of the server is a child of one of these."""
 
 
 class TextLines(logging.Formatter):
@@ -49,8 +50,8 @@ def configure(
         handler.setFormatter(JsonLines())
     else:
         handler.setFormatter(TextLines())
-    for name, threshold in ((ROOT, level), ("adapters", level), ("uvicorn", max(level, logging.WARNING))):
+    for name in CONFIGURED:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(threshold)
+        logger.setLevel(max(level, logging.WARNING) if name == UVICORN else level)
         logger.propagate = False

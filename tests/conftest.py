@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
+from rollout_server import logs
 from rollout_server.blas import load_fast_blas
 
 BLAS = load_fast_blas()
@@ -24,3 +29,13 @@ settings.load_profile("short")
 
 def pytest_report_header() -> str:
     return str(BLAS)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process says where the log goes; the tests after it do not inherit that."""
+    loggers = [logging.getLogger(name) for name in logs.CONFIGURED]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, state in zip(loggers, before, strict=True):
+        logger.handlers, logger.level, logger.propagate = state

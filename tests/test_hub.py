@@ -190,9 +190,6 @@ def test_progress_is_a_line_now_and_then(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rollout_server.hub.LINE_S", 0.0)
-    # As it is before a command has said where the log goes.
-    monkeypatch.setattr(logging.getLogger("rollout_server"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("rollout_server"), "handlers", [])
     with caplog.at_level(logging.INFO, logger="rollout_server.hub"):
         progress = progress_of(OPEN, made := [])
         progress(total=3, desc="Fetching 3 files").update(3)

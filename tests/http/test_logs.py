@@ -5,26 +5,15 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 from litestar.testing import TestClient
 
 from rollout_server import logs
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    names = (logs.ROOT, "adapters", "uvicorn")
-    before = {name: (logging.getLogger(name).handlers, logging.getLogger(name).level) for name in names}
-    yield
-    for name, (handlers, level) in before.items():
-        logger = logging.getLogger(name)
-        logger.handlers, logger.level, logger.propagate = handlers, level, True
-
-
-def test_json_lines(restored: None) -> None:
+def test_json_lines() -> None:
     stream = io.StringIO()
     logs.configure("json", stream=stream)
     log = logging.getLogger("rollout_server.http")
@@ -39,7 +28,7 @@ def test_json_lines(restored: None) -> None:
     assert "ValueError: é" in second["exception"]
 
 
-def test_every_request_has_a_line(restored: None, client: TestClient[Any], push: Callable[..., Any]) -> None:
+def test_every_request_has_a_line(client: TestClient[Any], push: Callable[..., Any]) -> None:
     stream = io.StringIO()
     logs.configure("text", stream=stream)
     client.get("/v1/models")
@@ -53,7 +42,7 @@ def test_every_request_has_a_line(restored: None, client: TestClient[Any], push:
     assert "POST /v1/rollouts 400" in rollouts
 
 
-def test_a_message_is_one_line_of_text(restored: None) -> None:
+def test_a_message_is_one_line_of_text() -> None:
     stream = io.StringIO()
     logs.configure("text", stream=stream)
     logging.getLogger("rollout_server.http").info("one\ntwo\x1b[2J é")
