@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.holders import Berth
@@ -18,12 +18,16 @@ from rollout_server.errors import RolloutError, StalePolicy
 
 
 class Room:
-    """All rows and what is scored fill at most `kv_cells` columns."""
+    """All rows, prompts kept for samples that wait (`kept` says of how many columns) and what is scored fill at most
+    `kv_cells` columns."""
 
-    def __init__(self, policies: PolicyTable, batches: Batches, scoring: ScoringQueue, kv_cells: int) -> None:
+    def __init__(
+        self, policies: PolicyTable, batches: Batches, scoring: ScoringQueue, kept: Callable[[], int], kv_cells: int
+    ) -> None:
         self._policies = policies
         self._batches = batches
         self._scoring = scoring
+        self._kept = kept
         self.kv_cells = kv_cells
 
     def berth(self, group: Group, count: int) -> Berth | None:
@@ -31,8 +35,12 @@ class Room:
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
         berth = self._batches.berth(known.parameters, count, len(group.request.given_ids), group.length)
-        cells = self._batches.cells(berth, count, group.soon) + self._scoring.cells + self._scoring.wanted
-        return berth if cells <= self.kv_cells else None
+        beside = self._kept() + self._scoring.cells + self._scoring.wanted
+        return berth if self._batches.cells(berth, count, group.soon) + beside <= self.kv_cells else None
+
+    def has(self, cells: int) -> bool:
+        """Whether so many columns are left beside the rows and the kept prompts."""
+        return self._batches.held_cells + self._kept() + cells <= self.kv_cells
 
 
 class Admitting:

@@ -18,7 +18,7 @@ import mlx.core as mx
 from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
-from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.chunks import plan
 from rollout_server.engine.filters import Some
 from rollout_server.engine.flight import Flight, Joining, Landed, Launch
@@ -26,8 +26,10 @@ from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import TokenCounts
 from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
+from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sampling import SamplerArrays, sample, uniforms
 from rollout_server.engine.scheduler import Admission
+from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
 MOST_KEPT = 16
@@ -36,7 +38,8 @@ MOST_KEPT = 16
 
 class Batch:
     """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
-    to what `forward` computes, for one token of every place. `keeper` knows what was read before."""
+    to what `forward` computes, for one token of every place. `keeper` knows what was read before. Where samples
+    that wait cannot have their prompt from those that run, `may_keep(tokens)` says whether to keep it for them."""
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Batch:
         decode: Forward | None = None,
         reroute: Callable[[Placement], None] = lambda _: None,
         keeper: Keeper | None = None,
+        may_keep: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
@@ -61,7 +65,7 @@ class Batch:
         self._seats: dict[int, Row] = {}
         self._leaving: list[Row] = []
         """Rows whose places are being freed: in neither list if that fails."""
-        self._joining: list[Joining] = []
+        self.joining: list[Joining] = []
         self._flight: Flight | None = None
         self._steps = 0
         # Made again when rows come, go or move.
@@ -70,6 +74,7 @@ class Batch:
         self._extent: tuple[int, int] | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
+        self._may_keep = may_keep
         self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
         self._masking = Masking(vocabulary, eos)
         self.fed = 0
@@ -82,24 +87,19 @@ class Batch:
         return [*self._seats.values(), *self._recovering.rows, *self._leaving]
 
     @property
-    def joining(self) -> list[Joining]:
-        return self._joining
-
-    @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
-        return len(self._seats) + len(self._recovering.rows) + sum(joining.count for joining in self._joining)
+        return len(self._seats) + len(self._recovering.rows) + sum(joining.count for joining in self.joining)
 
     @property
     def longest(self) -> int:
         """The most columns any of them needs soon."""
-        return max([self._extents[1], *(each.group.soon for each in self._joining)])
+        return max([self._extents[1], *(each.group.soon for each in self.joining)])
 
     @property
     def width(self) -> int:
         """Columns the next step needs for its longest row; prompts on their way count as read."""
-        read = [len(joining.prompt.tokens) for joining in self._joining]
-        return 1 + max([self._extents[0], *read])
+        return 1 + max([self._extents[0], *(len(each.prompt.tokens) for each in self.joining)])
 
     @property
     def _extents(self) -> tuple[int, int]:
@@ -122,29 +122,24 @@ class Batch:
         return self.store.due(self.width) if self.size else 0
 
     def cells(self, count: int, columns: int) -> int:
-        """KV columns over all rows that the cache could come to fill, see `cache.RowStore.cells`."""
+        """KV columns over all rows that the cache could come to fill, see `row_store.RowStore.cells`."""
         return self.store.cells(count, columns)
-
-    @property
-    def nbytes(self) -> int:
-        """KV memory, bytes: of rows, and of prompts on their way."""
-        return self.store.nbytes
 
     @property
     def filled_cells(self) -> int:
         """KV columns over all rows that hold something."""
-        read = sum(joining.prompt.fed for joining in self._joining)
+        read = sum(joining.prompt.fed for joining in self.joining)
         return read + sum(row.offset for row in self._seats.values())
 
     @property
     def unread(self) -> int:
         """Prompt tokens that joining groups still have to read."""
-        return self._recovering.unread + sum(len(each.prompt.tokens) - each.prompt.fed for each in self._joining)
+        return self._recovering.unread + sum(len(each.prompt.tokens) - each.prompt.fed for each in self.joining)
 
     @property
     def reading(self) -> bool:
         """Whether groups join, or rows come back."""
-        return bool(self._joining or self._recovering.rows)
+        return bool(self.joining or self._recovering.rows)
 
     @property
     def active(self) -> bool:
@@ -156,39 +151,46 @@ class Batch:
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
-    def join(self, admission: Admission, columns: int) -> None:
-        """Reserves places; no step may be in flight. No row may exceed `columns`. A group whose KV was kept skips
-        prefill."""
+    def join(self, admission: Admission, columns: int, sibling: tuple[RowStore, int] | None = None) -> None:
+        """Reserves places; no step may be in flight. No row may exceed `columns`. A group whose prompt is there skips
+        prefill: kept, in the place of a `sibling`, or where one has left it."""
         group = admission.group
         if group.prompt is None:
-            group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot)
+            group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot, owner=group)
         self.store.begin(group.prompt, admission.count, columns)
+        if sibling is not None and not group.prompt.done:
+            self.store.inherit(group.prompt, *sibling)
         # There may be more places now, and rows go on while the prompt is read.
         self._changed()
         group.joining = admission.count
-        self._joining.append(Joining(group, group.prompt, admission.count, group.admitted))
+        self.joining.append(Joining(group, group.prompt, admission.count, group.admitted))
+
+    def sibling(self, group: Group) -> tuple[RowStore, int] | None:
+        """Where a row has the prompt of a group."""
+        places = [place for place, row in self._seats.items() if row.group is group and row.holds_prompt]
+        return (self.store, places[0]) if places and self.store.cuts else None
 
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
         rows, budget = self._recover(budget)
         if self._keeper is not None:
-            self._keeper.enter([joining.group for joining in self._joining])
-        ready = [joining.prompt for joining in self._joining if joining.prompt.sought or self._keeper is None]
+            self._keeper.enter([joining.group for joining in self.joining])
+        ready = [joining.prompt for joining in self.joining if joining.prompt.sought or self._keeper is None]
         lefts = [len(prompt.tokens) - prompt.fed for prompt in ready]
         if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
             self.store.feed(self._forward, chunks, self._route)
             self.fed += sum(count for _, count in chunks)
-        for joining in [joining for joining in self._joining if joining.prompt.done]:
+        for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
-            self._joining.remove(joining)
+            self.joining.remove(joining)
         return rows
 
     def _seat(self, joining: Joining) -> list[Row]:
         group = joining.group
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
-        keep = group.waiting > 0
+        keep = group.waiting > 0 and not self.store.cuts and self._may_keep(len(joining.prompt.tokens))
         places = self.store.seat(joining.prompt, joining.count, keep)
         if self._keeper is not None:
             self._keeper.keep_prompt(places[0], group, joining.prompt)
@@ -230,6 +232,7 @@ class Batch:
         if self._keeper is not None:
             self._keeper.keep_rows(gone, self._flight is not None)
         scrub = [place for place, row in gone.items() if not row.finite]
+        self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)
         self._leaving = []
         return list(gone.values())
@@ -286,12 +289,12 @@ class Batch:
 
     def drop_cancelled(self) -> list[Joining]:
         """Gives back the places of groups that were aborted before their rows were seated. No step in flight."""
-        dropped = [joining for joining in self._joining if joining.group.cancelled]
+        dropped = [joining for joining in self.joining if joining.group.cancelled]
         self._forget(dropped)
         return dropped
 
     def _forget(self, dropped: Sequence[Joining]) -> None:
-        self._joining = [joining for joining in self._joining if joining not in dropped]
+        self.joining = [joining for joining in self.joining if joining not in dropped]
         # All at once: freeing places one by one could move those still to be freed.
         places = [place for joining in dropped for place in joining.prompt.places]
         if places:
@@ -306,8 +309,7 @@ class Batch:
 
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
-        reading = [len(joining.prompt.tokens) for joining in self._joining]
-        self._follow(self.store.shrink(max([row.offset + 1 for row in self.rows] + reading, default=0)))
+        self._follow(self.store.shrink(self.width if self.rows or self.joining else 0))
 
     def _follow(self, moved: dict[int, int] | None) -> None:
         self._changed()
@@ -315,12 +317,12 @@ class Batch:
             return
         self._recovering.follow(moved)
         self._seats = {moved[place]: row for place, row in self._seats.items()}
-        for joining in self._joining:
+        for joining in self.joining:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
 
     @property
     def must_settle(self) -> bool:
-        """Rows that ended cannot leave while a step is in flight, because others would move."""
+        """Whether rows that ended wait for the step in flight, because others would move."""
         ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
         return self._flight is not None and ended > 0 and self.store.moves_on_leave(ended)
 

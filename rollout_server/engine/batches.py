@@ -14,7 +14,6 @@ from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
-from rollout_server.engine.cache import RowStore
 from rollout_server.engine.flight import Joining
 from rollout_server.engine.holders import FIRST, Berth, Holder, age_of
 from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
@@ -53,6 +52,8 @@ class Batches:
         self._leave_room = leave_room
         self._costs: StepCosts | None = None
         self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
+        self._store = make(BASE_SET).store
+        """Never filled: says what rows take where there is no batch yet."""
         self._steps_before = self._fed_before = 0
         self._turns = 0
         self._at: Berth | None = None
@@ -101,7 +102,7 @@ class Batches:
     @property
     def nbytes(self) -> int:
         """KV memory of all batches, bytes."""
-        return sum(batch.nbytes for batch in self._batches.values())
+        return sum(batch.store.nbytes for batch in self._batches.values())
 
     @property
     def filled_cells(self) -> int:
@@ -148,6 +149,10 @@ class Batches:
         own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
         return own + sum(other.cells(0, other.longest) for other in others)
 
+    def prompt_cells(self, tokens: int) -> int:
+        """KV columns that a prompt takes where it is kept apart from any row."""
+        return self._store.packed(1, tokens)
+
     @staticmethod
     def _holds(batch: Batch) -> bool:
         return bool(batch.active or batch.joining)
@@ -158,7 +163,9 @@ class Batches:
         """See `Batch.join`."""
         self._at = admission.berth
         soon = admission.group.soon
-        self.open(admission.berth, admission.count, soon).join(admission, self.columns(admission.berth, soon))
+        siblings = (batch.sibling(admission.group) for batch in self._batches.values())
+        sibling = next(filter(None, siblings), None)
+        self.open(admission.berth, admission.count, soon).join(admission, self.columns(admission.berth, soon), sibling)
         self._at = None
 
     def open(self, berth: Berth, count: int, length: int) -> Batch:
@@ -266,10 +273,6 @@ class Batches:
             total += batch.store.packed(sum(holder.count for holder in mine), width)
         return total
 
-    def tighten(self) -> None:
-        """Batches keep what their rows need now; those without rows give all back. No step may be in flight."""
-        self.shrink()
-
     def evict(self, row: Row) -> None:
         """Drops the KV of a row, which waits to come back; no step may be in flight."""
         berth = self._at = self._home(row)
@@ -316,10 +319,6 @@ class Batches:
 
     def _places(self, rows: int) -> int:
         return self._store.places(rows)
-
-    @property
-    def _store(self) -> RowStore:  # any: all are of one kind
-        return next(iter(self._batches.values())).store
 
     def _know_costs(self, wanted: bool) -> None:
         """Measures once, when somebody wants to know and the memory for it is free."""

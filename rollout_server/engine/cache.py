@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -37,9 +37,11 @@ class Prompt:
     places: list[int] = field(default_factory=list)
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
-    """Its KV, kept for samples of the group that are still waiting."""
+    """Its KV, kept for whoever joins later."""
     sought: bool = False
     """Whatever there was of it from before is in its place."""
+    owner: object = None
+    """Whose samples begin with it: a place that one of them has left still holds it."""
 
     @property
     def done(self) -> bool:
@@ -56,70 +58,11 @@ class Piece:
     slot: Any
 
 
-class RowStore(Protocol):
-    """What the batch needs of a cache. Places index the batch dimension of a decode step."""
-
-    layers: list[Any]
-    capacity: int
-
-    def places(self, rows: int) -> int:
-        """That a step computes for so many rows."""
-
-    def cells(self, count: int, columns: int) -> int:
-        """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
-
-    def due(self, width: int) -> int:
-        """Rows × columns once a step has read `width` columns; `packed`: were there just so many rows then."""
-
-    def packed(self, rows: int, width: int) -> int: ...
-
-    def stretch(self, width: int, cells: int) -> None:
-        """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns
-        of `cells`, so that they seldom do."""
-
-    def begin(self, prompt: Prompt, count: int, columns: int) -> None:
-        """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`."""
-
-    def cancel(self, prompt: Prompt, count: int) -> None:
-        """Forgets a prompt that was begun for `count` rows and never seated; its places are left separately."""
-
-    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
-        """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
-
-    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
-        """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
-
-    def aim(self, offsets: Sequence[int | None], width: int) -> None:
-        """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
-        many columns it reads."""
-
-    def pending(self) -> list[Any]:
-        """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""
-
-    def copy(self, place: int, length: int) -> list[Any]:
-        """The KV of the first `length` tokens of a place, as `Prompt.kept` has it; evaluated."""
-
-    def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
-        """Frees places, zeroing those in `scrub`; returns old → new places if rows moved. No step may be in flight
-        for rows that move; see `moves_on_leave`."""
-
-    def moves_on_leave(self, leaving: int) -> bool:
-        """Whether freeing `leaving` places now would move the rows that stay."""
-
-    def shrink(self, columns: int) -> dict[int, int] | None:
-        """Gives back what rows of at most `columns` do not need; as `leave`. No step may be in flight."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def held(self) -> int:
-        """Rows × columns that are allocated though no row is there."""
-
-
 class SlotRows:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
     widths, for steps that are compiled for each."""
+
+    cuts = True
 
     def __init__(self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False) -> None:
         self.layers: list[Any] = [SlotLayer(self, window) for window in windows]
@@ -130,6 +73,8 @@ class SlotRows:
         self._max_rows = max_rows
         self._ceiling = 0
         self._free: list[int] = []
+        self._remains: dict[int, object] = {}
+        """Free places that still hold a prompt, and whose."""
 
     @property
     def nbytes(self) -> int:
@@ -160,13 +105,50 @@ class SlotRows:
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         capacity, self._ceiling = self._plan(count, columns)
         if len(self._free) == self.capacity and (capacity != self.capacity or self.columns > self._ceiling):
-            self._clear()
-        if capacity != self.capacity:
+            self._renew(prompt, capacity)
+        elif capacity != self.capacity:
             self._resize(capacity, min(self.columns, self._ceiling))
         # A group whose KV was kept writes it all at once.
         self._grow_columns(len(prompt.tokens) + 1 if prompt.kept is not None else 1)
-        self._free.sort()
-        prompt.places, self._free = self._free[:count], self._free[count:]
+        own = self._holding(prompt)
+        # What holds another's prompt is taken last.
+        self._free.sort(key=lambda place: (place not in own, place in self._remains, place))
+        prompt.places, self._free = [self._free[0], *sorted(self._free[1:count])], self._free[count:]
+        if own:
+            prompt.fed = len(prompt.tokens)
+        for place in prompt.places:
+            self._remains.pop(place, None)
+
+    def _renew(self, prompt: Prompt, capacity: int) -> None:
+        """Arrays of another size, of which nobody needs more than a prompt that one place may still hold."""
+        own = self._holding(prompt)
+        if not own:
+            self._clear()
+            self._resize(capacity, 0)
+            return
+        self._free.remove(own[0])
+        self._remains = {}
+        self._compact()
+        self._free.append(0)
+        self._resize(capacity, min(self.columns, self._ceiling))
+        self._remains = {0: prompt.owner}
+
+    def _holding(self, prompt: Prompt) -> list[int]:
+        """Free places that still hold a prompt."""
+        return [place for place in self._free if prompt.owner and self._remains.get(place) is prompt.owner]
+
+    def inherit(self, prompt: Prompt, donor: Any, place: int) -> None:
+        length = len(prompt.tokens)
+        self._grow_columns(length + 1)
+        for layer, theirs in zip(self.layers, donor.layers, strict=True):
+            if (pair := theirs.copy(place, length)) is not None:
+                mx.eval(pair)
+                layer.write(prompt.places[0], 0, *pair)
+                mx.eval(layer.keys, layer.values)
+        prompt.fed = length
+
+    def remember(self, places: dict[int, object]) -> None:
+        self._remains |= places
 
     def cancel(self, prompt: Prompt, count: int) -> None: ...
 
@@ -186,7 +168,7 @@ class SlotRows:
         for layer in self.layers:
             layer.keys = layer.values = None
         self.capacity = self.columns = 0
-        self._free = []
+        self._free, self._remains = [], {}
 
     def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
         pieces = [Piece(p.places[0], p.fed, p.tokens[p.fed : p.fed + n], p.slot) for p, n in chunks]
@@ -301,9 +283,10 @@ class SlotRows:
         if scrub:
             # Masked is not ignored: 0 × NaN is NaN, so a row that went non-finite must not stay in the array. Free
             # places computed beside it under its version.
+            self._remains = {}
             for layer in self.layers:
                 layer.blank(self._free)
-        return self._compact() if moves else None
+        return self._compact(1 if self._remains else 0) if moves else None
 
     def shrink(self, columns: int) -> dict[int, int] | None:
         live = self.capacity - len(self._free)
@@ -323,16 +306,21 @@ class SlotRows:
     def evaluate(self) -> None:
         mx.eval(self.arrays())
 
-    def _compact(self) -> dict[int, int]:
+    def _compact(self, more: int = 0) -> dict[int, int]:
+        """To the fewest places for the rows and `more`. Those without a row hold what prompts they can, the last that
+        were left before others."""
         free = set(self._free)
         live = [place for place in range(self.capacity) if place not in free]
-        capacity = row_bucket(len(live), self._max_rows)
-        order = mx.array(live + [live[0]] * (capacity - len(live)))
+        capacity = row_bucket(len(live) + more, self._max_rows)
+        held = list({id(owner): place for place, owner in self._remains.items()}.values())[::-1]
+        stay = (live + held)[:capacity]
+        order = mx.array(stay + [stay[0]] * (capacity - len(stay)))
         for layer in self.layers:
             layer.change(lambda array: mx.take(array, order, axis=0))
             mx.eval([a for a in (layer.keys, layer.values) if a is not None])
         self.capacity = capacity
         self._free = list(range(len(live), capacity))
+        self._remains = {new: self._remains[stay[new]] for new in range(len(live), len(stay))}
         return {old: new for new, old in enumerate(live)}
 
     def _grow_columns(self, needed: int) -> None:
@@ -353,6 +341,8 @@ class SlotRows:
 
     def _resize(self, capacity: int, columns: int) -> None:
         """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""
+        if columns < self.columns:
+            self._remains = {}
         more_rows, more_columns = capacity - self.capacity, max(0, columns - self.columns)
         padding = [(0, more_rows), (0, 0), (0, more_columns), (0, 0)]
         for layer in self.layers:

@@ -17,8 +17,10 @@ from rollout_server.engine.messages import JOINED_KV_SPARE
 
 
 class JoinedRows:
-    """The methods of `cache.RowStore`. A place is the row's current index in the batch. `row_cells` is what a row's
+    """The methods of `row_store.RowStore`. A place is the row's current index in the batch. `row_cells` is what a row's
     state of fixed size costs, counted in columns."""
+
+    cuts = False
 
     def __init__(self, make_caches: Callable[[], list[Any]], *, row_cells: int = 0, serial: bool = False) -> None:
         self.layers: list[Any] = []
@@ -73,6 +75,12 @@ class JoinedRows:
             forward(mx.array([prompt.tokens[prompt.fed : prompt.fed + n]], dtype=mx.int32), caches)
             mx.eval([cache.state for cache in caches])
             prompt.fed += n
+
+    def inherit(self, prompt: Prompt, donor: Any, place: int) -> None:
+        raise RuntimeError("A state that cannot be cut has no prompt to give.")
+
+    def remember(self, places: dict[int, object]) -> None:
+        """Nothing stays behind."""
 
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         caches = prompt.kept

@@ -91,11 +91,11 @@ class Engine:
         self._scoring = ScoringQueue(
             make_reader(model, policies),
             policies,
-            lambda cells: self._batch.held_cells + self._scheduler.kept_cells + cells <= self._room.kv_cells,
+            lambda cells: self._room.has(cells),
             lambda: not self._batch.size,
         )
-        self._room = Room(policies, self._batch, self._scoring, kv_cells)
-        self._scheduler = Scheduler(info.max_batch, self._room.berth)
+        self._room = Room(policies, self._batch, self._scoring, lambda: self._scheduler.kept_cells, kv_cells)
+        self._scheduler = Scheduler(info.max_batch, self._room.berth, self._batch.prompt_cells)
         self._reports = Reports(self._scheduler, policies)
         self._references = References(
             self._scoring, policies, self._reports, frozenset(info.eos_token_ids), info.embedding.pooling
@@ -130,6 +130,7 @@ class Engine:
             decode,
             lambda placement: self._policies.route_rows([placement]),
             keeper,
+            lambda tokens: self._room.has(self._batch.prompt_cells(tokens) + self._scoring.cells),
         )
 
     def _measure_step(self, width: int) -> StepCosts:

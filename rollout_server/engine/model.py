@@ -17,13 +17,14 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from adapters.fit import adaptable_layers, replaceable_parameters
 from rollout_server.engine.base_digest import base_digest
-from rollout_server.engine.cache import Forward, Prompt, RowStore, SlotRows
+from rollout_server.engine.cache import Forward, Prompt, SlotRows
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import UNFIT, find_trunk
 from rollout_server.engine.joined_cache import JoinedRows
 from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
 

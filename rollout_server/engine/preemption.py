@@ -13,7 +13,7 @@ from rollout_server.rollout import RECOMPUTED
 
 
 class Preemption:
-    """All rows and what is scored fill at most `kv_cells` columns."""
+    """All rows, prompts kept for samples that wait and what is scored fill at most `kv_cells` columns."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Preemption:
         self._reports.release(self._batches.release())
 
     def make_room(self) -> None:
-        """Before a step: where the KV it needs is not there, rows give theirs up, the newest first. The oldest row
-        never does."""
+        """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
+        then rows give theirs up, the newest first. The oldest row never does."""
         if not self._scheduler.crowded and not self._batches.aside:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
             beside = self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
@@ -50,12 +50,15 @@ class Preemption:
         if self._fits():
             return
         self._settle()
-        self._batches.tighten()
+        self._batches.shrink()
+        if self._fits():
+            return
+        self._scheduler.drop_kept()
         if self._fits():
             return
         order = sorted(self._batches.holders, key=lambda holder: holder.age)
         staying = len(order)
-        beside = self._scheduler.kept_cells + self._scoring.cells
+        beside = self._scoring.cells
         while staying > 1 and self._batches.packed(order[:staying]) + beside > self._kv_cells:
             staying -= 1
         # The newest first, so that groups stand in the queue in their order again.
@@ -67,7 +70,7 @@ class Preemption:
             elif holder.joining is not None:
                 self._batches.unjoin(holder.joining)
                 self._scheduler.put_back(holder.joining.group, holder.joining.count)
-        self._batches.tighten()
+        self._batches.shrink()
 
     def _fits(self) -> bool:
         used = self._batches.due + self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
@@ -77,11 +80,16 @@ class Preemption:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
         if any(not row.running for row in self._batches.aside):
             self._settle()
+        if self._scheduler.crowded and not self._batches.size:
+            # Nothing that runs will make room for the head of the queue.
+            self._scheduler.drop_kept()
         while self._batches.aside:
             row = self._batches.aside[0]
             berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1, row.soon)
-            beside = self._scheduler.kept_cells + self._scoring.cells + self._scoring.wanted
-            if self._batches.cells(berth, 1, row.soon) + beside > self._kv_cells:
+            needed = self._batches.cells(berth, 1, row.soon) + self._scoring.cells + self._scoring.wanted
+            if needed + self._scheduler.kept_cells > self._kv_cells:
+                self._scheduler.drop_kept()
+            if needed > self._kv_cells:
                 return False
             self._settle()
             if row.running:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adapters.resident import Placement
-from rollout_server.engine.cache import Forward, Prompt, RowStore
+from rollout_server.engine.cache import Forward, Prompt
+from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sequence import Sequence as Row
 
 Leg = tuple[int, Placement]

@@ -112,7 +112,8 @@ class Keeper:
                 continue
             if segments := self._reuse.find(key_of(group.version, group.placement), prompt.tokens):
                 self._store.paste(prompt, segments)
-                group.cached_tokens = prompt.fed
+                if not group.prefilled_at:
+                    group.cached_tokens = prompt.fed
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         """A prompt that was read in `place`. No step in flight."""

@@ -43,12 +43,14 @@ class Scheduler:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
     waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
 
-    `fit(group, count)` says in which batch `count` of its samples could start, or None where KV memory has no room."""
+    `fit(group, count)` says in which batch `count` of its samples could start, or None where KV memory has no room.
+    `prompt_cells(tokens)` are the columns that a prompt takes which is kept for samples that wait."""
 
     def __init__(
         self,
         max_rows: int,
         fit: Callable[[Group, int], tuple[int, int] | None],
+        prompt_cells: Callable[[int], int] = lambda tokens: tokens,
     ) -> None:
         self.tickets: dict[str, Ticket] = {}
         self.waiting_requests = 0
@@ -61,6 +63,7 @@ class Scheduler:
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
         self._fit = fit
+        self._prompt_cells = prompt_cells
 
     def submit(self, submit: Submit) -> Ticket:
         groups = tuple(Group(request) for request in submit.groups)
@@ -103,15 +106,24 @@ class Scheduler:
         return Admission(group, fits, found)
 
     @property
-    def kept_cells(self) -> int:
-        """KV columns of prompts that are kept for samples that wait: only the first groups in the queue have begun."""
-        cells = 0
+    def _keeping(self) -> Iterator[tuple[Group, int]]:
+        """Groups whose prompts are kept for samples that wait, and the prompts' tokens: only the first in the queue
+        have begun. Where samples are joining, the prompt counts as theirs."""
         for group in self._waiting:
             if group.version is None:
-                break
-            if group.prompt is not None and group.prompt.kept is not None:
-                cells += len(group.prompt.tokens)
-        return cells
+                return
+            if group.prompt is not None and group.prompt.kept is not None and not group.joining:
+                yield group, len(group.prompt.tokens)
+
+    @property
+    def kept_cells(self) -> int:
+        """KV columns of prompts that are kept for samples that wait."""
+        return sum(self._prompt_cells(tokens) for _, tokens in self._keeping)
+
+    def drop_kept(self) -> None:
+        """Gives up the prompts that are kept: they will be read again."""
+        for group, _ in self._keeping:
+            group.prompt = None
 
     def heads(self, group: Group) -> bool:
         """Whether a group still waits at the head of the queue."""

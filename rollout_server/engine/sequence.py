@@ -164,6 +164,14 @@ class Sequence:
         return self.finish_reason is None and self.dispatched < self._most
 
     @property
+    def holds_prompt(self) -> bool:
+        """Whether its place begins with its group's prompt as the group's version reads it."""
+        if self.error is not None or self.away or self.recomputed:
+            return False
+        first = self.begun[0].version if self.begun else self.version
+        return first == self.group.version and all(begun.kv != RECOMPUTED for begun in self.begun[1:])
+
+    @property
     def needs_reference(self) -> bool:
         """Whether only another pass can say what the base thinks of its tokens; a row on the base knows."""
         return self.sampled > 0 and self.version.number != 0

@@ -1,0 +1,78 @@
+"""What a batch needs of the KV memory of its rows, whatever kind it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from rollout_server.engine.cache import Forward, Prompt
+
+
+class RowStore(Protocol):
+    """Places index the batch dimension of a decode step."""
+
+    layers: list[Any]
+    capacity: int
+    cuts: bool
+    """A row's place holds its prompt's KV for as long as nobody else takes it, so that none need be kept beside it."""
+
+    def places(self, rows: int) -> int:
+        """That a step computes for so many rows."""
+
+    def cells(self, count: int, columns: int) -> int:
+        """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
+
+    def due(self, width: int) -> int:
+        """Rows × columns once a step has read `width` columns; `packed`: were there just so many rows then."""
+
+    def packed(self, rows: int, width: int) -> int: ...
+
+    def stretch(self, width: int, cells: int) -> None:
+        """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns
+        of `cells`, so that they seldom do."""
+
+    def begin(self, prompt: Prompt, count: int, columns: int) -> None:
+        """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`. The prompt counts
+        as read where a free place still holds it."""
+
+    def cancel(self, prompt: Prompt, count: int) -> None:
+        """Forgets a prompt that was begun for `count` rows and never seated; its places are left separately."""
+
+    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+        """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
+
+    def inherit(self, prompt: Prompt, donor: Any, place: int) -> None:
+        """Copies a prompt that has begun from a place of a store of the same kind which begins with it."""
+
+    def remember(self, places: dict[int, object]) -> None:
+        """Places that are about to be left, and whose prompt each of them holds."""
+
+    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
+        """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
+
+    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+        """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
+        many columns it reads."""
+
+    def pending(self) -> list[Any]:
+        """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""
+
+    def copy(self, place: int, length: int) -> list[Any]:
+        """The KV of the first `length` tokens of a place, as `Prompt.kept` has it; evaluated."""
+
+    def leave(self, places: Sequence[int], scrub: Sequence[int]) -> dict[int, int] | None:
+        """Frees places, zeroing those in `scrub`; returns old → new places if rows moved. No step may be in flight
+        for rows that move; see `moves_on_leave`."""
+
+    def moves_on_leave(self, leaving: int) -> bool:
+        """Whether freeing `leaving` places now would move the rows that stay."""
+
+    def shrink(self, columns: int) -> dict[int, int] | None:
+        """Gives back what rows of at most `columns` do not need; as `leave`. No step may be in flight."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def held(self) -> int:
+        """Rows × columns that are allocated though no row is there."""

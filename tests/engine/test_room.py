@@ -1,0 +1,142 @@
+"""KV memory that is hardly enough: somebody always gets on, a group's prompt is read once, and all stays inside."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout_server.engine.footprint import Release
+from rollout_server.engine.lengths import StepCosts
+from rollout_server.rollout import Wants
+from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import assert_same, tolerance
+from tests.engine.test_preemption import small
+
+ASK = {"ignore_eos": True}
+
+
+@pytest.mark.parametrize("apart", ["classes", "sets"])
+def test_a_group_whose_only_row_stepped_aside_holds_nobody_up(base: Driver, qwen: Path, apart: str) -> None:
+    """Its row and a copy of its prompt would never fit together, and nothing else runs."""
+    driver = small(qwen, base.model, 1000) if apart == "classes" else Driver.start(qwen, prefix_cache=False)
+    if apart == "classes":
+        driver.engine._batch._costs = StepCosts(0.0, 1.0)
+    else:
+        driver.limit_kv(1000)
+        driver.push("m", driver.bundle(1), mode="merged")
+    older = driver.submit(prompts_of([20], 286), max_tokens=150, **ASK)
+    driver.turn(5)
+    policy = "base" if apart == "classes" else "m"
+    group = driver.submit(prompts_of([600], 286, seed=1), n=2, max_tokens=30, policy=policy, **ASK)
+    driver.finish(older, group, driver.submit(prompts_of([5], 286), max_tokens=3), turns=600)
+
+
+@pytest.mark.parametrize("seed", [102, 124])
+def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: Path, seed: int) -> None:
+    """These two once stood still for ever."""
+    dice = random.Random(seed)
+    rows, chunk, cells = dice.choice([4, 16]), dice.choice([16, 200]), dice.choice([300, 500, 900])
+    driver = Driver.start(
+        qwen,
+        max_batch=rows,
+        prefill_tokens=chunk,
+        kv_memory=cells * base.model.info.kv_bytes_per_token,
+        prefix_cache=dice.random() < 0.5,
+    )
+    driver.engine._batch._costs = dice.choice([StepCosts(0.0, 1.0), StepCosts(1.0, 0.0), StepCosts(30.0, 1.0)])
+    driver.push("p", driver.bundle(1))
+    driver.push("mm", driver.bundle(2), mode="merged")
+    ids: list[str] = []
+    for number in range(12):
+        policy, length, n = (
+            dice.choice(["base", "p", "mm"]),
+            dice.choice([3, 20, 60, 150, 200]),
+            dice.choice([1, 1, 2, 4]),
+        )
+        asked: dict[str, Any] = {
+            "wants": Wants(base_logprobs=dice.random() < 0.2, prompt_logprobs=dice.random() < 0.2),
+            "max_tokens": dice.choice([5, 30, 60]),
+            "on_update": dice.choice(["finish", "switch"]) if policy != "base" else "finish",
+            "return_when": dice.choice([None, None, 1]),
+        }
+        ids.append(driver.submit(prompts_of([length], 286, seed=number), n=n, policy=policy, **ASK, **asked))
+        if dice.random() < 0.2:
+            ids.append(driver.ask_score(prompts_of([dice.choice([10, 120, 280])], 286)))
+        driver.turn(dice.randrange(1, 12))
+        if dice.random() < 0.15:
+            driver.push("p", driver.bundle(number + 3), mode=dice.choice(["adapter", "merged"]))
+        if dice.random() < 0.1:
+            driver.abort(dice.choice(ids))
+    driver.until(lambda: all(driver.over(id) or driver.is_scored(id) for id in ids), 2000)
+    faults = [driver.error(id) for id in ids if driver.error(id) and "ended" not in str(driver.error(id))]
+    assert not faults and driver.engine._scheduler.kept_cells == 0
+
+
+@pytest.mark.parametrize("cells", [4 * 256, 1 * 256], ids=["four rows", "one row"])
+def test_a_prompt_is_read_once_however_few_samples_fit_at_a_time(base: Driver, qwen: Path, cells: int) -> None:
+    prompt = prompts_of([200], 286)
+    expected = base.generate(prompt, n=7, max_tokens=20, **ASK)
+    driver = small(qwen, base.model, cells, prefix_cache=False)
+    id = driver.submit(prompt, n=7, max_tokens=20, **ASK)
+    while not driver.over(id):
+        driver.turn()
+        assert driver.engine._batch.nbytes <= driver.model.info.kv_memory
+    assert driver.engine._batch.fed == 199 and driver.engine._preemption.count == 0
+    for one, other in zip(expected, driver.rollouts(id), strict=True):
+        assert_same(one, other, tolerance(base, [one]))
+
+
+@pytest.mark.parametrize("costs", [StepCosts(1.0, 0.0), StepCosts(0.0, 1.0)], ids=["one class", "classes"])
+def test_samples_take_their_prompt_from_those_that_run(base: Driver, qwen: Path, costs: StepCosts) -> None:
+    prompts = prompts_of([90, 40], 286)
+    asked: dict[str, Any] = {"n": 7, "seed": 3, "max_tokens": 40, "stop_token_ids": tuple(range(0, 286, 12)), **ASK}
+    expected = base.generate(prompts, **asked)
+    assert len({len(row.token_ids) for row in expected}) > 3, "samples end one by one"
+    driver = Driver.start(qwen, base.model, max_batch=3, prefix_cache=False)
+    driver.engine._batch._costs = costs
+    rows = driver.generate(prompts, **asked)
+    # A place that was left in a class without rows is gone with it.
+    assert driver.engine._batch.fed <= (89 + 39) * (1 if costs.weights else 2)
+    for one, other in zip(expected, rows, strict=True):
+        assert_same(one, other, tolerance(base, [one]))
+
+
+def test_a_sample_takes_no_prompt_that_another_version_read(driver: Driver, qwen: Path) -> None:
+    """A row that was read anew under a later version has the prompt as that one reads it."""
+    driver = Driver.start(qwen, driver.model, max_batch=1, prefix_cache=False)
+    driver.push("p", driver.bundle(1))
+    prompt = prompts_of([60], 286)
+    asked: dict[str, Any] = {"n": 2, "policy": "p", "max_tokens": 10, "on_update": "switch", **ASK}
+    id = driver.submit(prompt, **asked)
+    driver.turn(2)
+    driver.push("p", driver.bundle(2))
+    driver.finish(id)
+    for row in driver.rollouts(id):
+        (again,) = driver.replay([row])
+        assert again.first_difference is None, row.spans
+
+
+def test_states_that_cannot_be_cut_keep_their_prompt_only_where_there_is_room(bare_model: Any, model_path: Any) -> None:
+    model = bare_model("falcon_h1")
+    asked: dict[str, Any] = {"n": 3, "max_tokens": 12, **ASK}
+    prompt = prompts_of([60], model.info.vocab_size)
+    for rows, read in ((1.2, 3 * 59), (2.2, 59)):
+        limit = int(rows * model.info.row_bytes(72))
+        info = replace(model.info, kv_memory=limit, max_batch=1)
+        driver = Driver.start(model_path("falcon_h1"), replace(model, info=info))
+        driver.finish(driver.submit(prompt, **asked), turns=300)
+        assert driver.engine._batch.fed == read and driver.engine._preemption.count == 0
+
+
+def test_memory_given_back_while_a_merged_version_served_last_leaves_the_engine_whole(driver: Driver) -> None:
+    """The base's batch went when the version's was opened, the version's with the memory."""
+    driver.push("m", driver.bundle(2), mode="merged")
+    driver.generate(prompts_of([20], 286), max_tokens=5, policy="m")
+    driver.turn(2)
+    driver.send(Release("x"))
+    driver.turn(2)
+    assert len(driver.generate(prompts_of([20], 286), max_tokens=5, **ASK)[0].token_ids) == 5
