@@ -83,6 +83,13 @@ class Stretch:
     first: int
     count: int
 
+    def within(self, start: int, end: int) -> Stretch | None:
+        """Its part in rows `start` to `end` of the logits, whose rows count from there."""
+        first, last = max(self.at, start), min(self.at + self.count, end)
+        if first >= last:
+            return None
+        return Stretch(self.row, first - start, self.first + first - self.at, last - first)
+
     @property
     def positions(self) -> list[int]:
         """The tokens that are drawn again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -24,13 +25,15 @@ from rollout_server.engine.sampling import entropy_of, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
 
-LOGIT_BYTES = 64 * 2**20
-"""float32 logits alive at once."""
+LOGIT_BYTES, LEAST_BYTES = 64 * 2**20, 8 * 2**20
+"""float32 logits alive at once: an eighth of the KV memory within these bounds,"""
+SLICES = 4
+"""and their values are read in so many parts, each of which is copied a few times."""
 
 
-def logit_tokens(vocabulary: int) -> int:
+def logit_tokens(vocabulary: int, kv_memory: int) -> int:
     """How many tokens may have their logits alive at once."""
-    return max(1, LOGIT_BYTES // (4 * vocabulary))
+    return max(1, min(LOGIT_BYTES, max(LEAST_BYTES, kv_memory // 8)) // (4 * vocabulary))
 
 
 class Reader(Protocol):
@@ -66,28 +69,27 @@ class Reader(Protocol):
         """Forgets everything, after a failure."""
 
 
-def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any]) -> None:
+def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any], most: int) -> None:
     """Reads the values of each part's next n inputs from logits [B, N, V] (row i is part i, its first n columns) and
-    evaluates `state` with them. A passage whose values are not numbers gets a fault. Does not count them as fed."""
+    evaluates `state` with them. A passage whose values are not numbers gets a fault. Does not count them as fed.
+    Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time."""
     width, vocabulary = logits.shape[1:]
-    jobs = [passage.job for passage, _ in parts]
-    raw = logits.reshape(-1, vocabulary).astype(mx.float32)
-    if any(job.temperature != 1.0 for job in jobs):
-        raw = raw / mx.array(np.repeat([job.temperature for job in jobs], width).astype(np.float32))[:, None]
+    flat = logits.reshape(-1, vocabulary)
+    mx.eval(flat, *state)
     targets = np.zeros((len(parts), width), dtype=np.int32)
     for wanted_ids, (passage, n) in zip(targets, parts, strict=True):
         wanted_ids[:n] = passage.tokens[passage.fed + 1 : passage.fed + 1 + n]
-    shifted = raw - mx.max(raw, axis=-1, keepdims=True)
-    exponentials = exponential(shifted)
-    log_total = mx.log(mx.sum(block_sums(exponentials), axis=-1, keepdims=True))
-    chosen = (mx.take_along_axis(shifted, mx.array(targets.reshape(-1, 1)), axis=-1) - log_total)[:, 0]
-    entropy = entropy_of(shifted, exponentials, log_total) if any(job.entropy for job in jobs) else None
+    temperatures = np.repeat([passage.job.temperature for passage, _ in parts], width).astype(np.float32)
+    step = max(1, -(-most // SLICES))
+    slices = [_Slice(flat, start, min(start + step, len(flat)), temperatures) for start in range(0, len(flat), step)]
+    jobs = [passage.job for passage, _ in parts]
     k = min(max(job.top_logprobs for job in jobs), vocabulary)
-    top = top_of(shifted, log_total, k) if k else None
-    mx.eval(chosen, entropy, top, *state)
-    values = np.array(chosen).reshape(len(parts), width).tolist()
-    spread = None if entropy is None else np.array(entropy).reshape(len(parts), width).tolist()
-    best = None if top is None else [np.array(part).reshape(len(parts), width, k).tolist() for part in top]
+    entropy = any(job.entropy for job in jobs)
+    read = [each.values(targets.reshape(-1), entropy, k) for each in slices]
+    shape = (len(parts), width)
+    values, spread, top_ids, tops = (
+        np.concatenate(column).reshape(*shape, *column[0].shape[1:]).tolist() for column in zip(*read, strict=True)
+    )
     for row, (passage, n) in enumerate(parts):
         if any(math.isnan(value) for value in values[row][:n]):
             version = passage.leg.version
@@ -97,16 +99,49 @@ def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Seque
             continue
         wanted = passage.job.top_logprobs
         for at in range(n):
-            tops: TopTokens | None = None
-            if best is not None and wanted:
-                tops = tuple(zip(best[0][row][at][:wanted], best[1][row][at][:wanted], strict=True))
-            passage.keep(values[row][at], spread[row][at] if spread and passage.job.entropy else None, tops)
+            top: TopTokens | None = None
+            if wanted:
+                top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
+            passage.keep(values[row][at], spread[row][at] if passage.job.entropy else None, top)
     stretches = [
         Stretch(passage.redraw, row * width, passage.fed + 1 - len(passage.redraw.prompt_ids), n)
         for row, (passage, n) in enumerate(parts)
         if passage.redraw is not None and passage.fault is None
     ]
-    redraw(raw, stretches)
+    for each in slices if stretches else ():
+        redraw(each.raw, [part for stretch in stretches if (part := stretch.within(each.start, each.end))])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    """Rows `start` to `end` of logits [N, V]."""
+
+    logits: mx.array
+    start: int
+    end: int
+    temperatures: np.ndarray
+
+    @property
+    def raw(self) -> mx.array:
+        """float32, tempered."""
+        raw = self.logits[self.start : self.end].astype(mx.float32)
+        own = self.temperatures[self.start : self.end]
+        return raw if (own == 1.0).all() else raw / mx.array(own)[:, None]
+
+    def values(self, targets: np.ndarray, entropy: bool, k: int) -> tuple[np.ndarray, ...]:
+        """Of each row the target's log-probability, the entropy, and ids and log-probabilities of the k best; empty
+        where they are not wanted."""
+        raw = self.raw
+        shifted = raw - mx.max(raw, axis=-1, keepdims=True)
+        exponentials = exponential(shifted)
+        log_total = mx.log(mx.sum(block_sums(exponentials), axis=-1, keepdims=True))
+        chosen = mx.array(targets[self.start : self.end, None])
+        found = [(mx.take_along_axis(shifted, chosen, axis=-1) - log_total)[:, 0]]
+        nothing = mx.zeros((len(raw), 0))
+        found.append(entropy_of(shifted, exponentials, log_total) if entropy else nothing)
+        found += top_of(shifted, log_total, k) if k else (nothing, nothing)
+        mx.eval(found)
+        return tuple(np.array(each) for each in found)
 
 
 def gather(hidden: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any]) -> None:
@@ -121,7 +156,8 @@ def gather(hidden: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequen
 
 
 class SequentialReader:
-    """The methods of `Reader`, one passage at a time. `row_cells(columns)` is what a sequence costs in KV columns."""
+    """The methods of `Reader`, one passage at a time. `chunk` tokens may have their logits alive at once;
+    `row_cells(columns)` is what a sequence costs in KV columns."""
 
     limit = 1
 
@@ -130,7 +166,7 @@ class SequentialReader:
         forward: Forward,
         make_caches: Callable[[], list[Any]],
         route: Callable[[Sequence[Any]], None],
-        vocabulary: int,
+        chunk: int,
         row_cells: Callable[[int], int],
         hidden: Forward | None = None,
     ) -> None:
@@ -138,7 +174,7 @@ class SequentialReader:
         self._hidden = hidden or forward
         self._make_caches = make_caches
         self._route = route
-        self._chunk = logit_tokens(vocabulary)
+        self._chunk = chunk
         self._row_cells = row_cells
         self._family: Family | None = None
         self._passage: Passage | None = None
@@ -194,7 +230,10 @@ class SequentialReader:
         out = (self._forward if passage.pool is None else self._hidden)(tokens, caches)
         state = [cache.state for cache in caches]
         if passage.scoring:
-            (measure if passage.pool is None else gather)(out, [(passage, n)], state)
+            if passage.pool is None:
+                measure(out, [(passage, n)], state, self._chunk)
+            else:
+                gather(out, [(passage, n)], state)
         else:
             mx.eval(state)
         if passage.fault is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rollout_server.engine.cache import Forward, Piece, Prompt, SlotRows
 from rollout_server.engine.passages import Family, Passage, ScoreJob
-from rollout_server.engine.score import gather, logit_tokens, measure
+from rollout_server.engine.score import gather, measure
 
 MOST_PASSAGES = 32
 
@@ -46,7 +46,8 @@ class _Part:
 
 
 class SlotReader:
-    """The methods of `score.Reader`. Rows of a forward have the same `apart(slot)`."""
+    """The methods of `score.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
+    logits alive at once."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class SlotReader:
         make_rows: Callable[[], SlotRows],
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
-        vocabulary: int,
+        chunk: int,
         hidden: Forward | None = None,
     ) -> None:
         self._forward = forward
@@ -62,7 +63,7 @@ class SlotReader:
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
-        self._chunk = logit_tokens(vocabulary)
+        self._chunk = chunk
         self.limit = min(MOST_PASSAGES, self._chunk)
         self._rows = make_rows()
         self._joining: list[_Joining] = []
@@ -185,7 +186,11 @@ class SlotReader:
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:
             passages = [part.passage for part in parts if part.passage is not None]
-            (gather if pooled else measure)(out, list(zip(passages, counts, strict=True)), self._rows.arrays())
+            read = list(zip(passages, counts, strict=True))
+            if pooled:
+                gather(out, read, self._rows.arrays())
+            else:
+                measure(out, read, self._rows.arrays(), self._chunk)
         else:
             self._rows.evaluate()
         for part, count in zip(parts, counts, strict=True):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import Family, ScoreJob
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.score import Reader, SequentialReader
+from rollout_server.engine.score import Reader, SequentialReader, logit_tokens
 from rollout_server.engine.score_rows import SlotReader
 from rollout_server.errors import EngineUnavailable, RolloutError
 
@@ -23,11 +23,12 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
     """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
     info = model.info
     hidden = model.hidden if model.trunk else None
+    chunk = logit_tokens(info.vocab_size, info.kv_memory)
     if info.cache != "slots":
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
-        return SequentialReader(model.forward, model.make_caches, policies.route_rows, info.vocab_size, cells, hidden)
+        return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden)
 
-    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, info.vocab_size, hidden)
+    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, chunk, hidden)
 
 
 class ScoringQueue:

@@ -27,9 +27,8 @@ def slow(driver: Driver) -> Driver:
     """The same engine with the one-at-a-time reader."""
     reader = driver.engine._scoring._reader
     assert isinstance(reader, SlotReader)
-    info = driver.model.info
     driver.engine._scoring._reader = SequentialReader(
-        driver.model.forward, driver.model.make_caches, driver.engine._policies.route_rows, info.vocab_size, lambda n: n
+        driver.model.forward, driver.model.make_caches, driver.engine._policies.route_rows, 100, lambda n: n
     )
     return driver
 
