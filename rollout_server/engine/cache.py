@@ -141,7 +141,7 @@ class SlotRows:
         length = len(prompt.tokens)
         self._grow_columns(length + 1)
         for layer, theirs in zip(self.layers, donor.layers, strict=True):
-            if (pair := theirs.copy(place, length)) is not None:
+            if (pair := theirs.cut(place, 0, length)) is not None:
                 mx.eval(pair)
                 layer.write(prompt.places[0], 0, *pair)
                 mx.eval(layer.keys, layer.values)

@@ -23,7 +23,8 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStatus:
-    """Bytes of device memory by what they are for. KV of scoring passes is in `active` alone."""
+    """Bytes of device memory by what they are for. What a forward computes with (activations, logits) is in `active`
+    alone."""
 
     weights: int = 0
     """The base."""
@@ -33,7 +34,11 @@ class MemoryStatus:
     kv_filled: int = 0
     """and what they have filled of it."""
     kv_kept: int = 0
-    """For later requests that begin with the same tokens."""
+    """For later requests that begin with the same tokens,"""
+    kv_prompts: int = 0
+    """for samples that wait for a place in models whose state cannot be cut,"""
+    kv_scored: int = 0
+    """and of what is being scored or embedded."""
     slots: int = 0
     """Of adapters, free ones included."""
     sets: int = 0

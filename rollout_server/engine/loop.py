@@ -108,7 +108,7 @@ class Engine:
         self._budget = TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens)
         self._reading = Reading(self._batch, self._scoring, self._switching, self._reports, self._budget)
         self._pausing = Pausing(self._reports)
-        self._memory = Memory(self._batch, policies, self._reuse, info)
+        self._memory = Memory(self._batch, policies, self._reuse, self._scheduler, self._scoring, info)
         self._releases: deque[Release] = deque()
 
     def _new_batch(self, parameters: int) -> Batch:

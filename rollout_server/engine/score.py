@@ -53,6 +53,10 @@ class Reader(Protocol):
     @property
     def cells(self) -> int: ...
 
+    @property
+    def nbytes(self) -> int:
+        """KV memory it takes now, bytes."""
+
     def cells_with(self, count: int, columns: int) -> int:
         """`cells` once `count` more passages of at most `columns` inputs joined."""
 
@@ -192,6 +196,12 @@ class SequentialReader:
     @property
     def cells(self) -> int:
         return 0 if self._passage is None else self._row_cells(self._passage.length)
+
+    @property
+    def nbytes(self) -> int:
+        kept = self._family.prompt.kept if self._family is not None else None
+        caches = {id(cache): cache for cache in [*(self._caches or ()), *(kept or ())]}
+        return sum(cache.nbytes for cache in caches.values())
 
     def cells_with(self, count: int, columns: int) -> int:
         return self.cells + count * self._row_cells(columns)

@@ -92,6 +92,11 @@ class SlotReader:
     def cells(self) -> int:
         return self.cells_with(0, 0) if self._held or self._kept else 0
 
+    @property
+    def nbytes(self) -> int:
+        kept = (pair for family in self._kept for pair in family.prompt.kept or () if pair is not None)
+        return self._rows.nbytes + sum(array.nbytes for pair in kept for array in pair)
+
     def cells_with(self, count: int, columns: int) -> int:
         held = self._held
         longest = max([columns, *(passage.length for passage in held)])

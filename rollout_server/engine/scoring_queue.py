@@ -57,6 +57,11 @@ class ScoringQueue:
         return self._reader.cells
 
     @property
+    def nbytes(self) -> int:
+        """KV memory it takes now, bytes."""
+        return self._reader.nbytes
+
+    @property
     def own_requests(self) -> list[str]:
         """Ids of the requests that are nothing but a job."""
         return [job.id for job in self._jobs if job.group is None]

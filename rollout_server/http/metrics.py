@@ -67,8 +67,8 @@ class Metrics:
 
 
 def _memory(memory: MemoryStatus) -> Metric:
-    """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, slots, sets, active, cached,
-    peak."""
+    """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, kv_prompts, kv_scored, slots,
+    sets, active, cached, peak."""
     gauge = GaugeMetricFamily("rollout_memory_bytes", "Device memory by what it is for.", labels=["part"])
     for part in fields(memory):
         gauge.add_metric([part.name], getattr(memory, part.name))

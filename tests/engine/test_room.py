@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from rollout_server.engine.footprint import Release
 from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.score import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
+from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_preemption import small
@@ -107,7 +113,7 @@ def test_samples_take_their_prompt_from_those_that_run(base: Driver, qwen: Path,
 
 def test_a_sample_takes_no_prompt_that_another_version_read(driver: Driver, qwen: Path) -> None:
     """A row that was read anew under a later version has the prompt as that one reads it."""
-    driver = Driver.start(qwen, driver.model, max_batch=1, prefix_cache=False)
+    driver = Driver.start(qwen, driver.model, max_batch=1, prefill_tokens=16, prefix_cache=False)
     driver.push("p", driver.bundle(1))
     prompt = prompts_of([60], 286)
     asked: dict[str, Any] = {"n": 2, "policy": "p", "max_tokens": 10, "on_update": "switch", **ASK}
@@ -140,3 +146,49 @@ def test_memory_given_back_while_a_merged_version_served_last_leaves_the_engine_
     driver.send(Release("x"))
     driver.turn(2)
     assert len(driver.generate(prompts_of([20], 286), max_tokens=5, **ASK)[0].token_ids) == 5
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ResidentModel]:
+    """A model whose logits weigh more than its KV, as real ones do."""
+    path = tiny_models.build("qwen3", tmp_path_factory.mktemp("wide"), vocab_size=16384, num_hidden_layers=1)
+    model = load(EngineOptions(str(path), "wide", max_batch=16))
+    return path, replace(model, info=replace(model.info, kv_memory=4 * 2**20))
+
+
+@pytest.mark.parametrize("what", ["a group", "scores beside rows"])
+def test_the_peak_is_weights_and_kv_memory_and_what_a_forward_computes_with(
+    wide: tuple[Path, ResidentModel], what: str
+) -> None:
+    path, model = wide
+    gc.collect()
+    driver = Driver.start(path, model, prefill_tokens=256)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    vocabulary, rows = model.info.vocab_size, model.info.max_batch
+    ids = [driver.submit(prompts_of([400], vocabulary), n=rows + 8, max_tokens=10, **ASK)]
+    if what != "a group":
+        ids.append(driver.ask_score(prompts_of([700] * 2, vocabulary), entropy=True, top_logprobs=3))
+    driver.until(lambda: all(driver.over(id) or driver.is_scored(id) for id in ids))
+    # Six copies of a step's float32 logits; of what is scored one, and six of a slice; activations and masks.
+    logits = 6 * rows * vocabulary * 4
+    scored = LEAST_BYTES * (1 + 6 / SLICES) if what != "a group" else 0
+    assert mx.get_peak_memory() - before <= model.info.kv_memory + max(logits, scored) + 4 * 2**20
+
+
+def test_what_is_scored_and_kept_for_samples_that_wait_has_its_parts(
+    base: Driver, bare_model: Any, model_path: Any
+) -> None:
+    id = base.ask_score(prompts_of([900], 286))
+    base.turn()
+    assert base.engine._memory._look().kv_scored == base.engine._scoring._reader._rows.nbytes > 0
+    base.scored(id)
+    assert base.engine._memory._look().kv_scored == 0
+    slow = bare_model("falcon_h1")
+    driver = Driver.start(model_path("falcon_h1"), slow, max_batch=1)
+    id = driver.submit(prompts_of([20], slow.info.vocab_size), n=2, max_tokens=5, **ASK)
+    driver.until(lambda: bool(driver.engine._batch.rows))
+    prompts = driver.engine._memory._look().kv_prompts
+    assert 19 * slow.info.kv_bytes_per_token < prompts <= slow.info.row_bytes(20)
+    driver.finish(id)
+    assert driver.engine._memory._look().kv_prompts == 0
