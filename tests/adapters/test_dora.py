@@ -100,7 +100,7 @@ def test_rows_that_the_delta_cancels_are_computed_from_the_weights() -> None:
     b[2, 0], b[3, 1], b[4, 0] = -0.5, -0.49999, 0.3
     expected = np.linalg.norm(weight.astype(np.float64) + 2.0 * (b.astype(float) @ a), axis=1)
     base, products, added = np.square(weight).sum(1), ((weight @ a.T) * b).sum(1), squared_delta_norms(a, b, 2.0)
-    assert list(squared_row_norms(base, products, added, 2.0)[1]) == [2, 3]
+    assert list(squared_row_norms(base, 2.0 * products, added)[1]) == [2, 3]
     np.testing.assert_allclose(adapted(RowNorms(), Rows(layer), a, b, 2.0), expected, rtol=1e-5, atol=1e-12)
     assert expected[2] == 0 < expected[3] < 1e-3
 
