@@ -201,8 +201,8 @@ def _thin_product(layer: nn.Module, block: slice, turned: mx.array) -> mx.array:
 
 
 def _panelled(rows: mx.array, thin: mx.array) -> mx.array:
-    """[rows, in] · [in, rank], as many small products where it divides: of a large one a BLAS first copies all of W into
-    panels, which costs more than multiplying it with something thin, and wakes its threads."""
+    """[rows, in] · [in, rank], as many small products where it divides: for a large one a BLAS first copies W into
+    panels, which costs more than a thin product, and wakes its threads."""
     (count, width), rank = rows.shape, thin.shape[1]
     most = min(PANEL, SMALL // (width * rank), count)
     panel = next((size for size in range(most, LEAST - 1, -1) if count % size == 0), None)

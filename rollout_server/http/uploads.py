@@ -28,8 +28,8 @@ BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.I
 
 @dataclass(slots=True)
 class Pieces:
-    """Bytes as they came, each piece where it is until all are wanted: to copy them into one buffer meanwhile would keep
-    the connection waiting, and the event loop."""
+    """Bytes as they came, each piece where it is until all are wanted: to copy them into one buffer as they come would
+    hold up the connection, and the event loop."""
 
     length: int = 0
     _pieces: list[bytes | bytearray] = field(default_factory=list)
