@@ -53,7 +53,7 @@ class AdaptedNorms:
     weights: Rows
     delta: HostDelta
     _left: list[slice] = field(init=False)
-    _factors: tuple[mx.array, mx.array] | None = None
+    _turned: mx.array | None = None
     _products: list[mx.array] = field(default_factory=list)
     _squares: list[mx.array] = field(default_factory=list)
 
@@ -66,10 +66,10 @@ class AdaptedNorms:
 
     def next_piece(self) -> tuple[list[mx.array], int]:
         """(what to evaluate, what it costs in values of W times a thin A), for the next block of W."""
-        if self._factors is None:
-            self._factors = mx.array(self.delta.a.T), mx.array(self.delta.b)
+        if self._turned is None:
+            self._turned = mx.array(self.delta.a.T)
         block, fresh = self._left.pop(), self.path not in self.known.squared
-        self._products.append(self.weights.products(block, *self._factors))
+        self._products.append(self.weights.products(block, self._turned))
         values = (block.stop - block.start) * _width(self.weights.layer)
         cost = values * max(1, self.delta.a.shape[0] // THIN)
         if not fresh:
@@ -81,8 +81,8 @@ class AdaptedNorms:
         """(‖w‖², scale · ⟨w, (B · A)'s row⟩) of each row [out]. Waits for pieces that are still being computed."""
         if self._squares:
             self.known.squared[self.path] = self.weights.joined(self._squares)
-        inner = self.delta.scale * self.weights.joined(self._products)
-        self._factors, self._products, self._squares = None, [], []
+        inner = self.delta.scale * self.weights.inner(self._products, self.delta.b)
+        self._turned, self._products, self._squares = None, [], []
         return self.known.squared[self.path], inner
 
     def exact(self, which: NDArray[np.intp]) -> NDArray[np.float64]:
@@ -151,10 +151,17 @@ class Rows:
         """‖W‖² of each row of the block, float32, lazily."""
         return mx.square(_rows(self.layer, block)).sum(axis=1)
 
-    def products(self, block: slice, turned: mx.array, b: mx.array) -> mx.array:
-        """⟨w, (B · A)'s row⟩ for each row w of the block, float32 whatever the layer's dtype, lazily; Aᵀ [in, rank] and
-        B [out, rank]. Summed over the thin products w · Aᵀ: nothing of the size of W is formed."""
-        return (_thin_product(self.layer, block, turned) * b[block]).sum(axis=1)
+    def products(self, block: slice, turned: mx.array) -> mx.array:
+        """w · Aᵀ for each row w of the block, [rows, rank] or panels of it, float32 whatever the layer's dtype, lazily;
+        Aᵀ [in, rank]. Nothing of the size of W is formed."""
+        return _thin_product(self.layer, block, turned)
+
+    def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
+        """⟨w, (B · A)'s row⟩ of all rows, from the products of the blocks in their order; B [out, rank]. On the host,
+        where it is next to nothing: each further operation of so many layers holds up the device's queue."""
+        parts = [np.asarray(piece).reshape(-1, b.shape[1]) for piece in products]
+        of_rows = np.split(b, np.cumsum([len(part) for part in parts[:-1]], dtype=int))
+        return np.concatenate([_row_sums(*pair) for pair in zip(parts, of_rows, strict=True)], dtype=np.float64)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
         """Of all rows, from the blocks in their order."""
@@ -172,8 +179,11 @@ class TableRows(Rows):
     def squares(self, block: slice) -> mx.array:
         return mx.square(_rows(self.layer, block)).sum(axis=0)
 
-    def products(self, block: slice, turned: mx.array, b: mx.array) -> mx.array:
-        return ((_rows(self.layer, block).T @ turned[block]) * b).sum(axis=1)
+    def products(self, block: slice, turned: mx.array) -> mx.array:
+        return _rows(self.layer, block).T @ turned[block]
+
+    def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
+        return _row_sums(np.sum([np.asarray(piece) for piece in products], axis=0, dtype=np.float64), b)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
         return np.sum([np.asarray(piece) for piece in pieces], axis=0, dtype=np.float64)
@@ -183,8 +193,13 @@ class TableRows(Rows):
         return np.concatenate([np.array(_rows(self.layer, block)[:, columns]) for block in _blocks(self.layer)]).T
 
 
+def _row_sums(products: NDArray[Any], b: NDArray[np.float32]) -> NDArray[Any]:
+    sums: NDArray[Any] = np.einsum("or,or->o", products, b)
+    return sums
+
+
 def _thin_product(layer: nn.Module, block: slice, turned: mx.array) -> mx.array:
-    """W · Aᵀ for some rows of W, [rows, rank], in float32 whatever the layer's dtype; Aᵀ [in, rank]."""
+    """W · Aᵀ for some rows of W, [rows, rank] or panels of it, in float32 whatever the layer's dtype; Aᵀ [in, rank]."""
     if not isinstance(layer, QUANTISED):
         return _panelled(_rows(layer, block), turned)
     scales, biases = _scales(layer, block)
@@ -201,15 +216,15 @@ def _thin_product(layer: nn.Module, block: slice, turned: mx.array) -> mx.array:
 
 
 def _panelled(rows: mx.array, thin: mx.array) -> mx.array:
-    """[rows, in] · [in, rank], as many small products where it divides: for a large one a BLAS first copies W into
-    panels, which costs more than a thin product, and wakes its threads."""
+    """[rows, in] · [in, rank] as [panels, rows, rank], many small products, where it divides: for a large one a BLAS
+    first copies W into panels of its own, which costs more than a thin product, and wakes its threads."""
     (count, width), rank = rows.shape, thin.shape[1]
     most = min(PANEL, SMALL // (width * rank), count)
     panel = next((size for size in range(most, LEAST - 1, -1) if count % size == 0), None)
     if panel is None:
         return rows @ thin
     panels = rows.reshape(-1, panel, width)
-    return (panels @ mx.broadcast_to(thin, (panels.shape[0], width, rank))).reshape(count, rank)
+    return panels @ mx.broadcast_to(thin, (panels.shape[0], width, rank))
 
 
 def _width(layer: nn.Module) -> int:
@@ -221,6 +236,7 @@ def _width(layer: nn.Module) -> int:
 def _blocks(layer: nn.Module) -> Iterator[slice]:
     out = layer["weight"].shape[0]
     step = max(BLOCK_VALUES // _width(layer), 1)
+    step -= step % PANEL if step > PANEL else 0
     return (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 
