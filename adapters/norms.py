@@ -217,11 +217,12 @@ def _thin_product(layer: nn.Module, block: slice, turned: mx.array) -> mx.array:
 
 def _panelled(rows: mx.array, thin: mx.array) -> mx.array:
     """[rows, in] · [in, rank] as [panels, rows, rank], many small products, where it divides: for a large one a BLAS
-    first copies W into panels of its own, which costs more than a thin product, and wakes its threads."""
+    first copies W into panels of its own, which costs more than a thin product, and wakes its threads. A GPU does
+    neither."""
     (count, width), rank = rows.shape, thin.shape[1]
     most = min(PANEL, SMALL // (width * rank), count)
     panel = next((size for size in range(most, LEAST - 1, -1) if count % size == 0), None)
-    if panel is None:
+    if panel is None or mx.default_device() != mx.cpu:
         return rows @ thin
     panels = rows.reshape(-1, panel, width)
     return panels @ mx.broadcast_to(thin, (panels.shape[0], width, rank))

@@ -59,7 +59,7 @@ class Pieces:
 class Upload:
     options: WeightsOptions
     weights: Pieces
-    """Of a safetensors file; to be taken once, beside the event loop."""
+    """Of a safetensors file; taken once, beside the event loop."""
     config: dict[str, Any] | None
     """None: look for it in the file's metadata."""
 
