@@ -183,7 +183,7 @@ class TableRows(Rows):
         return _rows(self.layer, block).T @ turned[block]
 
     def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
-        return _row_sums(np.sum([np.asarray(piece) for piece in products], axis=0, dtype=np.float64), b)
+        return _row_sums(self.joined(products), b)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
         return np.sum([np.asarray(piece) for piece in pieces], axis=0, dtype=np.float64)
