@@ -128,8 +128,11 @@ class Publisher:
             raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 
         async def run() -> T:
-            async with self._lock:
-                return await change
+            try:
+                async with self._lock:
+                    return await change
+            finally:
+                change.close()  # or Python warns of one that was cancelled before its turn
 
         task = asyncio.create_task(run())
         self._running.add(task)
@@ -160,9 +163,11 @@ class Publisher:
             await asyncio.to_thread(store.forget, digest)
             raise
         persist_s = put_s + time.perf_counter() - began
-        # It is known now, so this stages nothing and looks at no condition again.
-        done = await self._engine.publish(publish)
-        await self._settle(name, store)
+        try:
+            # It is known now, so this stages nothing and looks at no condition again.
+            done = await self._engine.publish(publish)
+        finally:
+            await self._settle(name, store)
         return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)
 
     async def _activate(self, activate: Activate, store: StateStore) -> Published:

@@ -219,6 +219,22 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     assert driver.status.policies[0].versions[0].rows_in_use == 0
 
 
+def test_the_only_batch_may_be_that_of_a_set_which_goes(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rows took the KV of the base's batch, and then its version was deleted."""
+    expected = run(driver, "base")
+    driver.push("p", full(driver, 1))
+    run(driver, "p")
+    driver.push("q", full(driver, 2))
+    run(driver, "q")
+    assert 0 not in driver.engine._batch.sets
+    driver.change(Delete("", "p"))
+    driver.change(Delete("", "q"))
+    driver.turn(2)
+    assert driver.engine._batch.sets == (0,)
+    assert [r.token_ids for r in run(driver, "base")] == [r.token_ids for r in expected]
+    assert "failed" not in caplog.text
+
+
 def test_no_memory_for_another_version_leaves_the_one_before(driver: Driver, qwen: Path) -> None:
     bundle = full(driver, 1)
     tight = Driver.start(qwen, driver.model, weights_memory=bundle.nbytes + 1000)
