@@ -173,7 +173,11 @@ class StateStore:
 
     def says(self, record: NameRecord) -> bool:
         """Whether this is on disk for certain, so that there is nothing to write."""
-        return self.records.get(record.name) == record and record.name not in self._doubtful
+        return self.records.get(record.name) == record and not self.doubts(record.name)
+
+    def doubts(self, name: str) -> bool:
+        """Whether the file of a name may say something else than `records`, after a write that failed late."""
+        return name in self._doubtful
 
     def sweep(self) -> None:
         """Removes the weights that names no longer have."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mlx_lm
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten

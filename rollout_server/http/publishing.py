@@ -159,7 +159,7 @@ class Publisher:
         except StorageFailed:
             if not staged.unchanged:
                 await self._engine.delete(Delete(self._engine.new_id("delete"), name, number))
-            await self._settle(name, store)
+            await self._settle(name, store, number)
             await asyncio.to_thread(store.forget, digest)
             raise
         persist_s = put_s + time.perf_counter() - began
@@ -203,11 +203,14 @@ class Publisher:
             await self._settle(command.name, store)
         return done, written
 
-    async def _settle(self, name: str, store: StateStore) -> None:
+    async def _settle(self, name: str, store: StateStore, last: int = 0) -> None:
         """Makes the directory say what the engine has, if that is not what was written, and removes weights of nobody.
-        What fails here was not promised to anybody, and is made good by the next change or the next start."""
+        What fails here was not promised to anybody, and is made good by the next change or the next start. `last` is
+        the newest number of a name that may have no versions."""
         shown = self._shown(name)
         record = records.record_of(shown) if shown else store.records.get(name)
+        if record is None and store.doubts(name):
+            record = NameRecord(name, last, None)  # Its first push failed, and may be on disk nevertheless.
         try:
             if record is not None and not store.says(record):
                 await asyncio.to_thread(store.write, record)

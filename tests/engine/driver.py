@@ -302,7 +302,7 @@ def broken_steps(batch: Batch) -> Iterator[None]:
         raise ValueError(FIRE)
 
     kept = batch._forward, batch._compiled
-    batch._forward, batch._compiled = broken, None
+    batch._forward, batch._compiled = broken, kept[1] and broken  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -94,11 +94,17 @@ class Noted(StateStore):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.possible: dict[str, list[NameRecord | None]] = {name: [record] for name, record in self.records.items()}
+        self.failed = 0
+        """Writes of names."""
 
     def write(self, record: NameRecord) -> None:
         if not self.says(record):
             self.possible.setdefault(record.name, [None]).append(record)
-        super().write(record)
+        try:
+            super().write(record)
+        except OSError:
+            self.failed += 1
+            raise
         self.possible[record.name] = [record]
 
 
@@ -152,7 +158,8 @@ class Durable:
         self._unlooked = False
         self._broken: BaseException | None = None
         self._struck: set[str] = set()
-        """Names of which a write failed since the last that did not."""
+        """Names that are in doubt on disk."""
+        self._seen = (0, 0, 0)
         self.told: dict[str, Line] = {}
         """What the owner of each name was told."""
         self.checked: Counter[str] = Counter()
@@ -200,16 +207,18 @@ class Durable:
         self._pump()
 
     async def _change(self, verb: Callable[[Any], Coroutine[Any, Any, Any]], command: Any) -> None:
-        failures, faults = self.disk.failures, len(self._promises.struck)
         try:
             answer = await verb(command)
         except RolloutError as error:
             answer = error
-        failed = self.disk.failures > failures
+        # Changes go one at a time: what failed since the one before is of this one.
+        now = (self.disk.failures, self._store.failed, len(self._promises.struck))
+        failures, writes, faults = (new - old for new, old in zip(now, self._seen, strict=True))
+        self._seen = now
         line = self.told.setdefault(command.name, Line())
         line.this_turn = set(line.kept)
         if isinstance(answer, RolloutError):
-            mine = (StorageFailed,) * failed + (EngineFault,) * (len(self._promises.struck) > faults)
+            mine = (StorageFailed,) * bool(failures) + (EngineFault,) * bool(faults)
             line.refused(command, answer, mine)
         else:
             line.changed(command, answer)
@@ -217,10 +226,15 @@ class Durable:
         engine = self._promises.lines.get(command.name)
         line.last = engine.last if engine else 0
         self.checked[f"told {type(answer).__name__}"] += 1
-        if failed:
-            self._struck.add(command.name)
-        elif not isinstance(answer, RolloutError):
-            self._struck.discard(command.name)
+        self._judge(command.name, answer, writes)
+
+    def _judge(self, name: str, answer: Any, failed_writes: int) -> None:
+        """Where one write failed, the next put back what was there before; where that failed too, the name is in
+        doubt until one does not."""
+        if isinstance(answer, StorageFailed) and failed_writes > 1:
+            self._struck.add(name)
+        elif not isinstance(answer, RolloutError) or (isinstance(answer, StorageFailed) and failed_writes):
+            self._struck.discard(name)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -268,9 +282,14 @@ class Durable:
                     assert found in possible, f"the directory says {found}, and should {possible}"
                     if found is not None:
                         assert store.load(name)[0] == found, f"{name}: weights are not there"
-                    if not self.busy and name not in self._struck and name in self._promises.lines:
-                        assert found is not None
-                        agrees(found, self._promises.lines[name])
+                    line = self._promises.lines.get(name)
+                    if line is None or self.busy or name in self._struck:
+                        continue
+                    # Of a first push that was refused late nothing is left but a number that nobody was told.
+                    agrees(found or NameRecord(name, line.last, None), line)
+        if not self.busy and not self.disk.failures:
+            needed = {v.digest for record in self._store.records.values() for v in record.versions}
+            assert {f"sha256:{path.stem}" for path in (self._root / "bundles").iterdir()} == needed, "weights of nobody"
         self.checked["directories"] += 1
 
     def _pump(self) -> None:

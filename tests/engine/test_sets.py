@@ -20,7 +20,7 @@ from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import Driver, broken_steps, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
 
@@ -203,12 +203,8 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     expected = {policy: run(driver, policy) for policy in ("base", "p")}
     ids = {n: driver.submit(PROMPTS, policy=n, seed=3, max_tokens=16, ignore_eos=True) for n in ("base", "p")}
     driver.turn(5)
-
-    def broken(*_: object) -> mx.array:
-        raise ValueError("the device is on fire")
-
-    driver.engine._batch[1]._forward = broken
-    driver.finish(*ids.values())
+    with broken_steps(driver.engine._batch[1]):
+        driver.finish(*ids.values())
     for row in driver.rollouts(ids["p"]):
         assert row.finish_reason is FinishReason.ERROR and row.error is not None
         assert row.error.code == EngineFault.code and row.token_ids
