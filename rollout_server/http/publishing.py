@@ -211,6 +211,8 @@ class Publisher:
         record = records.record_of(shown) if shown else store.records.get(name)
         if record is None and store.doubts(name):
             record = NameRecord(name, last, None)  # Its first push failed, and may be on disk nevertheless.
+        elif record is not None and record.last < last:
+            record = replace(record, last=last)
         try:
             if record is not None and not store.says(record):
                 await asyncio.to_thread(store.write, record)

@@ -69,8 +69,8 @@ class VersionController(Controller):
         guards=[may_infer],
         summary="A version as a file of PEFT or mlx-lm",
         description="`format` is `peft` (default for low-rank versions) or `mlx`; dense versions have a form of their "
-        "own, without one, and those of kind `full` also that of mlx-lm. The configuration is in the metadata under `adapter_config`. Pushed again, in the same "
-        "mode, the file gives the same digest.",
+        "own, without one, and those of kind `full` also that of mlx-lm. The configuration is in the metadata under "
+        "`adapter_config`. Pushed again, in the same mode, the file gives the same digest.",
         media_type=SAFETENSORS,
         responses={
             200: ResponseSpec(
