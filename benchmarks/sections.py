@@ -8,7 +8,7 @@ SECTIONS = {
     "staggered": "benchmarks.staggered",
     "arrays": "benchmarks.arrays",
     "growth": "benchmarks.growth",
-    "rows": "benchmarks.row_costs",
+    "rows": "benchmarks.rows",
     "constrained": "benchmarks.constrained",
     "turns": "benchmarks.prefix_reuse",
     "flood": "benchmarks.flood",

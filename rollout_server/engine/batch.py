@@ -229,7 +229,7 @@ class Batch:
             del self._seats[place]
         if self._keeper is not None:
             self._keeper.keep_rows(gone, self._flight is not None)
-        scrub = [place for place, row in gone.items() if not row.ended_clean]
+        scrub = [place for place, row in gone.items() if not row.finite]
         self._vacate(list(gone), scrub)
         self._leaving = []
         return list(gone.values())
@@ -245,7 +245,7 @@ class Batch:
         back: list[Row] = []
 
         def seat(place: int, row: Row) -> None:
-            row.last_step, row.away = -1, False
+            row.last_step, row.away, row.finite = -1, False, False
             self._seats[place] = row
             self._changed()
             back.append(row)

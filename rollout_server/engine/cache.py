@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from rollout_server.engine.buckets import round_up, row_bucket
+from rollout_server.engine.buckets import HEADROOM, round_up, row_bucket
 from rollout_server.engine.chunks import padded
 from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
 from rollout_server.engine.prefix_cache import Layers, Segment
@@ -303,11 +303,8 @@ class SlotRows:
         if scrub:
             # Masked is not ignored: 0 × NaN is NaN, so a row that went non-finite must not stay in the array. Free
             # places computed beside it under its version.
-            dirty = mx.array(self._free)
             for layer in self.layers:
-                if layer.keys is not None:
-                    layer.keys[dirty] = mx.zeros((), dtype=layer.keys.dtype)
-                    layer.values[dirty] = mx.zeros((), dtype=layer.values.dtype)
+                layer.blank(self._free)
         return self._compact() if moves else None
 
     def shrink(self, columns: int) -> dict[int, int] | None:
@@ -350,9 +347,10 @@ class SlotRows:
         return round_up(max(needed, min(self._roomy(needed), self._ceiling)), COLUMN_BUCKET)
 
     def _roomy(self, needed: int) -> int:
-        """Half as much again, so that the copies of a row that grows token by token stay constant per token; where
-        each shape is a trace of its own, for all of a width that is read, and the spare column."""
-        most = max(needed, self.columns * 3 // 2)
+        """Half as much again, so that the copies of a row that grows token by token stay constant per token, and room
+        to go on behind a prompt, whose rows would all be copied by their first step; where each shape is a trace of its
+        own, for all of a width that is read, and the spare column."""
+        most = max(needed + HEADROOM, self.columns * 3 // 2)
         return round_up(self._width(most) + 1, COLUMN_BUCKET) if self._coarse else round_up(most, COLUMN_BUCKET)
 
     def _resize(self, capacity: int, columns: int) -> None:

@@ -70,9 +70,11 @@ class Landed:
         """Gives every row that still runs its token; returns those rows, some of which end with it."""
         touched = []
         for place, row in self.rows:
+            # Of a row that ended meanwhile too: whoever gets its place next reads what stands there.
+            row.finite = math.isfinite(self.values[place][0]) and math.isfinite(self.values[place][1])
             if not row.running:
                 continue
-            if math.isfinite(self.values[place][0]) and math.isfinite(self.values[place][1]):
+            if row.finite:
                 row.record(self.ids[place], self.values[place], self.top[place] if self.top else None, eos)
             else:
                 row.fail(

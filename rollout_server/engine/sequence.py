@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from adapters.resident import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.buckets import HEADROOM
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.grammars import Follower
 from rollout_server.errors import RolloutError
@@ -23,8 +24,6 @@ from rollout_server.rollout import (
     Timings,
 )
 
-HEADROOM = 64
-"""Columns that a row must have room for besides what it fills."""
 TopTokens = tuple[tuple[int, float], ...]
 
 
@@ -119,6 +118,8 @@ class Sequence:
     """Its end was told, or is held until its values are there."""
     switched: bool = False
     """Its KV comes from more than one version."""
+    finite: bool = False
+    """Its last step gave numbers, so that all KV in its place is finite."""
     away: bool = False
     """Its KV was dropped for want of memory, or is being read again."""
     recomputed: bool = False
@@ -156,12 +157,6 @@ class Sequence:
     @property
     def running(self) -> bool:
         return self.finish_reason is None
-
-    @property
-    def ended_clean(self) -> bool:
-        """Whether all its numbers are known to be finite: it ended by itself and no further token was dispatched."""
-        ended = self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        return ended and self.dispatched == len(self.token_ids)
 
     @property
     def wants_step(self) -> bool:
