@@ -1,9 +1,9 @@
 """`--kv-bits 8` against none: what it does to log-probabilities, bytes of KV per token, and decode throughput.
 
-`python -m benchmarks.kv_bits [--rounds 5] [--rows 32] [--json]`. Rows are sampled with keys and values in 8 bits, from the
-embedded trained model and from the random one of the other benchmarks, and scored with and without; the difference of
-the two is the effect, that of the first to what was sampled how far two paths in 8 bits are apart. Decoding is measured
-on the random model: both engines in one process, in turns, a share within each round.
+`python -m benchmarks.kv_bits [--rounds 5] [--rows 32] [--json]`. Rows are sampled with keys and values in 8 bits, from
+the embedded trained model and from the random one of the other benchmarks, and scored with and without; the difference
+of the two is the effect, that of the first to what was sampled how far two paths in 8 bits are apart. Decoding is
+measured on the random model: both engines in one process, in turns, a ratio within each round.
 """
 
 from __future__ import annotations

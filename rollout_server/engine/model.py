@@ -207,34 +207,52 @@ def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: b
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
     expected = [_alone(forward, module, row) for row in rows]
-    windows, problem = _windows(module), "the state of some layers is not columns of keys and values"
+    problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        store = SlotRows(windows, max_rows)
-        problem = _self_test(forward, store, rows, expected)
-        if problem is None and packs:
-            store = SlotRows(windows, max_rows, packs=True)
-            problem = _self_test(forward, store, rows, expected)
-        if problem is None:
-            cell = store.nbytes // (store.capacity * store.columns)
-            make = partial(SlotRows, windows, max_rows, packs=packs)
-            if compiles:
-                store = make(coarse=True)
-                problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
-                if problem is None:
-                    return _Chosen("slots", cell, 0, partial(make, coarse=True), True)
-                log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
-            return _Chosen("slots", cell, 0, make)
-        if not packs:
-            log.warning("This model cannot use slot caches (%s).", problem)
+        make = partial(SlotRows, windows, max_rows)
+        found = _choose_slots(forward, make, rows, expected, compiles, packs=packs)
+        if isinstance(found, _Chosen):
+            return found
+        problem = found
     if packs:
         raise EngineUnavailable(
             f"This model cannot keep its keys and values in 8 bits ({problem}): leave --kv-bits out."
         )
+    if windows is not None:
+        log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (problem := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
+    if (fault := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
         return _Chosen("batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells))
-    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", problem)
+    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
     return _Chosen("serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True))
+
+
+def _choose_slots(
+    forward: Forward,
+    make: Callable[..., SlotRows],
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+    compiles: bool,
+    *,
+    packs: bool,
+) -> _Chosen | str:
+    """Slot caches, or why not. What is wrong in 8 bits alone shows once the same model has passed without."""
+    store = make()
+    if (problem := _self_test(forward, store, rows, expected)) is not None:
+        return problem
+    if packs:
+        make = partial(make, packs=True)
+        store = make()
+        if (problem := _self_test(forward, store, rows, expected)) is not None:
+            return problem
+    cell = store.nbytes // (store.capacity * store.columns)
+    if compiles:
+        store = make(coarse=True)
+        problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
+        if problem is None:
+            return _Chosen("slots", cell, 0, partial(make, coarse=True), True)
+        log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
+    return _Chosen("slots", cell, 0, make)
 
 
 def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Keys and values in 8 bits: groups of numbers of a head, each with a scale and an offset of its own.
 
-A vector becomes one run of 32-bit words: its codes, four a word, then its scales, then its offsets. So a layer keeps one
-array for keys and one for values, as without packing, and all that copies, moves, frees or keeps KV is the same. Scales
-are float32 whatever the model computes in: a bfloat16 one would be wrong by half a code at the end of its group.
+A vector becomes one run of 32-bit words: its codes, four a word, then its scales, then its offsets. So a layer keeps
+one array for keys and one for values, as without packing, and all that copies, moves, frees or keeps KV is the same.
+Scales are float32 whatever the model computes in: a bfloat16 one would be wrong by half a code at the end of its group.
 
 Models get numbers of their own dtype back, one layer at a time. Attending to the codes (`QuantizedKVCache`) would save
 that copy, but knows no attention sinks, and on a CPU reads a prompt more than four times as slowly, without the BLAS.

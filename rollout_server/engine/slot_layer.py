@@ -1,5 +1,5 @@
-"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache. In 8
-bits the last dimension is `packed.Packing`'s words, and only the model sees numbers."""
+"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
+In 8 bits the last dimension is `packed.Packing`'s words, and only the model sees numbers."""
 
 from __future__ import annotations
 
