@@ -35,8 +35,8 @@ class Redraw:
     margin: float | None = None
     """How little would have to be otherwise for the recorded token to come. Of a sampled row: the least distance by
     which its uniforms, of the blocks and of the token in the smallest, would have to move, at most, for them to fall
-    where the recorded token lies. A filter's edge counts as well: where one token more or less had stayed, the larger of
-    that distance and of how close the edge is (mass for top-p, nats for top-k and min-p); and where the filters removed
+    where the recorded token lies. A filter's edge counts as well: where one token more or less had stayed, the larger
+    of that distance and of how close the edge is (mass for top-p, nats for top-k and min-p); where the filters removed
     the recorded token among others, how far it is from the edge. Of a greedy row: the gap between its logit and the
     largest. None where it could not come at all."""
 

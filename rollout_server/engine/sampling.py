@@ -5,7 +5,7 @@ each on the renormalised result of the one before, as transformers' logits warpe
 kept are kept too.
 A draw depends on (row seed, index of the token) alone: its uniforms are computed on the host by a counter-based hash.
 The first picks a large block of the vocabulary, the next a smaller one in it, the last a token (a single float32
-uniform has only 24 bits). Logits of one row differ in their last bits alone and in a batch, and a uniform on the boundary
+uniform has only 24 bits). Logits of one row differ in their last bits alone and in a batch, and a uniform on the border
 of two entries then picks the other one; few boundaries at each level, and sums of few numbers, keep that rare.
 """
 
@@ -204,8 +204,8 @@ def _sample_rows(
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, their pyramid and the
-    peak of `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that have a
-    mask, under it."""
+    peak of `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that
+    have a mask, under it."""
     if known is None or arrays.inverse_temperature is not None:
         if arrays.inverse_temperature is not None:
             shaped = shaped * arrays.inverse_temperature
