@@ -84,12 +84,14 @@ def report(title: str, found: Sequence[ReplayedRow], rows: Sequence[Rollout]) ->
         print(f"  token {row.first_difference}: margin {row.margin:.1e}{'' if near else ' (NOT EXPLAINED)'}, {kind}")
 
 
-async def main(rows: int, tokens: int, again: int, directory: Path, plain: bool, demo: bool) -> None:
+async def main(
+    rows: int, tokens: int, again: int, directory: Path, plain: bool, demo: bool, kv_bits: int | None
+) -> None:
     load_fast_blas()
     from tests.tiny_models import build
 
     path = DEMO if demo else build("qwen3", directory / "model", **SHAPE)
-    handle = EngineHandle(EngineOptions(str(path), "small", max_batch=32))
+    handle = EngineHandle(EngineOptions(str(path), "small", max_batch=32, kv_bits=kv_bits))
     handle.start()
     await handle.wait_ready()
     groups = groups_of(rows, tokens, handle.info.vocab_size, (PLAIN,) if plain else KINDS)
@@ -114,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--again", type=int, default=64)
     parser.add_argument("--plain", action="store_true", help="temperature 1 only")
     parser.add_argument("--demo", action="store_true", help="the embedded model, which is trained")
-    options = parser.parse_args()
+    parser.add_argument("--kv-bits", type=int, choices=[8], help="keep keys and values in so many bits")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(main(options.rows, options.tokens, options.again, Path(folder), options.plain, options.demo))
+        asyncio.run(main(given.rows, given.tokens, given.again, Path(folder), given.plain, given.demo, given.kv_bits))
