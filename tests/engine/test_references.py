@@ -15,6 +15,7 @@ from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import tolerance
 
 BASE_TOO = Wants(base_logprobs=True)
 
@@ -29,7 +30,8 @@ def plain(driver: Driver, row: Rollout) -> np.ndarray:
     return np.array([values[start + k - 1, token] for k, token in enumerate(row.token_ids)])
 
 
-def assert_base(driver: Driver, rows: list[Rollout], within: float = 1e-5) -> None:
+def assert_base(driver: Driver, rows: list[Rollout], within: float | None = None) -> None:
+    within = within or tolerance(driver, rows)
     for row in rows:
         assert row.base_logprobs is not None and len(row.base_logprobs) == len(row.token_ids)
         np.testing.assert_allclose(row.base_logprobs, plain(driver, row), atol=within, rtol=0)
