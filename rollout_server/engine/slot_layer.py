@@ -69,10 +69,7 @@ class SlotLayer:
         window = self._rows.window
         if self.keys is None or self.values is None:
             raise RuntimeError("A layer reads a KV cache that no layer has written.")
-        keys, values = self.keys[:, :, : window.width], self.values[:, :, : window.width]
-        if window.rows is None:
-            return keys, values
-        return mx.take(keys, window.rows, axis=0), mx.take(values, window.rows, axis=0)
+        return picked(self.keys, window.rows, window.width), picked(self.values, window.rows, window.width)
 
     def _allocate(self, like: mx.array) -> mx.array:
         return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
@@ -118,6 +115,16 @@ class SlotLayer:
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
+
+
+def picked(array: mx.array, rows: mx.array | None, width: int) -> mx.array:
+    """The first `width` columns of some rows, or of all. On a CPU whole rows are copied at the speed of memory, parts of
+    them number by number."""
+    if rows is None:
+        return array[:, :, :width]
+    if rows.size == 1 or array.shape[2] <= 2 * width:
+        return mx.take(array, rows, axis=0)[:, :, :width]
+    return mx.take(array[:, :, :width], rows, axis=0)
 
 
 def runs(places: Sequence[int]) -> list[tuple[int, int]]:
