@@ -60,6 +60,8 @@ class TurnBudget:
         self._began = 0.0
         self._read: tuple[Kind, int, int] | None = None
         """In this turn: what, of how many tokens at most, how many."""
+        self.tokens = 0
+        """Read since it was made."""
 
     def begin(self, *, decoding: bool, rows: int = 1) -> None:
         """A turn begins, in which `rows` rows decode or none does."""
@@ -103,7 +105,9 @@ class TurnBudget:
         """Runs `read`, which returns how many tokens it read; what that costs is seen at the end of the turn."""
         share = self.share(kind)
         self._read = (kind, share, 0)
-        self._read = (kind, share, read())
+        tokens = read()
+        self._read = (kind, share, tokens)
+        self.tokens += tokens
 
     def end(self) -> None:
         """The turn is over."""
