@@ -19,12 +19,10 @@ from rollout_server.engine.buckets import row_bucket
 Kind = Literal["prefill", "scoring"]
 FIRST, DECENT, LEAST = 32, 24, 8
 """Tokens: where the search begins, what is worth a pass over the weights, and what a turn that reads reads at least."""
-EVERY_TURN, SELDOM = 0.95, 1.25
-"""Undisturbed turns that reading may add to a turn: where it does so in every one, and where others are left out,"""
-LATE = 1.1
-"""which they are after it has added more than so many,"""
-MOST_SKIPPED = 4
-"""but not more of them: one stall says nothing of the next reading."""
+EVERY_TURN, SELDOM = 0.9, 1.25
+"""Undisturbed turns that reading should add to a turn: where it does so in every one, and where others are left out,"""
+MOST_OWED = 4
+"""as many as it has added, but for a stall, which says nothing of the next reading."""
 LOOK_EVERY = 8
 """Turns that read between two that do not: they show what is undisturbed."""
 UNDISTURBED = 5
@@ -56,7 +54,9 @@ class TurnBudget:
         self._decoding = False
         self._wanting: frozenset[Kind] = frozenset()
         self._served: Kind | None = None
-        self._skip = self._since = 0
+        self._owed = 0.0
+        """Turns to leave out."""
+        self._since = 0
         self._began = 0.0
         self._read: tuple[Kind, int, int] | None = None
         """In this turn: what, of how many tokens at most, how many."""
@@ -72,7 +72,7 @@ class TurnBudget:
         """Decides who may read in this turn, of those who have something to read."""
         self._wanting = frozenset(wanting)
         if not self._decoding:
-            self._skip = 0
+            self._owed = 0.0
             self._tried.clear()
         elif self._wanting and self._leaves_out():
             self._wanting = frozenset()
@@ -81,8 +81,8 @@ class TurnBudget:
         self._served = min(self._wanting, default=self._served)
 
     def _leaves_out(self) -> bool:
-        if self._skip:
-            self._skip -= 1
+        if self._owed >= 1.0:
+            self._owed -= 1.0
             return True
         usual = self._usual
         return usual is None or (usual > 0 and self._since >= LOOK_EVERY)
@@ -125,7 +125,8 @@ class TurnBudget:
 
     def _learn(self, kind: Kind, share: int, tokens: int, added: float) -> None:
         """`added` is in undisturbed turns."""
-        self._skip = min(MOST_SKIPPED, round(added)) if added > LATE else 0
+        if added > 1.0 or kind in self._seldom:
+            self._owed += min(added, MOST_OWED)
         # A few tokens say little of how long many take.
         if not tokens or 2 * tokens < share:
             return
