@@ -23,8 +23,8 @@ EVERY_TURN, SELDOM = 0.9, 1.25
 """Undisturbed turns that reading should add to a turn: where it does so in every one, and where others are left out,"""
 MOST_OWED = 4
 """as many as it has added, but for a stall, which says nothing of the next reading."""
-LOOK_EVERY = 8
-"""Turns that read between two that do not: they show what is undisturbed."""
+LOOK_EVERY, FIRST_LOOK = 8, 2
+"""Turns that read between two that do not, which show what is undisturbed; and before the first of those."""
 UNDISTURBED = 5
 """Of them the median counts."""
 
@@ -85,7 +85,7 @@ class TurnBudget:
             self._owed -= 1.0
             return True
         usual = self._usual
-        return usual is None or (usual > 0 and self._since >= LOOK_EVERY)
+        return usual != 0 and self._since >= (FIRST_LOOK if usual is None else LOOK_EVERY)
 
     @property
     def _usual(self) -> float | None:
