@@ -10,7 +10,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapters.fit import Proposal
-from adapters.spec import DENSE_KINDS, AdapterSpec, AdapterUnreadable, AdapterUnsupported, Kind, Parameter, shown
+from adapters.spec import (
+    DENSE_KINDS,
+    TIED_HEAD,
+    AdapterSpec,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    Kind,
+    Parameter,
+    place_of,
+    shown,
+)
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
@@ -27,7 +37,11 @@ def is_dense(config: Mapping[str, Any]) -> bool:
 
 
 def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Proposal:
-    """Raises `AdapterUnsupported` for fields that would mean something else, `AdapterUnreadable` for wrong values."""
+    """Raises `AdapterUnsupported` for fields that would mean something else, `AdapterUnreadable` for wrong values.
+
+    `lora_parameters` beside `fine_tune_type: full` is no such field: releases of mlx-lm before it wrote null there
+    wrote the parameters that it had not used, and no release reads them. A file that has both `kind` and
+    `fine_tune_type`, as `write_mlx` makes it, holds what it holds, whatever `num_layers` says."""
     by_mlx = "fine_tune_type" in config
     _refuse_twofold(config)
     if not by_mlx:
@@ -40,6 +54,7 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
             strangers.append(f"{shown(name)} is there twice: also as {shown(dense[path].name)}.")
         dense[path] = tensor
     kind: Kind = "delta" if config.get("kind") == "delta" else "full"
+    count = _count(config.get("num_layers")) if by_mlx and "kind" not in config else None
     return Proposal(
         spec=AdapterSpec(kind, {}, tuple(dense)),
         targets="",
@@ -48,7 +63,7 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
         transposed=False,
         spell=lambda part, _: part,
         dense=dense,
-        promised=_promised(_count(config.get("num_layers")), parameters) if by_mlx else (),
+        promised=_promised(count, parameters) if count is not None else (),
         promises=f"num_layers = {shown(config.get('num_layers'))} says that it was trained",
     )
 
@@ -106,6 +121,35 @@ def _in_last_blocks(count: int, paths: Iterable[str]) -> list[str]:
     number = max(inside.values(), default=-1) + 1
     first = number - count if 0 < count < number else 0
     return [path for path, index in inside.items() if index >= first]
+
+
+def write_mlx(bundle: AdapterBundle, parameters: Mapping[str, Parameter], layers: Mapping[str, Any]) -> bytes:
+    """adapters.safetensors that mlx-lm puts in place of its own parameters, with the configuration in the metadata;
+    reads back to the same digest. `parameters` and `layers` are the base's, as for `fit`.
+
+    Raises `AdapterUnsupported` for what mlx-lm has no such parameter for."""
+    if bundle.spec.kind != "full":
+        raise AdapterUnsupported(
+            {
+                "format": "mlx-lm has no tensors that are added to the base's: leave the format out for the form of "
+                f"kind {bundle.spec.kind}."
+            }
+        )
+    tied = any(place_of(shape) == "tied_head" for shape in layers.values())
+    foreign = [
+        path for path in bundle.spec.dense if parameters[path].quantised or (tied and path == f"{TIED_HEAD}.weight")
+    ]
+    if foreign:
+        shown_paths = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
+        raise AdapterUnsupported(
+            {
+                "format": f"mlx-lm's model of this base has no plain parameter for {shown_paths}, since the base is "
+                "quantised or its head shares the embedding's weight: leave the format out."
+            }
+        )
+    # Both libraries need only know that these are whole tensors; how many layers were trained is not known.
+    config = {"kind": "full", "fine_tune_type": "full", "num_layers": -1, "lora_parameters": None}
+    return write_safetensors(bundle.tensors, {"format": "mlx", "adapter_config": json.dumps(config)})
 
 
 def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:

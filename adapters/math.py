@@ -72,14 +72,13 @@ def squared_delta_norms(a: NDArray[Any], b: NDArray[Any], scale: float) -> NDArr
     return scale**2 * ((b @ (a @ a.T)) * b).sum(axis=1)
 
 
-def gained_norm(
+def gained_squares(
     gain: NDArray[np.float64], base: NDArray[np.float64], inner: NDArray[np.float64], added: NDArray[np.float64]
-) -> float:
-    """‖gain · (W + D) − W‖ (Frobenius), what DoRA changes in all, from ‖w‖², ⟨w, d⟩ and ‖d‖² of each row [out].
+) -> NDArray[np.float64]:
+    """‖gain · (w + d) − w‖² of each row [out], what DoRA changes in all, from ‖w‖², ⟨w, d⟩ and ‖d‖².
 
     g(w + d) − w = (g − 1)w + g·d; in this form nothing cancels where g is near 1."""
-    squared = (gain - 1) ** 2 * base + 2 * (gain - 1) * gain * inner + gain**2 * added
-    return float(np.sqrt(max(float(squared.sum()), 0.0)))
+    return (gain - 1) ** 2 * base + 2 * (gain - 1) * gain * inner + gain**2 * added
 
 
 def unless_rounding(norm: float, base: float, *, zero: bool) -> float:
@@ -88,12 +87,12 @@ def unless_rounding(norm: float, base: float, *, zero: bool) -> float:
 
 
 def squared_row_norms(
-    base: NDArray[np.float64], products: NDArray[np.float64], added: NDArray[np.float64], scale: float
+    base: NDArray[np.float64], inner: NDArray[np.float64], added: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """(‖W + scale · B · A‖² of each row [out], rows whose terms cancel so far that this is not accurate).
 
-    ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: `base`, `products` (without 2s) and
-    `added`, the first two exact to float32. Nothing of the size of W is formed.
+    ‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b for a row w of W and b of B: `base`, twice `inner` and `added`,
+    the first two exact to float32. Nothing of the size of W is formed.
     """
-    squared = base + 2 * scale * products + added
+    squared = base + 2 * inner + added
     return squared, np.flatnonzero(squared < CANCELLED * (base + added))

@@ -7,15 +7,16 @@ at a time. Engine thread only, as everything that touches the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.math import gained_norm, squared_row_norms, unless_rounding
+from adapters.math import gained_squares, squared_row_norms, unless_rounding
 from adapters.prepare import HostDelta
 
 BLOCK_VALUES = 1 << 24
@@ -23,6 +24,11 @@ BLOCK_VALUES = 1 << 24
 OWN_NORMS = 4
 """What the norms of W cost next to one product with an A of rank `THIN`: they read and square every value."""
 THIN = 16
+
+SMALL = 1_000_000
+"""Multiplications in a product that OpenBLAS computes from the matrices as they lie, on one core."""
+PANEL, LEAST = 64, 4
+"""Rows of W in one of them, at most and at least."""
 
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
@@ -40,17 +46,16 @@ class RowNorms:
 
 @dataclass(slots=True)
 class AdaptedNorms:
-    """Of one layer: dispatch every piece, then `finish`."""
+    """Of one layer: dispatch every piece, then `gather`."""
 
     known: RowNorms
     path: str
     weights: Rows
     delta: HostDelta
     _left: list[slice] = field(init=False)
-    _factors: tuple[mx.array, mx.array] | None = None
+    _turned: mx.array | None = None
     _products: list[mx.array] = field(default_factory=list)
     _squares: list[mx.array] = field(default_factory=list)
-    _inner: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         self._left = list(_blocks(self.weights.layer))[::-1]
@@ -61,10 +66,10 @@ class AdaptedNorms:
 
     def next_piece(self) -> tuple[list[mx.array], int]:
         """(what to evaluate, what it costs in values of W times a thin A), for the next block of W."""
-        if self._factors is None:
-            self._factors = mx.array(self.delta.a), mx.array(self.delta.b)
+        if self._turned is None:
+            self._turned = mx.array(self.delta.a.T)
         block, fresh = self._left.pop(), self.path not in self.known.squared
-        self._products.append(self.weights.products(block, *self._factors))
+        self._products.append(self.weights.products(block, self._turned))
         values = (block.stop - block.start) * _width(self.weights.layer)
         cost = values * max(1, self.delta.a.shape[0] // THIN)
         if not fresh:
@@ -72,29 +77,68 @@ class AdaptedNorms:
         self._squares.append(self.weights.squares(block))
         return [self._products[-1], self._squares[-1]], cost + OWN_NORMS * values
 
-    def finish(self) -> NDArray[np.float64]:
-        """The norm of each row [out]. Waits for pieces that are still being computed."""
+    def gather(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(‖w‖², scale · ⟨w, (B · A)'s row⟩) of each row [out]. Waits for pieces that are still being computed."""
         if self._squares:
             self.known.squared[self.path] = self.weights.joined(self._squares)
-        base, delta = self.known.squared[self.path], self.delta
-        products = self.weights.joined(self._products)
-        self._inner = delta.scale * products
-        squared, cancelled = squared_row_norms(base, products, delta.squared, delta.scale)
-        if cancelled.size:
-            rows = self.weights.rows(cancelled).astype(np.float64)
-            rows += delta.scale * (delta.b[cancelled].astype(np.float64) @ delta.a.astype(np.float64))
-            squared[cancelled] = np.square(rows).sum(axis=1)
-        self._factors = None
-        self._products = []
-        return np.sqrt(np.maximum(squared, 0.0))
+        inner = self.delta.scale * self.weights.inner(self._products, self.delta.b)
+        self._turned, self._products, self._squares = None, [], []
+        return self.known.squared[self.path], inner
 
-    def change(self, gain: NDArray[np.float64]) -> float:
-        """‖gain · (W + scale · B · A) − W‖ (Frobenius) with a gain for each row [out]; after `finish`."""
-        if self._inner is None:
-            raise RuntimeError(f"The norms of {self.path} are not finished.")
-        base, added = self.known.squared[self.path], self.delta.squared
-        norm = gained_norm(gain.astype(np.float64), base, self._inner, added)
-        return unless_rounding(norm, float(np.sqrt(base.sum())), zero=not added.any())
+    def exact(self, which: NDArray[np.intp]) -> NDArray[np.float64]:
+        """‖w + scale · b · A‖² of some rows, from the weights themselves."""
+        delta = self.delta
+        rows = self.weights.rows(which).astype(np.float64)
+        rows += delta.scale * (delta.b[which].astype(np.float64) @ delta.a.astype(np.float64))
+        squared: NDArray[np.float64] = np.square(rows).sum(axis=1)
+        return squared
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """The rows of layers that are dispatched, one layer after another, float64 [rows]: numpy's calls for each of a
+    hundred layers cost more than the numbers."""
+
+    base: NDArray[np.float64]
+    """‖w‖²"""
+    inner: NDArray[np.float64]
+    """⟨w, d⟩, where d is the row's part of scale · B · A."""
+    added: NDArray[np.float64]
+    """‖d‖²"""
+    lengths: NDArray[np.float64]
+    """‖w + d‖"""
+    starts: NDArray[np.intp]
+    """[layers], the first row of each."""
+
+    @classmethod
+    def of(cls, layers: Sequence[AdaptedNorms]) -> AdaptedRows:
+        """Waits for pieces that are still being computed."""
+        gathered = [layer.gather() for layer in layers]
+        base, inner = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+        added = np.concatenate([layer.delta.squared for layer in layers])
+        starts = np.cumsum([0, *(layer.delta.squared.size for layer in layers[:-1])])
+        squared, cancelled = squared_row_norms(base, inner, added)
+        owners = np.searchsorted(starts, cancelled, side="right") - 1
+        for owner in np.unique(owners):
+            rows = cancelled[owners == owner]
+            squared[rows] = layers[owner].exact(rows - starts[owner])
+        return cls(base, inner, added, np.sqrt(np.maximum(squared, 0.0)), starts)
+
+    def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """Of all rows, as one array for each layer."""
+        return np.split(values, self.starts[1:])
+
+    def changes(self, gain: NDArray[np.float64]) -> list[float]:
+        """‖gain · (W + scale · B · A) − W‖ (Frobenius) of each layer."""
+        changed, base, added = (
+            np.add.reduceat(values, self.starts)
+            for values in (gained_squares(gain, self.base, self.inner, self.added), self.base, self.added)
+        )
+        norms = np.sqrt(np.maximum(changed, 0.0))
+        return [
+            unless_rounding(float(norm), float(whole), zero=not delta)
+            for norm, whole, delta in zip(norms, np.sqrt(base), added, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +151,21 @@ class Rows:
         """‖W‖² of each row of the block, float32, lazily."""
         return mx.square(_rows(self.layer, block)).sum(axis=1)
 
-    def products(self, block: slice, a: mx.array, b: mx.array) -> mx.array:
-        """⟨w, (B · A)'s row⟩ for each row w of the block, float32 whatever the layer's dtype, lazily; A [rank, in] and
-        B [out, rank]. Summed over the thin products w · Aᵀ: nothing of the size of W is formed."""
-        return (_thin_product(self.layer, block, a) * b[block]).sum(axis=1)
+    def products(self, block: slice, turned: mx.array) -> mx.array:
+        """w · Aᵀ for each row w of the block, [rows, rank] or panels of it, float32 whatever the layer's dtype, lazily;
+        Aᵀ [in, rank]. Nothing of the size of W is formed."""
+        return _thin_product(self.layer, block, turned)
+
+    def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
+        """⟨w, (B · A)'s row⟩ of all rows, from the products of the blocks in their order; B [out, rank]. On the host,
+        where it is next to nothing: each further operation of so many layers holds up the device's queue."""
+        parts = [np.asarray(piece).reshape(-1, b.shape[1]) for piece in products]
+        of_rows = np.split(b, np.cumsum([len(part) for part in parts[:-1]], dtype=int))
+        return np.concatenate([_row_sums(*pair) for pair in zip(parts, of_rows, strict=True)], dtype=np.float64)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
         """Of all rows, from the blocks in their order."""
-        return np.concatenate([np.array(piece) for piece in pieces]).astype(np.float64)
+        return np.concatenate([np.asarray(piece) for piece in pieces], dtype=np.float64)
 
     def rows(self, which: NDArray[np.intp]) -> NDArray[np.float32]:
         """[which, in]"""
@@ -128,24 +179,32 @@ class TableRows(Rows):
     def squares(self, block: slice) -> mx.array:
         return mx.square(_rows(self.layer, block)).sum(axis=0)
 
-    def products(self, block: slice, a: mx.array, b: mx.array) -> mx.array:
-        return ((_rows(self.layer, block).T @ a[:, block].T) * b).sum(axis=1)
+    def products(self, block: slice, turned: mx.array) -> mx.array:
+        return _rows(self.layer, block).T @ turned[block]
+
+    def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
+        return _row_sums(self.joined(products), b)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
-        return np.sum([np.array(piece) for piece in pieces], axis=0, dtype=np.float64)
+        return np.sum([np.asarray(piece) for piece in pieces], axis=0, dtype=np.float64)
 
     def rows(self, which: NDArray[np.intp]) -> NDArray[np.float32]:
         columns = mx.array(which.astype(np.uint32))
         return np.concatenate([np.array(_rows(self.layer, block)[:, columns]) for block in _blocks(self.layer)]).T
 
 
-def _thin_product(layer: nn.Module, block: slice, thin: mx.array) -> mx.array:
-    """W · Aᵀ for some rows of W, [rows, rank], in float32 whatever the layer's dtype."""
+def _row_sums(products: NDArray[Any], b: NDArray[np.float32]) -> NDArray[Any]:
+    sums: NDArray[Any] = np.einsum("or,or->o", products, b)
+    return sums
+
+
+def _thin_product(layer: nn.Module, block: slice, turned: mx.array) -> mx.array:
+    """W · Aᵀ for some rows of W, [rows, rank] or panels of it, in float32 whatever the layer's dtype; Aᵀ [in, rank]."""
     if not isinstance(layer, QUANTISED):
-        return _rows(layer, block) @ thin.T
+        return _panelled(_rows(layer, block), turned)
     scales, biases = _scales(layer, block)
     return mx.quantized_matmul(
-        thin,
+        turned.T,
         layer["weight"][block],
         scales,
         biases,
@@ -154,6 +213,19 @@ def _thin_product(layer: nn.Module, block: slice, thin: mx.array) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     ).T
+
+
+def _panelled(rows: mx.array, thin: mx.array) -> mx.array:
+    """[rows, in] · [in, rank] as [panels, rows, rank], many small products, where it divides: for a large one a BLAS
+    first copies W into panels of its own, which costs more than a thin product, and wakes its threads. A GPU does
+    neither."""
+    (count, width), rank = rows.shape, thin.shape[1]
+    most = min(PANEL, SMALL // (width * rank), count)
+    panel = next((size for size in range(most, LEAST - 1, -1) if count % size == 0), None)
+    if panel is None or mx.default_device() != mx.cpu:
+        return rows @ thin
+    panels = rows.reshape(-1, panel, width)
+    return panels @ mx.broadcast_to(thin, (panels.shape[0], width, rank))
 
 
 def _width(layer: nn.Module) -> int:
@@ -165,6 +237,7 @@ def _width(layer: nn.Module) -> int:
 def _blocks(layer: nn.Module) -> Iterator[slice]:
     out = layer["weight"].shape[0]
     step = max(BLOCK_VALUES // _width(layer), 1)
+    step -= step % PANEL if step > PANEL else 0
     return (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 

@@ -89,6 +89,7 @@ class _Version:
     label: str | None = None
     pinned: bool = False
     in_use: int = 0
+    provisional: bool = False
 
     @property
     def content(self) -> Content:
@@ -254,8 +255,10 @@ class Registry:
             line.gone.pop(digest, None)
         line = self._lines[name]
         if provisional:
-            version.label = version.label if unchanged else label
+            if not unchanged:
+                version.label, version.provisional = label, True
             return Change(line.entry(version), unchanged=unchanged)
+        version.provisional = False
         if label is not None:
             version.label = label
         if activate:
@@ -362,8 +365,9 @@ class Registry:
         remember(line.gone, [version.digest for version in versions])
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
-        """Versions that nothing keeps, oldest first."""
-        for version in list(line.kept.values())[: -self._keep]:
+        """Versions that nothing keeps, oldest first. One that may still be taken back pushes out no other."""
+        settled = [version for version in line.kept.values() if not version.provisional]
+        for version in settled[: -self._keep]:
             if version.number != line.live and not version.pinned and not version.in_use:
                 yield version
 

@@ -140,9 +140,8 @@ class ResidentVersions:
 
     def abandon(self) -> None:
         """Forgets what `advance` did and nobody staged; the slot that it wrote is still free."""
-        if self._work is not None:
-            self._work = None
-            self._trim_unused()
+        self._work = None
+        self._trim_unused()  # Also after what failed in the middle: its stacks may have been made already.
 
     def trim(self) -> None:
         """Gives back what no version needs of the stacks, unless one is just being staged."""

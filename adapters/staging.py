@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.norms import BLOCK_VALUES, AdaptedNorms
+from adapters.norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.prepare import LARGEST, PreparedBundle
 from adapters.spec import MAGNITUDE, AdapterDoesNotFit
 
@@ -29,21 +29,24 @@ class Gains:
         """[out] of each layer, when all are measured; empty for LoRA."""
         self.changes: dict[str, float] = {}
         """‖W' − W‖ of each of them."""
+        self._faults: list[str] = []
 
     def measure(self, allowance: int | None) -> bool:
-        """Dispatches products of about this cost (`AdaptedNorms.next_piece`), and returns whether all gains are found:
-        at the earliest in the call after the last product was dispatched, when the device is done with it. None does
-        all at once.
+        """Takes what the device has computed since the last call, dispatches products of about this cost
+        (`AdaptedNorms.next_piece`), and returns whether all gains are found: at the earliest in the call after the last
+        product was dispatched. None does all at once.
 
-        Raises `AdapterDoesNotFit` where a gain is not finite in the model's dtype."""
+        Raises `AdapterDoesNotFit`, at the end, where a gain is not finite in the model's dtype."""
+        self._find()
         while self._waiting:
             pieces = self._pieces(BLOCK_VALUES if allowance is None else allowance)
             if allowance is not None:
                 mx.async_eval(pieces)
                 return False
             mx.eval(pieces)  # One after another, to bound what is unpacked at a time.
-        if self._dispatched:
             self._find()
+        if self._faults:
+            raise AdapterDoesNotFit(self._faults)
         return True
 
     def _pieces(self, allowance: int) -> list[mx.array]:
@@ -57,23 +60,26 @@ class Gains:
         return pieces
 
     def _find(self) -> None:
-        dtype, faults = self._prepared.dtype, []
-        for norms in self._dispatched:
-            magnitude, lengths = norms.delta.magnitude, norms.finish()
-            with np.errstate(divide="ignore", invalid="ignore"):
-                gain = magnitude / lengths
-            if np.all(np.abs(gain) <= LARGEST[dtype]):
-                self.found[norms.path] = gain.astype(np.float32)
-                self.changes[norms.path] = norms.change(gain)
-            else:
-                row = int(np.argmin(np.abs(gain) <= LARGEST[dtype]))
-                faults.append(
-                    f"{norms.path}.{MAGNITUDE}: {magnitude[row]:.3g} for output {row}, whose weights have the length "
-                    f"{lengths[row]:.3g}, is a gain outside the range of {dtype}, the dtype of the model."
-                )
-        self._dispatched = []
-        if faults:
-            raise AdapterDoesNotFit(faults)
+        layers, self._dispatched = self._dispatched, []
+        if not layers:
+            return
+        rows = AdaptedRows.of(layers)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.concatenate([layer.delta.magnitude for layer in layers], dtype=np.float64) / rows.lengths
+        fits = np.abs(gain) <= LARGEST[self._prepared.dtype]
+        if not fits.all():
+            for layer, lengths, right in zip(layers, rows.split(rows.lengths), rows.split(fits), strict=True):
+                self._faults += [] if right.all() else [self._fault(layer, lengths, int(np.argmin(right)))]
+            return
+        self.changes |= zip((layer.path for layer in layers), rows.changes(gain), strict=True)
+        self.found |= zip((layer.path for layer in layers), rows.split(gain.astype(np.float32)), strict=True)
+
+    def _fault(self, layer: AdaptedNorms, lengths: NDArray[np.float64], row: int) -> str:
+        dtype, magnitude = self._prepared.dtype, layer.delta.magnitude[row]
+        return (
+            f"{layer.path}.{MAGNITUDE}: {magnitude:.3g} for output {row}, whose weights have the length "
+            f"{lengths[row]:.3g}, is a gain outside the range of {dtype}, the dtype of the model."
+        )
 
 
 @dataclass(slots=True)

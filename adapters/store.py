@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class StateStore:
         self._policies = directory / "policies"
         self._state = directory / "state.json"
         self._clean = True
-        self._doubtful: set[str] = set()
-        """Names whose last write failed: it may be on disk nevertheless."""
+        self._doubtful: dict[str, list[NameRecord]] = {}
+        """By name, writes that failed so late, since the last that did not, that they may be on disk nevertheless."""
         self._dropped: set[str] = set()
         """Digests that some name no longer has; their files may still be there."""
         try:
@@ -162,23 +162,30 @@ class StateStore:
         before = self.records.get(record.name)
         (base,) = self._bases
         body = {"format": FORMAT, "base": base, **asdict(record)}
-        self._doubtful.add(record.name)
-        write_durably(self._record_path(record.name), _sealed(body))
-        self._doubtful.discard(record.name)
+        path = self._record_path(record.name)
+        part = _write_part(path, _sealed(body))
+        doubtful = self._doubtful.setdefault(record.name, [])
+        doubtful.append(record)
+        _put_in_place(part, path)
+        del self._doubtful[record.name]
         self.records[record.name] = record
-        self._dropped |= {version.digest for version in (before.versions if before else ())}
+        self._dropped |= _digests([*doubtful, *([before] if before else [])])
 
     def says(self, record: NameRecord) -> bool:
         """Whether this is on disk for certain, so that there is nothing to write."""
-        return self.records.get(record.name) == record and record.name not in self._doubtful
+        return self.records.get(record.name) == record and not self.doubts(record.name)
+
+    def doubts(self, name: str) -> bool:
+        """Whether the file of a name may say something else than `records`, after a write that failed late."""
+        return name in self._doubtful
 
     def sweep(self) -> None:
         """Removes the weights that names no longer have."""
         self.forget(*self._dropped)
 
     def forget(self, *digests: str) -> None:
-        """Removes weights that no name has. A file that cannot be removed takes room and changes nothing: it is a line
-        in the log, and tried again at the next start."""
+        """Removes weights that no name has, nor may have on disk after a write that failed. A file that cannot be
+        removed takes room and changes nothing: it is a line in the log, and tried again at the next start."""
         self._dropped -= set(digests)
         for digest in set(digests) - self._referenced():
             path = self._bundle_path(digest)
@@ -190,7 +197,8 @@ class StateStore:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _referenced(self) -> set[str]:
-        return {version.digest for record in self.records.values() for version in record.versions}
+        doubtful = [record for records in self._doubtful.values() for record in records]
+        return _digests([*self.records.values(), *doubtful])
 
     def _bundle_path(self, digest: str) -> Path:
         return self._bundles / f"{digest.removeprefix('sha256:')}.safetensors"
@@ -276,6 +284,10 @@ def unpack(body: bytes) -> AdapterBundle:
     return make_bundle(AdapterSpec(spec["kind"], modules, tuple(spec.get("dense", ()))), tensors)
 
 
+def _digests(records: Iterable[NameRecord]) -> set[str]:
+    return {version.digest for record in records for version in record.versions}
+
+
 def _record(body: Mapping[str, Any]) -> NameRecord:
     versions = tuple(VersionRecord(**version) for version in body["versions"])
     if any(version.mode not in ("adapter", "merged") for version in versions):
@@ -308,11 +320,20 @@ def _places(path: Path) -> Iterator[Path]:
 
 def write_durably(path: Path, body: bytes) -> None:
     """`path` holds `body` when this returns, and all of it or what it held before if the machine stops meanwhile."""
+    _put_in_place(_write_part(path, body), path)
+
+
+def _write_part(path: Path, body: bytes) -> Path:
+    """A synced file beside `path`, which is as it was."""
     part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         file.write(body)
         file.flush()
         _sync(file.fileno())
+    return part
+
+
+def _put_in_place(part: Path, path: Path) -> None:
     part.replace(path)
     _sync_directory(path.parent)
 

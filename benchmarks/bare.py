@@ -7,9 +7,40 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from benchmarks.measure import Load
+
+
+class UnmaskedLoop:
+    """The same over mlx-lm's plain `KVCache`, which needs no mask where all prompts are of one length, and serves no
+    others."""
+
+    name = "bare, no mask"
+
+    def __init__(self, model: nn.Module, prompts: list[list[int]], load: Load) -> None:
+        self._model = model
+        self._prompts = mx.array(prompts)
+        self._load = load
+
+    def run(self) -> tuple[int, float]:
+        caches = [KVCache() for _ in self._model.layers]
+        token = self._next(self._prompts, caches)
+        mx.eval(token)
+        token = self._next(token[:, None], caches)
+        mx.async_eval(token)
+        begin = time.perf_counter()
+        for _ in range(self._load.steps):
+            ahead = self._next(token[:, None], caches)
+            mx.async_eval(ahead)
+            token.tolist()
+            token = ahead
+        seconds = time.perf_counter() - begin
+        mx.eval(token)
+        return self._load.tokens, seconds
+
+    def _next(self, tokens: mx.array, caches: list[KVCache]) -> mx.array:
+        return mx.argmax(self._model(tokens, cache=caches)[:, -1], axis=-1)
 
 
 class BareLoop:

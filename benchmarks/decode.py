@@ -12,10 +12,11 @@ from benchmarks.record import Measured, Ratio, Scale, Section, ratio
 ROWS, PROMPT_TOKENS = 32, 100
 WHAT = (
     "Every contender decodes the same 32 prompts of 100 tokens in one process, in turns; prefill is outside. `bare` "
-    "is mlx-lm's `BatchKVCache`, the forward pass and an argmax, one step dispatched ahead; ratios are to the faster "
-    "of its two forms in each round. The engine samples at temperature 1 and returns `logprobs`, `sampling_logprobs` "
-    "and `log_kept_mass`. Mixed filters: a quarter of the rows each with its own top-p from 0.9 to 1.0, top-k 50, "
-    "min-p 0.05, and all three. `BatchGenerator` runs without reading its log-probabilities."
+    "is mlx-lm's `BatchKVCache`, the forward pass and an argmax, one step dispatched ahead; `no mask` its plain "
+    "`KVCache`, which serves rows of one length alone; ratios are to the fastest of the three in each round. The "
+    "engine samples at temperature 1 and returns `logprobs`, `sampling_logprobs` and `log_kept_mass`. Mixed filters: "
+    "a quarter of the rows each with its own top-p from 0.9 to 1.0, top-k 50, min-p 0.05, and all three. "
+    "`BatchGenerator` runs without reading its log-probabilities."
 )
 
 

@@ -56,7 +56,7 @@ def compare(load: Load, rounds: int, *, top_p: bool, kinds: bool = False) -> dic
     import mlx_lm
     from mlx.utils import tree_flatten
 
-    from benchmarks.bare import BareLoop
+    from benchmarks.bare import BareLoop, UnmaskedLoop
     from benchmarks.measure import interleave, matmul_gflops
     from benchmarks.models import random_prompts, write_model
     from benchmarks.ours import EXTRAS, MIXED, PENALTIES, TOP_P, EngineDecode
@@ -72,6 +72,7 @@ def compare(load: Load, rounds: int, *, top_p: bool, kinds: bool = False) -> dic
         contenders: list[Contender] = [
             BareLoop(model, prompts, load, compiled=False),
             BareLoop(model, prompts, load, compiled=True),
+            UnmaskedLoop(model, prompts, load),
             *(BatchGeneratorDecode(model, prompts, load, top_p=variant) for variant in variants),
             *(open_engines.enter_context(EngineDecode(directory, prompts, load, kind=kind)) for kind in ours),
         ]

@@ -21,6 +21,9 @@ from benchmarks.servers import our_server
 
 CLIENTS, QUEUE, EACH = 512, 2048, 5
 SLOTS, PROMPT_TOKENS = 64, 16
+PATIENCE_S = 1200
+"""After which a request counts as never answered."""
+WRONG = ("errors", "not its own reply", "never answered", "connections that broke")
 WHAT = (
     "512 clients open five requests each at the same moment, so 2,560 connections at a server that lets 2,048 "
     "requests wait or run (`--max-queue 2048 --max-batch 64`). Refusals (429, with `Retry-After`) are counted apart. "
@@ -60,7 +63,7 @@ def report(rates: list[float], floods: list[tuple[list[Answer], float]], tokens:
         seconds = sorted(answer.seconds for answer in answers if answer.status == 200)
         waits.append(seconds[math.ceil(0.99 * len(seconds)) - 1])
         shares.append(waits[-1] / (len(seconds) * tokens / rate))
-    wrong = counts["errors"] + counts["not its own reply"]
+    wrong = sum(counts[name] for name in WRONG)
     return Section(
         "flood",
         "512 clients, a queue of 2,048",
@@ -77,8 +80,7 @@ def report(rates: list[float], floods: list[tuple[list[Answer], float]], tokens:
             "requests": sum(len(answers) for answers, _ in floods),
             "floods": len(floods),
             "tokens of a reply": tokens,
-            **{name: counts[name] for name in ("answered once", "refused with 429", "errors", "not its own reply")},
-            "connections that broke": counts["connections that broke"],
+            **{name: counts[name] for name in ("answered once", "refused with 429", *WRONG)},
         },
     )
 
@@ -88,7 +90,7 @@ def judge(answer: Answer, index: int, tokens: int) -> str:
     if answer.status == 429:
         return "refused with 429" if "retry-after" in answer.headers else "errors"
     if answer.status != 200:
-        return "errors"
+        return "errors" if answer.status else "never answered"
     content = answer.content()
     own = content["id"].endswith(f"-{index}") and len(content["rollouts"]) == 1
     return "answered once" if own and len(content["rollouts"][0]["token_ids"]) == tokens else "not its own reply"
@@ -97,8 +99,17 @@ def judge(answer: Answer, index: int, tokens: int) -> str:
 async def flood(url: str, number: int, tokens: int, requests: int) -> tuple[list[Answer], float]:
     bodies = [json.dumps(request(f"flood-{number}-{index}", index, tokens)).encode() for index in range(requests)]
     began = time.perf_counter()
-    answers = await asyncio.gather(*(post(url, "/v1/rollouts", body) for body in bodies))
+    answers = await asyncio.gather(*(patient(url, body) for body in bodies))
     return answers, time.perf_counter() - began
+
+
+async def patient(url: str, body: bytes) -> Answer:
+    """The reply, or one of status 0 where none came in time."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await post(url, "/v1/rollouts", body)
+    except TimeoutError:
+        return Answer(0, {}, b"", PATIENCE_S, 0)
 
 
 def request(id: str, index: int, tokens: int) -> dict[str, Any]:

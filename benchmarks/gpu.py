@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import qwen3  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
-from benchmarks.bare import BareLoop  # noqa: E402
+from benchmarks.bare import BareLoop, UnmaskedLoop  # noqa: E402
 from benchmarks.measure import Contender, Load, interleave  # noqa: E402
 from benchmarks.ours import TOP_P, EngineDecode  # noqa: E402
 from benchmarks.peers import BatchGeneratorDecode  # noqa: E402
@@ -127,6 +127,7 @@ def contenders(path: Path, prompts: list[list[int]], load: Load, stack: ExitStac
     model, _ = load_model(path)
     yield BareLoop(model, prompts, load, compiled=False)
     yield BareLoop(model, prompts, load, compiled=True)
+    yield UnmaskedLoop(model, prompts, load)
     yield BatchGeneratorDecode(model, prompts, load)
     yield stack.enter_context(EngineDecode(path, prompts, load))
     yield stack.enter_context(EngineDecode(path, prompts, load, kind=TOP_P))

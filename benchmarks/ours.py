@@ -77,11 +77,13 @@ class EngineDecode(Engine):
         *,
         kind: str = "",
         compile_decode: bool | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         self.name = f"engine, {kind}" if kind else "engine" if compile_decode is None else "engine, not compiled"
         self._load = load
         prefill_tokens = load.rows * load.prompt_tokens
-        super().__init__(directory, load.rows, prefill_tokens=prefill_tokens, compile_decode=compile_decode)
+        options = {"compile_decode": compile_decode, "kv_bits": kv_bits}
+        super().__init__(directory, load.rows, prefill_tokens=prefill_tokens, **options)
         self._groups = [self._group(row, prompt, kind) for row, prompt in enumerate(prompts)]
 
     def run(self) -> tuple[int, float]:

@@ -54,6 +54,8 @@ def notes(sections: list[Section], folder: Path) -> dict[str, str]:
 
 def document(sections: list[Section], charts: set[str], notes: dict[str, str], pictures: str) -> str:
     blocks = [HEAD, "## What was asked for\n", table(ASKED, asked(sections))]
+    if missing := sorted({*SECTIONS, *PEERS} - {section.id for section in sections}):
+        blocks.append(f"Not measured: {', '.join(missing)}.\n")
     for section in sections:
         blocks += [f"\n## {section.title}\n", section.what + "\n"]
         if section.id in charts:

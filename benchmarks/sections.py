@@ -14,6 +14,7 @@ SECTIONS = {
     "turns": "benchmarks.prefix_reuse",
     "flood": "benchmarks.flood",
     "replies": "benchmarks.reply_sizes",
+    "replay": "benchmarks.replay",
 }
 
 PEERS = {"generate": "benchmarks.generate"}

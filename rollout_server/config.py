@@ -65,6 +65,12 @@ def check_key(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def parse_kv_bits(value: Any) -> Any:
+    """Texts come from the command line and the environment."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+KvBits = Annotated[Literal[8] | None, BeforeValidator(parse_kv_bits)]
 Key = Annotated[SecretStr | None, AfterValidator(check_key)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
@@ -98,6 +104,8 @@ class ServerConfig(BaseSettings):
     max_batch: int = Field(default=64, ge=1)
     """Rows that decode together."""
     kv_memory: Size | None = None
+    kv_bits: KvBits = None
+    """8 keeps keys and values in so many bits: more rows fit, and log-probabilities are those of what is kept."""
     prefix_cache: Literal["on", "off"] = "on"
     """Keep KV for later requests that begin with the same tokens, in what rows leave of `kv_memory`."""
     weights_memory: Size | None = None

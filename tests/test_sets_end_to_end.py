@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -92,6 +93,9 @@ def test_a_restart_serves_merged_and_full_versions_as_they_were(model: Path, tmp
         assert exported.digest == pushed["digest"] and exported.config["peft_type"] == "LORA"
         assert client.export("whole", 1).save(tmp_path / "out") == tmp_path / "out"
         assert client.push("again", tmp_path / "out").digest == whole.digest
+        client.export("whole", 1, format="mlx").save(tmp_path / "mlx")
+        mlx_lm.load(str(model), adapter_path=str(tmp_path / "mlx"))
+        assert client.push("mlx", tmp_path / "mlx").digest == whole.digest
 
 
 def test_a_delta_is_the_full_version_it_adds_up_to(model: Path) -> None:

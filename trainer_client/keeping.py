@@ -81,8 +81,9 @@ def delete_policy(name: str) -> Call[Deletion]:
 
 def export(name: str, version: int, *, format: Format | None = None) -> Call[ExportedAdapter]:
     """The weights of a kept version as a file of PEFT or of mlx-lm; by default PEFT's for low-rank versions, and for
-    dense ones the only form they have. Raises `VersionGone` if it was freed, `Conflict`
-    where the format cannot say what the version is, `DigestMismatch` where other weights came than were stored."""
+    dense ones a form of their own; those of kind `full` have mlx-lm's too. Raises `VersionGone` if it was freed,
+    `Conflict` where the format cannot say what the version is, `DigestMismatch` where other weights came than were
+    stored."""
     return Call(
         method="GET",
         path=f"{_path(name, version)}/export",

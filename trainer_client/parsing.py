@@ -199,6 +199,7 @@ def parse_models(reply: Reply) -> tuple[ServedModel, ...]:
             vocab_size=entry.get("vocab_size"),
             dtype=entry.get("dtype"),
             quantization=entry.get("quantization"),
+            kv_bits=entry.get("kv_bits"),
             eos_token_ids=tuple(entry.get("eos_token_ids") or ()),
         )
         for entry in need_objects(parse_json(reply.body), "data")

@@ -82,4 +82,6 @@ class ServedModel:
     vocab_size: int | None = None
     dtype: str | None = None
     quantization: Mapping[str, Any] | None = None
+    kv_bits: int | None = None
+    """8 where the server keeps keys and values in so many bits; None where as the model computed them."""
     eos_token_ids: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ def serve(
     port: Annotated[int | None, option("Port to listen on; 0 takes a free one.", "8000")] = None,
     max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
     kv_memory: Annotated[str | None, option("For keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
+    kv_bits: Annotated[int | None, option("8 keeps keys and values in 8 bits, which log-probabilities show.")] = None,
     prefix_cache: Annotated[
         str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
     ] = None,

@@ -87,7 +87,7 @@ def export_weights(
     version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.")],
     directory: Annotated[Path, typer.Argument(help="Where the two files go; it is made.", file_okay=False)],
     format: Annotated[
-        Literal["peft", "mlx"] | None, typer.Option(help="Whose files to write; for dense versions leave it out.")
+        Literal["peft", "mlx"] | None, typer.Option(help="Whose files to write; of dense versions mlx takes kind full.")
     ] = None,
     url: Url = None,
     json_output: Json = False,

@@ -195,6 +195,8 @@ class Batches:
         gone = self._batches.pop(berth)
         self._steps_before += gone.steps
         self._fed_before += gone.fed
+        if not self._batches:  # One is always there: it knows what rows take that are still to join another.
+            self._batches[FIRST] = self._make(BASE_SET)
 
     def prefill(self, budget: int) -> Iterator[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
@@ -386,8 +388,6 @@ class Batches:
         self._moving = None
         for berth in failed:
             self._drop(berth)
-        if not self._batches:
-            self._batches[FIRST] = self._make(BASE_SET)
         return rows, joining
 
 

@@ -119,10 +119,12 @@ class RowStore(Protocol):
 
 class SlotRows:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
-    widths, for steps that are compiled for each."""
+    widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits."""
 
-    def __init__(self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False) -> None:
-        self.layers: list[Any] = [SlotLayer(self, window) for window in windows]
+    def __init__(
+        self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False, packs: bool = False
+    ) -> None:
+        self.layers: list[Any] = [SlotLayer(self, window, packs=packs) for window in windows]
         self._coarse = coarse
         self.capacity = 0
         self.columns = 0

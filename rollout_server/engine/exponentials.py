@@ -20,6 +20,8 @@ _EXP2 = (
 )
 _ROUND = 12582912.0  # 1.5·2²³: adding it leaves the nearest integer in the low bits of a float32
 _TINY = 2.0**-126
+FANOUT, MOST = 16, 128
+"""Entries of a block in `pyramid`, and of its top."""
 
 
 def on_cpu() -> bool:
@@ -59,7 +61,24 @@ def blocks_of(values: mx.array) -> mx.array:
 
 def block_sums(values: mx.array) -> mx.array:
     """[R, V] → [R, blocks]. One float32 sum over 152k exponentials is off by 3e-4 nat, a sum of block sums by 2e-6."""
-    blocks = blocks_of(values)
+    return _sums(blocks_of(values))
+
+
+def pyramid(weights: mx.array) -> list[mx.array]:
+    """Weights [R, V] in blocks [R, ⌈V/16⌉, 16], the sums of those in blocks again, and so on up to [R, at most 128];
+    padded with zeros. Finest first."""
+    levels = []
+    while weights.shape[-1] > MOST:
+        rows, count = weights.shape
+        if count % FANOUT:
+            weights = mx.pad(weights, [(0, 0), (0, -count % FANOUT)])
+        levels.append(weights.reshape(rows, -1, FANOUT))
+        weights = _sums(levels[-1])
+    return [*levels, weights]
+
+
+def _sums(blocks: mx.array) -> mx.array:
+    """[R, blocks, size] → [R, blocks]."""
     if not on_cpu():
         # Not as a product: CUDA may round its factors to TF32.
         return blocks.sum(axis=-1)

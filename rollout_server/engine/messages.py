@@ -49,6 +49,8 @@ class EngineOptions:
     """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
+    kv_bits: int | None = None
+    """8 keeps keys and values in so many bits; None as the model computes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     dtype: str
-    """`float32`, `bfloat16` or `float16`: of activations and KV."""
+    """`float32`, `bfloat16` or `float16`: of activations, and of KV but for `kv_bits`."""
     quantization: dict[str, Any] | None
     eos_token_ids: tuple[int, ...]
     parameters: int
@@ -77,6 +79,8 @@ class ModelInfo:
     """Of the base, as it is in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
+    kv_bits: int | None = None
+    """8 where keys and values are kept in so many bits; None where they are what the model computed."""
     embedding: Embedding = field(default_factory=Embedding)
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""

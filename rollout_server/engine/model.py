@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
+from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def load(options: EngineOptions) -> ResidentModel:
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    chosen = _choose_store(module, vocabulary, options.max_batch, compiles)
+    chosen = _choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(config, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
@@ -102,6 +104,7 @@ def load(options: EngineOptions) -> ResidentModel:
         weights=replaceable_parameters(module, layers, dtype_name),
         kv_bytes_per_token=cell_bytes,
         kv_bytes_per_row=cell_bytes * row_cells,
+        kv_bits=options.kv_bits,
         kv_memory=options.kv_memory or default_kv_memory(),
         cache=kind,
         embedding=read_embedding(path, config, width) if trunk else Embedding(),
@@ -196,31 +199,60 @@ class _Chosen:
     compiles: bool = False
 
 
-def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bool) -> _Chosen:
+def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bool, *, packs: bool) -> _Chosen:
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
-    time, and says so; decode steps are compiled only where they then pass the same test."""
+    time, and says so; decode steps are compiled only where they then pass the same test. Raises `EngineUnavailable`
+    where keys and values are to be kept in 8 bits and cannot be."""
     forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
     expected = [_alone(forward, module, row) for row in rows]
-    windows = _windows(module)
+    problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        store = SlotRows(windows, max_rows)
-        if (problem := _self_test(forward, store, rows, expected)) is None:
-            cell = store.nbytes // (store.capacity * store.columns)
-            if compiles:
-                store = SlotRows(windows, max_rows, coarse=True)
-                problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
-                if problem is None:
-                    return _Chosen("slots", cell, 0, lambda: SlotRows(windows, max_rows, coarse=True), True)
-                log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
-            return _Chosen("slots", cell, 0, lambda: SlotRows(windows, max_rows))
+        make = partial(SlotRows, windows, max_rows)
+        found = _choose_slots(forward, make, rows, expected, compiles, packs=packs)
+        if isinstance(found, _Chosen):
+            return found
+        problem = found
+    if packs:
+        raise EngineUnavailable(
+            f"This model cannot keep its keys and values in 8 bits ({problem}): leave --kv-bits out."
+        )
+    if windows is not None:
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (problem := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
+    if (fault := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
         return _Chosen("batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells))
-    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", problem)
+    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
     return _Chosen("serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True))
+
+
+def _choose_slots(
+    forward: Forward,
+    make: Callable[..., SlotRows],
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+    compiles: bool,
+    *,
+    packs: bool,
+) -> _Chosen | str:
+    """Slot caches, or why not. What is wrong in 8 bits alone shows once the same model has passed without."""
+    store = make()
+    if (problem := _self_test(forward, store, rows, expected)) is not None:
+        return problem
+    if packs:
+        make = partial(make, packs=True)
+        store = make()
+        if (problem := _self_test(forward, store, rows, expected)) is not None:
+            return problem
+    cell = store.nbytes // (store.capacity * store.columns)
+    if compiles:
+        store = make(coarse=True)
+        problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
+        if problem is None:
+            return _Chosen("slots", cell, 0, partial(make, coarse=True), True)
+        log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
+    return _Chosen("slots", cell, 0, make)
 
 
 def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:
@@ -282,7 +314,7 @@ def _self_test(
     except UNFIT as error:
         return f"{type(error).__name__}: {error}"
     scale = max(float(mx.max(mx.abs(row))) for row in expected)
-    # float32 hardly depends on the batch's shape; the half precisions visibly do.
+    # float32 hardly depends on the batch's shape; the half precisions visibly do, and 8 bits move every number.
     tolerance = 1e-4 * max(1.0, scale) if store_dtype(store) == mx.float32 else 0.05 * max(1.0, scale)
     for index, (place, alone) in enumerate(zip(places, expected, strict=True)):
         gap = float(mx.max(mx.abs(logits[place] - alone)))

@@ -11,7 +11,7 @@ from itertools import chain
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.exponentials import block_size
+from rollout_server.engine.exponentials import FANOUT, MOST
 from rollout_server.engine.filters import Some
 from rollout_server.engine.grammars import Follower, MaskFiller, hold_back
 from rollout_server.engine.penalties import Pairs, allowed_only, count_tokens, ends_of
@@ -34,10 +34,10 @@ class Redraw:
     """Index in `token_ids`."""
     margin: float | None = None
     """How little would have to be otherwise for the recorded token to come. Of a sampled row: the least distance by
-    which both uniforms, that of the block and that of the element, would have to move, at most, for them to fall where
-    the recorded token lies. A filter's edge counts as well: where one token more or less had stayed, the larger of that
-    distance and of how close the edge is (mass for top-p, nats for top-k and min-p); and where the filters removed the
-    recorded token among others, how far it is from the edge. Of a greedy row: the gap between its logit and the
+    which its uniforms, of the blocks and of the token in the smallest, would have to move, at most, for them to fall
+    where the recorded token lies. A filter's edge counts as well: where one token more or less had stayed, the larger
+    of that distance and of how close the edge is (mass for top-p, nats for top-k and min-p); where the filters removed
+    the recorded token among others, how far it is from the edge. Of a greedy row: the gap between its logit and the
     largest. None where it could not come at all."""
 
     follower: Follower | None = None
@@ -209,15 +209,19 @@ def _slack(ordered: np.ndarray, sampling: SamplingParams) -> np.ndarray:
 
 
 def _distance(weights: np.ndarray, uniform: np.ndarray, token: int) -> float:
-    """How far both uniforms [2] would have to move, at most, to fall where the token of weights [V] lies; infinite
-    where it has none."""
+    """How far the uniforms would have to move, at most, to fall where the token of weights [V] lies; infinite where it
+    has none."""
     if weights[token] == 0:
         return math.inf
-    size = block_size(len(weights))
-    block, element = divmod(token, size)
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), size))
-    inside = weights[block * size : (block + 1) * size]
-    return max(_outside(uniform[0], sums, block), _outside(uniform[1], inside, element))
+    levels = [weights]
+    while len(levels[-1]) > MOST:
+        levels.append(np.add.reduceat(levels[-1], np.arange(0, len(levels[-1]), FANOUT)))
+    entries = [token // FANOUT**number for number in range(len(levels))]
+    found = [_outside(uniform[0], levels.pop(), entries.pop())]
+    for number, (level, entry) in enumerate(zip(levels[::-1], entries[::-1], strict=True), 1):
+        block = entry // FANOUT * FANOUT
+        found.append(_outside(uniform[number], level[block : block + FANOUT], entry - block))
+    return max(found)
 
 
 def _outside(uniform: float, weights: np.ndarray, chosen: int) -> float:

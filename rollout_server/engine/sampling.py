@@ -3,8 +3,10 @@
 Everything is float32 from the logits on. Penalties, bias and masks come first, then temperature, top-k, top-p, min-p,
 each on the renormalised result of the one before, as transformers' logits warpers do; tokens tied with the last one
 kept are kept too.
-A draw depends on (row seed, index of the token) alone: two uniforms are computed on the host by a counter-based hash,
-the first picks a block of the vocabulary, the second a token in it (a single float32 uniform has only 24 bits).
+A draw depends on (row seed, index of the token) alone: its uniforms are computed on the host by a counter-based hash.
+The first picks a large block of the vocabulary, the next a smaller one in it, the last a token (a single float32
+uniform has only 24 bits). Logits of one row differ in their last bits alone and in a batch, and a uniform on the border
+of two entries then picks the other one; few boundaries at each level, and sums of few numbers, keep that rare.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.exponentials import block_sums, blocks_of, exponential, largest, on_cpu, peak_of
+from rollout_server.engine.exponentials import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
 from rollout_server.engine.filters import Filters, Some, prepare_filters, threshold
 from rollout_server.engine.penalties import (
     Bans,
@@ -41,11 +43,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-    """float32 [R, 2] in [0, 1 − 2⁻²³], a pure function of each row's seed and token index."""
+    """float32 [R, 5] in [0, 1 − 2⁻²³], a pure function of each row's seed and token index: as many as `pyramid` has
+    levels for eight million tokens."""
     with np.errstate(over="ignore"):
         seed = _mix(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)
         stream = _mix(seed ^ _mix((np.asarray(positions, dtype=np.uint64) + np.uint64(1)) * _GOLDEN))
-        bits = np.stack([_mix(stream + _GOLDEN), _mix(stream + _GOLDEN + _GOLDEN)], axis=-1)
+        bits = _mix(stream[..., None] + np.arange(1, 6, dtype=np.uint64) * _GOLDEN)
     # 23 bits: with 24, u·total could round up to total and no token would be found.
     return (bits >> np.uint64(41)).astype(np.float32) * np.float32(2.0**-23)
 
@@ -109,17 +112,19 @@ class Sampled:
         return [a for a in (self.ids, self.values, self.top_ids, self.top_logprobs) if a is not None]
 
 
-def _draw(weights: mx.array, sums: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
-    """Inverse-CDF draw from unnormalised probabilities [R, V] with their `block_sums`; returns ids int32 [R] and the
-    total weight [R, 1]."""
-    blocks = blocks_of(weights)
-    running = mx.cumsum(sums, axis=-1)
+def _draw(levels: Sequence[mx.array], uniform: mx.array) -> tuple[mx.array, mx.array]:
+    """Inverse-CDF draw from the `pyramid` of unnormalised probabilities [R, V], its top first; returns ids int32 [R]
+    and the total weight [R, 1]."""
+    top, finer = levels[-1], levels[-2::-1]
+    running = mx.cumsum(top, axis=-1)
     total = running[:, -1:]
-    block = mx.argmax((running > uniform[:, :1] * total) & (sums > 0), axis=-1)
-    inside = mx.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    running = mx.cumsum(inside, axis=-1)
-    token = mx.argmax((running > uniform[:, 1:] * running[:, -1:]) & (inside > 0), axis=-1)
-    return (block * blocks.shape[-1] + token).astype(mx.int32), total
+    index = mx.argmax((running > uniform[:, :1] * total) & (top > 0), axis=-1)
+    for number, blocks in enumerate(finer, 1):
+        inside = mx.take_along_axis(blocks, index[:, None, None], axis=1)[:, 0]
+        running = mx.cumsum(inside, axis=-1)
+        bound = uniform[:, number : number + 1] * running[:, -1:]
+        index = index * FANOUT + mx.argmax((running > bound) & (inside > 0), axis=-1)
+    return index.astype(mx.int32), total
 
 
 def sample(
@@ -131,7 +136,7 @@ def sample(
     seen: mx.array | None = None,
     mask: Some | None = None,
 ) -> Sampled:
-    """logits [R, V] of any float dtype, uniform float32 [R, 2] → one token a row. `seen` is what `TokenCounts` holds,
+    """logits [R, V] of any float dtype, uniform float32 [R, 5] → one token a row. `seen` is what `TokenCounts` holds,
     `banned` are (row, token) pairs that may not come, `mask` says of some rows which tokens may (`allowed_only`); they
     change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
     raw = logits.astype(mx.float32)
@@ -139,8 +144,8 @@ def sample(
     shifted = raw - peak
     exponentials = exponential(shifted)
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
-    sums = block_sums(exponentials)
-    log_total = mx.log(mx.sum(sums, axis=-1, keepdims=True))
+    levels = pyramid(exponentials)
+    log_total = mx.log(mx.sum(levels[-1], axis=-1, keepdims=True))
     shaped = shape(raw, arrays, seen, banned)
     masked = None if mask is None else Some(mask.rows, allowed_only(shaped, mask))
     best = _best(shaped, masked) if arrays.greedy is not None or arrays.all_greedy else None
@@ -150,7 +155,7 @@ def sample(
         kept = mx.full(ids.shape, mx.nan)
     else:
         ids, sampling, kept = _sample_rows(
-            shaped, (exponentials, sums, peak) if shaped is raw else None, masked, arrays, uniform
+            shaped, (exponentials, levels, peak) if shaped is raw else None, masked, arrays, uniform
         )
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
@@ -193,36 +198,35 @@ def _best(shaped: mx.array, masked: Some | None) -> mx.array:
 
 def _sample_rows(
     shaped: mx.array,
-    known: tuple[mx.array, mx.array, mx.array] | None,
+    known: tuple[mx.array, list[mx.array], mx.array] | None,
     masked: Some | None,
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, block sums and peak of
-    `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that have a
-    mask, under it."""
+    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, their pyramid and the
+    peak of `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that
+    have a mask, under it."""
     if known is None or arrays.inverse_temperature is not None:
         if arrays.inverse_temperature is not None:
             shaped = shaped * arrays.inverse_temperature
         peak = peak_of(shaped)
         weights = exponential(shaped - peak)
-        sums = block_sums(weights)
+        levels = pyramid(weights)
     else:
-        weights, sums, peak = known
+        weights, levels, peak = known
     if masked is not None:
-        # Only these are exponentiated anew. Sums of their own, because `put` writes in place.
+        # Only these are exponentiated anew. Arrays of their own, because `put` writes in place.
         theirs = masked.values
         if arrays.inverse_temperature is not None:
             theirs = theirs * masked.of(arrays.inverse_temperature)
         highest = peak_of(theirs)
-        own = exponential(theirs - highest)
-        weights, sums = masked.put(weights + 0.0, own), masked.put(sums + 0.0, block_sums(own))
-        peak = masked.put(peak + 0.0, highest)
-    everything = mx.sum(sums, axis=-1, keepdims=True)
+        weights = masked.put(weights + 0.0, exponential(theirs - highest))
+        levels, peak = pyramid(weights), masked.put(peak + 0.0, highest)
+    everything = mx.sum(levels[-1], axis=-1, keepdims=True)
     if arrays.filters is not None:
         weights = weights * (weights >= threshold(weights, everything, arrays.filters))
-        sums = block_sums(weights)
-    ids, total = _draw(weights, sums, uniform)
+        levels = pyramid(weights)
+    ids, total = _draw(levels, uniform)
     chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
     sampling = (chosen - peak - mx.log(total))[:, 0]
     kept = mx.zeros(ids.shape, dtype=mx.float32)

@@ -1,4 +1,5 @@
-"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache."""
+"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
+In 8 bits the last dimension is `packed.Packing`'s words, and only the model sees numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+
+from rollout_server.engine.packed import Packing
 
 if TYPE_CHECKING:
     from rollout_server.engine.cache import SlotRows
@@ -40,9 +43,12 @@ class Window:
 class SlotLayer:
     """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
 
-    def __init__(self, rows: SlotRows, window_size: int | None) -> None:
+    def __init__(self, rows: SlotRows, window_size: int | None, *, packs: bool = False) -> None:
         self._rows = rows
         self._window_size = window_size
+        self._packs = packs
+        self._packings: tuple[Packing, Packing] | None = None
+        """Of keys and of values, known from the first forward on."""
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -54,7 +60,12 @@ class SlotLayer:
         return self._rows.window.mask(window_size or self._window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read."""
+        """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read. In
+        8 bits that is never the numbers given, not even for these tokens: how a text is cut into chunks must not
+        matter."""
+        if self._packs:
+            self._packings = Packing(keys.shape[3], keys.dtype), Packing(values.shape[3], values.dtype)
+            keys, values = self._packings[0].pack(keys), self._packings[1].pack(values)
         if self.keys is None or self.values is None:
             self.keys, self.values = self._allocate(keys), self._allocate(values)
         window = self._rows.window
@@ -69,7 +80,11 @@ class SlotLayer:
         window = self._rows.window
         if self.keys is None or self.values is None:
             raise RuntimeError("A layer reads a KV cache that no layer has written.")
-        return picked(self.keys, window.rows, window.width), picked(self.values, window.rows, window.width)
+        keys = picked(self.keys, window.rows, window.width)
+        values = picked(self.values, window.rows, window.width)
+        if self._packings is not None:
+            return self._packings[0].unpack(keys), self._packings[1].unpack(values)
+        return keys, values
 
     def _allocate(self, like: mx.array) -> mx.array:
         return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)

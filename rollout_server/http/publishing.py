@@ -128,8 +128,11 @@ class Publisher:
             raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 
         async def run() -> T:
-            async with self._lock:
-                return await change
+            try:
+                async with self._lock:
+                    return await change
+            finally:
+                change.close()  # or Python warns of one that was cancelled before its turn
 
         task = asyncio.create_task(run())
         self._running.add(task)
@@ -156,13 +159,15 @@ class Publisher:
         except StorageFailed:
             if not staged.unchanged:
                 await self._engine.delete(Delete(self._engine.new_id("delete"), name, number))
-            await self._settle(name, store)
+            await self._settle(name, store, number)
             await asyncio.to_thread(store.forget, digest)
             raise
         persist_s = put_s + time.perf_counter() - began
-        # It is known now, so this stages nothing and looks at no condition again.
-        done = await self._engine.publish(publish)
-        await self._settle(name, store)
+        try:
+            # It is known now, so this stages nothing and looks at no condition again.
+            done = await self._engine.publish(publish)
+        finally:
+            await self._settle(name, store)
         return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)
 
     async def _activate(self, activate: Activate, store: StateStore) -> Published:
@@ -198,11 +203,16 @@ class Publisher:
             await self._settle(command.name, store)
         return done, written
 
-    async def _settle(self, name: str, store: StateStore) -> None:
+    async def _settle(self, name: str, store: StateStore, last: int = 0) -> None:
         """Makes the directory say what the engine has, if that is not what was written, and removes weights of nobody.
-        What fails here was not promised to anybody, and is made good by the next change or the next start."""
+        What fails here was not promised to anybody, and is made good by the next change or the next start. `last` is
+        the newest number of a name that may have no versions."""
         shown = self._shown(name)
         record = records.record_of(shown) if shown else store.records.get(name)
+        if record is None and store.doubts(name):
+            record = NameRecord(name, last, None)  # Its first push failed, and may be on disk nevertheless.
+        elif record is not None and record.last < last:
+            record = replace(record, last=last)
         try:
             if record is not None and not store.says(record):
                 await asyncio.to_thread(store.write, record)

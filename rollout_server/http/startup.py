@@ -37,6 +37,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         context_length=config.context_length,
         max_batch=config.max_batch,
         kv_memory=config.kv_memory,
+        kv_bits=config.kv_bits,
         prefix_cache=config.prefix_cache == "on",
         weights_memory=config.weights_memory,
         max_queue=config.max_queue,

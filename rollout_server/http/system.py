@@ -130,6 +130,7 @@ def cards(service: Service) -> list[dict[str, Any]]:
         "vocab_size": info.vocab_size,
         "dtype": info.dtype,
         "quantization": info.quantization,
+        "kv_bits": info.kv_bits,
         "eos_token_ids": info.eos_token_ids,
     }
     found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((BASE, info.id))]

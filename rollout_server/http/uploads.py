@@ -19,16 +19,47 @@ OPTION = "--max-upload"
 MAX_PARTS = 32
 MAX_CONFIG = 8 * 2**20
 MAX_FIELD = 4096
+PIECE = 16_384
+"""Bytes from which on a piece of a body is kept as it came."""
 REASON = 200
 """Characters repeated of what the parser says."""
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 
 
+@dataclass(slots=True)
+class Pieces:
+    """Bytes as they came, each piece where it is until all are wanted: to copy them into one buffer as they come would
+    hold up the connection, and the event loop."""
+
+    length: int = 0
+    _pieces: list[bytes | bytearray] = field(default_factory=list)
+    _small: bytearray | None = None
+    """The last piece, if it may grow."""
+
+    def add(self, data: bytes | bytearray) -> None:
+        """Keeps `data` itself unless it is small: byte by byte, a body would take fifty times its length."""
+        self.length += len(data)
+        if len(data) >= PIECE:
+            self._pieces.append(data)
+            self._small = None
+            return
+        if self._small is None or len(self._small) >= PIECE:
+            self._small = bytearray()
+            self._pieces.append(self._small)
+        self._small += data
+
+    def take(self) -> bytes:
+        """All of them in one; nothing is left here."""
+        whole = b"".join(self._pieces)
+        self._pieces, self._small, self.length = [], None, 0
+        return whole
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     options: WeightsOptions
-    weights: memoryview
-    """Read-only safetensors bytes."""
+    weights: Pieces
+    """Of a safetensors file; taken once, beside the event loop."""
     config: dict[str, Any] | None
     """None: look for it in the file's metadata."""
 
@@ -63,9 +94,9 @@ async def _read_stream(request: Request[Any, Any, Any], limit: int) -> Upload:
     config = config_of(fields.pop("config").encode()) if "config" in fields else None
     # Checked before the body is read: a wrong option should not cost an upload.
     options = WeightsOptions.model_validate(fields)
-    weights = bytearray()
+    weights = Pieces()
     async for chunk in chunks(request, limit, OPTION):
-        weights += chunk
+        weights.add(chunk)
     return Upload(options, _whole(weights), config)
 
 
@@ -76,10 +107,10 @@ def config_of(raw: bytes) -> dict[str, Any]:
     return config
 
 
-def _whole(weights: bytearray) -> memoryview:
-    if not weights:
+def _whole(weights: Pieces) -> Pieces:
+    if not weights.length:
         raise BadBody("The weights are empty; a safetensors file was expected.", param="weights")
-    return memoryview(weights).toreadonly()
+    return weights
 
 
 # ---- multipart ----------------------------------------------------------------------------------------------------
@@ -89,8 +120,8 @@ def _whole(weights: bytearray) -> memoryview:
 class _Form:
     """Parts read so far."""
 
-    fields: dict[str, bytearray] = field(default_factory=dict)
-    current: bytearray | None = None
+    fields: dict[str, Pieces] = field(default_factory=dict)
+    current: Pieces | None = None
     room: int = 0
     name: str = ""
 
@@ -103,17 +134,17 @@ class _Form:
             raise InvalidField(f"{quoted(name)} is no field of a push.", param=shortened(name))
         self.name = name
         self.room = {"weights": limit, "config": MAX_CONFIG}.get(name, MAX_FIELD)
-        self.current = self.fields[name] = bytearray()
+        self.current = self.fields[name] = Pieces()
 
     def add(self, data: bytes | bytearray) -> None:
         if self.current is None:
             raise BadBody("The form has data outside of its parts.")
-        if len(self.current) + len(data) > self.room:
+        if self.current.length + len(data) > self.room:
             option = f" ({OPTION})" if self.name == "weights" else ""
             raise BodyTooLarge(
                 f"The form field {self.name!r} is larger than {self.room} bytes{option}.", param=self.name
             )
-        self.current += data
+        self.current.add(data)
 
 
 async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: int) -> Upload:
@@ -136,8 +167,8 @@ async def _read_form(request: Request[Any, Any, Any], content_type: str, limit: 
     parts = form.fields
     if "weights" not in parts:
         raise InvalidField("'weights' is required: the safetensors file.", param="weights")
-    config = config_of(bytes(parts["config"])) if "config" in parts else None
-    options = {name: _text(name, raw) for name, raw in parts.items() if name not in ("weights", "config")}
+    config = config_of(parts["config"].take()) if "config" in parts else None
+    options = {name: _text(name, raw.take()) for name, raw in parts.items() if name not in ("weights", "config")}
     return Upload(WeightsOptions.model_validate(options), _whole(parts["weights"]), config)
 
 
@@ -153,7 +184,7 @@ async def _parse_form(body: AsyncIterator[bytes], boundary: str, form: _Form, li
                     form.current = None
 
 
-def _text(name: str, raw: bytes | bytearray) -> str:
+def _text(name: str, raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from litestar.params import FromPath, JSONBody
 from adapters import dense
 from adapters.bundle import FORMATS, AdapterBundle
 from adapters.spec import DENSE_KINDS, AdapterUnsupported
+from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy_messages import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
@@ -68,8 +69,8 @@ class VersionController(Controller):
         guards=[may_infer],
         summary="A version as a file of PEFT or mlx-lm",
         description="`format` is `peft` (default for low-rank versions) or `mlx`; dense versions have a form of their "
-        "own and take none. The configuration is in the metadata under `adapter_config`. Pushed again, in the same "
-        "mode, the file gives the same digest.",
+        "own, without one, and those of kind `full` also that of mlx-lm. The configuration is in the metadata under "
+        "`adapter_config`. Pushed again, in the same mode, the file gives the same digest.",
         media_type=SAFETENSORS,
         responses={
             200: ResponseSpec(
@@ -86,7 +87,7 @@ class VersionController(Controller):
         service.require_restored()
         exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
         format = format or ("dense" if exported.bundle.spec.kind in DENSE_KINDS else "peft")
-        body = await asyncio.to_thread(write, exported.bundle, format)
+        body = await asyncio.to_thread(write, exported.bundle, format, service.info)
         return Response(body, headers=file_headers(exported.version, format), media_type=SAFETENSORS)
 
 
@@ -128,9 +129,11 @@ def asked_format(request: Request[Any, Any, Any]) -> str | None:
     return fields[0][1] if fields else None
 
 
-def write(bundle: AdapterBundle, format: str) -> bytes:
+def write(bundle: AdapterBundle, format: str, base: ModelInfo) -> bytes:
     """The file of a bundle; runs on a thread of its own. Raises `Conflict` for what the format cannot say."""
     try:
+        if format == "mlx" and bundle.spec.kind in DENSE_KINDS:
+            return dense.write_mlx(bundle, base.weights, base.layers)
         body: bytes = (dense if format == "dense" else FORMATS[format]).write(bundle)[0]
         return body
     except AdapterUnsupported as error:

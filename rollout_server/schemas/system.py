@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
+    """`kv_bits` is 8 where keys and values are kept in so many bits, and null where as the model computed them."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -16,6 +18,7 @@ class ModelCard(BaseModel):
     vocab_size: int
     dtype: str
     quantization: dict[str, Any] | None
+    kv_bits: int | None
     eos_token_ids: list[int]
     digest: str
 

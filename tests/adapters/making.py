@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.find import holder
 from adapters.math import squared_delta_norms
-from adapters.norms import RowNorms, Rows
+from adapters.norms import AdaptedRows, RowNorms, Rows
 from adapters.prepare import HostDelta
 from tests.tiny_models import random_adapter
 
@@ -75,7 +75,7 @@ def adapted(known: RowNorms, weights: Rows, a: np.ndarray, b: np.ndarray, scale:
     pending = known.begin("here", weights, HostDelta(a, b, scale, ones, squared))
     while not pending.dispatched:
         mx.eval(pending.next_piece()[0])
-    return pending.finish()
+    return AdaptedRows.of([pending]).lengths
 
 
 class TwoTables(nn.Module):

@@ -18,7 +18,8 @@ from adapters import mlx_lm, norms, peft
 from adapters.bundle import read_bundle
 from adapters.find import adaptable_layers
 from adapters.math import squared_delta_norms, squared_row_norms
-from adapters.norms import RowNorms, Rows
+from adapters.norms import AdaptedRows, RowNorms, Rows
+from adapters.prepare import HostDelta
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models
@@ -100,9 +101,61 @@ def test_rows_that_the_delta_cancels_are_computed_from_the_weights() -> None:
     b[2, 0], b[3, 1], b[4, 0] = -0.5, -0.49999, 0.3
     expected = np.linalg.norm(weight.astype(np.float64) + 2.0 * (b.astype(float) @ a), axis=1)
     base, products, added = np.square(weight).sum(1), ((weight @ a.T) * b).sum(1), squared_delta_norms(a, b, 2.0)
-    assert list(squared_row_norms(base, products, added, 2.0)[1]) == [2, 3]
+    assert list(squared_row_norms(base, 2.0 * products, added)[1]) == [2, 3]
     np.testing.assert_allclose(adapted(RowNorms(), Rows(layer), a, b, 2.0), expected, rtol=1e-5, atol=1e-12)
     assert expected[2] == 0 < expected[3] < 1e-3
+
+
+@pytest.mark.parametrize("rows", [3, 48, 67, 128, 130, 384])
+@pytest.mark.parametrize("small", [norms.SMALL, 96 * 3 * 16, 1])
+def test_products_in_panels_are_those_of_the_definition(rows: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row counts that divide into panels and that do not, in blocks whose last one is short."""
+    monkeypatch.setattr(norms, "SMALL", small)
+    monkeypatch.setattr(norms, "BLOCK_VALUES", 96 * 150)
+    random = np.random.default_rng(rows)
+    layer = nn.Linear(96, rows, bias=False)
+    a, b = random.normal(size=(3, 96)).astype(np.float32), random.normal(size=(rows, 3)).astype(np.float32)
+    expected = np.linalg.norm(np.array(layer.weight).astype(np.float64) + 0.7 * (b.astype(float) @ a), axis=1)
+    np.testing.assert_allclose(adapted(RowNorms(), Rows(layer), a, b, 0.7), expected, rtol=2e-6)
+
+
+def test_layers_measured_together_are_what_each_is_alone() -> None:
+    random, known = np.random.default_rng(3), RowNorms()
+    pending, lengths, changes = [], [], []
+    for number, (out, width, rank) in enumerate([(6, 40, 2), (64, 32, 3), (5, 16, 1)]):
+        layer = nn.Linear(width, out, bias=False)
+        weight = np.array(layer.weight).astype(np.float64)
+        a, b = random.normal(size=(rank, width)).astype(np.float32), random.normal(size=(out, rank)).astype(np.float32)
+        a[0], b[4] = weight[4], [-0.5, *[0] * (rank - 1)]  # One row of each is cancelled, all but a trifle.
+        b[4, 0] += number * 1e-5
+        moved = weight + 2.0 * (b.astype(float) @ a)
+        lengths.append(np.linalg.norm(moved, axis=1))
+        changes.append(np.linalg.norm(1.5 * moved - weight))
+        delta = HostDelta(a, b, 2.0, np.ones(out, np.float32), squared_delta_norms(a, b, 2.0))
+        pending.append(known.begin(f"layer {number}", Rows(layer), delta))
+        mx.eval(pending[-1].next_piece()[0])
+    rows = AdaptedRows.of(pending)
+    for given, expected in zip(rows.split(rows.lengths), lengths, strict=True):
+        np.testing.assert_allclose(given, expected, rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(rows.changes(np.full(rows.base.size, 1.5)), changes, rtol=1e-5)
+
+
+def test_gains_that_are_no_numbers_are_named_whatever_turn_they_come_in(load: Load, layers: Layers) -> None:
+    model = load()
+    wrong = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    model.model.layers[0].self_attn.q_proj.weight[2] = 0
+    model.model.layers[1].mlp.down_proj.weight[2] = 0
+    tensors, config = random_adapter(layers, 2, 1, dora=True)
+    for path in wrong:
+        tensors[f"base_model.model.{path}.lora_B.weight"][2] = 0
+    slots = slots_for(model)
+    staging = slots.begin(read_bundle(file_of(tensors), config, layers=layers))
+    turns = 0
+    with pytest.raises(AdapterDoesNotFit) as caught:
+        while not slots.measure(staging):
+            turns += 1
+    assert turns > 1
+    assert {fault.partition(".lora_magnitude_vector")[0] for fault in caught.value.faults} == set(wrong)
 
 
 def test_a_gain_that_is_no_number_is_refused_and_nothing_is_written(model: nn.Module, layers: Layers) -> None:

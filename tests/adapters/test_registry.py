@@ -145,6 +145,22 @@ def test_a_used_version_is_freed_with_its_last_row() -> None:
         registry.release("p", 2)
 
 
+def test_a_provisional_version_pushes_out_no_other() -> None:
+    """It may be taken back, because the disk failed: then all is as it was."""
+    registry = Registry(2)
+    push(registry, "a")
+    registry.acquire("p", 1)
+    push(registry, "b")
+    push(registry, "c", provisional=True)
+    assert registry.release("p", 1) == () and numbers(registry) == [1, 2, 3]
+    registry.delete("p", 3)
+    assert numbers(registry) == [1, 2] and (live := registry.live("p")) and live.number == 2
+    push(registry, "d", provisional=True)
+    assert push(registry, "d").freed == (as_content("a"),) and numbers(registry) == [2, 4]
+    assert push(registry, "e", provisional=True).freed == ()
+    assert push(registry, "e", activate=False).freed == (as_content("b"),) and numbers(registry) == [4, 5]
+
+
 def test_freed_is_not_unknown() -> None:
     registry = Registry(1)
     for content in ("a", "b"):

@@ -117,6 +117,8 @@ def test_files_of_mlx_lm_full_fine_tuning(load: Load) -> None:
     config = {"fine_tune_type": "full", "num_layers": 1, "lora_parameters": None, "iters": 10}
     bundle = base.bundle(last, config)
     assert bundle.spec.kind == "full" and bundle.digest == base.bundle(last, {"kind": "full"}).digest
+    unused = {"lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}}
+    assert base.bundle(last, config | unused).digest == bundle.digest, "as earlier releases of mlx-lm wrote it"
     with pytest.raises(AdapterDoesNotFit, match="num_layers = 2 says that it was trained") as caught:
         base.bundle(last, config | {"num_layers": 2})
     assert len(caught.value.faults) == len(last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +231,35 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, step: str, monkeyp
         again.adopt(BASE)
         assert again.load("p")[0] == before and weights(tmp_path) == {one.digest for one in bundles}
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_weights_that_a_write_in_doubt_may_name_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that was renamed into place and could not be synced is what a restart reads: its weights are there."""
+    _, bundles = fill(tmp_path)
+    before, after = record("p", *bundles), record("p", *bundles[1:], bundle(7), live=3)
+    real = store_module._sync_directory
+
+    def failing(folder: Path) -> None:
+        real(folder)
+        if folder.name == "policies":
+            raise OSError(5, "Input/output error")
+
+    with StateStore(tmp_path) as store:
+        store.adopt(BASE)
+        store.put(bundle(7))
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "_sync_directory", failing)
+            with pytest.raises(OSError, match="Input/output"):
+                store.write(after)
+        store.forget(bundle(7).digest)
+        assert store.records["p"] == before and not store.says(before)
+        shutil.copytree(tmp_path, tmp_path / "copy")
+        store.write(before)
+        store.sweep()
+        assert weights(tmp_path) == {one.digest for one in bundles}, "the doubt is over"
+    with StateStore(tmp_path / "copy") as again:
+        again.adopt(BASE)
+        assert again.load("p")[0] == after
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import queue
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.batch import Batch
 from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
@@ -55,6 +58,8 @@ from rollout_server.rollout import (
     row_seed,
 )
 from tests import tiny_models
+
+FIRE = "the device is on fire"
 
 
 class Mailbox(queue.SimpleQueue[Command]):
@@ -287,6 +292,21 @@ class Driver:
 
     def abort(self, id: str, reason: str = "abort") -> None:
         self.send(Abort((id,), reason))
+
+
+@contextmanager
+def broken_steps(batch: Batch) -> Iterator[None]:
+    """Every forward of the batch fails in here, plain or compiled."""
+
+    def broken(*_: object) -> mx.array:
+        raise ValueError(FIRE)
+
+    kept = batch._forward, batch._compiled
+    batch._forward, batch._compiled = broken, kept[1] and broken  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        batch._forward, batch._compiled = kept
 
 
 def recorded(row: Rollout, **changes: Any) -> RecordedRow:

@@ -26,27 +26,15 @@ from rollout_server.engine.messages import (
     Score,
     Scored,
 )
-from rollout_server.engine.policy_messages import Deleted, Exported, Pinned, Published
-from rollout_server.errors import Conflict, EngineFault, NeverAdmitted, StalePolicy, UnknownPolicy, VersionGone
+from rollout_server.engine.policy_messages import Deleted, Exported, Pinned, Published, Restored
+from rollout_server.errors import EngineFault, NeverAdmitted
 from rollout_server.rollout import FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
 from tests.engine.driver import Driver
+from tests.engine.lines import REFUSALS, Kept, Line
 
 Key = tuple[str, int]
 """Name and number of a version."""
 CLOSE = 1e-4
-REFUSALS = (UnknownPolicy, VersionGone, StalePolicy, Conflict)
-
-
-@dataclass
-class Line:
-    """One name as its owner must know it."""
-
-    last: int = 0
-    live: int | None = None
-    kept: dict[int, str] = field(default_factory=dict)
-    pinned: set[int] = field(default_factory=set)
-    this_turn: set[int] = field(default_factory=set)
-    """Every version that was kept at some moment of the turn."""
 
 
 @dataclass
@@ -72,6 +60,8 @@ class Promises:
     asked: dict[str, Asked] = field(default_factory=dict)
     commands: dict[str, Any] = field(default_factory=dict)
     """By id, those that have no answer yet."""
+    struck: set[str] = field(default_factory=set)
+    """Ids of changes in whose middle the test made something fail."""
     alive: dict[str, set[int | None]] = field(default_factory=dict)
     """By id of a scoring, what was live while it waited."""
     read: int = 0
@@ -112,51 +102,16 @@ class Promises:
                 assert isinstance(error, (*allowed, EngineFault) if "fault" in asked.ended else allowed), repr(error)
                 assert not any(row.token_ids for row in asked.rows.values())
             case RequestFailed(id, error):
-                self._refused(self.commands.pop(id), error)
+                command = self.commands.pop(id)
+                self._line(command).refused(command, error, (EngineFault,) if id in self.struck else ())
             case Scored():
                 self._score(event, self.commands.pop(event.id))
-            case Published() | Pinned() | Deleted() | Exported():
-                self._changed(self.commands.pop(event.id), event)
+            case Published() | Pinned() | Deleted() | Exported() | Restored():
+                command = self.commands.pop(event.id)
+                self._line(command).changed(command, event)
 
-    def _changed(self, command: Any, event: Any) -> None:
-        line = self.lines.setdefault(command.name, Line())
-        match event:
-            case Published(unchanged=unchanged) if hasattr(command, "bundle"):
-                number, digest = event.version.number, command.bundle.digest
-                same = [n for n in (line.live, line.last) if n is not None and line.kept.get(n) == digest]
-                assert event.version.digest == digest
-                assert (unchanged, number) == ((True, same[0]) if same else (False, line.last + 1))
-                line.last = max(line.last, number)
-                line.kept[number] = digest
-                line.this_turn.add(number)
-                line.live = number if command.activate else line.live
-            case Published():
-                assert event.version.number == command.number in line.this_turn and event.live
-                line.live = command.number
-            case Pinned(status=status):
-                assert status.version.number == command.number in line.this_turn
-                (line.pinned.add if command.pinned else line.pinned.discard)(command.number)
-            case Deleted(numbers=numbers):
-                assert set(numbers) <= line.this_turn and event.last == line.last
-                assert command.number is None or (numbers == (command.number,) and command.number != line.live)
-                line.live = None if command.number is None else line.live
-                for number in numbers:
-                    line.kept.pop(number, None)
-                    line.pinned.discard(number)
-            case Exported(bundle=bundle):
-                assert bundle.digest == event.version.digest == line.kept[command.number]
-
-    def _refused(self, command: Any, error: Exception) -> None:
-        """Only what is not there is refused, or the deletion of what is live."""
-        assert isinstance(error, REFUSALS), repr(error)
-        name = getattr(command, "name", None) or command.policy.name
-        number = command.number if hasattr(command, "number") else command.policy.number
-        line = self.lines.get(name, Line())
-        if isinstance(error, Conflict):
-            assert number == line.live
-        elif number is not None:
-            assert number not in line.pinned and number != line.live, f"{name}@{number}: {error}"
-            assert isinstance(error, VersionGone) == (1 <= number <= line.last)
+    def _line(self, command: Any) -> Line:
+        return self.lines.setdefault(getattr(command, "name", None) or command.policy.name, Line())
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -172,10 +127,12 @@ class Promises:
             assert (actual.live, actual.last) == (line.live, line.last)
             assert actual.kept.keys() <= line.kept.keys()
             for number in line.kept.keys() - actual.kept.keys():
-                newer = [other for other in line.this_turn if other > number]
+                newer = [other for other in line.this_turn - {line.provisional} if other > number]
                 assert number != line.live and number not in line.pinned and len(newer) >= self.keep, f"{name}@{number}"
-            line.kept = {number: version.digest for number, version in actual.kept.items()}
-            for number in sorted(line.kept)[: -self.keep]:
+            found = {n: Kept(v.digest, v.facts.mode, v.label) for n, v in actual.kept.items()}
+            line.kept = {number: kept for number, kept in line.kept.items() if number in found}
+            assert line.kept == found, "a version is another than was published"
+            for number in sorted(line.kept.keys() - {line.provisional})[: -self.keep]:
                 assert number == line.live or number in line.pinned or actual.kept[number].in_use, "kept for nothing"
             assert {n for n, version in actual.kept.items() if version.pinned} == line.pinned
             told = shown[name].versions if name in shown else ()

@@ -4,7 +4,7 @@
 
 A sequence is a list of operations with numbers in them; what a number means is decided when it is played (a version is
 one of those there are), so that any part of a sequence is a sequence too, and one that fails is made shorter by leaving
-operations out. To add a kind of version add a `Recipe`.
+operations out. To add a kind of version add a `Recipe` to `worlds`.
 """
 
 from __future__ import annotations
@@ -15,73 +15,31 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import mlx.nn as nn
-from mlx_lm.utils import load_model
-
-from adapters.bundle import AdapterBundle
-from rollout_server.engine.messages import EngineOptions, Score, Submit
-from rollout_server.engine.model import ResidentModel, load
+from adapters import resident as resident_module
+from adapters import slots as slots_module
+from adapters.sets import BASE_SET
+from rollout_server.engine.messages import Score, Submit
 from rollout_server.engine.policy_messages import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
-from tests import tiny_models
-from tests.adapters.making import merge
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import FIRE, Driver, broken_steps, prompts_of
+from tests.engine.failing_disk import Durable
 from tests.engine.promises import Asked, Promises, holders
+from tests.engine.worlds import KEEP, OPTIONS, World
 
 NAMES = ("p", "q")
-KEEP = 2
-OPTIONS: dict[str, Any] = {"max_batch": 4, "prefill_tokens": 16, "keep_versions": KEEP}
 LENGTH = 32
 NUMBERS = 6
 """Of each operation."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A kind of version: how its bundle is made, and how it is published."""
-
-    bundle: dict[str, Any]
-    publish: dict[str, Any] = field(default_factory=dict)
-
-
-RECIPES = (
-    Recipe({"rank": 2}),
-    Recipe({"rank": 4, "kind": "mlx", "targets": ["q_proj", "v_proj"]}),
-    Recipe({"rank": 5, "rslora": True, "targets": ["down_proj"]}),
-    Recipe({"rank": 9, "targets": ["o_proj", "up_proj", "gate_proj"]}),
-    Recipe({"rank": 3, "dora": True}),
-    Recipe({"rank": 6, "dora": True, "targets": ["k_proj", "down_proj"]}),
-    Recipe({"rank": 2, "targets": ["embed_tokens", "q_proj"]}),
-)
 OPERATIONS = {
     "publish": 14, "submit": 24, "turn": 24, "activate": 8, "pin": 7, "delete": 6, "delete_name": 1, "export": 3,
-    "abort": 6, "expire": 4, "score": 6, "fault": 2,
+    "abort": 6, "expire": 4, "score": 6, "fault": 3, "disk": 6, "restart": 2,
 }  # fmt: skip
 Operation = tuple[str, tuple[int, ...]]
-
-
-@dataclass
-class World:
-    """A tiny base, the bundles that are pushed, and a model for each with the adapter merged into its weights."""
-
-    path: Path
-    model: ResidentModel
-    bundles: list[tuple[AdapterBundle, dict[str, Any]]]
-    models: dict[str, nn.Module]
-
-    @classmethod
-    def make(cls, path: Path) -> World:
-        tiny_models.build("qwen3", path, num_hidden_layers=2)
-        model = load(EngineOptions(str(path), "tiny", **OPTIONS))
-        driver = Driver.start(path, model)
-        bundles = [(driver.bundle(seed, **recipe.bundle), recipe.publish) for seed, recipe in enumerate(RECIPES, 1)]
-        models = {bundle.digest: merge(load_model(path)[0], bundle) for bundle, _ in bundles}
-        models[model.info.digest] = load_model(path)[0]
-        return cls(path, model, bundles, models)
+FAILURES = (AssertionError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 
 
 def invent(seed: int, length: int = LENGTH) -> list[Operation]:
@@ -91,25 +49,59 @@ def invent(seed: int, length: int = LENGTH) -> list[Operation]:
 
 
 class Player:
-    """Plays operations on a fresh engine over the world's model."""
+    """Plays operations on a fresh engine over the world's model; with a `directory`, through the publisher that keeps
+    versions in it, on a disk that fails at times."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, directory: Path | None = None) -> None:
         self.world = world
-        self.driver = Driver.start(world.path, world.model, **OPTIONS)
-        self.promises = Promises(self.driver, lambda digest: world.models[digest], KEEP)
+        self.directory = directory
+        self.checked: Counter[str] = Counter()
+        self.start()
+
+    def start(self) -> None:
+        self.driver = Driver.start(self.world.path, self.world.model, **OPTIONS)
+        self.promises = Promises(self.driver, lambda digest: self.world.models[digest], KEEP)
+        self.faults: list[Exception] = []
+        fail = self.driver.engine._fail_step
+
+        def failing(error: Exception) -> None:
+            self.faults.append(error)
+            fail(error)
+
+        self.driver.engine._fail_step = failing  # type: ignore[method-assign]
+        self.durable: Durable | None = None
+        if self.directory is not None:
+            self.durable = Durable(self.directory, self.promises, self.send, KEEP)
+            self.durable.restore(lambda: self.turn(0))
+
+    def stop(self) -> None:
+        """The process ends, whatever it was doing: the model is as it was before there was a server."""
+        if self.durable is not None:
+            self.durable.end()
+            self.checked += self.durable.checked
+        self.checked += self.promises.checked
+        resident = self.driver.engine._policies._resident
+        resident.sets.mount(BASE_SET)
+        resident.slots.unmount()
 
     def play(self, operations: Sequence[Operation]) -> Counter[str]:
         """Plays them, lets the engine finish, and returns what was checked how often. Raises `AssertionError`."""
-        try:
-            for kind, numbers in operations:
-                getattr(self, kind)(*numbers)
-                # Half of them share a turn with the next.
-                if numbers[-1] % 2:
-                    self.turn(0)
-            self.drain()
-        finally:
-            self.driver.engine._policies._resident.slots.unmount()
-        return self.promises.checked
+        # A push takes many turns: one parameter or layer in each.
+        with (
+            mock.patch.multiple(resident_module, BUILD_S=0.0, WRITE_S=0.0),
+            mock.patch.object(slots_module, "WRITE_BYTES", 1),
+        ):
+            try:
+                for kind, numbers in operations:
+                    getattr(self, kind)(*numbers)
+                    # Half of them share a turn with the next.
+                    if numbers[-1] % 2:
+                        self.turn(0)
+                self.drain()
+            finally:
+                self.stop()
+        self.world.check_base()
+        return self.checked
 
     def turn(self, count: int, *_: int) -> None:
         for _ in range(1 + count % 4):
@@ -117,24 +109,48 @@ class Player:
             if self.driver.engine._busy or not self.driver.mailbox.empty():
                 self.driver.turn()
                 self.promises.check()
+                strangers = [error for error in self.faults if str(error) != FIRE]
+                assert not strangers, f"a step failed by itself: {strangers[0]!r}"
+            if self.durable is not None:
+                self.durable.after_turn()
+
+    @property
+    def idle(self) -> bool:
+        working = self.driver.engine._busy or not self.driver.mailbox.empty() or self.driver.engine._batch.size
+        return not working and not (self.durable and self.durable.busy)
+
+    def settle(self) -> None:
+        for _ in range(2000):
+            if self.idle:
+                break
+            self.turn(0)
+        self.turn(0)
+        assert self.idle, "it never came to rest"
 
     def drain(self) -> None:
-        """Everything ends, each request once, and then nothing is held; without names no slot is taken."""
-        for _ in range(500):
-            self.turn(3)
+        """Everything ends, each request once, and then nothing is held; without names nothing is resident."""
+        self.settle()
         assert all(asked.over for asked in self.promises.asked.values()), "a request never ended"
         assert not self.promises.commands, "a command was never answered"
+        if self.durable is not None:
+            self.durable.disk.heal()
         for name in NAMES:
-            self.send(Delete(f"end-{name}", name))
-        self.turn(0)
-        self.turn(0)
+            self.change(Delete(f"end-{name}", name))
+        self.settle()
         engine = self.driver.engine
-        assert not holders(self.driver) and not engine._policies._resident._residents and not engine._policies._bundles
+        policies, resident = engine._policies, engine._policies._resident
+        assert not holders(self.driver) and not resident._residents and not policies._bundles
+        assert not resident.sets.numbers and resident.sets._mounted == BASE_SET
         assert (engine._batch.size, engine._scheduler.waiting_requests, len(engine._scheduler.tickets)) == (0, 0, 0)
+        assert policies.slot_bytes == policies.set_bytes == 0
 
     def send(self, command: Any) -> None:
         self.promises.commands[command.id] = command
         self.driver.send(command)
+
+    def change(self, command: Any) -> None:
+        """Of versions: first on disk, where there is one."""
+        (self.send if self.durable is None else self.durable.send)(command)
 
     def new_id(self) -> str:
         self.driver.count += 1
@@ -152,14 +168,33 @@ class Player:
             return name
         number = self.number(name, pick)
         line = self.promises.lines.get(name)
-        digest = line.kept.get(number) if line else None
-        return f"{name}@{digest[:20]}" if digest and which % 8 == 4 else f"{name}@{number}"
+        kept = line.kept.get(number) if line else None
+        return f"{name}@{kept.digest[:20]}" if kept and which % 8 == 4 else f"{name}@{number}"
+
+    def condition(self, name: str, pick: int) -> str | None:
+        """Mostly none; else where the alias is, or some other place."""
+        line = self.promises.lines.get(name)
+        kept = line.kept.get(line.live or 0) if line else None
+        if pick % 4 or kept is None:
+            return None if pick % 12 else "1"
+        other = str(self.number(name, pick)), "sha256:" + 8 * "0"
+        return (str(line.live), kept.digest, kept.digest[:17], *other)[pick // 4 % 5]
 
     # ---- operations -----------------------------------------------------------------------------------------------
 
-    def publish(self, name: int, recipe: int, live: int, *_: int) -> None:
-        bundle, options = self.world.bundles[recipe % len(self.world.bundles)]
-        self.send(Publish(self.new_id(), NAMES[name % 3 // 2], bundle, activate=live % 4 != 0, **options))
+    def publish(self, name: int, recipe: int, live: int, label: int, match: int, *_: int) -> None:
+        push, chosen = self.world.pushes[recipe % len(self.world.pushes)], NAMES[name % 3 // 2]
+        self.change(
+            Publish(
+                self.new_id(),
+                chosen,
+                push.bundle,
+                activate=live % 4 != 0,
+                label=(None, "a", f"step-{label}")[label % 3],
+                if_match=self.condition(chosen, match),
+                mode=push.mode,
+            )
+        )
 
     def submit(self, policy: int, which: int, size: int, length: int, update: int, seed: int) -> None:
         lengths = [1 + length % 37, 1 + seed % 30][: 1 + size % 2]
@@ -180,20 +215,20 @@ class Player:
         submit = last_of(self.driver, Submit)
         self.promises.asked[id] = Asked(submit.groups)
 
-    def activate(self, name: int, pick: int, *_: int) -> None:
+    def activate(self, name: int, pick: int, match: int, *_: int) -> None:
         chosen = NAMES[name % 3 // 2]
-        self.send(Activate(self.new_id(), chosen, self.number(chosen, pick)))
+        self.change(Activate(self.new_id(), chosen, self.number(chosen, pick), self.condition(chosen, match)))
 
     def pin(self, name: int, pick: int, pinned: int, *_: int) -> None:
         chosen = NAMES[name % 3 // 2]
-        self.send(Pin(self.new_id(), chosen, self.number(chosen, pick), pinned % 3 != 0))
+        self.change(Pin(self.new_id(), chosen, self.number(chosen, pick), pinned % 3 != 0))
 
     def delete(self, name: int, pick: int, *_: int) -> None:
         chosen = NAMES[name % 3 // 2]
-        self.send(Delete(self.new_id(), chosen, self.number(chosen, pick)))
+        self.change(Delete(self.new_id(), chosen, self.number(chosen, pick)))
 
     def delete_name(self, name: int, *_: int) -> None:
-        self.send(Delete(self.new_id(), NAMES[name % 2]))
+        self.change(Delete(self.new_id(), NAMES[name % 2]))
 
     def export(self, name: int, pick: int, *_: int) -> None:
         chosen = NAMES[name % 3 // 2]
@@ -222,19 +257,39 @@ class Player:
             self.promises.asked[id].ended.add("timeout")
             tickets[id].deadline = 0.0
 
-    def fault(self, *_: int) -> None:
-        """The next forward of the batch fails, if there is one in this turn."""
-        batch = self.driver.engine._batch[0]
-        forward = batch._forward
-
-        def broken(*_: object) -> None:
-            raise ValueError("the device is on fire")
-
+    def fault(self, which: int, pick: int, *_: int) -> None:
+        """In the next turn a forward of some batch fails if there is one, or the staging of a push in its middle."""
+        batches = list(self.driver.engine._batch._batches.values())
+        resident = self.driver.engine._policies._resident
         for id in self.open():
             self.promises.asked[id].ended.add("fault")
-        batch._forward = broken  # type: ignore[assignment]
-        self.turn(0)
-        batch._forward = forward
+        if which % 3:
+            with broken_steps(batches[pick % len(batches)]):
+                self.turn(0)
+            return
+        self.promises.struck |= {id for id, command in self.promises.commands.items() if isinstance(command, Publish)}
+        part, name = ((resident.sets, "advance"), (resident.slots, "write"), (resident.slots, "measure"))[pick % 3]
+        whole = getattr(part, name)
+
+        def broken(*arguments: Any, **options: Any) -> None:
+            whole(*arguments, **options)
+            raise ValueError(FIRE)
+
+        with mock.patch.object(part, name, broken):
+            self.turn(0)
+
+    def disk(self, good: int, bad: int, *_: int) -> None:
+        """Some operations on files from now on, some fail; or all that fail are over."""
+        if self.durable is not None:
+            self.durable.disk.good, self.durable.disk.bad = good % 9, bad % 6
+
+    def restart(self, *_: int) -> None:
+        """Killed, whatever is under way, and started again."""
+        if self.durable is not None:
+            self.durable.check_directory()
+            self.stop()
+            self.world.check_base()
+            self.start()
 
 
 def last_of(driver: Driver, kind: type) -> Any:
@@ -246,15 +301,22 @@ def last_of(driver: Driver, kind: type) -> Any:
     return commands[-1]
 
 
-def failure(world: World, operations: Sequence[Operation]) -> str | None:
+def play(world: World, operations: Sequence[Operation], durable: bool) -> Counter[str]:
+    if not durable:
+        return Player(world).play(operations)
+    with tempfile.TemporaryDirectory() as directory:
+        return Player(world, Path(directory)).play(operations)
+
+
+def failure(world: World, operations: Sequence[Operation], durable: bool = False) -> str | None:
     try:
-        Player(world).play(operations)
-    except (AssertionError, ValueError, KeyError, RuntimeError) as error:
+        play(world, operations, durable)
+    except FAILURES as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def shortest(world: World, operations: Sequence[Operation]) -> list[Operation]:
+def shortest(world: World, operations: Sequence[Operation], durable: bool = False) -> list[Operation]:
     """A part of them that fails as well and of which no operation can be left out."""
     kept = list(operations)
     size = len(kept)
@@ -262,7 +324,7 @@ def shortest(world: World, operations: Sequence[Operation]) -> list[Operation]:
         at = 0
         while at < len(kept):
             fewer = kept[:at] + kept[at + size :]
-            if fewer and failure(world, fewer):
+            if fewer and failure(world, fewer, durable):
                 kept = fewer
             else:
                 at += size
@@ -271,16 +333,17 @@ def shortest(world: World, operations: Sequence[Operation]) -> list[Operation]:
 
 
 def explore(world: World, seeds: Sequence[int]) -> Counter[str]:
-    """Plays a sequence for each seed. Raises `AssertionError` with the shortest one that fails as the first did."""
+    """Plays a sequence for each seed, every other one on a state directory. Raises `AssertionError` with the shortest
+    one that fails as the first did."""
     checked: Counter[str] = Counter()
     for seed in seeds:
-        operations = invent(seed)
+        operations, durable = invent(seed), bool(seed % 2)
         try:
-            checked += Player(world).play(operations)
-        except (AssertionError, ValueError, KeyError, RuntimeError) as error:
-            short = shortest(world, operations)
+            checked += play(world, operations, durable)
+        except FAILURES as error:
+            short = shortest(world, operations, durable)
             lines = "\n".join(f"    {operation}," for operation in short)
-            raise AssertionError(f"seed {seed}: {failure(world, short)}\nafter\n{lines}") from error
+            raise AssertionError(f"seed {seed}: {failure(world, short, durable)}\nafter\n{lines}") from error
         checked["operations"] += len(operations)
     return checked
 

@@ -14,7 +14,7 @@ import pytest
 from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import Driver, broken_steps, prompts_of
 
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]
@@ -210,12 +210,8 @@ def test_a_failing_step_fails_its_rows_by_name_and_the_engine_goes_on(base: Driv
     id = base.submit([prompt], seed=2, max_tokens=10, ignore_eos=True)
     base.turn(4)
     late = base.submit([prompt[:5]], max_tokens=3)
-
-    def broken(tokens: mx.array, caches: list) -> mx.array:  # type: ignore[type-arg]
-        raise ValueError("the device is on fire")
-
-    base.engine._batch[0]._forward = broken
-    base.finish(id, turns=3)
+    with broken_steps(base.engine._batch[0]):
+        base.finish(id, turns=3)
     row = base.rollouts(id)[0]
     assert row.finish_reason is FinishReason.ERROR and row.error is not None
     assert row.error.code == EngineFault.code and "on fire" in row.error.message

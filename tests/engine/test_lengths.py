@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from rollout_server.engine.batches import MEASURED_CELLS
 from rollout_server.engine.cache import row_bucket
 from rollout_server.engine.lengths import MOST_CLASSES, Shape, StepCosts, cheapest, plan
 from rollout_server.engine.messages import Stop
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import Driver, broken_steps, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
 COSTS = StepCosts(weights=0.01, cell=4e-6)
@@ -117,18 +118,21 @@ def test_costs_are_not_measured_where_that_would_not_fit(base: Driver) -> None:
     assert base.engine._batch._costs is None
 
 
-def test_a_failed_step_of_one_class_leaves_the_others(qwen: Path, base: Driver) -> None:
-    base.engine._batch._costs = FREE
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_failed_step_of_one_class_leaves_the_others(
+    qwen: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The way of compiled steps is what matters here, and a CPU would have a C++ compiler make every one of them.
+    monkeypatch.setattr(mx, "compile", lambda step: step)
+    driver = Driver.start(qwen, max_batch=64, compile_decode=compiled)
+    assert driver.model.compiles == compiled
+    driver.engine._batch._costs = FREE
     short, long = prompts_of([4, 600], 286)
-    ids = [base.submit([p], seed=5, max_tokens=30, ignore_eos=True) for p in (short, long)]
-    base.turn(6)
-    assert base.engine._batch.classes(0) == 2
-
-    def broken(tokens: object, caches: object) -> object:
-        raise ValueError("the device is on fire")
-
-    base.engine._batch._batches[0, 0]._forward = broken  # type: ignore[assignment]
-    base.finish(*ids)
-    (one,), (other,) = base.rollouts(ids[0]), base.rollouts(ids[1])
+    ids = [driver.submit([p], seed=5, max_tokens=30, ignore_eos=True) for p in (short, long)]
+    driver.turn(6)
+    assert driver.engine._batch.classes(0) == 2
+    with broken_steps(driver.engine._batch._batches[0, 0]):
+        driver.finish(*ids)
+    (one,), (other,) = driver.rollouts(ids[0]), driver.rollouts(ids[1])
     assert (one.error is None) != (other.error is None)
     assert len(next(row for row in (one, other) if row.error is None).token_ids) == 30

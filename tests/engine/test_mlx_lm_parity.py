@@ -9,12 +9,14 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save
 
+from adapters import dense
 from adapters import mlx_lm as mlx_format
 from adapters import peft as peft_format
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.spec import place_of
+from adapters.spec import AdapterUnsupported, place_of
 from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
 from tests.tiny_models import VOCAB_SIZE, random_adapter, save_adapter
@@ -105,3 +107,50 @@ def test_an_adapter_of_peft_comes_out_for_mlx_lm(
     back = read_bundle(content, config, layers=driver.model.info.layers)
     again, settings = peft_format.write(back)
     assert read_bundle(again, settings, layers=driver.model.info.layers).digest == bundle.digest
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_whole_tensors_are_exported_for_mlx_lm(family: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """`fine_tune_type: full`: what mlx-lm loads is what we serve, and it reads back to the same digest."""
+    model = base_of(family, None)
+    driver = Driver.start(model)
+    info, random = driver.model.info, np.random.default_rng(1)
+    weights = mx.load(str(model / "model.safetensors"))
+    tensors = {name: np.array(weights[name]) for name in weights if ".layers.1." in name or name == "model.norm.weight"}
+    tensors = {
+        n: (a + 0.2 * np.std(a) * random.standard_normal(a.shape)).astype(np.float32) for n, a in tensors.items()
+    }
+    some = {name: tensor for name, tensor in tensors.items() if "o_proj" in name or "norm" in name}
+    for policy, each in (("all", tensors), ("some", some)):
+        bundle = read_bundle(save(each), {"kind": "full"}, layers=info.layers, parameters=info.weights)
+        driver.push(policy, bundle)
+        body = dense.write_mlx(bundle, info.weights, info.layers)
+        assert read_bundle(body, None, layers=info.layers, parameters=info.weights).digest == bundle.digest
+        found = theirs(model, unpacked(body, tmp_path / policy))
+        assert furthest(ours(driver, policy), found) <= TOLERANCE
+        assert furthest(found, theirs(model, None)) > 0.05
+
+
+def test_whole_tensors_that_mlx_lm_has_no_place_for(base_of: Callable[..., Path]) -> None:
+    info = Driver.start(base_of("qwen3", 4)).model.info
+    for name, why in (
+        ("model.layers.0.self_attn.o_proj.weight", "is quantised"),
+        ("lm_head.weight", "shares the embedding's weight"),
+    ):
+        whole = {name: np.zeros(info.weights[name].shape, np.float32)}
+        bundle = read_bundle(save(whole), {"kind": "full"}, layers=info.layers, parameters=info.weights)
+        with pytest.raises(AdapterUnsupported, match=f"no plain parameter for {name}.* {why}"):
+            dense.write_mlx(bundle, info.weights, info.layers)
+    norm = {"model.norm.weight": np.zeros(info.weights["model.norm.weight"].shape, np.float32)}
+    bundle = read_bundle(save(norm), {"kind": "delta"}, layers=info.layers, parameters=info.weights)
+    with pytest.raises(AdapterUnsupported, match="mlx-lm has no tensors that are added"):
+        dense.write_mlx(bundle, info.weights, info.layers)
+
+
+def unpacked(body: bytes, adapter: Path) -> Path:
+    """The directory that `weights export` makes of a file."""
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(body)
+    with safe_open(adapter / "adapters.safetensors", "numpy") as file:
+        (adapter / "adapter_config.json").write_text(file.metadata()["adapter_config"])
+    return adapter

@@ -220,7 +220,7 @@ def test_a_mask_leaves_only_its_tokens(vocabulary: int) -> None:
     raw = log_softmax(logits[0].astype(np.float64))
     left = log_softmax(np.where(allowed[0, :vocabulary], logits[0], -np.inf).astype(np.float64))
     seen = set()
-    for draw in range(60):
+    for draw in range(200):
         out = sample(mx.array(logits), arrays, mx.array(uniforms([1, 2, 3], [draw] * 3)), mask=Some(None, mask))
         ids, values = np.array(out.ids), np.array(out.values)
         seen.add(int(ids[0]))

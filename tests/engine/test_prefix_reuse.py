@@ -16,7 +16,7 @@ from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCac
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import Delete
 from rollout_server.rollout import Rollout
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import Driver, broken_steps, prompts_of
 from tests.engine.test_batch import SLOTS, assert_same, tolerance
 
 Models = Callable[[str], ResidentModel]
@@ -136,16 +136,9 @@ def test_rows_that_failed_take_their_tree_along(qwen: Path) -> None:
 def test_a_failed_step_forgets_everything(base: Driver) -> None:
     (prompt,) = prompts_of([40], 286)
     base.generate([prompt])
-    batch: Any = base.engine._batch[0]
-    forward = batch._forward
-
-    def broken(tokens: mx.array, caches: list[Any]) -> mx.array:
-        raise ValueError("no")
-
-    batch._forward = broken
-    base.finish(base.submit([prompt]))
+    with broken_steps(base.engine._batch[0]):
+        base.finish(base.submit([prompt]))
     assert base.status.prefix.nbytes == 0
-    batch._forward = forward
 
 
 def test_reset(base: Driver) -> None:

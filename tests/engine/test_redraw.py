@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine.exponentials import block_size
+from rollout_server.engine.exponentials import FANOUT, MOST
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.redraw import Redraw, Stretch, _slack, redraw
 from rollout_server.engine.sampling import prepare, sample, uniforms
@@ -83,17 +84,19 @@ def oracle_margin(driver: Driver, row: Rollout, at: int, token: int) -> float:
     logits = driver.model.forward(mx.array([ids], dtype=mx.int32), driver.model.make_caches())[0, -1]
     exact = np.array(logits.astype(mx.float32), dtype=np.float64) / row.sampling.temperature
     weights = np.exp(exact - exact.max())
-    size = block_size(len(weights))
-    starts = np.arange(0, len(weights), size)
-    sums = np.add.reduceat(weights, starts)
-    block = token // size
-    inside = weights[starts[block] : starts[block] + size]
-    found = []
-    for uniform, parts, chosen in zip(
-        uniforms([row.seed], [at])[0], (sums, inside), (block, token % size), strict=True
-    ):
+    size = 1
+    while math.ceil(len(weights) / size) > MOST:
+        size *= FANOUT
+    found, start, end = [], 0, len(weights)
+    for uniform in uniforms([row.seed], [at])[0]:
+        parts = np.array([weights[k : min(k + size, end)].sum() for k in range(start, end, size)])
+        chosen = (token - start) // size
         low, high = parts[:chosen].sum() / parts.sum(), parts[: chosen + 1].sum() / parts.sum()
         found.append(0.0 if low <= uniform < high else min(abs(uniform - low), abs(uniform - high)))
+        start, end = start + chosen * size, min(start + (chosen + 1) * size, end)
+        if size == 1:
+            break
+        size //= FANOUT
     return max(found)
 
 

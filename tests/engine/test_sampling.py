@@ -66,9 +66,10 @@ def logits_of(vocabulary: int, seed: int = 0) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal(vocabulary) * 2.5).astype(np.float32)
 
 
-@pytest.mark.parametrize("vocabulary", [301, 512])
+@pytest.mark.parametrize("vocabulary", [100, 301, 512, 2100])
 def test_drawn_frequencies_match_the_exact_distribution(vocabulary: int) -> None:
-    """All settings share each batch, as rows of different requests do. 301 has no divisor to make blocks of."""
+    """All settings share each batch, as rows of different requests do. One, two and three levels of blocks; the last
+    block of 301 and of 2,100 is not full."""
     logits, copies = logits_of(vocabulary), 100
     params = [SamplingParams(max_tokens=1, **kwargs) for kwargs in SETTINGS.values()]
     rows = len(params) * copies

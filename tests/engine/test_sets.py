@@ -20,7 +20,7 @@ from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import Driver, broken_steps, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
 
@@ -203,12 +203,8 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     expected = {policy: run(driver, policy) for policy in ("base", "p")}
     ids = {n: driver.submit(PROMPTS, policy=n, seed=3, max_tokens=16, ignore_eos=True) for n in ("base", "p")}
     driver.turn(5)
-
-    def broken(*_: object) -> mx.array:
-        raise ValueError("the device is on fire")
-
-    driver.engine._batch[1]._forward = broken
-    driver.finish(*ids.values())
+    with broken_steps(driver.engine._batch[1]):
+        driver.finish(*ids.values())
     for row in driver.rollouts(ids["p"]):
         assert row.finish_reason is FinishReason.ERROR and row.error is not None
         assert row.error.code == EngineFault.code and row.token_ids
@@ -217,6 +213,22 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     assert [r.token_ids for r in run(driver, "p")] == [r.token_ids for r in expected["p"]]
     driver.turn(2)
     assert driver.status.policies[0].versions[0].rows_in_use == 0
+
+
+def test_the_only_batch_may_be_that_of_a_set_which_goes(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rows took the KV of the base's batch, and then its version was deleted."""
+    expected = run(driver, "base")
+    driver.push("p", full(driver, 1))
+    run(driver, "p")
+    driver.push("q", full(driver, 2))
+    run(driver, "q")
+    assert 0 not in driver.engine._batch.sets
+    driver.change(Delete("", "p"))
+    driver.change(Delete("", "q"))
+    driver.turn(2)
+    assert driver.engine._batch.sets == (0,)
+    assert [r.token_ids for r in run(driver, "base")] == [r.token_ids for r in expected]
+    assert "failed" not in caplog.text
 
 
 def test_no_memory_for_another_version_leaves_the_one_before(driver: Driver, qwen: Path) -> None:

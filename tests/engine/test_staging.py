@@ -16,7 +16,7 @@ from adapters.prepare import prepare
 from rollout_server.engine.policy_messages import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
-from tests.engine.driver import Driver, prompts_of
+from tests.engine.driver import FIRE, Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
@@ -175,3 +175,18 @@ def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
     assert set(slots) == {4} and set(bundles) == {4} and len(set(stacks)) == 1
     # A leak would keep 47 versions; what other tests of this process left may be freed meanwhile.
     assert memory[-1] - memory[0] < 2 * bundle.nbytes, seen
+
+
+def test_what_fails_in_the_middle_gives_its_memory_back(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = adapters.slots.AdapterSlots._write
+
+    def broken(*arguments: Any) -> None:
+        write(*arguments)
+        raise ValueError(FIRE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters.slots.AdapterSlots, "_write", broken)
+        with pytest.raises(EngineFault, match=FIRE):
+            driver.push("p", driver.bundle(1))
+    assert not driver.status.policies and driver.status.slot_bytes == 0
+    assert driver.push("p", driver.bundle(1)).version.number == 1 and driver.status.slot_bytes > 0

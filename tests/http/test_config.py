@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rollout_server.config import ClientSettings, ServerConfig, parse_size
+from rollout_server.http.startup import engine_options
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,16 @@ def test_the_environment_is_read_and_code_wins(monkeypatch: pytest.MonkeyPatch) 
     assert (config.max_body, config.kv_memory) == (2**20, 2**30)
     assert config.adapters == (("one", Path("/a")), ("two", Path("/b")))
     assert "a-key" not in repr(config)
+
+
+def test_kv_is_kept_in_8_bits_or_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServerConfig().kv_bits is None
+    assert engine_options(ServerConfig(kv_bits=8)).kv_bits == 8
+    for wrong in (4, 16, "8.0", "eight"):
+        with pytest.raises(ValidationError, match="kv_bits"):
+            ServerConfig(kv_bits=wrong)  # type: ignore[arg-type]
+    monkeypatch.setenv("ROLLOUT_KV_BITS", "8")
+    assert ServerConfig().kv_bits == 8
 
 
 def test_adapters_are_names_and_directories() -> None:

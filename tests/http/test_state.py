@@ -123,6 +123,27 @@ def test_a_disk_that_fails_makes_nothing_live(
         assert listed(client)["live"] == accepted["version"]
 
 
+def test_a_first_push_that_was_refused_late_is_not_served_by_a_restart(
+    tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter, problem: Callable[..., Any]
+) -> None:
+    """Its record was in place, and only syncing the directory failed."""
+    real, failures = store_module._sync_directory, [OSError(5, "Input/output error")]
+
+    def failing(folder: Path) -> None:
+        real(folder)
+        if folder.name == "policies" and failures:
+            raise failures.pop()
+
+    with started(tmp_path, another()) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store_module, "_sync_directory", failing)
+            problem(push(client, adapter(1, config=True)), 507, "storage_failed")
+        assert client.get("/v1/weights/p").status_code == 404 and not failures
+    with started(tmp_path, another()) as client:
+        assert client.get("/v1/weights/p").status_code == 404
+        assert push(client, adapter(1, config=True)).json()["live"]
+
+
 def test_a_directory_that_is_away_keeps_every_version_label_and_pin(
     tmp_path: Path, another: Callable[..., FakeEngine], adapter: Adapter, problem: Callable[..., Any]
 ) -> None:

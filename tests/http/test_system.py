@@ -29,6 +29,7 @@ def test_models_are_the_base_names_and_versions(client: Client, engine: FakeEngi
     assert body["data"][2]["digest"] == body["data"][4]["digest"]
     assert body["data"][0]["max_model_len"] == CONTEXT
     assert body["data"][0]["eos_token_ids"] == [engine.tokenizer.eos_token_id]
+    assert body["data"][0]["kv_bits"] is None
 
 
 def test_one_model_by_its_name(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:

@@ -25,18 +25,21 @@ STRENGTH = 0.4
 
 
 def adapted(directory: Path, seed: int = 1, grid: torch.dtype = torch.float32, **options: Any) -> PeftModel:
-    """The family's model with a random adapter of these fields of `LoraConfig`, no part of it zero."""
+    """The family's model with a random adapter of these fields of `LoraConfig`, no part of it zero, and whole modules
+    beside it that are not the base's."""
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
     model = get_peft_model(families.load(directory), config)
     generator = torch.Generator().manual_seed(seed)
     scale = max(layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer))
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            part = re.search(r"\.(lora_\w+)\.", name)
+            part = re.search(r"\.(lora_\w+|modules_to_save)\.", name)
             if part is None:
                 continue
             value = torch.randn(parameter.shape, generator=generator)
-            if part[1] == "lora_magnitude_vector":
+            if part[1] == "modules_to_save":
+                value = parameter + 0.3 * parameter.std() * value
+            elif part[1] == "lora_magnitude_vector":
                 value = parameter * (0.3 * value).exp()
             elif part[1] in ("lora_B", "lora_embedding_B"):
                 value *= STRENGTH / (scale * parameter.shape[-1] ** 0.5)

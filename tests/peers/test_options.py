@@ -57,6 +57,31 @@ def test_an_option_means_what_it_means_in_peft(peer: Peer, name: str, tmp_path: 
     peer.hold(reference.reloaded(peer.directory, tmp_path / "exported"), policy, "options, exported")
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "a whole head": {"target_modules": LINEAR, "modules_to_save": ["lm_head"]},
+    "a whole head with DoRA": {
+        "target_modules": ["q_proj", "down_proj"],
+        "modules_to_save": ["lm_head"],
+        "use_dora": True,
+    },
+    "head and norms": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm", "input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize("peer", ["llama", "qwen3", "granite"], indirect=True, scope="module")
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_modules_that_were_trained_whole(peer: Peer, name: str, tmp_path: Path) -> None:
+    """Beside low-rank parts in their slot, and merged; also of a head that shares the embedding's weight (qwen3)."""
+    model = reference.adapted(peer.directory, **{"r": 4, "lora_alpha": 7, **WHOLE[name]})
+    policy = name.replace(" ", "-")
+    peer.client.push(policy, saved(model, tmp_path / "saved"))
+    peer.hold(model, policy, "whole modules")
+    peer.client.push(f"{policy}-merged", tmp_path / "saved", mode="merged")
+    peer.hold(model, f"{policy}-merged", "whole modules, merged")
+    reference.unpack(peer.export(policy, "peft"), tmp_path / "exported")
+    peer.hold(reference.reloaded(peer.directory, tmp_path / "exported"), policy, "whole modules, exported")
+
+
 @pytest.mark.parametrize("peer", ["llama"], indirect=True, scope="module")
 def test_fan_in_fan_out_changes_nothing_and_biases_are_refused(peer: Peer, tmp_path: Path) -> None:
     model = reference.adapted(peer.directory, r=4, lora_alpha=7, fan_in_fan_out=True)
