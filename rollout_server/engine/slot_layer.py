@@ -133,8 +133,8 @@ class SlotLayer:
 
 
 def picked(array: mx.array, rows: mx.array | None, width: int) -> mx.array:
-    """The first `width` columns of some rows, or of all. On a CPU whole rows are copied at the speed of memory, parts of
-    them number by number."""
+    """The first `width` columns of some rows, or of all. On a CPU whole rows are copied at the speed of memory, and
+    parts of them number by number."""
     if rows is None:
         return array[:, :, :width]
     if rows.size == 1 or array.shape[2] <= 2 * width:

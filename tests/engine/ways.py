@@ -122,5 +122,3 @@ class Classes(Way):
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._most > 1
-
-
