@@ -9,6 +9,7 @@ SECTIONS = {
     "arrays": "benchmarks.arrays",
     "growth": "benchmarks.growth",
     "rows": "benchmarks.rows",
+    "fairness": "benchmarks.fairness",
     "constrained": "benchmarks.constrained",
     "turns": "benchmarks.prefix_reuse",
     "flood": "benchmarks.flood",

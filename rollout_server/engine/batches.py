@@ -16,17 +16,13 @@ from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.flight import Joining
 from rollout_server.engine.holders import FIRST, Berth, Holder, age_of
-from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan, waste
+from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
 
 T = TypeVar("T")
 
-LEAST_WASTE = 4096
-"""Columns attended in vain each step, below which nobody asks what they cost,"""
-LONG = 1024
-"""and the columns a row may come to from which it is asked early, while there is room to measure."""
 MEASURED_WIDTH = 1024
 MEASURED_CELLS = 5 * MEASURED_WIDTH
 """At least what measuring fills."""
@@ -56,6 +52,7 @@ class Batches:
         """Never filled: says what rows take where there is no batch yet."""
         self._steps_before = self._fed_before = 0
         self._turns = 0
+        self._fed_last = FIRST
         self._at: Berth | None = None
         """The batch that is being computed: what a failure is blamed on."""
         self._moving: Row | None = None
@@ -209,9 +206,11 @@ class Batches:
             self._batches[FIRST] = self._make(BASE_SET)
 
     def prefill(self, budget: int) -> Iterator[Row]:
-        """See `Batch.prefill`; the budget is shared."""
-        reading = sum(batch.reading for batch in self._batches.values())
-        return self._each(lambda batch: batch.prefill(max(1, budget // reading)) if batch.reading else [])
+        """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
+        reading = sorted(berth for berth, batch in self._batches.items() if batch.reading)
+        self._fed_last = next((berth for berth in reading if berth > self._fed_last), min(reading, default=FIRST))
+        chosen = self._batches.get(self._fed_last)
+        return self._each(lambda batch: batch.prefill(budget) if batch is chosen else [])
 
     def release(self, *, few: bool = False) -> Iterator[Row]:
         ended = [row for row in self.aside if not row.running]
@@ -308,10 +307,8 @@ class Batches:
         here = self._of(parameters)
         busy = [berth for berth in here if self._batches[berth].size]
         if not busy:
-            self._know_costs(length >= LONG)
             return here[0] if here else (parameters, 0)
         shapes = [Shape(self._batches[berth].size, self._batches[berth].width) for berth in busy]
-        self._know_costs(length >= LONG or waste(shapes, count, width, self._places) >= LEAST_WASTE)
         if self._costs is None:
             return busy[0]
         chosen = cheapest(shapes, count, width, self._costs, self._places, may_open=True)
@@ -322,9 +319,9 @@ class Batches:
     def _places(self, rows: int) -> int:
         return self._store.places(rows)
 
-    def _know_costs(self, wanted: bool) -> None:
-        """Measures once, when somebody wants to know and the memory for it is free."""
-        if wanted and self._costs is None and self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
+    def learn_costs(self) -> None:
+        """Measures what steps cost, where the memory for it is there; while rows run they would all wait for it."""
+        if self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
             self._leave_room(self.held_cells + MEASURED_CELLS)
             self._costs = self._measure(MEASURED_WIDTH)
 
@@ -341,7 +338,6 @@ class Batches:
         if not seated or any(self._batches[berth].joining for berth in here):
             return []
         widths = [row.offset + 1 for row, _ in seated]
-        self._know_costs(max(widths) * len(widths) - sum(widths) >= LEAST_WASTE)
         if self._costs is None:
             return []
         found = plan(widths, [berth[1] for _, berth in seated], self._costs, self._places)

@@ -54,13 +54,6 @@ def cheapest(
     return added.index(min(added))
 
 
-def waste(shapes: Sequence[Shape], count: int, width: int, places: Places) -> int:
-    """Columns a step that would be attended in vain, at least, if `count` rows of `width` joined a class there is."""
-    return min(
-        abs(shape.width - width) * (places(count) if shape.width > width else places(shape.rows)) for shape in shapes
-    )
-
-
 def plan(widths: Sequence[int], classes: Sequence[int], costs: StepCosts, places: Places) -> list[int] | None:
     """`widths` are the columns each row needs now, `classes` where it is. Returns where each should be, with the
     numbers of the classes it keeps the most rows of and new ones after the highest; None to leave all as they are."""

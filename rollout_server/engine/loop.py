@@ -1,7 +1,7 @@
 """The central loop: one thread that owns the model, the batch and the versions.
 
-take commands (waiting only when nothing runs) → admit → prefill a bounded chunk → step the batch once
-→ score a bounded chunk → one hop to the event loop with everything that happened.
+take commands (waiting only when nothing runs) → admit → prefill or score a bounded chunk → step the batch once
+→ one hop to the event loop with everything that happened.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Engine:
 
     def run(self) -> None:
         """Turns until a `Stop` arrives. An exception out of here means the engine is dead."""
+        self._batch.learn_costs()
         self._show_status()
         while not self._stopping:
             self.turn()
@@ -161,7 +162,7 @@ class Engine:
         self._change_policies()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._reuse.follow(self._policies.snapshot())
-        self._budget.begin(decoding=self._batch.active)
+        self._budget.begin(decoding=self._batch.active, rows=self._batch.size)
         self._admitting.call_back()
         if self._pausing.frozen:
             self._stand_still()
@@ -169,11 +170,13 @@ class Engine:
         if self._preemption.resume() and not self._pausing.paused:
             self._admitting.admit()
         self._reading.divide()
-        if self._batch.reading:
+        if self._reading.prefills:
             self._reports.progress(self._batch.settle())
             self._reports.release(self._batch.release())
             self._reports.drop(self._batch.drop_cancelled())
             self._reading.prefill()
+        # Behind the step in flight and before the next one: rows wait for it once, and are told of their tokens then.
+        self._reading.score(self._scheduler.crowded or bool(self._batch.aside))
         self._preemption.make_room()
         if self._batch.active:
             self._reports.progress(self._batch.step())
@@ -185,7 +188,6 @@ class Engine:
         self._batch.keep(self._policies.sets)
         for group in self._reports.take_complete():
             self._references.score_rows(group)
-        self._reading.score(self._scheduler.crowded or bool(self._batch.aside))
         self._budget.end()
         self._share_out()
 

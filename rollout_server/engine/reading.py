@@ -28,9 +28,15 @@ class Reading:
             wanting.append("scoring")
         self._budget.divide(wanting)
 
+    @property
+    def prefills(self) -> bool:
+        """Whether this turn does something to groups that join: only then the step in flight must be read first."""
+        cancelled = any(joining.group.cancelled for joining in self._batches.joining)
+        return cancelled or (self._batches.reading and self._budget.share("prefill") > 0)
+
     def prefill(self) -> None:
         """No step may be in flight."""
-        if self._budget.share("prefill"):
+        if self._batches.reading and self._budget.share("prefill"):
             self._budget.measure("prefill", self._prefill)
 
     def score(self, crowded: bool) -> None:

@@ -1,7 +1,8 @@
 """Teacher forcing of many sequences in one forward, each in a place of its own in the rows' kind of KV store.
 
 Passages that need values, and those that still read what stands before, go through the model apart, because only the
-former pay for the head; each takes part once a turn, with an equal share of the turn's tokens.
+former pay for the head. A turn has one forward, since each is a pass over the weights, and the kinds take turns; within
+a kind all have an equal share of the turn's tokens.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class SlotReader:
         self._seated: list[Passage] = []
         self._kept: list[Family] = []
         """Families whose prompt's KV is kept for passages that still wait."""
+        self._served: list[Hashable] = []
+        """Kinds of forwards, the one that ran last at the end."""
 
     # ---- what it holds --------------------------------------------------------------------------------------------
 
@@ -154,12 +157,15 @@ class SlotReader:
 
     def read(self, budget: int) -> list[Passage]:
         self._seat()
-        parts = list(self._parts())
-        share = max(1, budget // max(1, len(parts)))
-        while parts:
-            kind = parts[0].kind
-            self._run([part for part in parts if part.kind == kind], share)
-            parts = [part for part in parts if part.kind != kind]
+        kinds: dict[Hashable, list[_Part]] = {}
+        for part in self._parts():
+            kinds.setdefault(part.kind, []).append(part)
+        if kinds:
+            # Whoever was served stands behind the others; new ones stand before those.
+            self._served = [kind for kind in self._served if kind in kinds]
+            kind = next((kind for kind in kinds if kind not in self._served), next(iter(self._served), None))
+            self._served = [*(other for other in self._served if other != kind), kind]
+            self._run(kinds[kind], max(1, budget // len(kinds[kind])))
         self._seat()
         ended = [passage for passage in self._seated if passage.ended]
         faulty = [passage.place for passage in ended if passage.fault is not None]

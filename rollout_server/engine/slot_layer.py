@@ -80,9 +80,8 @@ class SlotLayer:
         window = self._rows.window
         if self.keys is None or self.values is None:
             raise RuntimeError("A layer reads a KV cache that no layer has written.")
-        keys, values = self.keys[:, :, : window.width], self.values[:, :, : window.width]
-        if window.rows is not None:
-            keys, values = mx.take(keys, window.rows, axis=0), mx.take(values, window.rows, axis=0)
+        keys = picked(self.keys, window.rows, window.width)
+        values = picked(self.values, window.rows, window.width)
         if self._packings is not None:
             return self._packings[0].unpack(keys), self._packings[1].unpack(values)
         return keys, values
@@ -131,6 +130,16 @@ class SlotLayer:
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
+
+
+def picked(array: mx.array, rows: mx.array | None, width: int) -> mx.array:
+    """The first `width` columns of some rows, or of all. On a CPU whole rows are copied at the speed of memory, and
+    parts of them number by number."""
+    if rows is None:
+        return array[:, :, :width]
+    if rows.size == 1 or array.shape[2] <= 2 * width:
+        return mx.take(array, rows, axis=0)[:, :, :width]
+    return mx.take(array[:, :, :width], rows, axis=0)
 
 
 def runs(places: Sequence[int]) -> list[tuple[int, int]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from rollout_server.engine.batches import MEASURED_CELLS
 from rollout_server.engine.cache import row_bucket
 from rollout_server.engine.lengths import MOST_CLASSES, Shape, StepCosts, cheapest, plan
+from rollout_server.engine.messages import Stop
 from tests.engine.driver import Driver, broken_steps, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
@@ -100,16 +102,20 @@ def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     assert base.engine._batch.classes(0) == 0
 
 
-def test_costs_are_measured_when_they_matter(base: Driver) -> None:
-    batch = base.engine._batch
-    batch._costs = None
-    base.generate(prompts_of([20] * 4, 286), max_tokens=20, ignore_eos=True)
-    assert batch._costs is None, "rows alike need no classes"
-    id = base.submit(prompts_of([10] * 6, 286), max_tokens=40, ignore_eos=True)
-    base.turn(3)
-    base.submit(prompts_of([1000], 286), max_tokens=4, ignore_eos=True)
-    base.finish(id)
-    assert batch._costs is not None and batch._costs.weights > 0 and batch._costs.cell >= 0
+def test_costs_are_measured_before_the_first_turn(base: Driver) -> None:
+    """While rows run they would all wait for it."""
+    base.engine._batch._costs = None
+    base.send(Stop())
+    base.engine.run()
+    costs = base.engine._batch._costs
+    assert costs is not None and costs.weights > 0 and costs.cell >= 0
+
+
+def test_costs_are_not_measured_where_that_would_not_fit(base: Driver) -> None:
+    base.engine._batch._costs = None
+    base.limit_kv(MEASURED_CELLS - 1)
+    base.engine._batch.learn_costs()
+    assert base.engine._batch._costs is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])

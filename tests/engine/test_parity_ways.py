@@ -1,0 +1,86 @@
+"""The parity tests of `test_batch` on every path there is through the engine: a row is what it is alone, and its
+log-probabilities are the scorer's, whichever way it took. What is plain is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rollout_server.engine.model import ResidentModel
+from rollout_server.rollout import Rollout, Wants
+from tests.engine.driver import Driver, prompts_of
+from tests.engine.test_batch import MIXED, assert_same, tolerance
+from tests.engine.ways import Classes, Compiled, Preempted, PrefixHit, Settled, Way
+
+CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
+WAYS: list[tuple[str, type[Way]]] = [
+    *(("qwen3", way) for way in (Compiled, Settled, Preempted, PrefixHit, Classes)),
+    *(("gemma3_text", way) for way in (Preempted, PrefixHit)),
+    *(("granitemoehybrid", way) for way in (Settled, Preempted)),
+    ("gemma2", Settled),
+]
+ASKED = {"max_tokens": 12, "ignore_eos": True}
+
+ways = pytest.mark.parametrize(("family", "way"), WAYS, ids=[f"{family}-{way.__name__}" for family, way in WAYS])
+
+
+@pytest.fixture(scope="module")
+def alone(
+    bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
+) -> Callable[[str], list[Rollout]]:
+    """Rows of mixed lengths, each generated with nothing beside it and nothing read before."""
+    made: dict[str, list[Rollout]] = {}
+
+    def rows(family: str) -> list[Rollout]:
+        if family not in made:
+            driver = Driver.start(model_path(family), bare_model(family), prefix_cache=False)
+            prompts = prompts_of(MIXED[4:16], driver.model.info.vocab_size)
+            made[family] = [driver.generate([p], seed=3 + i, **ASKED)[0] for i, p in enumerate(prompts)]
+        return made[family]
+
+    return rows
+
+
+@ways
+def test_rows_of_mixed_lengths_equal_each_alone(
+    family: str,
+    way: type[Way],
+    alone: Callable[[str], list[Rollout]],
+    bare_model: Callable[[str], ResidentModel],
+    model_path: Callable[[str], Path],
+) -> None:
+    assert bare_model(family).info.cache == CACHES[family]
+    expected, path = alone(family), way()
+    driver = path.start(model_path(family), bare_model(family))
+    found = path.generate(driver, [row.prompt_ids for row in expected], seeds=[[row.seed] for row in expected], **ASKED)
+    within = tolerance(driver, expected)
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other, within)
+
+
+@ways
+def test_every_logprob_equals_the_scorer(
+    family: str, way: type[Way], bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
+) -> None:
+    path = way()
+    driver = path.start(model_path(family), bare_model(family))
+    prompts = prompts_of([5, 30, 100, 2], driver.model.info.vocab_size)
+    wants = Wants(entropy=True, top_logprobs=3)
+    rows = path.generate(driver, prompts, n=2, temperature=1.2, top_p=0.95, wants=wants, **ASKED)
+    scored = driver.score(
+        [row.prompt_ids + row.token_ids for row in rows],
+        [len(row.prompt_ids) for row in rows],
+        entropy=True,
+        top_logprobs=3,
+    )
+    within = tolerance(driver, rows)
+    for row, score in zip(rows, scored, strict=True):
+        np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
+        np.testing.assert_allclose(row.entropy, score.entropy, atol=10 * within, rtol=0)
+        assert row.top_logprobs is not None and score.top_logprobs is not None
+        for mine, theirs in zip(row.top_logprobs, score.top_logprobs, strict=True):
+            assert theirs is not None
+            np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], atol=within, rtol=0)

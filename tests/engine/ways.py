@@ -1,0 +1,124 @@
+"""Ways that the same rows can take through the engine. Whoever generates by one is sure that it was taken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.reuse import LEAST
+from rollout_server.rollout import Rollout
+from tests.engine.driver import Driver
+
+
+class Way:
+    """One step ahead, nothing compiled, nothing known from before, all rows together and room for them."""
+
+    def start(self, path: Path, model: ResidentModel) -> Driver:
+        return Driver.start(path, model, max_batch=16, prefill_tokens=96)
+
+    def before(self, driver: Driver, prompts: Sequence[Sequence[int]]) -> None:
+        """Whatever must have happened before they are asked for."""
+
+    def after_turn(self, driver: Driver) -> None:
+        """Acts on the engine, or looks at it."""
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return True
+
+    def generate(self, driver: Driver, prompts: Sequence[Sequence[int]], **options: Any) -> list[Rollout]:
+        self.before(driver, prompts)
+        id = driver.submit(prompts, **options)
+        for _ in range(2000):
+            if driver.over(id):
+                break
+            driver.turn()
+            self.after_turn(driver)
+        assert driver.error(id) is None, driver.error(id)
+        rows = driver.rollouts(id)
+        assert self.taken(driver, rows), f"{type(self).__name__} was not taken"
+        return rows
+
+
+class Compiled(Way):
+    def start(self, path: Path, model: ResidentModel) -> Driver:
+        if mx.default_device() == mx.cpu and not shutil.which("g++"):
+            pytest.skip("MLX compiles for the CPU with g++")
+        options = EngineOptions(str(path), path.name, max_batch=16, prefill_tokens=96, compile_decode=True)
+        return super().start(path, load(options))
+
+    def __init__(self) -> None:
+        self._traces = 0
+
+    def after_turn(self, driver: Driver) -> None:
+        batch: Any = driver.engine._batch[0]
+        self._traces = max(self._traces, len(batch._compiled._traces))
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return self._traces > 0
+
+
+class Settled(Way):
+    """Every step is read before the next one is built."""
+
+    def __init__(self) -> None:
+        self._settled = 0
+
+    def after_turn(self, driver: Driver) -> None:
+        batch: Any = driver.engine._batch[0]
+        self._settled += batch._flight is not None
+        driver.engine._settle()
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return self._settled >= max(len(row.token_ids) for row in rows)
+
+
+class Preempted(Way):
+    """Once all rows run their memory is cut: some step aside and are read again."""
+
+    def __init__(self) -> None:
+        self._most = 0
+
+    def after_turn(self, driver: Driver) -> None:
+        batch = driver.engine._batch
+        if self._most == 0 and batch.size > 1 and not batch.joining and driver.status.steps > 3:
+            self._most = batch.due * 2 // 3
+            driver.limit_kv(self._most)
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return driver.status.preemptions > 0
+
+
+class PrefixHit(Way):
+    def before(self, driver: Driver, prompts: Sequence[Sequence[int]]) -> None:
+        driver.generate(prompts, seed=99, max_tokens=2, ignore_eos=True)
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return driver.status.prefix.hits > 0 and all(
+            row.cached_tokens == len(row.prompt_ids) - 1 for row in rows if len(row.prompt_ids) > LEAST
+        )
+
+
+class Classes(Way):
+    """Short and long rows have batches of their own."""
+
+    def __init__(self) -> None:
+        self._most = 0
+
+    def start(self, path: Path, model: ResidentModel) -> Driver:
+        driver = super().start(path, model)
+        driver.engine._batch._costs = StepCosts(weights=0.0, cell=1.0)
+        return driver
+
+    def after_turn(self, driver: Driver) -> None:
+        self._most = max(self._most, driver.engine._batch.classes(0))
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return self._most > 1
