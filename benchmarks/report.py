@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.charts import draw
 from benchmarks.record import RESULTS, Ratio, Section, read
-from benchmarks.sections import PEERS, SECTIONS
+from benchmarks.sections import ONE_SIZE, PEERS, SECTIONS
 
 HEAD = """# Benchmarks
 
@@ -77,8 +77,12 @@ def asked(sections: Iterable[Section]) -> Iterator[list[str]]:
         for figure in section.ratios:
             if figure.asked is not None:
                 verdict = "met" if figure.met else "**missed**"
-                size = "full" if section.about.get("full") else "reduced"
+                size = "full" if whole(section) else "reduced"
                 yield [f"{section.title}: {figure.name}", f"{figure.median:.3g}", bound(figure), verdict, size]
+
+
+def whole(section: Section) -> bool:
+    return section.id in ONE_SIZE or section.about.get("full", True)
 
 
 def ratio_row(figure: Ratio) -> list[str]:
@@ -103,7 +107,7 @@ def about(section: Section) -> str:
     a = section.about
     sizes = ", ".join(f"{name} {value}" for name, value in section.facts.items())
     versions = ", ".join(f"{name} {version}" for name, version in a.get("versions", {}).items())
-    lines = [f"Sizes: {sizes}." if sizes else "", "" if a.get("full", True) else REDUCED]
+    lines = [f"Sizes: {sizes}." if sizes else "", "" if whole(section) else REDUCED]
     if a:
         lines.append(
             f"`{a['command']}` at {a['commit']}, {a['when'][:10]}, {a['minutes']:.1f} minutes; {a['cores']} cores of "

@@ -19,3 +19,6 @@ SECTIONS = {
 
 PEERS = {"generate": "benchmarks.generate"}
 """Only in the environment with torch: `make bench-peers`."""
+
+ONE_SIZE = {"rows", "constrained", "turns", "fairness", "replies"}
+"""Measured at the size the figures are asked for with `--full` or without."""
