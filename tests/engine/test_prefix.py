@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_stop_string_may_begin_in_the_prefix(base: Driver) -> None:
     (whole,) = base.generate([prompt], **options)
     tokenizer = base.model.tokenizer
     pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in whole.token_ids]
-    stop = next(one[-1] + other for one, other in zip(pieces[4:], pieces[5:], strict=False) if one and other)
+    stop = next(one[-1] + other for one, other in pairwise(pieces[4:]) if one and other)
     (stopped,) = base.generate([prompt], stop=(stop,), **options)
     cuts = range(1, len(stopped.token_ids))
     ids = [base.submit([prompt], stop=(stop,), prefix=cut(whole, place), **options) for place in cuts]
