@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
@@ -35,6 +36,16 @@ def assert_same(one: Rollout, other: Rollout, within: float) -> None:
     assert one.token_ids == other.token_ids
     assert np.max(np.abs(np.subtract(one.logprobs, other.logprobs))) <= within
     assert np.max(np.abs(np.subtract(one.sampling_logprobs, other.sampling_logprobs))) <= within
+
+
+def assert_scored(row: Rollout, score: ScoredSequence, within: float) -> None:
+    """The scorer finds what the sampler said, entropy and alternatives too."""
+    np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
+    np.testing.assert_allclose(row.entropy, score.entropy, atol=10 * within, rtol=0)
+    assert row.top_logprobs is not None and score.top_logprobs is not None
+    for mine, theirs in zip(row.top_logprobs, score.top_logprobs, strict=True):
+        assert theirs is not None
+        np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], atol=within, rtol=0)
 
 
 @pytest.mark.parametrize("family", SLOTS + JOINED)
@@ -72,12 +83,7 @@ def test_every_logprob_equals_the_scorer(
     within = tolerance(driver, rows)
     for row, score in zip(rows, scored, strict=True):
         assert len(row.token_ids) == len(row.logprobs) == len(row.sampling_logprobs) == len(row.log_kept_mass)
-        np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
-        np.testing.assert_allclose(row.entropy, score.entropy, atol=10 * within, rtol=0)
-        assert row.top_logprobs is not None and score.top_logprobs is not None
-        for mine, theirs in zip(row.top_logprobs, score.top_logprobs, strict=True):
-            assert theirs is not None
-            np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], atol=within, rtol=0)
+        assert_scored(row, score, within)
 
 
 def test_a_family_that_cannot_be_batched_is_served_row_by_row(

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rollout_server.engine.model import ResidentModel
 from rollout_server.rollout import Rollout, Wants
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import MIXED, assert_same, tolerance
+from tests.engine.test_batch import MIXED, assert_same, assert_scored, tolerance
 from tests.engine.ways import Classes, Compiled, Preempted, PrefixHit, Settled, Way
 
 CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
@@ -78,9 +77,4 @@ def test_every_logprob_equals_the_scorer(
     )
     within = tolerance(driver, rows)
     for row, score in zip(rows, scored, strict=True):
-        np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
-        np.testing.assert_allclose(row.entropy, score.entropy, atol=10 * within, rtol=0)
-        assert row.top_logprobs is not None and score.top_logprobs is not None
-        for mine, theirs in zip(row.top_logprobs, score.top_logprobs, strict=True):
-            assert theirs is not None
-            np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], atol=within, rtol=0)
+        assert_scored(row, score, within)
