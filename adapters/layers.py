@@ -10,10 +10,19 @@ from adapters.spec import experts_of
 
 RANK_BUCKET = 8
 """Ranks are padded with zeros to a multiple of this, so that few shapes exist and ranks can share a stack."""
+WIDTH_BUCKET = 8
+"""And so are the rows of B: CUDA's `gather_mm` (mlx 0.32.4) reads eight values of them at once wherever the rank is a
+multiple of eight, whether or not the rows begin at a multiple of so many bytes; where they do not, the access is
+misaligned, and every later call of the process fails with it."""
 
 
 def round_rank(rank: int) -> int:
     return -(-rank // RANK_BUCKET) * RANK_BUCKET
+
+
+def round_width(width: int) -> int:
+    """Values a row of B takes in a stack."""
+    return -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
 
 
 class SlotStack:
@@ -23,14 +32,15 @@ class SlotStack:
     a write copies the whole stack; `rest` drops the views that routing made.
     """
 
-    __slots__ = ("a", "b", "filled", "gain", "gained", "one_gain", "pair", "rows", "scales")
+    __slots__ = ("a", "b", "filled", "gain", "gained", "one_gain", "out", "pair", "rows", "scales")
 
     def __init__(self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype) -> None:
         out, width = layer
         self.a = mx.zeros((slots, *experts_of(layer), rank, width), dtype)
         """[slots, rank, in], zero where nothing was written; [slots, experts, rank, in] for stacked experts."""
-        self.b = mx.zeros((slots, *experts_of(layer), rank, out), dtype)
-        """[slots, rank, out] or [slots, experts, rank, out], scale folded in."""
+        self.out = out
+        self.b = mx.zeros((slots, *experts_of(layer), rank, round_width(out)), dtype)
+        """[slots, rank, out] or [slots, experts, rank, out], scale folded in; zeros fill up its rows."""
         self.gain: mx.array | None = None
         """[slots, out], one where no DoRA version is; made when the first of them comes."""
         self.gained: set[int] = set()
@@ -100,7 +110,7 @@ class SlotStack:
         # Marked first: if the evaluation fails, the next owner of the slot knows that it is not clean.
         rank = self.filled[slot] = a.shape[-2]
         self.a[slot, ..., :rank, :] = a
-        self.b[slot, ..., :rank, :] = b
+        self.b[slot, ..., :rank, : self.out] = b
         if rank < self.a.shape[-2]:
             self.a[slot, ..., rank:, :] = 0
             self.b[slot, ..., rank:, :] = 0
@@ -119,7 +129,7 @@ class SlotStack:
                 self.gain[slot] = 1
             return
         if self.gain is None:
-            self.gain = mx.ones((self.b.shape[0], self.b.shape[-1]), self.b.dtype)
+            self.gain = mx.ones((self.b.shape[0], self.out), self.b.dtype)
         self.gained.add(slot)
         self.gain[slot] = gain
 
@@ -134,7 +144,12 @@ class SlotStack:
         rank = self.filled.get(slot)
         if rank is not None:
             # Cut to the version's own rank, so that its numbers do not depend on what else is staged.
-            self.pair = self.a[slot, ..., :rank, :].swapaxes(-1, -2), self.b[slot, ..., :rank, :]
+            a, b = self.a[slot, ..., :rank, :], self.b[slot, ..., :rank, :]
+            if a.ndim > 2:
+                # CUDA's `gather_mm` (mlx 0.32.4) takes it that a matrix of a stack begins where the one before ends,
+                # whatever the strides say: of matrices that were cut it would read those of other experts.
+                a, b = mx.contiguous(a), mx.contiguous(b)
+            self.pair = a.swapaxes(-1, -2), b
             if self.gain is not None and slot in self.gained:
                 self.one_gain = self.gain[slot]
                 self.scales = True
@@ -175,19 +190,19 @@ class SlotStack:
         """(x · A[row]) · B[row], [batch, …, out], for x [batch, …, in]. Only while `aimed`."""
         if self.pair is not None:
             a, b = self.pair
-            return (x @ a) @ b
+            return self._cut((x @ a) @ b)
         rows = self._rows_of(x)
         hidden = mx.gather_mm(x.reshape(rows.size, -1, x.shape[-1]), self.a.swapaxes(-1, -2), rhs_indices=rows)
-        return mx.gather_mm(hidden, self.b, rhs_indices=rows).reshape(*x.shape[:-1], self.b.shape[-1])
+        return self._cut(mx.gather_mm(hidden, self.b, rhs_indices=rows)).reshape(*x.shape[:-1], self.out)
 
     def entries(self, tokens: mx.array) -> mx.array:
         """A[row]'s columns for the tokens times B[row], [batch, …, out], for ids [batch, …]. Only while `aimed`."""
         if self.pair is not None:
             a, b = self.pair
-            return a[tokens] @ b
+            return self._cut(a[tokens] @ b)
         rows = self._rows_of(tokens)
         hidden = self.a.swapaxes(-1, -2)[rows[:, None], tokens.reshape(rows.size, -1)]
-        return mx.gather_mm(hidden, self.b, rhs_indices=rows).reshape(*tokens.shape, self.b.shape[-1])
+        return self._cut(mx.gather_mm(hidden, self.b, rhs_indices=rows)).reshape(*tokens.shape, self.out)
 
     def of_experts(self, x: mx.array, experts: mx.array, stacked: mx.array, *, in_order: bool) -> mx.array:
         """(x · A) · B of each choice's expert and row's slot, for x and indices as a SwitchLinear gets them. `stacked`
@@ -195,10 +210,10 @@ class SlotStack:
         if self.pair is not None:
             a, b = self.pair
             hidden = mx.gather_mm(x, a, rhs_indices=experts, sorted_indices=in_order)
-            return mx.gather_mm(hidden, b, rhs_indices=experts, sorted_indices=in_order)
+            return self._cut(mx.gather_mm(hidden, b, rhs_indices=experts, sorted_indices=in_order))
         a, b = self.a.flatten(0, 1), self.b.flatten(0, 1)
         hidden = mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=stacked)
-        return mx.gather_mm(hidden, b, rhs_indices=stacked)
+        return self._cut(mx.gather_mm(hidden, b, rhs_indices=stacked))
 
     def scaled(self, y: mx.array) -> mx.array:
         """gain[row] * y for y [batch, …, out]; y itself where no row has a gain."""
@@ -207,6 +222,10 @@ class SlotStack:
         if self.gain is None or self.rows is None or not self.scales:
             return y
         return self.gain[self.rows].reshape(self.rows.size, *(1,) * (y.ndim - 2), -1) * y
+
+    def _cut(self, y: mx.array) -> mx.array:
+        """y without the columns that only fill up B's rows."""
+        return y if y.shape[-1] == self.out else y[..., : self.out]
 
     def _rows_of(self, x: mx.array) -> mx.array:
         if self.rows is None or x.shape[0] != self.rows.size:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,7 @@ from adapters.prepare import PreparedBundle
 from adapters.registry import Content
 from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
 from adapters.slots import BASE_SLOT, AdapterSlots
-from adapters.spec import Parameter
+from adapters.spec import Parameter, Place
 from adapters.staging import Staging
 
 BUILD_S = 0.02
@@ -102,8 +103,9 @@ class ResidentVersions:
         parameters: Mapping[str, Parameter],
         dtype: mx.Dtype,
         limit: int | None = None,
+        unfit: Mapping[Place, str] = MappingProxyType({}),
     ) -> None:
-        self.slots = AdapterSlots(model, layers, dtype)
+        self.slots = AdapterSlots(model, layers, dtype, unfit)
         self.sets = ParameterSets(model, layers, parameters)
         self._limit = limit
         self._residents: dict[Content, _Resident] = {}

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -21,14 +22,24 @@ from numpy.typing import NDArray
 from adapters.bundle import AdapterBundle
 from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
-from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank
+from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
 from adapters.norms import RowNorms, Rows, TableRows
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.sets import SplitEmbedding
-from adapters.spec import experts_of, place_of
+from adapters.spec import AdapterDoesNotFit, Place, experts_of, place_of
 from adapters.staging import Gains, Staging
 
 BASE_SLOT = 0
+PLACES: Mapping[Place, str] = MappingProxyType(
+    {
+        "linear": "linear layers",
+        "embedding": "the embedding",
+        "tied_embedding": "the embedding",
+        "tied_head": "the head that shares the embedding's weight",
+        "experts": "stacked experts",
+    }
+)
+"""What a sentence calls the layers at a place."""
 FIRST_CAPACITY = 4
 TURNS = 4
 """Steps over which the products of a thin DoRA version are spread: each then costs a batch of rows little."""
@@ -44,12 +55,20 @@ class _Resident:
 
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
+    `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused.
 
     Layers are wrapped when the first version that targets them is staged; the rest of the model stays as it was.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[int, int]],
+        dtype: mx.Dtype,
+        unfit: Mapping[Place, str] = MappingProxyType({}),
+    ) -> None:
         self._model = model
+        self._unfit = unfit
         self._layers = dict(layers)
         self._dtype = dtype
         self._dtype_name = str(dtype).removeprefix("mlx.core.")
@@ -83,7 +102,8 @@ class AdapterSlots:
             rank = max(rank, round_rank(module.rank) if module else 0)
             gained = gained or (module is not None and bundle.spec.kind == "dora")
             out, width = self._layers[path]
-            one = math.prod(experts_of(self._layers[path])) * rank * (out + width) + (out if gained else 0)
+            values = rank * (round_width(out) + width)
+            one = math.prod(experts_of(self._layers[path])) * values + (out if gained else 0)
             total += capacity * one * self._dtype.size
         return total
 
@@ -94,8 +114,10 @@ class AdapterSlots:
     def begin(self, version: AdapterBundle | PreparedBundle) -> Staging:
         """What `measure` and `write` take further, and `stage` completes. A bundle that was prepared elsewhere, for
         the model's dtype, is only copied. Gains are of the parameter set that is mounted now, and is again whenever
-        `measure` is called. Raises `AdapterDoesNotFit` where a value leaves the range of that dtype."""
+        `measure` is called. Raises `AdapterDoesNotFit` where a value leaves the range of that dtype, or where this
+        device computes adapters on such layers wrongly."""
         bundle = version if isinstance(version, AdapterBundle) else version.bundle
+        self._refuse_unfit(bundle)
         if not isinstance(version, PreparedBundle) or version.dtype != self._dtype_name:
             version = prepare(bundle, self._dtype_name)
         norms = (
@@ -103,6 +125,16 @@ class AdapterSlots:
             for path, delta in version.deltas.items()
         )
         return Staging(version, Gains(version, norms))
+
+    def _refuse_unfit(self, bundle: AdapterBundle) -> None:
+        targeted = {module.place for module in bundle.spec.modules.values()}
+        if faults := [
+            f"Adapters on {PLACES[place]} are not served here, because this device computes them wrongly, {why}. "
+            "Push it with mode=merged, or leave these layers out."
+            for place, why in self._unfit.items()
+            if place in targeted
+        ]:
+            raise AdapterDoesNotFit(faults)
 
     def measure(self, staging: Staging, *, at_once: bool = False) -> bool:
         """Does a bounded part of what needs only the base, without waiting for it; true when nothing of it is left.

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+
+from adapters.device_check import check_adapters
+from adapters.find import adaptable_layers
+from rollout_server.engine.sampler_check import check_sampler
 
 ROWS, HEADS, WIDTH = 8, 4, 64
 
@@ -21,6 +27,20 @@ def _worst(left: mx.array, right: mx.array) -> float:
 
 def _rope(x: mx.array, offset: mx.array | int) -> mx.array:
     return mx.fast.rope(x, WIDTH, traditional=False, base=10_000.0, scale=1.0, offset=offset)
+
+
+class _Layers(nn.Module):
+    """One layer of every kind that an adapter may target, narrow and of odd widths among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(203, 64)
+        self.narrow = nn.Linear(6, 5)
+        self.linear = nn.Linear(64, 52)
+        self.experts = SwitchGLU(64, 96, 4)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.embed.as_linear(self.embed(tokens))
 
 
 def rope_rows() -> tuple[bool, str]:
@@ -82,16 +102,41 @@ def scatter_rows() -> tuple[bool, str]:
     return wrong == 0, f"{wrong} of {expected.size} values wrong"
 
 
-def gathered_adapters() -> tuple[bool, str]:
-    """Rows on different adapters in one product: each as with its own adapter, slot 0 adding exactly nothing."""
-    rank, slots = 8, [0, 1, 2, 3, 0, 1, 2, 3]
-    x, down, up = _noise(ROWS, 1, WIDTH, seed=5), _noise(4, WIDTH, rank, seed=6), _noise(4, rank, WIDTH, seed=7)
-    down = mx.where(mx.arange(4)[:, None, None] == 0, 0.0, down)
-    together = (x @ down[mx.array(slots)]) @ up[mx.array(slots)]
-    exact = np.array(x) @ np.array(down)[slots] @ np.array(up)[slots]
-    error = float(np.max(np.abs(np.array(together) - exact)) / np.max(np.abs(exact)))
-    null = float(mx.abs(together[0]).max())
-    return error < 5e-3 and null == 0, f"relative error {error:.1e}, the null slot adds {null:g}"
+def _adapters(layers: _Layers, places: tuple[str, ...]) -> tuple[bool, str]:
+    """Versions mixed by row, and one for all rows, on the layers at such places: each as by plain products."""
+    # A CPU serves float32 alone.
+    dtypes = (mx.float32,) if mx.default_device() == mx.cpu else (mx.float32, mx.bfloat16)
+    faults = []
+    for dtype in dtypes:
+        layers.set_dtype(dtype)
+        found = check_adapters(layers, adaptable_layers(layers), dtype)
+        faults += [fault for place, fault in found.items() if place in places]
+    return not faults, " ".join(faults) or f"as plain products in {len(dtypes)} precisions"
+
+
+def linear_adapters() -> tuple[bool, str]:
+    """Adapters on linear layers of even and odd widths."""
+    return _adapters(_Layers(), ("linear",))
+
+
+def embedding_adapters() -> tuple[bool, str]:
+    """Adapters on an embedding and on the head that shares its weight."""
+    return _adapters(_Layers(), ("tied_embedding", "tied_head"))
+
+
+def expert_adapters() -> tuple[bool, str]:
+    """Adapters on stacked experts, plain and quantised, few tokens and so many that they are sorted."""
+    plain, detail = _adapters(_Layers(), ("experts",))
+    layers = _Layers()
+    nn.quantize(layers, group_size=32, bits=4, class_predicate=lambda _, layer: isinstance(layer, SwitchLinear))
+    packed, of_packed = _adapters(layers, ("experts",))
+    return plain and packed, detail if plain == packed else f"{detail}; quantised: {of_packed}"
+
+
+def sampler() -> tuple[bool, str]:
+    """Draws, log-probabilities and kept mass under every filter, against numpy."""
+    fault = check_sampler(32_768, mx.float32, ROWS)
+    return fault is None, fault or "as numpy computes it in float64"
 
 
 def log_softmax() -> tuple[bool, str]:
@@ -126,7 +171,10 @@ CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("RoPE, rows at their own positions", rope_offsets),
     ("attention, rows of different lengths", attention_rows),
     ("scatter into rows", scatter_rows),
-    ("gathered adapters", gathered_adapters),
+    ("adapters on linear layers", linear_adapters),
+    ("adapters on embeddings", embedding_adapters),
+    ("adapters on stacked experts", expert_adapters),
+    ("the sampler", sampler),
     ("log-softmax", log_softmax),
     ("keyed random numbers", keyed_uniforms),
     ("float32 product", float32_product),

@@ -15,7 +15,7 @@ from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, Span, SpanAddress
 
 if TYPE_CHECKING:
-    from adapters.spec import Parameter
+    from adapters.spec import Parameter, Place
 
 KV_BUCKET = 32
 """KV columns are allocated and read in multiples of this,"""
@@ -82,6 +82,8 @@ class ModelInfo:
     kv_bits: int | None = None
     """8 where keys and values are kept in so many bits; None where they are what the model computed."""
     embedding: Embedding = field(default_factory=Embedding)
+    unfit: dict[Place, str] = field(default_factory=dict)
+    """Kinds of layers on which this device computes adapters wrongly, and what it does there: they are refused."""
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
 

@@ -16,7 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from adapters.device_check import check_adapters
 from adapters.fit import adaptable_layers, replaceable_parameters
+from adapters.spec import Place
 from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.cache import Forward, Prompt, SlotRows
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
@@ -26,6 +28,7 @@ from rollout_server.engine.joined_cache import JoinedRows
 from rollout_server.engine.loading import read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
 from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.sampler_check import check_sampler
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
 from rollout_server.errors import EngineUnavailable
@@ -33,6 +36,7 @@ from rollout_server.errors import EngineUnavailable
 log = logging.getLogger(__name__)
 
 SELF_TEST_LENGTHS = (3, 9, 6)
+SAMPLED_ROWS = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +94,7 @@ def load(options: EngineOptions) -> ResidentModel:
     context = _context_length(config, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
+    unfit = _check_device(module, layers, vocabulary, dtype)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -103,6 +108,7 @@ def load(options: EngineOptions) -> ResidentModel:
         weight_bytes=sum(array.nbytes for array in _arrays(module)),
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
+        unfit=unfit,
         kv_bytes_per_token=cell_bytes,
         kv_bytes_per_row=cell_bytes * row_cells,
         kv_bits=options.kv_bits,
@@ -115,6 +121,22 @@ def load(options: EngineOptions) -> ResidentModel:
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
     return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+
+
+def _check_device(
+    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype
+) -> dict[Place, str]:
+    """Kinds of layers on which this device computes adapters wrongly, which the log then says. Raises
+    `EngineUnavailable` where it samples wrongly, since nothing could be served."""
+    if (fault := check_sampler(vocabulary, dtype, SAMPLED_ROWS)) is not None:
+        raise EngineUnavailable(
+            f"This device does not compute what the sampler asks of it: {fault}. Nothing can be served here; "
+            "`rollout-server doctor` says more about the device."
+        )
+    unfit = check_adapters(module, layers, dtype)
+    for place, why in unfit.items():
+        log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
+    return unfit
 
 
 def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:

@@ -64,7 +64,9 @@ class PolicyTable:
         info = model.info
         self.base = PolicyVersion(BASE, 0, info.digest)
         self._dtype, self._parameters = info.dtype, info.weights
-        self._resident = ResidentVersions(model.module, info.layers, info.weights, model.dtype, options.weights_memory)
+        self._resident = ResidentVersions(
+            model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
+        )
         self._registry = Registry(options.keep_versions)
         self._bundles: dict[str, _Held] = {}
         self._prepared: PreparedBundle | None = None
