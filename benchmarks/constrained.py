@@ -116,18 +116,18 @@ class Side:
         asked = {"max_tokens": STEPS + 2 * WARM + 4}
         self.ids = [self.driver.submit(prompts[count:], ignore_eos=True, **asked)] if count < rows else []
         self.ids += [self.driver.submit(prompts[:count], constraint=compiled, **asked)] if count else []
-        self.driver.until(lambda: len(self.driver.engine._batch.rows) == rows)
+        self.driver.until(lambda: len(self.driver.batches.rows) == rows)
         self.driver.turn(WARM)
 
     @property
     def followers(self) -> list[Follower]:
-        return [row.follower for row in self.driver.engine._batch.rows if row.follower is not None]
+        return [row.follower for row in self.driver.batches.rows if row.follower is not None]
 
     def end(self, rows: int) -> None:
-        if len(self.driver.engine._batch.rows) != rows or len(self.followers) != self.constrained:
+        if len(self.driver.batches.rows) != rows or len(self.followers) != self.constrained:
             raise RuntimeError("Rows ended within the timed turns.")
         self.driver.finish(*self.ids)
-        self.driver.until(lambda: not self.driver.engine._batch.active)
+        self.driver.until(lambda: not self.driver.batches.active)
         self.driver.events.clear()
 
 

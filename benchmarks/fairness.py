@@ -79,7 +79,7 @@ def measure_all(rounds: int, turns: int) -> dict[str, list[Turns]]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "qwen3-33m")
         driver = Driver.start(path, clock=time.perf_counter, max_batch=32)
-        driver.engine._batch.learn_costs()  # As at the start of a server.
+        driver.batches.learn_costs()  # As at the start of a server.
         for number in range(rounds + 1):
             for rows in ROWS:
                 for name, ask in beside(driver, number).items():
@@ -117,7 +117,7 @@ def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[st
 
     vocabulary = driver.model.info.vocab_size
     ids = [driver.submit(prompts_of([20] * rows, vocabulary), max_tokens=4 * turns + 200, ignore_eos=True)]
-    driver.until(lambda: len(driver.engine._batch.rows) == rows)
+    driver.until(lambda: len(driver.batches.rows) == rows)
     driver.turn(10)
     alone = [turn(driver) for _ in range(turns)]
     driver.events.clear()
@@ -131,7 +131,7 @@ def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[st
     for id in ids:
         driver.abort(id)
     driver.turn(4)
-    driver.until(lambda: not driver.engine._batch.active)
+    driver.until(lambda: not driver.batches.active)
     driver.events.clear()
     return Turns(tuple(alone), tuple(found), tokens)
 
@@ -148,7 +148,7 @@ def turn(driver: Driver) -> float:
 
 def read(driver: Driver) -> int:
     """Tokens of prompts and of what is scored that the budget has counted."""
-    return driver.engine._budget.tokens
+    return driver.tokens_read
 
 
 def main() -> int:

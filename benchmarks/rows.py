@@ -47,7 +47,7 @@ def section(scale: Scale) -> Section:
 
 def started(path: Path, model: ResidentModel | None = None) -> Driver:
     driver = Driver.start(path, model, max_batch=64, prefill_tokens=8192)
-    driver.engine._batch.learn_costs()  # As at the start of a server; the tests' driver says that there are none.
+    driver.batches.learn_costs()  # As at the start of a server; the tests' driver says that there are none.
     return driver
 
 
@@ -60,7 +60,7 @@ def long_row(driver: Driver, rounds: int, steps: int = 16) -> tuple[Measured, Me
             lengths = [SHORT] * SHORT_ROWS + [LONG if among else SHORT]
             ids = running(driver, lengths, 4 * steps + 64)
             seconds = turns(driver, steps)
-            classes = max(classes, driver.engine._batch.classes(0))
+            classes = max(classes, driver.batches.classes(0))
             if number:
                 rates[among].append(len(lengths) * steps / seconds)
             end(driver, ids)
@@ -102,10 +102,10 @@ def group_prefill(one: Driver, many: Driver, rounds: int) -> tuple[Measured, Mea
             prompt = prompts_of([PROMPT], driver.model.info.vocab_size, seed=100 * number + samples)
             began = time.monotonic()
             id = driver.submit(prompt, n=samples, max_tokens=2, ignore_eos=True)
-            while len(driver.engine._batch.rows) < samples:
+            while len(driver.batches.rows) < samples:
                 driver.turn()
             if number:
-                taken[samples].append(1e3 * (max(row.seated_at for row in driver.engine._batch.rows) - began))
+                taken[samples].append(1e3 * (max(row.seated_at for row in driver.batches.rows) - began))
             end(driver, [id])
     return (
         Measured("prefill of 1,024 tokens, n = 1", "ms", tuple(taken[1])),
@@ -116,7 +116,7 @@ def group_prefill(one: Driver, many: Driver, rounds: int) -> tuple[Measured, Mea
 def running(driver: Driver, lengths: Sequence[int], tokens: int) -> list[str]:
     """Rows with prompts of these lengths, in the middle of decoding."""
     id = driver.submit(prompts_of(lengths, driver.model.info.vocab_size, 0), max_tokens=tokens, ignore_eos=True)
-    driver.until(lambda: len(driver.engine._batch.rows) == len(lengths))
+    driver.until(lambda: len(driver.batches.rows) == len(lengths))
     driver.turn(18)
     return [id]
 
@@ -131,5 +131,5 @@ def end(driver: Driver, ids: Sequence[str]) -> None:
     for id in ids:
         driver.abort(id)
     driver.finish(*ids)
-    driver.until(lambda: not driver.engine._batch.active)
+    driver.until(lambda: not driver.batches.active)
     driver.events.clear()

@@ -19,6 +19,7 @@ MAX_FUNCTION_LINES = 50
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager"}
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
 CATCHES_EVERYTHING = "rollout_server/engine/loop.py"
+DOOR = "tests/engine/door.py"
 NOT_OURS = {
     ".git",
     ".venv",
@@ -158,6 +159,12 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
         if top(module) not in sys.stdlib_module_names and not any(within(module, package) for package in allowed)
     ]
     assert not strange, f"{room} may not: {strange}"
+
+
+def test_tests_look_into_the_engine_through_one_door() -> None:
+    reached = re.compile(r"\bengine\._[a-z]")
+    inside = [name_of(path) for path in sources("tests", "benchmarks") if reached.search(path.read_text("utf-8"))]
+    assert inside == [DOOR], f"give {DOOR} a method for it: {inside}"
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import queue
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
-from rollout_server.engine.batch import Batch
 from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
@@ -58,8 +55,7 @@ from rollout_server.rollout import (
     row_seed,
 )
 from tests import tiny_models
-
-FIRE = "the device is on fire"
+from tests.engine.door import Door
 
 
 class Mailbox(queue.SimpleQueue[Command]):
@@ -72,7 +68,7 @@ class Mailbox(queue.SimpleQueue[Command]):
 
 
 @dataclass
-class Driver:
+class Driver(Door):
     model: ResidentModel
     engine: Engine
     mailbox: Mailbox
@@ -102,15 +98,10 @@ class Driver:
             prefix_cache=chosen.prefix_cache,
             clock=clock,
         )
-        # As if measured: rows get no classes of lengths unless a test says what they cost.
-        engine._batch._costs = StepCosts(1.0, 0.0)
         driver = cls(model, engine, mailbox, events)
+        # As if measured: rows get no classes of lengths unless a test says what they cost.
+        driver.set_step_costs(StepCosts(1.0, 0.0))
         return driver
-
-    def limit_kv(self, cells: int) -> None:
-        """From now on all KV is at most so many columns."""
-        self.engine._room.kv_cells = cells
-        self.engine._batch._kv_cells = self.engine._preemption._kv_cells = cells
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
@@ -292,21 +283,6 @@ class Driver:
 
     def abort(self, id: str, reason: str = "abort") -> None:
         self.send(Abort((id,), reason))
-
-
-@contextmanager
-def broken_steps(batch: Batch) -> Iterator[None]:
-    """Every forward of the batch fails in here, plain or compiled."""
-
-    def broken(*_: object) -> mx.array:
-        raise ValueError(FIRE)
-
-    kept = batch._forward, batch._compiled
-    batch._forward, batch._compiled = broken, kept[1] and broken  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        batch._forward, batch._compiled = kept
 
 
 def recorded(row: Rollout, **changes: Any) -> RecordedRow:

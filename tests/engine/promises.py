@@ -117,7 +117,7 @@ class Promises:
 
     def _check_versions(self, held: Counter[Key]) -> None:
         """References are exactly those that someone holds; what should be kept is, and nothing else."""
-        registry = self.driver.engine._policies._registry
+        registry = self.driver.registry
         shown = {policy.name: policy for policy in self.driver.status.policies}
         counted: Counter[Key] = Counter()
         for name, actual in registry._lines.items():
@@ -144,21 +144,18 @@ class Promises:
 
     def _check_slots(self) -> None:
         """Slots are those of the digests that versions have, and each is counted as often as versions have it."""
-        policies = self.driver.engine._policies
-        lines = policies._registry._lines.values()
+        lines = self.driver.registry._lines.values()
         kept = [v for line in lines for held in (line.kept, line.leaving) for v in held.values()]
         wanted = Counter((v.digest, v.facts.mode) for v in kept)
-        residents = policies._resident._residents
+        residents = self.driver.resident._residents
         assert Counter({tuple(content): resident.references for content, resident in residents.items()}) == wanted
         assert len({resident.placement for resident in residents.values()}) == len(residents)
-        assert Counter({digest: held.versions for digest, held in policies._bundles.items()}) == Counter(
-            v.digest for v in kept
-        )
+        assert Counter(self.driver.bundles_held) == Counter(v.digest for v in kept)
 
     def _check_rows(self) -> None:
-        batch = self.driver.engine._batch
+        batch = self.driver.batches
         assert batch.size <= self.driver.model.info.max_batch
-        for id, ticket in self.driver.engine._scheduler.tickets.items():
+        for id, ticket in self.driver.requests.tickets.items():
             for group in ticket.groups:
                 if group.version is not None and group.request.prompt_index not in self.asked[id].started:
                     self._started(self.asked[id], group.request, group.version)
@@ -264,16 +261,15 @@ def tiles(spans: Any, count: int) -> None:
 
 def holders(driver: Driver) -> Counter[Key]:
     """Who holds each version: rows in the batch, samples whose prompt is read, samples that wait for a place, jobs."""
-    engine = driver.engine
-    groups = {id(group): group for ticket in engine._scheduler.tickets.values() for group in ticket.groups}
-    groups |= {id(row.group): row.group for row in engine._batch.rows}
-    groups |= {id(joining.group): joining.group for joining in engine._batch.joining}
+    groups = {id(group): group for ticket in driver.requests.tickets.values() for group in ticket.groups}
+    groups |= {id(row.group): row.group for row in driver.batches.rows}
+    groups |= {id(joining.group): joining.group for joining in driver.batches.joining}
     held: Counter[Key] = Counter()
     for version, count in (
-        *((row.version, 1) for row in engine._batch.rows),
-        *((joining.group.version, joining.count) for joining in engine._batch.joining),
+        *((row.version, 1) for row in driver.batches.rows),
+        *((joining.group.version, joining.count) for joining in driver.batches.joining),
         *((group.version, group.waiting) for group in groups.values()),
-        *((version, 1) for job in engine._scoring._jobs for version in job.versions),
+        *((version, 1) for job in driver.score_jobs for version in job.versions),
     ):
         if version is not None and version.number and count:
             held[version.name, version.number] += count

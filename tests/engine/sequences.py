@@ -25,7 +25,8 @@ from adapters.sets import BASE_SET
 from rollout_server.engine.messages import Score, Submit
 from rollout_server.engine.policy_messages import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
-from tests.engine.driver import FIRE, Driver, broken_steps, prompts_of
+from tests.engine.door import FIRE, broken_steps
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.failing_disk import Durable
 from tests.engine.promises import Asked, Promises, holders
 from tests.engine.worlds import KEEP, OPTIONS, World
@@ -62,13 +63,7 @@ class Player:
         self.driver = Driver.start(self.world.path, self.world.model, **OPTIONS)
         self.promises = Promises(self.driver, lambda digest: self.world.models[digest], KEEP)
         self.faults: list[Exception] = []
-        fail = self.driver.engine._fail_step
-
-        def failing(error: Exception) -> None:
-            self.faults.append(error)
-            fail(error)
-
-        self.driver.engine._fail_step = failing  # type: ignore[method-assign]
+        self.driver.on_failed_step(self.faults.append)
         self.durable: Durable | None = None
         if self.directory is not None:
             self.durable = Durable(self.directory, self.promises, self.send, KEEP)
@@ -80,7 +75,7 @@ class Player:
             self.durable.end()
             self.checked += self.durable.checked
         self.checked += self.promises.checked
-        resident = self.driver.engine._policies._resident
+        resident = self.driver.resident
         resident.sets.mount(BASE_SET)
         resident.slots.unmount()
 
@@ -106,7 +101,7 @@ class Player:
     def turn(self, count: int, *_: int) -> None:
         for _ in range(1 + count % 4):
             # An idle engine would wait for a command.
-            if self.driver.engine._busy or not self.driver.mailbox.empty():
+            if self.driver.busy or not self.driver.mailbox.empty():
                 self.driver.turn()
                 self.promises.check()
                 strangers = [error for error in self.faults if str(error) != FIRE]
@@ -116,7 +111,7 @@ class Player:
 
     @property
     def idle(self) -> bool:
-        working = self.driver.engine._busy or not self.driver.mailbox.empty() or self.driver.engine._batch.size
+        working = self.driver.busy or not self.driver.mailbox.empty() or self.driver.batches.size
         return not working and not (self.durable and self.durable.busy)
 
     def settle(self) -> None:
@@ -137,12 +132,11 @@ class Player:
         for name in NAMES:
             self.change(Delete(f"end-{name}", name))
         self.settle()
-        engine = self.driver.engine
-        policies, resident = engine._policies, engine._policies._resident
-        assert not holders(self.driver) and not resident._residents and not policies._bundles
+        driver, resident = self.driver, self.driver.resident
+        assert not holders(self.driver) and not resident._residents and not driver.bundles_held
         assert not resident.sets.numbers and resident.sets._mounted == BASE_SET
-        assert (engine._batch.size, engine._scheduler.waiting_requests, len(engine._scheduler.tickets)) == (0, 0, 0)
-        assert policies.slot_bytes == policies.set_bytes == 0
+        assert (driver.batches.size, driver.requests.waiting_requests, len(driver.requests.tickets)) == (0, 0, 0)
+        assert driver.policies.slot_bytes == driver.policies.set_bytes == 0
 
     def send(self, command: Any) -> None:
         self.promises.commands[command.id] = command
@@ -251,7 +245,7 @@ class Player:
 
     def expire(self, pick: int, *_: int) -> None:
         """Its time is over."""
-        tickets = self.driver.engine._scheduler.tickets
+        tickets = self.driver.requests.tickets
         if ids := [id for id in self.open() if id in tickets]:
             id = ids[pick % len(ids)]
             self.promises.asked[id].ended.add("timeout")
@@ -259,8 +253,8 @@ class Player:
 
     def fault(self, which: int, pick: int, *_: int) -> None:
         """In the next turn a forward of some batch fails if there is one, or the staging of a push in its middle."""
-        batches = list(self.driver.engine._batch._batches.values())
-        resident = self.driver.engine._policies._resident
+        batches = self.driver.every_batch
+        resident = self.driver.resident
         for id in self.open():
             self.promises.asked[id].ended.add("fault")
         if which % 3:

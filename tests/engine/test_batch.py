@@ -15,7 +15,8 @@ from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.engine.driver import Driver, broken_steps, prompts_of
+from tests.engine.door import broken_steps, wrap_forwards
+from tests.engine.driver import Driver, prompts_of
 
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]
@@ -25,7 +26,7 @@ JOINED = ["mamba2", "granitemoehybrid", "falcon_h1"]
 
 def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
     """max(1e-5, 5e-6 · max|logit|): float32 products of other shapes are summed in another order."""
-    driver.engine._policies.route(0, [0])
+    driver.policies.route(0, [0])
     model = driver.model
     tokens = list(rows[0].prompt_ids + rows[0].token_ids)
     logits = model.forward(mx.array([tokens], dtype=mx.int32), model.make_caches())
@@ -137,7 +138,7 @@ def test_a_group_prefills_once_and_later_samples_reuse_it(
         return forward(tokens, caches)
 
     prompt = prompts_of([60], 286)[0]
-    driver.engine._batch[0]._forward = lambda tokens, caches: counting(model, tokens, caches)
+    wrap_forwards(driver.batch(0), lambda _: lambda tokens, caches: counting(model, tokens, caches))
     rows = driver.generate([prompt], n=12, max_tokens=6, ignore_eos=True)
     assert sum(length for length in fed if length > 1) == 59
     assert len({row.token_ids for row in rows}) > 6
@@ -216,7 +217,7 @@ def test_a_failing_step_fails_its_rows_by_name_and_the_engine_goes_on(base: Driv
     id = base.submit([prompt], seed=2, max_tokens=10, ignore_eos=True)
     base.turn(4)
     late = base.submit([prompt[:5]], max_tokens=3)
-    with broken_steps(base.engine._batch[0]):
+    with broken_steps(base.batch(0)):
         base.finish(id, turns=3)
     row = base.rollouts(id)[0]
     assert row.finish_reason is FinishReason.ERROR and row.error is not None
@@ -235,7 +236,7 @@ def test_admission_stays_inside_the_kv_memory(bare_model: Callable[[str], Reside
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch[0].store.nbytes)
+        largest = max(largest, driver.batch(0).store.nbytes)
     assert 0 < largest <= limit
     assert len(driver.rollouts(id)) == 30 and all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
@@ -243,14 +244,14 @@ def test_admission_stays_inside_the_kv_memory(bare_model: Callable[[str], Reside
 def test_kv_is_written_in_place(base: Driver) -> None:
     """A live view of a KV array at the time of a write would copy the whole array: 48 rows × 1,500 columns."""
     id = base.submit(prompts_of([1400] + [10] * 47, 286), max_tokens=60, ignore_eos=True)
-    base.until(lambda: base.status.running == 48 and not base.engine._batch.joining)
+    base.until(lambda: base.status.running == 48 and not base.batches.joining)
     base.turn(3)
-    held = base.engine._batch[0].store.nbytes
+    held = base.batch(0).store.nbytes
     mx.synchronize()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     base.turn(6)
-    per_layer = held / len(base.engine._batch[0].store.layers)
+    per_layer = held / len(base.batch(0).store.layers)
     assert mx.get_peak_memory() - before < 0.5 * per_layer
     base.abort(id)
     base.finish(id)
@@ -265,7 +266,7 @@ def test_a_long_row_is_admitted_after_many_short_ones(bare_model: Callable[[str]
     id = driver.submit(prompts_of([400], 286), max_tokens=80, ignore_eos=True)
     driver.finish(id, turns=200)
     assert len(driver.rollouts(id)[0].token_ids) == 80
-    assert driver.engine._batch[0].store.nbytes <= small.info.kv_memory
+    assert driver.batch(0).store.nbytes <= small.info.kv_memory
 
 
 @pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
@@ -280,16 +281,16 @@ def test_joined_rows_stay_inside_the_kv_memory(
     largest = 0
     while not driver.over(id):
         driver.turn()
-        largest = max(largest, driver.engine._batch[0].store.nbytes)
+        largest = max(largest, driver.batch(0).store.nbytes)
     assert 0 < largest <= limit
     assert all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
 
 def test_a_group_joins_without_copying_the_cache(base: Driver) -> None:
     id = base.submit(prompts_of([1400] + [10] * 39, 286), max_tokens=60, ignore_eos=True)
-    base.until(lambda: base.status.running == 40 and not base.engine._batch.joining)
+    base.until(lambda: base.status.running == 40 and not base.batches.joining)
     base.turn(3)
-    per_layer = base.engine._batch[0].store.nbytes / len(base.engine._batch[0].store.layers)
+    per_layer = base.batch(0).store.nbytes / len(base.batch(0).store.layers)
     group = base.submit(prompts_of([20], 286), n=8, max_tokens=5, ignore_eos=True)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -312,13 +313,16 @@ def test_a_stopped_row_s_last_look_ahead_leaves_nothing_behind(
     embedding.weight[stop] = mx.full(embedding.weight.shape[1:], mx.inf)
     # The head is tied: take the row out of it again by sampling greedily from a model whose logits stay finite.
     healthy = [token for token in prompts_of([12], 286, seed=9)[0] if token != stop]
-    driver.engine._batch[0]._forward = lambda tokens, caches: mx.nan_to_num(
-        driver.model.forward(tokens, caches), nan=-50.0, posinf=-50.0, neginf=-50.0
+    wrap_forwards(
+        driver.batch(0),
+        lambda forward: (
+            lambda tokens, caches: mx.nan_to_num(forward(tokens, caches), nan=-50.0, posinf=-50.0, neginf=-50.0)
+        ),
     )
     ended = driver.generate([prompt], n=2, seed=1, max_tokens=30, stop_token_ids=tuple(range(200)))
     assert any(row.finish_reason is FinishReason.STOP for row in ended)
     driver.turn(3)
-    store = driver.engine._batch[0].store
+    store = driver.batch(0).store
     assert all(bool(mx.isfinite(layer.keys).all()) and bool(mx.isfinite(layer.values).all()) for layer in store.layers)
     assert driver.generate([healthy], max_tokens=5)[0].token_ids
 
@@ -329,7 +333,7 @@ def test_rows_go_on_in_more_places_while_a_long_prompt_is_read(qwen: Path, base:
     short, long = prompts_of([5, 90], 286, seed=4)
     alone = driver.generate([short], n=2, max_tokens=30, temperature=1.3, top_p=0.9, ignore_eos=True)
     first = driver.submit([short], n=2, max_tokens=30, temperature=1.3, top_p=0.9, ignore_eos=True)
-    driver.until(lambda: bool(driver.engine._batch.rows))
+    driver.until(lambda: bool(driver.batches.rows))
     second = driver.submit([long], n=3, max_tokens=4, ignore_eos=True)
     driver.finish(first, second)
     for one, other in zip(alone, driver.rollouts(first), strict=True):

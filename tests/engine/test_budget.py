@@ -14,6 +14,7 @@ import pytest
 from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
 from rollout_server.engine.chunks import padded, plan, planned
 from rollout_server.engine.model import ResidentModel
+from tests.engine.door import wrap_forwards
 from tests.engine.driver import Driver, prompts_of
 
 
@@ -212,7 +213,7 @@ def test_rows_decode_while_a_long_prompt_is_read(bare_model: Callable[[str], Res
     first = driver.submit([short], n=4, max_tokens=60, ignore_eos=True)
     driver.turn(4)
     second = driver.submit([long], max_tokens=4, ignore_eos=True)
-    batch: Any = driver.engine._batch
+    batch: Any = driver.batches
     progress = []
     while not driver.over(second):
         fed, steps = batch.fed, driver.status.steps
@@ -229,8 +230,8 @@ def test_prompts_and_scores_share_a_turn(bare_model: Callable[[str], ResidentMod
     driver.turn(4)
     second = driver.submit([long], max_tokens=4, ignore_eos=True)
     scored = driver.ask_score([given])
-    reader: Any = driver.engine._scoring._reader
-    batch: Any = driver.engine._batch
+    reader: Any = driver.reader
+    batch: Any = driver.batches
     driver.turn()
     kinds = []
     for _ in range(12):
@@ -269,7 +270,7 @@ def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], Residen
     """As on devices where each shape is planned at its first use."""
     from dataclasses import replace
 
-    from rollout_server.engine.cache import SlotRows
+    from rollout_server.engine.cache import Forward, SlotRows
 
     model = bare_model("qwen3")
     windows: list[int | None] = [None] * len(model.module.layers)
@@ -277,14 +278,15 @@ def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], Residen
     driver = Driver.start(qwen, coarse, max_batch=16, prefill_tokens=200)
     prompts = prompts_of([3, 50, 21, 77, 9, 130, 64], 286)
     shapes: list[tuple[int, ...]] = []
-    batch: Any = driver.engine._batch[0]
-    forward = batch._forward
 
-    def noted(tokens: mx.array, caches: list[Any]) -> mx.array:
-        shapes.append(tuple(tokens.shape))
-        return forward(tokens, caches)
+    def noting(forward: Forward) -> Forward:
+        def noted(tokens: mx.array, caches: list[Any]) -> mx.array:
+            shapes.append(tuple(tokens.shape))
+            return forward(tokens, caches)
 
-    batch._forward = noted
+        return noted
+
+    wrap_forwards(driver.batch(0), noting)
     found = driver.generate(prompts, n=2, max_tokens=8)
     expected = Driver.start(qwen, model, max_batch=16, prefill_tokens=200).generate(prompts, n=2, max_tokens=8)
     for one, other in zip(found, expected, strict=True):

@@ -29,15 +29,15 @@ def alone(driver: Driver, count: int) -> list[Rollout]:
 
 def running(driver: Driver, count: int) -> list[str]:
     ids = [driver.submit([p], seed=i, max_tokens=40, ignore_eos=True) for i, p in enumerate(PROMPTS[:count])]
-    driver.until(lambda: len(driver.engine._batch.rows) == count and not driver.engine._batch.reading)
+    driver.until(lambda: len(driver.batches.rows) == count and not driver.batches.reading)
     return ids
 
 
 def aside(driver: Driver, count: int = 1) -> None:
     """Until so many rows gave their KV up; then there is room again."""
-    driver.limit_kv(260)
-    driver.until(lambda: len(driver.engine._batch.aside) >= count)
-    driver.limit_kv(AMPLE)
+    driver.set_kv_limit(260)
+    driver.until(lambda: len(driver.batches.aside) >= count)
+    driver.set_kv_limit(AMPLE)
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
@@ -58,7 +58,7 @@ def test_memory_given_back_leaves_what_a_row_has_read_again(driver: Driver) -> N
     ids = running(driver, 2)
     aside(driver)
     driver.turn(3)
-    assert driver.engine._batch.reading
+    assert driver.batches.reading
     driver.send(Release("x"))
     driver.finish(*ids)
     for one, id in zip(expected, ids, strict=True):
@@ -69,8 +69,8 @@ def test_a_score_that_joins_leaves_rows_that_come_back(driver: Driver) -> None:
     expected = alone(driver, 3)
     ids = running(driver, 3)
     aside(driver, 2)
-    driver.limit_kv(900)
-    driver.until(lambda: any(b._recovering.unread < 120 for b in driver.engine._batch._batches.values() if b.reading))
+    driver.set_kv_limit(900)
+    driver.until(lambda: any(unread < 120 for unread in driver.unread_of_returning))
     driver.ask_score(prompts_of([300], 286))
     driver.finish(*ids)
     for one, id in zip(expected, ids, strict=True):
@@ -78,16 +78,16 @@ def test_a_score_that_joins_leaves_rows_that_come_back(driver: Driver) -> None:
 
 
 def test_scores_take_no_memory_from_rows_and_get_their_turn(driver: Driver) -> None:
-    driver.limit_kv(4 * 192)
+    driver.set_kv_limit(4 * 192)
     rows = [driver.submit([p], max_tokens=100, ignore_eos=True) for p in prompts_of([60] * 8, 286)]
     driver.turn()
     score = driver.ask_score(prompts_of([300], 286))
     while not all(driver.over(id) for id in rows):
         driver.turn()
-        assert driver.engine._batch.due + driver.engine._scoring.cells <= 4 * 192
+        assert driver.batches.due + driver.scoring.cells <= 4 * 192
         # Rows that came later wait for it, those that ran when it came do not.
         assert driver.is_scored(score) or not all(driver.over(id) for id in rows[:7])
-    assert driver.is_scored(score) and driver.engine._preemption.count == 0
+    assert driver.is_scored(score) and driver.preemptions == 0
 
 
 def test_a_row_that_leaves_a_version_it_has_only_read_reads_again(driver: Driver, qwen: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_row_that_leaves_a_version_it_has_only_read_reads_again(driver: Driver
     driver.push("p", bundles[0])
     short = driver.submit(PROMPTS[:1], max_tokens=60, ignore_eos=True)
     long = driver.submit(PROMPTS[1:2], policy="p", max_tokens=60, ignore_eos=True, on_update="switch")
-    driver.until(lambda: len(driver.engine._batch.rows) == 2 and not driver.engine._batch.reading)
+    driver.until(lambda: len(driver.batches.rows) == 2 and not driver.batches.reading)
     driver.turn(5)
     driver.push("p", bundles[1])
     driver.turn(3)
@@ -131,15 +131,15 @@ def test_a_row_that_comes_or_goes_while_something_fails_is_answered(
     ids = running(driver, 3)
     if name == "seat":
         aside(driver)
-    (store,) = {batch.store for batch in driver.engine._batch._batches.values()}
+    (store,) = {batch.store for batch in driver.every_batch}
     failed = fail_once(monkeypatch, store, name)
     if name == "leave":
-        driver.limit_kv(260)
+        driver.set_kv_limit(260)
     driver.finish(*ids)
     reasons = {row.finish_reason for id in ids for row in driver.rollouts(id)}
     assert failed and FinishReason.ERROR in reasons
     driver.turn(2)
-    assert driver.engine._batch.size == 0 and not driver.engine._batch.aside
+    assert driver.batches.size == 0 and not driver.batches.aside
 
 
 def test_a_row_that_ends_while_its_place_cannot_be_freed_holds_no_version(
@@ -147,18 +147,18 @@ def test_a_row_that_ends_while_its_place_cannot_be_freed_holds_no_version(
 ) -> None:
     driver.push("p", driver.bundle(1))
     id = driver.submit(PROMPTS[:1], policy="p", max_tokens=5, ignore_eos=True)
-    driver.until(lambda: bool(driver.engine._batch.rows))
-    failed = fail_once(monkeypatch, driver.engine._batch[0].store, "leave")
+    driver.until(lambda: bool(driver.batches.rows))
+    failed = fail_once(monkeypatch, driver.batch(0).store, "leave")
     driver.finish(id)
     driver.turn(3)
     assert failed and all(v.rows_in_use == 0 for v in driver.status.policies[0].versions)
 
 
 def test_a_score_that_cannot_begin_is_answered(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = fail_once(monkeypatch, driver.engine._scoring._reader, "begin")
+    failed = fail_once(monkeypatch, driver.reader, "begin")
     driver.ask_score(prompts_of([40], 286))
     driver.turn(4)
-    assert failed and not driver.engine._scoring.busy
+    assert failed and not driver.scoring.busy
 
 
 def test_groups_that_step_aside_keep_their_places_in_the_queue(driver: Driver) -> None:
@@ -166,10 +166,10 @@ def test_groups_that_step_aside_keep_their_places_in_the_queue(driver: Driver) -
     driver.turn(3)
     ids = [driver.submit([p], max_tokens=20, ignore_eos=True) for p in PROMPTS[1:]]
     driver.turn(2)
-    assert len(driver.engine._batch.joining) == 2
-    driver.limit_kv(100)
+    assert len(driver.batches.joining) == 2
+    driver.set_kv_limit(100)
     driver.turn()
-    assert [group.request.id for group in driver.engine._scheduler._waiting] == ids
+    assert [group.request.id for group in driver.waiting_groups] == ids
 
 
 def test_every_sample_of_a_group_whose_prompt_cannot_be_scored_is_reported_once(
@@ -178,7 +178,7 @@ def test_every_sample_of_a_group_whose_prompt_cannot_be_scored_is_reported_once(
     driver = Driver.start(qwen, driver.model, max_batch=3, prefill_tokens=16, prefix_cache=False)
     other = driver.submit(PROMPTS[:1], max_tokens=60, ignore_eos=True)
     driver.turn(3)
-    failed = fail_once(monkeypatch, driver.engine._scoring._reader, "read")
+    failed = fail_once(monkeypatch, driver.reader, "read")
     id = driver.submit(PROMPTS[1:2], n=4, max_tokens=10, ignore_eos=True, wants=Wants(prompt_logprobs=True))
     driver.finish(other, id)
     assert failed and sorted(row.sample_index for row in driver.rollouts(id)) == [0, 1, 2, 3]
@@ -189,11 +189,11 @@ def test_arrays_that_rows_have_left_count_too(qwen: Path) -> None:
     driver = Driver.start(qwen, max_batch=8)
     driver.push("m", driver.bundle(1), mode="merged")
     limit, cell = 4 * 320, driver.model.info.kv_bytes_per_token
-    driver.limit_kv(limit)
+    driver.set_kv_limit(limit)
     short, long = (
         driver.submit(PROMPTS[:1], n=4, policy=policy, max_tokens=tokens, ignore_eos=True)
         for policy, tokens in (("m", 140), ("base", 290))
     )
     while not (driver.over(short) and driver.over(long)):
         driver.turn()
-        assert driver.engine._batch.nbytes <= limit * cell
+        assert driver.batches.nbytes <= limit * cell

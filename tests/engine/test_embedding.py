@@ -54,7 +54,7 @@ def test_a_vector_is_that_of_a_plain_forward(
     sequences = prompts_of(LENGTHS, model.info.vocab_size)
     trunk = model.module.backbone if family == "mamba2" else model.module.model
     assert_close(driver.embed(sequences), plain(trunk, sequences, kind))
-    assert driver.engine._scoring.cells == 0
+    assert driver.scoring.cells == 0
 
 
 def test_every_version_embeds_as_itself_in_one_batch(driver: Driver, qwen: Path) -> None:
@@ -89,7 +89,7 @@ def adapted(directory: Path, driver: Driver, seed: int) -> Any:
 
 def test_embeddings_share_a_forward_and_the_turn(base: Driver, qwen: Path) -> None:
     driver = Driver.start(qwen, base.model, prefill_tokens=48)
-    reader: Any = driver.engine._scoring._reader
+    reader: Any = driver.reader
     assert isinstance(reader, SlotReader)
     hidden, seen = reader._hidden, []
 

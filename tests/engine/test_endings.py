@@ -138,11 +138,11 @@ def test_abort_keeps_what_rows_have(base: Driver) -> None:
 
 def test_abort_in_the_queue_and_in_prefill(base: Driver, qwen) -> None:  # type: ignore[no-untyped-def]
     small = Driver.start(qwen, base.model, max_batch=2, prefill_tokens=8)
-    small.engine._scheduler._max_rows = 2
+    small.set_max_rows(2)
     slow = small.submit(prompts_of([100], 286), max_tokens=4, ignore_eos=True)
     queued = small.submit([PROMPT], n=5, max_tokens=4, ignore_eos=True)
     small.turn(2)
-    assert small.engine._batch.joining
+    assert small.batches.joining
     small.abort(slow)
     small.abort(queued)
     small.finish(slow, queued, turns=4)
@@ -159,7 +159,7 @@ def test_a_deadline_returns_partial_rows_or_says_it_never_started(base: Driver, 
     (row,) = base.rollouts(id)
     assert (row.finish_reason, row.stop_reason) == (FinishReason.ABORTED, "timeout") and row.token_ids
     small = Driver.start(qwen, base.model)
-    small.engine._scheduler._max_rows = 1
+    small.set_max_rows(1)
     long = small.submit([PROMPT], max_tokens=300, ignore_eos=True)
     small.turn(2)
     late = small.submit([PROMPT], deadline=time.monotonic() + 0.05)
@@ -222,7 +222,7 @@ def _once(error: Exception):  # type: ignore[no-untyped-def]
 
 
 def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Driver) -> None:
-    slots = driver.engine._policies._resident.slots
+    slots = driver.resident.slots
     stage = slots.stage
     slots.stage, calls = _once(RuntimeError("no memory for it"))
     id = driver.publish("p", driver.bundle(1))
@@ -235,7 +235,7 @@ def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Drive
 
 
 def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
-    store = base.engine._batch[0].store
+    store = base.batch(0).store
     store.begin, calls = _once(RuntimeError("no room"))
     id = base.submit([PROMPT], n=2, max_tokens=5)
     base.finish(id, turns=3)
@@ -246,7 +246,7 @@ def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
 def test_a_failing_score_hurts_nobody_else(base: Driver) -> None:
     id = base.submit([PROMPT], max_tokens=40, ignore_eos=True)
     base.turn(3)
-    scorer = base.engine._scoring._reader
+    scorer = base.reader
     forward = scorer._forward
     scorer._forward, _ = _once(ValueError("bad score"))
     with pytest.raises(EngineFault, match="bad score"):
@@ -260,7 +260,7 @@ def test_a_row_that_ended_in_a_step_whose_recording_failed_is_still_reported(bas
     first = base.submit([PROMPT], max_tokens=3, ignore_eos=True)
     other = base.submit([PROMPT], max_tokens=9, ignore_eos=True, stop=("never",))
     base.turn(2)
-    row = next(r for r in base.engine._batch.rows if r.text is not None)
+    row = next(r for r in base.batches.rows if r.text is not None)
     row.text = SimpleNamespace(push=_once(ValueError("tokenizer broke"))[0])  # type: ignore[assignment]
     base.finish(first, other, turns=6)
 
@@ -291,12 +291,12 @@ def test_ending_a_request_looks_at_each_of_its_groups_a_few_times(base: Driver) 
     count = 2000
     id = base.submit([PROMPT[:2]] * count, max_tokens=3, ignore_eos=True, wants=Wants(prompt_logprobs=True))
     base.turn(20)
-    ticket = base.engine._scheduler.tickets[id]
+    ticket = base.requests.tickets[id]
     assert ticket.waiting_groups > 1000 and len(base.rollouts(id)) > 10
     ticket.groups = Counted(ticket.groups)
     base.abort(id)
     base.finish(id, turns=2)
-    assert len(base.rollouts(id)) == count and not base.engine._scoring._jobs
+    assert len(base.rollouts(id)) == count and not base.score_jobs
     assert ticket.groups.looks <= 10 * count, "quadratic would be millions"
 
 
@@ -309,12 +309,12 @@ def test_a_stop_ends_everything_that_is_open_once(driver: Driver, qwen: Path) ->
     small.turn(7)
     requests.append(small.submit([PROMPT], max_tokens=3, wants=wants, deadline=0.0))
     small.send(Score("score", PolicyAddress("p"), (tuple(PROMPT),), (0,)))
-    small.engine._take_commands()
+    small.take_commands()
     small.send(Delete("delete", "p", 1))
     push = small.publish("q", small.bundle(2))
     small.send(Stop())
-    small.engine._take_commands()
-    assert small.engine._stopping
+    small.take_commands()
+    assert small.stopping
     small.engine.stop()
     ends = Counter(event.id for event in small.events if isinstance(event, RequestDone | RequestFailed))
     assert ends == Counter([*requests, "score", "delete", push])

@@ -241,7 +241,7 @@ def test_a_grammar_that_meets_a_limit_fails_its_row_alone(base: Driver, regex: C
     """No grammar small enough for a test meets one: a row whose follower was led astray stands for it."""
     id = base.submit([[1, 2], [3, 4]], constraint=regex, max_tokens=12, min_tokens=8)
     base.until(lambda: base.status.running == 2 and base.status.steps >= 2)
-    lost = next(row for row in base.engine._batch.rows if row.group.request.prompt_index == 0)
+    lost = next(row for row in base.batches.rows if row.group.request.prompt_index == 0)
     assert lost.follower is not None
     lost.follower.advance(5)
     base.finish(id)

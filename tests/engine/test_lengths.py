@@ -12,7 +12,8 @@ from rollout_server.engine.batches import MEASURED_CELLS
 from rollout_server.engine.cache import row_bucket
 from rollout_server.engine.lengths import MOST_CLASSES, Shape, StepCosts, cheapest, plan
 from rollout_server.engine.messages import Stop
-from tests.engine.driver import Driver, broken_steps, prompts_of
+from tests.engine.door import broken_steps
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
 COSTS = StepCosts(weights=0.01, cell=4e-6)
@@ -83,39 +84,39 @@ def test_a_plan_is_always_much_cheaper_and_settles() -> None:
 def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     prompts = prompts_of([3, 700, 40, 5, 350, 9, 120], 286, seed=2)
     expected = [base.generate([p], seed=7 + i, max_tokens=60, ignore_eos=True)[0] for i, p in enumerate(prompts)]
-    base.engine._batch._costs = costs
+    base.set_step_costs(costs)
     ids = [base.submit([p], seed=7 + i, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
     base.turn(6)
-    assert base.engine._batch.classes(0) == (MOST_CLASSES if costs is FREE else 1)
+    assert base.batches.classes(0) == (MOST_CLASSES if costs is FREE else 1)
     # A plan that changes moves rows with what they have.
     base.turn(10)
-    base.engine._batch._costs = StepCosts(1.0, 0.0)
+    base.set_step_costs(StepCosts(1.0, 0.0))
     base.turn(17)
-    assert base.engine._batch.classes(0) == 1
-    base.engine._batch._costs = FREE
+    assert base.batches.classes(0) == 1
+    base.set_step_costs(FREE)
     base.turn(17)
-    assert base.engine._batch.classes(0) == MOST_CLASSES
+    assert base.batches.classes(0) == MOST_CLASSES
     base.finish(*ids)
     for id, alone in zip(ids, expected, strict=True):
         assert_same(alone, base.rollouts(id)[0], tolerance(base, [alone]))
     base.turn(2)
-    assert base.engine._batch.classes(0) == 0
+    assert base.batches.classes(0) == 0
 
 
 def test_costs_are_measured_before_the_first_turn(base: Driver) -> None:
     """While rows run they would all wait for it."""
-    base.engine._batch._costs = None
+    base.set_step_costs(None)
     base.send(Stop())
     base.engine.run()
-    costs = base.engine._batch._costs
+    costs = base.step_costs
     assert costs is not None and costs.weights > 0 and costs.cell >= 0
 
 
 def test_costs_are_not_measured_where_that_would_not_fit(base: Driver) -> None:
-    base.engine._batch._costs = None
-    base.limit_kv(MEASURED_CELLS - 1)
-    base.engine._batch.learn_costs()
-    assert base.engine._batch._costs is None
+    base.set_step_costs(None)
+    base.set_kv_limit(MEASURED_CELLS - 1)
+    base.batches.learn_costs()
+    assert base.step_costs is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -126,12 +127,12 @@ def test_a_failed_step_of_one_class_leaves_the_others(
     monkeypatch.setattr(mx, "compile", lambda step: step)
     driver = Driver.start(qwen, max_batch=64, compile_decode=compiled)
     assert driver.model.compiles == compiled
-    driver.engine._batch._costs = FREE
+    driver.set_step_costs(FREE)
     short, long = prompts_of([4, 600], 286)
     ids = [driver.submit([p], seed=5, max_tokens=30, ignore_eos=True) for p in (short, long)]
     driver.turn(6)
-    assert driver.engine._batch.classes(0) == 2
-    with broken_steps(driver.engine._batch._batches[0, 0]):
+    assert driver.batches.classes(0) == 2
+    with broken_steps(driver.batch(0, 0)):
         driver.finish(*ids)
     (one,), (other,) = driver.rollouts(ids[0]), driver.rollouts(ids[1])
     assert (one.error is None) != (other.error is None)

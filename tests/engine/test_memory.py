@@ -24,45 +24,45 @@ def test_release_gives_back_what_no_row_needs(base: Driver) -> None:
     base.generate(prompts_of([600] * 3, 286), n=5, max_tokens=3, ignore_eos=True)
     id = base.submit([prompt], n=2, seed=3, max_tokens=60, ignore_eos=True)
     base.generate(prompts_of([600], 286), n=9, max_tokens=3, ignore_eos=True)
-    before, wide = mx.get_active_memory(), base.engine._batch.nbytes
+    before, wide = mx.get_active_memory(), base.batches.nbytes
     reply = released(base)
-    assert 0 < base.engine._batch.nbytes < wide / 4, "two rows of fewer than 80 tokens run"
-    assert 0 < reply.kv_bytes <= wide - base.engine._batch.nbytes <= before - mx.get_active_memory() + 65536
+    assert 0 < base.batches.nbytes < wide / 4, "two rows of fewer than 80 tokens run"
+    assert 0 < reply.kv_bytes <= wide - base.batches.nbytes <= before - mx.get_active_memory() + 65536
     assert reply.nbytes >= reply.kv_bytes
     memory = base.status.memory
-    assert 0 < memory.kv_filled <= memory.kv_held == base.engine._batch.nbytes < memory.kv_limit
+    assert 0 < memory.kv_filled <= memory.kv_held == base.batches.nbytes < memory.kv_limit
     base.finish(id)
     for one, other in zip(expected, base.rollouts(id), strict=True):
         assert_same(one, other, tolerance(base, [one]))
     assert released(base).kv_bytes > 0
-    assert base.engine._batch.nbytes == 0 == base.status.memory.kv_held
+    assert base.batches.nbytes == 0 == base.status.memory.kv_held
     assert base.generate([prompt], n=2, seed=3, max_tokens=60, ignore_eos=True)[1].token_ids == expected[1].token_ids
 
 
 def test_an_idle_engine_gives_its_kv_back(base: Driver) -> None:
     now = 0.0
-    base.engine._memory._clock = lambda: now
+    base.set_memory_clock(lambda: now)
     base.generate(prompts_of([300], 286), n=4, max_tokens=3, ignore_eos=True)
-    memory = base.engine._memory
+    memory = base.memory
     base.turn(2)
     memory.rest(False)
-    assert base.engine._batch.nbytes
+    assert base.batches.nbytes
     now = IDLE_S - 0.1
     memory.rest(False)
-    assert base.engine._batch.nbytes
+    assert base.batches.nbytes
     memory.rest(True)
     now = 2 * IDLE_S
     memory.rest(False)
-    assert base.engine._batch.nbytes, "it had work in between"
+    assert base.batches.nbytes, "it had work in between"
     now = 3 * IDLE_S
     memory.rest(False)
-    assert base.engine._batch.nbytes == 0 and mx.get_cache_memory() == 0
+    assert base.batches.nbytes == 0 and mx.get_cache_memory() == 0
 
 
 def test_the_parts_are_counted(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
     driver.turn(0)
-    memory = driver.engine._memory._look()
+    memory = driver.memory_now()
     weights = driver.model.info.weight_bytes
     assert memory.weights == weights > 0 and memory.slots == driver.status.slot_bytes > 0
     assert memory.active >= weights + memory.slots and memory.peak >= memory.active - 4096
@@ -73,12 +73,12 @@ def test_arrays_grow_by_half_as_much_again_while_there_is_room(base: Driver) -> 
 
     def grow(cells: int | None) -> int:
         if cells:
-            base.limit_kv(cells)
+            base.set_kv_limit(cells)
         widths.clear()
         id = base.submit(prompts_of([20], 286), n=2, max_tokens=500, ignore_eos=True)
         while not base.over(id):
             base.turn()
-            widths.add(base.engine._batch[0].store.columns)
+            widths.add(base.batch(0).store.columns)
         return len(widths)
 
     assert grow(None) <= 9
@@ -87,7 +87,7 @@ def test_arrays_grow_by_half_as_much_again_while_there_is_room(base: Driver) -> 
 
 
 def test_a_version_that_comes_or_goes_is_counted_though_nobody_looks_for_long(driver: Driver) -> None:
-    driver.engine._memory._clock = lambda: 0.0
+    driver.set_memory_clock(lambda: 0.0)
     held = driver.status.memory.slots
     driver.push("counted", driver.bundle(1))
-    assert driver.status.memory.slots == driver.engine._policies.slot_bytes > held
+    assert driver.status.memory.slots == driver.policies.slot_bytes > held

@@ -47,7 +47,7 @@ def test_a_quantised_base_stays_quantised_under_an_adapter(bits: int, tmp_path: 
     for row, score in zip(rows, scored, strict=True):
         np.testing.assert_allclose(row.logprobs, score.logprobs, atol=1e-4, rtol=0)
     # Nothing was promoted: residual and KV keep the model's dtype.
-    assert {layer.keys.dtype for layer in driver.engine._batch[0].store.layers} == {mx.float32}
+    assert {layer.keys.dtype for layer in driver.batch(0).store.layers} == {mx.float32}
     assert driver.model.module.layers[0].self_attn.q_proj["base"].weight.dtype == mx.uint32
 
 

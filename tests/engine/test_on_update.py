@@ -23,13 +23,13 @@ def reread(driver: Driver, row: Rollout) -> list[float]:
     """The row's log-probabilities by plain forwards, each token under the version its span names, KV carried along."""
     caches = driver.model.make_caches()
     found = []
-    policies = driver.engine._policies
+    policies = driver.policies
     tokens = list(row.prompt_ids) + list(row.token_ids)
     first = row.spans[0].version
-    policies.route(0, [policies._resident.slots.slot(first.digest)])
+    policies.route(0, [driver.resident.slots.slot(first.digest)])
     driver.model.forward(mx.array([tokens[: len(row.prompt_ids) - 1]]), caches)
     for span in row.spans:
-        policies.route(0, [policies._resident.slots.slot(span.version.digest)])
+        policies.route(0, [driver.resident.slots.slot(span.version.digest)])
         for index in range(span.start, span.end):
             at = len(row.prompt_ids) - 1 + index
             logits = driver.model.forward(mx.array([[tokens[at]]]), caches)[0, -1].astype(mx.float32)

@@ -125,9 +125,9 @@ def test_bytes_are_counted_as_they_are(demo: ResidentModel, qwen: Path) -> None:
         found = 0
         while not driver.over(id):
             driver.turn()
-            batch = driver.engine._batch
+            batch = driver.batches
             assert batch.nbytes <= info.kv_memory
-            held = driver.engine._memory._look()
+            held = driver.memory_now()
             assert held.kv_held == batch.nbytes and held.kv_filled <= held.kv_held
             found = max(found, len(batch.rows))
         return found
@@ -195,10 +195,10 @@ def stepping_aside(model: ResidentModel) -> list[Rollout]:
     driver = Driver.start(DEMO, model)
     id = driver.submit(PROMPTS, **ASKED)
     driver.turn(12)
-    driver.limit_kv(3 * 96)
+    driver.set_kv_limit(3 * 96)
     driver.turn()
     assert watched(driver, id) <= 3 * 96 * model.info.kv_bytes_per_token
-    assert driver.engine._preemption.count > 0
+    assert driver.preemptions > 0
     return driver.rollouts(id)
 
 
@@ -212,11 +212,11 @@ def found_again(model: ResidentModel) -> list[Rollout]:
 
 def in_classes(model: ResidentModel) -> list[Rollout]:
     driver = Driver.start(DEMO, model)
-    driver.engine._batch._costs = StepCosts(0.0, 1.0)
+    driver.set_step_costs(StepCosts(0.0, 1.0))
     id, most = driver.submit(PROMPTS, **ASKED), 0
     while not driver.over(id):
         driver.turn()
-        most = max(most, driver.engine._batch.classes(0))
+        most = max(most, driver.batches.classes(0))
     assert most > 1
     return driver.rollouts(id)
 
@@ -265,7 +265,7 @@ def test_a_row_that_switches_takes_its_words_along() -> None:
     driver.push("p", driver.bundle(1, strength=0.1))
     # Another set of parameters has another batch.
     id = driver.submit(PROMPTS[:2], policy="p", on_update="switch", seed=1, max_tokens=30, ignore_eos=True)
-    driver.until(lambda: min([len(row.token_ids) for row in driver.engine._batch.rows], default=0) > 8)
+    driver.until(lambda: min([len(row.token_ids) for row in driver.batches.rows], default=0) > 8)
     driver.push("p", driver.bundle(2, strength=0.1), mode="merged")
     driver.finish(id)
     for row, found in zip(rows := driver.rollouts(id), driver.replay(rows), strict=True):

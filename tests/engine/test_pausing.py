@@ -74,14 +74,14 @@ def test_what_runs_freezes(base: Driver) -> None:
     steps, tokens = base.status.steps, base.status.tokens
     base.turn(5)
     assert (base.status.steps, base.status.tokens) == (steps, tokens) and base.status.running == 2
-    assert not base.engine._busy
+    assert not base.busy
     resume(base)
     base.finish(id)
     assert [row.token_ids for row in base.rollouts(id)] == [row.token_ids for row in alone]
 
 
 def test_what_has_begun_ends(base: Driver) -> None:
-    base.engine._scheduler._max_rows = 3
+    base.set_max_rows(3)
     id = started(base, n=2)
     waiting = base.submit(prompts_of([7], base.model.info.vocab_size), **LONG)
     pause(base, "abort", drain=True)
@@ -128,7 +128,7 @@ def test_aborts_and_deadlines_meanwhile(base: Driver, mode: str) -> None:
     assert base.over(aborted) and base.over(running)
     assert isinstance(base.error(late), NeverAdmitted)
     assert any(isinstance(event, RequestFailed) and event.id == scored for event in base.events)
-    assert base.status.running == 0 and not base.engine._scheduler.tickets
+    assert base.status.running == 0 and not base.requests.tickets
 
 
 def test_one_pause_replaces_another(base: Driver) -> None:

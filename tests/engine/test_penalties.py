@@ -112,7 +112,7 @@ def test_counts_follow_rows_that_join_leave_and_move(
 ) -> None:
     model = bare_model(family)
     driver = Driver.start(model_path(family), model, max_batch=24)
-    driver.engine._policies.route(0, [0])
+    driver.policies.route(0, [0])
     penalised = {"presence_penalty": 0.5, "frequency_penalty": 0.6, "repetition_penalty": 1.3, "ignore_eos": True}
     prompts = prompts_of([6, 11, 3], model.info.vocab_size, seed=2)
     ids = [driver.submit([prompts[0]], seed=1, max_tokens=60, temperature=0.6, **penalised)]
@@ -127,7 +127,7 @@ def test_counts_follow_rows_that_join_leave_and_move(
     driver.finish(crowd, *ids)
     rows = [row for id in (*ids, crowd) for row in driver.rollouts(id)]
     assert len(rows) == 4 + 15
-    driver.engine._policies.route(0, [0])
+    driver.policies.route(0, [0])
     for row in rows:
         check(driver, row)
 

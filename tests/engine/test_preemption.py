@@ -34,7 +34,7 @@ def watched(driver: Driver, *ids: str) -> int:
         if all(driver.over(id) for id in ids):
             return most
         driver.turn()
-        most = max(most, driver.engine._batch.nbytes)
+        most = max(most, driver.batches.nbytes)
     raise AssertionError(f"not over: {driver.status}")
 
 
@@ -58,11 +58,11 @@ def test_rows_that_step_aside_return_the_same(base: Driver, qwen: Path, options:
     rows = driver.rollouts(id)
     assert len(rows) == 8 and 0 < most <= CELLS * base.model.info.kv_bytes_per_token
     if "stop" not in options:
-        assert driver.engine._preemption.count > 0
+        assert driver.preemptions > 0
     for one, other in zip(expected, rows, strict=True):
         assert_same(one, other, tolerance(base, [one]))
         assert (one.finish_reason, one.spans) == (other.finish_reason, other.spans)
-    assert not driver.engine._batch.aside
+    assert not driver.batches.aside
 
 
 def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
@@ -83,8 +83,8 @@ def test_a_switched_row_is_read_again_span_by_span(driver: Driver) -> None:
         driver.push("p", driver.bundle(1))
         ask = {"policy": "p", "seed": 2, "max_tokens": 100, "ignore_eos": True, "on_update": "switch"}
         ids = [driver.submit([prompt], **ask) for prompt in prompts_of([25, 9, 14], 286)]
-        driver.until(lambda: len(driver.engine._batch.rows) == 3)
-        driver.until(lambda: min(len(row.token_ids) for row in driver.engine._batch.rows) == 12)
+        driver.until(lambda: len(driver.batches.rows) == 3)
+        driver.until(lambda: min(len(row.token_ids) for row in driver.batches.rows) == 12)
         driver.push("p", driver.bundle(2))
         watched(driver, *ids)
         rows = [driver.rollouts(id)[0] for id in ids]
@@ -94,9 +94,9 @@ def test_a_switched_row_is_read_again_span_by_span(driver: Driver) -> None:
         return rows
 
     expected = run(driver)
-    driver.limit_kv(400)
+    driver.set_kv_limit(400)
     rows = run(driver)
-    assert driver.engine._preemption.count > 0
+    assert driver.preemptions > 0
     for one, other in zip(expected, rows, strict=True):
         assert [span[1:] for span in spans(one)] == [span[1:] for span in spans(other)]
         assert_same(one, other, 4 * tolerance(driver, [one]))
@@ -137,10 +137,10 @@ def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
             driver.abort(dice.choice(asked)[0])
         for _ in range(dice.randrange(1, 8)):
             driver.turn()
-            most = max(most, driver.engine._batch.nbytes)
+            most = max(most, driver.batches.nbytes)
     most = max(most, watched(driver, *(id for id, *_ in asked)))
     assert most <= 400 * base.model.info.kv_bytes_per_token
-    assert driver.engine._preemption.count > 0
+    assert driver.preemptions > 0
     for id, prompt, n, seed, tokens in asked[::3]:
         expected = base.generate(prompt, n=n, seed=seed, max_tokens=tokens, ignore_eos=True)
         for one, other in zip(expected, driver.rollouts(id), strict=True):
@@ -149,14 +149,14 @@ def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
             else:
                 assert_same(one, other, tolerance(base, [one]))
     driver.turn(2)
-    assert not driver.engine._batch.aside and driver.engine._batch.size == 0
+    assert not driver.batches.aside and driver.batches.size == 0
 
 
 def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwen: Path) -> None:
     driver = small(qwen, base.model, 2 * 128)
     ids = [driver.submit([p], seed=1, max_tokens=150, ignore_eos=True) for p in prompts_of([20, 20, 20], 286)]
-    driver.until(lambda: bool(driver.engine._batch.aside))
-    row = driver.engine._batch.aside[-1]
+    driver.until(lambda: bool(driver.batches.aside))
+    row = driver.batches.aside[-1]
     driver.abort(row.group.request.id)
     driver.finish(row.group.request.id, turns=2)
     (ended,) = driver.rollouts(row.group.request.id)
@@ -175,7 +175,7 @@ def test_rows_with_a_grammar_step_aside_where_they_are_in_it(base: Driver, qwen:
     driver = small(qwen, base.model, 4 * 96)
     id = driver.submit(prompts, **asked)
     watched(driver, id)
-    assert driver.engine._preemption.count > 0
+    assert driver.preemptions > 0
     for one, other in zip(expected, driver.rollouts(id), strict=True):
         assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
         assert len(other.token_ids) > 100

@@ -143,7 +143,7 @@ def test_min_tokens_count_the_prefix(base: Driver) -> None:
 
 
 def test_a_row_that_never_ran_gives_its_prefix_back(base: Driver) -> None:
-    base.engine._scheduler._max_rows = 1
+    base.set_max_rows(1)
     prompts = prompts_of([5, 5], base.model.info.vocab_size)
     id = base.submit(prompts, max_tokens=40, ignore_eos=True, prefix=prefix_of([8, 9]))
     base.until(lambda: base.status.tokens >= 3)

@@ -16,7 +16,8 @@ from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCac
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import Delete
 from rollout_server.rollout import Rollout
-from tests.engine.driver import Driver, broken_steps, prompts_of
+from tests.engine.door import broken_steps, wrap_forwards
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import SLOTS, assert_same, tolerance
 
 Models = Callable[[str], ResidentModel]
@@ -54,9 +55,9 @@ def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Ca
 def test_a_prompt_that_is_there_whole_is_not_read(base: Driver, qwen: Path) -> None:
     (prompt,) = prompts_of([40], 286)
     first = base.generate([prompt], seed=1)
-    fed = base.engine._batch.fed
+    fed = base.batches.fed
     again = base.generate([prompt], seed=1)
-    assert base.engine._batch.fed == fed and again[0].cached_tokens == 39
+    assert base.batches.fed == fed and again[0].cached_tokens == 39
     assert_all_same(again, first, tolerance(base, first))
 
 
@@ -64,7 +65,7 @@ def test_equal_prompts_of_one_moment_are_read_once(base: Driver, qwen: Path) -> 
     """A group may come as n prompts of one sample."""
     (prompt,) = prompts_of([50], 286)
     rows = base.generate([prompt] * 6, seed=4)
-    assert base.engine._batch.fed == 49
+    assert base.batches.fed == 49
     assert sorted(row.cached_tokens for row in rows) == [0] + [49] * 5
     expected = Driver.start(qwen, base.model, prefix_cache=False).generate([prompt] * 6, seed=4)
     assert_all_same(rows, expected, tolerance(base, rows))
@@ -120,14 +121,12 @@ def test_rows_that_switched_are_not_kept(driver: Driver, qwen: Path) -> None:
 def test_rows_that_failed_take_their_tree_along(qwen: Path) -> None:
     driver = Driver.start(qwen)
     (prompt,) = prompts_of([40], 286)
-    batch: Any = driver.engine._batch[0]
-    forward = batch._forward
     id = driver.submit([prompt], max_tokens=30, ignore_eos=True)
     driver.turn(3)
     assert driver.status.prefix.nbytes > 0
-    batch._forward = lambda tokens, caches: forward(tokens, caches) * mx.nan
+    undo = wrap_forwards(driver.batch(0), lambda forward: lambda tokens, caches: forward(tokens, caches) * mx.nan)
     driver.finish(id)
-    batch._forward = forward
+    undo()
     driver.turn(3)
     assert driver.rollouts(id)[0].error is not None and driver.status.prefix.nbytes == 0
     assert driver.generate([prompt])[0].cached_tokens == 0
@@ -136,7 +135,7 @@ def test_rows_that_failed_take_their_tree_along(qwen: Path) -> None:
 def test_a_failed_step_forgets_everything(base: Driver) -> None:
     (prompt,) = prompts_of([40], 286)
     base.generate([prompt])
-    with broken_steps(base.engine._batch[0]):
+    with broken_steps(base.batch(0)):
         base.finish(base.submit([prompt]))
     assert base.status.prefix.nbytes == 0
 
@@ -166,7 +165,7 @@ def test_rows_come_first(bare_model: Models, qwen: Path) -> None:
         on.turn()
         off.turn()
         assert on.status.running == off.status.running
-        most = max(most, on.engine._batch[0].store.nbytes + on.status.prefix.nbytes)  # type: ignore[attr-defined]
+        most = max(most, on.batch(0).store.nbytes + on.status.prefix.nbytes)  # type: ignore[attr-defined]
         kept = max(kept, on.status.prefix.nbytes)
     assert kept > 0 and most <= limit and on.status.prefix.evictions > 0
     assert_all_same(on.rollouts(ids[0]), off.rollouts(ids[1]), 1e-5)
@@ -176,8 +175,8 @@ def test_copies_hold_up_no_write(base: Driver) -> None:
     """A copy that is still to be made when the next step writes would copy the whole array."""
     id = base.submit(prompts_of([1400] + [10] * 39, 286), max_tokens=60, ignore_eos=True)
     ending = base.submit(prompts_of([12] * 8, 286, seed=2), max_tokens=9, ignore_eos=True)
-    base.until(lambda: base.status.running == 48 and not base.engine._batch.joining)
-    store: Any = base.engine._batch[0].store
+    base.until(lambda: base.status.running == 48 and not base.batches.joining)
+    store: Any = base.batch(0).store
     per_layer = store.nbytes / len(store.layers)
     mx.synchronize()
     mx.reset_peak_memory()
@@ -224,7 +223,7 @@ def test_random_beginnings_under_pressure(seed: int, bare_model: Models, qwen: P
             assert one.token_ids[:both] == other.token_ids[:both]
             assert one.logprobs[:both] == pytest.approx(other.logprobs[:both], abs=1e-5)
         seen += [list(row.prompt_ids + row.token_ids) for row in results[0]]
-    store: Any = on.engine._batch[0].store
+    store: Any = on.batch(0).store
     assert on.status.prefix.nbytes <= memory and (on.status.prefix.hits > 0 or memory < 10 * 128)
     assert store.nbytes <= memory
 
@@ -232,7 +231,7 @@ def test_random_beginnings_under_pressure(seed: int, bare_model: Models, qwen: P
 def test_rows_that_end_together_are_told_of_at_once_and_all_kept(base: Driver) -> None:
     id = base.submit(prompts_of([20], base.model.info.vocab_size), n=40, max_tokens=8, ignore_eos=True)
     base.until(lambda: base.over(id))
-    assert base.engine._batch.size >= 40 - 16, "the reply waits for no copies of the others"
-    base.until(lambda: not base.engine._batch.active, turns=4)
+    assert base.batches.size >= 40 - 16, "the reply waits for no copies of the others"
+    base.until(lambda: not base.batches.active, turns=4)
     again = [(*row.prompt_ids, *row.token_ids) for row in base.rollouts(id)]
     assert [row.cached_tokens for row in base.generate(again, max_tokens=2, ignore_eos=True)] == [27] * 40

@@ -22,7 +22,7 @@ BASE_TOO = Wants(base_logprobs=True)
 
 def plain(driver: Driver, row: Rollout) -> np.ndarray:
     """log-softmax of one plain forward of the bare base."""
-    driver.engine._policies.route(0, [0])
+    driver.policies.route(0, [0])
     tokens = row.prompt_ids + row.token_ids
     logits = driver.model.forward(mx.array([tokens], dtype=mx.int32), driver.model.make_caches())[0].astype(mx.float32)
     values = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -42,7 +42,7 @@ def assert_base(driver: Driver, rows: list[Rollout], within: float | None = None
 
 def watch(driver: Driver) -> list[tuple[int, int]]:
     """[rows, tokens] of every forward of the scorer."""
-    reader: Any = driver.engine._scoring._reader
+    reader: Any = driver.reader
     forward, seen = reader._forward, []
 
     def noted(ids: mx.array, caches: list[Any]) -> mx.array:
@@ -61,7 +61,7 @@ def test_rows_carry_what_the_base_thinks_of_them(driver: Driver, kind: str) -> N
     assert len(rows) == 12 and {row.finish_reason for row in rows} <= {FinishReason.STOP, FinishReason.LENGTH}
     assert_base(driver, rows)
     assert max(np.max(np.abs(np.subtract(row.base_logprobs, row.logprobs))) for row in rows) > 1e-2
-    assert driver.engine._scoring.cells == 0
+    assert driver.scoring.cells == 0
     (silent,) = driver.generate(prompts[:1], policy="p", max_tokens=3)
     assert silent.base_logprobs is None
 
@@ -73,7 +73,7 @@ def test_the_prompt_is_read_once_for_all_samples(driver: Driver) -> None:
     inputs = sum(rows * tokens for rows, tokens in seen)
     assert inputs == 199 + 6 * 30, seen
     assert max(rows for rows, _ in seen) == 6
-    driver.engine._scoring._reader._forward = driver.model.forward  # type: ignore[attr-defined]
+    driver.reader._forward = driver.model.forward  # type: ignore[attr-defined]
     assert_base(driver, rows)
 
 
@@ -84,7 +84,7 @@ def test_a_group_larger_than_the_reader_keeps_its_prompt(driver: Driver, qwen: P
     rows = small.generate(prompts_of([100], 286), n=10, policy="p", max_tokens=12, ignore_eos=True, wants=BASE_TOO)
     assert sum(tokens for rows, tokens in seen if rows == 1) < 2 * 100, "the prompt was read once"
     assert_base(small, rows)
-    assert small.engine._scoring.cells == 0
+    assert small.scoring.cells == 0
 
 
 def test_switched_and_superseded_rows_have_them_too(driver: Driver) -> None:
@@ -131,13 +131,13 @@ def test_an_ended_request_does_not_wait_for_the_pass(driver: Driver, qwen: Path,
     small = Driver.start(qwen, driver.model, prefill_tokens=16)
     small.push("p", small.bundle(1))
     id = small.submit(prompts_of([600], 286), n=2, policy="p", max_tokens=6, ignore_eos=True, wants=BASE_TOO)
-    small.until(lambda: small.engine._scoring.busy)
+    small.until(lambda: small.scoring.busy)
     small.turn(3)
     small.abort(id, reason)
     small.finish(id, turns=2)
     rows = small.rollouts(id)
     assert [row.base_logprobs for row in rows] == [None, None] and all(len(row.token_ids) == 6 for row in rows)
-    assert not small.engine._scoring.busy and small.engine._scoring.cells == 0
+    assert not small.scoring.busy and small.scoring.cells == 0
     assert all(v.rows_in_use == 0 for v in small.status.policies[0].versions)
 
 
@@ -145,7 +145,7 @@ def test_an_abort_while_rows_run_reports_the_finished_ones(driver: Driver) -> No
     driver.push("p", driver.bundle(1))
     id = driver.submit(prompts_of([10], 286), n=64, policy="p", max_tokens=300, wants=BASE_TOO)
     driver.turn()
-    driver.until(lambda: any(group.held for group in driver.engine._scheduler.tickets[id].groups))
+    driver.until(lambda: any(group.held for group in driver.requests.tickets[id].groups))
     driver.abort(id)
     driver.finish(id, turns=3)
     rows = driver.rollouts(id)
@@ -157,7 +157,7 @@ def test_rows_that_failed_have_them_for_what_they_have(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
     id = driver.submit(prompts_of([10], 286), n=2, policy="p", max_tokens=20, ignore_eos=True, wants=BASE_TOO)
     driver.turn(6)
-    batch = driver.engine._batch
+    batch = driver.batches
     step = batch.step
 
     def broken() -> None:
@@ -165,7 +165,7 @@ def test_rows_that_failed_have_them_for_what_they_have(driver: Driver) -> None:
 
     batch.step = broken  # type: ignore[assignment, method-assign]
     driver.turn()
-    assert driver.engine._busy, "the pass does not wait for the next command"
+    assert driver.busy, "the pass does not wait for the next command"
     batch.step = step  # type: ignore[method-assign]
     driver.finish(id)
     rows = driver.rollouts(id)
@@ -175,7 +175,7 @@ def test_rows_that_failed_have_them_for_what_they_have(driver: Driver) -> None:
 
 def test_a_pass_that_fails_fails_its_rows_by_name(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
-    reader: Any = driver.engine._scoring._reader
+    reader: Any = driver.reader
     forward = reader._forward
 
     def broken(ids: mx.array, caches: list[Any]) -> mx.array:
@@ -208,7 +208,7 @@ def test_rows_that_wait_for_values_count_as_produced_when_the_server_stops(drive
     small = Driver.start(qwen, driver.model, prefill_tokens=16)
     small.push("p", small.bundle(1))
     id = small.submit(prompts_of([600], 286), policy="p", max_tokens=6, ignore_eos=True, wants=BASE_TOO)
-    small.until(lambda: small.engine._scoring.busy)
+    small.until(lambda: small.scoring.busy)
     small.turn(2)
     small.engine.stop()
     assert small.error(id) is None and len(small.rollouts(id)[0].token_ids) == 6

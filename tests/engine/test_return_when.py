@@ -40,7 +40,7 @@ def test_the_rest_comes_back_as_it_is(base: Driver) -> None:
 
 
 def test_samples_that_never_began(base: Driver) -> None:
-    base.engine._scheduler._max_rows = 2
+    base.set_max_rows(2)
     prompts = prompts_of([5, 6], base.model.info.vocab_size)
     rows = base.generate(prompts, n=6, max_tokens=4, ignore_eos=True, return_when=3)
     assert [(row.prompt_index, row.sample_index) for row in rows] == [(p, s) for p in range(2) for s in range(6)]
@@ -49,7 +49,7 @@ def test_samples_that_never_began(base: Driver) -> None:
         assert kinds(own) == {"finished": 4, "return_when": 2}
         assert [row.token_ids for row in own if row.stop_reason == "return_when"] == [(), ()]
     base.turn(3)
-    assert base.engine._batch.size == 0
+    assert base.batches.size == 0
 
 
 def test_each_prompt_counts_for_itself(base: Driver) -> None:
@@ -76,7 +76,7 @@ def test_it_waits_for_what_was_asked_for(driver: Driver) -> None:
 @pytest.mark.parametrize("max_batch", [1, 3, 64])
 def test_aborts_and_ends_in_any_order(base: Driver, max_batch: int) -> None:
     """However the two meet, every sample is reported once and nothing stays behind."""
-    base.engine._scheduler._max_rows = max_batch
+    base.set_max_rows(max_batch)
     prompts = prompts_of([5, 90, 6], base.model.info.vocab_size)
     for turns in range(1, 40, 3):
         id = base.submit(prompts, return_when=1, **staggered(base, 4))
@@ -85,4 +85,4 @@ def test_aborts_and_ends_in_any_order(base: Driver, max_batch: int) -> None:
         base.finish(id)
         assert len(base.rollouts(id)) == 12
     base.turn(3)
-    assert base.engine._batch.size == 0 and not base.engine._scheduler.tickets
+    assert base.batches.size == 0 and not base.requests.tickets

@@ -30,9 +30,9 @@ def test_a_group_whose_only_row_stepped_aside_holds_nobody_up(base: Driver, qwen
     """Its row and a copy of its prompt would never fit together, and nothing else runs."""
     driver = small(qwen, base.model, 1000) if apart == "classes" else Driver.start(qwen, prefix_cache=False)
     if apart == "classes":
-        driver.engine._batch._costs = StepCosts(0.0, 1.0)
+        driver.set_step_costs(StepCosts(0.0, 1.0))
     else:
-        driver.limit_kv(1000)
+        driver.set_kv_limit(1000)
         driver.push("m", driver.bundle(1), mode="merged")
     older = driver.submit(prompts_of([20], 286), max_tokens=150, **ASK)
     driver.turn(5)
@@ -53,7 +53,7 @@ def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: P
         kv_memory=cells * base.model.info.kv_bytes_per_token,
         prefix_cache=dice.random() < 0.5,
     )
-    driver.engine._batch._costs = dice.choice([StepCosts(0.0, 1.0), StepCosts(1.0, 0.0), StepCosts(30.0, 1.0)])
+    driver.set_step_costs(dice.choice([StepCosts(0.0, 1.0), StepCosts(1.0, 0.0), StepCosts(30.0, 1.0)]))
     driver.push("p", driver.bundle(1))
     driver.push("mm", driver.bundle(2), mode="merged")
     ids: list[str] = []
@@ -79,7 +79,7 @@ def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: P
             driver.abort(dice.choice(ids))
     driver.until(lambda: all(driver.over(id) or driver.is_scored(id) for id in ids), 2000)
     faults = [driver.error(id) for id in ids if driver.error(id) and "ended" not in str(driver.error(id))]
-    assert not faults and driver.engine._scheduler.kept_cells == 0
+    assert not faults and driver.requests.kept_cells == 0
 
 
 @pytest.mark.parametrize("cells", [4 * 256, 1 * 256], ids=["four rows", "one row"])
@@ -90,8 +90,8 @@ def test_a_prompt_is_read_once_however_few_samples_fit_at_a_time(base: Driver, q
     id = driver.submit(prompt, n=7, max_tokens=20, **ASK)
     while not driver.over(id):
         driver.turn()
-        assert driver.engine._batch.nbytes <= driver.model.info.kv_memory
-    assert driver.engine._batch.fed == 199 and driver.engine._preemption.count == 0
+        assert driver.batches.nbytes <= driver.model.info.kv_memory
+    assert driver.batches.fed == 199 and driver.preemptions == 0
     for one, other in zip(expected, driver.rollouts(id), strict=True):
         assert_same(one, other, tolerance(base, [one]))
 
@@ -103,10 +103,10 @@ def test_samples_take_their_prompt_from_those_that_run(base: Driver, qwen: Path,
     expected = base.generate(prompts, **asked)
     assert len({len(row.token_ids) for row in expected}) > 3, "samples end one by one"
     driver = Driver.start(qwen, base.model, max_batch=3, prefix_cache=False)
-    driver.engine._batch._costs = costs
+    driver.set_step_costs(costs)
     rows = driver.generate(prompts, **asked)
     # A place that was left in a class without rows is gone with it.
-    assert driver.engine._batch.fed <= (89 + 39) * (1 if costs.weights else 2)
+    assert driver.batches.fed <= (89 + 39) * (1 if costs.weights else 2)
     for one, other in zip(expected, rows, strict=True):
         assert_same(one, other, tolerance(base, [one]))
 
@@ -135,7 +135,7 @@ def test_states_that_cannot_be_cut_keep_their_prompt_only_where_there_is_room(ba
         info = replace(model.info, kv_memory=limit, max_batch=1)
         driver = Driver.start(model_path("falcon_h1"), replace(model, info=info))
         driver.finish(driver.submit(prompt, **asked), turns=300)
-        assert driver.engine._batch.fed == read and driver.engine._preemption.count == 0
+        assert driver.batches.fed == read and driver.preemptions == 0
 
 
 def test_memory_given_back_while_a_merged_version_served_last_leaves_the_engine_whole(driver: Driver) -> None:
@@ -181,14 +181,14 @@ def test_what_is_scored_and_kept_for_samples_that_wait_has_its_parts(
 ) -> None:
     id = base.ask_score(prompts_of([900], 286))
     base.turn()
-    assert base.engine._memory._look().kv_scored == base.engine._scoring._reader._rows.nbytes > 0
+    assert base.memory_now().kv_scored == base.reader._rows.nbytes > 0
     base.scored(id)
-    assert base.engine._memory._look().kv_scored == 0
+    assert base.memory_now().kv_scored == 0
     slow = bare_model("falcon_h1")
     driver = Driver.start(model_path("falcon_h1"), slow, max_batch=1)
     id = driver.submit(prompts_of([20], slow.info.vocab_size), n=2, max_tokens=5, **ASK)
-    driver.until(lambda: bool(driver.engine._batch.rows))
-    prompts = driver.engine._memory._look().kv_prompts
+    driver.until(lambda: bool(driver.batches.rows))
+    prompts = driver.memory_now().kv_prompts
     assert 19 * slow.info.kv_bytes_per_token < prompts <= slow.info.row_bytes(20)
     driver.finish(id)
-    assert driver.engine._memory._look().kv_prompts == 0
+    assert driver.memory_now().kv_prompts == 0

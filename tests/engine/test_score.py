@@ -25,10 +25,10 @@ LENGTHS = [1, 2, 3, 17, 31, 32, 33, 64, 100, 7, 130, 5]
 
 def slow(driver: Driver) -> Driver:
     """The same engine with the one-at-a-time reader."""
-    reader = driver.engine._scoring._reader
+    reader = driver.reader
     assert isinstance(reader, SlotReader)
-    driver.engine._scoring._reader = SequentialReader(
-        driver.model.forward, driver.model.make_caches, driver.engine._policies.route_rows, 100, lambda n: n
+    driver.set_reader(
+        SequentialReader(driver.model.forward, driver.model.make_caches, driver.policies.route_rows, 100, lambda n: n)
     )
     return driver
 
@@ -101,7 +101,7 @@ def test_versions_share_a_forward(driver: Driver) -> None:
 
 def watch(driver: Driver, sizes: list[int], tokens: list[int] | None = None) -> None:
     """Notes rows and padded tokens of every forward of the scorer."""
-    reader: Any = driver.engine._scoring._reader
+    reader: Any = driver.reader
     forward = reader._forward
 
     def noted(ids: mx.array, caches: list[Any]) -> mx.array:
@@ -173,13 +173,13 @@ def test_scoring_stays_inside_the_kv_memory_of_the_rows(bare_model: Callable[[st
     largest, alone = 0, 96 * model.info.kv_bytes_per_token
     while not (driver.over(rows) and driver.is_scored(id)):
         driver.turn()
-        scoring: Any = driver.engine._scoring._reader
-        held = driver.engine._batch[0].store.nbytes + scoring._rows.nbytes
+        scoring: Any = driver.reader
+        held = driver.batch(0).store.nbytes + scoring._rows.nbytes
         # One sequence at a time may always be scored.
         assert held <= limit + (alone if scoring.size <= 1 else 0)
         largest = max(largest, scoring.size)
     assert largest > 1 and len(driver.rollouts(rows)) == 10
-    assert driver.engine._scoring.cells == 0 and scoring._rows.nbytes == 0
+    assert driver.scoring.cells == 0 and scoring._rows.nbytes == 0
 
 
 def test_a_sequence_larger_than_the_memory_is_scored_all_the_same(

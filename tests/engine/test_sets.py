@@ -20,7 +20,8 @@ from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
-from tests.engine.driver import Driver, broken_steps, prompts_of
+from tests.engine.door import broken_steps
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
 
@@ -59,7 +60,7 @@ def test_base_adapter_merged_and_full_rows_run_together_as_each_alone(driver: Dr
     assert len({rows[0].token_ids for rows in alone.values()}) == 4
     ids = {n: driver.submit(PROMPTS, policy=n, seed=3, max_tokens=16, ignore_eos=True) for n in names}
     driver.turn(4)
-    assert driver.status.running == 8 and driver.engine._batch.sets == (0, 1, 2)
+    assert driver.status.running == 8 and driver.batches.sets == (0, 1, 2)
     driver.finish(*ids.values())
     for name in names:
         for one, other in zip(alone[name], driver.rollouts(ids[name]), strict=True):
@@ -88,7 +89,7 @@ def test_a_merged_version_is_its_adapter_and_scores_as_it_samples(driver: Driver
 
 def reread(driver: Driver, row: Rollout, modes: dict[int, str]) -> list[float]:
     """The row's log-probabilities by plain forwards, each token under the version its span names, KV carried along."""
-    resident, caches = driver.engine._policies._resident, driver.model.make_caches()
+    resident, caches = driver.resident, driver.model.make_caches()
     tokens, found = list(row.prompt_ids) + list(row.token_ids), []
 
     def use(span: Any) -> None:
@@ -151,7 +152,7 @@ def test_many_rows_switch_and_samples_that_start_late_follow(driver: Driver, qwe
     assert small.rollouts(bare)[0].token_ids == expected[0].token_ids
     small.turn(3)
     assert all(v.rows_in_use == 0 for v in small.status.policies[0].versions)
-    assert small.engine._batch.sets in ((0,), (0, 2), (2, 0)) and small.status.sets == 1
+    assert small.batches.sets in ((0,), (0, 2), (2, 0)) and small.status.sets == 1
 
 
 def test_a_switch_for_which_there_is_no_kv_waits(driver: Driver) -> None:
@@ -164,11 +165,11 @@ def test_a_switch_for_which_there_is_no_kv_waits(driver: Driver) -> None:
     driver.turn(6)
     assert driver.status.running == 4
     # Exactly what runs: three rows keep the places of four.
-    cells = driver.engine._batch.cells((0, 0), 0, 55)
-    driver.limit_kv(cells)
+    cells = driver.batches.cells((0, 0), 0, 55)
+    driver.set_kv_limit(cells)
     driver.push("p", full(driver, 2))
     driver.turn()
-    assert driver.engine._preemption.count == 1 and len(driver.engine._batch.aside) == 1
+    assert driver.preemptions == 1 and len(driver.batches.aside) == 1
     driver.finish(*ids)
     (moved,), stayed = driver.rollouts(ids[0]), driver.rollouts(ids[1])
     (first, second) = spans(moved)
@@ -185,7 +186,7 @@ def test_a_batch_is_dropped_with_its_set_and_admission_counts_all(driver: Driver
     held = driver.submit(PROMPTS, policy="p", max_tokens=30, ignore_eos=True)
     bare = driver.submit(PROMPTS, policy="base", max_tokens=30, ignore_eos=True)
     driver.turn(4)
-    batches = driver.engine._batch
+    batches = driver.batches
     columns = [batches[number].longest for number in (0, 1)]
     assert batches.cells((0, 0), 0, columns[0]) == sum(
         batches[n].cells(0, width) for n, width in zip((0, 1), columns, strict=True)
@@ -203,7 +204,7 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     expected = {policy: run(driver, policy) for policy in ("base", "p")}
     ids = {n: driver.submit(PROMPTS, policy=n, seed=3, max_tokens=16, ignore_eos=True) for n in ("base", "p")}
     driver.turn(5)
-    with broken_steps(driver.engine._batch[1]):
+    with broken_steps(driver.batch(1)):
         driver.finish(*ids.values())
     for row in driver.rollouts(ids["p"]):
         assert row.finish_reason is FinishReason.ERROR and row.error is not None
@@ -222,11 +223,11 @@ def test_the_only_batch_may_be_that_of_a_set_which_goes(driver: Driver, caplog: 
     run(driver, "p")
     driver.push("q", full(driver, 2))
     run(driver, "q")
-    assert 0 not in driver.engine._batch.sets
+    assert 0 not in driver.batches.sets
     driver.change(Delete("", "p"))
     driver.change(Delete("", "q"))
     driver.turn(2)
-    assert driver.engine._batch.sets == (0,)
+    assert driver.batches.sets == (0,)
     assert [r.token_ids for r in run(driver, "base")] == [r.token_ids for r in expected]
     assert "failed" not in caplog.text
 
@@ -282,4 +283,4 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     wrong = prepare(full(driver, 3), "float32", parameters=driver.model.info.weights)
     with pytest.raises(PreconditionFailed):
         driver.push("p", wrong.bundle, prepared=wrong, if_match="9")
-    assert driver.engine._policies._resident._work is None and driver.status.sets == 1
+    assert driver.resident._work is None and driver.status.sets == 1

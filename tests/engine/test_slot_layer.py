@@ -22,7 +22,7 @@ def driver(bare_model: Callable[[str], ResidentModel], qwen: Path) -> Driver:
 
 
 def store_of(driver: Driver) -> SlotRows:
-    store: SlotRows = driver.engine._batch[0].store
+    store: SlotRows = driver.batch(0).store
     return store
 
 
@@ -40,7 +40,7 @@ def test_neighbouring_places_are_one_range() -> None:
 
 def test_a_prompt_is_written_to_its_places_alone(driver: Driver) -> None:
     driver.submit(prompts_of([9], 286), n=4, max_tokens=4, ignore_eos=True)
-    driver.until(lambda: len(driver.engine._batch.rows) == 4)
+    driver.until(lambda: len(driver.batches.rows) == 4)
     layer: SlotLayer = store_of(driver).layers[0]
     assert layer.keys is not None and layer.values is not None
     shape = (layer.keys.shape[1], 5, layer.keys.shape[3])
@@ -64,7 +64,7 @@ def test_rows_whose_numbers_are_known_leave_their_places_as_they_are(driver: Dri
     if ending == "abort":
         driver.abort(id)
     driver.finish(id)
-    driver.until(lambda: not driver.engine._batch.active)
+    driver.until(lambda: not driver.batches.active)
     reasons = {"length": FinishReason.LENGTH, "stop": FinishReason.STOP, "abort": FinishReason.ABORTED}
     assert driver.rollouts(id)[0].finish_reason is reasons[ending]
     assert all(filled(driver))
@@ -76,7 +76,7 @@ def test_a_place_that_no_step_has_computed_with_is_zeroed(
     driver = Driver.start(qwen, bare_model("qwen3"), max_batch=4, prefill_tokens=16)
     id = driver.submit(prompts_of([60], 286), max_tokens=8, ignore_eos=True)
     driver.turn(2)
-    assert driver.engine._batch.joining and filled(driver) == [True]
+    assert driver.batches.joining and filled(driver) == [True]
     driver.abort(id)
     driver.finish(id)
     assert filled(driver) == [False]
@@ -85,7 +85,7 @@ def test_a_place_that_no_step_has_computed_with_is_zeroed(
 def test_the_first_step_behind_a_prompt_copies_nothing(driver: Driver) -> None:
     """A prompt that fills its columns to the last would have all KV of its rows copied by their first step."""
     driver.submit(prompts_of([65], 286), n=4, max_tokens=40, ignore_eos=True)
-    driver.until(lambda: len(driver.engine._batch.rows) == 4)
+    driver.until(lambda: len(driver.batches.rows) == 4)
     columns = store_of(driver).columns
     driver.turn(24)
     assert store_of(driver).columns == columns

@@ -16,7 +16,8 @@ from adapters.prepare import prepare
 from rollout_server.engine.policy_messages import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
-from tests.engine.driver import FIRE, Driver, prompts_of
+from tests.engine.door import FIRE
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
@@ -69,7 +70,7 @@ def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwe
         assert_same(one, other, within)
     assert {s.version.number for row in driver.rollouts(new) for s in row.spans} == {2}
     # Staged at once, on an engine that does nothing else, it is the same version.
-    driver.engine._policies._resident.slots.unmount()
+    driver.resident.slots.unmount()
     fresh = Driver.start(qwen, driver.model)
     fresh.push("q", second)
     expected = fresh.generate(PROMPTS, policy="q", seed=3, max_tokens=16, ignore_eos=True)
@@ -121,7 +122,7 @@ def test_a_version_refused_in_the_middle_of_its_staging_leaves_nothing(driver: D
     push = driver.publish("p", bundle)
     with pytest.raises(AdapterMismatch, match="magnitude"):
         driver.published(push)
-    assert driver.engine._policies._resident.slots.slots_in_use == 1
+    assert driver.resident.slots.slots_in_use == 1
     assert driver.push("p", driver.bundle(3, dora=True)).version.number == 2
     driver.finish(running)
     assert len(driver.rollouts(running)) == 2 and all(len(row.token_ids) == 200 for row in driver.rollouts(running))
@@ -133,7 +134,7 @@ def test_a_fault_in_the_middle_of_staging_fails_the_push_by_name(
 ) -> None:
     driver.push("p", driver.bundle(1))
     expected = driver.generate(PROMPTS, policy="p", seed=3, max_tokens=8, ignore_eos=True)
-    slots = driver.engine._policies._resident.slots
+    slots = driver.resident.slots
     writes, write = [], slots._write
 
     def failing(staging: Any) -> None:
@@ -166,9 +167,13 @@ def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
         driver.push("p", bundle, prepared=prepare(bundle, "float32"))
         driver.finish(rows)
         mx.synchronize()
-        policies = driver.engine._policies
         seen.append(
-            (policies._resident.slots.slots_in_use, len(policies._bundles), policies.slot_bytes, mx.get_active_memory())
+            (
+                driver.resident.slots.slots_in_use,
+                len(driver.bundles_held),
+                driver.policies.slot_bytes,
+                mx.get_active_memory(),
+            )
         )
     assert [v.version.number for v in driver.status.policies[0].versions] == [57, 58, 59, 60]
     slots, bundles, stacks, memory = zip(*seen[12:], strict=True)

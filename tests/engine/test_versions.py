@@ -17,7 +17,8 @@ from rollout_server.errors import (
     WeightsMemoryExceeded,
 )
 from rollout_server.rollout import Rollout
-from tests.engine.driver import Driver, broken_steps, prompts_of
+from tests.engine.door import broken_steps
+from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
@@ -114,7 +115,7 @@ def test_peft_and_mlx_lm_files_of_one_adapter_give_the_same_numbers(driver: Driv
     first = run(driver, "peft")
     base = run(driver, "base")
     # Slots of its own: equal digests would share one.
-    driver.engine._policies._resident.slots.unmount()
+    driver.resident.slots.unmount()
     other = Driver.start(qwen, driver.model)
     other.push("mlx", mlx)
     second = run(other, "mlx")
@@ -142,7 +143,7 @@ def test_versions_are_retained_counted_and_freed(driver: Driver, qwen: Path) -> 
     assert [v.version.number for v in small.status.policies[0].versions] == [5, 6]
     with pytest.raises(VersionGone):
         small.score([PROMPTS[0]], policy="p@1")
-    assert small.engine._policies._resident.slots.slots_in_use == 2
+    assert small.resident.slots.slots_in_use == 2
 
 
 def test_the_same_content_pushed_again_changes_nothing(driver: Driver) -> None:
@@ -186,7 +187,7 @@ def test_no_reference_is_left_behind(driver: Driver, qwen: Path) -> None:
         if k % 3 == 0:
             small.abort(ids[-1])
         if k == 7:
-            with broken_steps(small.engine._batch[0]):
+            with broken_steps(small.batch(0)):
                 small.turn(2)
     small.finish(*ids)
     small.turn(4)
@@ -213,11 +214,11 @@ def test_a_deleted_version_serves_its_rows_to_the_end_and_nobody_else(driver: Dr
     assert [v.version.number for v in driver.status.policies[0].versions] == [2]
     with pytest.raises(VersionGone):
         driver.score([PROMPTS[0]], policy="p@1")
-    assert driver.engine._policies._resident.slots.slots_in_use == 2
+    assert driver.resident.slots.slots_in_use == 2
     driver.finish(held)
     driver.turn(2)
-    assert driver.engine._policies._resident.slots.slots_in_use == 1
-    assert driver.engine._policies._registry.nbytes == driver.bundle(2).nbytes
+    assert driver.resident.slots.slots_in_use == 1
+    assert driver.registry.nbytes == driver.bundle(2).nbytes
     for row in driver.rollouts(held):
         assert stamps(row) == [("p", 1, 0, 40)]
     again = driver.push("q", driver.bundle(1))
@@ -228,7 +229,7 @@ def test_a_deleted_name_goes_on_with_its_numbers(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
     driver.push("p", driver.bundle(2))
     assert driver.change(Delete("", "p")).numbers == (1, 2)
-    assert driver.status.policies == () and driver.engine._policies._resident.slots.slots_in_use == 0
+    assert driver.status.policies == () and driver.resident.slots.slots_in_use == 0
     for policy, error in (("p", UnknownPolicy), ("p@2", VersionGone)):
         with pytest.raises(error):
             driver.score([PROMPTS[0]], policy=policy)
@@ -247,7 +248,7 @@ def test_a_pinned_version_outlives_its_age(driver: Driver, qwen: Path) -> None:
     small.change(Pin("", "p", 1, False))
     with pytest.raises(VersionGone):
         small.change(Pin("", "p", 1, True))
-    small.engine._policies._resident.slots.unmount()
+    small.resident.slots.unmount()
 
 
 def test_an_export_is_the_bundle_that_was_pushed_while_it_is_kept(driver: Driver, qwen: Path) -> None:
@@ -258,14 +259,14 @@ def test_an_export_is_the_bundle_that_was_pushed_while_it_is_kept(driver: Driver
     small.push("p", small.bundle(2))
     with pytest.raises(VersionGone):
         small.change(Export("", "p", 1))
-    assert set(small.engine._policies._bundles) == {small.bundle(2).digest}, "freed with the version"
-    small.engine._policies._resident.slots.unmount()
+    assert set(small.bundles_held) == {small.bundle(2).digest}, "freed with the version"
+    small.resident.slots.unmount()
 
 
 def test_a_restored_name_serves_the_same_numbers(driver: Driver, qwen: Path) -> None:
     driver.push("p", driver.bundle(1))
     expected = run(driver, "p")
-    driver.engine._policies._resident.slots.unmount()
+    driver.resident.slots.unmount()
     fresh = Driver.start(qwen, driver.model)
     versions = tuple(
         RestoredVersion(number, fresh.bundle(number), f"step-{number}", 1.5, number == 1, number == 3)
@@ -278,8 +279,8 @@ def test_a_restored_name_serves_the_same_numbers(driver: Driver, qwen: Path) -> 
     rows = run(fresh, "p")
     assert [(r.token_ids, r.logprobs) for r in rows] == [(r.token_ids, r.logprobs) for r in expected]
     assert fresh.push("p", fresh.bundle(9)).version.number == 6
-    fresh.engine._policies._resident.slots.unmount()
+    fresh.resident.slots.unmount()
     small = Driver.start(qwen, driver.model, weights_memory=fresh.bundle(1).nbytes + 1)
     with pytest.raises(WeightsMemoryExceeded):
         small.change(Restore("", "r", 5, versions))
-    assert small.status.policies == () and not small.engine._policies._bundles
+    assert small.status.policies == () and not small.bundles_held

@@ -34,7 +34,7 @@ def test_a_push_lets_it_start_and_others_pass_meanwhile(driver: Driver) -> None:
     id = waiting(driver)
     other = driver.submit([PROMPT], policy="p", max_tokens=4, ignore_eos=True)
     driver.finish(other)
-    assert not driver.over(id) and driver.status.waiting == 1 and not driver.engine._busy
+    assert not driver.over(id) and driver.status.waiting == 1 and not driver.busy
     driver.push("p", driver.bundle(2))
     driver.finish(id)
     (row,) = driver.rollouts(id)
@@ -119,7 +119,7 @@ def test_it_can_be_aborted_and_has_its_timeout(driver: Driver) -> None:
     assert row.finish_reason is FinishReason.ABORTED and row.token_ids == ()
     driver.finish(late, turns=3)
     assert isinstance(driver.error(late), NeverAdmitted)
-    assert driver.status.waiting == 0 and not driver.engine._scheduler._aside
+    assert driver.status.waiting == 0 and not driver.groups_without_version
 
 
 @pytest.mark.parametrize("ends", ["wait_s", "deadline"])

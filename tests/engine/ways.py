@@ -58,8 +58,7 @@ class Compiled(Way):
         self._traces = 0
 
     def after_turn(self, driver: Driver) -> None:
-        batch: Any = driver.engine._batch[0]
-        self._traces = max(self._traces, len(batch._compiled._traces))
+        self._traces = max(self._traces, driver.traces(driver.batch(0)))
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._traces > 0
@@ -72,9 +71,8 @@ class Settled(Way):
         self._settled = 0
 
     def after_turn(self, driver: Driver) -> None:
-        batch: Any = driver.engine._batch[0]
-        self._settled += batch._flight is not None
-        driver.engine._settle()
+        self._settled += driver.in_flight(driver.batch(0))
+        driver.settle()
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._settled >= max(len(row.token_ids) for row in rows)
@@ -87,10 +85,10 @@ class Preempted(Way):
         self._most = 0
 
     def after_turn(self, driver: Driver) -> None:
-        batch = driver.engine._batch
+        batch = driver.batches
         if self._most == 0 and batch.size > 1 and not batch.joining and driver.status.steps > 3:
             self._most = batch.due * 2 // 3
-            driver.limit_kv(self._most)
+            driver.set_kv_limit(self._most)
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return driver.status.preemptions > 0
@@ -114,11 +112,11 @@ class Classes(Way):
 
     def start(self, path: Path, model: ResidentModel) -> Driver:
         driver = super().start(path, model)
-        driver.engine._batch._costs = StepCosts(weights=0.0, cell=1.0)
+        driver.set_step_costs(StepCosts(weights=0.0, cell=1.0))
         return driver
 
     def after_turn(self, driver: Driver) -> None:
-        self._most = max(self._most, driver.engine._batch.classes(0))
+        self._most = max(self._most, driver.batches.classes(0))
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._most > 1

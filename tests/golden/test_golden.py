@@ -77,7 +77,7 @@ def test_embeddings_are_those_of_transformers(family: str, start: Start) -> None
     push(driver, family, "lora")
     push(driver, family, "dora")
     for how in ("last", "mean"):
-        driver.engine._references._pooling = how
+        driver.set_pooling(how)
         for policy in ("base", "lora", "dora"):
             found, expected = driver.embed(prompts, policy), reference[f"{policy}, {how}"]
             np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0, err_msg=f"{policy}, {how}")

@@ -1,0 +1,203 @@
+"""The one door of tests into the engine: what they look at and set that no command reaches. A test that needs more gets
+it here, so that a name inside the engine is known in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from adapters.resident import ResidentVersions
+from rollout_server.engine.batch import Batch
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.cache import Forward
+from rollout_server.engine.embedding_messages import PoolingKind
+from rollout_server.engine.footprint import MemoryStatus
+from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.loop import Engine
+from rollout_server.engine.memory import Memory
+from rollout_server.engine.passages import ScoreJob
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.sequence import Group
+
+FIRE = "the device is on fire"
+
+
+class Door:
+    engine: Engine
+
+    # ---- what runs ------------------------------------------------------------------------------------------------
+
+    @property
+    def batches(self) -> Batches:
+        return self.engine._batch
+
+    def batch(self, parameters: int, bucket: int | None = None) -> Batch:
+        """The batch of a length bucket of a parameter set, or the first one of the set. Raises `KeyError`."""
+        return self.batches[parameters] if bucket is None else self.batches._batches[parameters, bucket]
+
+    @property
+    def every_batch(self) -> list[Batch]:
+        return list(self.batches._batches.values())
+
+    @property
+    def unread_of_returning(self) -> list[int]:
+        """Of each batch that reads, the tokens that preempted rows of it still have to read again."""
+        return [batch._recovering.unread for batch in self.every_batch if batch.reading]
+
+    @property
+    def preemptions(self) -> int:
+        return self.engine._preemption.count
+
+    @property
+    def step_costs(self) -> StepCosts | None:
+        return self.batches._costs
+
+    def set_step_costs(self, costs: StepCosts | None) -> None:
+        """What length buckets are chosen by, as if it had been measured."""
+        self.batches._costs = costs
+
+    def set_kv_limit(self, cells: int) -> None:
+        """From now on all KV is at most so many columns."""
+        self.engine._room.kv_cells = cells
+        self.engine._batch._kv_cells = self.engine._preemption._kv_cells = cells
+
+    def set_max_rows(self, rows: int) -> None:
+        self.requests._max_rows = rows
+
+    @staticmethod
+    def in_flight(batch: Batch) -> bool:
+        """Whether a step was dispatched and not read yet."""
+        return batch._flight is not None
+
+    @staticmethod
+    def traces(batch: Batch) -> int:
+        """Steps that the batch has compiled."""
+        compiled: Any = batch._compiled
+        return len(compiled._traces)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self.engine._busy
+
+    @property
+    def stopping(self) -> bool:
+        return self.engine._stopping
+
+    @property
+    def tokens_read(self) -> int:
+        """Prompt tokens and tokens that were scored, since the start."""
+        return self.engine._budget.tokens
+
+    def take_commands(self) -> None:
+        self.engine._take_commands()
+
+    def settle(self) -> None:
+        """Reads every step in flight and tells of its tokens."""
+        self.engine._settle()
+
+    def on_failed_step(self, noted: Callable[[Exception], None]) -> None:
+        """`noted` sees what a step raised before its rows fail by name."""
+        fail = self.engine._fail_step
+
+        def failing(error: Exception) -> None:
+            noted(error)
+            fail(error)
+
+        self.engine._fail_step = failing  # type: ignore[method-assign]
+
+    # ---- who waits ------------------------------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> Scheduler:
+        return self.engine._scheduler
+
+    @property
+    def waiting_groups(self) -> list[Group]:
+        return list(self.requests._waiting)
+
+    @property
+    def groups_without_version(self) -> list[Group]:
+        """Those that were set aside until a version is pushed."""
+        return list(self.requests._aside)
+
+    # ---- scoring --------------------------------------------------------------------------------------------------
+
+    @property
+    def scoring(self) -> ScoringQueue:
+        return self.engine._scoring
+
+    @property
+    def score_jobs(self) -> list[ScoreJob]:
+        return list(self.scoring._jobs)
+
+    @property
+    def reader(self) -> Any:
+        return self.scoring._reader
+
+    def set_reader(self, reader: Any) -> None:
+        self.scoring._reader = reader
+
+    def set_pooling(self, how: PoolingKind) -> None:
+        self.engine._references._pooling = how
+
+    # ---- versions and memory --------------------------------------------------------------------------------------
+
+    @property
+    def policies(self) -> PolicyTable:
+        return self.engine._policies
+
+    @property
+    def registry(self) -> Any:
+        return self.policies._registry
+
+    @property
+    def resident(self) -> ResidentVersions:
+        return self.policies._resident
+
+    @property
+    def bundles_held(self) -> dict[str, int]:
+        """Versions by the digest of the bundle that is kept for them."""
+        return {digest: held.versions for digest, held in self.policies._bundles.items()}
+
+    @property
+    def memory(self) -> Memory:
+        return self.engine._memory
+
+    def memory_now(self) -> MemoryStatus:
+        """Not as old as what the status shows."""
+        return self.memory._look()
+
+    def set_memory_clock(self, clock: Callable[[], float]) -> None:
+        self.memory._clock = clock
+
+
+def wrap_forwards(batch: Batch, wrap: Callable[[Forward], Forward]) -> Callable[[], None]:
+    """Every forward of the batch goes through `wrap` from now on, plain or compiled; returns what undoes it."""
+    kept = batch._forward, batch._compiled
+
+    def put(forward: Forward, compiled: Forward | None) -> None:
+        batch._forward, batch._compiled = forward, compiled
+
+    put(wrap(kept[0]), kept[1] and wrap(kept[1]))
+    return lambda: put(*kept)
+
+
+@contextmanager
+def broken_steps(batch: Batch) -> Iterator[None]:
+    """Every forward of the batch fails in here, plain or compiled."""
+
+    def broken(*_: object) -> mx.array:
+        raise ValueError(FIRE)
+
+    undo = wrap_forwards(batch, lambda _: broken)
+    try:
+        yield
+    finally:
+        undo()
