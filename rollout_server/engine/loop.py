@@ -21,6 +21,7 @@ from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.device import device_fault
 from rollout_server.engine.embedding_messages import Embed
 from rollout_server.engine.footprint import Release
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
@@ -73,7 +74,9 @@ class Engine:
         prefill_tokens: int,
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.perf_counter,
+        device_fault: Callable[[], str | None] = device_fault,
     ) -> None:
+        self._device_fault = device_fault
         self._model = model
         self._policies = policies
         self._mailbox = mailbox
@@ -347,7 +350,13 @@ class Engine:
         self._reports.end_request(id, reason, self._batch)
 
     def _fail_step(self, error: Exception) -> None:
-        """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on."""
+        """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on. Raises
+        `EngineUnavailable` where the device is gone, since everything that came after would fail too."""
+        if (gone := self._device_fault()) is not None:
+            raise EngineUnavailable(
+                f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server again; "
+                "with --state-dir it serves the versions that it had."
+            ) from error
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
         if self._scoring.computing:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.device import device_fault
 from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
@@ -78,9 +79,15 @@ class Driver(Door):
 
     @classmethod
     def start(
-        cls, path: Path, model: ResidentModel | None = None, clock: Callable[[], float] = lambda: 0.0, **options: Any
+        cls,
+        path: Path,
+        model: ResidentModel | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+        device: Callable[[], str | None] = device_fault,
+        **options: Any,
     ) -> Driver:
-        """`clock` is what a turn's budget is measured by; this one never moves, so that timing decides nothing."""
+        """`clock` is what a turn's budget is measured by; this one never moves, so that timing decides nothing.
+        `device` says what is wrong with the device."""
         chosen = EngineOptions(str(path), path.name, **options)
         if model is not None and "max_batch" in options:
             rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
@@ -97,6 +104,7 @@ class Driver(Door):
             prefill_tokens=chosen.prefill_tokens,
             prefix_cache=chosen.prefix_cache,
             clock=clock,
+            device_fault=device,
         )
         driver = cls(model, engine, mailbox, events)
         # As if measured: rows get no classes of lengths unless a test says what they cost.

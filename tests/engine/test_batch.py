@@ -140,7 +140,9 @@ def test_a_group_prefills_once_and_later_samples_reuse_it(
     prompt = prompts_of([60], 286)[0]
     wrap_forwards(driver.batch(0), lambda _: lambda tokens, caches: counting(model, tokens, caches))
     rows = driver.generate([prompt], n=12, max_tokens=6, ignore_eos=True)
-    assert sum(length for length in fed if length > 1) == 59
+    # One chunk, which is filled up where chunks are compiled.
+    (read,) = [length for length in fed if length > 1]
+    assert 59 <= read < 2 * 59
     assert len({row.token_ids for row in rows}) > 6
     for row in rows[::4]:
         alone = driver.generate([prompt], seeds=[[row.seed]], max_tokens=6, ignore_eos=True)[0]

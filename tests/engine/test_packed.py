@@ -174,10 +174,12 @@ def test_it_computes_what_mlx_lm_computes_with_its_packed_cache(
         for row in rows:
             tokens = row.prompt_ids + row.token_ids
             caches = [QuantizedKVCache(group_size=32, bits=8) for _ in module.layers]
-            parts = [module(mx.array([tokens[i : i + chunk]]), cache=caches) for i in range(0, len(tokens), chunk)]
-            logits = mx.concatenate(parts, axis=1)[0, len(row.prompt_ids) - 1 : -1]
-            chosen = mx.take_along_axis(logits, mx.array(row.token_ids)[:, None], axis=-1)[:, 0]
-            found.append((chosen - mx.logsumexp(logits, axis=-1)).tolist())
+            # CUDA has no quantised product of so few columns, which mlx-lm's cache begins with.
+            with mx.stream(mx.cpu):
+                parts = [module(mx.array([tokens[i : i + chunk]]), cache=caches) for i in range(0, len(tokens), chunk)]
+                logits = mx.concatenate(parts, axis=1)[0, len(row.prompt_ids) - 1 : -1]
+                chosen = mx.take_along_axis(logits, mx.array(row.token_ids)[:, None], axis=-1)[:, 0]
+                found.append((chosen - mx.logsumexp(logits, axis=-1)).tolist())
         assert gaps(rows, found).mean() < effect / 20
     assert gaps(rows, score(driver, rows)).mean() < effect / 20
 

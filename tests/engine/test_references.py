@@ -71,7 +71,9 @@ def test_the_prompt_is_read_once_for_all_samples(driver: Driver) -> None:
     seen = watch(driver)
     rows = driver.generate(prompts_of([200], 286), n=6, policy="p", max_tokens=30, ignore_eos=True, wants=BASE_TOO)
     inputs = sum(rows * tokens for rows, tokens in seen)
-    assert inputs == 199 + 6 * 30, seen
+    # Chunks that are compiled are filled up, to less than twice their tokens.
+    assert 199 + 6 * 30 <= inputs < 2 * (199 + 6 * 30), seen
+    assert sum(tokens for rows, tokens in seen if rows == 1) < 2 * 199, seen
     assert max(rows for rows, _ in seen) == 6
     driver.reader._forward = driver.model.forward  # type: ignore[attr-defined]
     assert_base(driver, rows)
