@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-gpu test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 
 test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
+
+test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
+	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'
+	MLX_ENABLE_TF32=0 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(ARGS),tests/engine tests/adapters tests/test_doctor.py)
 
 $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(PEERS) default peers

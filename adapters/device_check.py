@@ -24,8 +24,8 @@ RANKS = (3, 8)
 """Of the two versions that are tried: one narrower than the stack that holds it, and one as wide."""
 ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
 """Slots of the three rows: all different, which gathers, and all one, which does not."""
-LENGTHS = (1, 5)
-"""Tokens a row: a decode step, and a chunk."""
+LENGTHS = (1, 5, 130)
+"""Tokens a row: a decode step, a short chunk and a longer one, since kernels are chosen by it."""
 TRIED = 4
 """Experts that are tried, of however many there are."""
 BOUND: dict[mx.Dtype, float] = {mx.float32: 5e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}

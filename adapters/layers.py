@@ -16,6 +16,10 @@ multiple of eight, whether or not the rows begin at a multiple of so many bytes;
 misaligned, and every later call of the process fails with it."""
 
 
+MOST_CHOICES = 32_768
+"""Of experts by tokens in one gathered product: CUDA launches at most 65,535 at a time."""
+
+
 def round_rank(rank: int) -> int:
     return -(-rank // RANK_BUCKET) * RANK_BUCKET
 
@@ -192,8 +196,8 @@ class SlotStack:
             a, b = self.pair
             return self._cut((x @ a) @ b)
         rows = self._rows_of(x)
-        hidden = mx.gather_mm(x.reshape(rows.size, -1, x.shape[-1]), self.a.swapaxes(-1, -2), rhs_indices=rows)
-        return self._cut(mx.gather_mm(hidden, self.b, rhs_indices=rows)).reshape(*x.shape[:-1], self.out)
+        hidden = _of_rows(x.reshape(rows.size, -1, x.shape[-1]), self.a.swapaxes(-1, -2), rows)
+        return self._cut(_of_rows(hidden, self.b, rows)).reshape(*x.shape[:-1], self.out)
 
     def entries(self, tokens: mx.array) -> mx.array:
         """A[row]'s columns for the tokens times B[row], [batch, …, out], for ids [batch, …]. Only while `aimed`."""
@@ -202,7 +206,7 @@ class SlotStack:
             return self._cut(a[tokens] @ b)
         rows = self._rows_of(tokens)
         hidden = self.a.swapaxes(-1, -2)[rows[:, None], tokens.reshape(rows.size, -1)]
-        return self._cut(mx.gather_mm(hidden, self.b, rhs_indices=rows)).reshape(*tokens.shape, self.out)
+        return self._cut(_of_rows(hidden, self.b, rows)).reshape(*tokens.shape, self.out)
 
     def of_experts(self, x: mx.array, experts: mx.array, stacked: mx.array, *, in_order: bool) -> mx.array:
         """(x · A) · B of each choice's expert and row's slot, for x and indices as a SwitchLinear gets them. `stacked`
@@ -212,8 +216,16 @@ class SlotStack:
             hidden = mx.gather_mm(x, a, rhs_indices=experts, sorted_indices=in_order)
             return self._cut(mx.gather_mm(hidden, b, rhs_indices=experts, sorted_indices=in_order))
         a, b = self.a.flatten(0, 1), self.b.flatten(0, 1)
-        hidden = mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=stacked)
-        return self._cut(mx.gather_mm(hidden, b, rhs_indices=stacked))
+
+        def some(x: mx.array, stacked: mx.array) -> mx.array:
+            hidden = mx.gather_mm(x, a.swapaxes(-1, -2), rhs_indices=stacked)
+            return self._cut(mx.gather_mm(hidden, b, rhs_indices=stacked))
+
+        # Many choices are sorted, and flat, each with its own token in x.
+        starts = range(0, stacked.size, MOST_CHOICES) if in_order else (0,)
+        if len(starts) == 1:
+            return some(x, stacked)
+        return mx.concatenate([some(x[at : at + MOST_CHOICES], stacked[at : at + MOST_CHOICES]) for at in starts])
 
     def scaled(self, y: mx.array) -> mx.array:
         """gain[row] * y for y [batch, …, out]; y itself where no row has a gain."""
@@ -233,6 +245,15 @@ class SlotStack:
             size = 0 if self.rows is None else self.rows.size
             raise ValueError(f"The batch has {size} rows, but an adapted layer got an input of shape {x.shape}.")
         return self.rows
+
+
+def _of_rows(x: mx.array, stack: mx.array, rows: mx.array) -> mx.array:
+    """x [rows, tokens, in] times stack[rows[i]] [in, out] for row i."""
+    if x.shape[1] == 1:
+        return mx.gather_mm(x, stack, rhs_indices=rows)
+    # Copies of the matrices, which are thin, cost less than one more token a row would; and CUDA's `gather_mm` (mlx
+    # 0.32.4) cannot be launched for many tokens a row.
+    return x @ stack[rows]
 
 
 class AdaptedLinear(nn.Module):

@@ -14,6 +14,7 @@ from mlx_lm.models.switch_layers import SwitchMLP
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
+from adapters import layers as adapter_layers
 from adapters import mlx_lm, peft
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.experts import SORTED_FROM, AdaptedExperts
@@ -147,6 +148,17 @@ def test_a_block_that_gets_flat_tokens_and_the_other_kind_of_block() -> None:
     slots.route([slot, 0])
     with pytest.raises(ValueError, match="2 rows"):
         model(mx.zeros((3, 1, 16)), mx.zeros((3, 1, 2), mx.uint32))
+
+
+def test_many_choices_go_through_in_pieces(moe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = moe(), tokens(3, 40)
+    layers = adaptable_layers(model)
+    slots = slots_for(model)
+    slots.route([slots.stage(of_experts(layers, 1)), 0, slots.stage(of_experts(layers, 2, 9))])
+    at_once = logits(model, text)
+    for most in (64, 7):
+        monkeypatch.setattr(adapter_layers, "MOST_CHOICES", most)
+        assert np.abs(logits(model, text) - at_once).max() < CLOSE
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
