@@ -21,9 +21,13 @@ T = TypeVar("T")
 
 def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
     """The same tensors under the layers' own names; two that would then have one name keep theirs."""
-    bare = {name: IN_NAMES.sub("", name) for name in tensors}
+    bare = {name: unwrapped_name(name) for name in tensors}
     count = Counter(bare.values())
     return {bare[name] if count[bare[name]] == 1 else name: tensor for name, tensor in tensors.items()}
+
+
+def unwrapped_name(name: str) -> str:
+    return IN_NAMES.sub("", name)
 
 
 def unwrapped_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
