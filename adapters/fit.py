@@ -18,6 +18,7 @@ from adapters.tensors import STORAGE, FileTensor
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+PEFT_PREFIX = "base_model.model."
 TRANSPOSED = ("it looks transposed", "they look transposed")
 """Of one tensor, and of several."""
 
@@ -53,7 +54,7 @@ def faults(
     found = list(proposal.strangers)
     prefixed = {module: prefix for module, _ in proposal.tensors if (prefix := _prefix(module, layers))}
     found += [
-        Fault(f"{path} is missing: {proposal.promises}.", f"tensors are missing: {proposal.promises}", path)
+        Fault(f"{path} is missing: {proposal.promises}.", f"tensors are missing ({proposal.promises})", path)
         for path in proposal.promised
         if path not in proposal.dense
     ]
@@ -94,9 +95,10 @@ def _prefix(module: str, layers: Mapping[str, object]) -> str | None:
 
 
 def _prefixed(tensor: FileTensor, path: str, prefix: str) -> Fault:
-    name, front, bare = shown(tensor.name), quoted(prefix), shown(path.removeprefix(prefix))
+    # PEFT's own prefix, where that stands behind the other, is no fault.
+    name, front = shown(tensor.name), quoted(prefix.removesuffix(PEFT_PREFIX) or prefix)
     return Fault(
-        f"{name} has the prefix {front} in front of {bare}: send it without.",
+        f"{name} has the prefix {front} in front of {shown(path.removeprefix(prefix))}: send it without.",
         f"tensors have the prefix {front} in front of what this base calls its own",
         name,
         "Send them without this prefix.",
@@ -105,7 +107,7 @@ def _prefixed(tensor: FileTensor, path: str, prefix: str) -> Fault:
 
 def _unexpected(tensor: FileTensor, why: str, all_because: str) -> Fault:
     name = shown(tensor.name)
-    return Fault(f"{name} is unexpected: {why}.", f"tensors are unexpected: {all_because}", name)
+    return Fault(f"{name} is unexpected: {why}.", f"tensors are unexpected, since {all_because}", name)
 
 
 def _missing(proposal: Proposal) -> Iterator[tuple[str, Fault]]:
@@ -188,7 +190,9 @@ def twice(name: str, other: FileTensor) -> Fault:
 
 def stranger(name: str, why: str) -> Fault:
     """A tensor that is no part of an adapter."""
-    return Fault(f"{shown(name)} is unexpected: it is {why}.", f"tensors are unexpected, each {why}", shown(name))
+    return Fault(
+        f"{shown(name)} is unexpected: it is {why}.", f"tensors are unexpected, since each is {why}", shown(name)
+    )
 
 
 def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> tuple[str, str]:

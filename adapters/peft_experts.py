@@ -110,8 +110,8 @@ def _matrix(
 ) -> NDArray[np.generic] | None:
     """The tensor's values, or None and a fault."""
     if tensor is None:
-        why = "the configuration targets"
-        faults.append(Fault(f"{name} is missing: {why} it.", f"tensors are missing: {why} them", name))
+        said = f"{name} is missing: the configuration targets it."
+        faults.append(Fault(said, "tensors are missing, which the configuration targets", name))
     elif not tensor.readable:
         faults.append(unserved(tensor))
     elif tensor.shape != shape:

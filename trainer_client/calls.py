@@ -192,8 +192,9 @@ def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[
 def rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[RolloutOptions]) -> Call[RolloutBatch]:
     """Samples `n` rollouts of every prompt and returns when all have ended.
 
-    prompts   a list of texts, token ids, lists of chat messages, prompt objects of the contract, or rows to go on with
-              (see `continued` for what a tool said in between); may be mixed
+    prompts   a list of texts, token ids (lists, or arrays of numpy, torch or MLX), lists of chat messages, prompt
+              objects of the contract, or rows to go on with (see `continued` for what a tool said in between); may be
+              mixed
     options   `policy`, `n`, `max_tokens`, `temperature`, `top_p`, `seed`, `stop`, …: see `RolloutOptions`
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
@@ -232,8 +233,9 @@ def logprobs(
 ) -> Call[Scored]:
     """Log-probabilities of given tokens under a policy, by teacher forcing.
 
-    sequences    token ids each, scored from position 0 (whose value is NaN); or `{"token_ids", "start"}`; or a batch,
-                 scored over its completions, so that the flat result lines up with `batch.logprobs`
+    sequences    token ids each (lists, or any arrays), scored from position 0 (whose value is NaN); or `{"token_ids",
+                 "start"}`; or a batch, scored over its completions, so that the flat result lines up with
+                 `batch.logprobs`
     temperature  divides the logits first
     returns      `entropy`
     versions     per sequence the spans to read it under instead of `policy`, or None; `batch.spans` checks rows that
@@ -254,7 +256,7 @@ def logprobs(
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
     """`POST /v1/completions` of the OpenAI API, for evaluation: sends `fields` as they are, returns the reply as JSON.
 
-    prompt   a string, strings, token ids, or lists of token ids"""
+    prompt   a string, strings, token ids, or lists of token ids, as any array too"""
     if fields.get("stream"):
         raise ValueError("completions does not stream here: use stream_rollouts, or any OpenAI client.")
     body = {"model": _address(model), "prompt": prompt, **fields}

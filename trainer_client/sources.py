@@ -15,8 +15,8 @@ from trainer_client.peft_models import bare_model, peft_adapter
 from trainer_client.tensors import host_tensors, plain_config, read_adapter, read_config
 from trainer_client.wrappers import unwrapped, unwrapped_config
 
-CALLERS = 4
-"""Frames from here to the line that calls a client's `push`."""
+CALLERS = 5
+"""Frames from where the warning is made to the line that calls a client's `push`."""
 
 
 def adapter_of(source: Any, config: Any = None) -> tuple[dict[str, HostTensor], Mapping[str, Any]]:

@@ -34,8 +34,9 @@ def told(change: Callable[[str, np.ndarray], tuple[str, np.ndarray]], **fields: 
         (lambda name, a: (name, np.ascontiguousarray(a.T)), "448 tensors have shapes that do not fit (they look tr"),
         (lambda name, a: (name, a[:, :1]), "tensors have shapes that do not fit: "),
         (lambda name, a: ("actor." + name.removeprefix(FRONT), a), "448 tensors have the prefix 'actor.' in front of "),
+        (lambda name, a: ("actor." + name, a), "448 tensors have the prefix 'actor.' in front of "),
         (lambda name, a: (name.replace("layers.", "layers.9"), a), "224 layers are targeted by the configuration, "),
-        (lambda name, a: (name.replace("lora_", "vera_"), a), "448 tensors are unexpected, each no lora_A or lora_B "),
+        (lambda name, a: (name.replace("lora_", "vera_"), a), "448 tensors are unexpected, since each is no lora_"),
     ],
 )  # fmt: skip
 def test_a_kind_of_fault_is_one_sentence_with_a_count(change: Any, sentence: str) -> None:

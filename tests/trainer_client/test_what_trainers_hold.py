@@ -17,7 +17,17 @@ from safetensors.numpy import load, save_file
 
 from rollout_server.rollout import NAME_RULE
 from tests.trainer_client import contract
-from trainer_client import TrainerClientError, calls, checking, continued, group_advantages, keeping
+from trainer_client import (
+    Retry,
+    RolloutClient,
+    ServerUnreachable,
+    TrainerClientError,
+    calls,
+    checking,
+    continued,
+    group_advantages,
+    keeping,
+)
 from trainer_client.errors import InvalidField
 from trainer_client.parsing import parse_reply
 from trainer_client.tensors import host_tensor
@@ -80,6 +90,16 @@ def test_floats_in_which_no_adapter_is_served_are_cast_and_told_once(made: Calla
     assert len(told) == 1
     assert bytes(call.body) == bytes(calls.push("policy", SERVED, CONFIG).body)
     assert sent_digest(call) == sent_digest(calls.push("policy", SERVED, CONFIG))
+
+
+def test_the_warning_points_at_the_line_that_pushes() -> None:
+    with (
+        RolloutClient("http://127.0.0.1:9", retry=Retry(attempts=1)) as client,
+        pytest.warns(UserWarning) as told,
+        pytest.raises(ServerUnreachable),
+    ):
+        client.push("policy", HALVES, CONFIG)
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
