@@ -43,9 +43,11 @@ from adapters.spec import (
     AdapterUnsupported,
     Parameter,
     experts_of,
+    quoted,
     shown,
 )
 from adapters.tensors import AdapterTensor, FileTensor, read_safetensors
+from adapters.wrappers import unwrapped, unwrapped_config
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
 MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
@@ -165,6 +167,7 @@ def _propose(
 ) -> tuple[Any, Proposal]:
     """(The reader of the file's format, what it says)."""
     _known(format)
+    tensors, config = unwrapped(tensors), unwrapped_config(config)
     if dense.is_dense(config):
         if format != "auto" and (format == "peft" or "fine_tune_type" not in config):
             raise AdapterUnreadable(
@@ -172,7 +175,7 @@ def _propose(
             )
         return dense, dense.read(tensors, config, parameters)
     if config.get("kind", "lora") not in ("lora", None):
-        reason = f"kind {shown(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."
+        reason = f"kind {quoted(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."
         raise AdapterUnsupported({"kind": reason})
     found = _format(format, config, tensors)
     if found == "peft":
@@ -202,13 +205,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the field {shown(twice)!r} is there twice")
+        raise ValueError(f"the field {quoted(twice)} is there twice")
     return fields
 
 
 def _known(format: str) -> None:
     if format not in ("auto", *FORMATS):
-        raise AdapterUnreadable(f"There is no format {shown(format)!r}: auto, peft and mlx are known.", field="format")
+        raise AdapterUnreadable(f"There is no format {quoted(format)}: auto, peft and mlx are known.", field="format")
 
 
 def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]) -> str:

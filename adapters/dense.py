@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapters.fit import Proposal
+from adapters.faults import Fault
+from adapters.fit import Proposal, twice
 from adapters.spec import (
     DENSE_KINDS,
     TIED_HEAD,
@@ -18,7 +19,9 @@ from adapters.spec import (
     AdapterUnsupported,
     Kind,
     Parameter,
+    fields_shown,
     place_of,
+    quoted,
     shown,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
@@ -47,11 +50,11 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
     if not by_mlx:
         _refuse(config)
     dense: dict[str, FileTensor] = {}
-    strangers: list[str] = []
+    strangers: list[Fault] = []
     for name, tensor in sorted(tensors.items()):
         path = name.removeprefix(PREFIX)
         if path in dense:
-            strangers.append(f"{shown(name)} is there twice: also as {shown(dense[path].name)}.")
+            strangers.append(twice(name, dense[path]))
         dense[path] = tensor
     kind: Kind = "delta" if config.get("kind") == "delta" else "full"
     count = _count(config.get("num_layers")) if by_mlx and "kind" not in config else None
@@ -64,7 +67,7 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
         spell=lambda part, _: part,
         dense=dense,
         promised=_promised(count, parameters) if count is not None else (),
-        promises=f"num_layers = {shown(config.get('num_layers'))} says that it was trained",
+        promises=f"num_layers = {quoted(config.get('num_layers'))} says that it was trained",
     )
 
 
@@ -76,33 +79,36 @@ def complete(spec: AdapterSpec, tensors: dict[str, AdapterTensor]) -> tuple[Adap
 def _refuse_twofold(config: Mapping[str, Any]) -> None:
     """Fields that say something else than that these are whole tensors."""
     wrong = {
-        field: f"{field} = {shown(config[field])} contradicts whole tensors: leave it out, or send a low-rank adapter."
+        field: f"{field} = {quoted(config[field])} contradicts whole tensors: leave it out, or send a low-rank adapter."
         for field in ("peft_type", "r", "lora_alpha", "target_modules")
         if config.get(field) not in (None, [], "")
     }
     if config.get("fine_tune_type", "full") != "full":
-        said = shown(config["fine_tune_type"])
-        wrong["fine_tune_type"] = f"fine_tune_type = {said} contradicts kind {config['kind']}: leave one of them out."
+        said, kind = quoted(config["fine_tune_type"]), quoted(config["kind"])
+        wrong["fine_tune_type"] = f"fine_tune_type = {said} contradicts kind {kind}: leave one of them out."
     elif "fine_tune_type" in config and config.get("kind", "full") != "full":
-        wrong["kind"] = f"kind {shown(config['kind'])} contradicts fine_tune_type = full: leave one of them out."
+        wrong["kind"] = f"kind {quoted(config['kind'])} contradicts fine_tune_type = 'full': leave one of them out."
     if wrong:
         raise AdapterUnsupported(wrong)
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
     wrong = {
-        shown(field): f"{shown(field)} = {shown(value)} means nothing beside kind {config['kind']}: leave it out."
+        field: value
         for field, value in config.items()
         if field != "kind" and field not in WITHOUT_EFFECT and value not in (None, False, "", [], {})
     }
     if wrong:
-        raise AdapterUnsupported(wrong)
+        means = "means nothing" if len(wrong) == 1 else "mean nothing"
+        out = "leave it out" if len(wrong) == 1 else "leave them out"
+        reason = f"{fields_shown(wrong)} {means} beside kind {quoted(config['kind'])}: {out}."
+        raise AdapterUnsupported({shown(field): reason for field in wrong})
 
 
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise AdapterUnreadable(
-            f"num_layers must be a whole number in the adapter configuration, not {shown(value)}: it says how many "
+            f"num_layers must be a whole number in the adapter configuration, not {quoted(value)}: it says how many "
             "of the last blocks were trained, -1 for all.",
             field="config.num_layers",
         )

@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, shown
+from adapters.faults import Fault
+from adapters.patterns import ends
+from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted, shown
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+
+PEFT_PREFIX = "base_model.model."
+TRANSPOSED = ("it looks transposed", "they look transposed")
+"""Of one tensor, and of several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class Proposal:
     """How the configuration names its targets, for the sentence that says they match nothing."""
     tensors: Mapping[tuple[str, str], FileTensor]
     """(module path, `lora_A`, `lora_B` or `lora_magnitude_vector`) → tensor."""
-    strangers: tuple[str, ...]
+    strangers: tuple[Fault, ...]
     """Faults met while reading: tensors that are no part of an adapter, or that are there twice."""
     transposed: bool
     """True where the file stores A as [in, rank] and B as [rank, out]; stacks of experts are never turned."""
@@ -41,48 +47,92 @@ class Proposal:
     """and how it says so."""
 
 
-def faults(proposal: Proposal, layers: Mapping[str, tuple[int, int]], parameters: Mapping[str, Parameter]) -> list[str]:
-    """One sentence for each fault, in a fixed order; empty if the adapter fits `layers` (path → (out, in)) and
-    `parameters`."""
+def faults(
+    proposal: Proposal, layers: Mapping[str, tuple[int, int]], parameters: Mapping[str, Parameter]
+) -> list[Fault]:
+    """Every fault, in a fixed order; empty if the adapter fits `layers` (path → (out, in)) and `parameters`."""
     found = list(proposal.strangers)
-    found += [f"{path} is missing: {proposal.promises}." for path in proposal.promised if path not in proposal.dense]
+    prefixed = {module: prefix for module, _ in proposal.tensors if (prefix := _prefix(module, layers))}
+    found += [
+        Fault(f"{path} is missing: {proposal.promises}.", f"tensors are missing ({proposal.promises})", path)
+        for path in proposal.promised
+        if path not in proposal.dense
+    ]
     for path, tensor in sorted(proposal.dense.items()):
         found += _wrong_dense(path, tensor, parameters)
     if not proposal.spec.modules and proposal.spec.kind not in DENSE_KINDS:
         known = sorted({path.rsplit(".", 1)[-1] for path in layers})
-        found.append(
+        text = (
             f"The configuration targets {shown(proposal.targets)}, which is no layer of this base; "
             f"layers that can be adapted are called {shown(', '.join(known))}."
         )
-    found += _missing(proposal)
+        found.append(Fault(text))
+    there = {module.removeprefix(prefix) for module, prefix in prefixed.items()}
+    found += (fault for module, fault in _missing(proposal) if module not in there)
     for (module, part), tensor in sorted(proposal.tensors.items()):
-        if module not in layers:
-            found.append(f"{shown(tensor.name)} is unexpected: the base has no adaptable layer {shown(module)}.")
+        if module in prefixed:
+            found.append(_prefixed(tensor, module, prefixed[module]))
+        elif module not in layers:
+            found.append(
+                _unexpected(tensor, f"the base has no adaptable layer {shown(module)}", "the base has no such layers")
+            )
         elif module not in proposal.spec.modules:
-            found.append(f"{shown(tensor.name)} is unexpected: the configuration does not target {shown(module)}.")
+            why = "the configuration does not target"
+            found.append(_unexpected(tensor, f"{why} {shown(module)}", f"{why} their layers"))
         elif part not in proposal.spec.parts:
-            found.append(f"{shown(tensor.name)} is unexpected: the configuration does not say that this is DoRA.")
+            why = "the configuration does not say that this is DoRA"
+            found.append(_unexpected(tensor, why, why))
         else:
             found += _wrong(proposal, module, part, tensor, layers[module])
     return found
 
 
-def _missing(proposal: Proposal) -> Iterator[str]:
+def _prefix(module: str, layers: Mapping[str, object]) -> str | None:
+    """What stands in front of a layer's path, if the path is one with something in front of it."""
+    if module in layers:
+        return None
+    return next((module[: -len(end)] for end in ends(module) if end and end in layers), None)
+
+
+def _prefixed(tensor: FileTensor, path: str, prefix: str) -> Fault:
+    # PEFT's own prefix, where that stands behind the other, is no fault.
+    name, front = shown(tensor.name), quoted(prefix.removesuffix(PEFT_PREFIX) or prefix)
+    return Fault(
+        f"{name} has the prefix {front} in front of {shown(path.removeprefix(prefix))}: send it without.",
+        f"tensors have the prefix {front} in front of what this base calls its own",
+        name,
+        "Send them without this prefix.",
+    )
+
+
+def _unexpected(tensor: FileTensor, why: str, all_because: str) -> Fault:
+    name = shown(tensor.name)
+    return Fault(f"{name} is unexpected: {why}.", f"tensors are unexpected, since {all_because}", name)
+
+
+def _missing(proposal: Proposal) -> Iterator[tuple[str, Fault]]:
+    """Layers and what is missing of them."""
     for module, spec in proposal.spec.modules.items():
         present = [part for part in proposal.spec.parts if (module, part) in proposal.tensors]
         if not present:
-            yield f"{module} is targeted by the configuration, but the file has no tensors for it."
+            why = "targeted by the configuration, but the file has no tensors for"
+            yield module, Fault(f"{module} is {why} it.", f"layers are {why} them", module)
             continue
         there = " and ".join(f"{module}.{proposal.spell(part, spec.place)}" for part in present)
         for part in proposal.spec.parts:
             if part not in present:
-                yield f"{module}.{proposal.spell(part, spec.place)} is missing: the file has only {there}."
+                name = f"{module}.{proposal.spell(part, spec.place)}"
+                yield (
+                    module,
+                    Fault(
+                        f"{name} is missing: the file has only {there}.",
+                        "tensors are missing of layers for which the file has others",
+                        name,
+                    ),
+                )
 
 
-def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[str]:
-    name = shown(tensor.name)
-    if tensor.dtype not in STORAGE:
-        yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
+def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer: tuple[int, int]) -> Iterator[Fault]:
     rank = proposal.spec.modules[module].rank
     out, width = layer
     expected: tuple[int, ...] = (out,) if part == MAGNITUDE else (rank, width) if part == "lora_A" else (out, rank)
@@ -90,37 +140,73 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
         expected = experts_of(layer) + expected
     elif proposal.transposed:
         expected = expected[::-1]
-    if tensor.shape != expected:
-        yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(expected)}{_why(tensor, expected, rank)}."
-    elif tensor.readable and not tensor.read().finite():
-        yield f"{name} holds values that are not finite (NaN or infinity)."
+    yield from _wrong_values(tensor, expected, *_why(tensor, expected, rank))
 
 
-def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[str]:
-    name, parameter = shown(tensor.name), parameters.get(path)
+def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
+    parameter = parameters.get(path)
     if parameter is None:
-        yield f"{name} is unexpected: the base has no parameter {shown(path)}."
+        prefix = _prefix(path, parameters)
+        if prefix:
+            yield _prefixed(tensor, path, prefix)
+        else:
+            yield _unexpected(tensor, f"the base has no parameter {shown(path)}", "the base has no such parameters")
         return
+    turned = tensor.shape == parameter.shape[::-1]
+    yield from _wrong_values(tensor, parameter.shape, *(TRANSPOSED if turned else ("", "")))
+
+
+def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_because: str) -> Iterator[Fault]:
+    name = shown(tensor.name)
     if tensor.dtype not in STORAGE:
-        yield f"{name} has dtype {tensor.dtype}; {', '.join(STORAGE)} are served."
-    if tensor.shape != parameter.shape:
-        turned = ": it looks transposed" if tensor.shape == parameter.shape[::-1] else ""
-        yield f"{name} has shape {_shape(tensor.shape)} but must be {_shape(parameter.shape)}{turned}."
+        yield unserved(tensor)
+    if tensor.shape != expected:
+        what = f"has shape {_shape(tensor.shape)} but must be {_shape(expected)}"
+        yield Fault(
+            f"{name} {what}{f': {why}' if why else ''}.",
+            f"tensors have shapes that do not fit{f' ({all_because})' if all_because else ''}",
+            f"{name} {what}",
+        )
     elif tensor.readable and not tensor.read().finite():
-        yield f"{name} holds values that are not finite (NaN or infinity)."
+        what = "values that are not finite (NaN or infinity)"
+        yield Fault(f"{name} holds {what}.", f"tensors hold {what}", name)
 
 
-def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> str:
+def unserved(tensor: FileTensor) -> Fault:
+    """Of a dtype that no adapter is served in."""
+    what = f"dtype {tensor.dtype}; {', '.join(STORAGE)} are served"
+    name = shown(tensor.name)
+    remedy = "Cast them to float32."
+    if not tensor.dtype.startswith("F"):
+        remedy = "Send the values that they stand for as float32."
+    return Fault(f"{name} has {what}.", f"tensors have {what}", name, remedy)
+
+
+def twice(name: str, other: FileTensor) -> Fault:
+    """A tensor that is there under another name already."""
+    text = f"{shown(name)} is there twice: also as {shown(other.name)}"
+    return Fault(f"{text}.", "tensors are there twice", shown(name))
+
+
+def stranger(name: str, why: str) -> Fault:
+    """A tensor that is no part of an adapter."""
+    return Fault(
+        f"{shown(name)} is unexpected: it is {why}.", f"tensors are unexpected, since each is {why}", shown(name)
+    )
+
+
+def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> tuple[str, str]:
+    """Of one tensor, and of several."""
     if len(expected) == 1:
-        return ": one number for each output"
+        return ("one number for each output",) * 2
     if len(expected) == 3:
-        return ": one matrix for each expert" if tensor.shape[:-2] != expected[:-2] else ""
+        return ("one matrix for each expert",) * 2 if tensor.shape[:-2] != expected[:-2] else ("", "")
     if len(tensor.shape) == 2 and tensor.shape == expected[::-1]:
-        return ": it looks transposed"
+        return TRANSPOSED
     at = expected.index(rank)
     if len(tensor.shape) == 2 and tensor.shape[1 - at] == expected[1 - at]:
-        return f": the configuration says rank {rank}"
-    return ""
+        return f"the configuration says rank {rank}", "the configuration says another rank"
+    return "", ""
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapters.fit import Proposal
+from adapters.faults import Fault
+from adapters.fit import Proposal, stranger
 from adapters.spec import (
     MAGNITUDE,
     MAX_RANK,
+    SHOWN_FIELDS,
     TIED_HEAD,
     AdapterSpec,
     AdapterUnreadable,
@@ -25,6 +27,7 @@ from adapters.spec import (
     Kind,
     ModuleSpec,
     place_of,
+    quoted,
     shown,
     to_float32,
 )
@@ -70,7 +73,7 @@ def read(
         raise AdapterUnsupported({"fine_tune_type": DORA_EMBEDDING})
     return Proposal(
         spec=AdapterSpec(kind, modules),
-        targets=f"keys = {parameters.get('keys')} in the last {config['num_layers']} layers",
+        targets=f"keys = {quoted(parameters.get('keys'))} in the last {config['num_layers']} layers",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=True,
@@ -99,15 +102,16 @@ def refuse(config: Mapping[str, Any]) -> None:
     refusals: dict[str, str] = {}
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
-        refusals["fine_tune_type"] = f"fine_tune_type {shown(kind)} is not known: send lora, dora or full."
+        refusals["fine_tune_type"] = f"fine_tune_type {quoted(kind)} is not known: send lora, dora or full."
     if config.get("use_dora") and kind != "dora":
         refusals["use_dora"] = "use_dora is a field of PEFT, which mlx-lm does not read: send fine_tune_type dora."
     parameters = config.get("lora_parameters")
-    for field in sorted(set(parameters) - LORA_PARAMETERS) if isinstance(parameters, Mapping) else ():
-        refusals[f"lora_parameters.{shown(field)}"] = (
-            f"lora_parameters.{shown(field)} is not read by mlx-lm, so it cannot be meant: "
-            "rank, scale, dropout and keys are."
-        )
+    if isinstance(parameters, Mapping) and (unknown := sorted(set(parameters) - LORA_PARAMETERS)):
+        are = "is not read by mlx-lm, so it" if len(unknown) == 1 else "are not read by mlx-lm, so they"
+        names = ", ".join(f"lora_parameters.{shown(field)}" for field in unknown[:SHOWN_FIELDS])
+        left = f" and {len(unknown) - SHOWN_FIELDS} more" if len(unknown) > SHOWN_FIELDS else ""
+        reason = f"{names}{left} {are} cannot be meant: rank, scale, dropout and keys are."
+        refusals |= {f"lora_parameters.{shown(field)}": reason for field in unknown}
     if refusals:
         raise AdapterUnsupported(refusals)
 
@@ -128,23 +132,23 @@ def _targets(count: int, keys: frozenset[str] | None, layers: Mapping[str, tuple
     return inside + [path for path in own if path in (keys or ())]
 
 
-def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[Fault]]:
     """(Tensors by module and part, faults)."""
     parts: dict[tuple[str, str], FileTensor] = {}
-    strangers: list[str] = []
+    strangers: list[Fault] = []
     for name, tensor in sorted(tensors.items()):
         module, _, part = name.rpartition(".")
         if module and part in PARTS:
             parts[module, PARTS[part]] = tensor
         else:
-            strangers.append(f"{shown(name)} is unexpected: it is no lora_a or lora_b.")
+            strangers.append(stranger(name, "no lora_a or lora_b"))
     return parts, strangers
 
 
 def _rank(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise AdapterUnreadable(
-            f"lora_parameters.rank must be a rank from 1 to {MAX_RANK}, not {shown(value)}.",
+            f"lora_parameters.rank must be a rank from 1 to {MAX_RANK}, not {quoted(value)}.",
             field="config.lora_parameters.rank",
         )
     return value
@@ -154,7 +158,7 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     value = parameters.get("scale")
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise AdapterUnreadable(
-            f"lora_parameters.scale must be a number, not {shown(value)}: it is what multiplies B · A.",
+            f"lora_parameters.scale must be a number, not {quoted(value)}: it is what multiplies B · A.",
             field="config.lora_parameters.scale",
         )
     return to_float32(float(value))
@@ -163,7 +167,7 @@ def _scale(parameters: Mapping[str, Any]) -> float:
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise AdapterUnreadable(
-            f"num_layers must be a whole number in the adapter configuration, not {shown(value)}: it says how many "
+            f"num_layers must be a whole number in the adapter configuration, not {quoted(value)}: it says how many "
             "of the last blocks are adapted, -1 for all.",
             field="config.num_layers",
         )
@@ -175,7 +179,7 @@ def _keys(value: object) -> frozenset[str] | None:
         return None
     if not isinstance(value, list | tuple | set) or not all(isinstance(key, str) for key in value):
         raise AdapterUnreadable(
-            f"lora_parameters.keys must be a list of layer names, not {shown(value)}.",
+            f"lora_parameters.keys must be a list of layer names, not {quoted(value)}.",
             field="config.lora_parameters.keys",
         )
     return frozenset(value)

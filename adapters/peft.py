@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapters.fit import Proposal
-from adapters.patterns import Patterns
+from adapters.faults import Fault
+from adapters.fit import Proposal, stranger, twice
+from adapters.patterns import Patterns, PatternTable, ends
 from adapters.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
 from adapters.peft_names import EXPERT, Names, exported, names_in
-from adapters.peft_whole import EMBEDDINGS, is_head, is_saved, refuse_half_tied, unsaved, whole_tensors
+from adapters.peft_whole import EMBEDDINGS, is_head, refuse_half_tied, saved_by, unsaved, whole_tensors
 from adapters.spec import (
     DENSE_KINDS,
     MAGNITUDE,
@@ -27,8 +28,10 @@ from adapters.spec import (
     ModuleSpec,
     Parameter,
     Place,
+    fields_shown,
     lora_scale,
     place_of,
+    quoted,
     shown,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
@@ -54,12 +57,14 @@ WITHOUT_EFFECT = frozenset(
 )
 """Book-keeping, training, initialisation and how torch stores the base: what an adapter computes does not depend on
 them, A and B being [rank, in] and [out, rank] in any case."""
+MEANT = READ | WITHOUT_EFFECT
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": (None, "none")}
 REASONS = {
     "bias": "Trained biases are not served: train with bias 'none'.",
     "lora_bias": "lora_bias is not served: train without a bias on B.",
     "trainable_token_indices": "trainable_token_indices (trained embedding rows) is not served.",
 }
+BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
 TRAINED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 
@@ -83,26 +88,19 @@ def read(
     parts = {(names.base.get(name, name), part): tensor for (name, part), tensor in parts.items()} | stacks.tensors
     kept = _names(config, "modules_to_save") or frozenset()
     wanted = [kept] if isinstance(kept, str) else sorted(kept)
-    saved = tuple(path for path in parameters if any(is_saved(path, name) for name in wanted))
+    saved, met = saved_by(wanted, parameters)
     whole = whole_tensors(tensors.keys() - thin.keys(), names, modules, saved, layers)
     refuse_half_tied(whole, layers)
     dense = {path: tensors[name] for name, (path, _) in whole.items()}
     strangers += [
-        *(
-            f"{shown(name)} is unexpected: {_stranger(name)}."
-            for name in sorted(tensors.keys() - thin.keys() - whole.keys())
-        ),
+        *(stranger(name, _stranger(name)) for name in sorted(tensors.keys() - thin.keys() - whole.keys())),
         *stacks.faults,
-        *unsaved(wanted, saved),
-        *(
-            f"{shown(name)} is there twice: also as {shown(dense[path].name)}."
-            for name, (path, _) in whole.items()
-            if dense[path].name != name
-        ),
+        *unsaved(name for name in wanted if name not in met),
+        *(twice(name, dense[path]) for name, (path, _) in whole.items() if dense[path] is not tensors[name]),
     ]
     return Proposal(
         spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules, tuple(dense)),
-        targets=f"target_modules = {config.get('target_modules')}",
+        targets=f"target_modules = {quoted(config.get('target_modules'))}",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=False,
@@ -127,31 +125,33 @@ def _spell(part: str, place: Place) -> str:
 def refuse(config: Mapping[str, Any]) -> None:
     """Raises `AdapterUnsupported` for what would change the numbers and is not served."""
     refusals: dict[str, str] = {}
-    if shown(config.get("peft_type", "LORA")).upper() != "LORA":
-        refusals["peft_type"] = f"peft_type {shown(config['peft_type'])} is not served: send LORA."
-    for field, value in config.items():
-        if field in READ or field in WITHOUT_EFFECT:
-            continue
-        neutral = value in NEUTRAL[field] if field in NEUTRAL else not value
-        if not neutral:
-            default = f"{shown(field)!r} = {shown(value)} is no field of LoRA that is served: leave it out or neutral."
-            refusals[field] = REASONS.get(field, default)
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        refusals["peft_type"] = f"peft_type {quoted(config['peft_type'])} is not served: send LORA."
+    wrong = [
+        field
+        for field, value in config.items()
+        if field not in MEANT and (value not in NEUTRAL[field] if field in NEUTRAL else value)
+    ]
+    unknown = {field: config[field] for field in wrong if field not in REASONS}
+    rest = ("is no field", "leave it out") if len(unknown) == 1 else ("are no fields", "leave them out")
+    default = f"{fields_shown(unknown)} {rest[0]} of LoRA that is served: {rest[1]} or neutral."
+    refusals |= {field: REASONS.get(field, default) for field in wrong}
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(TRAINED_BASE):
         refusals["init_lora_weights"] = (
-            f"init_lora_weights {shown(start)} trains against a changed base: save the adapter with "
+            f"init_lora_weights {quoted(start)} trains against a changed base: save the adapter with "
             "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
         )
     elif not isinstance(start, bool | None) and not (isinstance(start, str) and start.lower() in INITIALISATIONS):
-        refusals["init_lora_weights"] = f"init_lora_weights {shown(start)} is not known: is the base unchanged by it?"
+        refusals["init_lora_weights"] = f"init_lora_weights {quoted(start)} is not known: is the base unchanged by it?"
     if refusals:
         raise AdapterUnsupported(refusals)
 
 
-def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[str]]:
+def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[Fault]]:
     """(Tensors by module and part, faults) of names that `TENSORS` matches."""
     parts: dict[tuple[str, str], FileTensor] = {}
-    strangers: list[str] = []
+    strangers: list[Fault] = []
     adapters: set[str] = set()
     for name, tensor in sorted(tensors.items()):
         match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
@@ -160,7 +160,7 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
         module, part, adapter = match.groups()
         part = part.replace("lora_embedding", "lora")
         if (module, part) in parts:
-            strangers.append(f"{shown(name)} is there twice: also as {shown(parts[module, part].name)}.")
+            strangers.append(twice(name, parts[module, part]))
         parts[module, part] = tensor
         adapters.add(adapter or "")
     if len(adapters - {""}) > 1:
@@ -173,8 +173,8 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
 
 def _stranger(name: str) -> str:
     if name.endswith(".base_layer.weight"):
-        return "it is the base's own weight of a layer that the configuration does not target"
-    return "it is no lora_A or lora_B weight"
+        return "the base's own weight of a layer that the configuration does not target"
+    return "no lora_A or lora_B weight"
 
 
 def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dict[str, ModuleSpec], Stacks]:
@@ -183,14 +183,14 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     rank = _positive(config.get("r"), "r")
     alpha = _number(config.get("lora_alpha"), "lora_alpha")
     stabilised = _flag(config, "use_rslora")
+    patterns = Patterns()
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
-    patterns = Patterns()
+    own_rank, own_alpha = PatternTable(ranks, patterns), PatternTable(alphas, patterns)
 
     def spec(key: str, place: Place) -> ModuleSpec:
-        own_rank = next((v for k, v in ranks.items() if patterns.match(rf"(.*\.)?({k})$", key)), rank)
-        own_alpha = next((v for k, v in alphas.items() if patterns.match(rf"(.*\.)?({k})$", key)), alpha)
-        return ModuleSpec(own_rank, lora_scale(own_alpha, own_rank, rank_stabilised=stabilised), place)
+        r = own_rank.first(key, rank)
+        return ModuleSpec(r, lora_scale(own_alpha.first(key, alpha), r, rank_stabilised=stabilised), place)
 
     layers = {**names.layers, **_experts(names, parts)}
     modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}
@@ -247,11 +247,12 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
     chosen: Collection[Any] = indices if isinstance(indices, list) else [indices]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
         raise AdapterUnreadable(
-            f"layers_to_transform must be layer numbers, not {shown(indices)}.", field="config.layers_to_transform"
+            f"layers_to_transform must be layer numbers, not {quoted(indices)}.", field="config.layers_to_transform"
         )
     chosen = frozenset(chosen)
-    prefixes = _names(config, "layers_pattern") or [r"[^.]*"]
-    prefixes = [prefixes] if isinstance(prefixes, str) else sorted(prefixes)
+    _names(config, "layers_pattern")
+    prefixes = config.get("layers_pattern") or []
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
     return [path for path in found if path in wanted or _index(path, prefixes, patterns) in chosen]
 
 
@@ -259,14 +260,25 @@ def _named(wanted: str | frozenset[str], path: str, patterns: Patterns) -> bool:
     if isinstance(wanted, str):
         return patterns.fullmatch(wanted, path) is not None
     # Each end of the path is looked up: a list may hold a million names.
-    return path in wanted or any(path[dot.end() :] in wanted for dot in re.finditer(r"\.", path))
+    return any(end in wanted for end in ends(path))
 
 
-def _index(path: str, prefixes: Iterable[str], patterns: Patterns) -> int | None:
-    found = (patterns.match(rf".*\.{prefix}\.(\d+)\.", path) for prefix in prefixes)
-    # An expression with `|` or a comment in it may leave the number out.
-    numbers = (match.group(match.re.groups) for match in found if match)
-    return next((int(number) for number in numbers if number and number.isdecimal()), None)
+def _index(path: str, prefixes: Sequence[str], patterns: Patterns) -> int | None:
+    """The number behind the first prefix, in the file's order, that the path has one for: its first, since those behind
+    it count experts. Without prefixes, whatever stands in front of the number."""
+    if not prefixes:
+        match: Any = BLOCK.match(path)
+        return int(match[1]) if match else None
+    for prefix in prefixes:
+        if prefix.isidentifier():
+            match = re.search(rf"(?:^|\.){prefix}\.(\d+)\.", path)
+        else:
+            match = patterns.match(rf"(?:^|.*?\.){prefix}\.(\d+)\.", path)
+        # An expression with `|` or a comment in it may leave the number out.
+        number = match and match[match.re.groups]
+        if number and number.isdecimal():
+            return int(number)
+    return None
 
 
 def _names(config: Mapping[str, Any], field: str) -> str | frozenset[str] | None:
@@ -276,28 +288,28 @@ def _names(config: Mapping[str, Any], field: str) -> str | frozenset[str] | None
     if isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value):
         return frozenset(value)
     raise AdapterUnreadable(
-        f"{field} must be a list of names or a regular expression, not {shown(value)}.", field=f"config.{field}"
+        f"{field} must be a list of names or a regular expression, not {quoted(value)}.", field=f"config.{field}"
     )
 
 
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config.get(field, False)
     if not isinstance(value, bool):
-        raise AdapterUnreadable(f"{field} must be true or false, not {shown(value)}.", field=f"config.{field}")
+        raise AdapterUnreadable(f"{field} must be true or false, not {quoted(value)}.", field=f"config.{field}")
     return value
 
 
 def _table(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     value = config.get(field) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise AdapterUnreadable(f"{field} must map names to numbers, not {shown(value)}.", field=f"config.{field}")
+        raise AdapterUnreadable(f"{field} must map names to numbers, not {quoted(value)}.", field=f"config.{field}")
     return value
 
 
 def _positive(value: object, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise AdapterUnreadable(
-            f"{field} must be a rank from 1 to {MAX_RANK} in the adapter configuration, not {shown(value)}.",
+            f"{field} must be a rank from 1 to {MAX_RANK} in the adapter configuration, not {quoted(value)}.",
             field=f"config.{field}",
         )
     return value
@@ -306,7 +318,7 @@ def _positive(value: object, field: str) -> int:
 def _number(value: object, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise AdapterUnreadable(
-            f"{field} must be a number in the adapter configuration, not {shown(value)}.", field=f"config.{field}"
+            f"{field} must be a number in the adapter configuration, not {quoted(value)}.", field=f"config.{field}"
         )
     return float(value)
 

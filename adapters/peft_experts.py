@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.faults import Fault
+from adapters.fit import unserved
 from adapters.peft_names import Block
 from adapters.spec import HALVES, AdapterUnsupported, ModuleSpec, shown
 from adapters.tensors import FileTensor
@@ -28,7 +30,7 @@ class Stacks:
 
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
     tensors: Parts = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 def of_parameters(block: Block, wanted: Mapping[str, ModuleSpec], parts: Parts) -> Stacks:
@@ -87,7 +89,8 @@ def of_each_expert(block: Block, modules: dict[str, ModuleSpec], parts: Parts) -
             whole = [array for array in arrays if array is not None]
             kept = [tensor for tensor in files if tensor is not None]
             if len({tensor.dtype for tensor in kept}) > 1:
-                found.faults.append(f"The experts' {half} of {shown(block.name)} have several dtypes: save them alike.")
+                what = "have several dtypes: save them alike"
+                found.faults.append(Fault(f"The experts' {half} of {shown(block.name)} {what}."))
             elif len(whole) == block.experts:
                 found.tensors[path, half] = _tensor(kept[0], np.stack(whole))
     return found
@@ -103,17 +106,17 @@ def joined(stacks: Iterable[Stacks]) -> Stacks:
 
 
 def _matrix(
-    tensor: FileTensor | None, shape: tuple[int, int], name: str, faults: list[str]
+    tensor: FileTensor | None, shape: tuple[int, int], name: str, faults: list[Fault]
 ) -> NDArray[np.generic] | None:
     """The tensor's values, or None and a fault."""
     if tensor is None:
-        faults.append(f"{name} is missing: the configuration targets it.")
+        said = f"{name} is missing: the configuration targets it."
+        faults.append(Fault(said, "tensors are missing, which the configuration targets", name))
     elif not tensor.readable:
-        faults.append(f"{shown(tensor.name)} has dtype {shown(tensor.dtype)}, which is not served.")
+        faults.append(unserved(tensor))
     elif tensor.shape != shape:
-        faults.append(
-            f"{shown(tensor.name)} has shape {shown(list(tensor.shape))} but must be {list(shape)} for these experts."
-        )
+        what = f"{shown(tensor.name)} has shape {shown(list(tensor.shape))} but must be {list(shape)}"
+        faults.append(Fault(f"{what} for these experts.", "tensors have shapes that do not fit the experts", what))
     else:
         return tensor.read().array
     return None

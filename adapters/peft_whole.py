@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+from adapters.faults import Fault
 from adapters.peft_names import Names
 from adapters.spec import TIED_HEAD, AdapterUnsupported, ModuleSpec, place_of, shown
 
@@ -15,18 +16,31 @@ HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
 
-def unsaved(wanted: Iterable[str], saved: Iterable[str]) -> list[str]:
+def unsaved(names: Iterable[str]) -> list[Fault]:
+    which = "which is no module of this base"
     return [
-        f"modules_to_save names {shown(name)}, which is no module of this base."
-        for name in wanted
-        if not any(is_saved(path, name) for path in saved)
+        Fault(
+            f"modules_to_save names {shown(name)}, {which}.",
+            "names in modules_to_save are no modules of this base",
+            shown(name),
+        )
+        for name in names
     ]
 
 
-def is_saved(path: str, name: str) -> bool:
-    """PEFT's rule: a module whose path ends with the name is saved with all it holds."""
-    parts = path.split(".")
-    return name != "" and any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts)))
+def saved_by(names: Collection[str], parameters: Iterable[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """(Those of `parameters` that are saved, those of `names` that saved one). PEFT's rule: a module whose path ends
+    with a name, wherever that begins, is saved with all it holds."""
+    lengths = {len(name) for name in names} - {0}
+    saved: dict[str, None] = {}
+    met: set[str] = set()
+    wanted = frozenset(names)
+    for path in parameters if lengths else ():
+        holders = [path[:at] for at, character in enumerate(path) if character == "."]
+        found = {end for holder in holders for length in lengths if (end := holder[-length:]) in wanted}
+        met |= found
+        saved |= dict.fromkeys([path] if found else [])
+    return tuple(saved), frozenset(met)
 
 
 def whole_tensors(
@@ -39,6 +53,7 @@ def whole_tensors(
     """The file's name → (parameter path, whether it lies below a low-rank part) of whole tensors: of modules_to_save,
     and the embeddings and heads that PEFT adds to a file."""
     found: dict[str, tuple[str, bool]] = {}
+    kept = frozenset(saved)
     for name in sorted(tensors):
         match = WHOLE.fullmatch(name)
         if match is None:
@@ -50,7 +65,7 @@ def whole_tensors(
             wanted = module in modules
         else:
             is_table = module in layers and (place_of(layers[module]) in (*EMBEDDINGS, "tied_head") or is_head(module))
-            wanted = path in saved or ".modules_to_save" in name or is_table
+            wanted = path in kept or ".modules_to_save" in name or is_table
         if wanted:
             found[name] = path, bool(below)
     return found

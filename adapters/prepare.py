@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
+from adapters.faults import Fault
 from adapters.math import squared_delta_norms
 from adapters.spec import AdapterDoesNotFit, Mode, Parameter
 from adapters.tensors import AdapterTensor
@@ -79,7 +80,7 @@ def prepare(
         dtype = "float32"
     adds = bundle.spec.kind == "delta"
     faults = [
-        f"{path}: {measure.largest:.3g} is outside the range of {dtype}, the dtype of the model."
+        _outside(path, measure.largest, f"{dtype}, the dtype of the model")
         for path, measure in bundle.measures.items()
         if measure.largest > LARGEST[dtype]
     ]
@@ -103,11 +104,19 @@ def prepare(
     )
 
 
-def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[str]:
+def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
     dtype = parameters[path].dtype
     largest = float(np.abs(bundle.tensors[path].float32()).max(initial=0.0))
     if largest > LARGEST[dtype]:
-        yield f"{path}: {largest:.3g} is outside the range of {dtype}, the dtype of this parameter."
+        yield _outside(path, largest, f"{dtype}, the dtype of this parameter")
+
+
+def _outside(path: str, largest: float, range_of: str) -> Fault:
+    return Fault(
+        f"{path}: {largest:.3g} is outside the range of {range_of}.",
+        f"tensors have values outside the range of {range_of}",
+        f"{path} ({largest:.3g})",
+    )
 
 
 def _delta(bundle: AdapterBundle, path: str) -> HostDelta:

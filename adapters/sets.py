@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from adapters.faults import Fault
 from adapters.find import bare_holder
 from adapters.math import unless_rounding
 from adapters.merge import base_weight, merged_weights
@@ -55,7 +56,7 @@ class Build:
     room: int | None
     weights: Iterator[tuple[str, mx.array]]
     own: dict[str, mx.array] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     changes: dict[str, float] = field(default_factory=dict)
     """‖W' − W‖ of DoRA modules and of tensors in place of the base's, which the file alone does not tell."""
 
@@ -126,7 +127,7 @@ class ParameterSets:
         for path, array in build.weights:
             mx.eval(array)
             if not bool(mx.all(mx.isfinite(array))):
-                build.faults.append(f"{path}: merged, it leaves the range of {array.dtype}, that of this parameter.")
+                build.faults.append(_outside(path, array.dtype))
             else:
                 if not self._is_base(path, array):
                     build.own[path] = array
@@ -267,6 +268,14 @@ def _embedding(weight: mx.array) -> nn.Embedding:
     layer = nn.Embedding(1, 1)
     layer["weight"] = weight
     return layer
+
+
+def _outside(path: str, dtype: mx.Dtype) -> Fault:
+    return Fault(
+        f"{path}: merged, it leaves the range of {dtype}, that of this parameter.",
+        f"parameters leave the range of {dtype}, which is theirs, once merged",
+        path,
+    )
 
 
 def _unpacked(base: nn.Module, weight: mx.array, bias: mx.array | None) -> nn.Module:

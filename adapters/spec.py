@@ -11,12 +11,15 @@ Errors of this package, for the caller to map to its own:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from adapters.faults import Fault, listed, summary
 
 Kind = Literal["lora", "dora", "delta", "full"]
 DENSE_KINDS = ("delta", "full")
@@ -30,7 +33,7 @@ HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
 MAX_RANK = 1 << 20
 SHOWN_CHARACTERS = 160
-SHOWN_FAULTS = 2000
+SHOWN_FIELDS = 5
 
 
 class AdapterError(Exception):
@@ -50,24 +53,23 @@ class AdapterUnreadable(AdapterError):
 
 
 class AdapterUnsupported(AdapterError):
-    """`fields` names what is not served, as the configuration or the file spells it; one sentence each in `reasons`."""
+    """`fields` names what is not served, as the configuration or the file spells it; `reasons` says why for each, with
+    one sentence for several where that is the same."""
 
     def __init__(self, refusals: Mapping[str, str]) -> None:
-        super().__init__(" ".join(refusals.values()))
+        super().__init__(" ".join(dict.fromkeys(refusals.values())))
         self.fields = tuple(refusals)
         self.reasons = tuple(refusals.values())
 
 
 class AdapterDoesNotFit(AdapterError):
-    """Every fault at once. A file with thousands of faults gets the first `SHOWN_FAULTS` and a count of the rest."""
+    """Every fault at once: one sentence for each kind in the message, for each fault in `faults`."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        shown = tuple(faults[:SHOWN_FAULTS])
-        if len(faults) > len(shown):
-            shown += (f"{len(faults) - len(shown)} more faults are not listed.",)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        super().__init__(f"The adapter does not fit the base; {count}: " + " ".join(shown))
-        self.faults = shown
+    def __init__(self, faults: Sequence[Fault | str]) -> None:
+        every = [Fault(fault) if isinstance(fault, str) else fault for fault in faults]
+        count = "1 fault" if len(every) == 1 else f"{len(every)} faults"
+        super().__init__(f"The adapter does not fit the base; {count}: {summary(every)}")
+        self.faults = listed(every)
 
 
 class EmbeddingShape(NamedTuple):
@@ -184,10 +186,44 @@ def to_float32(value: float) -> float:
 
 
 def shown(value: object) -> str:
-    """What a stranger sent, for an error sentence: printable, and cut when very long."""
-    try:
-        text = str(value)
-    except RecursionError:
-        return "something deeply nested"
+    """What a stranger called something, for an error sentence: printable, and cut when very long."""
+    text = str(value)
     plain = text if text.isprintable() else ascii(text)
     return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def fields_shown(fields: Mapping[str, object]) -> str:
+    """The first of a stranger's fields with their values, and how many more there are."""
+    first = ", ".join(f"{quoted(name)} = {quoted(value)}" for name, value in islice(fields.items(), SHOWN_FIELDS))
+    return f"{first} and {len(fields) - SHOWN_FIELDS} more" if len(fields) > SHOWN_FIELDS else first
+
+
+def quoted(value: object) -> str:
+    """A value that a stranger sent, as JSON tells it: text in quotes, so that '4' is not taken for 4; cut when very
+    long."""
+    try:
+        return shown(_quoted(value))
+    except RecursionError:
+        return "something deeply nested"
+
+
+def _quoted(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"'{shown(value)}'"
+        case int() if abs(value) >= 10**SHOWN_CHARACTERS:
+            return f"a number of more than {SHOWN_CHARACTERS} digits"
+        case list() | tuple() | set() | frozenset():
+            return f"[{', '.join(map(_quoted, _first(value)))}]"
+        case Mapping():
+            return f"{{{', '.join(f'{_quoted(k)}: {_quoted(v)}' for k, v in _first(value.items()))}}}"
+    return str(value)
+
+
+def _first(values: Iterable[Any]) -> Iterator[Any]:
+    """More would not be shown."""
+    return islice(values, SHOWN_CHARACTERS)

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.faults import Fault
 from adapters.norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.prepare import LARGEST, PreparedBundle
 from adapters.spec import MAGNITUDE, AdapterDoesNotFit
@@ -29,7 +30,7 @@ class Gains:
         """[out] of each layer, when all are measured; empty for LoRA."""
         self.changes: dict[str, float] = {}
         """‖W' − W‖ of each of them."""
-        self._faults: list[str] = []
+        self._faults: list[Fault] = []
 
     def measure(self, allowance: int | None) -> bool:
         """Takes what the device has computed since the last call, dispatches products of about this cost
@@ -74,11 +75,14 @@ class Gains:
         self.changes |= zip((layer.path for layer in layers), rows.changes(gain), strict=True)
         self.found |= zip((layer.path for layer in layers), rows.split(gain.astype(np.float32)), strict=True)
 
-    def _fault(self, layer: AdaptedNorms, lengths: NDArray[np.float64], row: int) -> str:
+    def _fault(self, layer: AdaptedNorms, lengths: NDArray[np.float64], row: int) -> Fault:
         dtype, magnitude = self._prepared.dtype, layer.delta.magnitude[row]
-        return (
-            f"{layer.path}.{MAGNITUDE}: {magnitude:.3g} for output {row}, whose weights have the length "
-            f"{lengths[row]:.3g}, is a gain outside the range of {dtype}, the dtype of the model."
+        where = f"{layer.path}.{MAGNITUDE}"
+        what = f"{magnitude:.3g} for output {row}, whose weights have the length {lengths[row]:.3g}"
+        return Fault(
+            f"{where}: {what}, is a gain outside the range of {dtype}, the dtype of the model.",
+            f"magnitudes are gains outside the range of {dtype}, the dtype of the model",
+            f"{where} ({what})",
         )
 
 

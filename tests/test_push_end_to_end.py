@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from safetensors.numpy import save
 
 from tests import tiny_models
 from tests.live_server import LiveServer, live_server
@@ -127,3 +129,24 @@ def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: LiveSer
         labelled = client.push("mine", own, label="step-9")
         assert (labelled.version, labelled.unchanged, labelled.label) == (5, True, "step-9")
         assert client.policy("mine").versions[-1].label == "step-9"
+
+
+def test_arrays_of_float64_are_the_version_of_their_float32(server: LiveServer, model: Path) -> None:
+    """Sent by the client, which casts them; sent as they are, they are refused in a sentence."""
+    with RolloutClient(server.url) as client:
+        version = client.push("wide", trained(model, 9, keys=["self_attn.q_proj", "self_attn.v_proj"]))
+        exported = client.export("wide", version.version)
+        wide = {name: tensor.array.astype(np.float64) for name, tensor in exported.tensors.items()}
+        with pytest.warns(UserWarning, match="float64"):
+            again = client.push("wide", wide, exported.config)
+        assert again.unchanged and again.verified and again.digest == version.digest
+        client.rollouts(PROMPTS, policy="wide", max_tokens=2).assert_synced(again)
+    reply = httpx.post(
+        f"{server.url}/v1/weights",
+        params={"name": "wide"},
+        headers={"content-type": "application/octet-stream"},
+        content=save(wide, {"adapter_config": json.dumps(dict(exported.config))}),
+    )
+    error = reply.json()["error"]
+    assert reply.status_code == 422 and len(error["faults"]) == len(wide)
+    assert f"{len(wide)} tensors have dtype F64" in error["message"] and len(error["message"]) < 1024

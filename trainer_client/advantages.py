@@ -10,6 +10,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainer_client.arrays import host_array
+
 
 class Denominator(StrEnum):
     """Which log-probability of the sampler stands under the importance ratio. It must be of the distribution that the
@@ -34,7 +36,7 @@ def group_advantages(
 
     The standard deviation has n − 1 in its denominator, as in the usual GRPO trainers (DeepSeekMath, arXiv 2402.03300).
     `scale_by_std=False` leaves the division out (Dr. GRPO, arXiv 2503.20783). Raises `ValueError`."""
-    values, ids = np.asarray(rewards, np.float64), np.asarray(groups)
+    values, ids = host_array(rewards).astype(np.float64), host_array(groups)
     if values.ndim != 1 or values.shape != ids.shape:
         raise ValueError(f"rewards {values.shape} and groups {ids.shape} must be two vectors of one length.")
     if not np.isfinite(values).all():
@@ -61,8 +63,8 @@ def truncated_importance_weights(
 
     Treat the weights as constants: no gradient flows through them. Raises `ValueError` on a missing value under the
     mask, which exp would turn into a NaN loss."""
-    trainer, sampler = np.asarray(trainer_logprobs, np.float64), np.asarray(sampler_logprobs, np.float64)
-    mask = np.ones(trainer.shape, bool) if loss_mask is None else np.asarray(loss_mask) != 0
+    trainer, sampler = (host_array(values).astype(np.float64) for values in (trainer_logprobs, sampler_logprobs))
+    mask = np.ones(trainer.shape, bool) if loss_mask is None else host_array(loss_mask) != 0
     if not trainer.shape == sampler.shape == mask.shape:
         raise ValueError(
             f"trainer_logprobs {trainer.shape}, sampler_logprobs {sampler.shape} and loss_mask {mask.shape} "

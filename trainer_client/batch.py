@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from trainer_client.advantages import Denominator, group_advantages
+from trainer_client.arrays import host_array
 from trainer_client.binary import BinaryRows
 from trainer_client.padding import Side, pad
 from trainer_client.rollout import LOGPROB_ARRAYS, PER_TOKEN, Rollout, Span
@@ -174,7 +175,7 @@ class RolloutBatch:
 
     def per_token(self, values: ArrayLike) -> NDArray[Any]:
         """Repeats one value per row [R] for each of its tokens [N]."""
-        return np.repeat(np.asarray(values), self.lengths)
+        return np.repeat(host_array(values), self.lengths)
 
     def denominator(self, of: Denominator | str) -> NDArray[np.float32]:
         """What stands under the importance ratio, float32 [N]: `filtered` = `sampling_logprobs`, `tempered` =

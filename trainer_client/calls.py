@@ -3,24 +3,24 @@ adapter directory; both clients make their methods out of these (see `client.py`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
-from urllib.parse import quote
 
 import numpy as np
 
+from trainer_client.arrays import is_array
 from trainer_client.batch import RolloutBatch
 from trainer_client.binary import MEDIA_TYPE
-from trainer_client.body import Body
 from trainer_client.call import Call, LookedUpCall, StreamCall
 from trainer_client.continuing import continued
 from trainer_client.digest import adapter_digest, adapter_kind
+from trainer_client.encoding import json_body
 from trainer_client.known import Sought, look
+from trainer_client.names import checked, path_of
 from trainer_client.parsing import (
     Scored,
     parse_line,
@@ -113,7 +113,7 @@ _REQUEST_FIELDS = frozenset(
 def push(
     name: str,
     source: Mapping[str, Any] | str | PathLike[str] | Any,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | Any | None = None,
     *,
     activate: bool = True,
     label: str | None = None,
@@ -126,8 +126,11 @@ def push(
 
     source     name → array (numpy, MLX, torch, anything with `__array__`; bfloat16 too, on any device), named and laid
                out as PEFT or mlx-lm saves them; or a directory with adapter_config.json and the safetensors file of
-               either; or a peft model, whose active adapter is taken; or an MLX model with mlx-lm's LoRA or DoRA layers
-    config     what that format's adapter_config.json holds; only with named tensors, or a directory without one
+               either; or a peft model, whose active adapter is taken with the scales that its layers have now; or an
+               MLX model with mlx-lm's LoRA or DoRA layers. float64 and float8 are sent as float32, with a warning;
+               what torch.compile, DDP and FSDP write into names is left out
+    config     what that format's adapter_config.json holds, or a LoraConfig; only with named tensors, or a directory
+               without one
     activate   False stages the version without moving the name to it
     label      your own mark, at most 64 characters, echoed wherever the version is reported
     mode       `merged` serves W + ΔW as a parameter set of its own; the server's default is `adapter`,
@@ -140,6 +143,7 @@ def push(
     result is that version, `unchanged`, and the name is moved to it if need be. Another label than its own is a reason
     to send. Safe to repeat. Raises `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch`
     if they do not fit the base."""
+    name, label = checked(name), None if label is None else str(label)
     host, config = adapter_of(source, config)
     digest = adapter_digest(host, config)
     known = digest is not None and not resend
@@ -165,7 +169,7 @@ def weights() -> Call[tuple[PolicyLine, ...]]:
 
 def policy(name: str) -> Call[PolicyLine]:
     """One name with the versions the server keeps under it. Raises `UnknownPolicy`."""
-    return Call(method="GET", path=f"/v1/weights/{quote(name, safe='')}", parse=parse_policy, idempotent=True)
+    return Call(method="GET", path=path_of(name), parse=parse_policy, idempotent=True)
 
 
 def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[PublishedVersion]:
@@ -173,7 +177,7 @@ def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[
 
     Every rollout of `name` asked for afterwards uses this version or a later one."""
     return _post(
-        f"/v1/weights/{quote(name, safe='')}/activate",
+        f"{path_of(name)}/activate",
         {"version": version},
         partial(parse_published, sent_digest=None),
         headers=_if_match(if_match),
@@ -188,8 +192,9 @@ def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[
 def rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[RolloutOptions]) -> Call[RolloutBatch]:
     """Samples `n` rollouts of every prompt and returns when all have ended.
 
-    prompts   a list of texts, token ids, lists of chat messages, prompt objects of the contract, or rows to go on with
-              (see `continued` for what a tool said in between); may be mixed
+    prompts   a list of texts, token ids (lists, or arrays of numpy, torch or MLX), lists of chat messages, prompt
+              objects of the contract, or rows to go on with (see `continued` for what a tool said in between); may be
+              mixed
     options   `policy`, `n`, `max_tokens`, `temperature`, `top_p`, `seed`, `stop`, …: see `RolloutOptions`
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
@@ -228,8 +233,9 @@ def logprobs(
 ) -> Call[Scored]:
     """Log-probabilities of given tokens under a policy, by teacher forcing.
 
-    sequences    token ids each, scored from position 0 (whose value is NaN); or `{"token_ids", "start"}`; or a batch,
-                 scored over its completions, so that the flat result lines up with `batch.logprobs`
+    sequences    token ids each (lists, or any arrays), scored from position 0 (whose value is NaN); or `{"token_ids",
+                 "start"}`; or a batch, scored over its completions, so that the flat result lines up with
+                 `batch.logprobs`
     temperature  divides the logits first
     returns      `entropy`
     versions     per sequence the spans to read it under instead of `policy`, or None; `batch.spans` checks rows that
@@ -250,10 +256,10 @@ def logprobs(
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
     """`POST /v1/completions` of the OpenAI API, for evaluation: sends `fields` as they are, returns the reply as JSON.
 
-    prompt   a string, strings, token ids, or lists of token ids"""
+    prompt   a string, strings, token ids, or lists of token ids, as any array too"""
     if fields.get("stream"):
         raise ValueError("completions does not stream here: use stream_rollouts, or any OpenAI client.")
-    body = {"model": _address(model), "prompt": _plain_ids(prompt), **fields}
+    body = {"model": _address(model), "prompt": prompt, **fields}
     return _post("/v1/completions", body, lambda reply: parse_json(reply.body))
 
 
@@ -277,8 +283,7 @@ def ready() -> Call[bool]:
 
 def _post(path: str, body: Mapping[str, Any], parse: Callable[[Reply], T], **about: Any) -> Call[T]:
     headers = {"content-type": "application/json", **about.pop("headers", {})}
-    encoded = json.dumps(body, separators=(",", ":"), default=_numpy).encode()
-    return Call(method="POST", path=path, parse=parse, headers=headers, body=Body((encoded,)), **about)
+    return Call(method="POST", path=path, parse=parse, headers=headers, body=json_body(body), **about)
 
 
 def _yes_or_no(path: str) -> Call[bool]:
@@ -313,35 +318,24 @@ def _prompt(prompt: Prompt) -> Mapping[str, Any]:
     if isinstance(prompt, Rollout):
         return continued(prompt)
     if isinstance(prompt, Mapping):
-        return {name: _plain_ids(value) if name == "token_ids" else value for name, value in prompt.items()}
-    if not isinstance(prompt, Sequence | np.ndarray):
+        return prompt
+    if is_array(prompt) and getattr(prompt, "ndim", None) != 0:
+        return {"token_ids": prompt}
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise TypeError(f"A prompt is text, token ids, chat messages or a mapping, not {type(prompt).__name__}.")
     if len(prompt) and isinstance(prompt[0], Mapping):
         return {"messages": list(prompt)}
-    return {"token_ids": _plain_ids(prompt)}
+    return {"token_ids": prompt}
 
 
 def _sequence(entry: Sequence[int] | np.ndarray | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(entry, Mapping):
-        return {**entry, "token_ids": _plain_ids(entry["token_ids"])}
-    return {"token_ids": _plain_ids(entry)}
+    return entry if isinstance(entry, Mapping) else {"token_ids": entry}
 
 
 def _span(span: Span | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(span, Span):
         return span
     return {name: value for name, value in asdict(span).items() if value is not None}
-
-
-def _plain_ids(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _numpy(value: Any) -> Any:
-    """What json does not know: numpy scalars and arrays inside lists and mappings."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"A request cannot hold a {type(value).__name__}: {value!r}.")
 
 
 def _address(policy: Addressed) -> str:
@@ -351,12 +345,13 @@ def _address(policy: Addressed) -> str:
 def _if_match(match: Match | None) -> dict[str, str]:
     if match is None:
         return {}
-    return {"if-match": f'"{match if isinstance(match, int | str) else match.digest}"'}
+    return {"if-match": f'"{getattr(match, "digest", match)}"'}
 
 
 def _patience(options: RolloutOptions) -> float | None:
-    timeout_s = options.get("timeout_s")
-    return None if timeout_s is None else timeout_s + SPARE_S
+    timeout_s: Any = options.get("timeout_s")
+    # what is no number the server refuses
+    return None if timeout_s is None or isinstance(timeout_s, str) else float(timeout_s) + SPARE_S
 
 
 def _flag(value: bool) -> str:

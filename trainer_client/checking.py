@@ -3,7 +3,6 @@ functions, as in `calls.py`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from trainer_client.arrays import host_array
 from trainer_client.batch import RolloutBatch
-from trainer_client.body import Body
 from trainer_client.call import Call
+from trainer_client.encoding import json_body
 from trainer_client.replies import Reply, need, need_objects, parse_json
 from trainer_client.rollout import Rollout
 from trainer_client.versions import PolicyRef
@@ -87,18 +87,17 @@ def probe(
 
 
 def _call(path: str, body: Mapping[str, Any], parse: Any) -> Call[Any]:
-    encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     headers = {"content-type": "application/json"}
-    return Call(method="POST", path=path, parse=parse, headers=headers, body=Body((encoded,)), idempotent=True)
+    return Call(method="POST", path=path, parse=parse, headers=headers, body=json_body(body), idempotent=True)
 
 
 def _by_row(values: Any, lengths: Sequence[int]) -> Iterable[np.ndarray]:
     """One float array for each row."""
     parts: list[np.ndarray] = []
     if isinstance(values, Sequence) and not all(np.ndim(part) == 0 for part in values):
-        parts = [np.asarray(part, np.float64) for part in values]
+        parts = [host_array(part).astype(np.float64) for part in values]
     else:
-        flat = np.asarray(values, np.float64)
+        flat = host_array(values).astype(np.float64)
         if flat.shape != (sum(lengths),):
             raise ValueError(
                 f"trainer_logprobs has the shape {list(flat.shape)}; a value for each of the {sum(lengths)} tokens is "

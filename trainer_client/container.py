@@ -47,6 +47,8 @@ class HostTensor:
     dtype: str
     """safetensors name: `F32`, `BF16`, …"""
     array: np.ndarray
+    was: str | None = None
+    """The dtype that it was cast from, since no adapter is served in it."""
 
     @property
     def shape(self) -> tuple[int, ...]:

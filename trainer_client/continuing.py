@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainer_client.arrays import host_array
 from trainer_client.rollout import Rollout, Span
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def continued(rollout: Rollout, tokens: ArrayLike = (), **fields: Any) -> dict[s
     fields   of the prompt object, such as `max_tokens`, which counts all tokens of the row, or `n`
 
     A partial row goes on with its own seed: on the same version it becomes the row that it would have been."""
-    given = np.asarray(tokens)
+    given = host_array(tokens)
     if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
         raise ValueError(f"tokens must be a list of token ids, not {given.dtype} of shape {given.shape}.")
     prompt: dict[str, Any] = {"token_ids": rollout.prompt_token_ids.tolist(), "seed": rollout.seed}

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from trainer_client.container import HostTensor
+from trainer_client.patterns import PatternTable
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
@@ -53,15 +54,14 @@ def adapter_digest(tensors: Mapping[str, HostTensor], config: Mapping[str, Any])
     named = _peft_layout(tensors)
     if named is None or kind is None or config.get("target_parameters"):
         return None
-    modules = {}
-    for name, tensor in named.items():
-        if name.endswith(".lora_A"):
-            module = name.removesuffix(".lora_A")
-            rank = tensor.shape[-2]
-            scale = _scale(module, rank, config)
-            if scale is None:
-                return None
-            modules[module] = {"rank": rank, "scale": scale}
+    ranks = {name.removesuffix(".lora_A"): t.shape[-2] for name, t in named.items() if name.endswith(".lora_A")}
+    try:
+        scales = _scales(ranks, config)
+    except (TypeError, ValueError, ArithmeticError, re.error):
+        return None  # a configuration that the server refuses, with a better sentence
+    if scales is None:
+        return None
+    modules = {module: {"rank": rank, "scale": scales[module]} for module, rank in ranks.items()}
     magnitudes = {name for name in named if name.endswith(f".{_MAGNITUDE}")}
     if magnitudes != ({f"{module}.{_MAGNITUDE}" for module in modules} if kind == "dora" else set()):
         return None
@@ -114,21 +114,22 @@ def adapter_kind(config: Mapping[str, Any]) -> str | None:
     return name if name in ("lora", "dora", "full") else None
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float | None:
-    """alpha/r, or alpha/√r for rsLoRA, or mlx-lm's own scale: rounded to float32, as its shortest decimal."""
+def _scales(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, float] | None:
+    """alpha/r, or alpha/√r for rsLoRA, or mlx-lm's own scale: rounded to float32, as its shortest decimal. None where
+    the configuration gives none."""
     if "lora_parameters" in config:
-        scale = config["lora_parameters"].get("scale")
-    else:
-        alpha = _pattern_value(module, config.get("alpha_pattern"), config.get("lora_alpha"))
-        rank = _pattern_value(module, config.get("rank_pattern"), config.get("r", rank))
-        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-        scale = None if alpha is None else alpha / divisor
-    return None if scale is None else float(str(np.float32(scale)))
+        own = dict(config["lora_parameters"]).get("scale")
+        return None if own is None else dict.fromkeys(ranks, _shortest(own))
+    alphas, patterns = (PatternTable(config.get(field) or {}) for field in ("alpha_pattern", "rank_pattern"))
+    scales = {}
+    for module, rank in ranks.items():
+        alpha = alphas.first(module, config.get("lora_alpha"))
+        if alpha is None:
+            return None
+        divisor = patterns.first(module, config.get("r", rank))
+        scales[module] = _shortest(alpha / (math.sqrt(divisor) if config.get("use_rslora") else divisor))
+    return scales
 
 
-def _pattern_value(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+def _shortest(scale: float) -> float:
+    return float(str(np.float32(scale)))

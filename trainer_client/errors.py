@@ -6,7 +6,7 @@
     ├── DigestMismatch          the server holds other weights than were sent
     ├── NotSynced               rollouts of another version than expected
     └── ServerError             the server said no; one subclass per error code below
-        ├── InvalidField        UnsupportedField · ContextExceeded
+        ├── InvalidField        UnsupportedField · ContextExceeded · InvalidName (found here, before any request)
         ├── BadBody · BodyTooLarge · UnsupportedMedia · MethodNotAllowed
         ├── Unauthorized · Forbidden · NotFound
         ├── UnknownPolicy · VersionGone · StalePolicy · Conflict · PreconditionFailed
@@ -102,6 +102,10 @@ class UnsupportedField(InvalidField):
 
 class ContextExceeded(InvalidField):
     code = "context_length_exceeded"
+
+
+class InvalidName(InvalidField, ValueError):
+    """No policy can be called so: what the server would say, without asking it. Its `status` is 0."""
 
 
 class BadBody(ServerError):

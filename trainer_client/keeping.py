@@ -9,13 +9,13 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
-from trainer_client.body import Body
 from trainer_client.call import Call
 from trainer_client.container import HostTensor, read_container
 from trainer_client.digest import adapter_digest
+from trainer_client.encoding import json_body
 from trainer_client.errors import BadReply, DigestMismatch
+from trainer_client.names import path_of
 from trainer_client.parsing import parse_kept_version
 from trainer_client.replies import Reply, need, parse_json
 from trainer_client.tensors import CONFIG_FILE, WEIGHT_FILES
@@ -59,10 +59,10 @@ def pin(name: str, version: int, pinned: bool = True) -> Call[KeptVersion]:
     """Keeps a version whatever its age, or with `pinned` False no longer. Raises `VersionGone` if it was freed."""
     return Call(
         method="PATCH",
-        path=_path(name, version),
+        path=path_of(name, version),
         parse=lambda reply: parse_kept_version(parse_json(reply.body), f"policy {name!r}"),
         headers={"content-type": "application/json"},
-        body=Body((json.dumps({"pinned": pinned}).encode(),)),
+        body=json_body({"pinned": pinned}),
         idempotent=True,
     )
 
@@ -71,12 +71,12 @@ def delete(name: str, version: int) -> Call[Deletion]:
     """Deletes a version; rows that use it run on. Raises `Conflict` if it is live, `VersionGone` if it was freed.
 
     Not repeated when the connection is lost: the version may be gone then."""
-    return Call(method="DELETE", path=_path(name, version), parse=_parse_deletion)
+    return Call(method="DELETE", path=path_of(name, version), parse=_parse_deletion)
 
 
 def delete_policy(name: str) -> Call[Deletion]:
     """Deletes a name with all its versions, the live one too. Raises `UnknownPolicy`."""
-    return Call(method="DELETE", path=f"/v1/weights/{quote(name, safe='')}", parse=_parse_deletion)
+    return Call(method="DELETE", path=path_of(name), parse=_parse_deletion)
 
 
 def export(name: str, version: int, *, format: Format | None = None) -> Call[ExportedAdapter]:
@@ -86,15 +86,11 @@ def export(name: str, version: int, *, format: Format | None = None) -> Call[Exp
     stored."""
     return Call(
         method="GET",
-        path=f"{_path(name, version)}/export",
+        path=f"{path_of(name, version)}/export",
         query={} if format is None else {"format": format},
         parse=partial(_parse_export, format=format),
         idempotent=True,
     )
-
-
-def _path(name: str, version: int) -> str:
-    return f"/v1/weights/{quote(name, safe='')}/{version}"
 
 
 def _parse_deletion(reply: Reply) -> Deletion:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from urllib.parse import quote
 
 from trainer_client.body import Body
 from trainer_client.call import Call
+from trainer_client.names import path_of
 from trainer_client.parsing import parse_policy, parse_published
 from trainer_client.replies import Reply
 from trainer_client.versions import KeptVersion, PolicyLine, PublishedVersion
@@ -31,7 +31,7 @@ def look(sought: Sought) -> Call[PublishedVersion | Call[PublishedVersion] | Non
     (None). The server calls a push unchanged in just these cases, if the label is the same."""
     return Call(
         method="GET",
-        path=f"/v1/weights/{quote(sought.name, safe='')}",
+        path=path_of(sought.name),
         parse=partial(_left_to_do, sought),
         idempotent=True,
         accepts=(404,),
@@ -86,7 +86,7 @@ def _activation(sought: Sought, version: int) -> Call[PublishedVersion]:
 
     return Call(
         method="POST",
-        path=f"/v1/weights/{quote(sought.name, safe='')}/activate",
+        path=f"{path_of(sought.name)}/activate",
         parse=parse,
         headers={"content-type": "application/json"},
         body=Body((json.dumps({"version": version}).encode(),)),

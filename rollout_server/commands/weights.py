@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +28,10 @@ def push(
 ) -> None:
     """Publish an adapter directory as a new version of NAME."""
     with one_sentence(), connected(url) as client:
-        pushed = client.push(name, directory, label=label, activate=activate)
+        with warnings.catch_warnings(record=True, action="always") as told:
+            pushed = client.push(name, directory, label=label, activate=activate)
+        for warning in told:
+            typer.echo(f"rollout-server: {warning.message}", err=True)
         if json_output:
             return print_json(pushed)
         done = "unchanged" if pushed.unchanged else "live" if pushed.live else "staged"

@@ -27,7 +27,7 @@ log = logging.getLogger("rollout_server.http")
 
 MESSAGES_SHOWN = 5
 MESSAGE_LIMIT = 4000
-"""Characters of a message, unless it lists the faults of an adapter."""
+"""Characters of a message."""
 PARAM_LIMIT = 256
 LENGTHS = frozenset({"string_too_short", "string_too_long", "too_short", "too_long"})
 RULES: Mapping[str, str] = MappingProxyType(
@@ -230,11 +230,8 @@ def row_of(error: RolloutError) -> Row:
 
 def body_of(error: RolloutError, resolved: PolicyVersion | None = None) -> dict[str, Any]:
     """`{"error": …}`, with the policy version the request had resolved to, if any."""
-    listed = isinstance(error, errors.AdapterMismatch)
     problem: dict[str, Any] = {
-        "message": error.message
-        if listed or len(error.message) <= MESSAGE_LIMIT
-        else error.message[:MESSAGE_LIMIT] + "…",
+        "message": error.message if len(error.message) <= MESSAGE_LIMIT else error.message[:MESSAGE_LIMIT] + "…",
         "type": row_of(error).type,
         "param": None if error.param is None else shortened(error.param, PARAM_LIMIT),
         "code": error.code,

@@ -53,7 +53,7 @@ def test_targets_are_those_of_mlx_lm(
 @pytest.mark.parametrize(
     ("config", "field", "sentence"),
     [
-        ({"fine_tune_type": "ia3"}, "fine_tune_type", "ia3 is not known"),
+        ({"fine_tune_type": "ia3"}, "fine_tune_type", "'ia3' is not known"),
         ({"use_dora": True}, "use_dora", "use_dora is a field of PEFT"),
         ({"lora_parameters": {"rank": 4, "alpha": 8}}, "lora_parameters.alpha", "not read by mlx-lm"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,42 @@ def test_torch_tensors_keep_their_bits_and_their_memory(dtype: torch.dtype) -> N
     assert host_tensor("a", tensor).array.ctypes.data == tensor.data_ptr()
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str
+)
+def test_what_no_adapter_is_served_in_becomes_the_float32_that_it_stands_for(dtype: torch.dtype) -> None:
+    given = torch.tensor([[0.5, -1.75, 0.0], [2.0, 0.125, -0.25]]).to(dtype)
+    tensor = host_tensor("x", given.requires_grad_(dtype == torch.float64))
+    assert (tensor.dtype, tensor.was) == ("F32", str(dtype).removeprefix("torch."))
+    assert tensor.array.tolist() == [[0.5, -1.75, 0.0], [2.0, 0.125, -0.25]]
+
+
+@pytest.mark.parametrize("made", [lambda t: t.to("meta"), torch.Tensor.to_sparse], ids=["meta", "sparse"])
+def test_tensors_that_cannot_be_read_are_named(made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(TypeError, match=r"'layer\.q', a Tensor, cannot be read here: "):
+        host_tensor("layer.q", made(torch.ones(2, 3)))
+
+
+def test_ids_and_options_of_torch() -> None:
+    ids = torch.tensor([[1, 2], [3, 4]])
+    options: Any = {"logit_bias": {torch.tensor(5): torch.tensor(0.5, dtype=torch.bfloat16)}, "seed": torch.tensor(7)}
+    sent = json.loads(bytes(calls.rollouts(ids, stop_token_ids=ids[0], **options).body))
+    assert sent["prompts"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
+    assert sent["sampling"] == {"logit_bias": {"5": 0.5}, "seed": 7, "stop_token_ids": [1, 2]}
+    with pytest.raises(TypeError, match=r"^seed is a Tensor that cannot be read here"):
+        calls.rollouts(ids, seed=torch.zeros(3, device="meta"))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", list(OPTIONS))
 def test_a_peft_model_is_what_it_would_save(kind: str, tmp_path: Path) -> None:
     model = peft.get_peft_model(small(), peft.LoraConfig(r=4, lora_alpha=8, **OPTIONS[kind]))
     model.save_pretrained(tmp_path)
     saved, given = calls.push("policy", tmp_path), calls.push("policy", model)
     assert load(bytes(given.body)).keys() == load(bytes(saved.body)).keys()
-    digests = [call.parse.keywords["sent_digest"] for call in (saved, given)]  # type: ignore[attr-defined]
-    assert digests[0] == digests[1] and digests[0].startswith("sha256:")
+    tensors = peft.get_peft_model_state_dict(model)
+    held = calls.push("policy", tensors, model.peft_config["default"])
+    digests = [call.parse.keywords["sent_digest"] for call in (saved, given, held)]  # type: ignore[attr-defined]
+    assert len(set(digests)) == 1 and digests[0].startswith("sha256:")
 
 
 def test_bfloat16_models_and_one_of_several_adapters() -> None:

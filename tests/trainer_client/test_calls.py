@@ -130,8 +130,8 @@ def test_tensors_without_a_config_and_what_is_no_adapter_are_refused() -> None:
 def test_activate_is_only_repeatable_without_a_condition() -> None:
     call = calls.activate("a.b", 6)
     assert (call.path, body(call), call.idempotent) == ("/v1/weights/a.b/activate", {"version": 6}, True)
-    conditional = calls.activate("a/b", 6, if_match="sha256:12345678")
-    assert (conditional.path, conditional.idempotent) == ("/v1/weights/a%2Fb/activate", False)
+    conditional = calls.activate("a-b", 6, if_match="sha256:12345678")
+    assert (conditional.path, conditional.idempotent) == ("/v1/weights/a-b/activate", False)
     assert conditional.headers["if-match"] == '"sha256:12345678"'
 
 
