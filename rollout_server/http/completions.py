@@ -173,7 +173,9 @@ def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[Promp
             # Nothing will be sampled, but the other parameters are checked all the same.
             limit = 1
         else:
-            limit = room(count, data.max_tokens, context, prompt_param=place, param="max_tokens")
+            asked = data.max_tokens if "max_tokens" in data.model_fields_set else None
+            limit = room(count, asked, context, prompt_param=place, param="max_tokens")
+            limit = min(limit, data.max_tokens)
         prompts.append((prompt, sampling_params(data, limit, constraint)))
     return prompts
 
