@@ -30,7 +30,6 @@ from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,
-    FinishReason,
     PolicyAddress,
     PolicyVersion,
     RolloutRequest,
@@ -46,7 +45,7 @@ class CompletionChoice(Choice):
     def __init__(self, job: CompletionsJob, prompt_index: int, sample_index: int) -> None:
         index = prompt_index * job.data.n + sample_index
         echo = job.echoes[prompt_index] if job.echoes else None
-        super().__init__(index, job.reading, job.groups[prompt_index].sampling, echo)
+        super().__init__(index, job.reading, job.groups[prompt_index], echo)
         self._asked_ids = job.data.return_token_ids
         self._prompt = job.prompts[prompt_index].ids
 
@@ -261,11 +260,7 @@ def echo_only(job: CompletionsJob, version: PolicyVersion) -> Response[Any]:
     choices = []
     for index in range(len(job.prompts) * job.data.n):
         choice = job.choice(*divmod(index, job.data.n))
-        piece = choice.start() + Piece(
-            finish_reason=FinishReason.LENGTH,
-            rollout={"versions": [], "logprobs_mode": job.data.logprobs_mode},
-        )
-        choices.append(choice.whole(piece))
+        choices.append(choice.whole(choice.start() + choice.finish_unasked()))
     headers = policy_headers([version])
     if not job.stream:
         return json_response(job.body(choices, usage((), job.prompt_tokens)), headers=headers)

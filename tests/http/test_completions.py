@@ -206,6 +206,18 @@ def test_stop_strings_are_cut_or_kept(client: Client, engine: FakeEngine) -> Non
     assert choice["text"] == " and!"
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stop_token_begins_behind_the_text_before_it(client: Client, engine: FakeEngine, kept: bool) -> None:
+    """Whether it is shown or not, and behind an incomplete character too."""
+    half, last = engine.tokenizer.convert_tokens_to_ids("Ã"), engine.tokenizer.encode("!")[0]
+    engine.script = lambda request, sample: Row([half, last], FinishReason.STOP, last)
+    asked = {"stop_token_ids": [last], "include_stop_str_in_output": kept, "logprobs": 0, "return_token_ids": True}
+    (choice,) = ask(client, **asked).json()["choices"]
+    assert choice["text"] == ("\ufffd!" if kept else "\ufffd")
+    assert choice["logprobs"]["text_offset"] == [0, 1]
+    assert joined(events(ask(client, stream=True, **asked))) == choice
+
+
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("text", ["naïve 你好世界 😀😁!", " the hat and the cat", "x"])
 def test_a_stream_adds_up_to_the_whole_reply(client: Client, engine: FakeEngine, text: str, echo: bool) -> None:
