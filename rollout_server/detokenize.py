@@ -1,24 +1,28 @@
-"""Token ids to text, a few ids at a time.
+"""Token ids to text, a few ids at a time, the same text however they are dealt out.
 
-A character may span several tokens, and some decoders look at the token before (a leading space, a run of byte
-tokens). So text is decided by decoding a short window twice: the tokens whose text is already out, and the same with
-the new ones. What the second adds is new text, unless it ends inside a character: then it waits for the next token.
+A character may span several tokens, so text is decided byte by byte: whole characters are out at once, an incomplete
+one waits for its next byte. What came out never changes. A text that goes on behind a prompt is read behind it: no
+decoder then takes its first space for the start of a text, and a character that the prompt began is completed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from rollout_server.rollout import RolloutRequest
+from rollout_server.token_texts import REPLACEMENT, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most four bytes and a token at least one: the token that follows three more decides it.
+# A UTF-8 character has at most four bytes.
 LONGEST_CHARACTER = 4
-# Bounds the window, and with it the work per token, when many ids are pushed at once.
-CHUNK = 64
+PART = 256
+"""Characters of a text that are kept as one string, at least: `tail` then looks at few, and little is copied."""
+ENDS_EARLY = "unexpected end of data"
+"""Python's words for bytes that are right as far as they go."""
 
 
 @lru_cache(maxsize=8)
@@ -32,14 +36,15 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 class IncrementalText:
     """The text of a growing token sequence, equal at the end to
-    `tokenizer.decode(ids, skip_special_tokens=…, clean_up_tokenization_spaces=False)`.
+    `tokenizer.decode(ids, skip_special_tokens=…, clean_up_tokenization_spaces=False)`, behind a context to what that
+    adds to the context's.
 
     Never gives U+FFFD for a character whose remaining bytes may still come. Work per token is bounded. One exception
-    to equality: where a byte-fallback tokenizer (Llama 2) meets an invalid byte right after valid byte tokens, its
-    `decode` turns the valid ones into U+FFFD as well; here they stay what they were.
+    to equality: where a byte-fallback tokenizer (Llama 2) meets an invalid byte among valid byte tokens, its `decode`
+    turns the valid ones into U+FFFD as well; here they stay what they are.
     """
 
-    __slots__ = ("_length", "_parts", "_read", "_skip", "_tokenizer", "_window")
+    __slots__ = ("_bytes", "_length", "_open", "_parts", "_previous", "_skip", "_texts", "opened", "starts")
 
     def __init__(
         self,
@@ -47,15 +52,29 @@ class IncrementalText:
         *,
         skip_special_tokens: bool = True,
         shown: frozenset[int] = frozenset(),
+        context: Sequence[int] = (),
     ) -> None:
-        """`shown` are special tokens that are not skipped."""
-        self._tokenizer = tokenizer
+        """`shown` are special tokens that are not skipped. `context` are the ids before the first, whose text is not
+        part of this one, except for a character that they leave incomplete: that one stands here."""
+        self._texts = texts_of(tokenizer)
         self._skip = special_ids(tokenizer) - shown if skip_special_tokens else frozenset()
-        self._window: list[int] = []
-        # How many ids of the window have their text out already; they are kept as context for the next ones.
-        self._read = 0
         self._parts: list[str] = []
         self._length = 0
+        # Bytes of an incomplete character, and where in them those tokens begin whose place in the text is not known.
+        self._bytes = b""
+        self._open: list[int] = []
+        self.starts: list[int] = []
+        """Where in the text each id begins, in characters, as far as that is decided. One that goes on with a character
+        begins where that does. First come the `opened`, then what was pushed."""
+        self._previous: int | None = None
+        self._read_context(context)
+        self.opened = len(self._open)
+        """How many ids of the context begin within the character that it leaves incomplete."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, request: RolloutRequest) -> IncrementalText:
+        """The text of a row of this request, as everything that looks at it must read it."""
+        return cls(tokenizer, shown=request.shown, context=request.prompt_ids if request.continues else ())
 
     @property
     def text(self) -> str:
@@ -72,7 +91,7 @@ class IncrementalText:
     @property
     def pending(self) -> bool:
         """Whether the last tokens wait for the rest of a character."""
-        return self._read < len(self._window)
+        return bool(self._bytes)
 
     def tail(self, characters: int) -> str:
         """The last `characters` of the text (all of it if shorter), without joining the rest."""
@@ -87,59 +106,90 @@ class IncrementalText:
 
     def push(self, ids: Iterable[int]) -> str:
         """Adds ids; returns the text they decide, which may be empty."""
-        fresh = [id for id in ids if id not in self._skip]
-        return "".join([self._advance(fresh[at : at + CHUNK]) for at in range(0, len(fresh), CHUNK)])
+        before = self._length
+        for id in ids:
+            if id in self._skip:
+                self._put("")
+            else:
+                self._add(id)
+        return self.tail(self._length - before)
 
     def finish(self) -> str:
         """No more ids will come: returns what was held back, an incomplete character as U+FFFD. Idempotent."""
-        if not self.pending:
-            return ""
-        return self._take(len(self._window), self._decode(self._window), self._decode(self._window[: self._read]))
+        before = self._length
+        self._decide(final=True)
+        return self.tail(self._length - before)
 
-    def _advance(self, ids: Sequence[int]) -> str:
-        self._window += ids
-        end = len(self._window)
-        before = self._decode(self._window[: self._read])
-        whole = self._decode(self._window)
-        if whole == before and before:
-            # Tokens without text would only make the window longer.
-            del self._window[self._read :]
-            return ""
-        # Newest boundary first; a single id was judged at the older ones when it was the newest.
-        for cut in range(end, max(self._read, end - (LONGEST_CHARACTER if len(ids) > 1 else 1)), -1):
-            text = whole if cut == end else self._decode(self._window[:cut])
-            # At the start a token may have no text and still be context (a lone space mark).
-            if not text.endswith(REPLACEMENT) and (len(text) > len(before) or not before):
-                return self._take(cut, text, before)
-        if end - self._read < LONGEST_CHARACTER:
-            return ""
-        return self._give_up(whole, before)
+    def _read_context(self, ids: Sequence[int]) -> None:
+        """Only its end can matter: all before whole characters, or before so many bytes, is complete or broken."""
+        first, size = len(ids), 0
+        while first and size < LONGEST_CHARACTER:
+            first -= 1
+            found = self._texts.of(ids[first - 1] if first else None, ids[first])
+            size += LONGEST_CHARACTER if found and isinstance(found, str) else len(found)
+        self._previous = ids[first - 1] if first else None
+        for id in ids[first:]:
+            self._add(id)
+        self._parts.clear()
+        self.starts.clear()
+        self._length = 0
 
-    def _give_up(self, whole: str, before: str) -> str:
-        """Bytes that can never become a character: all but the last U+FFFD of `whole` are final."""
-        end = len(self._window)
-        for cut in range(end - 1, max(self._read, end - LONGEST_CHARACTER), -1):
-            text = self._decode(self._window[:cut])
-            if len(before) < len(text) < len(whole) and whole.startswith(text):
-                return self._take(cut, text, before)
-        return self._take(end, whole, before) if end - self._read >= CHUNK else ""
+    def _add(self, id: int) -> None:
+        self._put(self._texts.of(self._previous, id))
+        self._previous = id
 
-    def _take(self, cut: int, text: str, before: str) -> str:
-        """Puts out what `text` (the decoded window up to `cut`) adds to `before`; keeps its ids as the next context."""
-        if text.startswith(before):
-            new = text[len(before) :]
-        else:  # a byte run went invalid and changed text that is already out
-            new = self._decode(self._window[self._read : cut])
-        self._window = self._window[self._read :]
-        self._read = cut - self._read
-        if new:
-            self._parts.append(new)
-            self._length += len(new)
-        return new
+    def _put(self, new: str | bytes) -> None:
+        """What a token adds: text as it is, unless a character is open."""
+        if isinstance(new, str) and not self._bytes:
+            self.starts.append(self._length)
+            self._tell(new)
+            return
+        self._open.append(len(self._bytes))
+        self._bytes += new.encode() if isinstance(new, str) else new
+        self._decide(final=False)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        if not ids:
-            return ""
-        # Specials were left out already, so that they cannot fill the window.
-        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
+    def _decide(self, *, final: bool) -> None:
+        told: list[str] = []
+        at = 0
+        for character, size in _characters(self._bytes, each_byte=self._texts.each_byte, final=final):
+            at += size
+            self._place(at, len(told))
+            told.append(character)
+        self._bytes = self._bytes[at:]
+        self._open = [place - at for place in self._open]
+        if not self._bytes:
+            # Tokens without text behind the last character.
+            self._place(1, len(told))
+        self._tell("".join(told))
+
+    def _place(self, end: int, character: int) -> None:
+        """Tokens that begin before byte `end`, and not in an earlier character, begin with this new one."""
+        while self._open and self._open[0] < end:
+            self.starts.append(self._length + character)
+            del self._open[0]
+
+    def _tell(self, text: str) -> None:
+        if self._parts and len(self._parts[-1]) < PART:
+            self._parts[-1] += text
+        else:
+            self._parts.append(text)
+        self._length += len(text)
+
+
+def _characters(raw: bytes, *, each_byte: bool, final: bool) -> Iterator[tuple[str, int]]:
+    """The characters that are decided, with the number of bytes of each. An incomplete one is left out, unless these
+    are the `final` bytes. Bytes that are none become U+FFFD, each or as many as could have begun a character."""
+    while raw:
+        whole, broken = raw, 0
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            whole, broken = raw[: error.start], error.end - error.start
+            text = whole.decode()
+            if error.reason == ENDS_EARLY and not final:
+                raw, broken = whole, 0
+        for character in text:
+            yield character, len(character.encode())
+        if broken:
+            yield from [(REPLACEMENT, 1)] * broken if each_byte else [(REPLACEMENT, broken)]
+        raw = raw[len(whole) + broken :]

@@ -244,6 +244,10 @@ class RolloutRequest:
     """What every sample begins with."""
     return_when: int | None = None
     """The group is returned when so many samples have stopped or reached their length; the others are aborted."""
+    continues: bool = True
+    """The text goes on behind the prompt's; else it is read as a text of its own, as a turn of a conversation is."""
+    shown: frozenset[int] = frozenset()
+    """Special tokens that stand in the text; others are left out."""
 
     @property
     def given_ids(self) -> tuple[int, ...]:

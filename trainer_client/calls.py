@@ -256,7 +256,8 @@ def logprobs(
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
     """`POST /v1/completions` of the OpenAI API, for evaluation: sends `fields` as they are, returns the reply as JSON.
 
-    prompt   a string, strings, token ids, or lists of token ids, as any array too"""
+    prompt   a string, strings, token ids, or lists of token ids, as any array too
+    fields   `max_tokens`, without which the server ends a text after 16 tokens, `temperature`, `stop`, …"""
     if fields.get("stream"):
         raise ValueError("completions does not stream here: use stream_rollouts, or any OpenAI client.")
     body = {"model": _address(model), "prompt": prompt, **fields}

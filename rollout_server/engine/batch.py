@@ -199,7 +199,7 @@ class Batch:
         rows = []
         for i, place in enumerate(places):
             index = joining.first_sample + i
-            text = IncrementalText(self._tokenizer) if group.request.sampling.stop else None
+            text = IncrementalText.of(self._tokenizer, group.request) if group.request.sampling.stop else None
             seed = group.request.seeds[index]
             row = Row(group, index, seed, group.version, group.placement, text, seated_at=seated_at)
             self._seats[place] = row

@@ -354,8 +354,8 @@ class Engine:
         `EngineUnavailable` where the device is gone, since everything that came after would fail too."""
         if (gone := self._device_fault()) is not None:
             raise EngineUnavailable(
-                f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server again; "
-                "with --state-dir it serves the versions that it had."
+                f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server "
+                "again; with --state-dir it serves the versions that it had."
             ) from error
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")

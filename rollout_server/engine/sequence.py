@@ -244,19 +244,25 @@ class Sequence:
             self.entropy.append(values[3])
         if wants.top_logprobs and top is not None:
             self.top_logprobs.append(top[: wants.top_logprobs])
-        if (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
-            self.end(FinishReason.STOP, token)
-        elif (stop := self._stop_string(token)) is not None:
+        ends = (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids
+        full = len(self.token_ids) == sampling.max_tokens
+        if (stop := self._stop_string(() if ends else (token,), last=ends or full)) is not None:
             self.end(FinishReason.STOP, stop)
-        elif len(self.token_ids) == sampling.max_tokens:
+        elif ends:
+            self.end(FinishReason.STOP, token)
+        elif full:
             self.end(FinishReason.LENGTH, None)
         elif self.follower is not None:
             self.follower.advance(token)
 
-    def _stop_string(self, token: int) -> str | None:
+    def _stop_string(self, token: Items[int], *, last: bool) -> str | None:
+        """The one that stands in what the token decides; the `last` one decides of an incomplete character that it is
+        U+FFFD."""
         if self.text is None:
             return None
-        new = len(self.text.push([token]))
+        new = len(self.text.push(token))
+        if last:
+            new += len(self.text.finish())
         sampling = self.group.request.sampling
         if not new or len(self.token_ids) < sampling.min_tokens:
             return None

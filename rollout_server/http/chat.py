@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.calling import constraint_of_chat
 from rollout_server.http.choices import Choice, Piece, Reading
 from rollout_server.http.documented import EventsOperation, failures
-from rollout_server.http.encoding import finite, usage
+from rollout_server.http.encoding import begins_turn, finite, usage
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import render, room, template_source
 from rollout_server.http.reply_parts import Gain, ReplyParts
@@ -36,11 +36,10 @@ class ChatChoice(Choice):
     """A choice as this route writes it: reasoning, content and tool calls apart."""
 
     def __init__(self, job: ChatJob, sample_index: int) -> None:
-        super().__init__(sample_index, job.reading, job.groups[0].sampling, None)
+        super().__init__(sample_index, job.reading, job.groups[0], None)
         self._asked_ids = job.data.return_token_ids
         self._thinks = job.format.has_thinking
         self._parts = ReplyParts(job.format, thinking=job.thinking, tools=job.called_tools)
-        self._offsets: list[int] = []
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         gain = self._read(piece)
@@ -72,18 +71,12 @@ class ChatChoice(Choice):
         """Sampled tokens that belong to reasoning, its marks included; None where the model has no marks for it."""
         if not self._thinks:
             return None
-        return sum(any(begin <= offset < end for begin, end in self._parts.reasoned) for offset in self._offsets)
+        return self.begins_within(self._parts.reasoned)
 
     def _read(self, piece: Piece) -> Gain:
         if piece.finish_reason is None:
             return self._parts.push(piece.text)
         return self._parts.finish(piece.text, cut=piece.finish_reason != FinishReason.STOP)
-
-    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Sequence[tuple[int, float]]) -> int:
-        offset = super()._take(id, logprob, sampling_logprob, top)
-        if self._thinks:
-            self._offsets.append(offset)
-        return offset
 
     def _ending(self, piece: Piece) -> dict[str, Any]:
         """What a choice and its part in a stream have in common."""
@@ -198,14 +191,17 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
     constraint = constraint_of_chat(data, format, service, thinking=thinking)
     id = request_id(None, request, kind="chatcmpl")
     seed = fresh_seed() if data.seed is None else data.seed
+    sampling = sampling_params(data, limit, constraint)
     group = RolloutRequest(
         id=id,
         prompt_ids=tuple(ids),
-        sampling=sampling_params(data, limit, constraint),
+        sampling=sampling,
         policy=address,
         n=data.n,
         seeds=row_seeds(seed, None, 0, data.n),
         wants=Wants(top_logprobs=data.top_logprobs or 0, tokens_as_they_come=data.stream),
+        continues=not begins_turn(data, sampling),
+        shown=format.shown(tools=bool(data.tools) and data.tool_choice != "none"),
     )
     reading = Reading(
         service.tokenizer,
@@ -214,7 +210,6 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
         top_logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         logprobs_mode=data.logprobs_mode,
         include_stop=data.include_stop_str_in_output,
-        shown=format.shown(tools=bool(data.tools) and data.tool_choice != "none"),
     )
     return ChatJob(
         id=id,

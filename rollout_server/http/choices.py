@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.detokenize import IncrementalText
+from rollout_server.detokenize import IncrementalText, special_ids
 from rollout_server.engine.messages import ScoredSequence, TokensSampled
 from rollout_server.http.encoding import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.processed import processed_top
 from rollout_server.http.prompts import PromptTokens
 from rollout_server.http.row_text import RowText
 from rollout_server.http.token_strings import TokenStrings
-from rollout_server.rollout import Rollout, SamplingParams
+from rollout_server.rollout import FinishReason, Rollout, RolloutRequest
 from rollout_server.schemas.openai import LogprobsMode
 
 Top = Sequence[tuple[int, float]]
+SEARCHED = 64
+"""Characters of a prompt in which the next token is looked for where it does not stand behind the one before."""
 
 
 @dataclass(slots=True)
@@ -47,10 +49,10 @@ class Piece:
             other.rollout,
         )
 
-    def add(self, id: int, logprob: float | None, top: Top, offset: int) -> None:
-        self.scored_ids.append(id)
-        self.logprobs.append(None if logprob is None else finite(logprob))
-        self.tops.append(top)
+    def add(self, token: Token, offset: int) -> None:
+        self.scored_ids.append(token.id)
+        self.logprobs.append(None if token.logprob is None else finite(token.logprob))
+        self.tops.append(token.top)
         self.offsets.append(offset)
 
 
@@ -65,55 +67,90 @@ class Reading:
     """Alternatives of every token; None: no log-probabilities at all."""
     logprobs_mode: LogprobsMode
     include_stop: bool
-    shown: frozenset[int] = frozenset()
-    """Special tokens that stay in the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token on its way into a piece."""
+
+    id: int
+    logprob: float | None
+    top: Top
+    sampled: bool = True
+    """And not of an echoed prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt as it is repeated in front of the completion: its text and, if asked for, its log-probabilities."""
+    """A prompt as it is repeated in front of the completion: its text and, if asked for, its log-probabilities. A
+    character that it leaves incomplete stands in the completion's text, and so do the `opened` tokens within it."""
 
     piece: Piece
+    opened: Sequence[Token] = ()
 
     @classmethod
     def of(cls, prompt: PromptTokens, scored: ScoredSequence | None, reading: Reading) -> Echo:
         decoder = IncrementalText(reading.tokenizer, skip_special_tokens=False)
-        offsets = []
-        for id in prompt.ids:
-            offsets.append(decoder.length)
-            decoder.push([id])
-        decoder.finish()
+        decoder.push(prompt.ids)
         piece = Piece(text=decoder.text if prompt.text is None else prompt.text)
-        if scored is not None:
-            offsets = _offsets_in(piece.text, decoder.text, offsets)
-            tops = scored.top_logprobs or (None,) * len(prompt.ids)
-            for id, offset, value, top in zip(prompt.ids, offsets, scored.logprobs, tops, strict=True):
-                piece.add(id, value, top or (), offset)
-        return cls(piece)
+        if scored is None:
+            return cls(piece)
+        tops = scored.top_logprobs or (None,) * len(prompt.ids)
+        tokens = [
+            Token(id, value, top or (), sampled=False)
+            for id, value, top in zip(prompt.ids, scored.logprobs, tops, strict=True)
+        ]
+        special = special_ids(reading.tokenizer)
+        offsets = _offsets_in(piece.text, decoder, [token.id in special for token in tokens])
+        for token, offset in zip(tokens, offsets, strict=False):
+            piece.add(token, offset)
+        return cls(piece, tokens[len(offsets) :])
 
 
-def _offsets_in(text: str, decoded: str, offsets: list[int]) -> list[int]:
-    """Places in `decoded`, as places in the text the prompt came as: a start token that the tokenizer added has no
-    text there, and a tokenizer that normalises may be off by what it changed."""
-    shift = len(decoded) - len(text) if decoded.endswith(text) else max(decoded.find(text), 0)
-    return [min(max(offset - shift, 0), len(text)) for offset in offsets]
+def _offsets_in(text: str, decoder: IncrementalText, special: Sequence[bool]) -> list[int]:
+    """Where the tokens of a decoded prompt, `special` ones or not, stand in the text that it came as. What the
+    tokenizer put in front has no text there, and spaces or the case of letters may have been lost; a tokenizer that
+    normalises otherwise may be off by what it changed."""
+    decoded, starts = decoder.text, decoder.starts
+    if decoded.endswith(text):
+        return [max(start - (len(decoded) - len(text)), 0) for start in starts]
+    found, place = [], 0
+    for start, end, kind in zip(starts, [*starts[1:], len(decoded)], special, strict=False):
+        begin, place = _place_in(text, place, decoded[start:end], special=kind)
+        found.append(begin)
+    return found
+
+
+def _place_in(text: str, start: int, piece: str, *, special: bool) -> tuple[int, int]:
+    """Where a token begins that stands at `start` or a little further on, and where the next one may."""
+    ahead, piece = text[start : start + SEARCHED + len(piece)].lower(), piece.lower()
+    if ahead.startswith(piece):
+        return start, start + len(piece)
+    word, words = piece.strip(), ahead.lstrip()
+    at = len(ahead) - len(words) if words.startswith(word) else -1 if special else ahead.find(word)
+    if not word or at < 0:
+        return start, start
+    return start + at, start + at + len(word)
 
 
 class Choice:
     """Follows one row. `start` once, `push` for tokens as they come, `finish` with the row; the pieces add up. Each
     route writes them in its own way: `whole` in a reply, `part` in an event of a stream."""
 
-    def __init__(self, index: int, reading: Reading, sampling: SamplingParams, echo: Echo | None) -> None:
+    def __init__(self, index: int, reading: Reading, request: RolloutRequest, echo: Echo | None) -> None:
         self.index = index
         self._reading = reading
+        self._request = request
         self._echo = echo
         self._start = len(echo.piece.text) if echo else 0
-        self._sampling = sampling
+        sampling = request.sampling
         ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(reading.eos_token_ids))
-        self._text = RowText(reading.tokenizer, stops=sampling.stop, ends=ends, shown=reading.shown)
+        self._text = RowText(IncrementalText.of(reading.tokenizer, request), stops=sampling.stop, ends=ends)
         self._taken = 0
-        # Tokens of text that a stop string may still take back: where that is cut decides where they begin.
-        self._waiting: list[tuple[int, float, Top, int]] = []
+        # Tokens of which it is not known where they begin: their character is incomplete, or a stop string may take
+        # it back. The first of them is the text's `_released`th.
+        self._waiting: list[Token] = list(echo.opened) if echo else []
+        self._released = self._text.opened - len(self._waiting)
 
     def start(self) -> Piece:
         return self._echo.piece if self._echo else Piece()
@@ -131,40 +168,52 @@ class Choice:
             top = (rollout.top_logprobs[at] if rollout.top_logprobs else None) or ()
             self._take(rollout.token_ids[at], rollout.logprobs[at], rollout.sampling_logprobs[at], top)
         reading = self._reading
-        whole = rollout_text(rollout, reading.tokenizer, include_stop=reading.include_stop, shown=reading.shown)
-        piece = Piece(text=self._text.finish(whole))
-        self._release(piece, len(whole), final=True)
-        piece.finish_reason, piece.stop_reason = rollout.finish_reason, rollout.stop_reason
-        piece.rollout = {
-            "versions": [span_entry(span) for span in rollout.spans],
-            "logprobs_mode": reading.logprobs_mode,
-        }
-        if rollout.error is not None:
+        whole = rollout_text(rollout, reading.tokenizer, self._request, include_stop=reading.include_stop)
+        piece = self._end(whole, rollout.finish_reason, [span_entry(span) for span in rollout.spans])
+        piece.stop_reason = rollout.stop_reason
+        if piece.rollout is not None and rollout.error is not None:
             piece.rollout["error"] = error_entry(rollout)
         return piece
 
-    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Top) -> int:
-        """Adds a token; returns where in the sampled text it begins."""
+    def finish_unasked(self) -> Piece:
+        """The end of a row of which no token was asked for: its prompt may have left text."""
+        return self._end(self._text.finish(), FinishReason.LENGTH, [])
+
+    def _end(self, whole: str, reason: FinishReason, versions: list[dict[str, Any]]) -> Piece:
+        piece = Piece(text=self._text.rest(whole), finish_reason=reason)
+        self._release(piece, len(whole), final=True)
+        piece.rollout = {"versions": versions, "logprobs_mode": self._reading.logprobs_mode}
+        return piece
+
+    def _take(self, id: int, logprob: float, sampling_logprob: float, top: Top) -> None:
         self._taken += 1
-        offset = self._text.push(id)
-        reading = self._reading
-        value = logprob
+        self._text.push(id)
+        reading, value = self._reading, logprob
         if reading.top_logprobs is not None and reading.logprobs_mode == "processed_logprobs":
-            value = sampling_logprob
-            top = processed_top(top, logprob=logprob, sampling_logprob=sampling_logprob, sampling=self._sampling)
-        self._waiting.append((id, value, top[: reading.top_logprobs], offset))
-        return offset
+            value, sampling = sampling_logprob, self._request.sampling
+            top = processed_top(top, logprob=logprob, sampling_logprob=sampling_logprob, sampling=sampling)
+        self._waiting.append(Token(id, value, top[: reading.top_logprobs]))
 
     def _release(self, piece: Piece, sent: int, *, final: bool) -> None:
         """Tokens that begin within the first `sent` characters; at the end all, those that were cut off begin there."""
-        ready = len(self._waiting)
-        if not final:
-            ready = next((at for at, token in enumerate(self._waiting) if token[3] > sent), ready)
-        for id, value, top, offset in self._waiting[:ready]:
-            piece.token_ids.append(id)
+        begins = self._text.begins
+        ready = 0
+        for at, token in enumerate(self._waiting, self._released):
+            offset = begins[at] if at < len(begins) else self._text.length
+            if not final and (at >= len(begins) or offset > sent):
+                break
+            ready += 1
+            if token.sampled:
+                piece.token_ids.append(token.id)
             if self._reading.top_logprobs is not None:
-                piece.add(id, value, top, self._start + min(offset, sent))
+                piece.add(token, self._start + min(offset, sent))
         del self._waiting[:ready]
+        self._released += ready
+
+    def begins_within(self, stretches: Sequence[tuple[int, int]]) -> int:
+        """How many of its tokens begin in these stretches of its text, each from and to."""
+        begins = self._text.begins[self._text.opened :]
+        return sum(any(first <= begin < end for first, end in stretches) for begin in begins)
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """The choice of a reply, from all its pieces."""

@@ -30,7 +30,6 @@ from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,
-    FinishReason,
     PolicyAddress,
     PolicyVersion,
     RolloutRequest,
@@ -46,7 +45,7 @@ class CompletionChoice(Choice):
     def __init__(self, job: CompletionsJob, prompt_index: int, sample_index: int) -> None:
         index = prompt_index * job.data.n + sample_index
         echo = job.echoes[prompt_index] if job.echoes else None
-        super().__init__(index, job.reading, job.groups[prompt_index].sampling, echo)
+        super().__init__(index, job.reading, job.groups[prompt_index], echo)
         self._asked_ids = job.data.return_token_ids
         self._prompt = job.prompts[prompt_index].ids
 
@@ -173,7 +172,9 @@ def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[Promp
             # Nothing will be sampled, but the other parameters are checked all the same.
             limit = 1
         else:
-            limit = room(count, data.max_tokens, context, prompt_param=place, param="max_tokens")
+            asked = data.max_tokens if "max_tokens" in data.model_fields_set else None
+            limit = room(count, asked, context, prompt_param=place, param="max_tokens")
+            limit = min(limit, data.max_tokens)
         prompts.append((prompt, sampling_params(data, limit, constraint)))
     return prompts
 
@@ -259,11 +260,7 @@ def echo_only(job: CompletionsJob, version: PolicyVersion) -> Response[Any]:
     choices = []
     for index in range(len(job.prompts) * job.data.n):
         choice = job.choice(*divmod(index, job.data.n))
-        piece = choice.start() + Piece(
-            finish_reason=FinishReason.LENGTH,
-            rollout={"versions": [], "logprobs_mode": job.data.logprobs_mode},
-        )
-        choices.append(choice.whole(piece))
+        choices.append(choice.whole(choice.start() + choice.finish_unasked()))
     headers = policy_headers([version])
     if not job.stream:
         return json_response(job.body(choices, usage((), job.prompt_tokens)), headers=headers)

@@ -12,7 +12,18 @@ from litestar import Response
 
 from rollout_server.detokenize import IncrementalText
 from rollout_server.grammar import Constraint, GrammarKind
-from rollout_server.rollout import RECOMPUTED, FinishReason, GivenSpan, PolicyVersion, Rollout, SamplingParams, Span
+from rollout_server.rollout import (
+    RECOMPUTED,
+    FinishReason,
+    GivenSpan,
+    PolicyVersion,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    Span,
+)
+from rollout_server.schemas.chat import ChatRequest
+from rollout_server.schemas.rollouts import Prompt
 
 
 def json_response(content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
@@ -151,6 +162,13 @@ def finite(value: float) -> float | None:
 # ---- text ---------------------------------------------------------------------------------------------------------
 
 
+def begins_turn(chat: Prompt | ChatRequest, sampling: SamplingParams) -> bool:
+    """Whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the template
+    writes it back. What a grammar asks for stays as it is."""
+    opened = chat.messages is not None and chat.add_generation_prompt and not chat.continue_final_message
+    return opened and sampling.constraint is None
+
+
 def text_ids(rollout: Rollout, *, include_stop: bool = False) -> Sequence[int]:
     """The tokens whose text belongs to the row: without the end token that stopped it."""
     if rollout.finish_reason is not FinishReason.STOP or isinstance(rollout.stop_reason, str):
@@ -160,13 +178,10 @@ def text_ids(rollout: Rollout, *, include_stop: bool = False) -> Sequence[int]:
     return rollout.token_ids[:-1]
 
 
-def rollout_text(
-    rollout: Rollout, tokenizer: Any, *, include_stop: bool = False, shown: frozenset[int] = frozenset()
-) -> str:
-    """The decoded text of a row, cut before the stop string that ended it (or behind it); special tokens are left out,
-    but for those of `shown`."""
+def rollout_text(rollout: Rollout, tokenizer: Any, request: RolloutRequest, *, include_stop: bool = False) -> str:
+    """The decoded text of a row of this request, cut before the stop string that ended it (or behind it)."""
     ids = text_ids(rollout, include_stop=include_stop)
-    decoder = IncrementalText(tokenizer, shown=shown)
+    decoder = IncrementalText.of(tokenizer, request)
     decoder.push(ids[:-1])
     before = decoder.length
     decoder.push(ids[-1:])

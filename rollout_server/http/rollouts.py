@@ -23,7 +23,15 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, rollouts_file
 from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import LinesOperation, failures
-from rollout_server.http.encoding import is_complete, json_response, rollout_entry, rollout_text, usage, weight_of
+from rollout_server.http.encoding import (
+    begins_turn,
+    is_complete,
+    json_response,
+    rollout_entry,
+    rollout_text,
+    usage,
+    weight_of,
+)
 from rollout_server.http.prefixes import check_room, read_prefix
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
@@ -71,12 +79,13 @@ class Job:
 
     def entry(self, rollout: Rollout) -> dict[str, Any]:
         returns = frozenset(self.data.returns)
+        group = self.groups[rollout.prompt_index]
         return rollout_entry(
             rollout,
             request_id=self.id,
             prompt_id=self.data.prompts[rollout.prompt_index].id,
             returns=returns,
-            text=rollout_text(rollout, self.service.tokenizer) if "text" in returns else None,
+            text=rollout_text(rollout, self.service.tokenizer, group) if "text" in returns else None,
         )
 
 
@@ -205,6 +214,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 wants=wants,
                 prefix=prefix,
                 return_when=needed(data, counts[index], place),
+                continues=not begins_turn(prompt, sampling),
             )
         )
     return Job(id, data, address, groups, service, began)

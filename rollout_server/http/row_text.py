@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from rollout_server.detokenize import IncrementalText
 
@@ -13,10 +12,8 @@ class RowText:
 
     __slots__ = ("_decoder", "_ends", "_held", "_judged", "_sent", "_stops")
 
-    def __init__(
-        self, tokenizer: Any, *, stops: Sequence[str], ends: Collection[int], shown: frozenset[int] = frozenset()
-    ) -> None:
-        self._decoder = IncrementalText(tokenizer, shown=shown)
+    def __init__(self, decoder: IncrementalText, *, stops: Sequence[str], ends: Collection[int]) -> None:
+        self._decoder = decoder
         self._stops = stops
         # A token that may be the end has no text until another one shows that it was not.
         self._ends = ends
@@ -30,24 +27,45 @@ class RowText:
         """Characters that `ready` gave."""
         return self._sent
 
-    def push(self, id: int) -> int:
-        """Adds a token; returns where in the row's text it begins, in characters."""
-        self._decoder.push(self._held)
-        self._held.clear()
+    @property
+    def length(self) -> int:
+        """Characters decided so far. A token that may be the end, or that nothing followed, begins behind them."""
+        return self._decoder.length
+
+    @property
+    def begins(self) -> Sequence[int]:
+        """Where in the row's text its tokens begin, those first that the prompt left open, as far as that is known."""
+        return self._decoder.starts
+
+    @property
+    def opened(self) -> int:
+        """How many tokens of the prompt begin within the text, in a character that the prompt left open."""
+        return self._decoder.opened
+
+    def push(self, id: int) -> None:
+        """Adds a token."""
+        if self._held:
+            self._decoder.push(self._held)
+            self._held.clear()
         self._judged = self._decoder.length
         if id in self._ends:
             self._held.append(id)
         else:
             self._decoder.push([id])
-        return self._judged
 
     def ready(self) -> str:
         """The text that no stop string can take back any more, once."""
         unsent = self._decoder.tail(self._decoder.length - self._sent)
         return self._send(unsent[: self._first_doubt(unsent)])
 
-    def finish(self, text: str) -> str:
-        """What is left to send of the row's whole `text`."""
+    def finish(self) -> str:
+        """All its text, where no stop string and no end token cuts it; nothing follows."""
+        self._decoder.finish()
+        return self._decoder.text
+
+    def rest(self, text: str) -> str:
+        """What is left to send of the row's whole `text`; nothing follows."""
+        self._decoder.finish()
         return text[self._sent :]
 
     def _first_doubt(self, unsent: str) -> int:

@@ -42,7 +42,7 @@ class CompletionsRequest(OpenAIRequest):
     later: ClassVar = {**OpenAIRequest.later, "best_of": (1,), "suffix": ()}
 
     prompt: PromptForm
-    max_tokens: Whole | None = Field(default=None, description="What fits, if absent; 0 with echo.")
+    max_tokens: Whole = Field(default=16, description="If absent, less where less fits; 0 with echo.")
     logprobs: Whole | None = Field(default=None, description="How many alternatives; 0 for the sampled tokens alone.")
     echo: bool = False
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from rollout_server.engine.messages import RequestDone, RequestFailed, Score, St
 from rollout_server.engine.policy_messages import Delete
 from rollout_server.engine.sequence import Group, Sequence
 from rollout_server.errors import EngineFault, EngineUnavailable, NeverAdmitted, NonFiniteLogits
+from rollout_server.http.encoding import rollout_text
 from rollout_server.rollout import (
     FinishReason,
     PolicyAddress,
@@ -29,6 +31,7 @@ from rollout_server.rollout import (
 )
 from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
+from tests.tiny_tokenizers import spaces
 
 PROMPT = prompts_of([10], 286, seed=8)[0]
 
@@ -91,7 +94,7 @@ def test_64_stop_strings_end_a_row_where_a_search_of_all_its_text_would(base: Dr
         ids = [generator.randrange(5, base.model.info.vocab_size) for _ in range(40)]
         text = tokenizer.decode(ids)
         stops = {text[at : at + generator.randrange(1, 9)] for at in generator.sample(range(len(text) - 9), 8)}
-        stops = {stop for stop in stops if "\ufffd" not in stop} | {f"never {k}" for k in range(50)}
+        stops |= {f"never {k}" for k in range(50)}
         sampling = SamplingParams(max_tokens=40, min_tokens=trial % 5, stop=tuple(sorted(stops)), ignore_eos=True)
         request = RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(0,))
         row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, IncrementalText(tokenizer))
@@ -99,6 +102,8 @@ def test_64_stop_strings_end_a_row_where_a_search_of_all_its_text_would(base: Dr
         for count, token in enumerate(ids, 1):
             before = seen.length
             seen.push([token])
+            if count == len(ids):
+                seen.finish()
             ends = [(at, stop) for stop in stops for at in range(seen.length) if seen.text.startswith(stop, at)]
             hits = [(at, stop) for at, stop in ends if at + len(stop) > before]
             if hits and count >= sampling.min_tokens:
@@ -109,6 +114,51 @@ def test_64_stop_strings_end_a_row_where_a_search_of_all_its_text_would(base: Dr
         ended += expected is not None
         assert (len(row.token_ids), row.stop_reason) == (expected or (40, None))
     assert ended > 15
+
+
+@pytest.mark.parametrize("ending", ["length", "end token", "stop token"])
+def test_a_row_that_ends_inside_of_a_character_has_shown_it(base: Driver, ending: str) -> None:
+    """Its U+FFFD counts as text: a stop string that it completes has ended the row."""
+    tokenizer, (end,) = base.model.host_tokenizer, base.model.info.eos_token_ids
+    ids = tokenizer.convert_tokens_to_ids(["a", "Ã", "b"])[: 2 if ending == "length" else 3]
+    last = {"length": ids[-1], "end token": end, "stop token": ids[-1]}[ending]
+    ids[-1] = last
+    stops = {"a\ufffd": "a\ufffd", "\ufffd": "\ufffd", "\ufffdb": None if ending == "length" else last, "a": "a"}
+    for stop, reason in stops.items():
+        token = (last,) if ending == "stop token" else ()
+        sampling = SamplingParams(max_tokens=len(ids), stop=(stop,), stop_token_ids=token)
+        request = RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(0,))
+        text = IncrementalText.of(tokenizer, request)
+        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
+        while row.running:
+            row.record(ids[len(row.token_ids)], (0.0, 0.0, 0.0), None, frozenset([end]))
+        assert (row.stop_reason, row.finish_reason) == (reason, FinishReason.LENGTH if reason is None else "stop")
+        whole = rollout_text(row.rollout(), tokenizer, request)
+        assert stop not in whole and "a\ufffd".startswith(whole)
+
+
+def test_a_stop_string_is_looked_for_in_the_text_that_is_shown(base: Driver) -> None:
+    """Behind the prompt, and with the special tokens that the reader of the row sees."""
+    tokenizer = spaces()
+    mask, word = tokenizer.convert_tokens_to_ids("<mask>"), tokenizer.convert_tokens_to_ids("▁a")
+    for shown, continues, stop, reason in (
+        ((), True, " a", " a"),
+        ((), False, " a", None),
+        ((), True, " a a", " a a"),
+        ((mask,), True, " a a", None),
+        ((mask,), True, "a<mask>", "a<mask>"),
+        ((), True, "a<mask>", None),
+    ):
+        sampling = SamplingParams(max_tokens=3, stop=(stop,))
+        request = RolloutRequest("r", (2,), sampling, PolicyAddress("base"), seeds=(0,), continues=continues)
+        request = replace(request, shown=frozenset(shown))
+        text = IncrementalText.of(tokenizer, request)
+        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
+        for token in (word, mask, mask if stop == " a" else word):
+            if row.running:
+                row.record(token, (0.0, 0.0, 0.0), None, frozenset())
+        assert row.stop_reason == reason
+        assert stop not in rollout_text(row.rollout(), tokenizer, request)
 
 
 def test_a_stop_beats_length_at_the_last_token(base: Driver) -> None:

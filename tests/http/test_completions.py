@@ -102,7 +102,27 @@ def test_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None
     ask(client, stop="z")
     (group,) = engine.submitted[-1][1]
     assert group.sampling.stop == ("z",)
-    assert group.sampling.max_tokens == CONTEXT - len(group.prompt_ids)
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": None}, {"echo": True}, {"echo": True, "logprobs": 1}], ids=str)
+def test_without_max_tokens_there_are_16_or_what_fits(client: Client, engine: FakeEngine, fields: Any) -> None:
+    """As OpenAI and vLLM have it; chat and rollouts go on as far as the context does."""
+    for prompt, limit in (([5], 16), ([5] * (CONTEXT - 16), 16), ([5] * (CONTEXT - 3), 3)):
+        assert ask(client, prompt, **fields).status_code == 200
+        assert engine.submitted[-1][1][0].sampling.max_tokens == limit
+    messages = [{"role": "user", "content": "the cat"}]
+    client.post("/v1/chat/completions", json={"model": "base", "messages": messages})
+    client.post("/v1/rollouts", json={"policy": "base", "prompts": [{"token_ids": [5]}]})
+    for _, (group,), _ in engine.submitted[-2:]:
+        assert group.sampling.max_tokens == CONTEXT - len(group.prompt_ids)
+
+
+def test_what_was_asked_for_is_not_cut(client: Client, problem: Callable[..., Any]) -> None:
+    problem(ask(client, [5] * (CONTEXT - 3), max_tokens=16), 400, "context_length_exceeded", "max_tokens")
+    error = problem(ask(client, min_tokens=17), 400, "invalid_field", "min_tokens")
+    assert error["message"] == "min_tokens must be between 0 and max_tokens (16), not 17."
+    described = client.get("/schema/openapi.json").json()["components"]["schemas"]["CompletionsRequest"]
+    assert described["properties"]["max_tokens"]["default"] == 16
 
 
 def test_logprobs_are_four_arrays_of_one_length(client: Client, engine: FakeEngine) -> None:
@@ -184,6 +204,18 @@ def test_stop_strings_are_cut_or_kept(client: Client, engine: FakeEngine) -> Non
     assert max(choice["logprobs"]["text_offset"]) <= len(choice["text"])
     (choice,) = ask(client, stop="!", include_stop_str_in_output=True).json()["choices"]
     assert choice["text"] == " and!"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stop_token_begins_behind_the_text_before_it(client: Client, engine: FakeEngine, kept: bool) -> None:
+    """Whether it is shown or not, and behind an incomplete character too."""
+    half, last = engine.tokenizer.convert_tokens_to_ids("Ã"), engine.tokenizer.encode("!")[0]
+    engine.script = lambda request, sample: Row([half, last], FinishReason.STOP, last)
+    asked = {"stop_token_ids": [last], "include_stop_str_in_output": kept, "logprobs": 0, "return_token_ids": True}
+    (choice,) = ask(client, **asked).json()["choices"]
+    assert choice["text"] == ("\ufffd!" if kept else "\ufffd")
+    assert choice["logprobs"]["text_offset"] == [0, 1]
+    assert joined(events(ask(client, stream=True, **asked))) == choice
 
 
 @pytest.mark.parametrize("echo", [False, True])

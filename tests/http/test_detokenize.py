@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from rollout_server.detokenize import REPLACEMENT, IncrementalText, special_ids
+from rollout_server.detokenize import IncrementalText, special_ids
+from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
+from rollout_server.token_texts import REPLACEMENT, TokenTexts, byte_level_alphabet
+from tests.tiny_tokenizers import BYTES, KINDS, byte_level, spaces
 
-BYTES = 7
-
-
-def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2: a leading space mark that the start drops, and one token a byte for what is not in the vocabulary."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "▁a": 4, "b": 5, "你": 6}
-    vocabulary |= {f"<0x{byte:02X}>": BYTES + byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+WITH_BYTES = ("byte_level", "spaces", "unstripped")
+FALLBACK = ("spaces", "unstripped")
 
 
-def word_piece_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", "[SEP]", "a", "b", "##a", "##b", "hello", "##ing", ",", "."]
-    tokenizer = Tokenizer(models.WordPiece(vocab={word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def chosen(kind: str) -> PreTrainedTokenizerFast:
+    return KINDS[kind]()
+
+
+def byte_ids(kind: str, tokenizer: PreTrainedTokenizerFast, raw: bytes) -> list[int]:
+    """One token a byte."""
+    if kind in FALLBACK:
+        return [BYTES + byte for byte in raw]
+    names = {byte: name for name, byte in byte_level_alphabet().items()}
+    return list(tokenizer.convert_tokens_to_ids([names[byte] for byte in raw]))
 
 
 def random_text(generator: random.Random) -> str:
@@ -36,97 +41,264 @@ def random_text(generator: random.Random) -> str:
     return "".join(chr(generator.randrange(*generator.choice(ranges))) for _ in range(generator.randrange(1, 30)))
 
 
-def random_ids(tokenizer: PreTrainedTokenizerFast, kind: str, generator: random.Random) -> list[int]:
-    if kind == "byte_fallback":
-        # Any text, in byte tokens or not; never an invalid byte, see the test of that.
-        ids: list[int] = []
-        for character in random_text(generator):
-            ordinary = generator.random() < 0.5
-            ids += [generator.choice([2, 3, 4, 5, 6])] if ordinary else [BYTES + b for b in character.encode()]
-        return ids
-    if kind == "byte_level" and generator.random() < 0.5:
-        return list(tokenizer.encode(random_text(generator), add_special_tokens=False))
-    return [generator.randrange(len(tokenizer)) for _ in range(generator.randrange(1, 120))]
+def any_ids(kind: str, tokenizer: PreTrainedTokenizerFast, generator: random.Random, most: int = 40) -> list[int]:
+    """Every token may stand behind every other."""
+    ids = [generator.randrange(len(tokenizer)) for _ in range(generator.randrange(most))]
+    if kind in WITH_BYTES and generator.random() < 0.7:
+        for _ in range(generator.randrange(4)):
+            raw = random_text(generator).encode()
+            at, cut = generator.randrange(len(ids) + 1), generator.randrange(len(raw) + 1)
+            ids[at:at] = byte_ids(kind, tokenizer, raw[: min(cut, 9)])
+    return ids
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "word_piece"])
+def sound_ids(kind: str, tokenizer: PreTrainedTokenizerFast, generator: random.Random) -> list[int]:
+    """Ids of which `decode` is a reference: for a byte-fallback decoder, which takes a broken byte for a reason to
+    break its neighbours too, the bytes of whole characters."""
+    if kind not in FALLBACK:
+        return any_ids(kind, tokenizer, generator)
+    others = [id for id in range(len(tokenizer)) if not BYTES <= id < BYTES + 256]
+    ids: list[int] = []
+    for character in random_text(generator):
+        ids += byte_ids(kind, tokenizer, character.encode()) if generator.random() < 0.5 else [generator.choice(others)]
+    return ids
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def chunks(ids: Sequence[int], generator: random.Random) -> list[Sequence[int]]:
+    found, at = [], 0
+    while at < len(ids):
+        step = generator.choice([1, 1, 1, 2, 5, 200])
+        found.append(ids[at : at + step])
+        at += step
+    return found
+
+
+# ---- what decode says ---------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("skip", [True, False])
-def test_the_pieces_add_up_to_what_decode_says(kind: str, skip: bool, tokenizer: PreTrainedTokenizerFast) -> None:
-    made = {"byte_fallback": byte_fallback_tokenizer, "word_piece": word_piece_tokenizer}
-    chosen = made[kind]() if kind in made else tokenizer
+def test_the_pieces_add_up_to_what_decode_says(kind: str, chosen: PreTrainedTokenizerFast, skip: bool) -> None:
     generator = random.Random(f"{kind}/{skip}")
-    for _ in range(250):
-        ids = random_ids(chosen, kind, generator)
+    for _ in range(200):
+        ids = sound_ids(kind, chosen, generator)
         whole = chosen.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        text = IncrementalText(chosen, skip_special_tokens=skip)
-        pieces, at = "", 0
-        while at < len(ids):
-            step = generator.choice([1, 1, 1, 2, 5, 200])
-            pieces += text.push(ids[at : at + step])
-            at += step
+        text, pieces = IncrementalText(chosen, skip_special_tokens=skip), ""
+        for chunk in chunks(ids, generator):
+            pieces += text.push(chunk)
             assert whole.startswith(pieces)
             assert text.text == pieces
             assert text.length == len(pieces)
             assert text.tail(5) == pieces[-5:]
         pieces += text.finish()
         assert pieces == text.text == whole
-        assert not text.pending
+        assert not text.pending and text.finish() == ""
 
 
-def test_a_character_waits_for_its_last_byte(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("a", "ð", "Ł", "ĺ", "Ģ", "b")]  # a😀b
+def test_behind_a_prompt_it_is_what_the_whole_adds_to_it(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    """The prompt may end in a word, a space, a special token, inside of a character, or be one token."""
+    generator = random.Random(f"behind {kind}")
+    for _ in range(300):
+        ids = sound_ids(kind, chosen, generator)
+        cut = generator.randrange(len(ids) + 1)
+        first, row = ids[:cut], ids[cut:]
+        before = IncrementalText(chosen, skip_special_tokens=False)
+        before.push(first)
+        text = IncrementalText(chosen, skip_special_tokens=False, context=first)
+        text.push(row)
+        text.finish()
+        assert before.text + text.text == decoded(chosen, ids)
+        assert len(before.starts) + text.opened == len(first)
+        assert len(text.starts) == text.opened + len(row)
+
+
+def test_only_the_start_of_a_text_is_trimmed() -> None:
+    tokenizer = spaces()
+    ids = tokenizer.encode("x = 1", add_special_tokens=False)
+    row = [tokenizer.convert_tokens_to_ids(token) for token in ("▁", "#", "▁a")]
+    for context, expected in (
+        (ids, " # a"),
+        ([tokenizer.bos_token_id], " # a"),
+        (tokenizer.convert_tokens_to_ids(["▁"]), " # a"),
+        ([], "# a"),
+    ):
+        text = IncrementalText(tokenizer, context=context)
+        assert text.push(row) == expected
+    # A special token that is not shown leaves no mark, and the first word is still the first.
+    assert IncrementalText(tokenizer).push([tokenizer.eos_token_id, *row]) == "# a"
+
+
+# ---- the same however it comes ------------------------------------------------------------------------------------
+
+
+def test_text_and_places_are_the_same_however_the_ids_come(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    generator = random.Random(f"any {kind}")
+    for _ in range(200):
+        ids, context = any_ids(kind, chosen, generator), any_ids(kind, chosen, generator, most=4)
+        found = []
+        for dealt in ([ids], [[id] for id in ids], chunks(ids, generator)):
+            text = IncrementalText(chosen, context=context)
+            shown = "".join([text.push(chunk) for chunk in dealt])
+            shown += text.finish()
+            assert shown == text.text
+            assert len(text.starts) == text.opened + len(ids)
+            assert text.starts == sorted(text.starts) and (not text.starts or text.starts[-1] <= len(shown))
+            found.append((shown, text.starts))
+        assert found[0] == found[1] == found[2]
+
+
+def test_a_token_stands_where_its_place_says(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    """Whole ones have their text there; parts of characters share a character, or are a U+FFFD."""
+    generator, texts = random.Random(f"place {kind}"), TokenTexts(chosen)
+    for _ in range(200):
+        ids = any_ids(kind, chosen, generator)
+        text = IncrementalText(chosen, skip_special_tokens=False)
+        text.push(ids)
+        text.finish()
+        for before, id, start, end in zip(
+            [None, *ids], ids, text.starts, [*text.starts[1:], text.length], strict=False
+        ):
+            own = texts.of(before, id)
+            if isinstance(own, str):
+                assert text.text[start:end] == own
+            else:
+                assert own.decode(errors="ignore") in text.text[start : end + 1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "spread", "each"),
+    [
+        # A lone byte, then a word: the word begins behind the U+FFFD.
+        ([b"\xe4", b" x"], (REPLACEMENT + " x", [0, 1]), None),
+        ([b"\xe4", b"\xe4", b" x"], (2 * REPLACEMENT + " x", [0, 1, 2]), None),
+        ([b"\xff", b"a", b"\xff"], (f"{REPLACEMENT}a{REPLACEMENT}", [0, 1, 2]), None),
+        ([b"\xe4", b"\xbd", b"\xa0", b"a"], ("你a", [0, 0, 0, 1]), None),
+        ([b"\xe4", b"\xe4", b"\xbd", b"\xa0", b"a"], (REPLACEMENT + "你a", [0, 1, 1, 1, 2]), None),
+        # Two bytes of a character: one U+FFFD, or one each where each byte is a token that stands for itself.
+        ([b"\xe4", b"\xbd", b"a"], (REPLACEMENT + "a", [0, 0, 1]), (2 * REPLACEMENT + "a", [0, 1, 2])),
+        ([b"a", b"\xf0", b"\x9f", b"\x98"], ("a" + REPLACEMENT, [0, 1, 1, 1]), ("a" + 3 * REPLACEMENT, [0, 1, 2, 3])),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", WITH_BYTES)
+@pytest.mark.parametrize("prompt", [0, 1, 2, 3])
+def test_places_of_incomplete_characters(
+    kind: str, prompt: int, raw: list[bytes], spread: tuple[str, list[int]], each: tuple[str, list[int]] | None
+) -> None:
+    """However many of the bytes are the prompt's."""
+    tokenizer = KINDS[kind]()
+    expected, places = each if each is not None and kind in FALLBACK else spread
+    ids = [id for part in raw for id in byte_ids(kind, tokenizer, part)]
+    # " x" is two tokens here.
+    places = [place + at for place, part in zip(places, raw, strict=True) for at in range(max(1, len(part)))]
+    before = IncrementalText(tokenizer, context=tokenizer.encode("a"))
+    before.push(ids[:prompt])
+    text = IncrementalText(tokenizer, context=[*tokenizer.encode("a"), *ids[:prompt]])
+    text.push(ids[prompt:])
+    text.finish()
+    assert before.text + text.text == expected
+    assert before.starts + [before.length + start for start in text.starts] == places
+
+
+# ---- characters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WITH_BYTES)
+def test_a_character_waits_for_its_last_byte(kind: str) -> None:
+    tokenizer = KINDS[kind]()
     text = IncrementalText(tokenizer)
+    ids = byte_ids(kind, tokenizer, "a😀b".encode())
     assert [text.push([id]) for id in ids] == ["a", "", "", "", "😀", "b"]
 
 
-def test_every_prefix_shows_whole_characters_only(tokenizer: PreTrainedTokenizerFast) -> None:
-    generator = random.Random(3)
+@pytest.mark.parametrize("kind", WITH_BYTES)
+def test_every_prefix_shows_whole_characters_only(kind: str) -> None:
+    tokenizer, generator = KINDS[kind](), random.Random(3)
     for _ in range(200):
-        ids = tokenizer.encode(random_text(generator), add_special_tokens=False)
         text = IncrementalText(tokenizer)
-        for id in ids:
+        for id in byte_ids(kind, tokenizer, random_text(generator).encode()):
             assert REPLACEMENT not in text.push([id])
 
 
-def test_an_unfinished_character_becomes_a_replacement_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = IncrementalText(tokenizer)
-    assert text.push(tokenizer.convert_tokens_to_ids(["a", "ð", "Ł"])) == "a"
+def test_an_unfinished_character_becomes_a_replacement_at_the_end() -> None:
+    text = IncrementalText(byte_level())
+    assert text.push(byte_ids("byte_level", byte_level(), b"a\xf0\x9f")) == "a"
     assert text.pending
     assert text.finish() == REPLACEMENT
     assert text.finish() == ""
 
 
-def test_bytes_that_become_nothing_do_not_pile_up(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = IncrementalText(tokenizer)
-    lone = tokenizer.convert_tokens_to_ids("ÿ")
-    lengths = []
-    for _ in range(300):
-        text.push([lone])
-        lengths.append(len(text._window))
-    assert max(lengths) < 12
-    text.finish()
-    assert text.text == REPLACEMENT * 300
+def test_what_can_be_no_character_is_out_at_once() -> None:
+    for kind in WITH_BYTES:
+        tokenizer = KINDS[kind]()
+        text = IncrementalText(tokenizer)
+        assert [text.push([id]) for id in byte_ids(kind, tokenizer, b"\xff" * 300)] == [REPLACEMENT] * 300
 
 
-def test_end_tokens_without_number_do_not_pile_up(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = IncrementalText(tokenizer)
-    text.push(tokenizer.encode("the cat"))
-    for _ in range(100):
-        assert text.push([tokenizer.eos_token_id]) == ""
-    assert len(text._window) < 12
-    assert text.text == "the cat"
+def test_a_token_that_is_a_replacement_is_no_incomplete_character() -> None:
+    tokenizer = spaces()
+    assert IncrementalText(tokenizer).push(tokenizer.convert_tokens_to_ids([REPLACEMENT])) == REPLACEMENT
 
 
-def test_an_invalid_byte_keeps_the_valid_ones_before_it() -> None:
+@pytest.mark.parametrize("kind", FALLBACK)
+def test_an_invalid_byte_keeps_the_valid_ones_around_it(kind: str) -> None:
     """The one difference from `decode`: a byte-fallback decoder would take back what was already shown."""
-    chosen = byte_fallback_tokenizer()
-    ids = [*(BYTES + byte for byte in "你".encode()), BYTES + 0xFF, 4]
-    text = IncrementalText(chosen)
-    pieces = [text.push([id]) for id in ids]
-    assert "".join(pieces) == "你" + REPLACEMENT + " a"
+    tokenizer = KINDS[kind]()
+    ids = [*byte_ids(kind, tokenizer, b"\x08" + "你".encode() + b"\xffA"), tokenizer.convert_tokens_to_ids("▁a")]
+    text = IncrementalText(tokenizer)
+    assert "".join(text.push([id]) for id in ids) == f"\x08你{REPLACEMENT}A a"
 
 
-def test_special_ids_are_those_that_decode_skips(tokenizer: PreTrainedTokenizerFast) -> None:
-    skipped = {id for id in range(len(tokenizer)) if tokenizer.decode([id], skip_special_tokens=True) == ""}
-    assert special_ids(tokenizer) == skipped
-    assert tokenizer.eos_token_id in skipped
+def test_special_ids_are_those_that_decode_skips(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    texts = {id: chosen.decode([id]) for id in range(len(chosen))}
+    skipped = {id for id, text in texts.items() if text and chosen.decode([id], skip_special_tokens=True) == ""}
+    assert special_ids(chosen) == skipped
+
+
+# ---- cost ---------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A tokenizer that counts the ids it is made to decode."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.fed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def decode(self, ids: list[int], **options: Any) -> Any:
+        self.fed += len(ids)
+        return self._tokenizer.decode(ids, **options)
+
+
+def test_a_token_is_decoded_once_however_often_it_comes(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    counting, generator = Counting(chosen), random.Random(kind)
+    ids = [generator.randrange(len(chosen)) for _ in range(5000)]
+    # Decoders that look at the token before are asked for each pair.
+    most = 6 * (len(set(ids)) if kind != "suffixed" else len(set(ids)) ** 2)
+    for _ in range(3):
+        text = IncrementalText(counting, context=ids)  # type: ignore[arg-type]
+        text.push(ids)
+        assert counting.fed <= most + 2 * len(chosen) < 5000
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_read_behind_its_prompt_unless_it_is_a_turn() -> None:
+    tokenizer = spaces()
+    prompt, mask = tuple(tokenizer.encode("x")), tokenizer.convert_tokens_to_ids("<mask>")
+    row = [tokenizer.convert_tokens_to_ids("▁the"), mask]
+    asked: dict[str, Any] = {"id": "r", "prompt_ids": prompt, "policy": PolicyAddress("base"), "seeds": (0,)}
+    asked |= {"sampling": SamplingParams(max_tokens=2)}
+    assert IncrementalText.of(tokenizer, RolloutRequest(**asked)).push(row) == " the"
+    assert IncrementalText.of(tokenizer, RolloutRequest(**asked, continues=False)).push(row) == "the"
+    assert IncrementalText.of(tokenizer, RolloutRequest(**asked, shown=frozenset([mask]))).push(row) == " the<mask>"

@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.messages import ScoredSequence
+from rollout_server.http.choices import Echo, Reading
 from rollout_server.http.processed import processed_top
+from rollout_server.http.prompts import PromptTokens
 from rollout_server.http.row_text import RowText
-from rollout_server.http.token_strings import TokenStrings, byte_level_alphabet
+from rollout_server.http.token_strings import TokenStrings
 from rollout_server.rollout import SamplingParams
-from tests.http.test_detokenize import BYTES, byte_fallback_tokenizer
+from rollout_server.token_texts import byte_level_alphabet
+from tests.tiny_tokenizers import BYTES, KINDS, spaces
 
 # ---- strings of single tokens -------------------------------------------------------------------------------------
 
@@ -37,11 +42,27 @@ def test_special_and_unknown_ids_have_names(tokenizer: Any) -> None:
 
 
 def test_a_leading_space_is_kept_and_byte_tokens_are_bytes() -> None:
-    strings = TokenStrings(byte_fallback_tokenizer())
-    assert strings[4] == " a"
-    assert strings[BYTES + 0xE4] == "bytes:\\xe4"
+    tokenizer = spaces()
+    strings = TokenStrings(tokenizer)
+    assert strings[tokenizer.convert_tokens_to_ids("▁a")] == " a"
+    assert strings[tokenizer.convert_tokens_to_ids("▁")] == " "
+    assert strings[BYTES + 0xE4] == "bytes:\\xe4" and strings.utf8(BYTES + 0xE4) == b"\xe4"
     assert strings[BYTES + 0x0A] == "\n"
-    assert strings[6] == "你"
+    assert strings[tokenizer.convert_tokens_to_ids("你")] == "你"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "suffixed"])
+def test_the_tokens_of_a_text_join_to_it(kind: str) -> None:
+    """Behind a prompt, where no decoder trims, and unless a token writes the space of the one before it."""
+    tokenizer = KINDS[kind]()
+    strings, checked = TokenStrings(tokenizer), 0
+    for text in (" the cat", "one two", "a, b.", "hello a"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.unk_token_id not in ids:
+            decoder = IncrementalText(tokenizer, context=ids[:1])
+            assert decoder.push(ids[1:]) == "".join(strings[id] for id in ids[1:])
+            checked += 1
+    assert checked
 
 
 def test_strings_tell_tokens_apart(tokenizer: Any) -> None:
@@ -55,6 +76,40 @@ def test_the_alphabet_is_the_tokenizer_s() -> None:
 
     assert set(byte_level_alphabet()) == set(ByteLevel.alphabet())
     assert sorted(byte_level_alphabet().values()) == list(range(256))
+
+
+# ---- tokens of an echoed prompt -----------------------------------------------------------------------------------
+
+
+def echoed(kind: str, text: str) -> list[tuple[str, int]]:
+    """Every token of the prompt, and where in its text it stands."""
+    tokenizer = KINDS[kind]()
+    ids = tokenizer.encode(text)
+    strings = TokenStrings(tokenizer)
+    reading = Reading(tokenizer, strings, (), top_logprobs=0, logprobs_mode="raw_logprobs", include_stop=False)
+    echo = Echo.of(PromptTokens(ids, text), ScoredSequence((0.0,) * len(ids), None, None, ()), reading)
+    assert echo.piece.text == text and echo.piece.scored_ids == ids and not echo.opened
+    return [(strings[id], offset) for id, offset in zip(ids, echo.piece.offsets, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("byte_level", " the <mask>é", [(" the", 0), ("<mask>", 5), ("bytes:\\xc3", 11), ("bytes:\\xa9", 11)]),
+        ("spaces", "x =", [("<s>", 0), (" ", 0), ("x", 0), (" ", 1), ("=", 2)]),
+        ("spaces", " x", [("<s>", 0), (" ", 0), (" ", 0), ("x", 1)]),
+        # The tokenizer writes a space behind each special token that the text names.
+        ("spaces", "a</s>bc", [("<s>", 0), (" ", 0), ("a", 0), ("</s>", 1), (" ", 5), ("b", 5), ("c", 6)]),
+        ("spaces", "</s>é", [("<s>", 0), ("</s>", 0), (" ", 4), ("bytes:\\xc3", 4), ("bytes:\\xa9", 4)]),
+        # The token takes the spaces around it.
+        ("metaspace", "b  <mask>  c", [(" ", 0), ("b", 0), ("<mask>", 3), (" ", 9), ("c", 11)]),
+        ("metaspace", "the~the", [(" the", 0), ("~", 3), ("t", 4), ("h", 5), ("e", 6)]),
+        ("word_piece", "hello, a", [(" hello", 0), (" ,", 5), (" a", 6)]),
+    ],
+    ids=repr,
+)
+def test_tokens_of_an_echoed_text_stand_where_it_has_them(kind: str, text: str, expected: Any) -> None:
+    assert echoed(kind, text) == expected
 
 
 # ---- alternatives under the sampling distribution -----------------------------------------------------------------
@@ -128,11 +183,12 @@ def test_nothing_shown_is_taken_back(tokenizer: Any) -> None:
     for _ in range(400):
         stops = ["".join(generator.choice("abc") for _ in range(generator.randrange(1, 4))) for _ in range(2)]
         ids = [generator.choice(letters) for _ in range(generator.randrange(1, 25))]
-        row = RowText(tokenizer, stops=stops, ends=())
+        row = RowText(IncrementalText(tokenizer), stops=stops, ends=())
         shown, decoded, cut = "", "", None
         for id in ids:
             before = len(decoded)
-            assert row.push(id) == before
+            row.push(id)
+            assert row.begins[-1] == before
             decoded += tokenizer.decode([id])
             shown += row.ready()
             ending = [place for stop in stops if (place := decoded.find(stop, max(0, before - len(stop) + 1))) >= 0]
@@ -141,11 +197,11 @@ def test_nothing_shown_is_taken_back(tokenizer: Any) -> None:
                 break
         whole = decoded if cut is None else decoded[:cut]
         assert whole.startswith(shown)
-        assert shown + row.finish(whole) == whole
+        assert shown + row.rest(whole) == whole
 
 
 def test_a_stop_string_before_min_tokens_is_released(tokenizer: Any) -> None:
-    row = RowText(tokenizer, stops=["b"], ends=())
+    row = RowText(IncrementalText(tokenizer), stops=["b"], ends=())
     shown = []
     for id in tokenizer.encode("abac"):
         row.push(id)
@@ -156,10 +212,10 @@ def test_a_stop_string_before_min_tokens_is_released(tokenizer: Any) -> None:
 
 def test_an_end_token_is_held_until_it_was_none(tokenizer: Any) -> None:
     end = tokenizer.encode("b")[0]
-    row = RowText(tokenizer, stops=[], ends={end})
+    row = RowText(IncrementalText(tokenizer), stops=[], ends={end})
     shown = []
     for id in tokenizer.encode("abab"):
         row.push(id)
         shown.append(row.ready())
     assert shown == ["a", "", "ba", ""]
-    assert row.finish("aba") == ""
+    assert row.rest("aba") == "" and list(row.begins) == [0, 1, 2]
