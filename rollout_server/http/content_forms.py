@@ -77,8 +77,7 @@ def _conversations(tokenizer: Any, template: str, role: str, content: Any) -> li
     if role == "user":
         return [[message]]
     asked = {"role": "user", "content": content_form(tokenizer, template, "user").of("qz")}
-    function = {"name": "qz", "arguments": {}}
-    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-    calling["tool_calls"][0]["id"] = CALL_ID  # type: ignore[index]
+    call = {"id": CALL_ID, "type": "function", "function": {"name": "qz", "arguments": {}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     answer = message | {"tool_call_id": CALL_ID, "name": "qz"}
     return [[asked, calling, answer], [asked, message], [message, asked], [asked, answer], [message]]
