@@ -32,6 +32,12 @@ class Grammar:
     after: tuple[int, ...] = ()
     """Token ids of the mark, the end of reasoning, behind which it begins; what stands before is free."""
 
+    @property
+    def is_content(self) -> bool:
+        """Whether what it describes has no parts: JSON and choices may spell marks of reasoning and of calls, which
+        are text there; the others may write a whole turn."""
+        return self.kind in (GrammarKind.JSON, GrammarKind.CHOICE)
+
 
 class Constraint(Protocol):
     """A grammar made ready for one tokenizer. Immutable, so threads share it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -65,15 +65,6 @@ class ReplyFormat:
             return self.special
         return self.special & {*self.think_start_ids, *self.think_end_ids}
 
-    def opens_thinking(self, prompt: Sequence[int], ends: Collection[int]) -> bool:
-        """Whether the prompt ends inside of reasoning. Only what follows its last end token counts: what a user wrote
-        of such marks opens nothing."""
-        if not self.has_thinking:
-            return False
-        turn = next((at + 1 for at in range(len(prompt) - 1, -1, -1) if prompt[at] in ends), 0)
-        tail = tuple(prompt[turn:])
-        return _last(tail, self.think_start_ids) > _last(tail, self.think_end_ids)
-
 
 def _parser_module(tokenizer: Any) -> Any:
     """The module of mlx-lm that reads this model's tool calls: the one its files name, if there is such a one, or the
@@ -83,8 +74,3 @@ def _parser_module(tokenizer: Any) -> Any:
         if isinstance(name, str) and name.isidentifier() and find_spec(f"mlx_lm.tool_parsers.{name}") is not None:
             return importlib.import_module(f"mlx_lm.tool_parsers.{name}")
     return None
-
-
-def _last(ids: tuple[int, ...], mark: tuple[int, ...]) -> int:
-    """Where `mark` begins for the last time, -1 if it does not occur."""
-    return next((at for at in range(len(ids) - len(mark), -1, -1) if ids[at : at + len(mark)] == mark), -1)

@@ -18,7 +18,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager"}
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
-CATCHES_EVERYTHING = "rollout_server/engine/loop.py"
+CATCHES_EVERYTHING = ("rollout_server/engine/loop.py", "rollout_server/http/tool_calls.py")
+"""Around a step, whose rows fail by name whatever it raises, and around mlx-lm's parsers of what a model wrote."""
 DOOR = "tests/engine/door.py"
 NOT_OURS = {
     ".git",
@@ -139,7 +140,7 @@ def test_only_the_step_catches_everything() -> None:
         return suppresses and any(names(argument) & wide for argument in node.args)
 
     found = places(sources(*PACKAGES), catches)
-    assert [place.partition(":")[0] for place in found] == [CATCHES_EVERYTHING], f"catch by name: {found}"
+    assert [place.partition(":")[0] for place in found] == list(CATCHES_EVERYTHING), f"catch by name: {found}"
 
 
 def test_modules_hold_no_state_and_objects_no_finaliser() -> None:

@@ -92,11 +92,8 @@ def test_replies_are_valid_in_random_schemas(client: httpx.Client) -> None:
         assert reply.status_code == 200, reply.text
         return schema, reply.json()["choices"][0]
 
-    # Random weights are fond of white space, and a format has no say in it.
-    spaces = [
-        client.post("/tokenize", json={"model": "base", "prompt": space}).json()["tokens"][0] for space in " \t\r\n"
-    ]
-    unspaced = {str(token): -7 for token in spaces}
+    # A format has no say in white space.
+    unspaced = white(client)
     valid, texts = 0, set()
     with ThreadPoolExecutor(32) as threads:
         for schema, choice in threads.map(ask, range(SCHEMAS)):
@@ -132,6 +129,39 @@ def test_streams_n_and_logprobs(client: httpx.Client) -> None:
         assert choice["finish_reason"] == "stop"
         # " é" could not go on otherwise.
         assert choice["logprobs"]["token_logprobs"].count(0.0) >= 2
+
+
+@pytest.mark.parametrize("name", ["<|end|>", "<|pad|>", "<tool_call>", "</tool_call>", "<think>"])
+def test_text_that_spells_tokens_is_kept_to(client: httpx.Client, name: str) -> None:
+    """Each route's text, on a model with end, special and other tokens of these names."""
+    ask: dict[str, Any] = {"model": "base", "max_tokens": 80, "seed": 3}
+    choice = {**ask, "prompt": "x", "n": 4, "structured_outputs": {"choice": [f"a{name}b"]}}
+    for found in client.post("/v1/completions", json=choice).json()["choices"]:
+        assert (found["text"], found["finish_reason"]) == (f"a{name}b", "stop")
+    schema = {
+        "type": "object",
+        "properties": {name: {"const": name}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    format = {"type": "json_schema", "json_schema": {"name": "named", "schema": schema}}
+    chat = {**ask, "messages": [{"role": "user", "content": name}], "response_format": format, "tools": tools}
+    (reply,) = client.post("/v1/chat/completions", json={**chat, "logit_bias": white(client)}).json()["choices"]
+    assert json.loads(reply["message"]["content"]) == {name: name} and reply["finish_reason"] == "stop"
+    sampling = {"max_tokens": 80, "structured_outputs": {"regex": f"[ab]{re.escape(name)}[ab]"}}
+    rollouts = {"policy": "base", "prompts": [{"text": "x"}], "n": 4, "sampling": sampling, "return": ["text"]}
+    rows = client.post("/v1/rollouts", json=rollouts).json()["rollouts"]
+    for row in rows:
+        assert re.fullmatch(sampling["structured_outputs"]["regex"], row["text"]) and row["finish_reason"] == "stop"
+    replayed = client.post("/v1/replay", json={"rollouts": rows}).json()["rollouts"]
+    assert all(found["exact"] for found in replayed)
+
+
+def white(client: httpx.Client) -> dict[str, int]:
+    """A bias against white space, which random weights are fond of."""
+    ids = [client.post("/tokenize", json={"model": "base", "prompt": space}).json()["tokens"][0] for space in " \t\r\n"]
+    return {str(id): -7 for id in ids}
 
 
 def test_any_object_and_free_text(client: httpx.Client) -> None:

@@ -6,6 +6,7 @@ own. What a compilation and a step may take is bounded by llguidance's limits, w
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -15,10 +16,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
-from llguidance.hf import from_tokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, grammar_from
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
+from rollout_server.engine.spelling import Spelling
 from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import WHITESPACE, Grammar, GrammarKind
 from rollout_server.quoting import shortened
@@ -29,6 +30,10 @@ MOST_KEPT = 256
 """Compiled grammars."""
 MOST_LEXER_STATES = 50_000
 """One to two kB each."""
+UNFORCED = '\n%llguidance {"no_forcing": true}\n'
+"""Else text that has to come is tokenized as the model's tokenizer would, and its tokens come alone. But a tokenizer
+may make other text of it: it takes the names of special tokens for these tokens, which a reply does not show, it
+composes accents, trims spaces. The last such line of a grammar counts, and it counts for what is nested in it."""
 MESSAGE_SHOWN = 240
 EXCERPT = re.compile(r"\s*\d+ \| ")
 
@@ -75,6 +80,11 @@ class Follower:
         else:
             self.matcher.consume_token(token)
             self.check()
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is one of the grammar's."""
+        return not self.free and self.matcher.is_accepting()
 
     @property
     def free(self) -> bool:
@@ -127,8 +137,10 @@ class Grammars:
     def _matcher(self, grammar: Grammar, param: str) -> LLMatcher:
         if not self._eos:
             raise UnsupportedField(f"{param} needs a model with an end token; this one has none.", param=param)
+        spelling = self._spelling(param)
         try:
-            matcher = LLMatcher(self._tokenizer(param), written(grammar), log_level=0, limits=_limits())
+            tokenizer = spelling.tokenizer_for(grammar.text)
+            matcher = LLMatcher(tokenizer, written(grammar, spelling), log_level=0, limits=_limits())
         except ValueError as error:
             raise InvalidField(f"{param} cannot be compiled: {said(str(error))}.", param=param) from error
         # The first mask too: some grammars compile, but nothing can begin them.
@@ -138,7 +150,7 @@ class Grammars:
             raise InvalidField(f"{param} cannot be compiled: {said(matcher.get_error())}.", param=param)
         return matcher
 
-    def _tokenizer(self, param: str) -> LLTokenizer:
+    def _spelling(self, param: str) -> Spelling:
         try:
             return self._made
         except (ValueError, AttributeError) as error:
@@ -147,31 +159,36 @@ class Grammars:
             ) from error
 
     @cached_property
-    def _made(self) -> LLTokenizer:
-        """About a second for a large vocabulary, so not before it is needed."""
-        return from_tokenizer(self._hugging_face, n_vocab=self._vocabulary, eos_token=self._eos)
+    def _made(self) -> Spelling:
+        """Not before it is needed."""
+        return Spelling.of(self._hugging_face, self._vocabulary, self._eos)
 
 
 def _limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=MOST_LEXER_STATES, verbose_errors=False)
 
 
-def written(grammar: Grammar) -> str:
+def written(grammar: Grammar, spelling: Spelling) -> str:
     """The grammar in llguidance's own form. Raises ValueError."""
-    match grammar.kind, grammar.whitespace:
-        case GrammarKind.REGEX, _:
-            return LLMatcher.grammar_from_regex(grammar.text)
-        case GrammarKind.CHOICE, _:
-            return grammar_from("choice", grammar.text)
-        case GrammarKind.GRAMMAR, _:
-            return grammar_from("grammar", grammar.text)
-        case _, "":
+    match grammar.kind:
+        case GrammarKind.REGEX:
+            (regex,) = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]
+            return str(regex["lark_grammar"]) + UNFORCED
+        case GrammarKind.CHOICE:
+            return grammar_from("choice", grammar.text) + UNFORCED
+        case GrammarKind.GRAMMAR:
+            return spelling.numbered(grammar_from("grammar", grammar.text)) + UNFORCED
+    top = json.loads(
+        LLMatcher.grammar_from_json_schema(
+            grammar.text,
             # A pattern that only the empty text matches would be another thing to the library.
-            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_flexible": False})
-        case _, None:
-            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": WHITESPACE})
-        case _, pattern:
-            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": pattern})
+            overrides={"whitespace_flexible": False}
+            if grammar.whitespace == ""
+            else {"whitespace_pattern": grammar.whitespace or WHITESPACE},
+        )
+    )
+    (schema,) = top["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": "start: @text" + UNFORCED}, {**schema, "name": "text"}]})
 
 
 def said(message: str) -> str:

@@ -11,7 +11,7 @@ from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.buckets import HEADROOM
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.grammars import Follower
-from rollout_server.errors import RolloutError
+from rollout_server.errors import GrammarFault, RolloutError
 from rollout_server.rollout import (
     CARRIED,
     RECOMPUTED,
@@ -248,12 +248,22 @@ class Sequence:
         full = len(self.token_ids) == sampling.max_tokens
         if (stop := self._stop_string(() if ends else (token,), last=ends or full)) is not None:
             self.end(FinishReason.STOP, stop)
+        elif token in eos and not sampling.ignore_eos:
+            self._end_of_turn(token)
         elif ends:
             self.end(FinishReason.STOP, token)
         elif full:
             self.end(FinishReason.LENGTH, None)
         elif self.follower is not None:
             self.follower.advance(token)
+
+    def _end_of_turn(self, token: int) -> None:
+        """A row with a grammar that is not through did not come to its end, whatever let the token come."""
+        if self.follower is None or self.follower.may_end:
+            self.end(FinishReason.STOP, token)
+            return
+        where = "before its grammar began" if self.follower.free else "in the middle of its grammar"
+        self.fail(GrammarFault(f"The row ended {where}, at token {len(self.token_ids) - 1}."))
 
     def _stop_string(self, token: Items[int], *, last: bool) -> str | None:
         """The one that stands in what the token decides; the `last` one decides of an incomplete character that it is

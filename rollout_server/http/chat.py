@@ -20,7 +20,8 @@ from rollout_server.http.choices import Choice, Piece, Reading
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import begins_turn, finite, usage
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import render, room, template_source
+from rollout_server.http.prompts import room
+from rollout_server.http.rendering import opens_thinking, render, template_source
 from rollout_server.http.reply_parts import Gain, ReplyParts
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
@@ -39,7 +40,13 @@ class ChatChoice(Choice):
         super().__init__(sample_index, job.reading, job.groups[0], None)
         self._asked_ids = job.data.return_token_ids
         self._thinks = job.format.has_thinking
-        self._parts = ReplyParts(job.format, thinking=job.thinking, tools=job.called_tools)
+        constraint = job.groups[0].sampling.constraint
+        self._parts = ReplyParts(
+            job.format,
+            thinking=job.thinking,
+            tools=job.called_tools,
+            literal=constraint is not None and constraint.grammar.is_content,
+        )
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         gain = self._read(piece)
@@ -184,10 +191,10 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
     service.check_top_logprobs(data.top_logprobs or 0, "top_logprobs")
     if data.tools and "tools" not in template_source(service.tokenizer, data.tools):
         raise InvalidField("The chat template of this model has no place for tools.", param="tools")
-    ids = render(data, service.tokenizer, param="")
+    ids = render(data, service.tokenizer, param="", bound=service.bound())
     limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
     format, ends = service.reply_format, service.info.eos_token_ids
-    thinking = format.opens_thinking(ids, ends)
+    thinking = opens_thinking(data, service.tokenizer, format)
     constraint = constraint_of_chat(data, format, service, thinking=thinking)
     id = request_id(None, request, kind="chatcmpl")
     seed = fresh_seed() if data.seed is None else data.seed

@@ -19,6 +19,7 @@ from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.choices import Choice, Echo, Piece, Reading
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, json_response, usage
+from rollout_server.http.leaving import GoOn, beside_client
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import PromptTokens, prompts_of, room
 from rollout_server.http.rollouts import request_id
@@ -141,7 +142,9 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
     """The reply, or its stream."""
     address = service.address(data.model, request, param="model")
     length = len(await request.body())
-    prompts = await beside(length + extra_weight(data), lambda: read_prompts(data, service))
+    prompts = await beside_client(
+        request, length + extra_weight(data), lambda go_on: read_prompts(data, service, go_on)
+    )
     scored = await score_prompts(data, address, prompts, request, service)
     weight = length + len(prompts) * data.n
     job = await beside(weight, lambda: plan(data, address, prompts, scored, request, service))
@@ -150,9 +153,9 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
     return await respond(job, request, service)
 
 
-def read_prompts(data: CompletionsRequest, service: Service) -> list[tuple[PromptTokens, SamplingParams]]:
+def read_prompts(data: CompletionsRequest, service: Service, go_on: GoOn) -> list[tuple[PromptTokens, SamplingParams]]:
     """Prompts and how to sample each, checked for vocabulary and length; what is wrong is named by its place."""
-    found = prompts_of(data.prompt, service.tokenizer, param="prompt")
+    found = prompts_of(data.prompt, service.tokenizer, param="prompt", bound=service.bound(go_on))
     check_rows([data.n] * len(found), service.config.max_rows_per_request)
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")

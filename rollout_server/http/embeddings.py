@@ -17,6 +17,7 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.leaving import GoOn, beside_client
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import prompts_of
 from rollout_server.http.rollouts import header_id
@@ -49,14 +50,16 @@ class EmbeddingsController(Controller):
         with renamed(OUR_WORDS):
             address = service.address(data.model, request, param="model")
             header_id(request)
-            sequences = await beside(len(await request.body()), lambda: read_inputs(data, service))
+            sequences = await beside_client(
+                request, len(await request.body()), lambda go_on: read_inputs(data, service, go_on)
+            )
             embed = Embed(service.engine.new_id("embed"), address, sequences)
             embedded = await while_connected(request, service.engine.embed(embed))
         how = service.info.embedding
         return await beside(len(sequences) * how.width, lambda: reply(data, sequences, embedded, how))
 
 
-def read_inputs(data: EmbeddingsRequest, service: Service) -> tuple[tuple[int, ...], ...]:
+def read_inputs(data: EmbeddingsRequest, service: Service, go_on: GoOn) -> tuple[tuple[int, ...], ...]:
     """Token ids of every input, checked; what is wrong is named by its place."""
     how, context = service.info.embedding, service.info.max_model_len
     if how.refusal:
@@ -68,7 +71,7 @@ def read_inputs(data: EmbeddingsRequest, service: Service) -> tuple[tuple[int, .
         )
     several = not isinstance(data.input, str) and bool(data.input) and not isinstance(data.input[0], int)
     check_rows([len(data.input) if several else 1], service.config.max_rows_per_request, ["input"])
-    found = prompts_of(data.input, service.tokenizer, param="input")
+    found = prompts_of(data.input, service.tokenizer, param="input", bound=service.bound(go_on))
     for prompt, place in found:
         service.check_ids(prompt.ids, place)
         if len(prompt.ids) > context:

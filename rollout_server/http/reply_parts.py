@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from rollout_server.http.tool_calls import read_calls
 from rollout_server.reply_format import ReplyFormat
 
 
@@ -32,21 +31,37 @@ class Gain:
 
 class ReplyParts:
     """Follows one reply. Nothing leaves that may still turn out to be a mark; a tool call leaves when it is whole. What
-    stands in the place of a call and is none comes back as content, with its marks."""
+    stands in the place of a call and is none stays what is around it, with its marks."""
 
-    def __init__(self, format: ReplyFormat, *, thinking: bool, tools: list[dict[str, Any]] | None) -> None:
+    def __init__(
+        self,
+        format: ReplyFormat,
+        *,
+        thinking: bool,
+        tools: list[dict[str, Any]] | None,
+        literal: bool = False,
+    ) -> None:
+        """`thinking`: it begins inside of reasoning. `literal`: behind that all is content, whatever it spells."""
         self._format = format
-        self._tools = tools
+        self._tools = None if literal else tools
+        self._literal = literal
         self._part = Part.REASONING if thinking else Part.CONTENT
+        # Around a tool call: reasoning ends at its own mark only.
+        self._around = self._part
         self._held = ""
         # Line breaks between two calls and after the last belong to the format.
         self._blank: str | None = None
-        self.calls = 0
+        self._ids: set[str] = set()
         self.read = 0
         """Characters whose part is known."""
         self.reasoned: list[tuple[int, int]] = []
         """Where reasoning stands in the text, from and to, its marks included."""
         self._began = 0
+
+    @property
+    def calls(self) -> int:
+        """Tool calls so far."""
+        return len(self._ids)
 
     def push(self, text: str) -> Gain:
         """More text of the reply."""
@@ -80,11 +95,14 @@ class ReplyParts:
         format = self._format
         tool = format.tool_start if self._tools else None
         if self._part is Part.TOOL:
-            pairs = [(format.tool_end, Part.CONTENT)]
+            pairs = [(format.tool_end, self._around)]
+            if self._around is Part.REASONING:
+                # A call that was begun in reasoning and not ended goes no further.
+                pairs.append((format.think_end, Part.CONTENT))
         elif self._part is Part.REASONING:
             pairs = [(format.think_end, Part.CONTENT), (tool, Part.TOOL)]
         else:
-            pairs = [(format.think_start, Part.REASONING), (tool, Part.TOOL)]
+            pairs = [] if self._literal else [(format.think_start, Part.REASONING), (tool, Part.TOOL)]
         return [(mark, part) for mark, part in pairs if mark]
 
     def _next_mark(self) -> tuple[int, str, Part] | None:
@@ -109,60 +127,39 @@ class ReplyParts:
         return taken
 
     def _give(self, gain: Gain, text: str) -> None:
-        if self._part is Part.REASONING:
-            gain.reasoning += text
-            return
         if self._blank is not None:
             self._blank += text
             if not self._blank.strip():
                 return
             text, self._blank = self._blank, None
-        gain.content += text
+        if self._part is Part.REASONING:
+            gain.reasoning += text
+        else:
+            gain.content += text
 
     def _leave(self, gain: Gain, inner: str, mark: str, following: Part) -> None:
         if self._part is Part.TOOL:
-            self._close_call(gain, inner, f"{self._format.tool_start}{inner}{mark}", whole=True)
+            ended = mark == self._format.tool_end
+            self._close_call(gain, inner, f"{self._format.tool_start}{inner}{mark if ended else ''}", whole=True)
         else:
             self._give(gain, inner)
-        if self._part is Part.REASONING:
-            self.reasoned.append((self._began, self.read))
-        elif following is Part.REASONING:
-            self._began = self.read - len(mark)
+        # From here on the part is what is around the call, if there was one.
+        if following is Part.TOOL:
+            self._around = self._part
+        elif following is not self._part:
+            self._blank = None
+            if following is Part.REASONING:
+                self._began = self.read - len(mark)
+            else:
+                self.reasoned.append((self._began, self.read))
         self._part = following
 
     def _close_call(self, gain: Gain, inner: str, raw: str, *, whole: bool) -> None:
-        calls = read_calls(self._format, inner, self._tools) if whole else None
-        self._part = Part.CONTENT
+        calls = read_calls(self._format, inner, self._tools, self._ids) if whole else None
+        self._part = self._around
         if calls is None:
             self._give(gain, raw)
             return
         gain.calls += [call | {"index": self.calls + at} for at, call in enumerate(calls)]
-        self.calls += len(calls)
+        self._ids.update(call["id"] for call in calls)
         self._blank = self._blank or ""
-
-
-def read_calls(format: ReplyFormat, text: str, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """OpenAI's tool calls out of the text between the marks; None if it holds none."""
-    if format.parse_tool_call is None:
-        return None
-    try:
-        found = format.parse_tool_call(text, tools)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, RecursionError):
-        # mlx-lm's parsers promise nothing about text that a model left unfinished or got wrong.
-        return None
-    calls = []
-    for call in found if isinstance(found, list) else [found]:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        given = call.get("arguments", {})
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        id = call.get("id")
-        function = {"name": call["name"], "arguments": arguments}
-        calls.append(
-            {
-                "id": id if isinstance(id, str) and id else f"call_{secrets.token_hex(12)}",
-                "type": "function",
-                "function": function,
-            }
-        )
-    return calls or None

@@ -32,6 +32,8 @@ from rollout_server.http.encoding import (
     usage,
     weight_of,
 )
+from rollout_server.http.leaving import GoOn, beside_client
+from rollout_server.http.long_texts import Bound
 from rollout_server.http.prefixes import check_room, read_prefix
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room, tokens_of
@@ -112,7 +114,7 @@ class RolloutsController(Controller):
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
         weight += extra_weight(data.sampling)
-        job = await beside(weight, lambda: plan(data, request, service))
+        job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed(OUR_WORDS):
             subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
@@ -170,7 +172,7 @@ def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str)
     return given or header or f"{kind}-{secrets.token_hex(12)}"
 
 
-def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service) -> Job:
+def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service, go_on: GoOn) -> Job:
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
     began = request.scope["state"][ARRIVED]
     address = service.address(data.policy, request, param="policy")
@@ -194,10 +196,11 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
     constraint = constraint_of(data.sampling, service, prefix="sampling.")
+    bound = service.bound(go_on)
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service)
+        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service, bound)
         groups.append(
             RolloutRequest(
                 id=id,
@@ -221,10 +224,10 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
 
 
 def plan_row(
-    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service
+    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service, bound: Bound
 ) -> tuple[Sequence[int], Prefix, SamplingParams]:
     """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
-    tokens = tokens_of(prompt, service.tokenizer, param=place)
+    tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
     prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)

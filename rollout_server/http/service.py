@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy_messages import PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
+from rollout_server.http.long_texts import ContextBound
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
 from rollout_server.http.publishing import Publisher
@@ -66,6 +67,10 @@ class Service:
     @cached_property
     def reply_format(self) -> ReplyFormat:
         return ReplyFormat.of(self.tokenizer, self.info.eos_token_ids)
+
+    def bound(self, go_on: Callable[[], None] | None = None) -> ContextBound:
+        """Of every prompt that the model is to read; `go_on` is asked before each."""
+        return ContextBound(self.info.max_model_len, go_on)
 
     @property
     def base(self) -> dict[str, str]:

@@ -14,8 +14,9 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, no_query, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
+from rollout_server.http.long_texts import CharacterBound
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import render
+from rollout_server.http.rendering import render
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import BASE
 from rollout_server.schemas.tokens import (
@@ -28,6 +29,10 @@ from rollout_server.schemas.tokens import (
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
 """The service's names of fields → these routes'."""
+MOST_CHARACTERS = 2_097_152
+"""Of a text, at least: whatever the context, a file may be counted."""
+CHARACTERS_OF_A_TOKEN = 16
+"""More than in any language; so a text that fits the context can be counted."""
 
 
 class TokensController(Controller):
@@ -102,9 +107,11 @@ def check_model(model: str | None, request: Request[Any, Any, Any], service: Ser
 
 def tokens_reply(data: TokenizeRequest, service: Service) -> Response[bytes]:
     tokenizer = service.tokenizer
+    bound = CharacterBound(max(MOST_CHARACTERS, CHARACTERS_OF_A_TOKEN * service.info.max_model_len))
     if data.prompt is None:
-        ids = render(data, tokenizer, param="")
+        ids = render(data, tokenizer, param="", bound=bound)
     else:
+        bound.check(tokenizer, data.prompt, "prompt")
         ids = tokenizer.encode(data.prompt, add_special_tokens=data.add_special_tokens is not False)
     return json_response(
         {

@@ -15,7 +15,7 @@ OTHER_PARTS = frozenset(
 
 
 class TextPart(Request):
-    """A content part. Parts of one message are put together without anything between them."""
+    """A content part. Where the chat template reads one text, parts are put together without anything between them."""
 
     type: Literal["text"]
     text: str

@@ -22,7 +22,6 @@ from tests.engine.driver import Driver, prompts_of, recorded
 from tests.engine.test_prefix import cut, prefix_of
 
 CHOICES = ["the", "this", "to", "in", "ing", "é€😀", "", 'q"\\\n']
-"""Where text can go on in one way only, llguidance takes the tokenizer's own tokens: here there are no others."""
 REGEX = r"[a-f]{4,9}(=[0-9]{1,3}\.[0-9]{2})?"
 
 

@@ -125,6 +125,27 @@ def test_calls_stay_text_where_they_are_not_asked_for(client: Client, engine: Fa
     assert (choice["message"]["content"], choice["finish_reason"]) == (CALL[:20], "length")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"x": "\\ud83d"}', '{"x": NaN}', "[1]", "7", '{"x": ' + "[" * 64 + "]" * 64 + "}"],
+    ids=["half", "NaN", "list", "7", "deep"],
+)
+def test_what_cannot_be_a_call_stays_text_beside_calls(client: Client, engine: FakeEngine, arguments: str) -> None:
+    """One choice's text decides over nothing of another's, streamed or not; the message can be sent back."""
+    bad = CALL.replace('{"a": 1}', arguments)
+    texts = [engine.tokenizer.encode(f"{text}{END}") for text in (bad, CALL, bad + CALL)]
+    engine.script = lambda request, sample: Row(texts[sample], FinishReason.STOP, texts[sample][-1])
+    whole = ask(client, tools=TOOLS, n=3).json()["choices"]
+    assert [choice["finish_reason"] for choice in whole] == ["stop", "tool_calls", "tool_calls"]
+    assert [choice["message"]["content"] for choice in whole] == [bad, None, bad]
+    assert [len(choice["message"].get("tool_calls", ())) for choice in whole] == [0, 1, 1]
+    chunks = events(ask(client, tools=TOOLS, n=3, stream=True))
+    for choice in whole:
+        assert without_ids(joined_chat(chunks, choice["index"])) == without_ids(choice)
+        sent = {key: value for key, value in choice["message"].items() if value is not None}
+        assert ask(client, [*MESSAGES, sent, *MESSAGES], tools=TOOLS).status_code == 200
+
+
 def test_reasoning_that_the_prompt_opened(client: Client, engine: FakeEngine) -> None:
     """What a user writes of marks opens nothing: the message above has one."""
     ids = says(engine, f"hm</think>yes{END}")

@@ -34,7 +34,12 @@ def format_of(parser: Any = json_tools) -> ReplyFormat:
 
 def read(text: str, cuts: list[int], **options: Any) -> Gain:
     settings: dict[str, Any] = {"format": format_of(), "thinking": False, "tools": TOOLS, "cut": False} | options
-    parts = ReplyParts(settings["format"], thinking=settings["thinking"], tools=settings["tools"])
+    parts = ReplyParts(
+        settings["format"],
+        thinking=settings["thinking"],
+        tools=settings["tools"],
+        literal=settings.get("literal", False),
+    )
     gain = Gain()
     edges = [0, *cuts, len(text)]
     for begin, end in pairwise(edges):
@@ -65,6 +70,32 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, str, list[tuple[str, Any]
     "text, then two calls": (f"so\n{CALL}\n{CALL}\n", {}, ("", "so\n", [ADD, ADD])),
     "text after a call": (f"{CALL}\n done", {}, ("", "\n done", [ADD])),
     "a call out of reasoning": (f"<think>hm{CALL}", {}, ("hm", "", [ADD])),
+    "a call inside of reasoning": (f"<think>hm {CALL}\n no</think>ok", {}, ("hm \n no", "ok", [ADD])),
+    "two calls inside of reasoning": (
+        f"hm{CALL}\n{CALL}\n</think>\n\nok",
+        {"thinking": True},
+        ("hm", "\n\nok", [ADD] * 2),
+    ),
+    "a call after reasoning with one": (f"<think>{CALL}</think>{CALL}\n", {}, ("", "", [ADD, ADD])),
+    "no call inside of reasoning": (
+        "<think>hm<tool_call>add</tool_call> no</think>ok",
+        {},
+        ("hm<tool_call>add</tool_call> no", "ok", []),
+    ),
+    "a call that reasoning leaves open": ("<think>hm<tool_call>add</think>ok", {}, ("hm<tool_call>add", "ok", [])),
+    "a whole call that reasoning leaves open": (f"<think>hm{CALL[:-12]}</think>ok", {}, ("hm", "ok", [ADD])),
+    "a call without end mark in reasoning": (
+        '<think>hm[TOOL_CALLS]add[ARGS]{"a": 1}</think>ok',
+        {"format": format_of(mistral)},
+        ("hm", "ok", [("add", {"a": 1})]),
+    ),
+    "a call cut off in reasoning": (f"<think>hm{CALL[:-14]}", {"cut": True}, (f"hm{CALL[:-14]}", "", [])),
+    "text that spells marks": (f"<think>{CALL}</think>", {"literal": True}, ("", f"<think>{CALL}</think>", [])),
+    "text that spells marks behind reasoning": (
+        f"hm</think>{CALL}<think>",
+        {"literal": True, "thinking": True},
+        ("hm", f"{CALL}<think>", []),
+    ),
     "no JSON": ("<tool_call>add(1)</tool_call>!", {}, ("", "<tool_call>add(1)</tool_call>!", [])),
     "JSON but no call": ("<tool_call>[1]</tool_call>", {}, ("", "<tool_call>[1]</tool_call>", [])),
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', {}, ("", '<tool_call>{"arguments": {}}</tool_call>', [])),
