@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 from rollout_server.commands.frame import configure, load_blas, log, one_sentence, option
-
-Several = list[str] | None
+from rollout_server.commands.target import Adapters
 
 
 def serve(
     ctx: typer.Context,
     model: Annotated[str | None, option("Directory or Hub id; without it the embedded demo model.")] = None,
-    adapters: Annotated[
-        Several, typer.Option("--adapter", help="Publish first; repeatable.", metavar="NAME=DIR")
-    ] = None,
+    adapters: Adapters = None,
     served_model_name: Annotated[str | None, option("What the base is called, besides `base`.")] = None,
     revision: Annotated[str | None, option("Branch, tag or commit of a Hub id.")] = None,
     context_length: Annotated[int | None, option("Tokens of prompt and reply; at most the model's.")] = None,
@@ -43,7 +40,9 @@ def serve(
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[Several, option("Name to answer to without keys; repeatable.", metavar="NAME")] = None,
+    allow_host: Annotated[
+        list[str] | None, option("Name to answer to without keys; repeatable.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Serve one base model: rollouts, completions, log-probabilities, weights.
 
