@@ -28,7 +28,10 @@ main()
 
 def limited(soft: int, hard: int, *command: str) -> list[str]:
     """`command` of a process that may have so many files open."""
-    return ["sh", "-c", f'ulimit -Hn {hard} && ulimit -Sn {soft} && exec "$@"', "sh", *command]
+    allowed = OpenFiles.now().hard
+    if allowed is not None and allowed < hard:
+        pytest.skip(f"only {allowed} files may be open here")
+    return ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", *command]
 
 
 def python(code: str, soft: int, hard: int) -> str:
@@ -65,29 +68,26 @@ def test_importing_mlx_lm_raises_the_limit_as_far_as_it_may_and_never_lowers_it(
     assert python(IMPORTS, *before) == after
 
 
-def test_other_threads_import_and_set_limits_meanwhile() -> None:
+def test_other_threads_import_meanwhile() -> None:
     code = """
 import importlib, resource, sys, threading
 from rollout_server.open_files import import_mlx_lm
-names = [n for n in sys.stdlib_module_names if not n.startswith("_") and n not in ("antigravity", "this", "idlelib")]
-faults, before = [], list(sys.meta_path)
+names = ["sqlite3", "xml.dom.minidom", "wave", "mailbox", "ftplib", "curses.ascii", "plistlib", "tarfile", "poplib"]
+faults, own, before = [], resource.setrlimit, resource.getrlimit(resource.RLIMIT_NOFILE)
 def others():
-    for name in names:
-        try:
+    try:
+        for name in names:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if importlib.util.find_spec(name) is not None:
-                faults.append(error)
-        except Exception:
-            pass
-own = resource.setrlimit
+    except ImportError as error:
+        faults.append(error)
 threads = [threading.Thread(target=each) for each in (others, import_mlx_lm, import_mlx_lm)]
-[t.start() for t in threads]; [t.join() for t in threads]
-assert not faults, faults
-assert resource.setrlimit is own and not [f for f in sys.meta_path if "rollout_server" in type(f).__module__]
-print("whole" if "mlx_lm.utils" in sys.modules and resource.getrlimit(resource.RLIMIT_NOFILE) == (5000, 5000) else "no")
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+left = [finder for finder in sys.meta_path if "rollout_server" in type(finder).__module__]
+whole = "mlx_lm.utils" in sys.modules and resource.getrlimit(resource.RLIMIT_NOFILE) == before
+print("whole" if whole and not faults and not left and resource.setrlimit is own else (faults, left))
 """
-    assert python(code, 5000, 5000) == "whole"
+    assert python(code, 2100, 2100) == "whole"
 
 
 @contextmanager

@@ -32,6 +32,11 @@ BACKLOG = 2048
 """Connections that may wait to be accepted: a trainer opens hundreds at once."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that they close them and not we under a request."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def announce(url: str) -> None:
@@ -50,9 +55,13 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
 
 
 def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callable[[str], None]) -> None:
-    """`serve` for the application that `make` makes, once the address is ours: it may download a model first."""
+    """`serve` for the application that `make` makes, once the address is ours: it may download a model first. It is the
+    last that its process does: signals that still come are passed over, or they would end it with a trace."""
     with bound_socket(config) as listener:
         asyncio.run(StoppableServer(make(), config, listener, ready).until_stopped())
+    if _in_main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -159,20 +168,14 @@ class StoppableServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        # Only the main thread hears signals.
-        main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-        for number in signals:
-            loop.add_signal_handler(number, self._stop)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+        # Only the main thread hears signals. They are heard until the loop has closed.
+        if _in_main_thread():
+            for number in SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self._stop)
+        yield
 
     def _stop(self) -> None:
-        if self.should_exit:
+        if self.should_exit and self._connections:
             log.info("Stopping at once: connections are cut.")
             self._cut()
         self.should_exit = True
