@@ -40,15 +40,12 @@ def serve(
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[
-        list[str] | None, option("Name to answer to without keys; repeatable.", metavar="NAME")
-    ] = None,
+    allow_host: Annotated[list[str] | None, option("Answer to it without keys; repeatable.", metavar="NAME")] = None,
 ) -> None:
     """Serve one base model: rollouts, completions, log-probabilities, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
-    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only.
-    """
+    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
     given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
     with one_sentence():
         blas = load_blas()
