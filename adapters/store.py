@@ -1,35 +1,36 @@
 """A crash-safe directory of versions: what was acknowledged is on disk, and what is torn is never served.
 
-    lock                      held by the one server that uses the directory
+    lock                      held by the one server that uses the directory; its bytes are a reserve for a full disk
     state.json                which base the versions were made for, and the `instance` their numbers belong to
     policies/NAME-….json      one name: its versions, where its alias points, the newest number it ever had
     bundles/HEX.safetensors   the weights of one digest, shared by all versions that have it
 
 Every file is written beside its place, synced, renamed, and its directory synced. JSON carries its own SHA-256, weights
 are hashed again when they are read. A file that does not hold what it says is renamed to `….set-aside` with a line in
-the log. Only one thread at a time may use a store; it does blocking I/O.
+the log. On a full disk versions can still be let go. Only one thread at a time may use a store; it does blocking I/O.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.bundle import AdapterBundle, make_bundle
-from adapters.spec import AdapterError, AdapterSpec, AdapterUnreadable, Mode, ModuleSpec
-from adapters.tensors import read_safetensors, write_safetensors
+from adapters.bundle import AdapterBundle
+from adapters.packed import pack, unpack
+from adapters.reserve import Reserve, is_full
+from adapters.sealed import FORMAT, sealed, unsealed
+from adapters.spec import AdapterError, Mode
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 PART = ".part"
 SET_ASIDE = ".set-aside"
 UNREADABLE = (OSError, AdapterError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -93,6 +94,7 @@ class StateStore:
             raise StoreError(
                 f"The state directory {directory} is in use by another server: end that one, or choose another."
             ) from error
+        self._reserve = Reserve(self._lock.fileno())
         self._remove_parts()
         self.records: dict[str, NameRecord] = {}
         self._bases: set[str] = set()
@@ -119,7 +121,14 @@ class StateStore:
                 f"this base is {base}: serve that one, or choose another directory."
             )
         self._bases = {base}
-        write_durably(self._state, _sealed({"format": FORMAT, "instance": self.instance, "base": base}))
+        body = sealed({"format": FORMAT, "instance": self.instance, "base": base})
+        try:
+            # A full disk keeps nobody from starting and making room.
+            if not _holds(self._state, body):
+                write_durably(self._state, body)
+            self._refill()
+        except OSError as error:
+            raise StoreError(f"The state directory {self._root} cannot be written: {error}.") from error
         self.forget(*(f"sha256:{path.stem}" for path in self._bundles.glob("*.safetensors")))
 
     def load(self, name: str) -> tuple[NameRecord, tuple[AdapterBundle, ...]]:
@@ -141,7 +150,10 @@ class StateStore:
         numbers = {version.number for version in versions}
         whole = replace(record, versions=versions, live=record.live if record.live in numbers else None)
         if whole != record:
-            self.write(whole)
+            try:
+                self.write_in_reserve(whole)
+            except OSError as error:
+                log.warning("The state directory could not be written, and says that they are there: %s", error)
             self.sweep()
         return whole, tuple(bundle for _, bundle in kept)
 
@@ -163,13 +175,50 @@ class StateStore:
         (base,) = self._bases
         body = {"format": FORMAT, "base": base, **asdict(record)}
         path = self._record_path(record.name)
-        part = _write_part(path, _sealed(body))
+        part = _write_part(path, sealed(body))
         doubtful = self._doubtful.setdefault(record.name, [])
         doubtful.append(record)
         _put_in_place(part, path)
         del self._doubtful[record.name]
         self.records[record.name] = record
         self._dropped |= _digests([*doubtful, *([before] if before else [])])
+
+    def write_in_reserve(self, record: NameRecord) -> None:
+        """`write` for a change that needs no more room than there was: on a full disk the reserve is given up for it,
+        and if that is not enough, the weights that only `record` lets go are removed before it. Raises `OSError`."""
+        try:
+            if not self._written(record) and not (self._reserve.give() and self._written(record)):
+                self._let_go(record)
+                self.write(record)
+        finally:
+            self._refill()
+
+    def _written(self, record: NameRecord) -> bool:
+        """Whether there was room for it."""
+        try:
+            self.write(record)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return False
+        return True
+
+    def _let_go(self, record: NameRecord) -> None:
+        others = [other for other in self.records.values() if other.name != record.name]
+        doubtful = [other for records in self._doubtful.values() for other in records]
+        before = self.records.get(record.name)
+        for digest in (_digests([before]) if before else set()) - _digests([*others, *doubtful, record]):
+            log.warning(
+                "The disk is full: %s, which %s lets go, is removed before that is written.", digest, record.name
+            )
+            self._remove(digest)
+
+    def _refill(self) -> None:
+        """The reserve is enough for the largest file of a name."""
+        try:
+            self._reserve.fill(max((path.stat().st_size for path in self._policies.glob("*.json")), default=0))
+        except OSError as error:
+            log.warning("There is no reserve in the state directory: %s", error)
 
     def says(self, record: NameRecord) -> bool:
         """Whether this is on disk for certain, so that there is nothing to write."""
@@ -188,11 +237,14 @@ class StateStore:
         removed takes room and changes nothing: it is a line in the log, and tried again at the next start."""
         self._dropped -= set(digests)
         for digest in set(digests) - self._referenced():
-            path = self._bundle_path(digest)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("%s, which no version needs, could not be removed: %s", path, error)
+            self._remove(digest)
+
+    def _remove(self, digest: str) -> None:
+        path = self._bundle_path(digest)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s, which no version needs, could not be removed: %s", path, error)
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -216,7 +268,7 @@ class StateStore:
     def _read_records(self) -> None:
         for path in sorted(self._policies.glob("*.json")):
             try:
-                body = _unsealed(path.read_bytes())
+                body = unsealed(path.read_bytes())
                 record = _record(body)
                 base = str(body["base"])
                 if path != self._record_path(record.name):
@@ -233,7 +285,7 @@ class StateStore:
         if not self._state.exists():
             return instance
         try:
-            body = _unsealed(self._state.read_bytes())
+            body = unsealed(self._state.read_bytes())
             known = str(body["instance"])
             self._bases.add(str(body["base"]))
         except UNREADABLE as error:
@@ -265,25 +317,6 @@ class StateStore:
 # ---- what the files hold --------------------------------------------------------------------------------------------
 
 
-def pack(bundle: AdapterBundle) -> bytes:
-    """One safetensors file: the bundle's own tensors under its own names, and what they mean in the metadata."""
-    modules = {path: asdict(module) for path, module in bundle.spec.modules.items()}
-    spec = json.dumps({"kind": bundle.spec.kind, "modules": modules, "dense": bundle.spec.dense})
-    return write_safetensors(bundle.tensors, {"format": str(FORMAT), "spec": spec})
-
-
-def unpack(body: bytes) -> AdapterBundle:
-    """The bundle of `pack`, hashed anew. Raises one of `UNREADABLE` for anything else."""
-    files, metadata = read_safetensors(body)
-    spec = json.loads(metadata["spec"])
-    modules = {path: ModuleSpec(**module) for path, module in spec["modules"].items()}
-    if not all(tensor.readable for tensor in files.values()):
-        raise AdapterUnreadable("A tensor has a dtype that is not served.")
-    tensors = {name: tensor.read() for name, tensor in files.items()}
-    # Files of earlier versions of this program have no dense tensors.
-    return make_bundle(AdapterSpec(spec["kind"], modules, tuple(spec.get("dense", ()))), tensors)
-
-
 def _digests(records: Iterable[NameRecord]) -> set[str]:
     return {version.digest for record in records for version in record.versions}
 
@@ -295,21 +328,6 @@ def _record(body: Mapping[str, Any]) -> NameRecord:
     return NameRecord(
         str(body["name"]), int(body["last"]), body["live"], versions, tuple(map(str, body.get("gone", ())))
     )
-
-
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    """JSON with the hash of itself in front, so that a torn or changed file is known."""
-    text = json.dumps(body, sort_keys=True)
-    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "state": {text}}}\n'.encode()
-
-
-def _unsealed(raw: bytes) -> dict[str, Any]:
-    body = json.loads(raw)["state"]
-    if _sealed(body) != raw:
-        raise ValueError("its content does not have the hash it names")
-    if body["format"] != FORMAT:
-        raise ValueError(f"it has format {body['format']}, and this version reads {FORMAT}")
-    return body
 
 
 def _places(path: Path) -> Iterator[Path]:
@@ -326,10 +344,16 @@ def write_durably(path: Path, body: bytes) -> None:
 def _write_part(path: Path, body: bytes) -> Path:
     """A synced file beside `path`, which is as it was."""
     part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
-        file.write(body)
-        file.flush()
-        _sync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(body)
+            file.flush()
+            _sync(file.fileno())
+    except OSError:
+        # What was written of it takes the room that others need.
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
     return part
 
 

@@ -37,10 +37,11 @@ def main() -> None:
     from rollout_server.blas import one_thread_for_numpy
     from rollout_server.config import ServerConfig
     from rollout_server.http.app import create_app
-    from rollout_server.http.server import announce, raise_file_limit, serve_app
+    from rollout_server.http.server import announce, serve_app
+    from rollout_server.open_files import raise_limit
 
     logs.configure("text")
-    raise_file_limit()
+    raise_limit()
     one_thread_for_numpy()
     config = ServerConfig(
         model=str(options.model), port=0, keep_versions=options.keep_versions, state_dir=options.state_dir

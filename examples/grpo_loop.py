@@ -13,8 +13,10 @@ import sys
 from importlib.resources import files
 
 from rollout_server.blas import load_fast_blas
+from rollout_server.open_files import import_mlx_lm
 
 load_fast_blas()  # before mlx is imported; it matters on a Linux CPU only
+import_mlx_lm()  # which fails by itself where fewer than 4096 files may be open
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -48,6 +48,25 @@ def parse_adapters(value: Any) -> Any:
     return tuple(pairs)
 
 
+def parse_hosts(value: Any) -> Any:
+    """Names, as a list or as one comma-separated text; small letters, without the dot at the end."""
+    items = value.split(",") if isinstance(value, str) else value
+    hosts = tuple(item.strip().lower().removesuffix(".") if isinstance(item, str) else item for item in items)
+    for host in hosts:
+        if isinstance(host, str) and not re.fullmatch(r"[^\s/:@\[\]*]+", host):
+            raise ValueError(f"{host!r} is not the name of a host: write it without scheme, port and path")
+    return hosts
+
+
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine and nothing else. Another name may resolve to anything."""
     if host == "localhost":
@@ -73,6 +92,7 @@ def parse_kv_bits(value: Any) -> Any:
 KvBits = Annotated[Literal[8] | None, BeforeValidator(parse_kv_bits)]
 Key = Annotated[SecretStr | None, AfterValidator(check_key)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
 
 
@@ -100,6 +120,9 @@ class ServerConfig(BaseSettings):
     """Opens inference and whatever changes state. Where only `api_key` is set, state cannot be changed over HTTP."""
     insecure: bool = False
     """Allows a server without keys to listen on an address that others can reach."""
+    allow_host: Hosts = ()
+    """Names by which a server without keys may be called, besides addresses, this machine's own and `host`: those of a
+    proxy or a service in front of it."""
 
     max_batch: int = Field(default=64, ge=1)
     """Rows that decode together."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_server.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
+from rollout_server.open_files import OpenFiles, raise_limit
 
 MINIMUM_MLX = (0, 32)
 PACKAGES = ("rollout-server", "mlx", "mlx-cpu", "mlx-metal", *CUDA_BUILDS, "mlx-lm", "transformers", "numpy")
@@ -49,6 +50,8 @@ class Report:
     blas: BlasChoice
     gflops: float | None
     memory: dict[str, int]
+    files: OpenFiles
+    """As a server has them, which raises the limit as far as it may."""
     checks: tuple[Check, ...]
     advice: tuple[str, ...]
 
@@ -58,12 +61,14 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The same as one JSON object."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
+        found = {"ok": self.ok, **dataclasses.asdict(self)}
+        return found | {"files": {**dataclasses.asdict(self.files), "connections": self.files.connections}}
 
 
 def examine() -> Report:
     """Look, measure and test. Takes a few seconds; imports mlx after its BLAS."""
     blas = load_fast_blas()
+    files = raise_limit()
     versions = installed_versions()
     checks = [check_version(versions), check_backend(versions)]
     if all(check.ok for check in checks):
@@ -91,8 +96,9 @@ def examine() -> Report:
         blas=blas,
         gflops=gflops,
         memory=memory,
+        files=files,
         checks=tuple(checks),
-        advice=tuple(_advice(blas, versions)),
+        advice=tuple(_advice(blas, versions, files)),
     )
 
 
@@ -174,9 +180,11 @@ def machine_memory() -> dict[str, int]:
     return memory
 
 
-def _advice(blas: BlasChoice, versions: dict[str, str]) -> Iterator[str]:
+def _advice(blas: BlasChoice, versions: dict[str, str], files: OpenFiles) -> Iterator[str]:
     if blas.fix:
         yield f"For fast float32 products: {blas.fix}"
+    if files.few:
+        yield f"For more than {files.connections} connections at once: a higher hard limit of open files (ulimit -Hn)"
     if Path("/proc/driver/nvidia/version").exists() and not any(build in versions for build in CUDA_BUILDS):
         pip = f"{sys.executable} -m pip"
         wanted = f"'mlx[cuda13]=={versions.get('mlx', '')}*'"
@@ -197,6 +205,7 @@ def print_report(report: Report) -> None:
     if report.gflops is not None:
         table.add_row("speed", f"{report.gflops:.1f} GFLOP/s, float32 product of {PRODUCT_SIDE} x {PRODUCT_SIDE}")
     table.add_row("memory", ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in report.memory.items()))
+    table.add_row("files", str(report.files))
     for check in report.checks:
         table.add_row("[green]passed[/]" if check.ok else "[red]FAILED[/]", f"{check.name}: {check.detail}")
     for advice in report.advice:

@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-# Private there: its public `load` chooses in the same way, but reads the tokenizer's files a second time.
-from mlx_lm.tokenizer_utils import _infer_tool_parser as infer_tool_parser
-
 from rollout_server.detokenize import special_ids
 
 ParseToolCall = Callable[[str, Any], Any]
@@ -39,6 +34,9 @@ class ReplyFormat:
     @classmethod
     def of(cls, tokenizer: Any, ends: Collection[int]) -> ReplyFormat:
         """`tokenizer` is transformers'; `ends` are the ids that end a reply."""
+        # Imported here: the engine's thread is the one that imports mlx-lm first.
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+
         marks = TokenizerWrapper(tokenizer)
         module = _parser_module(tokenizer)
         named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
@@ -69,6 +67,9 @@ class ReplyFormat:
 def _parser_module(tokenizer: Any) -> Any:
     """The module of mlx-lm that reads this model's tool calls: the one its files name, if there is such a one, or the
     one that the chat template looks like. None if it has none."""
+    # Private there: its public `load` chooses in the same way, but reads the tokenizer's files a second time.
+    from mlx_lm.tokenizer_utils import _infer_tool_parser as infer_tool_parser
+
     named = tokenizer.init_kwargs.get("tool_parser_type")
     for name in (named, infer_tool_parser(tokenizer)):
         if isinstance(name, str) and name.isidentifier() and find_spec(f"mlx_lm.tool_parsers.{name}") is not None:

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, settings
 
 from rollout_server import logs
 from rollout_server.blas import load_fast_blas
+from rollout_server.open_files import import_mlx_lm
 
 BLAS = load_fast_blas()
+import_mlx_lm()  # or it takes down the limit of open files, also of what is started here
 
 # The same cases in every run and nothing kept between runs; `--hypothesis-profile=long --timeout=0` looks further, at
 # random, and `--hypothesis-seed=N` then repeats it.

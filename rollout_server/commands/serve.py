@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from rollout_server.commands.frame import configure, load_blas, log, one_sentence, option
+from rollout_server.commands.target import Adapters
 
 
 def serve(
     ctx: typer.Context,
     model: Annotated[str | None, option("Directory or Hub id; without it the embedded demo model.")] = None,
-    adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", help="Publish at the start; repeatable.", metavar="NAME=DIR")
-    ] = None,
+    adapters: Adapters = None,
     served_model_name: Annotated[str | None, option("What the base is called, besides `base`.")] = None,
     revision: Annotated[str | None, option("Branch, tag or commit of a Hub id.")] = None,
     context_length: Annotated[int | None, option("Tokens of prompt and reply; at most the model's.")] = None,
@@ -41,12 +40,12 @@ def serve(
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
+    allow_host: Annotated[list[str] | None, option("Answer to it without keys; repeatable.", metavar="NAME")] = None,
 ) -> None:
     """Serve one base model: rollouts, completions, log-probabilities, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
-    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only.
-    """
+    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
     given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
     with one_sentence():
         blas = load_blas()

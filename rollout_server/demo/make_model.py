@@ -22,6 +22,7 @@ import numpy as np
 from rollout_server.blas import load_fast_blas
 from rollout_server.demo.make_tokenizer import END, PAD, START, build_tokenizer, special_id, write_tokenizer
 from rollout_server.demo.trainer.task import Problem, Style, habitual_style, training_problems
+from rollout_server.open_files import import_mlx_lm
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -172,6 +173,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=Recipe().steps)
     options = parser.parse_args(arguments)
     load_fast_blas()
+    import_mlx_lm()
     make_model(options.output, options.seed, Recipe(steps=options.steps), lambda line: sys.stderr.write(f"{line}\n"))
 
 

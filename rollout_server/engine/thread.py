@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout_server.engine.messages import Command, EngineOptions, EngineStatus, Event, ModelInfo
 from rollout_server.errors import RolloutError
+from rollout_server.open_files import import_mlx_lm
 
 if TYPE_CHECKING:
     from rollout_server.engine.grammars import Grammars
@@ -39,6 +40,7 @@ class EngineThread(threading.Thread):
         engine: Engine | None = None
         cause: BaseException | None = None
         try:
+            import_mlx_lm()
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
             from rollout_server.engine.grammars import Grammars
             from rollout_server.engine.loop import Engine

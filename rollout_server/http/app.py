@@ -34,6 +34,7 @@ from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
 from rollout_server.http.publishing import Publisher
 from rollout_server.http.recorded import RecordedController
+from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.startup import Startup, engine_options, open_state
@@ -47,11 +48,16 @@ class Application(Litestar):
     """Litestar's middleware sees matched routes only; this wraps whatever is answered."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            told = self._naming_methods(scope, send) if scope["method"] == "OPTIONS" else send
-            await courteous(super().__call__, scope, receive, told, self.state[STATE_KEY].metrics.request)
-        else:
+        if scope["type"] != "http":
             await super().__call__(scope, receive, send)
+            return
+        service: Service = self.state[STATE_KEY]
+        scope = in_origin_form(scope)
+        fault = refusal(scope, service.config)
+        app = super().__call__ if fault is None else refusing(fault)
+        told = self._naming_methods(scope, send) if scope["method"] == "OPTIONS" else send
+        told = closing(told) if is_last(scope) else told
+        await courteous(app, scope, receive, told, service.metrics.request, service.stopping.is_set)
 
     def _naming_methods(self, scope: Any, send: Send) -> Send:
         """Litestar's answer to OPTIONS names the first method that a path was registered with, and no other."""

@@ -1,26 +1,31 @@
 """Who may do what: two bearer keys, compared in constant time.
 
 `ROLLOUT_API_KEY` opens inference, `ROLLOUT_ADMIN_KEY` that and whatever changes state. A server without keys ignores
-the header, but lets no web page of another site change state; one with only an inference key lets nobody change state
-over HTTP.
+the header, but lets no web page of another site change state, nor one that has its own name lead here read anything;
+one with only an inference key lets nobody change state over HTTP.
 """
 
 from __future__ import annotations
 
 import hmac
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
+from litestar.types import HTTPScope
 from pydantic import SecretStr
 
-from rollout_server.config import is_loopback
+from rollout_server.config import ServerConfig, is_address, is_loopback
 from rollout_server.errors import Forbidden, Unauthorized
 from rollout_server.http.service import service_of
 from rollout_server.quoting import quoted
 
 Connection = ASGIConnection[Any, Any, Any, Any]
+
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@\s]+))(?::[0-9]*)?")
+"""An address in brackets or a name, and a port."""
 
 
 def _matches(given: bytes, key: SecretStr | None) -> bool:
@@ -53,6 +58,26 @@ def _host_of(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:  # brackets that hold no address
         return None
+
+
+def check_host(scope: HTTPScope, config: ServerConfig) -> None:
+    """Without keys, whoever runs a web site could let its name lead to this machine, and its pages would be of the same
+    site as this server then; the browser still says by which name it came. Raises `Forbidden` unless that is
+    one that nobody else can give away: of this machine, an address, or one that the server was told."""
+    named = [value for name, value in scope["headers"] if name.lower() == b"host"]
+    if not named:
+        return  # HTTP/1.0, which health checks still speak and no browser does
+    header = named[0].decode("latin-1") if len(named) == 1 else ""
+    match = HOST.fullmatch(header)
+    host = (match[1] or match[2]).lower().removesuffix(".") if match else ""
+    known = {config.host.lower(), *config.allow_host, (scope.get("server") or ("",))[0].lower()}
+    if host == "localhost" or host.endswith(".localhost") or is_address(host) or (host and host in known):
+        return
+    raise Forbidden(
+        f"Without keys this server answers to addresses and to names of this machine only, not to {quoted(header)}: "
+        "use its address, start it with --allow-host NAME, or set ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY.",
+        param="Host",
+    )
 
 
 def may_infer(connection: Connection, _: BaseRouteHandler) -> None:

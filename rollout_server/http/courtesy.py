@@ -1,5 +1,5 @@
 """What every exchange gets, whatever the route: a line in the log, HEAD where there is GET, the time it arrived, and a
-client that is still sending is let finish."""
+client that is still sending is let finish, unless the server stops."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import cast
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
+from rollout_server.errors import EngineUnavailable
 from rollout_server.http.service import ARRIVED
 from rollout_server.quoting import shortened
 
@@ -25,11 +26,14 @@ Observe = Callable[[str, str | None, int, float], None]
 """Told of every exchange: method, template of the path, status, seconds."""
 
 
-async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send, observe: Observe) -> None:
+async def courteous(
+    app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send, observe: Observe, stopping: Callable[[], bool]
+) -> None:
     """Runs `app`. An error reply to a body that was not read to its end (401, 413) would be lost: closing a socket with
-    unread data resets the connection. So what is left of the body is read and dropped first, within bounds."""
+    unread data resets the connection. So what is left of the body is read and dropped first, within bounds. Once
+    `stopping` says so, nothing more is read: who waits for a body gets `EngineUnavailable`."""
     began = time.perf_counter()
-    exchange = _Exchange(scope, receive, send)
+    exchange = _Exchange(scope, receive, send, stopping)
     method = scope["method"]
     inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
     inner.setdefault("state", {})[ARRIVED] = time.monotonic()
@@ -50,8 +54,9 @@ async def courteous(app: ASGIApp, scope: HTTPScope, receive: Receive, send: Send
 class _Exchange:
     """One request and its reply, watched."""
 
-    def __init__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: HTTPScope, receive: Receive, send: Send, stopping: Callable[[], bool]) -> None:
         self.status = 0
+        self._stopping = stopping
         self._receive = receive
         self._send = send
         self._head = scope["method"] == "HEAD"
@@ -64,12 +69,14 @@ class _Exchange:
         message = cast("HTTPReceiveMessage", await self._receive())
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._unread = False
+        elif self._stopping():
+            raise EngineUnavailable("The server is stopping: the body was not read to its end, and nothing changed.")
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self._unread and self.status >= 400:
+            if self._unread and self.status >= 400 and not self._stopping():
                 await self._drain()
         elif message["type"] == "http.response.body" and self._head:
             message["body"] = b""
@@ -82,5 +89,5 @@ class _Exchange:
                 while self._unread and left > 0:
                     message = await self.receive()
                     left -= len(message["body"]) if message["type"] == "http.request" else left
-        except TimeoutError:
+        except (TimeoutError, EngineUnavailable):
             return

@@ -246,14 +246,20 @@ def body_of(error: RolloutError, resolved: PolicyVersion | None = None) -> dict[
     return {"error": problem}
 
 
-def to_response(request: Request[Any, Any, Any], exception: Exception) -> Response[bytes]:
-    """Litestar's exception handler for everything."""
-    error = as_rollout_error(exception)
+def headers_of(error: RolloutError) -> dict[str, str]:
+    """What an error says beside its body."""
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     if isinstance(error, errors.QueueFull):
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, errors.Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def to_response(request: Request[Any, Any, Any], exception: Exception) -> Response[bytes]:
+    """Litestar's exception handler for everything."""
+    error = as_rollout_error(exception)
+    headers = headers_of(error)
     if isinstance(error, errors.MethodNotAllowed) and isinstance(exception, litestar_errors.HTTPException):
         allowed = {name.lower(): value for name, value in (exception.headers or {}).items()}.get("allow", "")
         # HEAD is answered wherever GET is.

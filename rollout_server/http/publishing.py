@@ -3,6 +3,7 @@
 Without one a change is one engine command. With one, changes go one at a time: what the directory will say is written
 first, and only then does the engine do it, so a disk that fails changes nothing, and nothing is answered before it is
 durable. A pushed version is staged before, provisionally, since it may not fit. Files are written on another thread.
+On a full disk nothing can be pushed, but whatever needs no more room can be done: the store keeps a reserve for it.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ class Publisher:
         """Writes what will be, None where the engine will refuse, and has it done; returns also when it was durable."""
         try:
             if record is not None:
-                await self._write(store.write, record)
+                await self._write(store.write_in_reserve, record)
             written = time.perf_counter()
             done = await verb(command)
         finally:
@@ -215,7 +216,7 @@ class Publisher:
             record = replace(record, last=last)
         try:
             if record is not None and not store.says(record):
-                await asyncio.to_thread(store.write, record)
+                await asyncio.to_thread(store.write_in_reserve, record)
             await asyncio.to_thread(store.sweep)
         except OSError as error:
             log.warning("The state directory has versions of %s that are no longer kept: %s", name, error)

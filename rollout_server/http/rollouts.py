@@ -154,13 +154,14 @@ async def lines(
 
 
 def header_id(request: Request[Any, Any, Any]) -> str | None:
-    """`X-Request-Id`, if it is there and can be one."""
-    header = request.headers.get("x-request-id")
-    if header is not None:
-        try:
-            TypeAdapter(RequestId).validate_python(header)
-        except ValidationError as error:
-            raise InvalidField(f"X-Request-Id must be {ID_RULE}.", param="X-Request-Id") from error
+    """`X-Request-Id`, if it is there and can be one; proxies pass on an empty one where there is none."""
+    header = request.headers.get("x-request-id", "").strip()
+    if not header:
+        return None
+    try:
+        TypeAdapter(RequestId).validate_python(header)
+    except ValidationError as error:
+        raise InvalidField(f"X-Request-Id must be {ID_RULE}.", param="X-Request-Id") from error
     return header
 
 

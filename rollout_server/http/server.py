@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -22,7 +21,10 @@ from rollout_server.blas import one_thread_for_numpy
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
+from rollout_server.http.connection import Connection
+from rollout_server.http.listening import Listener, quietly
 from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.open_files import raise_limit
 
 log = logging.getLogger("rollout_server.http")
 
@@ -30,7 +32,11 @@ BACKLOG = 2048
 """Connections that may wait to be accepted: a trainer opens hundreds at once."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that they close them and not we under a request."""
-OPEN_FILES = 65536
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def announce(url: str) -> None:
@@ -49,9 +55,13 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
 
 
 def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callable[[str], None]) -> None:
-    """`serve` for the application that `make` makes, once the address is ours: it may download a model first."""
+    """`serve` for the application that `make` makes, once the address is ours: it may download a model first. It is the
+    last that its process does: signals that still come are passed over, or they would end it with a trace."""
     with bound_socket(config) as listener:
         asyncio.run(StoppableServer(make(), config, listener, ready).until_stopped())
+    if _in_main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
     except OSError as error:
         raise EngineUnavailable(f"The address {config.host}:{config.port} cannot be used: {error}.") from error
     with listener:
@@ -99,13 +109,11 @@ def url_of(listener: socket.socket) -> str:
 
 def raise_file_limit() -> None:
     """A client is an open file, and some systems allow 256."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (ValueError, OSError) as error:
-            log.warning("At most %d files may be open, and so clients: %s", soft, error)
+    files = raise_limit()
+    if files.few:
+        log.warning(
+            "Here %s; those beyond are answered 503. A higher hard limit (ulimit -Hn, LimitNOFILE) allows more.", files
+        )
 
 
 class StoppableServer(uvicorn.Server):
@@ -120,10 +128,10 @@ class StoppableServer(uvicorn.Server):
                 app,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=round(config.shutdown_s) or 1,
                 log_config=None,
                 access_log=False,
                 lifespan="on",
+                http=Connection,
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
@@ -132,10 +140,12 @@ class StoppableServer(uvicorn.Server):
         self._service: Service = app.state[STATE_KEY]
         self._listener = listener
         self._ready = ready
+        self._patience_s = config.shutdown_s
         self._starting: asyncio.Task[None] | None = None
 
     async def until_stopped(self) -> None:
         """Serves until a signal comes, or the start fails: then its error is raised."""
+        asyncio.get_running_loop().set_exception_handler(quietly)
         await self.serve(sockets=[self._listener])
         if self._starting is not None and self._starting.done():
             self._starting.result()
@@ -158,26 +168,43 @@ class StoppableServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        # Only the main thread hears signals.
-        main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-        for number in signals:
-            loop.add_signal_handler(number, self._stop)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+        # Only the main thread hears signals. They are heard until the loop has closed.
+        if _in_main_thread():
+            for number in SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self._stop)
+        yield
 
     def _stop(self) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        if self.should_exit and self._connections:
+            log.info("Stopping at once: connections are cut.")
+            self._cut()
         self.should_exit = True
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return [each for each in self.server_state.connections if isinstance(each, Connection)]
+
+    def _cut(self) -> None:
+        """Whoever waits for one of them goes on: uvicorn would cancel them, each with its traces in the log."""
+        for connection in self._connections:
+            connection.transport.abort()
+
+    def _patience_ends(self) -> None:
+        log.warning(
+            "%d replies were not read to their end within %g s: their connections are cut.",
+            len(self._connections),
+            self._patience_s,
+        )
+        self._cut()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
         log.info("Stopping: open requests end now.")
+        self._service.stopping.set()
+        for connection in self._connections:
+            connection.stop_reading()
         await self._service.engine.close()
+        patience = asyncio.get_running_loop().call_later(self._patience_s, self._patience_ends)
         await super().shutdown(sockets)
+        patience.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,8 @@ class Service:
     startup: Startup = field(repr=False)
     created: int
     """Unix time of the start."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    """Set when the server was told to end: bodies that are still on their way are not waited for."""
 
     @property
     def info(self) -> ModelInfo:

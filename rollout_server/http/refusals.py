@@ -1,0 +1,109 @@
+"""What is refused whatever the route, before one is looked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import cast
+from urllib.parse import unquote
+
+import msgspec
+from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
+
+from rollout_server.config import ServerConfig
+from rollout_server.errors import BadBody, InvalidField, RolloutError
+from rollout_server.http.auth import check_host
+from rollout_server.http.connection import CROWDED, too_many
+from rollout_server.http.problems import body_of, headers_of, row_of
+
+ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
+SLASH = re.compile(rb"%(?:2f|5c)", re.IGNORECASE)
+WITH_SLASHES = b"/v1/models/"
+"""Where the rest of the path is one name: a Hub id has a slash, and OpenAI's client encodes it."""
+FOR_SUPERVISORS = frozenset({"/health", "/ready"})
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+def in_origin_form(scope: HTTPScope) -> HTTPScope:
+    """A target like `http://host/path`, as for a proxy, means the path; its host counts and the header does not
+    (RFC 9112, 3.2.2)."""
+    absolute = ABSOLUTE.fullmatch(_raw_path(scope))
+    if absolute is None:
+        return scope
+    raw = absolute[2] or b"/"
+    others = [header for header in scope["headers"] if header[0].lower() != b"host"]
+    changed = {"raw_path": raw, "path": unquote(raw.decode("ascii")), "headers": [(b"host", absolute[1]), *others]}
+    return cast("HTTPScope", {**scope, **changed})
+
+
+def refusal(scope: HTTPScope, config: ServerConfig) -> RolloutError | None:
+    """What every route would answer to this request, if it is refused."""
+    if scope.get("state", {}).get(CROWDED) and scope["path"] not in FOR_SUPERVISORS:
+        return too_many()
+    try:
+        _check_framing(scope)
+        if not config.protected:
+            check_host(scope, config)
+        _check_path(scope)
+    except RolloutError as error:
+        return error
+    return None
+
+
+def is_last(scope: HTTPScope) -> bool:
+    """Whether the connection ends with the reply: nobody knows where the next request would begin, or it is in the
+    way of others."""
+    return bool(scope.get("state", {}).get(CROWDED)) or _is_ambiguous(scope)
+
+
+def refusing(error: RolloutError) -> ASGIApp:
+    """An application that says so."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        body = msgspec.json.encode(body_of(error))
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **headers_of(error)}
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": row_of(error).status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return answer
+
+
+def closing(send: Send) -> Send:
+    """`send` for a reply that is the last of its connection."""
+
+    async def tell(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
+
+    return tell
+
+
+def _is_ambiguous(scope: HTTPScope) -> bool:
+    names = {name.lower() for name, _ in scope["headers"]}
+    return b"transfer-encoding" in names and (b"content-length" in names or scope.get("http_version") == "1.0")
+
+
+def _check_framing(scope: HTTPScope) -> None:
+    """One that believes the length and one that believes the chunks see different requests."""
+    if _is_ambiguous(scope):
+        other = "HTTP/1.0" if scope.get("http_version") == "1.0" else "Content-Length"
+        raise BadBody(
+            f"The request says twice where its body ends, with Transfer-Encoding and {other}: send one of them.",
+            param="Transfer-Encoding",
+        )
+
+
+def _check_path(scope: HTTPScope) -> None:
+    """Routes are looked for in the decoded path, where `p%2F2` is two parts of it."""
+    raw = _raw_path(scope)
+    if not raw.startswith(WITH_SLASHES) and (found := SLASH.search(raw)):
+        raise InvalidField(
+            f"The path holds {found[0].decode()}, an encoded slash or backslash: no name and no id has one."
+        )
+
+
+def _raw_path(scope: HTTPScope) -> bytes:
+    return (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
