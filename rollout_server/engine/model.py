@@ -25,7 +25,7 @@ from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import UNFIT, find_trunk
 from rollout_server.engine.joined_cache import JoinedRows
-from rollout_server.engine.loading import read_model
+from rollout_server.engine.loading import ReadModel, read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sampler_check import check_sampler
@@ -79,7 +79,8 @@ class ResidentModel:
 def load(options: EngineOptions) -> ResidentModel:
     """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
     path = Path(options.model_path)
-    module, config, tokenizer, host_tokenizer = read_model(path)
+    read = read_model(path)
+    module, config = read.module, read.config
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         _to_float32(module)
@@ -91,7 +92,7 @@ def load(options: EngineOptions) -> ResidentModel:
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
     chosen = _choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
-    context = _context_length(config, options.context_length)
+    context = _context_length(read, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
@@ -103,7 +104,7 @@ def load(options: EngineOptions) -> ResidentModel:
         max_model_len=context,
         dtype=dtype_name,
         quantization=config.get("quantization"),
-        eos_token_ids=_end_tokens(config, tokenizer, vocabulary),
+        eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
         parameters=_parameters(module),
         weight_bytes=sum(array.nbytes for array in _arrays(module)),
         layers=layers,
@@ -120,7 +121,7 @@ def load(options: EngineOptions) -> ResidentModel:
     )
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, tokenizer, host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
 
 
 def _check_device(
@@ -200,12 +201,20 @@ def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
     return int(logits.shape[-1])
 
 
-def _context_length(config: dict[str, Any], asked: int | None) -> int:
-    text = config.get("text_config") or config
-    own = text.get("max_position_embeddings") or config.get("max_position_embeddings")
-    if own is None:
-        return asked or 32768
-    return min(int(own), asked) if asked else int(own)
+def _context_length(read: ReadModel, asked: int | None) -> int:
+    """Tokens of prompt and reply, no more than what the module computes as config.json says. Raises
+    `EngineUnavailable` where more is asked for."""
+    own = read.max_position_embeddings
+    context = (asked or 32768) if own is None else min(own, asked or own)
+    bound = min(read.bounds, key=lambda bound: bound.tokens, default=None)
+    if bound is None or context <= bound.tokens:
+        return context
+    if asked is not None:
+        raise EngineUnavailable(
+            f"--context-length asks for {asked} tokens, but this model is exact up to {bound.tokens}: {bound.reason}."
+        )
+    log.warning("The context is bounded to %d tokens: %s.", bound.tokens, bound.reason)
+    return bound.tokens
 
 
 # ---- which cache ---------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def write(family: str, scratch: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     families.build(family, scratch, grid=torch.float16, **SMALL | CHOSEN[family])
-    save_file(halved(load_file(scratch / "mlx" / "model.safetensors")), target / "model.safetensors")
-    shutil.copy(scratch / "mlx" / "config.json", target)
+    save_file(halved(load_file(scratch / "model.safetensors")), target / "model.safetensors")
+    shutil.copy(scratch / "config.json", target)
     generator = np.random.default_rng(11)
     prompts = [generator.integers(0, families.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
     found = {"prompts": np.concatenate(prompts).astype(np.int32), "lengths": np.array(LENGTHS, np.int32)}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import httpx
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.tuner.utils import load_adapters
 
+from rollout_server.engine.loading import read_model
 from tests.live_server import live_server
 from tests.peers import families, reference
 from trainer_client import RolloutClient
@@ -70,8 +71,9 @@ class Peer:
         assert found <= TOLERANCE, f"{self.family}, embeddings of {policy}: max |Δ| = {found:.1e}"
 
     def hold_mlx_lm(self, model: reference.PeftModel, adapter: Path, column: str) -> None:
-        """mlx-lm gives PEFT's numbers with the directory of an adapter exported for it."""
-        module, _ = mlx_lm.load(str(self.directory / "mlx"), adapter_path=str(adapter))
+        """mlx-lm gives PEFT's numbers with the directory of an adapter exported for it, on a base that is right."""
+        module = load_adapters(read_model(self.directory).module, str(adapter))
+        module.eval()
         found = 0.0
         for ids, expected in zip(self.prompts, reference.logprobs(model, self.prompts), strict=True):
             logits = np.array(module(mx.array([ids]))[0, :-1], np.float64)
@@ -92,7 +94,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     def note(family: str, column: str, value: float) -> None:
         table[family][column] = max(value, table[family].get(column, 0.0))
 
-    with live_server(directory / "mlx", "--keep-versions", "64") as live, RolloutClient(live.url) as client:
+    with live_server(directory, "--keep-versions", "64") as live, RolloutClient(live.url) as client:
         yield Peer(family, directory, live.url, client, prompts, note)
 
 

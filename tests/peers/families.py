@@ -1,4 +1,4 @@
-"""Tiny random models of many families, made by transformers and stored as published checkpoints are.
+"""Tiny random models of many families, made and saved by transformers: torch and the server read the same files.
 
 Shapes are asymmetric on purpose: heads × head size is not the hidden size, key heads are fewer than heads, and no width
 divides another, so that a transposed or misplaced tensor cannot fit.
@@ -6,13 +6,12 @@ divides another, so that a transposed or misplaced tensor cannot fit.
 
 from __future__ import annotations
 
-import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny_models import VOCAB_SIZE, write_tokenizer
@@ -28,21 +27,24 @@ SHARED: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "bos_token_id": None,
+    # No family's default, so that one which is not read shows.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+BY_KIND = {
+    "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
 }
 # torch's grouped product wants widths of whole 16 bytes.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "intermediate_size": 60}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 60}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-# mlx-lm always truncates, whatever config.json says.
-YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 YARN |= {"rope_theta": 150000.0, "original_max_position_embeddings": 128}
 
 
 @dataclass(frozen=True)
 class Family:
     config: dict[str, Any] = field(default_factory=dict)
-    published: dict[str, Any] = field(default_factory=dict)
-    """What config.json of published checkpoints says, mlx-lm reads and transformers 5 no longer writes."""
     experts: bool = False
     """In transformers 5 experts are stacked parameters and their router is no linear layer; PEFT targets both as
     parameters when it is told to adapt all linear layers of such a family."""
@@ -51,30 +53,34 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family({"head_dim": 20}),
     "mistral": Family({"head_dim": 20, "sliding_window": None}),
-    "ministral3": Family({"head_dim": 20}),
+    "ministral3": Family({"head_dim": 20, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0}}),
     "qwen2": Family(),
     "qwen3": Family({"head_dim": 20, "tie_word_embeddings": True}),
     "qwen3_moe": Family(
         {"head_dim": 20, "moe_intermediate_size": 40, "decoder_sparse_step": 1, "mlp_only_layers": [], **EXPERTS},
-        {"num_experts": 4},
         experts=True,
     ),
     "qwen2_moe": Family(
         {**EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 37, "norm_topk_prob": False},
-        {"num_experts": 4},
         experts=True,
     ),
-    "gemma2": Family({"head_dim": 20, "query_pre_attn_scalar": 20, "sliding_window": 512, "tie_word_embeddings": True}),
+    "gemma2": Family({"head_dim": 20, "query_pre_attn_scalar": 20, "tie_word_embeddings": True}),
     # mlx-lm rounds √hidden to bf16, which is exact for 64.
     "gemma3_text": Family(
-        {"hidden_size": 64, "head_dim": 20, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **SLIDING},
-        {"sliding_window_pattern": 2},
+        {
+            "hidden_size": 64,
+            "head_dim": 20,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": BY_KIND,
+            **SLIDING,
+        },
     ),
     "phi3": Family({"original_max_position_embeddings": 512}),
     "mixtral": Family(LOCAL_EXPERTS, experts=True),
     "olmo2": Family(),
     "olmo3": Family(SLIDING),
-    "olmoe": Family(EXPERTS, {"num_experts": 4}, experts=True),
+    "olmoe": Family(EXPERTS, experts=True),
     "gpt_oss": Family({"head_dim": 20, "rope_parameters": YARN, **LOCAL_EXPERTS, **SLIDING}),
     "granite": Family({"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.3}),
     "granitemoe": Family(LOCAL_EXPERTS),
@@ -84,37 +90,34 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": Family({"head_dim": 20}),
     "hunyuan_v1_dense": Family({"head_dim": 20}),
     "nemotron": Family(),
+    "starcoder2": Family(),
+    "stablelm": Family({"hidden_size": 64}),
+    "glm": Family({"head_dim": 20}),
+    "glm4": Family({"head_dim": 20}),
+    "helium": Family({"head_dim": 12}),
+    "exaone4": Family({"head_dim": 20, **SLIDING}),
+    "cohere2": Family({"hidden_size": 80, "head_dim": 20, "tie_word_embeddings": True, **SLIDING}),
 }
 
 
 def build(name: str, directory: Path, *, seed: int = 0, grid: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Writes the family's model and tokenizer to `directory`/torch, and to `directory`/mlx as mlx-lm loads it: the same
-    weights, float32 values that `grid` represents exactly. Returns `directory`."""
+    """Writes the family's model and a tokenizer to `directory` as transformers saves them, weights in float32 with
+    values that `grid` represents exactly. Returns `directory`."""
     family = FAMILIES[name]
-    special = write_tokenizer_to(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    special = write_tokenizer(directory)
     ids = {"eos_token_id": special["<|end|>"], "pad_token_id": special["<|pad|>"]}
-    config = AutoConfig.for_model(name, **{**SHARED, **ids, **family.config, **overrides})
+    # Configurations keep the dictionaries that they are given, and change them.
+    config = AutoConfig.for_model(name, **deepcopy({**SHARED, **ids, **family.config, **overrides}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed, grid)
-    model.save_pretrained(directory / "torch")
-    weights = load_file(directory / "torch" / "model.safetensors")
-    save_file(split_experts(weights) if name == "gpt_oss" else weights, directory / "mlx" / "model.safetensors")
-    written = json.loads((directory / "torch" / "config.json").read_text())
-    published = {**written, **flat_rope(written), **family.published}
-    (directory / "mlx" / "config.json").write_text(json.dumps(published, indent=2))
+    model.save_pretrained(directory)
     return directory
-
-
-def write_tokenizer_to(directory: Path) -> dict[str, int]:
-    for half in ("torch", "mlx"):
-        (directory / half).mkdir(parents=True, exist_ok=True)
-    return write_tokenizer(directory / "mlx")
 
 
 def load(directory: Path) -> PreTrainedModel:
     """The model of `build` in torch, float32, attention spelt out."""
-    path = directory / "torch"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 
@@ -133,33 +136,3 @@ def randomise(model: PreTrainedModel, seed: int, grid: torch.dtype) -> None:
             else:
                 value *= (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * parameter.shape[-1] ** -0.5
             parameter.copy_(value.to(grid))
-
-
-def flat_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that older releases of transformers wrote in place of `rope_parameters`."""
-    rope = config.get("rope_parameters") or {}
-    full = rope.get("full_attention", rope)
-    fields = {"rope_theta": full["rope_theta"]} if "rope_theta" in full else {}
-    if full.get("rope_type", "default") != "default":
-        fields["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
-    if "sliding_attention" in rope:
-        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    return fields
-
-
-def split_experts(weights: dict[str, Any]) -> dict[str, Any]:
-    """gpt-oss with its experts as mlx-lm stores them unquantised: [experts, out, in], gate and up apart."""
-    split: dict[str, Any] = {}
-    for name, value in weights.items():
-        layer, _, part = name.rpartition(".experts.")
-        bias = part.endswith("_bias")
-        end = "bias" if bias else "weight"
-        turned = value if bias or not layer else value.swapaxes(-1, -2)
-        if part.startswith("gate_up_proj"):
-            split[f"{layer}.experts.gate_proj.{end}"] = turned[:, 0::2].copy()
-            split[f"{layer}.experts.up_proj.{end}"] = turned[:, 1::2].copy()
-        elif part.startswith("down_proj"):
-            split[f"{layer}.experts.down_proj.{end}"] = turned.copy()
-        else:
-            split[name] = value
-    return split

@@ -1,0 +1,70 @@
+"""Weights as transformers saves them that the family's `sanitize` does not take, or drops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+
+from rollout_server.engine.checkpoint.family import Family
+
+
+def classes_of(family: Family) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    """What `load_model` takes as `get_model_classes`: the family's own classes, the model's `sanitize` given the
+    layout that it knows."""
+    module = import_module(f"mlx_lm.models.{family.module}")
+    if family.module not in LAYOUTS:
+        return lambda config: (module.Model, module.ModelArgs)
+
+    class Model(module.Model):  # type: ignore[name-defined]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            return super().sanitize(LAYOUTS[family.module](weights))
+
+    return lambda config: (Model, module.ModelArgs)
+
+
+def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Experts [experts, in, out] as transformers trains and saves them, gate and up in turn, → [experts, out, in], gate
+    and up apart. Those packed as mxfp4 have other names."""
+    found: dict[str, mx.array] = {}
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".experts.")
+        match part:
+            case "gate_up_proj" | "gate_up_proj_bias":
+                turned, end = (value.swapaxes(-1, -2), "weight") if part == "gate_up_proj" else (value, "bias")
+                found[f"{layer}.experts.gate_proj.{end}"] = mx.contiguous(turned[:, 0::2])
+                found[f"{layer}.experts.up_proj.{end}"] = mx.contiguous(turned[:, 1::2])
+            case "down_proj":
+                found[f"{layer}.experts.down_proj.weight"] = mx.contiguous(value.swapaxes(-1, -2))
+            case "down_proj_bias":
+                found[f"{layer}.experts.down_proj.bias"] = value
+            case _:
+                found[name] = value
+    return found
+
+
+def _gpt_oss_if_stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return _gpt_oss(weights) if any(name.endswith(".experts.gate_up_proj") for name in weights) else weights
+
+
+def _gpt2(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Without the name of the trunk, which the first published files lack and the class adds by itself, and without
+    the masks that old files hold."""
+    return {name.removeprefix("transformer."): value for name, value in weights.items()}
+
+
+def _ernie_moe(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The class leaves these weights out, so that it would choose other experts."""
+    for name, value in weights.items():
+        if name.endswith("e_score_correction_bias") and mx.any(value != 0):
+            raise ValueError(f"{name} is not zero, and mlx-lm's ernie4_5_moe chooses experts without it")
+    return weights
+
+
+LAYOUTS: dict[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
+    "ernie4_5_moe": _ernie_moe,
+    "gpt2": _gpt2,
+    "gpt_oss": _gpt_oss_if_stacked,
+}
