@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection
 
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import Berth
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
@@ -34,7 +35,7 @@ class Room:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
-        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids), group.length)
+        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids))
         beside = self._kept() + self._scoring.cells + self._scoring.wanted
         return berth if self._batches.cells(berth, count, group.soon) + beside <= self.kv_cells else None
 
@@ -50,33 +51,33 @@ class Admitting:
         self,
         policies: PolicyTable,
         batches: Batches,
+        room: Room,
         scheduler: Scheduler,
         reports: Reports,
         references: References,
         changes: Collection[PolicyCommand],
+        blame: Blame,
     ) -> None:
         self._policies = policies
         self._batches = batches
+        self._room = room
         self._scheduler = scheduler
         self._reports = reports
         self._references = references
         self._changes = changes
-        self._group: Group | None = None
-        """What a failure is blamed on."""
+        self._blame = blame
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""
-        while admission := self._scheduler.next_admission(self._batches.size):
+        while admission := self._scheduler.next_admission(self._batches.size, self._room.berth):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 if self._scheduler.heads(group):
                     break
                 continue
-            self._reports.progress(self._batches.settle())
-            self._reports.release(self._batches.release())
-            self._group = group
-            self._batches.join(admission)
-            self._group = None
+            self._batches.settle_and_release()
+            with self._blame(group):
+                self._batches.join(admission)
             self._scheduler.admitted(admission)
             wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
             if wanted and group.version is not None:
@@ -84,9 +85,8 @@ class Admitting:
 
     def fail(self, fault: RolloutError) -> None:
         """A step failed: the group that was joining fails with it."""
-        if self._group is not None:
-            self._reports.fail_group(self._group, fault)
-            self._group = None
+        for group in self._blame.of(Group):
+            self._reports.fail_group(group, fault)
 
     def call_back(self) -> None:
         """Groups that wait for a version come back when it is there, and fail when their time is over."""

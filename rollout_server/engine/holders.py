@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.flight import Joining
@@ -26,6 +28,19 @@ class Holder:
     width: int
     row: Row | None = None
     joining: Joining | None = None
+
+
+class RowSink(Protocol):
+    """Who is told what became of rows, see `reports.Reports`."""
+
+    def progress(self, rows: Sequence[Row]) -> None:
+        """Rows that were read: one new token each, or an error."""
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """Rows whose places are free."""
+
+    def drop(self, joining: Sequence[Joining]) -> None:
+        """Groups that were aborted before their rows were seated."""
 
 
 def age_of(group: Group, sample: int) -> Age:

@@ -17,6 +17,7 @@ from adapters.sets import BASE_SET
 from rollout_server.engine.admitting import Admitting, Room
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.cache import SlotRows
 from rollout_server.engine.chunks import planned
@@ -81,27 +82,43 @@ class Engine:
         self._show = show
         self._stopping = False
         self._changes: deque[PolicyCommand] = deque()
-        # What a failure in the middle of a turn is blamed on, besides the rows of the batch.
-        self._changing: PolicyCommand | None = None
+        self._blame = Blame()
         info = model.info
         slots = info.cache == "slots"
         kv_cells = info.kv_memory // info.kv_bytes_per_token
         self._reuse = Reuse(info.kv_memory, info.kv_bytes_per_token, info.digest, on=prefix_cache and slots)
-        self._batch = Batches(self._new_batch, kv_cells, self._measure_step if slots else None, self._leave_room)
+        store = model.make_store()
+        self._scheduler = Scheduler(info.max_batch, partial(store.packed, 1))
+        self._reports = Reports(self._scheduler, policies)
+        self._batch = Batches(
+            self._new_batch,
+            store,
+            self._reports,
+            self._blame,
+            kv_cells,
+            self._measure_step if slots else None,
+            self._leave_room,
+        )
         self._scoring = ScoringQueue(
             make_reader(model, policies),
             policies,
+            self._blame,
             lambda cells: self._room.has(cells),
             lambda: not self._batch.size,
         )
         self._room = Room(policies, self._batch, self._scoring, lambda: self._scheduler.kept_cells, kv_cells)
-        self._scheduler = Scheduler(info.max_batch, self._room.berth, self._batch.prompt_cells)
-        self._reports = Reports(self._scheduler, policies)
         self._references = References(
             self._scoring, policies, self._reports, frozenset(info.eos_token_ids), info.embedding.pooling
         )
         self._admitting = Admitting(
-            policies, self._batch, self._scheduler, self._reports, self._references, self._changes
+            policies,
+            self._batch,
+            self._room,
+            self._scheduler,
+            self._reports,
+            self._references,
+            self._changes,
+            self._blame,
         )
         self._preemption = Preemption(self._batch, policies, self._reports, self._scheduler, self._scoring, kv_cells)
         self._switching = Switching(policies, self._batch, self._reports, self._preemption)
@@ -153,7 +170,8 @@ class Engine:
             self._compute()
         except Exception as error:  # the one place: whatever a step raises fails its rows by name
             self._fail_step(error)
-        self._reports.end_met(self._batch)
+        if self._reports.has_met:
+            self._reports.end_met(self._batch.rows, self._batch.joining)
         self._pausing.answer(self._computing)
         self._flush()
 
@@ -165,26 +183,24 @@ class Engine:
         self._budget.begin(decoding=self._batch.active, rows=self._batch.size)
         self._admitting.call_back()
         if self._pausing.frozen:
-            self._stand_still()
+            # What is in flight is read, and what was ended meanwhile leaves.
+            self._batch.settle_and_release()
+            self._batch.drop_cancelled()
             return
         if self._preemption.resume() and not self._pausing.paused:
             self._admitting.admit()
         self._reading.divide()
         if self._reading.prefills:
-            self._reports.progress(self._batch.settle())
-            self._reports.release(self._batch.release())
-            self._reports.drop(self._batch.drop_cancelled())
+            self._batch.settle_and_release()
+            self._batch.drop_cancelled()
             self._reading.prefill()
         # Behind the step in flight and before the next one: rows wait for it once, and are told of their tokens then.
         self._reading.score(self._scheduler.crowded or bool(self._batch.aside))
         self._preemption.make_room()
         if self._batch.active:
-            self._reports.progress(self._batch.step())
-            self._reports.release(self._batch.release(few=True))
-        if moves := self._batch.moves():
-            self._reports.progress(self._batch.settle())
-            self._reports.release(self._batch.release())
-            self._batch.rearrange(moves)
+            self._batch.step()
+            self._batch.release(few=True)
+        self._batch.rearrange()
         self._batch.keep(self._policies.sets)
         for group in self._reports.take_complete():
             self._references.score_rows(group)
@@ -206,16 +222,9 @@ class Engine:
 
     def _give_back(self) -> None:
         while self._releases:
-            self._reports.progress(self._batch.settle())
-            self._reports.release(self._batch.release())
+            self._batch.settle_and_release()
             self._reports.add(self._memory.give_back(self._releases.popleft().id))
         self._memory.rest(self._busy)
-
-    def _stand_still(self) -> None:
-        """Reads what is in flight; what was ended meanwhile leaves."""
-        self._settle()
-        self._reports.release(self._batch.release())
-        self._reports.drop(self._batch.drop_cancelled())
 
     @property
     def _computing(self) -> bool:
@@ -311,28 +320,30 @@ class Engine:
     def _change_policies(self) -> None:
         """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
-            command = self._changing = self._changes.popleft()
-            try:
-                computing = self._batch.active or self._batch.joining or self._scoring.busy
-                if not self._policies.advance(command, self._settle, at_once=not computing):
+            command = self._changes.popleft()
+            with self._blame(command):
+                if not self._change(command):
                     self._changes.appendleft(command)
-                    self._changing = None
                     return
-                if self._policies.stages(command):
-                    # Slot arrays are written in place only while no dispatched step refers to them.
-                    self._settle()
-                self._reports.add(self._policies.apply(command))
-            except RolloutError as error:
-                self._policies.abandon()
-                self._reports.fail(command.id, error)
-            self._changing = None
             for row in self._batch.rows:
                 self._switching.follow(row)
             # The reply need not wait for the step of this turn.
             self._flush()
 
-    def _settle(self) -> None:
-        self._reports.progress(self._batch.settle())
+    def _change(self, command: PolicyCommand) -> bool:
+        """Takes a change further; whether it is done, or has failed."""
+        computing = self._batch.active or self._batch.joining or self._scoring.busy
+        try:
+            if not self._policies.advance(command, self._batch.settle, at_once=not computing):
+                return False
+            if self._policies.stages(command):
+                # Slot arrays are written in place only while no dispatched step refers to them.
+                self._batch.settle()
+            self._reports.add(self._policies.apply(command))
+        except RolloutError as error:
+            self._policies.abandon()
+            self._reports.fail(command.id, error)
+        return True
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
@@ -344,23 +355,25 @@ class Engine:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
         self._scoring.end(id, reason)
         self._pausing.end(id, reason)
-        self._reports.end_request(id, reason, self._batch)
+        self._reports.end_request(id, reason, self._batch.rows, self._batch.joining)
 
     def _fail_step(self, error: Exception) -> None:
         """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on."""
         log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
-        if self._scoring.computing:
+        if self._blame.of(ScoringQueue):
             self._scoring.fail(fault)
+            self._blame.clear()
             return
-        if self._changing is not None:
-            self._policies.abandon()
-            self._reports.fail(self._changing.id, fault)
-            self._changing = None
+        for blamed in self._blame:
+            if isinstance(blamed, PolicyCommand):
+                self._policies.abandon()
+                self._reports.fail(blamed.id, fault)
         # What was being copied for later may never be there.
         self._reuse.clear()
         self._reports.fail_rows(*self._batch.fail(), fault)
         self._admitting.fail(fault)
+        self._blame.clear()
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
@@ -371,7 +384,7 @@ class Engine:
         """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
         error = EngineUnavailable("The server is stopping.")
         for id in list(self._scheduler.tickets):
-            if self._reports.has_tokens(id, self._batch):
+            if self._reports.has_tokens(id, self._batch.rows):
                 self._end_request(id, "stopping")
         self._close("stopping", None, error)
 

@@ -33,10 +33,6 @@ class Preemption:
         self.count = 0
         """Rows that stepped aside since the start."""
 
-    def _settle(self) -> None:
-        self._reports.progress(self._batches.settle())
-        self._reports.release(self._batches.release())
-
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
         then rows give theirs up, the newest first. The oldest row never does."""
@@ -49,7 +45,7 @@ class Preemption:
         self._batches.drop_idle()
         if self._fits():
             return
-        self._settle()
+        self._batches.settle_and_release()
         self._batches.shrink()
         if self._fits():
             return
@@ -79,19 +75,19 @@ class Preemption:
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
         if any(not row.running for row in self._batches.aside):
-            self._settle()
+            self._batches.settle_and_release()
         if self._scheduler.crowded and not self._batches.size:
             # Nothing that runs will make room for the head of the queue.
             self._scheduler.drop_kept()
         while self._batches.aside:
             row = self._batches.aside[0]
-            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1, row.soon)
+            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1)
             needed = self._batches.cells(berth, 1, row.soon) + self._scoring.cells + self._scoring.wanted
             if needed + self._scheduler.kept_cells > self._kv_cells:
                 self._scheduler.drop_kept()
             if needed > self._kv_cells:
                 return False
-            self._settle()
+            self._batches.settle_and_release()
             if row.running:
                 self._batches.recover(row, berth, self._legs(row))
         return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from rollout_server.engine.blame import Blame
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import Family, ScoreJob
 from rollout_server.engine.policy import PolicyTable
@@ -35,17 +36,21 @@ class ScoringQueue:
     """`fits(cells)` says whether so many KV columns are left beside the rows', `alone()` whether no row has any."""
 
     def __init__(
-        self, reader: Reader, policies: PolicyTable, fits: Callable[[int], bool], alone: Callable[[], bool]
+        self,
+        reader: Reader,
+        policies: PolicyTable,
+        blame: Blame,
+        fits: Callable[[int], bool],
+        alone: Callable[[], bool],
     ) -> None:
         self._reader = reader
         self._policies = policies
+        self._blame = blame
         self._fits = fits
         self._alone = alone
         self.wanted = 0
         """KV columns that the first passage waits for."""
         self._jobs: deque[ScoreJob] = deque()
-        self.computing = False
-        """A forward of it is running: a failure now is its own."""
 
     @property
     def busy(self) -> bool:
@@ -74,12 +79,11 @@ class ScoringQueue:
         self.wanted = 0
         if not self._jobs:
             return 0
-        self.computing = True
-        self._fill(budget, crowded)
-        left = self._reader.left
-        ended = self._reader.read(budget)
-        tokens = left - self._reader.left
-        self.computing = False
+        with self._blame(self):
+            self._fill(budget, crowded)
+            left = self._reader.left
+            ended = self._reader.read(budget)
+            tokens = left - self._reader.left
         for passage in ended:
             passage.job.reading -= 1
             passage.job.open -= 1
@@ -141,7 +145,6 @@ class ScoringQueue:
 
     def fail(self, error: RolloutError) -> None:
         """A forward failed: the jobs that were in it fail by name."""
-        self.computing = False
         self._reader.reset()
         for job in [job for job in self._jobs if job.reading]:
             self._close(job)

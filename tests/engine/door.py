@@ -55,11 +55,11 @@ class Door:
 
     @property
     def step_costs(self) -> StepCosts | None:
-        return self.batches._costs
+        return self.batches._buckets.costs
 
     def set_step_costs(self, costs: StepCosts | None) -> None:
         """What length buckets are chosen by, as if it had been measured."""
-        self.batches._costs = costs
+        self.batches._buckets.costs = costs
 
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
@@ -100,7 +100,7 @@ class Door:
 
     def settle(self) -> None:
         """Reads every step in flight and tells of its tokens."""
-        self.engine._settle()
+        self.batches.settle()
 
     def on_failed_step(self, noted: Callable[[Exception], None]) -> None:
         """`noted` sees what a step raised before its rows fail by name."""
