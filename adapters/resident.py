@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle
 from adapters.registry import Content
 from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
@@ -60,7 +61,10 @@ BASE_PLACEMENT = Placement()
 @dataclass(slots=True)
 class _Resident:
     placement: Placement
+    bundle: AdapterBundle
+    """What it was made of, to be exported."""
     references: int
+    """Versions that have this content: the one count of it."""
     changes: Mapping[str, float]
 
 
@@ -169,7 +173,10 @@ class ResidentVersions:
             undo.callback(self.sets.drop, parameters)
             slot = self._finish_slot(work, parameters)
             undo.pop_all()
-        self._residents[content] = _Resident(Placement(parameters, slot), 1, work.changes)
+        same = (other.bundle for known, other in self._residents.items() if known.digest == content.digest)
+        # Equal bytes are held once, however they are served.
+        bundle = next(same, prepared.bundle)
+        self._residents[content] = _Resident(Placement(parameters, slot), bundle, 1, work.changes)
         return work.seconds
 
     def release(self, content: Content) -> None:
@@ -187,6 +194,10 @@ class ResidentVersions:
     def placement(self, content: Content) -> Placement:
         """Raises `KeyError` for what is not staged."""
         return self._residents[content].placement
+
+    def bundle(self, content: Content) -> AdapterBundle:
+        """What was staged. Raises `KeyError` for what is not."""
+        return self._residents[content].bundle
 
     def changes(self, content: Content) -> Mapping[str, float]:
         """‖W' − W‖ of its DoRA modules and of its tensors in place of the base's. Raises `KeyError`."""

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import Berth
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
-from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, StalePolicy
-
-
-class Room:
-    """All rows, prompts kept for samples that wait (`kept` says of how many columns) and what is scored fill at most
-    `kv_cells` columns."""
-
-    def __init__(
-        self, policies: PolicyTable, batches: Batches, scoring: ScoringQueue, kept: Callable[[], int], kv_cells: int
-    ) -> None:
-        self._policies = policies
-        self._batches = batches
-        self._scoring = scoring
-        self._kept = kept
-        self.kv_cells = kv_cells
-
-    def berth(self, group: Group, count: int) -> Berth | None:
-        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
-        # A group that has no version yet starts on what its policy names now.
-        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
-        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids))
-        beside = self._kept() + self._scoring.cells + self._scoring.wanted
-        return berth if self._batches.cells(berth, count, group.soon) + beside <= self.kv_cells else None
-
-    def has(self, cells: int) -> bool:
-        """Whether so many columns are left beside the rows and the kept prompts."""
-        return self._batches.held_cells + self._kept() + cells <= self.kv_cells
 
 
 class Admitting:
@@ -51,7 +25,7 @@ class Admitting:
         self,
         policies: PolicyTable,
         batches: Batches,
-        room: Room,
+        ledger: KVLedger,
         scheduler: Scheduler,
         reports: Reports,
         references: References,
@@ -60,7 +34,7 @@ class Admitting:
     ) -> None:
         self._policies = policies
         self._batches = batches
-        self._room = room
+        self._ledger = ledger
         self._scheduler = scheduler
         self._reports = reports
         self._references = references
@@ -69,7 +43,7 @@ class Admitting:
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""
-        while admission := self._scheduler.next_admission(self._batches.size, self._room.berth):
+        while admission := self._scheduler.next_admission(self._batches.size, self._berth):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 if self._scheduler.heads(group):
@@ -82,6 +56,14 @@ class Admitting:
             wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
             if wanted and group.version is not None:
                 self._references.score_prompt(group, group.version)
+
+    def _berth(self, group: Group, count: int) -> Berth | None:
+        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
+        # A group that has no version yet starts on what its policy names now.
+        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
+        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids))
+        cells = self._batches.cells(berth, count, group.soon)
+        return berth if self._ledger.fits(wanted=True, rows=cells) else None
 
     def fail(self, fault: RolloutError) -> None:
         """A step failed: the group that was joining fails with it."""

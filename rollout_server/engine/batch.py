@@ -22,6 +22,7 @@ from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.chunks import plan
 from rollout_server.engine.filters import Some
 from rollout_server.engine.flight import Flight, Joining, Landed, Launch
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import TokenCounts
 from rollout_server.engine.recovery import Leg, Recoveries
@@ -39,7 +40,7 @@ MOST_KEPT = 16
 class Batch:
     """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
     to what `forward` computes, for one token of every place. `keeper` knows what was read before. Where samples
-    that wait cannot have their prompt from those that run, `may_keep(tokens)` says whether to keep it for them."""
+    that wait cannot have their prompt from those that run, it is kept for them if it fits into `ledger`."""
 
     def __init__(
         self,
@@ -49,10 +50,10 @@ class Batch:
         tokenizer: Any,
         eos: frozenset[int],
         vocabulary: int,
+        ledger: KVLedger,
         decode: Forward | None = None,
         reroute: Callable[[Placement], None] = lambda _: None,
         keeper: Keeper | None = None,
-        may_keep: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
@@ -74,13 +75,11 @@ class Batch:
         self._extent: tuple[int, int] | None = None
         self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
-        self._may_keep = may_keep
+        self._ledger = ledger
         self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
         self._masking = Masking(vocabulary, eos)
         self.fed = 0
         """Prompt tokens read since it was made."""
-
-    # ---- what runs ------------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> list[Row]:
@@ -190,7 +189,8 @@ class Batch:
         group = joining.group
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
-        keep = group.waiting > 0 and not self.store.cuts and self._may_keep(len(joining.prompt.tokens))
+        keep = group.waiting > 0 and not self.store.cuts
+        keep = keep and self._ledger.fits(self.store.packed(1, len(joining.prompt.tokens)))
         places = self.store.seat(joining.prompt, joining.count, keep)
         if self._keeper is not None:
             self._keeper.keep_prompt(places[0], group, joining.prompt)

@@ -16,6 +16,7 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.flight import Joining
 from rollout_server.engine.holders import FIRST, Berth, Holder, RowSink, age_of
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.row_store import RowStore
@@ -31,28 +32,26 @@ ARRANGED_EVERY = 16
 
 class Batches:
     """`make(parameters)` gives an empty batch whose forwards run on that parameter set, `store` is of the kind that
-    batches have, never filled, and says what rows take where there is no batch yet. All together fill at most
-    `kv_cells` columns. `sink` is told what became of the rows, `blame` what is being computed. `measure(width)` says
-    what steps cost; None where rows cannot be put into classes. `leave_room(cells)` is told before rows come to fill so
-    many columns."""
+    batches have, never filled, and says what rows take where there is no batch yet. `ledger` is told before rows come
+    to fill more, `sink` what became of them, `blame` what is being computed. `measure(width)` says what steps cost;
+    None where rows cannot be put into buckets."""
 
     def __init__(
         self,
         make: Callable[[int], Batch],
         store: RowStore,
+        ledger: KVLedger,
         sink: RowSink,
         blame: Blame,
-        kv_cells: int,
         measure: Callable[[int], StepCosts] | None = None,
-        leave_room: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._make = make
         self._store = store
         self._sink = sink
         self._blame = blame
-        self._kv_cells = kv_cells
+        self._ledger = ledger
+        ledger.register("rows", lambda: self.held_cells, after_step=lambda: self.due + self.idle_cells)
         self._measure = measure
-        self._leave_room = leave_room
         self._buckets = LengthBuckets(store.places)
         self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
         self._steps_before = self._fed_before = 0
@@ -148,10 +147,6 @@ class Batches:
         own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
         return own + sum(other.cells(0, other.longest) for other in others)
 
-    def prompt_cells(self, tokens: int) -> int:
-        """KV columns that a prompt takes where it is kept apart from any row."""
-        return self._store.packed(1, tokens)
-
     @staticmethod
     def _holds(batch: Batch) -> bool:
         return bool(batch.active or batch.joining)
@@ -174,7 +169,7 @@ class Batches:
                 self._drop(key)
         if berth not in self._batches:
             self._batches[berth] = self._make(berth[0])
-        self._leave_room(self.cells(berth, count, length))
+        self._ledger.leave_rest(rows=self.cells(berth, count, length))
         return self._batches[berth]
 
     def keep(self, sets: Collection[int]) -> None:
@@ -244,11 +239,15 @@ class Batches:
             with self._blame(source):
                 kept = self._batches[source].take_out(row)
                 berth = target()
-                fits = self.cells(berth, 1, row.soon) <= self._kv_cells
+                fits = self._fits(berth, row)
             if fits:
                 with self._blame(berth):
                     self.open(berth, 1, row.soon).put_in(row, kept, self.columns(berth, row.soon))
         return fits
+
+    def _fits(self, berth: Berth, row: Row) -> bool:
+        """Whether there is room for a row that comes from another batch, as far as rows are concerned."""
+        return self._ledger.fits(rows=self.cells(berth, 1, row.soon), prompts=0, scoring=0)
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
 
@@ -321,8 +320,8 @@ class Batches:
 
     def learn_costs(self) -> None:
         """Measures what steps cost, where the memory for it is there; while rows run they would all wait for it."""
-        if self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
-            self._leave_room(self.held_cells + MEASURED_CELLS)
+        if self._measure and self._ledger.fits(MEASURED_CELLS):
+            self._ledger.leave_rest(rows=self.held_cells + MEASURED_CELLS)
             self._buckets.costs = self._measure(MEASURED_WIDTH)
 
     def rearrange(self) -> None:
@@ -336,7 +335,7 @@ class Batches:
         self.settle_and_release()
         sources = set()
         for row, berth in moves:
-            if row.running and not row.away and self.cells(berth, 1, row.soon) <= self._kv_cells:
+            if row.running and not row.away and self._fits(berth, row):
                 source = self._home(row)
                 sources.add(source)
                 self._shift(row, source, partial(_given, berth))

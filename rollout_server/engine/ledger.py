@@ -32,8 +32,8 @@ class KVLedger:
         self._accounts: dict[str, _Account] = {}
 
     def register(self, name: str, cells: Cells, *, after_step: Cells | None = None, wanted: Cells = lambda: 0) -> None:
-        """Opens an account. `cells` are the columns that it may come to fill soon, `after_step` those of its arrays once
-        the next step is done, `wanted` those for which it needs room kept so that it can begin."""
+        """Opens an account. `cells` are the columns that it may come to fill soon, `after_step` those of its arrays
+        once the next step is done, `wanted` those for which it needs room kept so that it can begin."""
         self._accounts[name] = _Account(cells, after_step or cells, wanted)
 
     def used(self, **instead: int) -> int:
@@ -43,7 +43,7 @@ class KVLedger:
         return sum(instead[name] if name in instead else account.cells() for name, account in self._accounts.items())
 
     def fits(self, extra: int = 0, *, wanted: bool = False, **instead: int) -> bool:
-        """Whether `extra` columns more fit. `wanted`: beside what somebody needs room kept for, as for whatever joins."""
+        """Whether `extra` columns more fit; with `wanted`, beside the room that is kept for what cannot begin yet."""
         kept = sum(account.wanted() for account in self._accounts.values()) if wanted else 0
         return self.used(**instead) + kept + extra <= self.limit
 

@@ -3,6 +3,7 @@ it here, so that a name inside the engine is known in one place."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ class Door:
 
     @property
     def batches(self) -> Batches:
-        return self.engine._batch
+        return self.engine._batches
 
     def batch(self, parameters: int, bucket: int | None = None) -> Batch:
         """The batch of a length bucket of a parameter set, or the first one of the set. Raises `KeyError`."""
@@ -63,8 +64,7 @@ class Door:
 
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
-        self.engine._room.kv_cells = cells
-        self.engine._batch._kv_cells = self.engine._preemption._kv_cells = cells
+        self.engine._ledger.limit = cells
 
     def set_max_rows(self, rows: int) -> None:
         self.requests._max_rows = rows
@@ -116,7 +116,7 @@ class Door:
 
     @property
     def requests(self) -> Scheduler:
-        return self.engine._scheduler
+        return self.engine._requests
 
     @property
     def waiting_groups(self) -> list[Group]:
@@ -164,7 +164,11 @@ class Door:
     @property
     def bundles_held(self) -> dict[str, int]:
         """Versions by the digest of the bundle that is kept for them."""
-        return {digest: held.versions for digest, held in self.policies._bundles.items()}
+        counted: Counter[str] = Counter()
+        for content, held in self.resident._residents.items():
+            counted[held.bundle.digest] += held.references
+            assert held.bundle.digest == content.digest
+        return counted
 
     @property
     def memory(self) -> Memory:
