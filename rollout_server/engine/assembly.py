@@ -15,9 +15,10 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
-from rollout_server.engine.cache import SlotRows
+from rollout_server.engine.cache import Forward, SlotRows
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
@@ -113,20 +114,22 @@ def batches_of(
 
 def batch_of(model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, parameters: int) -> Batch:
     """An empty batch whose forwards run on a parameter set."""
-    store = model.make_store()
-    decode = keeper = None
+    store, route = model.make_store(), partial(policies.route, parameters)
+    keeper = None
+    decode: Forward = model.forward
     if isinstance(store, SlotRows):
-        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else None
+        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
         keeper = Keeper(store, reuse) if reuse.on else None
+    eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
+    # Copies of rows that left are made behind the step that was in flight then.
+    before_read = keeper.finish if keeper is not None else lambda: None
     return Batch(
         model.forward,
         store,
-        partial(policies.route, parameters),
-        model.tokenizer,
-        frozenset(model.info.eos_token_ids),
-        model.info.vocab_size,
-        ledger,
-        decode,
+        Decoder(decode, store, route, eos, vocabulary, before_read),
+        route,
         lambda placement: policies.route_rows([placement]),
+        model.tokenizer,
+        ledger,
         keeper,
     )

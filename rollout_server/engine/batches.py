@@ -14,8 +14,7 @@ from functools import partial
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.flight import Joining
-from rollout_server.engine.holders import FIRST, Berth, Holder, RowSink, age_of
+from rollout_server.engine.holders import FIRST, Berth, Holder, Joining, RowSink, age_of
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import Leg

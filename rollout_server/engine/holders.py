@@ -1,4 +1,4 @@
-"""Who holds KV in which batch, and since when: what decides who steps aside."""
+"""Groups on their way into a batch, and who holds KV in which batch and since when: what decides who steps aside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.sets import BASE_SET
-from rollout_server.engine.flight import Joining
+from rollout_server.engine.cache import Prompt
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
@@ -16,6 +16,16 @@ Berth = tuple[int, int]
 
 FIRST: Berth = (BASE_SET, 0)
 Age = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joining:
+    """Samples of one group whose prompt is being prefilled."""
+
+    group: Group
+    prompt: Prompt
+    count: int
+    first_sample: int
 
 
 @dataclass(frozen=True, slots=True)

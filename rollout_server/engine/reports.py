@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from rollout_server.engine.flight import Joining
+from rollout_server.engine.holders import Joining
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import Scheduler, Ticket

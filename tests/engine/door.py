@@ -72,12 +72,12 @@ class Door:
     @staticmethod
     def in_flight(batch: Batch) -> bool:
         """Whether a step was dispatched and not read yet."""
-        return batch._flight is not None
+        return batch._decoder.in_flight
 
     @staticmethod
     def traces(batch: Batch) -> int:
         """Steps that the batch has compiled."""
-        compiled: Any = batch._compiled
+        compiled: Any = batch._decoder._forward
         return len(compiled._traces)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -183,19 +183,19 @@ class Door:
 
 
 def wrap_forwards(batch: Batch, wrap: Callable[[Forward], Forward]) -> Callable[[], None]:
-    """Every forward of the batch goes through `wrap` from now on, plain or compiled; returns what undoes it."""
-    kept = batch._forward, batch._compiled
+    """Every forward of the batch goes through `wrap` from now on, prefill and decode; returns what undoes it."""
+    kept = batch._forward, batch._decoder._forward
 
-    def put(forward: Forward, compiled: Forward | None) -> None:
-        batch._forward, batch._compiled = forward, compiled
+    def put(prefill: Forward, decode: Forward) -> None:
+        batch._forward, batch._decoder._forward = prefill, decode
 
-    put(wrap(kept[0]), kept[1] and wrap(kept[1]))
+    put(wrap(kept[0]), wrap(kept[1]))
     return lambda: put(*kept)
 
 
 @contextmanager
 def broken_steps(batch: Batch) -> Iterator[None]:
-    """Every forward of the batch fails in here, plain or compiled."""
+    """Every forward of the batch fails in here, prefill and decode."""
 
     def broken(*_: object) -> mx.array:
         raise ValueError(FIRE)
