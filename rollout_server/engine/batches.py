@@ -245,8 +245,8 @@ class Batches:
         return fits
 
     def _fits(self, berth: Berth, row: Row) -> bool:
-        """Whether there is room for a row that comes from another batch, as far as rows are concerned."""
-        return self._ledger.fits(rows=self.cells(berth, 1, row.soon), prompts=0, scoring=0)
+        """Whether there is room for a row that comes from another batch."""
+        return self._ledger.fits(rows=self.cells(berth, 1, row.soon))
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
 

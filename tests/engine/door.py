@@ -66,6 +66,11 @@ class Door:
         """From now on all KV is at most so many columns."""
         self.engine._ledger.limit = cells
 
+    @property
+    def kv_used(self) -> int:
+        """Columns that all who fill KV may come to fill soon."""
+        return self.engine._ledger.used()
+
     def set_max_rows(self, rows: int) -> None:
         self.requests._max_rows = rows
 
