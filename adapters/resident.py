@@ -16,6 +16,7 @@ import mlx.nn as nn
 from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle
 from adapters.registry import Content
+from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
 from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import Parameter
@@ -25,26 +26,6 @@ BUILD_S = 0.02
 """Of each turn, while rows decode, for the weights of a parameter set."""
 WRITE_S = 0.005
 """Likewise, for writing a version into its slot."""
-
-
-class QuantisedBase(Exception):
-    """A version would unpack quantised layers, which was not allowed; `message` names them."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-        super().__init__(shown)
-        self.message = (
-            f"The base is quantised, and this version has parameters of its own for {shown}: with dequantize=true "
-            "these layers are served unpacked, at their full size. Nothing changed."
-        )
-
-
-class WeightsFull(Exception):
-    """The weights of all versions would take more than they may; `message` says how much."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 @dataclass(frozen=True, slots=True)

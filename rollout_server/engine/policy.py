@@ -15,13 +15,13 @@ from adapters.registry import (
     Facts,
     Registry,
 )
-from adapters.registry_errors import RegistryError
-from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
+from adapters.registry_errors import RegistryError, WeightsFull
+from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
+from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages import EngineOptions
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.policy_errors import as_ours
 from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
