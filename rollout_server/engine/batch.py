@@ -117,11 +117,6 @@ class Batch:
         return read + sum(row.offset for row in self._seats.values())
 
     @property
-    def unread(self) -> int:
-        """Prompt tokens that joining groups still have to read."""
-        return self._recovering.unread + sum(len(each.prompt.tokens) - each.prompt.fed for each in self.joining)
-
-    @property
     def reading(self) -> bool:
         """Whether groups join, or rows come back."""
         return bool(self.joining or self._recovering.rows)

@@ -82,11 +82,6 @@ class Batches:
         return sum(batch.size for batch in self._batches.values())
 
     @property
-    def unread(self) -> int:
-        """Prompt tokens that joining groups still have to read."""
-        return sum(batch.unread for batch in self._batches.values())
-
-    @property
     def held_cells(self) -> int:
         """KV columns over all rows that the batches with rows could come to fill."""
         return sum(batch.cells(0, batch.longest) for batch in self._batches.values() if self._holds(batch))
