@@ -29,6 +29,9 @@ class Ticket:
     error: RolloutError | None = None
     arrived: float = field(default_factory=time.monotonic)
 
+    def timed_out(self, now: float) -> bool:
+        return self.deadline is not None and self.deadline <= now
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
@@ -200,13 +203,13 @@ class Scheduler:
     def close(self, id: str) -> Ticket:
         return self.tickets.pop(id)
 
-    def overdue(self, now: float) -> Iterator[Ticket]:
+    def overdue(self, now: float) -> list[Ticket]:
+        """Requests whose time is over, the first of them first; told again until they are closed."""
         due = []
         while self._deadlines and self._deadlines[0][0] <= now:
             due.append(heapq.heappop(self._deadlines))
-        for deadline, id in due:
-            # One that is over keeps its place here until its time.
-            if id in self.tickets:
-                yield self.tickets[id]
-            if id in self.tickets:
-                heapq.heappush(self._deadlines, (deadline, id))
+        # One that is over keeps its place here until its time, and its id may have been taken again.
+        still = [(at, id) for at, id in due if id in self.tickets and self.tickets[id].timed_out(now)]
+        for entry in still:
+            heapq.heappush(self._deadlines, entry)
+        return [self.tickets[id] for id in dict.fromkeys(id for _, id in still)]

@@ -44,3 +44,15 @@ def test_requests_are_overdue_until_they_are_closed() -> None:
     assert [ticket.id for ticket in scheduler.overdue(9.0)] == ["soon", "late"], "nobody has ended it"
     scheduler.close("soon")
     assert [ticket.id for ticket in scheduler.overdue(10.0)] == ["late"]
+
+
+def test_an_id_that_was_taken_again_has_the_time_of_its_new_request() -> None:
+    scheduler = Scheduler(4)
+    scheduler.submit(submitted("a", deadline=2.0))
+    scheduler.close("a")
+    scheduler.submit(submitted("a", deadline=9.0))
+    assert scheduler.overdue(3.0) == []
+    assert [ticket.id for ticket in scheduler.overdue(9.0)] == ["a"]
+    scheduler.close("a")
+    scheduler.submit(submitted("a"))
+    assert scheduler.overdue(10.0) == []
