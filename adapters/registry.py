@@ -9,7 +9,7 @@ for whoever asks at once, and freed when the last row that uses it ends. Not thr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -366,10 +366,15 @@ class Registry:
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
         """Versions that nothing keeps, oldest first. One that may still be taken back pushes out no other."""
-        settled = [version for version in line.kept.values() if not version.provisional]
-        for version in settled[: -self._keep]:
-            if version.number != line.live and not version.pinned and not version.in_use:
-                yield version
+        settled = {version.number: version for version in line.kept.values() if not version.provisional}
+        held = [version.number for version in settled.values() if version.pinned or version.in_use]
+        yield from (settled[number] for number in surplus(list(settled), self._keep, line.live, held))
+
+
+def surplus(numbers: Sequence[int], keep: int, live: int | None, held: Collection[int]) -> list[int]:
+    """Of the versions of a name, oldest first, those that nothing keeps: the newest `keep` stay, the live one, and
+    whichever are `held`, pinned or in use."""
+    return [number for number in numbers[:-keep] if number != live and number not in held]
 
 
 def remember(gone: dict[str, None], digests: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
-"""What the registry of versions refuses."""
+"""What the registry of versions, and the device that holds them, refuse."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class RegistryError(Exception):
@@ -33,3 +35,23 @@ class Mismatch(RegistryError):
     def __init__(self, message: str, at: tuple[int, str] | None = None) -> None:
         super().__init__(message)
         self.at = at
+
+
+class QuantisedBase(Exception):
+    """A version would unpack quantised layers, which was not allowed; `message` names them."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+        super().__init__(shown)
+        self.message = (
+            f"The base is quantised, and this version has parameters of its own for {shown}: with dequantize=true "
+            "these layers are served unpacked, at their full size. Nothing changed."
+        )
+
+
+class WeightsFull(Exception):
+    """The weights of all versions would take more than they may; `message` says how much."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message

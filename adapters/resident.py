@@ -14,8 +14,10 @@ from types import MappingProxyType
 import mlx.core as mx
 import mlx.nn as nn
 
+from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle
 from adapters.registry import Content
+from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
 from adapters.slots import BASE_SLOT, AdapterSlots
 from adapters.spec import Parameter, Place
@@ -25,26 +27,6 @@ BUILD_S = 0.02
 """Of each turn, while rows decode, for the weights of a parameter set."""
 WRITE_S = 0.005
 """Likewise, for writing a version into its slot."""
-
-
-class QuantisedBase(Exception):
-    """A version would unpack quantised layers, which was not allowed; `message` names them."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-        super().__init__(shown)
-        self.message = (
-            f"The base is quantised, and this version has parameters of its own for {shown}: with dequantize=true "
-            "these layers are served unpacked, at their full size. Nothing changed."
-        )
-
-
-class WeightsFull(Exception):
-    """The weights of all versions would take more than they may; `message` says how much."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +43,10 @@ BASE_PLACEMENT = Placement()
 @dataclass(slots=True)
 class _Resident:
     placement: Placement
+    bundle: AdapterBundle
+    """What it was made of, to be exported."""
     references: int
+    """Versions that have this content: the one count of it."""
     changes: Mapping[str, float]
 
 
@@ -171,7 +156,10 @@ class ResidentVersions:
             undo.callback(self.sets.drop, parameters)
             slot = self._finish_slot(work, parameters)
             undo.pop_all()
-        self._residents[content] = _Resident(Placement(parameters, slot), 1, work.changes)
+        same = (other.bundle for known, other in self._residents.items() if known.digest == content.digest)
+        # Equal bytes are held once, however they are served.
+        bundle = next(same, prepared.bundle)
+        self._residents[content] = _Resident(Placement(parameters, slot), bundle, 1, work.changes)
         return work.seconds
 
     def release(self, content: Content) -> None:
@@ -189,6 +177,10 @@ class ResidentVersions:
     def placement(self, content: Content) -> Placement:
         """Raises `KeyError` for what is not staged."""
         return self._residents[content].placement
+
+    def bundle(self, content: Content) -> AdapterBundle:
+        """What was staged. Raises `KeyError` for what is not."""
+        return self._residents[content].bundle
 
     def changes(self, content: Content) -> Mapping[str, float]:
         """‖W' − W‖ of its DoRA modules and of its tensors in place of the base's. Raises `KeyError`."""

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import Berth
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
-from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, StalePolicy
-
-
-class Room:
-    """All rows, prompts kept for samples that wait (`kept` says of how many columns) and what is scored fill at most
-    `kv_cells` columns."""
-
-    def __init__(
-        self, policies: PolicyTable, batches: Batches, scoring: ScoringQueue, kept: Callable[[], int], kv_cells: int
-    ) -> None:
-        self._policies = policies
-        self._batches = batches
-        self._scoring = scoring
-        self._kept = kept
-        self.kv_cells = kv_cells
-
-    def berth(self, group: Group, count: int) -> Berth | None:
-        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
-        # A group that has no version yet starts on what its policy names now.
-        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
-        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids), group.length)
-        beside = self._kept() + self._scoring.cells + self._scoring.wanted
-        return berth if self._batches.cells(berth, count, group.soon) + beside <= self.kv_cells else None
-
-    def has(self, cells: int) -> bool:
-        """Whether so many columns are left beside the rows and the kept prompts."""
-        return self._batches.held_cells + self._kept() + cells <= self.kv_cells
 
 
 class Admitting:
@@ -50,43 +25,50 @@ class Admitting:
         self,
         policies: PolicyTable,
         batches: Batches,
+        ledger: KVLedger,
         scheduler: Scheduler,
         reports: Reports,
         references: References,
         changes: Collection[PolicyCommand],
+        blame: Blame,
     ) -> None:
         self._policies = policies
         self._batches = batches
+        self._ledger = ledger
         self._scheduler = scheduler
         self._reports = reports
         self._references = references
         self._changes = changes
-        self._group: Group | None = None
-        """What a failure is blamed on."""
+        self._blame = blame
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""
-        while admission := self._scheduler.next_admission(self._batches.size):
+        while admission := self._scheduler.next_admission(self._batches.size, self._berth):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 if self._scheduler.heads(group):
                     break
                 continue
-            self._reports.progress(self._batches.settle())
-            self._reports.release(self._batches.release())
-            self._group = group
-            self._batches.join(admission)
-            self._group = None
+            self._batches.settle_and_release()
+            with self._blame(group):
+                self._batches.join(admission)
             self._scheduler.admitted(admission)
             wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
             if wanted and group.version is not None:
                 self._references.score_prompt(group, group.version)
 
+    def _berth(self, group: Group, count: int) -> Berth | None:
+        """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
+        # A group that has no version yet starts on what its policy names now.
+        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
+        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids))
+        cells = self._batches.cells(berth, count, group.soon)
+        return berth if self._ledger.fits(wanted=True, rows=cells) else None
+
     def fail(self, fault: RolloutError) -> None:
         """A step failed: the group that was joining fails with it."""
-        if self._group is not None:
-            self._reports.fail_group(self._group, fault)
-            self._group = None
+        for group in self._blame.of(Group):
+            self._reports.fail_group(group, fault)
 
     def call_back(self) -> None:
         """Groups that wait for a version come back when it is there, and fail when their time is over."""

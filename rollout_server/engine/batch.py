@@ -1,8 +1,7 @@
-"""Prefill and decode over the model: the rows that run, the step in flight, and what it returned.
+"""Rows that decode together: who joins, reads a prompt, is seated, and leaves. `decoder` computes their steps.
 
-One step ahead: step k+1 is built while step k runs and launched as soon as k was read; what k returned is recorded
-while k+1 runs. A stop token is therefore seen one step late: its extra token is dropped, and the row's place is freed
-when the step in flight has been read. Rows join and move only when no step is in flight.
+Rows join and move only when no step is in flight; the place of a row that ended is freed when no step in flight
+computes it.
 """
 
 from __future__ import annotations
@@ -13,21 +12,16 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-import mlx.core as mx
-
 from adapters.resident import Placement
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.chunks import plan
-from rollout_server.engine.filters import Some
-from rollout_server.engine.flight import Flight, Joining, Landed, Launch
-from rollout_server.engine.masking import Masking
-from rollout_server.engine.penalties import TokenCounts
+from rollout_server.engine.decoder import Decoder
+from rollout_server.engine.holders import Joining
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.row_store import RowStore
-from rollout_server.engine.sampling import SamplerArrays, sample, uniforms
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
@@ -37,46 +31,36 @@ MOST_KEPT = 16
 
 
 class Batch:
-    """`route(slots)` tells the adapter layers which slot each row of the next forward uses. `decode` is a faster way
-    to what `forward` computes, for one token of every place. `keeper` knows what was read before. Where samples
-    that wait cannot have their prompt from those that run, `may_keep(tokens)` says whether to keep it for them."""
+    """`decoder` steps the rows that sit in `store`; `forward` reads prompts. `route(slots)` tells the adapter layers
+    which slot each row of the next forward uses, `reroute` aims it at any placement. `keeper` knows what was read
+    before. Where samples that wait cannot have their prompt from those that run, it is kept for them if it fits into
+    `ledger`."""
 
     def __init__(
         self,
         forward: Forward,
         store: RowStore,
+        decoder: Decoder,
         route: Callable[[Sequence[int]], None],
+        reroute: Callable[[Placement], None],
         tokenizer: Any,
-        eos: frozenset[int],
-        vocabulary: int,
-        decode: Forward | None = None,
-        reroute: Callable[[Placement], None] = lambda _: None,
+        ledger: KVLedger,
         keeper: Keeper | None = None,
-        may_keep: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
-        self._compiled = decode
         self.store = store
+        self._decoder = decoder
         self._route = route
         self._tokenizer = tokenizer
-        self._eos = eos
-        self._vocabulary = vocabulary
         self._seats: dict[int, Row] = {}
         self._leaving: list[Row] = []
         """Rows whose places are being freed: in neither list if that fails."""
         self.joining: list[Joining] = []
-        self._flight: Flight | None = None
-        self._steps = 0
-        # Made again when rows come, go or move.
-        self._arrays: SamplerArrays | None = None
-        self._aim: Aim | None = None
         self._extent: tuple[int, int] | None = None
-        self._counts = TokenCounts(vocabulary)
         self._keeper = keeper
-        self._may_keep = may_keep
+        self._ledger = ledger
         self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
-        self._masking = Masking(vocabulary, eos)
         self.fed = 0
         """Prompt tokens read since it was made."""
 
@@ -111,7 +95,8 @@ class Batch:
         return self._extent
 
     def _changed(self) -> None:
-        self._arrays = self._aim = self._extent = None
+        self._extent = None
+        self._decoder.seats_changed()
 
     def seats(self, row: Row) -> bool:
         return any(seated is row for seated in self.rows)
@@ -132,22 +117,17 @@ class Batch:
         return read + sum(row.offset for row in self._seats.values())
 
     @property
-    def unread(self) -> int:
-        """Prompt tokens that joining groups still have to read."""
-        return self._recovering.unread + sum(len(each.prompt.tokens) - each.prompt.fed for each in self.joining)
-
-    @property
     def reading(self) -> bool:
         """Whether groups join, or rows come back."""
         return bool(self.joining or self._recovering.rows)
 
     @property
     def active(self) -> bool:
-        return bool(self._seats or self._recovering.rows) or self._flight is not None
+        return bool(self._seats or self._recovering.rows) or self._decoder.in_flight
 
     @property
     def steps(self) -> int:
-        return self._steps
+        return self._decoder.steps
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
@@ -190,7 +170,8 @@ class Batch:
         group = joining.group
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
-        keep = group.waiting > 0 and not self.store.cuts and self._may_keep(len(joining.prompt.tokens))
+        keep = group.waiting > 0 and not self.store.cuts
+        keep = keep and self._ledger.fits(self.store.packed(1, len(joining.prompt.tokens)))
         places = self.store.seat(joining.prompt, joining.count, keep)
         if self._keeper is not None:
             self._keeper.keep_prompt(places[0], group, joining.prompt)
@@ -216,21 +197,21 @@ class Batch:
         """Frees the places of rows that ended and that no step in flight computes; returns those rows. Where freeing
         would move other rows it waits until nothing is in flight. `few`: only so many that others need not wait long
         for what is kept of them."""
-        if not self._flight and not all(row.running for row in self._recovering.rows):
+        flying = self._decoder.in_flight
+        if not flying and not all(row.running for row in self._recovering.rows):
             ended, places = self._recovering.take(lambda row: not row.running)
             self._vacate(places, places)
             return ended + self.release()
-        flying = self._flight.number if self._flight else None
-        gone = {place: row for place, row in self._seats.items() if not row.running and row.last_step != flying}
+        gone = {p: row for p, row in self._seats.items() if not row.running and not self._decoder.computes(row)}
         if few:
             gone = dict(islice(gone.items(), self._most_leaving))
-        if not gone or (self._flight and self.store.moves_on_leave(len(gone))):
+        if not gone or (flying and self.store.moves_on_leave(len(gone))):
             return []
         self._leaving = list(gone.values())
         for place in gone:
             del self._seats[place]
         if self._keeper is not None:
-            self._keeper.keep_rows(gone, self._flight is not None)
+            self._keeper.keep_rows(gone, flying)
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)
@@ -324,77 +305,16 @@ class Batch:
     def must_settle(self) -> bool:
         """Whether rows that ended wait for the step in flight, because others would move."""
         ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
-        return self._flight is not None and ended > 0 and self.store.moves_on_leave(ended)
+        return self._decoder.in_flight and ended > 0 and self.store.moves_on_leave(ended)
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Row]:
-        """Builds the next step, reads the one in flight, launches the next; returns the rows that got a token."""
-        launch = None if self.must_settle else self._build()
-        if launch is not None and self._aim is not None and self._aim.masked:
-            return self._step_masked(launch)
-        following = None if launch is None else self._draw(launch, None)
-        read = self._take()
-        if following is not None:
-            mx.async_eval(following.sampled.arrays(), self.store.pending())
-            self._flight = following
-        return read.record(self._eos) if read else []
-
-    def _step_masked(self, launch: Launch) -> list[Row]:
-        """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
-        read = self._take()
-        mx.async_eval(launch.logits, self.store.pending())
-        touched = read.record(self._eos) if read else []
-        mask, failed = self._masking.of(launch.rows, self.store.capacity)
-        self._flight = self._draw(launch, mask)
-        mx.async_eval(self._flight.sampled.arrays())
-        return touched + [row for row in failed if row not in touched]
+        """See `Decoder.step`. Where rows that ended wait for the step in flight, it is read and none dispatched."""
+        read = self._decoder.settle() if self.must_settle else self._decoder.step(self._seats)
+        self._extent = None
+        return read
 
     def settle(self) -> list[Row]:
-        """Reads the step in flight without launching another."""
-        read = self._take()
-        return read.record(self._eos) if read else []
-
-    def _build(self) -> Launch | None:
-        rows = tuple([(place, row) for place, row in self._seats.items() if row.wants_step])
-        if not rows:
-            return None
-        size = self.store.capacity
-        if self._arrays is None:
-            self._arrays = self._prepare(size)
-        if self._aim is None or self._aim.rows != rows:
-            self._aim = Aim(rows, size)
-        aim = self._aim
-        self.store.aim(aim.offsets, aim.width)
-        self._route(aim.slots())
-        ids = self._flight.sampled.ids if self._flight is not None else inputs_of(self._seats, size)
-        decode = self._compiled or self._forward
-        logits = decode(ids[:, None], self.store.layers)[:, -1]
-        draws = mx.array(uniforms(aim.seeds, aim.positions))
-        bans = self._arrays.bans
-        banned = bans.at(aim.positions) if bans else None
-        self._steps += 1
-        aim.advance(self._steps)
-        self._extent = None
-        return Launch(self._steps, rows, logits, draws, banned)
-
-    def _draw(self, launch: Launch, mask: Some | None) -> Flight:
-        if self._arrays is None:
-            raise RuntimeError("Rows changed between a step's forward and its draw.")
-        sampled = sample(launch.logits, self._arrays, launch.draws, launch.banned, seen=self._counts.seen, mask=mask)
-        self._counts.add(sampled.ids)
-        return Flight(launch.number, launch.rows, sampled)
-
-    def _prepare(self, size: int) -> SamplerArrays:
-        by_place = [self._seats.get(place) for place in range(size)]
-        self._counts.seat(by_place)
-        return prepare_rows(by_place, self._vocabulary, self._eos)
-
-    def _take(self) -> Landed | None:
-        """Waits for the step in flight and copies its results to the host."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return None
-        if self._keeper is not None:
-            self._keeper.finish()
-        return flight.land()
+        """See `Decoder.settle`."""
+        return self._decoder.settle()

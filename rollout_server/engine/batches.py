@@ -2,26 +2,25 @@
 weights; where rows of one set differ much in length it has one for each class of lengths, see `lengths`.
 
 A batch is made when the first group needs it. One without rows keeps its KV for the next rows of its set until another
-batch needs room or its set is gone. What is computed comes row by row, one batch after another, as it is read: where a
-batch fails, the rows of those before it have been told of.
+batch needs room or its set is gone. Batches compute one after another, and each is told of before the next one
+computes: where a batch fails, the rows of those before it are known to have gone on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TypeVar
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
-from rollout_server.engine.flight import Joining
-from rollout_server.engine.holders import FIRST, Berth, Holder, age_of
-from rollout_server.engine.lengths import Shape, StepCosts, cheapest, plan
+from rollout_server.engine.blame import Blame
+from rollout_server.engine.holders import FIRST, Berth, Holder, Joining, RowSink, age_of
+from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.lengths import LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import Leg
+from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
-
-T = TypeVar("T")
 
 MEASURED_WIDTH = 1024
 MEASURED_CELLS = 5 * MEASURED_WIDTH
@@ -31,31 +30,32 @@ ARRANGED_EVERY = 16
 
 
 class Batches:
-    """`make(parameters)` gives an empty batch whose forwards run on that parameter set; all together fill at most
-    `kv_cells` columns. `measure(width)` says what steps cost; None where rows cannot be put into classes.
-    `leave_room(cells)` is told before rows come to fill so many columns."""
+    """`make(parameters)` gives an empty batch whose forwards run on that parameter set, `store` is of the kind that
+    batches have, never filled, and says what rows take where there is no batch yet. `ledger` is told before rows come
+    to fill more, `sink` what became of them, `blame` what is being computed. `measure(width)` says what steps cost;
+    None where rows cannot be put into buckets."""
 
     def __init__(
         self,
         make: Callable[[int], Batch],
-        kv_cells: int,
+        store: RowStore,
+        ledger: KVLedger,
+        sink: RowSink,
+        blame: Blame,
         measure: Callable[[int], StepCosts] | None = None,
-        leave_room: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._make = make
-        self._kv_cells = kv_cells
+        self._store = store
+        self._sink = sink
+        self._blame = blame
+        self._ledger = ledger
+        ledger.register("rows", lambda: self.held_cells, after_step=lambda: self.due + self.idle_cells)
         self._measure = measure
-        self._leave_room = leave_room
-        self._costs: StepCosts | None = None
+        self._buckets = LengthBuckets(store.places)
         self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
-        self._store = make(BASE_SET).store
-        """Never filled: says what rows take where there is no batch yet."""
         self._steps_before = self._fed_before = 0
         self._turns = 0
         self._fed_last = FIRST
-        self._at: Berth | None = None
-        """The batch that is being computed: what a failure is blamed on."""
-        self._moving: Row | None = None
         self.aside: list[Row] = []
         """Rows whose KV was dropped and that wait to come back, oldest first."""
 
@@ -80,11 +80,6 @@ class Batches:
     @property
     def size(self) -> int:
         return sum(batch.size for batch in self._batches.values())
-
-    @property
-    def unread(self) -> int:
-        """Prompt tokens that joining groups still have to read."""
-        return sum(batch.unread for batch in self._batches.values())
 
     @property
     def held_cells(self) -> int:
@@ -146,10 +141,6 @@ class Batches:
         own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
         return own + sum(other.cells(0, other.longest) for other in others)
 
-    def prompt_cells(self, tokens: int) -> int:
-        """KV columns that a prompt takes where it is kept apart from any row."""
-        return self._store.packed(1, tokens)
-
     @staticmethod
     def _holds(batch: Batch) -> bool:
         return bool(batch.active or batch.joining)
@@ -158,12 +149,11 @@ class Batches:
 
     def join(self, admission: Admission) -> None:
         """See `Batch.join`."""
-        self._at = admission.berth
-        soon = admission.group.soon
-        siblings = (batch.sibling(admission.group) for batch in self._batches.values())
-        sibling = next(filter(None, siblings), None)
-        self.open(admission.berth, admission.count, soon).join(admission, self.columns(admission.berth, soon), sibling)
-        self._at = None
+        berth, soon = admission.berth, admission.group.soon
+        with self._blame(berth):
+            siblings = (batch.sibling(admission.group) for batch in self._batches.values())
+            sibling = next(filter(None, siblings), None)
+            self.open(berth, admission.count, soon).join(admission, self.columns(berth, soon), sibling)
 
     def open(self, berth: Berth, count: int, length: int) -> Batch:
         """A batch, made if need be, which `count` rows of `length` are about to join; others that have no rows give
@@ -173,7 +163,7 @@ class Batches:
                 self._drop(key)
         if berth not in self._batches:
             self._batches[berth] = self._make(berth[0])
-        self._leave_room(self.cells(berth, count, length))
+        self._ledger.leave_rest(rows=self.cells(berth, count, length))
         return self._batches[berth]
 
     def keep(self, sets: Collection[int]) -> None:
@@ -194,9 +184,8 @@ class Batches:
         """Gives back KV that no row needs; no step may be in flight."""
         self.keep(())
         for berth, batch in self._batches.items():
-            self._at = berth
-            batch.shrink()
-        self._at = None
+            with self._blame(berth):
+                batch.shrink()
 
     def _drop(self, berth: Berth) -> None:
         gone = self._batches.pop(berth)
@@ -205,40 +194,54 @@ class Batches:
         if not self._batches:  # One is always there: it knows what rows take that are still to join another.
             self._batches[FIRST] = self._make(BASE_SET)
 
-    def prefill(self, budget: int) -> Iterator[Row]:
+    def prefill(self, budget: int) -> list[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
         reading = sorted(berth for berth, batch in self._batches.items() if batch.reading)
         self._fed_last = next((berth for berth in reading if berth > self._fed_last), min(reading, default=FIRST))
-        chosen = self._batches.get(self._fed_last)
-        return self._each(lambda batch: batch.prefill(budget) if batch is chosen else [])
+        if self._fed_last not in self._batches:
+            return []
+        with self._blame(self._fed_last):
+            return self._batches[self._fed_last].prefill(budget)
 
-    def release(self, *, few: bool = False) -> Iterator[Row]:
+    def release(self, *, few: bool = False) -> None:
+        """See `Batch.release`."""
         ended = [row for row in self.aside if not row.running]
         self.aside = [row for row in self.aside if row.running]
-        yield from ended
-        yield from self._each(partial(Batch.release, few=few))
+        self._sink.release(ended)
+        for berth, batch in list(self._batches.items()):
+            with self._blame(berth):
+                gone = batch.release(few=few)
+            self._sink.release(gone)
 
-    def drop_cancelled(self) -> Iterator[Joining]:
-        return self._each(Batch.drop_cancelled)
+    def drop_cancelled(self) -> None:
+        """See `Batch.drop_cancelled`."""
+        for berth, batch in list(self._batches.items()):
+            with self._blame(berth):
+                dropped = batch.drop_cancelled()
+            self._sink.drop(dropped)
 
     def move(self, row: Row, parameters: int) -> bool:
         """Takes a row to a batch of another set, with the KV it has; no step may be in flight. False, and the row is
         in no batch any more, where there is no room for it."""
-        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1, row.soon))
+        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1))
 
     def _home(self, row: Row) -> Berth:
         return next(berth for berth in self._of(row.placement.parameters) if self._batches[berth].seats(row))
 
     def _shift(self, row: Row, source: Berth, target: Callable[[], Berth]) -> bool:
-        self._at, self._moving = source, row
-        kept = self._batches[source].take_out(row)
-        berth = target()
-        fits = self.cells(berth, 1, row.soon) <= self._kv_cells
-        if fits:
-            self._at = berth
-            self.open(berth, 1, row.soon).put_in(row, kept, self.columns(berth, row.soon))
-        self._at = self._moving = None
+        with self._blame(row):
+            with self._blame(source):
+                kept = self._batches[source].take_out(row)
+                berth = target()
+                fits = self._fits(berth, row)
+            if fits:
+                with self._blame(berth):
+                    self.open(berth, 1, row.soon).put_in(row, kept, self.columns(berth, row.soon))
         return fits
+
+    def _fits(self, berth: Berth, row: Row) -> bool:
+        """Whether there is room for a row that comes from another batch."""
+        return self._ledger.fits(rows=self.cells(berth, 1, row.soon))
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
 
@@ -276,10 +279,9 @@ class Batches:
 
     def evict(self, row: Row) -> None:
         """Drops the KV of a row, which waits to come back; no step may be in flight."""
-        berth = self._at = self._home(row)
-        self._moving = row
-        self._batches[berth].evict(row)
-        self._at = self._moving = None
+        berth = self._home(row)
+        with self._blame(berth), self._blame(row):
+            self._batches[berth].evict(row)
         self.set_aside(row)
 
     def set_aside(self, row: Row) -> None:
@@ -295,96 +297,86 @@ class Batches:
 
     def recover(self, row: Row, berth: Berth, legs: Sequence[Leg]) -> None:
         """Takes a row back that stepped aside; no step may be in flight."""
-        self._at, self._moving = berth, row
-        self.aside.remove(row)
-        self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
-        self._at = self._moving = None
+        with self._blame(berth), self._blame(row):
+            self.aside.remove(row)
+            self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
 
-    # ---- classes of lengths ---------------------------------------------------------------------------------------
+    # ---- length buckets -------------------------------------------------------------------------------------------
 
-    def berth(self, parameters: int, count: int, width: int, length: int) -> Berth:
-        """Where `count` rows that have `width` columns now, and `length` at most, would run on a set."""
+    def berth(self, parameters: int, count: int, width: int) -> Berth:
+        """Where `count` rows that have `width` columns now would run on a set."""
         here = self._of(parameters)
-        busy = [berth for berth in here if self._batches[berth].size]
+        busy = {berth[1]: self._batches[berth] for berth in here if self._batches[berth].size}
         if not busy:
             return here[0] if here else (parameters, 0)
-        shapes = [Shape(self._batches[berth].size, self._batches[berth].width) for berth in busy]
-        if self._costs is None:
-            return busy[0]
-        chosen = cheapest(shapes, count, width, self._costs, self._places, may_open=True)
-        if chosen < len(busy):
-            return busy[chosen]
-        return next((parameters, number) for number in range(len(busy) + 1) if (parameters, number) not in busy)
-
-    def _places(self, rows: int) -> int:
-        return self._store.places(rows)
+        shapes = {number: Shape(batch.size, batch.width) for number, batch in busy.items()}
+        return parameters, self._buckets.choose(shapes, count, width)
 
     def learn_costs(self) -> None:
         """Measures what steps cost, where the memory for it is there; while rows run they would all wait for it."""
-        if self._measure and self.held_cells + MEASURED_CELLS <= self._kv_cells:
-            self._leave_room(self.held_cells + MEASURED_CELLS)
-            self._costs = self._measure(MEASURED_WIDTH)
+        if self._measure and self._ledger.fits(MEASURED_CELLS):
+            self._ledger.leave_rest(rows=self.held_cells + MEASURED_CELLS)
+            self._buckets.costs = self._measure(MEASURED_WIDTH)
 
-    def moves(self) -> list[tuple[Row, Berth]]:
-        """Rows that should run in another class by now; looked at once in a while."""
+    def rearrange(self) -> None:
+        """Once in a while, moves rows that should run in another bucket by now, as far as there is room."""
         self._turns += 1
         if self._measure is None or self._turns % ARRANGED_EVERY:
-            return []
-        return [move for parameters in {berth[0] for berth in self._batches} for move in self._better(parameters)]
-
-    def _better(self, parameters: int) -> list[tuple[Row, Berth]]:
-        here = self._of(parameters)
-        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running and not row.away]
-        if not seated or any(self._batches[berth].joining for berth in here):
-            return []
-        widths = [row.offset + 1 for row, _ in seated]
-        if self._costs is None:
-            return []
-        found = plan(widths, [berth[1] for _, berth in seated], self._costs, self._places)
-        if found is None:
-            return []
-        return [(row, (parameters, at)) for (row, berth), at in zip(seated, found, strict=True) if at != berth[1]]
-
-    def rearrange(self, moves: Sequence[tuple[Row, Berth]]) -> None:
-        """Moves those that still run, as far as there is room; no step may be in flight."""
+            return
+        moves = [move for parameters in {berth[0] for berth in self._batches} for move in self._moves(parameters)]
+        if not moves:
+            return
+        self.settle_and_release()
         sources = set()
         for row, berth in moves:
-            if row.running and not row.away and self.cells(berth, 1, row.soon) <= self._kv_cells:
+            if row.running and not row.away and self._fits(berth, row):
                 source = self._home(row)
                 sources.add(source)
                 self._shift(row, source, partial(_given, berth))
         for source in sources & self._batches.keys():
-            self._at = source
-            self._batches[source].shrink()
-        self._at = None
+            with self._blame(source):
+                self._batches[source].shrink()
+
+    def _moves(self, parameters: int) -> list[tuple[Row, Berth]]:
+        here = self._of(parameters)
+        if any(self._batches[berth].joining for berth in here):
+            return []
+        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running and not row.away]
+        found = self._buckets.moves([row.offset + 1 for row, _ in seated], [berth[1] for _, berth in seated])
+        return [(row, (parameters, at)) for (row, berth), at in zip(seated, found, strict=True) if at != berth[1]]
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
-    def step(self) -> Iterator[Row]:
+    def step(self) -> None:
         """One step of every batch that has rows."""
-        return self._each(lambda batch: batch.step() if batch.active else [])
-
-    def settle(self) -> Iterator[Row]:
-        return self._each(Batch.settle)
-
-    def _each(self, do: Callable[[Batch], Sequence[T]]) -> Iterator[T]:
         for berth, batch in list(self._batches.items()):
-            self._at = berth
-            done = do(batch)
-            self._at = None
-            yield from done
+            if batch.active:
+                with self._blame(berth):
+                    read = batch.step()
+                self._sink.progress(read)
+
+    def settle(self) -> None:
+        """Reads every step in flight without launching another."""
+        for berth, batch in list(self._batches.items()):
+            with self._blame(berth):
+                read = batch.settle()
+            self._sink.progress(read)
+
+    def settle_and_release(self) -> None:
+        """No step is in flight afterwards, and no row that ended has a place."""
+        self.settle()
+        self.release()
 
     def fail(self) -> tuple[list[Row], list[Joining]]:
         """The rows and joining groups that a failure took along: of the batch that was being computed, or of all. They
         are in no batch any more."""
+        at = self._blame.of(tuple)
         # One that was still to be made has taken nothing along but the row or group it was made for.
-        failed = list(self._batches) if self._at is None else [self._at] * (self._at in self._batches)
-        self._at = None
+        failed = [berth for berth in self._batches if berth in at] if at else list(self._batches)
         rows = [row for berth in failed for row in self._batches[berth].rows]
         joining = [group for berth in failed for group in self._batches[berth].joining]
-        if self._moving is not None and self._moving not in rows:
-            rows.append(self._moving)
-        self._moving = None
+        # A row that was on its way from one batch to another was in neither.
+        rows += [row for row in self._blame.of(Row) if row not in rows]
         for berth in failed:
             self._drop(berth)
         return rows, joining

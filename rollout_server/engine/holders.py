@@ -1,11 +1,13 @@
-"""Who holds KV in which batch, and since when: what decides who steps aside."""
+"""Groups on their way into a batch, and who holds KV in which batch and since when: what decides who steps aside."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from adapters.sets import BASE_SET
-from rollout_server.engine.flight import Joining
+from rollout_server.engine.cache import Prompt
 from rollout_server.engine.sequence import Group
 from rollout_server.engine.sequence import Sequence as Row
 
@@ -14,6 +16,16 @@ Berth = tuple[int, int]
 
 FIRST: Berth = (BASE_SET, 0)
 Age = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joining:
+    """Samples of one group whose prompt is being prefilled."""
+
+    group: Group
+    prompt: Prompt
+    count: int
+    first_sample: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +38,19 @@ class Holder:
     width: int
     row: Row | None = None
     joining: Joining | None = None
+
+
+class RowSink(Protocol):
+    """Who is told what became of rows, see `reports.Reports`."""
+
+    def progress(self, rows: Sequence[Row]) -> None:
+        """Rows that were read: one new token each, or an error."""
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """Rows whose places are free."""
+
+    def drop(self, joining: Sequence[Joining]) -> None:
+        """Groups that were aborted before their rows were seated."""
 
 
 def age_of(group: Group, sample: int) -> Age:

@@ -4,7 +4,7 @@ weights: rows of one parameter set are put into classes by length where that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 MOST_CLASSES = 4
@@ -37,6 +37,31 @@ class Shape:
 
 Places = Callable[[int], int]
 """Rows → the places that are computed for them."""
+
+
+class LengthBuckets:
+    """Decides in which bucket of a parameter set rows run, and moves nothing itself. Until `costs` are known there is
+    one bucket."""
+
+    def __init__(self, places: Places, costs: StepCosts | None = None) -> None:
+        self._places = places
+        self.costs = costs
+
+    def choose(self, shapes: Mapping[int, Shape], count: int, width: int) -> int:
+        """The bucket that `count` rows of `width` columns join. `shapes` are those that have rows, by number; there is
+        at least one."""
+        numbers = list(shapes)
+        if self.costs is None:
+            return numbers[0]
+        chosen = cheapest(list(shapes.values()), count, width, self.costs, self._places, may_open=True)
+        if chosen < len(numbers):
+            return numbers[chosen]
+        return next(number for number in range(len(numbers) + 1) if number not in shapes)
+
+    def moves(self, widths: Sequence[int], buckets: Sequence[int]) -> list[int]:
+        """`widths` are the columns each row needs now, `buckets` where it is; returns where each should be."""
+        found = plan(widths, buckets, self.costs, self._places) if self.costs and widths else None
+        return list(buckets) if found is None else found
 
 
 def cheapest(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle, prepare
@@ -16,13 +15,13 @@ from adapters.registry import (
     Facts,
     Registry,
 )
-from adapters.registry_errors import RegistryError
-from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions, WeightsFull
+from adapters.registry_errors import RegistryError, WeightsFull
+from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
+from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages import EngineOptions
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.policy_errors import as_ours
 from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
@@ -49,14 +48,6 @@ from rollout_server.errors import (
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 
-@dataclass(slots=True)
-class _Held:
-    """A bundle on the host, for exports; `versions` of equal content share it."""
-
-    bundle: AdapterBundle
-    versions: int
-
-
 class PolicyTable:
     """The registry of versions and what holds their weights. `base` is version 0 and never freed."""
 
@@ -68,7 +59,6 @@ class PolicyTable:
             model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
         )
         self._registry = Registry(options.keep_versions)
-        self._bundles: dict[str, _Held] = {}
         self._prepared: PreparedBundle | None = None
         """Of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
@@ -169,18 +159,26 @@ class PolicyTable:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def stages(self, command: PolicyCommand) -> bool:
+    def change(self, command: PolicyCommand, settle: Callable[[], None], *, at_once: bool) -> PolicyReply | None:
+        """Takes a change a bounded part further, or all the way; None while there is more to do. Rows run between two
+        calls; `settle` is called before anything is written that a step in flight may read. Raises what a change may be
+        refused with, and has changed nothing."""
+        stages = self._stages(command)
+        if stages and isinstance(command, Publish) and not self._advance(command, settle, at_once=at_once):
+            return None
+        if stages:
+            # Slot arrays are written in place only while no dispatched step refers to them.
+            settle()
+        return self._apply(command, stages=stages)
+
+    def _stages(self, command: PolicyCommand) -> bool:
         """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
             return self._registry.same(command.name, command.bundle.digest, _mode(command)) is None
         return isinstance(command, Restore)
 
-    def advance(self, command: PolicyCommand, settle: Callable[[], None], *, at_once: bool) -> bool:
-        """Takes a push a bounded part further, or all the way; true when `apply` has little left to do. Rows run
-        between two calls; `settle` is called before anything is written that a step in flight may read. Raises what
-        `apply` would, and has changed nothing."""
-        if not isinstance(command, Publish) or not self.stages(command):
-            return True
+    def _advance(self, command: Publish, settle: Callable[[], None], *, at_once: bool) -> bool:
+        """Stages a bounded part of a push; whether nothing is left but what no row may run beside."""
         with as_ours(command.name):
             self._registry.require(command.name, command.if_match)
             prepared = self._ready(command)
@@ -192,13 +190,13 @@ class PolicyTable:
         self._resident.abandon()
         self._count_bytes()
 
-    def apply(self, command: PolicyCommand) -> PolicyReply:
-        """Does what a command says, or raises and has changed nothing. No step may be in flight if it `stages`."""
+    def _apply(self, command: PolicyCommand, *, stages: bool) -> PolicyReply:
+        """Does what a command says, or raises and has changed nothing. No step may be in flight if it stages."""
         self._shown = None
         with self._leaving_nothing(), as_ours(command.name):
             match command:
                 case Publish():
-                    return self._publish(command)
+                    return self._publish(command, stages=stages)
                 case Activate():
                     return self._activate(command)
                 case Pin():
@@ -217,10 +215,10 @@ class PolicyTable:
         finally:
             self.abandon()
 
-    def _publish(self, command: Publish) -> Published:
+    def _publish(self, command: Publish, *, stages: bool) -> Published:
         bundle = command.bundle
         stage_s = 0.0
-        if self.stages(command):
+        if stages:
             self._registry.require(command.name, command.if_match)
             stage_s = self._stage(self._ready(command), dequantize=command.dequantize)
         staged = time.perf_counter()
@@ -267,7 +265,7 @@ class PolicyTable:
 
     def _export(self, command: Export) -> Exported:
         entry = self._registry.resolve(command.name, command.number)
-        return Exported(command.id, _version(entry), self._bundles[entry.digest].bundle)
+        return Exported(command.id, _version(entry), self._resident.bundle(entry.content))
 
     def _restore(self, command: Restore) -> Restored:
         staged: list[Content] = []
@@ -313,16 +311,11 @@ class PolicyTable:
         """Completes what `advance` began, or does all; returns the seconds that took together."""
         seconds = self._resident.stage(prepared, dequantize=dequantize)
         self._count_bytes()
-        self._bundles.setdefault(prepared.bundle.digest, _Held(prepared.bundle, 0)).versions += 1
         return seconds
 
     def _free(self, contents: Sequence[Content]) -> None:
         for content in contents:
             self._resident.release(content)
-            held = self._bundles[content.digest]
-            held.versions -= 1
-            if not held.versions:
-                del self._bundles[content.digest]
         if contents:
             self._count_bytes()
 

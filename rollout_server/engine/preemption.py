@@ -3,63 +3,53 @@
 from __future__ import annotations
 
 from rollout_server.engine.batches import Batches
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
-from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Sequence
 from rollout_server.rollout import RECOMPUTED
 
 
 class Preemption:
-    """All rows, prompts kept for samples that wait and what is scored fill at most `kv_cells` columns."""
-
     def __init__(
         self,
         batches: Batches,
         policies: PolicyTable,
         reports: Reports,
         scheduler: Scheduler,
-        scoring: ScoringQueue,
-        kv_cells: int,
+        ledger: KVLedger,
     ) -> None:
         self._batches = batches
         self._policies = policies
         self._reports = reports
         self._scheduler = scheduler
-        self._scoring = scoring
-        self._kv_cells = kv_cells
+        self._ledger = ledger
         self.count = 0
         """Rows that stepped aside since the start."""
-
-    def _settle(self) -> None:
-        self._reports.progress(self._batches.settle())
-        self._reports.release(self._batches.release())
 
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
         then rows give theirs up, the newest first. The oldest row never does."""
         if not self._scheduler.crowded and not self._batches.aside:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
-            beside = self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
-            self._batches.stretch((self._kv_cells - beside) * 3 // 4)
-        if self._fits():
+            self._batches.stretch((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
+        if self._ledger.fits_after_step():
             return
         self._batches.drop_idle()
-        if self._fits():
+        if self._ledger.fits_after_step():
             return
-        self._settle()
+        self._batches.settle_and_release()
         self._batches.shrink()
-        if self._fits():
+        if self._ledger.fits_after_step():
             return
         self._scheduler.drop_kept()
-        if self._fits():
+        if self._ledger.fits_after_step():
             return
         order = sorted(self._batches.holders, key=lambda holder: holder.age)
         staying = len(order)
-        beside = self._scoring.cells
-        while staying > 1 and self._batches.packed(order[:staying]) + beside > self._kv_cells:
+        while staying > 1 and not self._ledger.fits(rows=self._batches.packed(order[:staying])):
             staying -= 1
         # The newest first, so that groups stand in the queue in their order again.
         for holder in reversed(order[staying:]):
@@ -72,26 +62,22 @@ class Preemption:
                 self._scheduler.put_back(holder.joining.group, holder.joining.count)
         self._batches.shrink()
 
-    def _fits(self) -> bool:
-        used = self._batches.due + self._batches.idle_cells + self._scheduler.kept_cells + self._scoring.cells
-        return used <= self._kv_cells
-
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
         if any(not row.running for row in self._batches.aside):
-            self._settle()
+            self._batches.settle_and_release()
         if self._scheduler.crowded and not self._batches.size:
             # Nothing that runs will make room for the head of the queue.
             self._scheduler.drop_kept()
         while self._batches.aside:
             row = self._batches.aside[0]
-            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1, row.soon)
-            needed = self._batches.cells(berth, 1, row.soon) + self._scoring.cells + self._scoring.wanted
-            if needed + self._scheduler.kept_cells > self._kv_cells:
+            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1)
+            needed = self._batches.cells(berth, 1, row.soon)
+            if not self._ledger.fits(wanted=True, rows=needed):
                 self._scheduler.drop_kept()
-            if needed > self._kv_cells:
+            if not self._ledger.fits(wanted=True, rows=needed):
                 return False
-            self._settle()
+            self._batches.settle_and_release()
             if row.running:
                 self._batches.recover(row, berth, self._legs(row))
         return True

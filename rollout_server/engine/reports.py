@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from rollout_server.engine.batches import Batches
-from rollout_server.engine.flight import Joining
+from rollout_server.engine.holders import Joining
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import Scheduler, Ticket
@@ -188,14 +187,15 @@ class Reports:
         tickets = self._scheduler.tickets.values()
         return [ticket.id for ticket in tickets if any(group.version is not None for group in ticket.groups)]
 
-    def has_tokens(self, id: str, batch: Batches) -> bool:
-        """Whether some row of a request, reported or running, has sampled anything."""
+    def has_tokens(self, id: str, rows: Iterable[Sequence]) -> bool:
+        """Whether some row of a request, reported or among those that run, has sampled anything."""
         ticket = self._scheduler.tickets[id]
         held = [row for group in ticket.groups for row in group.held]
-        running = [row for row in batch.rows if row.group.request.id == id]
+        running = [row for row in rows if row.group.request.id == id]
         return ticket.produced or any(row.sampled for row in held + running)
 
-    def end_request(self, id: str, reason: str, batch: Batches) -> None:
+    def end_request(self, id: str, reason: str, rows: Iterable[Sequence], joining: Iterable[Joining]) -> None:
+        """`rows` and `joining` are all that run and all that are on their way."""
         ticket = self._scheduler.tickets.get(id)
         if ticket is None:
             return
@@ -203,22 +203,27 @@ class Reports:
         if reason == "timeout" and not started:
             self.fail(id, NeverAdmitted("The request waited in the queue until its timeout_s was over."))
             return
-        running = [row for row in batch.rows if row.group.request.id == id and row.running]
-        joining = {join.group: join for join in batch.joining if join.group in ticket.members}
+        running = [row for row in rows if row.group.request.id == id and row.running]
+        begun = {join.group: join for join in joining if join.group in ticket.members}
         for group in ticket.groups:
             group.unscored = group.unreferenced = False
             self._let_go(group)
         self._abort_rows(running, reason)
         for group in ticket.groups:
-            self._abort_rest(group, joining.get(group), reason)
+            self._abort_rest(group, begun.get(group), reason)
 
-    def end_met(self, batch: Batches) -> None:
+    @property
+    def has_met(self) -> bool:
+        """Whether of some group enough samples have finished, so that `end_met` has something to do."""
+        return bool(self._met)
+
+    def end_met(self, rows: Collection[Sequence], joining: Collection[Joining]) -> None:
         """Aborts the samples that `return_when` does not wait for: those that run and those that have not begun."""
         met, self._met = self._met, []
         for group in filter(self._open, met):
-            joining = next((join for join in batch.joining if join.group is group), None)
-            self._abort_rows([row for row in batch.rows if row.group is group and row.running], "return_when")
-            self._abort_rest(group, joining, "return_when")
+            begun = next((join for join in joining if join.group is group), None)
+            self._abort_rows([row for row in rows if row.group is group and row.running], "return_when")
+            self._abort_rest(group, begun, "return_when")
 
     def _abort_rows(self, rows: Iterable[Sequence], reason: str) -> None:
         for row in rows:

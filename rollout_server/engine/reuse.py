@@ -33,11 +33,9 @@ def key_of(version: PolicyVersion, placement: Placement) -> Key:
 
 
 class Reuse:
-    """`memory` bytes are shared with rows, which come first: `fit` says what they leave. With `on` False it keeps and
-    finds nothing."""
+    """Rows come first: `fit` says what they leave. With `on` False it keeps and finds nothing."""
 
-    def __init__(self, memory: int, token_bytes: int, base_digest: str, *, on: bool) -> None:
-        self._memory = memory
+    def __init__(self, token_bytes: int, base_digest: str, *, on: bool) -> None:
         self._token_bytes = token_bytes
         self._base_digest = base_digest
         self._cache = PrefixCache(token_bytes)
@@ -53,9 +51,14 @@ class Reuse:
     # ---- room -------------------------------------------------------------------------------------------------------
 
     def fit(self, cells: int) -> None:
-        """Gives way to `cells` KV columns of rows and of what is scored."""
+        """Fills at most so many KV columns from now on."""
         if self.on:
-            self._cache.fit(self._memory - cells * self._token_bytes)
+            self._cache.fit(cells * self._token_bytes)
+
+    @property
+    def cells(self) -> int:
+        """KV columns that are kept."""
+        return self._cache.nbytes // self._token_bytes
 
     def follow(self, policies: tuple[PolicyStatus, ...]) -> None:
         """Forgets what was computed under versions that are kept no longer."""

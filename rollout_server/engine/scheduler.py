@@ -29,6 +29,9 @@ class Ticket:
     error: RolloutError | None = None
     arrived: float = field(default_factory=time.monotonic)
 
+    def timed_out(self, now: float) -> bool:
+        return self.deadline is not None and self.deadline <= now
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
@@ -43,13 +46,11 @@ class Scheduler:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
     waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
 
-    `fit(group, count)` says in which batch `count` of its samples could start, or None where KV memory has no room.
     `prompt_cells(tokens)` are the columns that a prompt takes which is kept for samples that wait."""
 
     def __init__(
         self,
         max_rows: int,
-        fit: Callable[[Group, int], tuple[int, int] | None],
         prompt_cells: Callable[[int], int] = lambda tokens: tokens,
     ) -> None:
         self.tickets: dict[str, Ticket] = {}
@@ -62,7 +63,6 @@ class Scheduler:
         self._aside: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
-        self._fit = fit
         self._prompt_cells = prompt_cells
 
     def submit(self, submit: Submit) -> Ticket:
@@ -76,8 +76,9 @@ class Scheduler:
         self.waiting_requests += 1
         return ticket
 
-    def next_admission(self, running: int) -> Admission | None:
-        """What may start now, given `running` rows."""
+    def next_admission(self, running: int, fit: Callable[[Group, int], tuple[int, int] | None]) -> Admission | None:
+        """What may start now, given `running` rows. `fit(group, count)` says in which batch `count` samples of a group
+        could start, or None where KV memory has no room."""
         self.crowded = False
         while self._waiting and not self._waiting[0].waiting:
             self._waiting.popleft()
@@ -89,9 +90,9 @@ class Scheduler:
         most = min(group.waiting, self._max_rows - running)
         if most < 1:
             return None
-        if berth := self._fit(group, most):
+        if berth := fit(group, most):
             return Admission(group, most, berth)
-        found = self._fit(group, 1) if most > 1 else None
+        found = fit(group, 1) if most > 1 else None
         if found is None:
             self.crowded = True
             return None
@@ -99,7 +100,7 @@ class Scheduler:
         fits, fails = 1, most
         while fails - fits > 1:
             count = (fits + fails) // 2
-            if berth := self._fit(group, count):
+            if berth := fit(group, count):
                 fits, found = count, berth
             else:
                 fails = count
@@ -202,13 +203,13 @@ class Scheduler:
     def close(self, id: str) -> Ticket:
         return self.tickets.pop(id)
 
-    def overdue(self, now: float) -> Iterator[Ticket]:
+    def overdue(self, now: float) -> list[Ticket]:
+        """Requests whose time is over, the first of them first; told again until they are closed."""
         due = []
         while self._deadlines and self._deadlines[0][0] <= now:
             due.append(heapq.heappop(self._deadlines))
-        for deadline, id in due:
-            # One that is over keeps its place here until its time.
-            if id in self.tickets:
-                yield self.tickets[id]
-            if id in self.tickets:
-                heapq.heappush(self._deadlines, (deadline, id))
+        # One that is over keeps its place here until its time, and its id may have been taken again.
+        still = [(at, id) for at, id in due if id in self.tickets and self.tickets[id].timed_out(now)]
+        for entry in still:
+            heapq.heappush(self._deadlines, entry)
+        return [self.tickets[id] for id in dict.fromkeys(id for _, id in still)]

@@ -9,8 +9,9 @@ wait for the other for ever.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
+from rollout_server.engine.blame import Blame
+from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import Family, ScoreJob
 from rollout_server.engine.policy import PolicyTable
@@ -32,20 +33,15 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
 
 
 class ScoringQueue:
-    """`fits(cells)` says whether so many KV columns are left beside the rows', `alone()` whether no row has any."""
-
-    def __init__(
-        self, reader: Reader, policies: PolicyTable, fits: Callable[[int], bool], alone: Callable[[], bool]
-    ) -> None:
+    def __init__(self, reader: Reader, policies: PolicyTable, ledger: KVLedger, blame: Blame) -> None:
         self._reader = reader
         self._policies = policies
-        self._fits = fits
-        self._alone = alone
+        self._blame = blame
+        self._ledger = ledger
+        ledger.register("scoring", lambda: self.cells, wanted=lambda: self.wanted)
         self.wanted = 0
         """KV columns that the first passage waits for."""
         self._jobs: deque[ScoreJob] = deque()
-        self.computing = False
-        """A forward of it is running: a failure now is its own."""
 
     @property
     def busy(self) -> bool:
@@ -69,17 +65,17 @@ class ScoringQueue:
     def add(self, job: ScoreJob) -> None:
         self._jobs.append(job)
 
-    def advance(self, budget: int, crowded: bool) -> int:
-        """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory."""
+    def advance(self, budget: int, *, crowded: bool, alone: bool) -> int:
+        """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory; `alone`:
+        no row has any."""
         self.wanted = 0
         if not self._jobs:
             return 0
-        self.computing = True
-        self._fill(budget, crowded)
-        left = self._reader.left
-        ended = self._reader.read(budget)
-        tokens = left - self._reader.left
-        self.computing = False
+        with self._blame(self):
+            self._fill(budget, crowded, alone)
+            left = self._reader.left
+            ended = self._reader.read(budget)
+            tokens = left - self._reader.left
         for passage in ended:
             passage.job.reading -= 1
             passage.job.open -= 1
@@ -90,7 +86,7 @@ class ScoringQueue:
             job.finished(tuple(passage.scored for passage in job.passages))
         return tokens
 
-    def _fill(self, budget: int, crowded: bool) -> None:
+    def _fill(self, budget: int, crowded: bool, alone: bool) -> None:
         waiting = deque(job for job in self._jobs if job.families)
         while waiting:
             job = waiting.popleft()
@@ -99,7 +95,7 @@ class ScoringQueue:
             family = next((family for family in job.families if not family.joining), None)
             if family is None:
                 continue
-            count = self._room(family, budget, crowded)
+            count = self._room(family, budget, crowded, alone)
             if not count:
                 return
             job.reading += count
@@ -111,20 +107,22 @@ class ScoringQueue:
             self._jobs.append(job)
             waiting.append(job)
 
-    def _room(self, family: Family, budget: int, crowded: bool) -> int:
+    def _room(self, family: Family, budget: int, crowded: bool, alone: bool) -> int:
         """How many passages of a family may join now."""
         reader = self._reader
         cells = reader.cells_with(1, family.length)
-        if reader.size and (crowded or not self._fits(cells)):
+        if reader.size and (crowded or not self._ledger.fits(scoring=cells)):
             return 0
-        if not (reader.size or self._alone() or self._fits(cells)):
+        if not (reader.size or alone or self._ledger.fits(scoring=cells)):
             self.wanted = cells
             return 0
         left, count = reader.left + len(family.prompt.tokens) - family.prompt.fed, 0
         for passage in family.waiting:
             if reader.size + count >= reader.limit:
                 break
-            if count and (left >= budget or crowded or not self._fits(reader.cells_with(count + 1, family.length))):
+            if count and (
+                left >= budget or crowded or not self._ledger.fits(scoring=reader.cells_with(count + 1, family.length))
+            ):
                 break
             left, count = left + family.own(passage), count + 1
         return count
@@ -141,7 +139,6 @@ class ScoringQueue:
 
     def fail(self, error: RolloutError) -> None:
         """A forward failed: the jobs that were in it fail by name."""
-        self.computing = False
         self._reader.reset()
         for job in [job for job in self._jobs if job.reading]:
             self._close(job)

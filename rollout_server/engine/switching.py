@@ -44,11 +44,11 @@ class Switching:
         anew = _reads_anew(row)
         if anew:
             if row not in self._batches.aside:
-                self._reports.progress(self._batches.settle())
+                self._batches.settle()
                 self._batches.evict(row)
         elif parameters != row.placement.parameters:
             # It changes its batch, and what is in flight says where it stands.
-            self._reports.progress(self._batches.settle())
+            self._batches.settle()
             if not row.running:
                 return
             seated = self._batches.move(row, parameters)

@@ -42,14 +42,14 @@ class EngineThread(threading.Thread):
         try:
             import_mlx_lm()
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
+            from rollout_server.engine.assembly import build_engine
             from rollout_server.engine.grammars import Grammars
-            from rollout_server.engine.loop import Engine
             from rollout_server.engine.model import load
             from rollout_server.engine.policy import PolicyTable
 
             model = load(self._options)
             policies = PolicyTable(model, self._options)
-            engine = Engine(
+            engine = build_engine(
                 model,
                 policies,
                 self._mailbox,

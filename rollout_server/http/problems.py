@@ -16,8 +16,9 @@ from litestar import Request, Response
 from litestar import exceptions as litestar_errors
 from pydantic import ValidationError
 
-from adapters import spec as adapter_errors
+from adapters.spec import AdapterError
 from rollout_server import errors
+from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.quoting import counted, quoted, shortened
 from rollout_server.rollout import PolicyVersion
@@ -167,18 +168,6 @@ def said_of(fault: Any) -> str:
     return str(fault["msg"]).rstrip(".")
 
 
-def from_adapters(error: adapter_errors.AdapterError) -> RolloutError:
-    """The adapters' errors in the words of the server's tree."""
-    message = str(error)
-    if isinstance(error, adapter_errors.AdapterDoesNotFit):
-        return errors.AdapterMismatch(message, faults=error.faults, param="weights")
-    if isinstance(error, adapter_errors.AdapterUnsupported):
-        return errors.UnsupportedField(message, param=f"config.{error.fields[0]}" if error.fields else "config")
-    return errors.AdapterInvalid(
-        message, param=error.field if isinstance(error, adapter_errors.AdapterUnreadable) else None
-    )
-
-
 @contextmanager
 def renamed(fields: Mapping[str, str]) -> Iterator[None]:
     """Errors from within name the field as the route calls it: `fields` maps the engine's names to these."""
@@ -215,7 +204,7 @@ def as_rollout_error(error: Exception) -> RolloutError:
             return error
         case ValidationError():
             return from_validation(error)
-        case adapter_errors.AdapterError():
+        case AdapterError():
             return from_adapters(error)
         case litestar_errors.HTTPException():
             return from_litestar(error)

@@ -19,6 +19,7 @@ from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.spec import AdapterError, Mode
 from adapters.store import NameRecord, StateStore, StoreError
+from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.policy_messages import (
     Activate,
@@ -34,7 +35,6 @@ from rollout_server.engine.policy_messages import (
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
 from rollout_server.http import records
-from rollout_server.http.problems import from_adapters
 
 log = logging.getLogger("rollout_server.http")
 

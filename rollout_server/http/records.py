@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adapters.registry import GONE_TOLD, remember
+from adapters.registry import GONE_TOLD, remember, surplus
 from adapters.store import NameRecord, VersionRecord
 from rollout_server.engine.policy_messages import Delete, Pin, PolicyStatus, VersionStatus
 
@@ -54,9 +54,10 @@ def deleted(policy: PolicyStatus, delete: Delete) -> NameRecord | None:
 
 
 def _retained(policy: PolicyStatus, versions: Sequence[VersionStatus], live: int | None, keep: int) -> NameRecord:
-    """The newest `keep` and, beyond these, what is live, pinned or in use, as the registry does it."""
-    kept = [v for v in versions[:-keep] if v.version.number == live or v.pinned or v.rows_in_use]
-    return _record(policy, [*kept, *versions[-keep:]], live)
+    """What the registry will keep of these, see `adapters.registry.surplus`."""
+    held = [v.version.number for v in versions if v.pinned or v.rows_in_use]
+    gone = surplus([v.version.number for v in versions], keep, live, held)
+    return _record(policy, [v for v in versions if v.version.number not in gone], live)
 
 
 def _record(policy: PolicyStatus, versions: Sequence[VersionStatus], live: int | None) -> NameRecord:

@@ -19,8 +19,9 @@ from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.merge import merge as merge_weight
 from adapters.prepare import HostFactors, prepare
 from adapters.registry import Content
+from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.report import completed, report
-from adapters.resident import Placement, QuantisedBase, ResidentVersions, WeightsFull
+from adapters.resident import Placement, ResidentVersions
 from adapters.spec import AdapterDoesNotFit, Mode
 from tests import tiny_models
 from tests.adapters.making import logits, merge, tokens

@@ -3,6 +3,7 @@ it here, so that a name inside the engine is known in one place."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ class Door:
 
     @property
     def batches(self) -> Batches:
-        return self.engine._batch
+        return self.engine._batches
 
     def batch(self, parameters: int, bucket: int | None = None) -> Batch:
         """The batch of a length bucket of a parameter set, or the first one of the set. Raises `KeyError`."""
@@ -55,16 +56,20 @@ class Door:
 
     @property
     def step_costs(self) -> StepCosts | None:
-        return self.batches._costs
+        return self.batches._buckets.costs
 
     def set_step_costs(self, costs: StepCosts | None) -> None:
         """What length buckets are chosen by, as if it had been measured."""
-        self.batches._costs = costs
+        self.batches._buckets.costs = costs
 
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
-        self.engine._room.kv_cells = cells
-        self.engine._batch._kv_cells = self.engine._preemption._kv_cells = cells
+        self.engine._ledger.limit = cells
+
+    @property
+    def kv_used(self) -> int:
+        """Columns that all who fill KV may come to fill soon."""
+        return self.engine._ledger.used()
 
     def set_max_rows(self, rows: int) -> None:
         self.requests._max_rows = rows
@@ -72,12 +77,12 @@ class Door:
     @staticmethod
     def in_flight(batch: Batch) -> bool:
         """Whether a step was dispatched and not read yet."""
-        return batch._flight is not None
+        return batch._decoder.in_flight
 
     @staticmethod
     def traces(batch: Batch) -> int:
         """Steps that the batch has compiled."""
-        compiled: Any = batch._compiled
+        compiled: Any = batch._decoder._forward
         return len(compiled._traces)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ class Door:
 
     def settle(self) -> None:
         """Reads every step in flight and tells of its tokens."""
-        self.engine._settle()
+        self.batches.settle()
 
     def on_failed_step(self, noted: Callable[[Exception], None]) -> None:
         """`noted` sees what a step raised before its rows fail by name."""
@@ -116,7 +121,7 @@ class Door:
 
     @property
     def requests(self) -> Scheduler:
-        return self.engine._scheduler
+        return self.engine._requests
 
     @property
     def waiting_groups(self) -> list[Group]:
@@ -164,7 +169,11 @@ class Door:
     @property
     def bundles_held(self) -> dict[str, int]:
         """Versions by the digest of the bundle that is kept for them."""
-        return {digest: held.versions for digest, held in self.policies._bundles.items()}
+        counted: Counter[str] = Counter()
+        for content, held in self.resident._residents.items():
+            counted[held.bundle.digest] += held.references
+            assert held.bundle.digest == content.digest
+        return counted
 
     @property
     def memory(self) -> Memory:
@@ -179,19 +188,19 @@ class Door:
 
 
 def wrap_forwards(batch: Batch, wrap: Callable[[Forward], Forward]) -> Callable[[], None]:
-    """Every forward of the batch goes through `wrap` from now on, plain or compiled; returns what undoes it."""
-    kept = batch._forward, batch._compiled
+    """Every forward of the batch goes through `wrap` from now on, prefill and decode; returns what undoes it."""
+    kept = batch._forward, batch._decoder._forward
 
-    def put(forward: Forward, compiled: Forward | None) -> None:
-        batch._forward, batch._compiled = forward, compiled
+    def put(prefill: Forward, decode: Forward) -> None:
+        batch._forward, batch._decoder._forward = prefill, decode
 
-    put(wrap(kept[0]), kept[1] and wrap(kept[1]))
+    put(wrap(kept[0]), wrap(kept[1]))
     return lambda: put(*kept)
 
 
 @contextmanager
 def broken_steps(batch: Batch) -> Iterator[None]:
-    """Every forward of the batch fails in here, plain or compiled."""
+    """Every forward of the batch fails in here, prefill and decode."""
 
     def broken(*_: object) -> mx.array:
         raise ValueError(FIRE)

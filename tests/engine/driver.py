@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
+from rollout_server.engine.assembly import build_engine
 from rollout_server.engine.device import device_fault
 from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
@@ -95,7 +96,7 @@ class Driver(Door):
         model = model or load(chosen)
         mailbox = Mailbox()
         events: list[Event] = []
-        engine = Engine(
+        engine = build_engine(
             model,
             PolicyTable(model, chosen),
             mailbox,

@@ -197,3 +197,35 @@ def test_arrays_that_rows_have_left_count_too(qwen: Path) -> None:
     while not (driver.over(short) and driver.over(long)):
         driver.turn()
         assert driver.batches.nbytes <= limit * cell
+
+
+def test_a_row_that_changes_its_batch_leaves_what_is_scored_its_room(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for room where there is none, and goes on with the version that is live."""
+    driver.push("p", driver.bundle(1), mode="merged")
+    limit = 660
+    driver.set_kv_limit(limit)
+    prompts, hows = prompts_of([20] * 4, 286), ["finish"] * 3 + ["switch"]
+    ids = [
+        driver.submit([prompt], policy="p", max_tokens=60, ignore_eos=True, on_update=how)
+        for prompt, how in zip(prompts, hows, strict=True)
+    ]
+    driver.turn(6)
+    score = driver.ask_score(prompts_of([250], 286))
+    driver.turn()
+    used: list[int] = []
+    move = driver.batches.move
+
+    def watched(row: Any, parameters: int) -> bool:
+        moved = move(row, parameters)
+        used.append(driver.kv_used)
+        return moved
+
+    monkeypatch.setattr(driver.batches, "move", watched)
+    driver.push("p", driver.bundle(2), mode="merged")
+    driver.finish(*ids)
+    assert driver.scored(score) and used and max(used) <= limit
+    assert driver.preemptions == 1
+    (row,) = driver.rollouts(ids[-1])
+    assert len(row.token_ids) == 60 and [span.version.number for span in row.spans] == [1, 2]

@@ -21,8 +21,9 @@ from adapters.prepare import PreparedBundle, prepare
 from adapters.report import report
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterError
+from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
-from rollout_server.http.problems import body_of, from_adapters, row_of
+from rollout_server.http.problems import body_of, row_of
 from rollout_server.http.uploads import config_of
 from tests import tiny_models
 from tests.fuzz.uploads import Upload, uploads, valid_uploads

@@ -12,7 +12,7 @@ from adapters.registry import (
     Registry,
 )
 from adapters.spec import Mode
-from rollout_server.engine.policy_errors import as_ours
+from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.policy_messages import (
     Activate,
     Delete,

@@ -12,6 +12,7 @@ from litestar.testing import RequestFactory, TestClient
 
 from adapters.spec import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
 from rollout_server import errors
+from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.http import problems
 from tests.http.fake_engine import FakeEngine
@@ -107,7 +108,7 @@ def test_strangers_become_ours(error: Exception, cls: type[RolloutError]) -> Non
 
 def test_the_adapters_errors_are_all_known() -> None:
     assert set(AdapterError.__subclasses__()) == {AdapterUnreadable, AdapterUnsupported, AdapterDoesNotFit}
-    mapped = problems.from_adapters(AdapterDoesNotFit(["a is missing.", "b is missing."]))
+    mapped = from_adapters(AdapterDoesNotFit(["a is missing.", "b is missing."]))
     assert isinstance(mapped, errors.AdapterMismatch)
     assert mapped.faults == ("a is missing.", "b is missing.")
 

@@ -1,0 +1,139 @@
+"""Builds the engine: who works with whom. Everything is made from what it needs, so nothing here is named before it is
+there."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from adapters.sets import BASE_SET
+from rollout_server.engine.admitting import Admitting
+from rollout_server.engine.batch import Batch
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.blame import Blame
+from rollout_server.engine.budget import TurnBudget
+from rollout_server.engine.cache import Forward, SlotRows
+from rollout_server.engine.chunks import planned
+from rollout_server.engine.compiled import CompiledDecode
+from rollout_server.engine.decoder import Decoder
+from rollout_server.engine.device import device_fault
+from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.loop import Engine
+from rollout_server.engine.memory import Memory
+from rollout_server.engine.messages import Command, EngineStatus, Event
+from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.pausing import Pausing
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policy_messages import PolicyCommand
+from rollout_server.engine.preemption import Preemption
+from rollout_server.engine.references import References
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.reuse import Keeper, Reuse
+from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
+from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.step_cost import measure
+from rollout_server.engine.switching import Switching
+
+
+def build_engine(
+    model: ResidentModel,
+    policies: PolicyTable,
+    mailbox: queue.SimpleQueue[Command],
+    post: Callable[[list[Event]], None],
+    show: Callable[[EngineStatus], None],
+    *,
+    prefill_tokens: int,
+    prefix_cache: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+    device_fault: Callable[[], str | None] = device_fault,
+) -> Engine:
+    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
+    `device_fault` says what is wrong with the device, after a step that failed."""
+    info, blame = model.info, Blame()
+    eos = frozenset(info.eos_token_ids)
+    changes: deque[PolicyCommand] = deque()
+    reuse = Reuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
+    ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, reuse.fit)
+    requests = requests_of(model, ledger)
+    reports = Reports(requests, policies)
+    batches = batches_of(model, policies, reuse, ledger, reports, blame)
+    scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
+    references = References(scoring, policies, reports, eos, info.embedding.pooling)
+    preemption = Preemption(batches, policies, reports, requests, ledger)
+    pausing = Pausing(reports)
+    memory = Memory(batches, policies, reuse, requests, scoring, info)
+    return Engine(
+        mailbox,
+        post,
+        policies=policies,
+        changes=changes,
+        requests=requests,
+        reports=reports,
+        admitting=Admitting(policies, batches, ledger, requests, reports, references, changes, blame),
+        batches=batches,
+        scoring=scoring,
+        references=references,
+        preemption=preemption,
+        switching=Switching(policies, batches, reports, preemption),
+        budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
+        pausing=pausing,
+        memory=memory,
+        reuse=reuse,
+        ledger=ledger,
+        status=StatusBoard(show, requests, batches, reports, policies, preemption, pausing, reuse, memory),
+        blame=blame,
+        device_fault=device_fault,
+    )
+
+
+def requests_of(model: ResidentModel, ledger: KVLedger) -> Scheduler:
+    """The queue; prompts that are kept for what waits in it fill KV."""
+    requests = Scheduler(model.info.max_batch, partial(model.make_store().packed, 1))
+    ledger.register("prompts", lambda: requests.kept_cells)
+    return requests
+
+
+def batches_of(
+    model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, reports: Reports, blame: Blame
+) -> Batches:
+    """Rows of every parameter set; what their steps cost can be measured where they have columns."""
+
+    def measured(width: int) -> StepCosts:
+        return measure(model.forward, model.make_slots, partial(policies.route, BASE_SET), width)
+
+    return Batches(
+        partial(batch_of, model, policies, reuse, ledger),
+        model.make_store(),
+        ledger,
+        reports,
+        blame,
+        measured if model.info.cache == "slots" else None,
+    )
+
+
+def batch_of(model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, parameters: int) -> Batch:
+    """An empty batch whose forwards run on a parameter set."""
+    store, route = model.make_store(), partial(policies.route, parameters)
+    keeper = None
+    decode: Forward = model.forward
+    if isinstance(store, SlotRows):
+        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
+        keeper = Keeper(store, reuse) if reuse.on else None
+    eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
+    # Copies of rows that left are made behind the step that was in flight then.
+    before_read = keeper.finish if keeper is not None else lambda: None
+    return Batch(
+        model.forward,
+        store,
+        Decoder(decode, store, route, eos, vocabulary, before_read),
+        route,
+        lambda placement: policies.route_rows([placement]),
+        model.tokenizer,
+        ledger,
+        keeper,
+    )

@@ -1,0 +1,196 @@
+"""Decode steps of one batch: the step in flight, and what the next one is computed and drawn with.
+
+One step ahead: step k+1 is built while step k runs and dispatched as soon as k was read; what k returned is recorded
+while k+1 runs. A stop token is therefore seen one step late, and its extra token is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
+from rollout_server.engine.cache import Forward
+from rollout_server.engine.filters import Some
+from rollout_server.engine.masking import Masking
+from rollout_server.engine.penalties import Pairs, TokenCounts
+from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.sampling import Sampled, SamplerArrays, sample, uniforms
+from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import TopTokens
+from rollout_server.errors import NonFiniteLogits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingStep:
+    """A step whose tokens are still to be drawn from its logits [R, V]."""
+
+    number: int
+    rows: tuple[tuple[int, Row], ...]
+    logits: mx.array
+    draws: mx.array
+    banned: Pairs | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchedStep:
+    """A step in flight: which row sits where, and its results, still on the device."""
+
+    number: int
+    rows: tuple[tuple[int, Row], ...]
+    sampled: Sampled
+
+    def read(self) -> StepResult:
+        """Waits for the results and copies them to the host."""
+        sampled = self.sampled
+        ids = np.array(sampled.ids).tolist()
+        values = np.array(sampled.values).T.tolist()
+        top: list[TopTokens] = []
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            pairs = zip(np.array(sampled.top_ids).tolist(), np.array(sampled.top_logprobs).tolist(), strict=True)
+            top = [tuple(zip(tokens, logs, strict=True)) for tokens, logs in pairs]
+        return StepResult(self.rows, ids, values, top)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """A step's results on the host, by place."""
+
+    rows: tuple[tuple[int, Row], ...]
+    ids: list[int]
+    values: list[list[float]]
+    top: list[TopTokens]
+
+    def record(self, eos: frozenset[int]) -> list[Row]:
+        """Gives every row that still runs its token; returns those rows, some of which end with it."""
+        touched = []
+        for place, row in self.rows:
+            # Of a row that ended meanwhile too: whoever gets its place next reads what stands there.
+            row.finite = math.isfinite(self.values[place][0]) and math.isfinite(self.values[place][1])
+            if not row.running:
+                continue
+            if row.finite:
+                row.record(self.ids[place], self.values[place], self.top[place] if self.top else None, eos)
+            else:
+                row.fail(
+                    NonFiniteLogits(
+                        f"The model produced NaN or infinity at token {len(row.token_ids)} of this row under "
+                        f"{row.version.name}@{row.version.number}; the other rows are not affected."
+                    )
+                )
+            touched.append(row)
+        return touched
+
+
+class Decoder:
+    """Seats are rows by place; whoever changes them, or the number of places, calls `seats_changed`.
+
+    `forward` computes the logits of one token of every place, `route(slots)` tells the adapter layers which slot each
+    place uses. `eos` are the model's end tokens. `before_read` is called before a step in flight is waited for."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        store: RowStore,
+        route: Callable[[Sequence[int]], None],
+        eos: frozenset[int],
+        vocabulary: int,
+        before_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._forward = forward
+        self._store = store
+        self._route = route
+        self._eos = eos
+        self._vocabulary = vocabulary
+        self._before_read = before_read
+        self._dispatched: DispatchedStep | None = None
+        # Made again when rows come, go or move.
+        self._arrays: SamplerArrays | None = None
+        self._aim: Aim | None = None
+        self._counts = TokenCounts(vocabulary)
+        self._masking = Masking(vocabulary, eos)
+        self.steps = 0
+        """Dispatched since it was made."""
+
+    @property
+    def in_flight(self) -> bool:
+        return self._dispatched is not None
+
+    def computes(self, row: Row) -> bool:
+        """Whether the step in flight computes a row."""
+        return self._dispatched is not None and row.last_step == self._dispatched.number
+
+    def seats_changed(self) -> None:
+        self._arrays = self._aim = None
+
+    def step(self, seats: Mapping[int, Row]) -> list[Row]:
+        """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
+        pending = self._build(seats)
+        if pending is not None and self._aim is not None and self._aim.masked:
+            return self._step_masked(pending)
+        following = None if pending is None else self._draw(pending, None)
+        result = self._read()
+        if following is not None:
+            mx.async_eval(following.sampled.arrays(), self._store.pending())
+            self._dispatched = following
+        return result.record(self._eos) if result else []
+
+    def _step_masked(self, pending: PendingStep) -> list[Row]:
+        """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
+        result = self._read()
+        mx.async_eval(pending.logits, self._store.pending())
+        touched = result.record(self._eos) if result else []
+        mask, failed = self._masking.of(pending.rows, self._store.capacity)
+        self._dispatched = self._draw(pending, mask)
+        mx.async_eval(self._dispatched.sampled.arrays())
+        return touched + [row for row in failed if row not in touched]
+
+    def settle(self) -> list[Row]:
+        """Reads the step in flight without dispatching another; returns the rows that got a token."""
+        result = self._read()
+        return result.record(self._eos) if result else []
+
+    def _build(self, seats: Mapping[int, Row]) -> PendingStep | None:
+        rows = tuple([(place, row) for place, row in seats.items() if row.wants_step])
+        if not rows:
+            return None
+        size = self._store.capacity
+        if self._arrays is None:
+            self._arrays = self._prepare(seats, size)
+        if self._aim is None or self._aim.rows != rows:
+            self._aim = Aim(rows, size)
+        aim = self._aim
+        self._store.aim(aim.offsets, aim.width)
+        self._route(aim.slots())
+        ids = self._dispatched.sampled.ids if self._dispatched is not None else inputs_of(seats, size)
+        logits = self._forward(ids[:, None], self._store.layers)[:, -1]
+        draws = mx.array(uniforms(aim.seeds, aim.positions))
+        bans = self._arrays.bans
+        banned = bans.at(aim.positions) if bans else None
+        self.steps += 1
+        aim.advance(self.steps)
+        return PendingStep(self.steps, rows, logits, draws, banned)
+
+    def _draw(self, pending: PendingStep, mask: Some | None) -> DispatchedStep:
+        if self._arrays is None:
+            raise RuntimeError("Rows changed between a step's forward and its draw.")
+        sampled = sample(pending.logits, self._arrays, pending.draws, pending.banned, seen=self._counts.seen, mask=mask)
+        self._counts.add(sampled.ids)
+        return DispatchedStep(pending.number, pending.rows, sampled)
+
+    def _prepare(self, seats: Mapping[int, Row], size: int) -> SamplerArrays:
+        by_place = [seats.get(place) for place in range(size)]
+        self._counts.seat(by_place)
+        return prepare_rows(by_place, self._vocabulary, self._eos)
+
+    def _read(self) -> StepResult | None:
+        """Waits for the step in flight and copies its results to the host."""
+        dispatched, self._dispatched = self._dispatched, None
+        if dispatched is None:
+            return None
+        self._before_read()
+        return dispatched.read()

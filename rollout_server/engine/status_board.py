@@ -1,0 +1,64 @@
+"""What the event loop's side may know of the engine at any time: one snapshot, made in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rollout_server.engine.batches import Batches
+from rollout_server.engine.memory import Memory
+from rollout_server.engine.messages import EngineStatus
+from rollout_server.engine.pausing import Pausing
+from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.preemption import Preemption
+from rollout_server.engine.reports import Reports
+from rollout_server.engine.reuse import Reuse
+from rollout_server.engine.scheduler import Scheduler
+
+
+class StatusBoard:
+    """`show` replaces the snapshot and is thread-safe."""
+
+    def __init__(
+        self,
+        show: Callable[[EngineStatus], None],
+        requests: Scheduler,
+        batches: Batches,
+        reports: Reports,
+        policies: PolicyTable,
+        preemption: Preemption,
+        pausing: Pausing,
+        reuse: Reuse,
+        memory: Memory,
+    ) -> None:
+        self._show = show
+        self._requests = requests
+        self._batches = batches
+        self._reports = reports
+        self._policies = policies
+        self._preemption = preemption
+        self._pausing = pausing
+        self._reuse = reuse
+        self._memory = memory
+
+    def show(self, state: str = "ready", fault: str | None = None) -> None:
+        """Shows how things stand now."""
+        batches, policies = self._batches, self._policies
+        self._show(
+            EngineStatus(
+                state=state,
+                fault=fault,
+                waiting=self._requests.waiting_requests,
+                running=batches.size,
+                aside=len(batches.aside),
+                preemptions=self._preemption.count,
+                policies=policies.snapshot(),
+                steps=batches.steps,
+                tokens=self._reports.tokens,
+                slot_bytes=policies.slot_bytes,
+                set_bytes=policies.set_bytes,
+                sets=len(policies.sets),
+                prefix=self._reuse.status,
+                paused=self._pausing.mode,
+                memory=self._memory.status(),
+            )
+        )
