@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from rollout_server import logs
 from rollout_server.blas import load_fast_blas
+from tests import marks
 
 BLAS = load_fast_blas()
 
@@ -29,6 +30,11 @@ settings.load_profile("short")
 
 def pytest_report_header() -> str:
     return str(BLAS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marks.mark(items)
 
 
 @pytest.fixture(autouse=True)
