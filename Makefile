@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,20 @@ demo: $(READY)  ## train the embedded model against a real server: result.json a
 serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 	$(BIN)/rollout-server serve $(ARGS)
 
-test: $(READY)  ## run the tests (ARGS="tests/engine -k swap")
-	$(BIN)/python -m pytest -q $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
+# Files of tests side by side.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
+
+test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k swap")
+	$(BIN)/python -m pytest -q $(or $(ARGS),-m "not long" $(SPREAD))
+
+test-fast: $(READY)  ## a minute's worth of them: no server process, no kill, no forwards to compare
+	$(BIN)/python -m pytest -q -m "not server and not numeric and not long" $(SPREAD) $(ARGS)
+
+test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, the demo to its end
+	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
+
+test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
+	$(BIN)/python -m tests.kernels $(ARGS)
 
 test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
 	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'

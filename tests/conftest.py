@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from rollout_server import logs
 from rollout_server.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
+from tests import marks
 
 BLAS = load_fast_blas()
 import_mlx_lm()  # or it takes down the limit of open files, also of what is started here
@@ -31,6 +32,11 @@ settings.load_profile("short")
 
 def pytest_report_header() -> str:
     return str(BLAS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marks.mark(items)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.live_server import PATIENCE_S, LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError, adapter_digest
 from trainer_client.tensors import host_tensors
 
@@ -40,6 +40,8 @@ class Trainer:
     pushing: str | None = None
     """Digest of the push without a reply."""
     pushes: int = 0
+    told: threading.Event = field(default_factory=threading.Event)
+    """Set by every reply."""
 
     def adapter(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """LoRA and, every third time, DoRA, which takes longer to stage."""
@@ -60,6 +62,7 @@ class Trainer:
                     return
                 self.acknowledged, self.pushing = (version.version, version.digest), None
                 self.pushes += 1
+                self.told.set()
 
 
 def run(model: Path, state: Path, kills: int, seed: int = 0, longest_s: float = 0.6) -> Trainer:
@@ -74,7 +77,10 @@ def run(model: Path, state: Path, kills: int, seed: int = 0, longest_s: float = 
             if kill == kills:
                 break
             pusher = threading.Thread(target=trainer.push_until_death, args=(server.url,))
+            trainer.told.clear()
             pusher.start()
+            if kill % 2:  # However slow the machine is, some kills come after a push.
+                trainer.told.wait(PATIENCE_S)
             time.sleep(moments.uniform(0.0, longest_s))
             server.process.kill()
             server.process.wait()

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+START_S, PATIENCE_S = 200.0, 120.0
+"""Until a server is ready, and until what was caused has happened: enough for a busy machine, and over by then."""
+
 
 @dataclass
 class LiveServer:
@@ -21,7 +24,7 @@ class LiveServer:
     url: str
     log: list[str] = field(default_factory=list)
 
-    def stop(self, *, within_s: float = 30.0) -> int:
+    def stop(self, *, within_s: float = PATIENCE_S) -> int:
         """Asks it to end as a process manager would; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -55,7 +58,7 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        found.wait(90)
+        found.wait(START_S)
         ready = re.search(r"ready at (http://\S+)", "".join(log))
         if ready is None:
             raise RuntimeError("the server did not start:\n" + "".join(log))
@@ -66,7 +69,7 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
         process.wait()
 
 
-def until(reached: object, within_s: float = 20.0) -> None:
+def until(reached: object, within_s: float = PATIENCE_S) -> None:
     """Waits until `reached()` is true."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:

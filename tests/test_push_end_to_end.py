@@ -18,6 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import save
 
 from tests import tiny_models
+from tests.bounds import TINY
 from tests.live_server import LiveServer, live_server
 from trainer_client import RolloutClient
 
@@ -58,7 +59,7 @@ def shake(model: nn.Module) -> None:
 
 
 def farthest(model: nn.Module, client: RolloutClient, policy: str) -> float:
-    """Largest difference between the server's log-probabilities and the model's own, in nats."""
+    """Largest difference between the server's log-probabilities and the model's own, in what rounding may do."""
     batch = client.rollouts(PROMPTS, policy=policy, n=2, max_tokens=8, ignore_eos=True, seed=3, returns=())
     gaps = []
     for row in batch:
@@ -66,7 +67,7 @@ def farthest(model: nn.Module, client: RolloutClient, policy: str) -> float:
         logits = model(mx.array(ids)[None])[0, len(row.prompt_token_ids) - 1 : -1].astype(mx.float32)
         own = mx.take_along_axis(logits - mx.logsumexp(logits, -1, keepdims=True), mx.array(row.token_ids)[:, None], -1)
         gaps.append(np.abs(np.array(own)[:, 0] - row.logprobs).max())
-    return float(max(gaps))
+    return float(max(gaps)) / TINY.of_batch(batch)
 
 
 def test_a_model_with_lora_layers_is_pushed_as_it_computes(server: LiveServer, model: Path) -> None:
@@ -83,8 +84,8 @@ def test_a_model_with_lora_layers_is_pushed_as_it_computes(server: LiveServer, m
         for name, own in kinds.items():
             version = client.push(name, own)
             assert version.verified and version.kind == ("dora" if name == "dora" else "lora")
-            assert farthest(own, client, name) < 1e-4
-            assert farthest(own, client, "base") > 1e-2
+            assert farthest(own, client, name) <= 1
+            assert farthest(own, client, "base") > 100
             assert client.push(name, own).unchanged
         named = dict(tree_flatten(kinds["lora"].trainable_parameters()))
         blocks = len(kinds["lora"].layers)
@@ -96,7 +97,7 @@ def test_an_embedding_is_pushed_with_the_head_that_shares_it(server: LiveServer,
     own = trained(model, 4, keys=["model.embed_tokens", "self_attn.v_proj"])
     with RolloutClient(server.url) as client:
         client.push("table", own)
-        assert farthest(own, client, "table") < 1e-4
+        assert farthest(own, client, "table") <= 1
 
 
 def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: LiveServer, model: Path) -> None:

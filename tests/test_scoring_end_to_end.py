@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
+from tests.bounds import TINY, assert_near
 from tests.live_server import live_server, until
 from tests.test_end_to_end import PROMPTS, adapter
 from trainer_client import RolloutBatch, RolloutClient
@@ -52,13 +53,13 @@ def test_base_logprobs_are_those_of_the_scoring_route(client: RolloutClient, mod
     batch = client.rollouts(PROMPTS, **options)
     assert batch.base_logprobs is not None and batch.base_logprobs.dtype == np.float32
     reference = client.logprobs(batch, policy="base")
-    np.testing.assert_allclose(batch.base_logprobs, reference.logprobs, atol=1e-5)
+    assert_near(batch.base_logprobs, reference.logprobs, TINY.of_batch(batch))
     assert np.max(np.abs(batch.base_logprobs - batch.logprobs)) > 0.05
     padded = batch.padded()
     assert np.array_equal(padded["base_logprobs"][padded["completion_mask"] == 1], batch.base_logprobs)
     streamed = RolloutBatch.of(client.stream_rollouts(PROMPTS, **options))
     again = client.logprobs(streamed, policy="base")
-    np.testing.assert_allclose(streamed.base_logprobs, again.logprobs, atol=1e-5)
+    assert_near(streamed.base_logprobs, again.logprobs, TINY.of_batch(streamed))
     on_base = client.rollouts(PROMPTS, max_tokens=8, returns=["base_logprobs"])
     assert on_base.base_logprobs is not None and on_base.base_logprobs.tobytes() == on_base.logprobs.tobytes()
 
@@ -72,7 +73,7 @@ def test_a_switched_row_is_read_again_under_its_spans(client: RolloutClient, mod
     batch = rows.result()
     assert all(len(spans) > 1 for spans in batch.spans)
     checked = client.logprobs(batch, policy="moves", versions=batch.spans)
-    np.testing.assert_allclose(checked.logprobs, batch.logprobs, atol=1e-4)
+    assert_near(checked.logprobs, batch.logprobs, TINY.of_batch(batch))
     assert [[(s.version, s.start, s.end, s.kv) for s in spans] for spans in checked.spans] == [
         [(s.version, s.start, s.end, s.kv) for s in spans] for spans in batch.spans
     ]

@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save
 
 from tests import tiny_models
+from tests.bounds import TINY, assert_near
 from tests.live_server import LiveServer, live_server
 from trainer_client import RolloutClient, adapter_digest
 from trainer_client.tensors import host_tensors
@@ -52,6 +53,7 @@ def full(model: Path, seed: int) -> dict[str, np.ndarray]:
     return {n: (v + 0.1 * random.standard_normal(v.shape)).astype(np.float32) for n, v in chosen.items()}
 
 
+@pytest.mark.long
 def test_a_restart_serves_merged_and_full_versions_as_they_were(model: Path, tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1, dora=True)
@@ -141,4 +143,4 @@ def test_a_quantised_base_says_409_until_it_may_unpack(model: Path, tmp_path: Pa
         client.push("low", tensors, adapter)
         one, two = (client.rollouts(PROMPTS, policy=p, max_tokens=8, seed=1) for p in ("p", "low"))
         assert np.array_equal(one.token_ids, two.token_ids)
-        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
+        assert_near(one.logprobs, two.logprobs, TINY.of_batch(one))

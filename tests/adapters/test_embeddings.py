@@ -22,12 +22,12 @@ from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models
 from tests.adapters.making import adapted, file_of, logits, make, merge, tokens
+from tests.bounds import assert_near, relative
 from tests.tiny_models import random_adapter, save_adapter
 from trainer_client.digest import adapter_digest
 from trainer_client.tensors import host_tensors
 
 Load = Callable[[], nn.Module]
-CLOSE = 1e-4
 EMBED = "model.embed_tokens"
 
 
@@ -91,10 +91,10 @@ def test_it_equals_the_definition(which: str, targets: list[str], dora: bool, re
     slots = slots_for(model)
     slot = slots.stage(bundle)
     slots.route([slot] * 3)
-    assert np.abs(logits(model, text) - merged).max() < CLOSE
+    assert_near(logits(model, text), merged)
     slots.route([slot, 0, slot])
     mixed = logits(model, text)
-    assert np.abs(mixed[[0, 2]] - merged[[0, 2]]).max() < CLOSE
+    assert_near(mixed[[0, 2]], merged[[0, 2]])
     assert np.array_equal(mixed[1], plain[1])
 
 
@@ -121,7 +121,7 @@ def test_rows_of_every_kind_share_a_batch(tied: Load) -> None:
     mixed = logits(model, text)
     models = [tied(), *(merge(tied(), bundle) for bundle in bundles)]
     for row, which in enumerate(order):
-        assert np.abs(mixed[row] - logits(models[which], text[row : row + 1])[0]).max() < CLOSE, f"row {row}"
+        assert_near(mixed[row], logits(models[which], text[row : row + 1])[0], says=f"row {row}")
 
 
 @pytest.mark.parametrize("quantisation", [None, 4, 8])
@@ -142,7 +142,7 @@ def test_it_is_what_mlx_lm_computes(which: str, quantisation: int | None, reques
     expected = logits(theirs, text)
     for route in ([slot, slot], [slot, 0]):
         slots.route(route)
-        assert np.abs(logits(model, text)[0] - expected[0]).max() <= 1e-5
+        assert_near(logits(model, text)[0], expected[0])
     assert np.abs(expected - logits(fresh(), text)).max() > 0.01
 
 
@@ -187,7 +187,7 @@ def test_norms_of_a_transposed_table_come_in_blocks(monkeypatch: pytest.MonkeyPa
     a[0], b[5] = table[:, 5], (-1 / 0.7, 0, 0)  # One column is cancelled.
     expected = np.linalg.norm(table.T.astype(np.float64) + 0.7 * (b.astype(float) @ a), axis=1)
     given = adapted(norms.RowNorms(), norms.TableRows(layer), a, b, 0.7)
-    np.testing.assert_allclose(given, expected, rtol=2e-6, atol=1e-5)
+    np.testing.assert_allclose(given, expected, rtol=relative(45), atol=1e-5)
 
 
 # ---- the files ----------------------------------------------------------------------------------------------------

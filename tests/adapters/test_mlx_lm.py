@@ -19,6 +19,7 @@ from adapters.find import adaptable_layers
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterUnreadable, AdapterUnsupported
 from tests.adapters.making import Layers, file_of, logits, make, tokens
+from tests.bounds import assert_near
 from tests.tiny_models import random_adapter
 
 
@@ -105,7 +106,7 @@ def test_what_mlx_lm_trains_is_read_and_gives_its_numbers(load: Callable[[], nn.
     slots = AdapterSlots(model, adaptable_layers(model), mx.float32)
     slots.route([slots.stage(read_bundle(file_of(noisy), config, layers=layers))])
     text = tokens(2)
-    assert np.abs(logits(model, text) - logits(theirs, text)).max() <= 1e-5
+    assert_near(logits(model, text), logits(theirs, text))
     assert np.abs(logits(model, text) - logits(load(), text)).max() > 0.1
 
 
@@ -124,7 +125,7 @@ def test_what_is_written_reads_back_and_loads_in_mlx_lm(
     model = load()
     slots = AdapterSlots(model, adaptable_layers(model), mx.float32)
     slots.route([slots.stage(bundle)])
-    assert np.abs(logits(model, tokens(2)) - logits(theirs, tokens(2))).max() <= 1e-5
+    assert_near(logits(model, tokens(2)), logits(theirs, tokens(2)))
 
 
 def test_what_the_format_cannot_say_is_refused(layers: Layers) -> None:

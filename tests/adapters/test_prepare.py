@@ -17,9 +17,9 @@ from adapters.slots import AdapterSlots
 from adapters.spec import AdapterSpec
 from adapters.tensors import AdapterTensor
 from tests.adapters.making import Layers, logits, make, merge, tokens
+from tests.bounds import assert_near
 
 Load = Callable[[], nn.Module]
-CLOSE = 1e-4
 
 
 def slots_for(model: nn.Module, dtype: mx.Dtype = mx.float32) -> AdapterSlots:
@@ -66,7 +66,7 @@ def test_ranks_that_add_nothing_cost_a_dora_version_no_product(load: Load, layer
         model = load()
         slots = slots_for(model)
         slots.route([slots.stage(bundle)] * 2)
-        assert np.abs(logits(model, text) - logits(merge(load(), bundle), text)).max() < CLOSE
+        assert_near(logits(model, text), logits(merge(load(), bundle), text))
 
 
 def test_memory_of_versions_that_are_gone_is_given_back(load: Load, layers: Layers) -> None:
@@ -88,4 +88,4 @@ def test_memory_of_versions_that_are_gone_is_given_back(load: Load, layers: Laye
     slots.route([slots.slot(kept.digest), 0])
     assert np.array_equal(logits(model, text), before)
     slots.route([slot, 0])
-    assert np.abs(logits(model, text)[0] - logits(merge(load(), last), text)[0]).max() < CLOSE
+    assert_near(logits(model, text)[0], logits(merge(load(), last), text)[0])

@@ -25,6 +25,7 @@ from adapters.resident import Placement, ResidentVersions
 from adapters.spec import AdapterDoesNotFit, Mode
 from tests import tiny_models
 from tests.adapters.making import logits, merge, tokens
+from tests.bounds import assert_near
 
 Load = Callable[[], nn.Module]
 EMBED = "model.embed_tokens"
@@ -86,8 +87,8 @@ def test_merged_is_the_definition_and_the_adapter(tied: Load, dora: bool, target
     merged, adapter = base.stage(bundle, "merged"), base.stage(bundle, "adapter")
     assert (merged.parameters, merged.slot, adapter.parameters, adapter.slot) == (1, 0, 0, 1)
     expected = logits(merge(tied(), bundle), tokens(2))
-    np.testing.assert_allclose(base.logits(merged), expected, atol=2e-5)
-    np.testing.assert_allclose(base.logits(adapter), expected, atol=1e-4)
+    assert_near(base.logits(merged), expected)
+    assert_near(base.logits(adapter), expected)
     assert np.max(np.abs(bare - expected)) > 0.1
     assert np.array_equal(base.logits(), bare)
     assert {n: i for n, i in base.arrays().items() if ".base." not in n}.items() <= before.items()
@@ -156,8 +157,8 @@ def test_whole_layers_beside_an_adapter_have_a_set_and_a_slot(load: Load, tied: 
         placement = base.stage(bundle)
         assert placement.parameters and placement.slot
         low = base.stage(base.bundle(tensors, config))
-        np.testing.assert_allclose(base.logits(placement), 1.1 * base.logits(low), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(base.logits(base.stage(bundle, "merged")), base.logits(placement), atol=1e-4)
+        assert_near(base.logits(placement), 1.1 * base.logits(low))
+        assert_near(base.logits(base.stage(bundle, "merged")), base.logits(placement))
         with pytest.raises(AdapterDoesNotFit, match=r"lm_head\.weight is missing: modules_to_save names its module"):
             base.bundle(tensors, config | {"modules_to_save": ["lm_head"]})
 
@@ -174,9 +175,9 @@ def test_base_weights_that_a_file_carries_cost_no_set(tied: Load) -> None:
     fresh = tied()
     fresh.update(tree_unflatten([(f"{EMBED}.weight", mx.array(table * np.float32(1.2)))]))
     expected = logits(merge(fresh, base.bundle(tensors, config)), tokens(2))
-    np.testing.assert_allclose(base.logits(other), expected, atol=1e-4)
+    assert_near(base.logits(other), expected)
     merged = base.stage(base.bundle(tensors | {name: table * np.float32(1.2)}, config), "merged")
-    np.testing.assert_allclose(base.logits(merged), expected, atol=2e-5)
+    assert_near(base.logits(merged), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -192,7 +193,7 @@ def test_a_quantised_base_is_unpacked_only_when_asked(tied: Load, bits: int) -> 
     assert "embed_tokens" in caught.value.message and "dequantize=true" in caught.value.message
     assert base.resident.nbytes == held and base.arrays() == ids
     merged = base.stage(bundle, "merged", dequantize=True)
-    np.testing.assert_allclose(base.logits(merged), base.logits(adapter), atol=2e-4)
+    assert_near(base.logits(merged), base.logits(adapter))
     assert np.array_equal(base.logits(), bare) and base.arrays() == ids
     full = base.bundle({f"{EMBED}.weight": np.ones((320, 64), np.float32)}, {"kind": "full"})
     with pytest.raises(QuantisedBase):
@@ -210,7 +211,7 @@ def test_stacked_experts_are_merged(tmp_path: Path, bits: int) -> None:
     bundle = base.low_rank(kind="mlx", targets=["gate_proj", "down_proj", "up_proj"])
     bare = base.logits()
     adapter, merged = base.stage(bundle), base.stage(bundle, "merged", dequantize=bool(bits))
-    np.testing.assert_allclose(base.logits(merged), base.logits(adapter), atol=2e-4)
+    assert_near(base.logits(merged), base.logits(adapter))
     assert np.array_equal(base.logits(), bare)
 
 
@@ -255,7 +256,7 @@ def test_what_does_not_fit_into_memory_changes_nothing(load: Load) -> None:
             base.stage(base.bundle(tensors, config))
     assert base.resident.nbytes == one + slots
     assert np.array_equal(base.logits(merged), expected)
-    np.testing.assert_allclose(base.logits(adapter), expected, atol=1e-4)
+    assert_near(base.logits(adapter), expected)
     for mode in ("merged", "adapter"):
         base.resident.release(Content(bundle.digest, mode))  # type: ignore[arg-type]
     assert base.resident.sets.nbytes == 0 and base.stage(other, "merged").parameters == 2
@@ -355,4 +356,4 @@ def test_released_slots_shrink_to_those_that_are_left(tied: Load) -> None:
     assert base.resident.nbytes == size
     base.resident.trim()
     assert base.resident.nbytes < size / 4
-    np.testing.assert_allclose(base.logits(placed), before, atol=1e-6)
+    assert_near(base.logits(placed), before)

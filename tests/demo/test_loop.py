@@ -32,6 +32,7 @@ def steps_of(settings: Settings) -> list[Step]:
     return steps
 
 
+@pytest.mark.long
 def test_the_reward_rises_and_trainer_and_server_agree(settings: Settings) -> None:
     steps = steps_of(replace(settings, policy="rising", steps=12, learning_rate=1e-3))
     assert [step.version for step in steps] == list(range(1, 13))

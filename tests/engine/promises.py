@@ -29,12 +29,12 @@ from rollout_server.engine.messages import (
 from rollout_server.engine.policy_messages import Deleted, Exported, Pinned, Published, Restored
 from rollout_server.errors import EngineFault, NeverAdmitted
 from rollout_server.rollout import FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver
 from tests.engine.lines import REFUSALS, Kept, Line
 
 Key = tuple[str, int]
 """Name and number of a version."""
-CLOSE = 1e-4
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Promises:
             self._check_logprobs(request, row, asked.started[row.prompt_index])
         if row.prompt_logprobs is not None:
             expected = self.logprobs(row.prompt_ids, [(asked.started[row.prompt_index].digest, 1, len(row.prompt_ids))])
-            np.testing.assert_allclose(np.array(row.prompt_logprobs[1:], float), expected, atol=CLOSE, rtol=0)
+            assert_near(row.prompt_logprobs[1:], expected, TINY.of_logprobs(expected, len(row.prompt_ids)))
 
     def _check_logprobs(self, request: RolloutRequest, row: Rollout, first: PolicyVersion) -> None:
         """Every token under the version it is stamped with, on the KV that is said to have been read."""
@@ -224,7 +224,7 @@ class Promises:
             assert span.kv == (None if span is row.spans[0] else "carried")
         spans = [(span.version.digest, at + span.start, at + span.end) for span in row.spans]
         expected = self.logprobs(row.prompt_ids + row.token_ids, spans, prompt=(first.digest, at - 1))
-        np.testing.assert_allclose(row.logprobs, expected, atol=CLOSE, rtol=0)
+        assert_near(row.logprobs, expected, TINY.of_row(row))
         self.checked["tokens"] += len(row.token_ids)
 
     def _score(self, event: Scored, command: Any) -> None:
@@ -232,7 +232,7 @@ class Promises:
             assert event.version.number in self.alive[event.id]
         for tokens, scored in zip(command.sequences, event.sequences, strict=True):
             expected = self.logprobs(tokens, [(event.version.digest, 1, len(tokens))])
-            np.testing.assert_allclose(np.array(scored.logprobs[1:], float), expected, atol=CLOSE, rtol=0)
+            assert_near(scored.logprobs[1:], expected, TINY.of_logprobs(expected, len(tokens)))
 
     def logprobs(
         self, tokens: tuple[int, ...], spans: list[tuple[str, int, int]], prompt: tuple[str, int] | None = None

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.model import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
+from tests.bounds import TINY, assert_near
 from tests.engine.door import broken_steps, wrap_forwards
 from tests.engine.driver import Driver, prompts_of
 
@@ -25,28 +25,28 @@ JOINED = ["mamba2", "granitemoehybrid", "falcon_h1"]
 
 
 def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
-    """max(1e-5, 5e-6 · max|logit|): float32 products of other shapes are summed in another order."""
+    """Of the rows' log-probabilities: float32 products of other shapes are summed in another order."""
     driver.policies.route(0, [0])
     model = driver.model
     tokens = list(rows[0].prompt_ids + rows[0].token_ids)
     logits = model.forward(mx.array([tokens], dtype=mx.int32), model.make_caches())
-    return max(1e-5, 5e-6 * float(mx.max(mx.abs(logits))))
+    return TINY.of_logits(logits, max(len(row.prompt_ids) + len(row.token_ids) for row in rows))
 
 
 def assert_same(one: Rollout, other: Rollout, within: float) -> None:
     assert one.token_ids == other.token_ids
-    assert np.max(np.abs(np.subtract(one.logprobs, other.logprobs))) <= within
-    assert np.max(np.abs(np.subtract(one.sampling_logprobs, other.sampling_logprobs))) <= within
+    assert_near(one.logprobs, other.logprobs, within)
+    assert_near(one.sampling_logprobs, other.sampling_logprobs, within)
 
 
 def assert_scored(row: Rollout, score: ScoredSequence, within: float) -> None:
     """The scorer finds what the sampler said, entropy and alternatives too."""
-    np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
-    np.testing.assert_allclose(row.entropy, score.entropy, atol=10 * within, rtol=0)
+    assert_near(row.logprobs, score.logprobs, within)
+    assert_near(row.entropy, score.entropy, 10 * within)
     assert row.top_logprobs is not None and score.top_logprobs is not None
     for mine, theirs in zip(row.top_logprobs, score.top_logprobs, strict=True):
         assert theirs is not None
-        np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], atol=within, rtol=0)
+        assert_near([v for _, v in mine], [v for _, v in theirs], within)
 
 
 @pytest.mark.parametrize("family", SLOTS + JOINED)

@@ -14,6 +14,7 @@ import pytest
 from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
 from rollout_server.engine.chunks import padded, plan, planned
 from rollout_server.engine.model import ResidentModel
+from tests.bounds import TINY, assert_near
 from tests.engine.door import wrap_forwards
 from tests.engine.driver import Driver, prompts_of
 
@@ -291,9 +292,9 @@ def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], Residen
     expected = Driver.start(qwen, model, max_batch=16, prefill_tokens=200).generate(prompts, n=2, max_tokens=8)
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids == other.token_ids
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert_near(one.logprobs, other.logprobs, TINY.of_row(other))
     read = [shape for shape in shapes if shape[1] > 1]
     assert read and all(padded(rows) == rows and padded(length) == length for rows, length in read)
     scored, plain = driver.score(prompts), Driver.start(qwen, model).score(prompts)
     for one, other in zip(scored, plain, strict=True):
-        assert one.logprobs[1:] == pytest.approx(other.logprobs[1:], abs=1e-5)
+        assert_near(one.logprobs[1:], other.logprobs[1:], TINY.of_logprobs(other.logprobs[1:], 130))

@@ -13,6 +13,7 @@ from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.warming import warm_sampler
 from rollout_server.rollout import Rollout
 from tests import tiny_models
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver
 
 pytestmark = pytest.mark.skipif(
@@ -52,8 +53,8 @@ def test_compiled_steps_give_what_plain_ones_give(path: Path) -> None:
     compiled = rollouts(driver)
     assert [row.token_ids for row in compiled] == [row.token_ids for row in plain]
     for mine, theirs in zip(compiled, plain, strict=True):
-        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-        assert mine.sampling_logprobs == pytest.approx(theirs.sampling_logprobs, abs=1e-5)
+        assert_near(mine.logprobs, theirs.logprobs, TINY.of_row(theirs))
+        assert_near(mine.sampling_logprobs, theirs.sampling_logprobs, TINY.of_row(theirs))
 
 
 def test_a_compiled_step_writes_in_place(path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rollout_server.engine.footprint import Release
 from rollout_server.rollout import FinishReason, Rollout, Wants
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
@@ -109,7 +109,7 @@ def test_a_row_that_leaves_a_version_it_has_only_read_reads_again(driver: Driver
     *_, last = spans(row)
     assert (last[0], last[3]) == (3, "recomputed")
     (found,) = driver.score([row.prompt_ids + row.token_ids], [len(row.prompt_ids)], policy="p@3")
-    np.testing.assert_allclose(row.logprobs[last[1] :], found.logprobs[last[1] :], atol=1e-4, rtol=0)
+    assert_near(row.logprobs[last[1] :], found.logprobs[last[1] :], TINY.of_row(row))
 
 
 def test_a_row_that_switches_before_its_first_token_can_be_drawn_again(driver: Driver) -> None:

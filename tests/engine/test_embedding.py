@@ -22,6 +22,7 @@ from rollout_server.engine.score_rows import SlotReader
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
 from tests import tiny_models
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 
 LENGTHS = [1, 2, 3, 17, 33, 64, 130]
@@ -39,7 +40,7 @@ def plain(trunk: nn.Module, sequences: list[list[int]], kind: str) -> np.ndarray
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())), rtol=0)
+    assert_near(found, expected, TINY.of_logits(expected, max(LENGTHS)))
 
 
 # One for each kind of cache: slots, with windows, with experts; one row at a time; recurrent.

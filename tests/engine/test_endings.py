@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rollout_server.detokenize import IncrementalText
@@ -30,6 +29,7 @@ from rollout_server.rollout import (
     Wants,
 )
 from tests import tiny_models
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 from tests.tiny_tokenizers import spaces
 
@@ -66,7 +66,7 @@ def test_stop_ids_and_min_tokens(base: Driver) -> None:
     for row in held:
         assert len(row.token_ids) >= 20 and not {stop, end} & set(row.token_ids[:20])
         # What was banned is missing from the sampling distribution, not from the model's.
-        assert all(s >= m - 1e-5 for s, m in zip(row.sampling_logprobs, row.logprobs, strict=True))
+        assert all(s >= m - TINY.of_row(row) for s, m in zip(row.sampling_logprobs, row.logprobs, strict=True))
         assert max(s - m for s, m in zip(row.sampling_logprobs[:20], row.logprobs[:20], strict=True)) > 1e-6
 
 
@@ -204,8 +204,11 @@ def test_abort_in_the_queue_and_in_prefill(base: Driver, qwen) -> None:  # type:
 
 
 def test_a_deadline_returns_partial_rows_or_says_it_never_started(base: Driver, qwen) -> None:  # type: ignore[no-untyped-def]
-    id = base.submit([PROMPT], max_tokens=1500, ignore_eos=True, deadline=time.monotonic() + 0.3)
-    base.finish(id)
+    for patience in (0.3, 1, 3, 9):  # A busy machine may take longer than the first to its first token.
+        id = base.submit([PROMPT], max_tokens=1500, ignore_eos=True, deadline=time.monotonic() + patience)
+        base.finish(id)
+        if any(row.token_ids for row in base.rollouts(id)):
+            break
     (row,) = base.rollouts(id)
     assert (row.finish_reason, row.stop_reason) == (FinishReason.ABORTED, "timeout") and row.token_ids
     small = Driver.start(qwen, base.model)
@@ -224,7 +227,7 @@ def test_prompt_logprobs_come_with_the_rows(base: Driver) -> None:
         (score,) = base.score([prompt])
         assert row.prompt_logprobs is not None and row.prompt_logprobs[0] is None
         assert len(row.prompt_logprobs) == len(prompt)
-        np.testing.assert_allclose(row.prompt_logprobs[1:], score.logprobs[1:], atol=1e-5, rtol=0)
+        assert_near(row.prompt_logprobs[1:], score.logprobs[1:], TINY.of_logprobs(score.logprobs[1:], len(prompt)))
 
 
 def test_every_token_is_streamed_once(base: Driver) -> None:
@@ -240,10 +243,11 @@ def test_the_scorer_tempers_and_starts_where_told(base: Driver) -> None:
     (row,) = base.generate([PROMPT], max_tokens=12, temperature=0.6, ignore_eos=True)
     tokens = row.prompt_ids + row.token_ids
     (score,) = base.score([tokens], [len(row.prompt_ids)], temperature=0.6)
-    np.testing.assert_allclose(score.logprobs, row.sampling_logprobs, atol=1e-4, rtol=0)
+    within = TINY.of_row(row) / 0.6
+    assert_near(score.logprobs, row.sampling_logprobs, within)
     (whole,) = base.score([tokens], temperature=0.6)
     assert whole.logprobs[0] is None
-    np.testing.assert_allclose(whole.logprobs[len(row.prompt_ids) :], score.logprobs, atol=1e-4, rtol=0)
+    assert_near(whole.logprobs[len(row.prompt_ids) :], score.logprobs, within)
     (single,) = base.score([[7]])
     assert single.logprobs == (None,)
 
@@ -394,4 +398,4 @@ def test_end_tokens_that_the_model_cannot_produce_are_no_end_tokens(tmp_path: Pa
         same = next(
             (at for at, pair in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if len({*pair}) > 1), 40
         )
-        np.testing.assert_allclose(one.logprobs[:same], other.logprobs[:same], atol=1e-5, rtol=0)
+        assert_near(one.logprobs[:same], other.logprobs[:same], TINY.of_row(other))

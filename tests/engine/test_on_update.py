@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from rollout_server.rollout import FinishReason, Rollout
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import tolerance
 from tests.engine.test_score import spans_of
 
 PROMPT = prompts_of([25], 286, seed=6)[0]
@@ -49,10 +48,10 @@ def test_switch_goes_on_under_the_new_version_with_the_kv_it_has(driver: Driver)
     assert (one, start, fresh, two, end, kv) == (1, 0, None, 2, 20, "carried") and 0 < cut == again < 20
     assert spans(old) == [(1, 0, 20, None)]
     assert row.token_ids[:cut] == old.token_ids[:cut] and row.token_ids != old.token_ids
-    np.testing.assert_allclose(row.logprobs, reread(driver, row), atol=4 * tolerance(driver, [row]), rtol=0)
+    assert_near(row.logprobs, reread(driver, row), TINY.of_row(row))
     # The route of /v1/logprobs reads its spans with the same numbers.
     (scored,) = driver.score([row.prompt_ids + row.token_ids], [len(row.prompt_ids)], spans=(spans_of(row),))
-    np.testing.assert_allclose(row.logprobs, scored.logprobs, atol=4 * tolerance(driver, [row]), rtol=0)
+    assert_near(row.logprobs, scored.logprobs, TINY.of_row(row))
     driver.turn(3)
     assert all(v.rows_in_use == 0 for v in driver.status.policies[0].versions)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rollout_server.engine.grammars import Grammars
@@ -15,6 +14,7 @@ from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import Delete
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
@@ -99,7 +99,7 @@ def test_a_switched_row_is_read_again_span_by_span(driver: Driver) -> None:
     assert driver.preemptions > 0
     for one, other in zip(expected, rows, strict=True):
         assert [span[1:] for span in spans(one)] == [span[1:] for span in spans(other)]
-        assert_same(one, other, 4 * tolerance(driver, [one]))
+        assert_same(one, other, TINY.of_row(one))
 
 
 def test_a_row_whose_old_version_is_gone_says_that_it_was_read_again(driver: Driver, qwen: Path) -> None:
@@ -119,9 +119,7 @@ def test_a_row_whose_old_version_is_gone_says_that_it_was_read_again(driver: Dri
         if any(span.kv == "recomputed" for span in row.spans):
             last = row.spans[-1]
             (scored,) = tight.score([row.prompt_ids + row.token_ids], [len(row.prompt_ids)], policy="p")
-            np.testing.assert_allclose(
-                row.logprobs[last.start :], scored.logprobs[last.start :], atol=4 * tolerance(tight, [row]), rtol=0
-            )
+            assert_near(row.logprobs[last.start :], scored.logprobs[last.start :], TINY.of_row(row))
 
 
 def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rollout_server.rollout import FinishReason, GivenSpan, Prefix, Rollout, Wants
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 
 LENGTH = 20
@@ -59,8 +60,8 @@ def test_cut_and_continued_is_uncut(base: Driver, way: str) -> None:
         assert row.token_ids == whole.token_ids, at
         assert row.sampled == LENGTH - at
         assert row.logprobs[:at] == whole.logprobs[:at]
-        assert row.logprobs == pytest.approx(whole.logprobs, abs=2e-5)
-        assert row.sampling_logprobs == pytest.approx(whole.sampling_logprobs, abs=2e-5)
+        assert_near(row.logprobs, whole.logprobs, TINY.of_row(whole))
+        assert_near(row.sampling_logprobs, whole.sampling_logprobs, TINY.of_row(whole))
         assert all(map(math.isnan, row.log_kept_mass[:at]))
         assert [(span.start, span.end, span.kv) for span in row.spans] == [(at, LENGTH, "recomputed")]
 
@@ -107,9 +108,9 @@ def test_values_are_those_of_teacher_forcing(driver: Driver) -> None:
     sequence, start = [*prompt, *row.token_ids], len(prompt) + 4
     (own,) = driver.score([sequence], [start], policy="policy")
     (reference,) = driver.score([sequence], [start])
-    assert row.logprobs[4:] == pytest.approx(own.logprobs, abs=2e-5)
+    assert_near(row.logprobs[4:], own.logprobs, TINY.of_row(row))
     assert row.base_logprobs is not None
-    assert row.base_logprobs[4:] == pytest.approx(reference.logprobs, abs=2e-5)
+    assert_near(row.base_logprobs[4:], reference.logprobs, TINY.of_logprobs(reference.logprobs, len(sequence)))
     assert max(abs(a - b) for a, b in zip(row.logprobs[4:], row.base_logprobs[4:], strict=True)) > 1e-3
 
 

@@ -18,9 +18,12 @@ from rollout_server.engine.score import SequentialReader
 from rollout_server.engine.score_rows import SlotReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants, tiling_fault
+from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of
 
 LENGTHS = [1, 2, 3, 17, 31, 32, 33, 64, 100, 7, 130, 5]
+UNSCORED = 80
+"""Tokens before the first that is scored, at most."""
 
 
 def slow(driver: Driver) -> Driver:
@@ -33,10 +36,11 @@ def slow(driver: Driver) -> Driver:
     return driver
 
 
-def assert_close(found: list[ScoredSequence], expected: list[ScoredSequence], within: float = 1e-5) -> None:
+def assert_close(found: list[ScoredSequence], expected: list[ScoredSequence]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert len(one.logprobs) == len(other.logprobs)
-        np.testing.assert_allclose(np.array(one.logprobs, float), np.array(other.logprobs, float), atol=within, rtol=0)
+        values = np.array(other.logprobs, float)
+        assert_near(np.array(one.logprobs, float), values, TINY.of_logprobs(values, UNSCORED + len(values)))
 
 
 def spans_of(row: Rollout) -> tuple[SpanAddress, ...]:
@@ -56,8 +60,7 @@ def test_batched_equals_one_at_a_time(
     batched = Driver.start(model_path(family), model, max_batch=32, prefill_tokens=200)
     alone = slow(Driver.start(model_path(family), model, max_batch=32))
     found, expected = [each.score(sequences, starts) for each in (batched, alone)]
-    logits = model.forward(mx.array([sequences[8]], dtype=mx.int32), model.make_caches())
-    assert_close(found, expected, max(1e-5, 5e-6 * float(mx.max(mx.abs(logits)))))
+    assert_close(found, expected)
     assert [len(s.logprobs) for s in found] == [len(s) - start for s, start in zip(sequences, starts, strict=True)]
 
 
@@ -79,7 +82,7 @@ def test_extras_of_several_requests_in_one_batch(base: Driver) -> None:
         for one, other in zip(found, expected, strict=True):
             assert (one.entropy is None) == ("entropy" not in options)
             if one.entropy is not None:
-                np.testing.assert_allclose(np.array(one.entropy[1:]), np.array(other.entropy[1:]), atol=1e-4)
+                assert_near(one.entropy[1:], other.entropy[1:], 10 * TINY.of_logprobs(other.logprobs[1:], 60))
             if "top_logprobs" in options:
                 assert one.top_logprobs is not None and other.top_logprobs is not None and one.top_logprobs[0] is None
                 for mine, theirs in zip(one.top_logprobs[1:], other.top_logprobs[1:], strict=True):
@@ -249,7 +252,7 @@ def test_a_switched_row_is_checked_through_its_spans(
     tokens, start = row.prompt_ids + row.token_ids, len(row.prompt_ids)
     path(driver)
     plain, found = driver.score([tokens, tokens], [start, start], policy="p@3", spans=(None, spans_of(row)))
-    np.testing.assert_allclose(found.logprobs, row.logprobs, atol=2e-5, rtol=0)
+    assert_near(found.logprobs, row.logprobs, TINY.of_row(row))
     assert np.max(np.abs(np.subtract(plain.logprobs, row.logprobs))) > 1e-2
     assert found.spans == row.spans
     assert [(s.version.number, s.start, s.end) for s in plain.spans] == [(3, 0, len(row.token_ids))]
@@ -266,14 +269,15 @@ def test_a_recomputed_span_reads_everything_before_it_again(driver: Driver, path
     spans = (SpanAddress(one, 0, 15), SpanAddress(two, 15, 40, kv="recomputed"))
     (found,) = driver.score([tokens], [20], spans=(spans,))
     old, new = driver.score([tokens], [20], policy="p@1")[0], driver.score([tokens], [20], policy="p@2")[0]
-    np.testing.assert_allclose(found.logprobs[:15], old.logprobs[:15], atol=1e-5)
-    np.testing.assert_allclose(found.logprobs[15:], new.logprobs[15:], atol=1e-5)
+    within = TINY.of_logprobs(old.logprobs + new.logprobs, 60)
+    assert_near(found.logprobs[:15], old.logprobs[:15], within)
+    assert_near(found.logprobs[15:], new.logprobs[15:], within)
     carried = (spans[0], replace(spans[1], kv="carried"))
     (mixed,) = driver.score([tokens], [20], spans=(carried,))
     assert np.max(np.abs(np.subtract(mixed.logprobs[15:], new.logprobs[15:]))) > 1e-3
     # From position 0 too, where the first token has no value.
     (whole,) = driver.score([tokens], spans=((SpanAddress(one, 0, 1), SpanAddress(two, 1, 60)),))
-    np.testing.assert_allclose(whole.logprobs[20:], new.logprobs, atol=1e-5)
+    assert_near(whole.logprobs[20:], new.logprobs, within)
     assert whole.logprobs[0] is None and len(whole.logprobs) == 60
 
 
@@ -290,7 +294,7 @@ def test_a_late_sample_is_all_of_the_version_it_switched_to(driver: Driver, qwen
     (only,) = row.spans
     assert (only.version.number, only.kv) == (2, None)
     (found,) = small.score([row.prompt_ids + row.token_ids], [1], policy="p@2")
-    np.testing.assert_allclose(found.logprobs[24:], row.logprobs, atol=2e-5, rtol=0)
+    assert_near(found.logprobs[24:], row.logprobs, TINY.of_row(row))
 
 
 def test_spans_that_cannot_be_read_hold_nothing(driver: Driver) -> None:

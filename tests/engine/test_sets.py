@@ -20,6 +20,7 @@ from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout
+from tests.bounds import TINY, amplified, assert_near
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
@@ -81,10 +82,10 @@ def test_a_merged_version_is_its_adapter_and_scores_as_it_samples(driver: Driver
         sequences, starts = [r.prompt_ids + r.token_ids for r in rows], [len(r.prompt_ids) for r in rows]
         within = tolerance(driver, rows)
         for row, score in zip(rows, driver.score(sequences, starts, policy=policy), strict=True):
-            np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
+            assert_near(row.logprobs, score.logprobs, within)
         if policy == "p@2":
             for row, score in zip(rows, driver.score(sequences, starts, policy="p@1"), strict=True):
-                np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within + 1e-4, rtol=0)
+                assert_near(row.logprobs, score.logprobs, within)
 
 
 def reread(driver: Driver, row: Rollout, modes: dict[int, str]) -> list[float]:
@@ -128,7 +129,7 @@ def test_a_switch_between_sets_carries_the_kv(family: str, model_path: Callable[
     assert [(number, kv) for number, _, _, kv in told] == [(1, None), (2, "carried"), (3, "carried"), (1, "carried")]
     assert told[0][1] == 0 and told[-1][2] == 24 and all(a[2] == b[1] for a, b in itertools.pairwise(told))
     expected = reread(driver, row, {1: "adapter", 2: "merged", 3: "merged"})
-    np.testing.assert_allclose(row.logprobs, expected, atol=max(4 * tolerance(driver, [row]), 1e-4), rtol=0)
+    assert_near(row.logprobs, expected, amplified(family) * TINY.of_row(row))
     (old,) = driver.rollouts(stay)
     assert row.token_ids[: told[0][2]] == old.token_ids[: told[0][2]] and row.token_ids != old.token_ids
     driver.turn(3)
@@ -175,7 +176,7 @@ def test_a_switch_for_which_there_is_no_kv_waits(driver: Driver) -> None:
     (first, second) = spans(moved)
     assert (first[0], first[3]) == (1, None) and (second[0], second[2:]) == (2, (30, "carried"))
     expected = reread(driver, moved, {1: "adapter", 2: "merged"})
-    np.testing.assert_allclose(moved.logprobs, expected, atol=max(4 * tolerance(driver, [moved]), 1e-4), rtol=0)
+    assert_near(moved.logprobs, expected, TINY.of_row(moved))
     assert {row.finish_reason for row in stayed} == {FinishReason.LENGTH}
     driver.turn(2)
     assert all(v.rows_in_use == 0 for v in driver.status.policies[0].versions)

@@ -17,6 +17,7 @@ from rollout_server.errors import (
     WeightsMemoryExceeded,
 )
 from rollout_server.rollout import Rollout
+from tests.bounds import assert_near
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance
@@ -101,7 +102,7 @@ def test_every_logprob_equals_the_scorer_under_its_version(driver: Driver) -> No
     sequences, starts = [r.prompt_ids + r.token_ids for r in rows], [len(r.prompt_ids) for r in rows]
     within = tolerance(driver, rows)
     for row, score in zip(rows, driver.score(sequences, starts, policy="p@1"), strict=True):
-        np.testing.assert_allclose(row.logprobs, score.logprobs, atol=within, rtol=0)
+        assert_near(row.logprobs, score.logprobs, within)
     wrong = driver.score(sequences, starts, policy="base")
     assert max(np.max(np.abs(np.subtract(r.logprobs, s.logprobs))) for r, s in zip(rows, wrong, strict=True)) > 0.1
 

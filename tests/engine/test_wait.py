@@ -133,9 +133,8 @@ def test_an_idle_engine_wakes_for_the_end_of_the_wait(
     id = waiting(driver, **options)  # type: ignore[arg-type]
     driver.turn()
     # If it did not wake by itself, this would wake it much later.
-    rescue = threading.Timer(20.0, lambda: driver.send(Stop()))
+    rescue = threading.Timer(100.0, lambda: driver.send(Stop()))
     rescue.start()
-    began = time.monotonic()
     driver.finish(id, turns=4)
+    assert driver.error(id) is not None and rescue.is_alive(), "it woke by itself"
     rescue.cancel()
-    assert driver.error(id) is not None and time.monotonic() - began < 15

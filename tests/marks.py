@@ -1,0 +1,69 @@
+"""Which tests start processes and which compare floats follows from what they call, so that nobody has to mark them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import CodeType, FunctionType
+
+import pytest
+
+PROCESSES = frozenset({"live_server", "subprocess", "Popen"})
+BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "relative", "of_softmax"})
+"""The names of tests/bounds.py."""
+FOLLOWED = ("tests.", "rollout_server.demo.")
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Every global name and attribute that the code mentions, with the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+
+
+def reaches(functions: Iterable[FunctionType], wanted: frozenset[str]) -> bool:
+    """Whether one of the functions mentions a wanted name, or calls what does: functions and classes of tests/ and of
+    the demo, which starts a server, are followed wherever they are imported from."""
+    left, seen = list(functions), set()
+    while left:
+        function = left.pop()
+        if function not in seen:
+            seen.add(function)
+            names, called = followed(function)
+            if names & wanted:
+                return True
+            left += called
+    return False
+
+
+@cache
+def followed(function: FunctionType) -> tuple[frozenset[str], tuple[FunctionType, ...]]:
+    """The names that it mentions, and the functions to follow that they stand for."""
+    names = frozenset(names_in(function.__code__))
+    known = [function.__globals__[name] for name in names & function.__globals__.keys()]
+    return names, tuple(each for value in known for each in ours(value, names))
+
+
+def ours(value: object, names: frozenset[str]) -> list[FunctionType]:
+    """The functions that a global stands for: itself, a class's methods, a module's that are mentioned."""
+    if inspect.ismodule(value):
+        found = [vars(value).get(name) for name in names] if value.__name__.startswith(FOLLOWED) else []
+    else:
+        found = list(vars(value).values()) if inspect.isclass(value) else [value]
+    plain = [inspect.unwrap(each) for each in found if callable(each)]
+    return [each for each in plain if isinstance(each, FunctionType) and each.__module__.startswith(FOLLOWED)]
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Adds `server` and `numeric` where they follow."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        functions = [inspect.unwrap(each) for each in (item.function, *fixtures)]
+        functions = [each for each in functions if isinstance(each, FunctionType)]
+        for name, wanted in (("server", PROCESSES), ("numeric", BOUNDS)):
+            if reaches(functions, wanted):
+                item.add_marker(name)
