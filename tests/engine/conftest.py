@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,16 +31,33 @@ def qwen(model_path: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bare_model(model_path: Callable[[str], Path]) -> Callable[[str], ResidentModel]:
+def bare_models() -> dict[str, ResidentModel]:
+    """Those that were loaded, by family."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def bare_model(
+    model_path: Callable[[str], Path], bare_models: dict[str, ResidentModel]
+) -> Callable[[str], ResidentModel]:
     """Models without adapters, to be shared by tests that only use the base."""
-    loaded: dict[str, ResidentModel] = {}
 
     def model(family: str) -> ResidentModel:
-        if family not in loaded:
-            loaded[family] = load(EngineOptions(str(model_path(family)), family, max_batch=64))
-        return loaded[family]
+        if family not in bare_models:
+            bare_models[family] = load(EngineOptions(str(model_path(family)), family, max_batch=64))
+        return bare_models[family]
 
     return model
+
+
+@pytest.fixture(autouse=True)
+def shared_models_stay_bare(bare_models: dict[str, ResidentModel]) -> Iterator[None]:
+    """What one test mounts on a shared model, the base of every test after it would compute with."""
+    yield
+    for family, model in list(bare_models.items()):
+        if any(type(module).__module__.startswith("adapters.") for module in model.module.modules()):
+            del bare_models[family]
+            raise AssertionError(f"this test pushed to the {family} that others share: give it a model of its own")
 
 
 @pytest.fixture
