@@ -143,6 +143,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 1.0,
         "layer_types": ["mamba", "attention", "mamba"],
         "shared_intermediate_size": 96,
+        # As dense checkpoints write it: transformers takes eight where nothing is said.
+        "num_local_experts": 0,
         "tie_word_embeddings": True,
         **MAMBA,
     },

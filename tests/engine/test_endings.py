@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.messages import RequestDone, RequestFailed, Score, Stop
 from rollout_server.engine.policy_messages import Delete
 from rollout_server.engine.sequence import Group, Sequence
-from rollout_server.errors import EngineFault, EngineUnavailable, NeverAdmitted, NonFiniteLogits
+from rollout_server.errors import EngineUnavailable, NeverAdmitted
 from rollout_server.http.encoding import rollout_text
 from rollout_server.rollout import (
     FinishReason,
@@ -262,68 +261,6 @@ def test_abort_while_the_prompt_is_scored_returns_rows_and_not_errors(base: Driv
     rows = base.rollouts(id)
     assert len(rows) == 4 and {row.finish_reason for row in rows} <= {FinishReason.ABORTED, FinishReason.LENGTH}
     assert base.score([PROMPT])[0].logprobs[0] is None
-
-
-def _once(error: Exception):  # type: ignore[no-untyped-def]
-    """A function that raises the first time and is then a memory of that."""
-    calls = []
-
-    def broken(*args: object, **kwargs: object) -> None:
-        calls.append(args)
-        raise error
-
-    return broken, calls
-
-
-def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Driver) -> None:
-    slots = driver.resident.slots
-    stage = slots.stage
-    slots.stage, calls = _once(RuntimeError("no memory for it"))
-    id = driver.publish("p", driver.bundle(1))
-    running = driver.submit([PROMPT], max_tokens=5, ignore_eos=True)
-    driver.finish(id, running)
-    assert calls and driver.error(id).code == "engine_fault" and "no memory for it" in driver.error(id).message
-    slots.stage = stage
-    assert driver.push("p", driver.bundle(1)).version.number == 1
-    assert len(driver.generate([PROMPT], policy="p", max_tokens=5, ignore_eos=True)[0].token_ids) == 5
-
-
-def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
-    store = base.batch(0).store
-    store.begin, calls = _once(RuntimeError("no room"))
-    id = base.submit([PROMPT], n=2, max_tokens=5)
-    base.finish(id, turns=3)
-    assert calls and base.error(id).code == "engine_fault"
-    assert len(base.generate([PROMPT], max_tokens=5, ignore_eos=True)[0].token_ids) == 5
-
-
-def test_a_failing_score_hurts_nobody_else(base: Driver) -> None:
-    id = base.submit([PROMPT], max_tokens=40, ignore_eos=True)
-    base.turn(3)
-    scorer = base.reader
-    forward = scorer._forward
-    scorer._forward, _ = _once(ValueError("bad score"))
-    with pytest.raises(EngineFault, match="bad score"):
-        base.score([PROMPT])
-    scorer._forward = forward
-    base.finish(id)
-    assert len(base.rollouts(id)[0].token_ids) == 40
-
-
-def test_a_row_that_ended_in_a_step_whose_recording_failed_is_still_reported(base: Driver) -> None:
-    first = base.submit([PROMPT], max_tokens=3, ignore_eos=True)
-    other = base.submit([PROMPT], max_tokens=9, ignore_eos=True, stop=("never",))
-    base.turn(2)
-    row = next(r for r in base.batches.rows if r.text is not None)
-    row.text = SimpleNamespace(push=_once(ValueError("tokenizer broke"))[0])  # type: ignore[assignment]
-    base.finish(first, other, turns=6)
-
-
-def test_scoring_under_a_broken_version_is_an_error_and_not_a_row_of_nulls(driver: Driver) -> None:
-    driver.push("wild", driver.bundle(1, strength=1e25))
-    with pytest.raises(NonFiniteLogits, match="wild@1"):
-        driver.score([PROMPT], policy="wild")
-    assert driver.score([PROMPT])[0].logprobs[1] is not None
 
 
 class Counted(tuple[Any, ...]):
