@@ -117,7 +117,7 @@ def test_whatever_a_parser_raises_the_text_is_no_call(error: type[Exception]) ->
         {"name": "f", "arguments": (1,)},
         ("f", {}),
         [[]],
-        object(),
+        type(None),
         "f",
     ],
     ids=str,
