@@ -104,7 +104,7 @@ def batches_of(
     """Rows of every parameter set; what their steps cost can be measured where they have columns."""
 
     def measured(width: int) -> StepCosts:
-        return measure(model.forward, model.make_slots, partial(policies.route, BASE_SET), width)
+        return measure(model.forward, model.make_slots, policies.router(BASE_SET), width)
 
     return Batches(
         partial(batch_of, model, policies, reuse, ledger),
@@ -118,7 +118,7 @@ def batches_of(
 
 def batch_of(model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, parameters: int) -> Batch:
     """An empty batch whose forwards run on a parameter set."""
-    store, route = model.make_store(), partial(policies.route, parameters)
+    store, route = model.make_store(), policies.router(parameters)
     keeper = None
     decode: Forward = model.forward
     if isinstance(store, SlotRows):

@@ -37,7 +37,7 @@ class Prompt:
     places: list[int] = field(default_factory=list)
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
-    """Its KV apart from any place: of a row that moves, or for samples that wait where a state cannot be cut."""
+    """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
     sought: bool = False
     """Whatever there was of it from before is in its place."""
     owner: object = None
@@ -220,6 +220,8 @@ class SlotRows:
                     mx.eval(pair)
                     layer.fill(places[1:], *pair)
                     mx.eval(layer.keys, layer.values)
+        if keep and length and prompt.kept is None:
+            prompt.kept = self.copy(places[0], length)
         self.evaluate()
         return places
 

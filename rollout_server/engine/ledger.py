@@ -40,7 +40,10 @@ class KVLedger:
         """Columns that all of them may come to fill. Raises `KeyError` for a name that has no account."""
         if strange := instead.keys() - self._accounts.keys():
             raise KeyError(f"Nobody has a KV account of this name: {', '.join(sorted(strange))}.")
-        return sum(instead[name] if name in instead else account.cells() for name, account in self._accounts.items())
+        total = 0
+        for name, account in self._accounts.items():
+            total += instead[name] if name in instead else account.cells()
+        return total
 
     def fits(self, extra: int = 0, *, wanted: bool = False, **instead: int) -> bool:
         """Whether `extra` columns more fit; with `wanted`, beside the room that is kept for what cannot begin yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from adapters.bundle import AdapterBundle
 from adapters.prepare import PreparedBundle, prepare
@@ -137,6 +138,10 @@ class PolicyTable:
     def route(self, parameters: int, slots: Sequence[int]) -> None:
         """The next forwards use this parameter set, and row i of them slots[i]."""
         self._resident.route(parameters, slots)
+
+    def router(self, parameters: int) -> Callable[[Sequence[int]], None]:
+        """`route` for one parameter set, for whoever asks it every step."""
+        return partial(self._resident.route, parameters)
 
     def route_rows(self, placements: Sequence[Placement]) -> None:
         """Row i of the next forwards is placed at placements[i]; all have the same `apart`."""

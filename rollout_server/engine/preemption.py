@@ -13,6 +13,8 @@ from rollout_server.rollout import RECOMPUTED
 
 
 class Preemption:
+    """Decides who steps aside before a step, and who may come back; `ledger` says what fits."""
+
     def __init__(
         self,
         batches: Batches,

@@ -48,8 +48,7 @@ class RowStore(Protocol):
         """Places that are about to be left, and whose prompt each of them holds."""
 
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
-        """Places of `count` rows that hold the prompt's KV. `keep` if more rows of it will be seated later, for which
-        a store that cuts needs nothing beside the places."""
+        """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
 
     def aim(self, offsets: Sequence[int | None], width: int) -> None:
         """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how

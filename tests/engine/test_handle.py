@@ -112,7 +112,7 @@ def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
     async def run() -> None:
         handle = EngineHandle(EngineOptions(str(tmp_path), "nothing"))
         handle.start()
-        with pytest.raises(EngineUnavailable, match="could not be loaded"):
+        with pytest.raises(EngineUnavailable, match=r"config\.json cannot be read"):
             await handle.wait_ready()
         assert handle.status.state == "dead"
 

@@ -19,7 +19,7 @@ from adapters.prepare import prepare
 from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
-from rollout_server.rollout import FinishReason, Rollout
+from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, amplified, assert_near
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
@@ -215,6 +215,21 @@ def test_a_failing_step_takes_only_its_own_batch_along(driver: Driver) -> None:
     assert [r.token_ids for r in run(driver, "p")] == [r.token_ids for r in expected["p"]]
     driver.turn(2)
     assert driver.status.policies[0].versions[0].rows_in_use == 0
+
+
+def test_rows_of_a_batch_are_told_of_before_the_next_batch_fails(driver: Driver) -> None:
+    driver.push("p", full(driver, 1))
+    wants = Wants(tokens_as_they_come=True)
+    kept, lost = (
+        driver.submit(PROMPTS[:1], policy=name, max_tokens=16, ignore_eos=True, wants=wants) for name in ("base", "p")
+    )
+    driver.turn(5)
+    told = len(driver.tokens(kept)), len(driver.tokens(lost))
+    with broken_steps(driver.batch(1)):
+        driver.turn()
+    assert (len(driver.tokens(kept)), len(driver.tokens(lost))) == (told[0] + 1, told[1])
+    assert driver.error(lost) is None and driver.over(lost) and not driver.over(kept)
+    driver.finish(kept)
 
 
 def test_the_only_batch_may_be_that_of_a_set_which_goes(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
