@@ -1,7 +1,7 @@
 """`rollout-server doctor`: what this machine is, how fast it multiplies, and whether mlx computes batches correctly.
 
 The self-tests cover what the engine builds on: one token per row through RoPE and attention, scatter into rows,
-gathered adapters, float32 log-softmax, keyed random numbers. mlx before 0.32 failed the first on Metal.
+adapters on every kind of layer, the sampler, float32 log-softmax. mlx before 0.32 failed the first on Metal.
 """
 
 from __future__ import annotations

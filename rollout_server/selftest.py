@@ -147,16 +147,6 @@ def log_softmax() -> tuple[bool, str]:
     return error < 1e-3, f"probabilities sum to one within {error:.1e}"
 
 
-def keyed_uniforms() -> tuple[bool, str]:
-    """Random numbers belong to their key: equal keys draw the same, others not, all in [0, 1) and evenly spread."""
-    keys = mx.stack([mx.random.key(seed) for seed in range(512)])
-    draw = mx.vmap(lambda key: mx.random.uniform(shape=(16,), key=key))
-    first, second = np.array(draw(keys)), np.array(draw(keys[::-1]))[::-1]
-    mean, distinct = float(first.mean()), len(np.unique(first[:, 0]))
-    ok = bool(np.array_equal(first, second) and first.min() >= 0 and first.max() < 1)
-    return ok and abs(mean - 0.5) < 0.02 and distinct > 500, f"mean {mean:.4f}, {distinct} of 512 keys distinct"
-
-
 def float32_product() -> tuple[bool, str]:
     """A float32 matrix product against float64: says whether the device rounds its inputs (TF32 and the like)."""
     left, right = _noise(256, 256, seed=9), _noise(256, 256, seed=10)
@@ -176,6 +166,5 @@ CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("adapters on stacked experts", expert_adapters),
     ("the sampler", sampler),
     ("log-softmax", log_softmax),
-    ("keyed random numbers", keyed_uniforms),
     ("float32 product", float32_product),
 )
