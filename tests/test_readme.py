@@ -115,12 +115,15 @@ def test_every_guarantee_names_a_test() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_exists(page: str) -> None:
-    """Tests by their function or path, and what is linked to, with its heading."""
+    """Tests by their function or path, files of ours, and what is linked to, with its heading."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     for name in set(re.findall(r"`(test_\w+)`", PAGES[page])):
         assert any(f"def {name}(" in text for text in sources), name
-    for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)`", PAGES[page]):
-        assert (ROOT / path).exists(), path
+    paths = re.findall(
+        r"`(tests/[\w/]+)`|`((?:rollout_server|adapters|trainer_client|tests|docs)/[\w/]+\.\w+)`", PAGES[page]
+    )
+    for path in (folder or file for folder, file in paths):
+        assert (ROOT / path).exists() or page == "CHANGELOG.md", path
     for link in re.findall(r"\]\(((?!http)[^)\s]+)\)", PAGES[page]):
         path, _, heading = link.partition("#")
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
