@@ -1,4 +1,4 @@
-"""What steers running requests from outside."""
+"""Routes that steer running requests: abort, release, reset of the prefix cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rollout_server.schemas.control import AbortReply, AbortRequest, ReleaseRepl
 
 
 class PrefixesController(Controller):
-    """The KV that is kept for later requests."""
+    """The prefix cache: KV that is kept for later requests."""
 
     path = "/reset_prefix_cache"
     guards = (may_administer,)
@@ -40,7 +40,7 @@ class PrefixesController(Controller):
 
 
 def check_reset(request: Request[Any, Any, Any]) -> None:
-    """What vLLM takes in this query."""
+    """Checks the query parameters that vLLM has here. Raises `UnsupportedField` for what rows could not survive."""
     flags = read_flags(request, ("reset_running_requests", "reset_external"))
     if flags.get("reset_running_requests"):
         raise UnsupportedField(

@@ -56,7 +56,7 @@ class ModelsController(Controller):
 
 
 class HealthController(Controller):
-    """For supervisors; open without a key."""
+    """Health and readiness, for supervisors; open without a key."""
 
     path = "/"
     tags = ("system",)
@@ -100,7 +100,7 @@ class HealthController(Controller):
 
 
 class MetricsController(Controller):
-    """For whoever watches over the server."""
+    """The metrics, in the format of Prometheus."""
 
     path = "/metrics"
     guards = (may_infer,)

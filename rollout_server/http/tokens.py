@@ -30,9 +30,9 @@ from rollout_server.schemas.tokens import (
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
 """The service's names of fields → these routes'."""
 MOST_CHARACTERS = 2_097_152
-"""Of a text, at least: whatever the context, a file may be counted."""
+"""A text may have at least so many characters: whatever the context, a file may be counted."""
 CHARACTERS_OF_A_TOKEN = 16
-"""More than in any language; so a text that fits the context can be counted."""
+"""More than a token has in any language, so that a text which fits the context can be counted."""
 
 
 class TokensController(Controller):
