@@ -104,7 +104,7 @@ class PauseDoorsController(Controller):
         before_request=no_query,
         guards=(may_infer,),
         summary="Whether new work waits",
-        responses={200: ResponseSpec(IsPausedReply, description="As vLLM says it."), **failures()},
+        responses={200: ResponseSpec(IsPausedReply, description="The answer in vLLM's form."), **failures()},
     )
     async def is_paused(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return json_response({"is_paused": service_of(request).engine.status.paused is not None})
