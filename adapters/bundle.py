@@ -64,7 +64,7 @@ class AdapterBundle:
     tensors: Mapping[str, AdapterTensor]
     digest: str
     measures: Mapping[str, DeltaMeasure]
-    """Of each module, and of each dense tensor that is added to the base's."""
+    """Measures of each module, and of each dense tensor that is added to the base's."""
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +201,7 @@ def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Which of two values is meant, nobody can say."""
+    """Refuses a field that is there twice: nobody can say which value is meant."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""Does this device compute adapters as it should? Asked of a model's own layers before a version is served on them.
+"""Checks that this device computes adapters as it should, on a model's own layers, before a version is served on them.
 
 The oracle is plain products of numpy in float64. A kernel that reads another row's or another expert's matrix is off by
 about the size of the values themselves, rounding by a thousandth of it: the bound lies between the two, for each dtype.
@@ -21,13 +21,13 @@ from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
 
 RANKS = (3, 8)
-"""Of the two versions that are tried: one narrower than the stack that holds it, and one as wide."""
+"""Ranks of the two versions that are tried: one is narrower than the stack that holds it, and one is as wide."""
 ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
 """Slots of the three rows: all different, which gathers, and all one, which does not."""
 LENGTHS = (1, 5, 130)
 """Tokens a row: a decode step, a short chunk and a longer one, since kernels are chosen by it."""
 TRIED = 4
-"""Experts that are tried, of however many there are."""
+"""How many experts are tried, of however many there are."""
 BOUND: dict[mx.Dtype, float] = {mx.float32: 5e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 """‖difference‖ ÷ ‖value‖ of one token's outputs. TF32, in which a GPU may multiply float32, rounds to 5e-4, float16 to
 5e-4 and bfloat16 to 4e-3, a few times in a row."""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHOWN_FAULTS = 2000
-"""Listed one by one."""
+"""The most faults that are listed one by one."""
 SHOWN_KINDS = 10
-"""Told in a message,"""
+"""The most kinds of fault that a message tells."""
 SHOWN_EXAMPLES = 3
-"""with so many names each."""
+"""The most names that it tells of each kind."""
 TOLD_WHOLE = 2
-"""Faults of a kind that are told by their own sentences."""
+"""Up to so many faults of a kind are told by their own sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class Fault:
     """`448 tensors have dtype F64; F32, F16, BF16 are served: NAME, NAME, NAME and 445 more. Cast them to float32.`"""
 
     sentence: str
-    """All of it, where it is the only one of its kind."""
+    """The whole sentence, where the fault is the only one of its kind."""
     kind: str = ""
-    """What those of a kind have in common, to be read after their number; empty for one that is like no other."""
+    """What faults of a kind have in common, to be read after their number; empty for a fault that is like no other."""
     example: str = ""
-    """One of them, as the list behind a colon has it."""
+    """The fault as one item of the list behind a colon."""
     remedy: str = ""
     """A sentence: what to do about all of them."""
 

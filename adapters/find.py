@@ -14,7 +14,7 @@ from adapters.layers import AdaptedEmbedding, AdaptedLinear
 from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, Parameter, TiedEmbeddingShape, TiedHeadShape
 
 PACKED = ("scales", "biases", "global_scale")
-"""What belongs to a quantised weight."""
+"""Names of the arrays that belong to a quantised weight."""
 ADAPTED = (AdaptedLinear, AdaptedEmbedding, AdaptedExperts)
 
 
@@ -124,7 +124,7 @@ def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    """Of the weight as it stands, unpacked: a quantised one is packed, its groups count the columns."""
+    """The shape of the weight as it would be unpacked: of a quantised one the groups count the columns."""
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         rows, groups = layer.scales.shape
         return rows, groups * layer.group_size

@@ -1,4 +1,4 @@
-"""Does an adapter fit a base? Strict both ways, and every fault at once.
+"""Checks that an adapter fits a base: strictly in both directions, and with every fault at once.
 
 A format reader makes a `Proposal` of a file: what the configuration promises, and the tensors under the base's own
 names. `faults` compares it with the base's layers.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 TRANSPOSED = ("it looks transposed", "they look transposed")
-"""Of one tensor, and of several."""
+"""The words for one tensor, and for several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Proposal:
     dense: Mapping[str, FileTensor] = field(default_factory=dict)
     """Parameter path → whole tensor."""
     promised: tuple[str, ...] = ()
-    """Parameter paths that the configuration says are among them,"""
+    """Parameter paths that the configuration says are among them."""
     promises: str = ""
-    """and how it says so."""
+    """How the configuration says that."""
 
 
 def faults(
@@ -173,7 +173,7 @@ def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_b
 
 
 def unserved(tensor: FileTensor) -> Fault:
-    """Of a dtype that no adapter is served in."""
+    """The fault of a tensor in a dtype that no adapter is served in."""
     what = f"dtype {tensor.dtype}; {', '.join(STORAGE)} are served"
     name = shown(tensor.name)
     remedy = "Cast them to float32."
@@ -196,7 +196,7 @@ def stranger(name: str, why: str) -> Fault:
 
 
 def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> tuple[str, str]:
-    """Of one tensor, and of several."""
+    """Why a shape is wrong, in the words for one tensor and for several."""
     if len(expected) == 1:
         return ("one number for each output",) * 2
     if len(expected) == 3:

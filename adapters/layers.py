@@ -11,13 +11,13 @@ from adapters.spec import experts_of
 RANK_BUCKET = 8
 """Ranks are padded with zeros to a multiple of this, so that few shapes exist and ranks can share a stack."""
 WIDTH_BUCKET = 8
-"""And so are the rows of B: CUDA's `gather_mm` (mlx 0.32.4) reads eight values of them at once wherever the rank is a
-multiple of eight, whether or not the rows begin at a multiple of so many bytes; where they do not, the access is
-misaligned, and every later call of the process fails with it."""
+"""The rows of B are padded to a multiple of this as well: CUDA's `gather_mm` (mlx 0.32.4) reads eight values of them at
+once wherever the rank is a multiple of eight, whether or not the rows begin at a multiple of so many bytes; where they
+do not, the access is misaligned, and every later call of the process fails with it."""
 
 
 MOST_CHOICES = 32_768
-"""Of experts by tokens in one gathered product: CUDA launches at most 65,535 at a time."""
+"""The most choices of experts by tokens in one gathered product: CUDA launches at most 65,535 at a time."""
 
 
 def round_rank(rank: int) -> int:

@@ -13,12 +13,12 @@ CANCELLED = 1e-3
 
 
 ROUNDING = 1e-5
-"""Of ‖W‖: magnitudes that a trainer computed in float32 differ by less from ours."""
+"""A share of ‖W‖: magnitudes that a trainer computed in float32 differ by less from ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaMeasure:
-    """Of one layer's delta, scale · B · A."""
+    """Measures of one layer's delta, scale · B · A."""
 
     norm: float
     """Frobenius."""
@@ -29,7 +29,7 @@ class DeltaMeasure:
 
 
 def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> DeltaMeasure:
-    """Of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
+    """Measures the delta of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
     largest_a, largest_b = float(np.abs(a).max()), float(np.abs(b).max()) * abs(scale)
     return DeltaMeasure(
         norm=delta_norm(a, b, scale),
@@ -39,7 +39,7 @@ def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> Del
 
 
 def measure_dense(delta: NDArray[np.float32]) -> DeltaMeasure:
-    """Of a whole tensor that is added to the base's."""
+    """Measures a whole tensor that is added to the base's."""
     largest = float(np.abs(delta).max(initial=0.0))
     norm = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
     return DeltaMeasure(norm=norm, largest=largest, zero=largest == 0)

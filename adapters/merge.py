@@ -32,7 +32,7 @@ def merged_weights(
     merged = spec.modules.keys() if prepared.mode == "merged" else frozenset()
 
     def source(path: str) -> mx.array:
-        """Before any low-rank part; a tensor in place of the base's as it is, else float32."""
+        """The weight before any low-rank part: a tensor in place of the base's as it is, else float32."""
         real = f"{tied}.weight" if tied and path == f"{TIED_HEAD}.weight" else path
         given = dense[path] if path in dense else dense.get(real)
         if given is None:
@@ -85,11 +85,11 @@ def base_weight(model: nn.Module, path: str, parameter: Parameter) -> mx.array:
 
 
 def _scales(scales: mx.array, biases: mx.array | None) -> mx.array:
-    """In the affine mode they decide the precision; in the others they are packed and have no biases."""
+    """The scales to unpack with. In the affine mode they decide the precision; in others they are packed."""
     return scales if biases is None else scales.astype(mx.float32)
 
 
 def device_array(values: NDArray[Any], dtype: str) -> mx.array:
-    """Of an array in this dtype, bfloat16 as its bits."""
+    """The device array of host values in this dtype; bfloat16 comes as its bits."""
     array = mx.array(values)
     return array.view(mx.bfloat16) if dtype == "bfloat16" else array

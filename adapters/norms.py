@@ -20,7 +20,7 @@ from adapters.math import gained_squares, squared_row_norms, unless_rounding
 from adapters.prepare import HostDelta
 
 BLOCK_VALUES = 1 << 24
-"""Of W, unpacked to float32 at a time: 64 MB."""
+"""Values of W that are unpacked to float32 at a time: 64 MB."""
 OWN_NORMS = 4
 """What the norms of W cost next to one product with an A of rank `THIN`: they read and square every value."""
 THIN = 16
@@ -34,7 +34,7 @@ QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 class RowNorms:
-    """Of one base, whose weights never change: ‖W‖² of each row [out], by the layer's path."""
+    """‖W‖² of each row [out] of one base, whose weights never change, by the layer's path."""
 
     def __init__(self) -> None:
         self.squared: dict[str, NDArray[np.float64]] = {}
@@ -46,7 +46,7 @@ class RowNorms:
 
 @dataclass(slots=True)
 class AdaptedNorms:
-    """Of one layer: dispatch every piece, then `gather`."""
+    """The norms of one layer: dispatch every piece, then `gather`."""
 
     known: RowNorms
     path: str
@@ -125,7 +125,7 @@ class AdaptedRows:
         return cls(base, inner, added, np.sqrt(np.maximum(squared, 0.0)), starts)
 
     def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
-        """Of all rows, as one array for each layer."""
+        """Values of all rows, as one array for each layer."""
         return np.split(values, self.starts[1:])
 
     def changes(self, gain: NDArray[np.float64]) -> list[float]:
@@ -164,7 +164,7 @@ class Rows:
         return np.concatenate([_row_sums(*pair) for pair in zip(parts, of_rows, strict=True)], dtype=np.float64)
 
     def joined(self, pieces: list[mx.array]) -> NDArray[np.float64]:
-        """Of all rows, from the blocks in their order."""
+        """Values of all rows, from the blocks in their order."""
         return np.concatenate([np.asarray(piece) for piece in pieces], dtype=np.float64)
 
     def rows(self, which: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -251,7 +251,8 @@ def _rows(layer: nn.Module, which: slice | mx.array) -> mx.array:
 
 
 def _scales(layer: nn.Module, which: slice | mx.array) -> tuple[mx.array, mx.array | None]:
-    """Of some rows. In the affine mode they decide the product's dtype; in the others they are packed and have none."""
+    """Scales and biases of some rows. In the affine mode they decide the product's dtype; in others there are no
+    biases."""
     scales, biases = layer["scales"][which], layer.get("biases")
     if biases is None:
         return scales, None

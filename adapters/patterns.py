@@ -19,9 +19,9 @@ MAX_LENGTH = 4096
 MAX_REPEAT = 64
 """Largest product of all counted repeats of one expression: `regex` unrolls them when it compiles."""
 SECONDS_EACH = 0.1
-"""Of processor time, for one match; an honest one on a module path takes microseconds."""
+"""Processor time for one match; an honest one on a module path takes microseconds."""
 SECONDS_TOGETHER = 1.0
-"""Of the calling thread's own: what the engine computes meanwhile is not the file's fault."""
+"""Processor time of the calling thread for all matches: what the engine computes meanwhile is not the file's fault."""
 COUNTED = re.compile(r"\{(\d{0,4})(?:,(\d{0,4}))?\}")
 
 WIDE = re.compile(r"-(?:[^\x00-\xff]|\\[uU])")
@@ -32,10 +32,10 @@ UNESCAPED = re.compile(r"\\(.)|\.")
 TAIL = re.compile(r"(?<![\w\\-])[\w-]+(?=\$?\Z)")
 """What a name must end with; of an expression without choices, groups and escapes."""
 ANY = "\n"
-"""In place of a dot that stands for any character; no layer's name has it."""
+"""Stands in place of a dot that means any character; no layer's name has it."""
 MAX_SHAPES = 256
-"""Of plain patterns, by length and place of the dots: each costs a look-up. Those of a model with a pattern for every
-layer have about ten."""
+"""The most shapes of plain patterns, by length and place of the dots: each costs a look-up. A model with a pattern for
+every layer has about ten."""
 
 T = TypeVar("T")
 
@@ -48,11 +48,12 @@ class Patterns:
         self._compiled: dict[str, regex.Pattern[str]] = {}
 
     def fullmatch(self, pattern: str, text: str) -> regex.Match[str] | None:
-        """As `re.fullmatch`. Raises `AdapterUnreadable` for an expression that is broken or takes too long."""
+        """Matches as `re.fullmatch` does. Raises `AdapterUnreadable` for an expression that is broken or takes too
+        long."""
         return self._run(pattern, text, whole=True)
 
     def match(self, pattern: str, text: str) -> regex.Match[str] | None:
-        """As `re.match`, with the same errors."""
+        """Matches as `re.match` does, with the same errors."""
         return self._run(pattern, text, whole=False)
 
     def _run(self, pattern: str, text: str, *, whole: bool) -> regex.Match[str] | None:

@@ -21,7 +21,7 @@ from adapters.tensors import FileTensor
 
 Parts = dict[tuple[str, str], FileTensor]
 PARAMETERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Of a block in transformers 5, in their order, with the stacks of mlx-lm that each of them holds."""
+"""The parameters of a block in transformers 5, in their order, with the stacks of mlx-lm that each of them holds."""
 
 
 @dataclass(slots=True)

@@ -36,9 +36,9 @@ class Block:
     name: str
     """transformers' path."""
     shapes: Mapping[str, ExpertsShape]
-    """By mlx-lm's name: `gate_proj`, `up_proj`, `down_proj`."""
+    """Shapes by mlx-lm's name: `gate_proj`, `up_proj`, `down_proj`."""
     interleaved: bool
-    """In `gate_up_proj`, gate and up take turns; else gate comes first."""
+    """True where gate and up take turns in `gate_up_proj`; else gate comes first."""
 
     @property
     def experts(self) -> int:
@@ -87,7 +87,7 @@ def _spelt(path: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 
 
 def _container(path: str) -> str:
-    """Of a stack the block, as transformers calls it; of another layer its own path."""
+    """For a stack the path of its block, as transformers calls it; for another layer its own path."""
     match = STACK.fullmatch(path)
     return f"{match[1]}.experts" if match else path
 

@@ -10,7 +10,7 @@ from adapters.peft_names import Names
 from adapters.spec import TIED_HEAD, AdapterUnsupported, ModuleSpec, place_of, shown
 
 WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?|(\.base_layer))?\.([^.]+)")
-"""Of a whole tensor: layer, whether it lies below a low-rank part, parameter."""
+"""The name of a whole tensor: layer, whether it lies below a low-rank part, parameter."""
 EMBEDDINGS = ("embedding", "tied_embedding")
 HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""

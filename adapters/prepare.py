@@ -26,7 +26,7 @@ LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bflo
 
 @dataclass(frozen=True, slots=True)
 class HostFactors:
-    """Of one layer, in the model's dtype; bfloat16 as its bits, uint16."""
+    """Factors of one layer, in the model's dtype; bfloat16 as its bits, uint16."""
 
     a: NDArray[Any]
     """[rank, in], or [experts, rank, in]."""
@@ -36,7 +36,7 @@ class HostFactors:
 
 @dataclass(frozen=True, slots=True)
 class HostDelta:
-    """Of one layer of a DoRA version: all of its gain that can be known without the base."""
+    """All of the gain of a DoRA version's layer that can be known without the base."""
 
     a: NDArray[np.float32]
     """[rank, in], without ranks that are zero."""
@@ -54,25 +54,26 @@ class PreparedBundle:
     bundle: AdapterBundle
     mode: Mode
     dtype: str
-    """Of the factors: `float32`, `float16` or `bfloat16`, as mlx calls it; float32 where they will be merged."""
+    """The dtype of the factors as mlx calls it: `float32`, `float16` or `bfloat16`; float32 where they will be
+    merged."""
     factors: Mapping[str, HostFactors]
-    """By the layer's path."""
+    """Factors by the layer's path."""
     dense: Mapping[str, NDArray[Any]]
-    """By parameter path: float32 where it is added to the base's, else in the parameter's dtype."""
+    """Whole tensors by parameter path: float32 where one is added to the base's, else in the parameter's dtype."""
     deltas: Mapping[str, HostDelta]
-    """By the layer's path; empty for LoRA, and where the factors will be merged."""
+    """Deltas by the layer's path; empty for LoRA, and where the factors will be merged."""
 
     @property
     def nbytes(self) -> int:
-        """That staging copies."""
+        """Bytes that staging copies."""
         return sum(factors.a.nbytes + factors.b.nbytes for factors in self.factors.values())
 
 
 def prepare(
     bundle: AdapterBundle, dtype: str, *, mode: Mode | None = None, parameters: Mapping[str, Parameter] = NO_PARAMETERS
 ) -> PreparedBundle:
-    """For one of the bundle's modes, the usual one by default. Raises `AdapterDoesNotFit` where a value leaves the
-    range of `dtype`, that of the model's activations, or of the parameter in whose place it is."""
+    """Prepares a bundle for one of its modes, the usual one by default. Raises `AdapterDoesNotFit` where a value leaves
+    the range of `dtype`, that of the model's activations, or of the parameter in whose place it is."""
     mode = mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:
         raise ValueError(f"A bundle of kind {bundle.spec.kind} is not served in mode {mode}.")

@@ -54,7 +54,7 @@ class Entry:
     live: bool
     pinned: bool
     in_use: int
-    """References of rows."""
+    """How many rows use it."""
 
     @property
     def content(self) -> Content:
@@ -162,7 +162,7 @@ class Registry:
 
     @property
     def nbytes(self) -> int:
-        """Of all versions, deleted ones that rows still use included."""
+        """Bytes of all versions, deleted ones that rows still use included."""
         lines = self._lines.values()
         return sum(v.facts.nbytes for line in lines for held in (line.kept, line.leaving) for v in held.values())
 
@@ -372,8 +372,8 @@ class Registry:
 
 
 def surplus(numbers: Sequence[int], keep: int, live: int | None, held: Collection[int]) -> list[int]:
-    """Of the versions of a name, oldest first, those that nothing keeps: the newest `keep` stay, the live one, and
-    whichever are `held`, pinned or in use."""
+    """The versions of a name that nothing keeps, oldest first. What stays are the newest `keep`, the live one, and
+    those that are `held`: pinned or in use."""
     return [number for number in numbers[:-keep] if number != live and number not in held]
 
 

@@ -20,7 +20,7 @@ TINY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """Of one layer's ΔW, or of a whole tensor's."""
+    """What is told of one layer's ΔW, or of a whole tensor's."""
 
     module: str
     delta_norm: float
@@ -41,7 +41,7 @@ class BundleReport:
     effective_rank: float | None
     """Mean over the modules that have one."""
     largest_modules: tuple[ModuleReport, ...]
-    """By delta norm, largest first; zero ones are never among them."""
+    """Modules by delta norm, largest first; those that are zero are never among them."""
     zero_modules: tuple[str, ...]
     nbytes: int
     ranks: Mapping[str, float]
@@ -49,7 +49,8 @@ class BundleReport:
 
 
 def report(bundle: AdapterBundle) -> BundleReport:
-    """By what the file says: for DoRA its low-rank part, of tensors in place of the base's nothing; see `completed`."""
+    """The report as far as the file tells: of DoRA the low-rank part, of tensors in place of the base's nothing. See
+    `completed`."""
     return _report(bundle, effective_ranks(bundle), _norms(bundle))
 
 
@@ -61,7 +62,7 @@ def completed(first: BundleReport, bundle: AdapterBundle, changes: Mapping[str, 
 
 
 def _norms(bundle: AdapterBundle) -> dict[str, float]:
-    """Of what the file adds; a norm that only underflowed is not the 0 of one that adds nothing."""
+    """Norms of what the file adds; one that only underflowed is not the 0 of a module that adds nothing."""
     return {path: 0.0 if known.zero else max(known.norm, TINY) for path, known in bundle.measures.items()}
 
 
@@ -82,8 +83,8 @@ def _report(bundle: AdapterBundle, ranks: Mapping[str, float], all_norms: Mappin
 
 
 def effective_ranks(bundle: AdapterBundle) -> dict[str, float]:
-    """Of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007); the mean over the experts
-    of a stack.
+    """The effective rank of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007); the
+    mean over the experts of a stack.
 
     The singular values of B · A are those of a rank × rank matrix, so products of one rank are done together."""
     by_rank: dict[int, list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]] = {}
@@ -115,8 +116,8 @@ def _factors(bundle: AdapterBundle, path: str) -> tuple[NDArray[np.float64], NDA
 
 
 def _squared_singular_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of B · A from A · Aᵀ and Bᵀ · B, both [modules, rank, rank] → [modules, rank]. With A · Aᵀ = S · Sᵀ they are the
-    eigenvalues of Sᵀ · (Bᵀ · B) · S."""
+    """Squared singular values of B · A from A · Aᵀ and Bᵀ · B, both [modules, rank, rank] → [modules, rank]. With A ·
+    Aᵀ = S · Sᵀ they are the eigenvalues of Sᵀ · (Bᵀ · B) · S."""
     values, vectors = np.linalg.eigh(a)
     root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
     return np.maximum(np.linalg.eigvalsh(root.swapaxes(1, 2) @ b @ root), 0.0)

@@ -24,9 +24,9 @@ from adapters.spec import Parameter, Place
 from adapters.staging import Staging
 
 BUILD_S = 0.02
-"""Of each turn, while rows decode, for the weights of a parameter set."""
+"""Seconds of each turn that may go to the weights of a parameter set while rows decode."""
 WRITE_S = 0.005
-"""Likewise, for writing a version into its slot."""
+"""Seconds of each turn that may go to writing a version into its slot while rows decode."""
 
 
 @dataclass(frozen=True, slots=True)

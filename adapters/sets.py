@@ -103,7 +103,7 @@ class ParameterSets:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the sets that are there, besides the base."""
+        """Numbers of the sets that are there, besides the base."""
         return tuple(self._sets)
 
     def size(self, number: int) -> int:

@@ -73,28 +73,30 @@ class AdapterDoesNotFit(AdapterError):
 
 
 class EmbeddingShape(NamedTuple):
-    """Of a table [width = vocabulary, out]."""
+    """The shape of a table [width = vocabulary, out]."""
 
     out: int
     width: int
 
 
 class TiedEmbeddingShape(NamedTuple):
-    """Of a table whose values are the head's weight as well."""
+    """The shape of a table whose values are the head's weight as well."""
 
     out: int
     width: int
 
 
 class TiedHeadShape(NamedTuple):
-    """Of a head that has no weight of its own. Its path is `TIED_HEAD`, though the model has no such layer."""
+    """The shape of a head that has no weight of its own. Its path is `TIED_HEAD`, though the model has no such
+    layer."""
 
     out: int
     width: int
 
 
 class ExpertsShape(tuple[int, int]):
-    """Of each of `experts` linear layers in one stack; A is [experts, rank, in] and B [experts, out, rank]."""
+    """The shape of each of `experts` linear layers in one stack; A is [experts, rank, in] and B [experts, out,
+    rank]."""
 
     experts: int
 
@@ -225,5 +227,5 @@ def _quoted(value: object) -> str:
 
 
 def _first(values: Iterable[Any]) -> Iterator[Any]:
-    """More would not be shown."""
+    """The first values of many; more would not be shown."""
     return islice(values, SHOWN_CHARACTERS)

@@ -78,7 +78,8 @@ class StateStore:
         self._state = directory / "state.json"
         self._clean = True
         self._doubtful: dict[str, list[NameRecord]] = {}
-        """By name, writes that failed so late, since the last that did not, that they may be on disk nevertheless."""
+        """By name, the writes that failed so late that they may be on disk nevertheless, since the last that did not
+        fail."""
         self._dropped: set[str] = set()
         """Digests that some name no longer has; their files may still be there."""
         try:

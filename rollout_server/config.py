@@ -85,7 +85,7 @@ def check_key(value: SecretStr | None) -> SecretStr | None:
 
 
 def parse_kv_bits(value: Any) -> Any:
-    """Texts come from the command line and the environment."""
+    """A text of digits as a number: the command line and the environment give texts."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
@@ -146,7 +146,7 @@ class ServerConfig(BaseSettings):
     """Bytes of any other request body."""
     log_format: Literal["text", "json"] = "text"
     shutdown_s: float = Field(default=10.0, gt=0)
-    """How long replies that are still being sent may take after the engine has stopped."""
+    """Seconds that replies which are still being sent may take after the engine has stopped."""
 
     @field_validator("adapter_dir")
     @classmethod
@@ -187,12 +187,12 @@ class ClientSettings(BaseSettings):
 
     @property
     def url(self) -> str:
-        """Of a server that listens on every address, the loopback one."""
+        """The server's URL; for one that listens on every address, that of loopback."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host.strip("[]"), self.host.strip("[]"))
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def key(self) -> str | None:
-        """The more powerful of the two."""
+        """The more powerful of the two keys."""
         secret = self.admin_key or self.api_key
         return secret.get_secret_value() if secret else None

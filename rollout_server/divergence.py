@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Of N tokens with d = trainer − server and w = exp d. A value too large for a float is infinite."""
+    """The divergence of N tokens, with d = trainer − server and w = exp d. A value too large for a float is
+    infinite."""
 
     tokens: int
     kl: float
@@ -22,7 +23,7 @@ class Divergence:
 
     @classmethod
     def of(cls, trainer: Sequence[float], server: Sequence[float]) -> Divergence:
-        """float64 throughout; at least one token."""
+        """Computes it in float64 throughout, from at least one token."""
         differences = [ours - theirs for ours, theirs in zip(trainer, server, strict=True)]
         ratios = [_exp(d) for d in differences]
         count, largest = len(differences), max(differences)

@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""The usual between the parts of JSON. Bounded, because models have been seen to write newlines for ever."""
+"""The usual white space between the parts of JSON. It is bounded, since models have been seen to write newlines for
+ever."""
 
 
 class GrammarKind(StrEnum):
@@ -18,7 +19,7 @@ class GrammarKind(StrEnum):
     """A JSON schema, as JSON."""
     REGEX = "regex"
     CHOICE = "choice"
-    """A JSON list of texts, one of which it is."""
+    """A JSON list of texts; the row writes one of them."""
     GRAMMAR = "grammar"
     """GBNF, or Lark as llguidance reads it."""
 
@@ -28,7 +29,7 @@ class Grammar:
     kind: GrammarKind
     text: str
     whitespace: str | None = None
-    """Of JSON: a regex for what may stand between its parts; empty for nothing, None for the usual."""
+    """For JSON, a regex of what may stand between its parts; empty for nothing, None for the usual."""
     after: tuple[int, ...] = ()
     """Token ids of the mark, the end of reasoning, behind which it begins; what stands before is free."""
 

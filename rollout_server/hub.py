@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 FETCHED = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 LEFT_OUT = ("*/*.safetensors", "*/*.model")
-"""The same weights again, for other programs."""
+"""Files that hold the same weights again, for other programs."""
 LINE_S = 5.0
 """Seconds between two lines about a download, where there is no terminal for a bar."""
 REASON = 300
-"""Characters shown of somebody else's error."""
+"""The most characters that are shown of somebody else's error."""
 
 
 def fetch(model: str, revision: str | None = None) -> Path:

@@ -20,11 +20,11 @@ from typing import Any
 
 WANTED = 65_536
 STEPS = (WANTED, 16_384, 10_240, 4_096, 2_048, 1_024)
-"""Tried in turn: macOS names no hard limit, and refuses more than it has."""
+"""Limits that are tried in turn: macOS names no hard limit, and refuses more than it has."""
 PLENTY = 4_096
-"""From here on nobody needs to be told."""
+"""With so many files nobody needs to be told."""
 RESERVE = 64
-"""Kept from connections, or an eighth of what there is."""
+"""Files that connections may not take, or an eighth of what there is."""
 OWN = 10
 SETS_THE_LIMIT = "mlx_lm.utils"
 
@@ -43,7 +43,7 @@ class OpenFiles:
 
     @property
     def few(self) -> bool:
-        """Whether it is worth a word."""
+        """Whether there are so few that the log should say so."""
         return self.soft is not None and self.soft < PLENTY
 
     @property

@@ -1,13 +1,13 @@
-"""What a stranger sent, as an error or the log repeats it: short, printable, on one line."""
+"""Formats untrusted input for error messages and logs: printable, short, on one line."""
 
 from __future__ import annotations
 
 SHOWN = 64
-"""Characters repeated of any one value."""
+"""The most characters that are shown of any one value."""
 
 
 def shortened(text: str, limit: int = SHOWN) -> str:
-    """At most `limit` characters of `text`, what cannot be printed escaped."""
+    """At most `limit` characters of `text`; characters that cannot be printed are escaped."""
     head = text[:limit]
     plain = head if head.isprintable() else ascii(head)[1:-1]
     if len(text) <= limit and len(plain) <= limit:

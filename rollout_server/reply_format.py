@@ -23,7 +23,7 @@ class ReplyFormat:
     think_end_ids: tuple[int, ...] = ()
     tool_start: str | None = None
     tool_end: str | None = None
-    """Empty where a tool call goes on to the end of the reply."""
+    """The mark that ends a tool call; empty where a call goes on to the end of the reply."""
     tool_style: str | None = None
     """mlx-lm's name for how calls are written."""
     parse_tool_call: ParseToolCall | None = None

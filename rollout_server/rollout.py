@@ -76,9 +76,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
-    """Taken from the logit of every token that was sampled; a continued row's own tokens count."""
+    """Subtracted from the logit of every token that was sampled; a continued row's own tokens count."""
     frequency_penalty: float = 0.0
-    """The same, times how often it was sampled."""
+    """Subtracted from the logit of a token once for each time it was sampled."""
     repetition_penalty: float = 1.0
     """Positive logits of tokens in the prompt or sampled are divided by it, others multiplied."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -206,14 +206,14 @@ class Prefix:
     sampling_logprobs: tuple[float, ...]
     loss_mask: tuple[int, ...]
     spans: tuple[GivenSpan, ...]
-    """Tile the tokens."""
+    """Spans, which tile the tokens."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def missing(self) -> tuple[float, ...]:
-        """NaN for each token: what arrays hold here that a prefix cannot bring."""
+        """NaN for each token, for arrays that a prefix cannot bring."""
         return (math.nan,) * len(self)
 
 
@@ -225,7 +225,7 @@ class RolloutRequest:
     """One group: n samples of one prompt under one policy. Token ids only; text is tokenised at the HTTP edge."""
 
     id: str
-    """Shared by all groups of one HTTP request; what `abort` names."""
+    """The request's id, shared by all of its groups; `abort` names it."""
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     policy: PolicyAddress
@@ -241,7 +241,7 @@ class RolloutRequest:
     """Rows more versions behind the alias than this end as `superseded`."""
     wants: Wants = field(default_factory=Wants)
     prefix: Prefix = NO_PREFIX
-    """What every sample begins with."""
+    """The prefix that every sample begins with."""
     return_when: int | None = None
     """The group is returned when so many samples have stopped or reached their length; the others are aborted."""
     continues: bool = True
@@ -251,7 +251,7 @@ class RolloutRequest:
 
     @property
     def given_ids(self) -> tuple[int, ...]:
-        """All that the model reads before it samples."""
+        """All ids that the model reads before it samples."""
         return self.prompt_ids + self.prefix.token_ids
 
     def __post_init__(self) -> None:
@@ -368,7 +368,7 @@ class Rollout:
     sampling: SamplingParams
     timings: Timings
     entropy: tuple[float, ...] | None = None
-    """Of the unmodified distribution, in nats."""
+    """Entropy of the unmodified distribution, in nats."""
     top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
     """Per token the k most probable (id, log-probability) of the unmodified distribution, best first; None in a
     prefix."""
@@ -377,7 +377,7 @@ class Rollout:
     """`logprobs` of the same tokens under the base; None also where the request ended before they were computed."""
     error: RowError | None = None
     cached_tokens: int = 0
-    """Of the prompt, those that were not read again: their KV was there from an earlier request."""
+    """How many of the prompt's tokens were not read again, since the prefix cache had their KV."""
     prefix: Prefix = NO_PREFIX
     """What `token_ids` begin with; `spans` tile the tokens behind it."""
 

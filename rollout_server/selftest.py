@@ -1,4 +1,5 @@
-"""Does mlx compute a batch correctly on this device? Each check is (holds, figure); exact where rows must be equal."""
+"""Checks that mlx computes a batch correctly on this device. Each check is (holds, figure); exact where rows must be
+equal."""
 
 from __future__ import annotations
 

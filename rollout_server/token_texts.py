@@ -20,7 +20,7 @@ LOOK_NO_FURTHER = frozenset(
 )
 """Decoders to which a token's neighbours say nothing, but for the start of a text. Others see the token before."""
 MOST_PAIRS = 65_536
-"""Kept of decoders that look at the token before."""
+"""How many texts are remembered of decoders that look at the token before."""
 
 
 def byte_level_alphabet() -> dict[str, int]:

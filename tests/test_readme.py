@@ -1,4 +1,4 @@
-"""The README's trainer loop runs as written, and every test it names exists."""
+"""The README and the guides say what is so: their code runs as written, what they name and link to exists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from rollout_server.cli import COMMANDS, app
@@ -16,7 +17,13 @@ from tests.bounds import EMBEDDED
 from tests.live_server import live_server
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+}
+README = PAGES["README.md"]
+GUIDE = PAGES["docs/guide.md"]
+GUARANTEES = PAGES["docs/guarantees.md"]
 
 
 def code_block() -> str:
@@ -51,8 +58,8 @@ def test_the_example_of_replay_and_probe_runs_as_written() -> None:
 
 
 def commands() -> list[str]:
-    """The lines of the block that begins with starting a server."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    """The lines of the guide's block that begins with starting a server."""
+    blocks = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)
     (block,) = (block for block in blocks if block.startswith("rollout-server serve"))
     return str(block).splitlines()
 
@@ -91,22 +98,43 @@ def test_the_commands_run_as_written(tmp_path: Path) -> None:
             assert status == 0 and said.strip() and '"error"' not in said, (line, said)
 
 
-def test_every_command_is_in_the_readme() -> None:
+def test_every_command_is_in_the_guide() -> None:
     for command in COMMANDS:
         name = command.__name__
-        assert f"rollout-server {name}" in README or f"make {name} " in README, name
+        assert f"rollout-server {name}" in GUIDE or f"make {name} " in README, name
 
 
-def test_every_guarantee_names_a_test_that_exists() -> None:
-    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
-    functions = set(re.findall(r"`(test_\w+)`", README))
-    assert len(functions) >= 7
-    for name in functions:
-        assert any(f"def {name}(" in text for text in sources.values()), name
-    for path in re.findall(r"`(tests/[\w/]+\.py)`", README):
-        assert (ROOT / path).is_file(), path
-    for path in re.findall(r"\]\(((?!http)[\w/.]+)\)", README):
-        assert (ROOT / path).exists(), path
+def test_every_guarantee_names_a_test() -> None:
+    rows = [line for line in GUARANTEES.splitlines() if line.startswith("| ") and line != "| guarantee | held by |"]
+    assert len(rows) >= 40
+    for row in rows:
+        says, held_by = row.strip("| ").split(" | ")
+        assert says.endswith("."), f"a guarantee is a sentence: {says}"
+        assert re.search(r"`(tests/|test_|make test-)", held_by), row
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page: str) -> None:
+    """Tests by their function or path, files of ours, and what is linked to, with its heading."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    for name in set(re.findall(r"`(test_\w+)`", PAGES[page])):
+        assert any(f"def {name}(" in text for text in sources), name
+    paths = re.findall(
+        r"`(tests/[\w/]+)`|`((?:rollout_server|adapters|trainer_client|tests|docs)/[\w/]+\.\w+)`", PAGES[page]
+    )
+    for path in (folder or file for folder, file in paths):
+        assert (ROOT / path).exists() or page == "CHANGELOG.md", path
+    for link in re.findall(r"\]\(((?!http)[^)\s]+)\)", PAGES[page]):
+        path, _, heading = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_loop_stays_a_page() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def is_array(value: object) -> bool:
-    """Of numpy (its scalars too), torch, MLX, JAX, or anything else that numpy can read."""
+    """Whether it is an array of numpy (or its scalar), torch, MLX, JAX, or anything else that numpy can read."""
     return hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _is_mlx(value)
 
 
@@ -45,7 +45,7 @@ def dtype_name(value: Any) -> str:
 
 
 def bfloat16_bits(value: Any) -> NDArray[np.uint16]:
-    """Of an array on the host, without a copy."""
+    """The bits of an array on the host, without a copy."""
     if isinstance(value, np.ndarray):
         return value.view(np.uint16)
     if _is_mlx(value):

@@ -42,9 +42,9 @@ class RolloutBatch:
     loss_mask: NDArray[np.uint8]
     """1 = sampled by a policy, 0 = given in a prefix."""
     logprobs: NDArray[np.float32]
-    """Of the unmodified distribution (temperature 1, no filter). NaN = none, here and below."""
+    """Log-probabilities under the unmodified distribution (temperature 1, no filter). NaN = none, here and below."""
     sampling_logprobs: NDArray[np.float32] | None = None
-    """Of the distribution actually sampled from. None = not asked for, here and below."""
+    """Log-probabilities under the distribution sampled from. None = not asked for, here and below."""
     log_kept_mass: NDArray[np.float32] | None = None
     entropy: NDArray[np.float32] | None = None
     base_logprobs: NDArray[np.float32] | None = None
@@ -125,7 +125,7 @@ class RolloutBatch:
 
     @property
     def texts(self) -> tuple[str | None, ...]:
-        """None for every row unless `text` was asked for."""
+        """The text of each row; None for every row unless `text` was asked for."""
         return tuple(row.text for row in self.rollouts)
 
     @property

@@ -183,7 +183,7 @@ class BinaryRows(Sequence[Rollout]):
 
     @property
     def digests(self) -> set[str | None]:
-        """Of the versions of all spans; None among them for tokens that came without one."""
+        """Digests of the versions of all spans; None among them for tokens that came without one."""
         found = {self._digest(number) for number in np.unique(self._span_versions).tolist()}
         written = (span.get("digest") for row in self._written.values() for span in row.get("versions", ()))
         return found | set(written)

@@ -25,7 +25,7 @@ class Call(Generic[T]):
     idempotent: bool = False
     """Sending it twice is as good as once, so a lost connection is a reason to try again."""
     accepts: tuple[int, ...] = ()
-    """Error statuses that are an answer."""
+    """Error statuses that count as an answer."""
     timeout_s: float | None = None
     """Seconds to wait for the reply, instead of the client's own."""
 

@@ -46,14 +46,14 @@ Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mappin
 """Text, token ids, chat messages, a prompt object of the contract with its own `id`, `n`, `seed`, `prefix`, …, or a
 row to go on with."""
 Match = int | str | PublishedVersion | PolicyRef
-"""Where the alias must be: a version number, a digest, or an object that has one."""
+"""The version that the alias must be at: its number, its digest, or an object that has one."""
 Addressed = str | PublishedVersion | PolicyRef
 """A policy by address (`NAME`, `NAME@7`, `NAME@sha256:…`, `base`), or exactly the version a push returned."""
 
 PROBE_S = 5.0
-"""How long to wait for the answer of a health check."""
+"""Seconds to wait for the answer of a health check."""
 SPARE_S = 60.0
-"""How much longer than the server's own deadline to wait for its reply."""
+"""Seconds to wait for a reply beyond the server's own deadline."""
 
 
 class RolloutOptions(TypedDict, total=False):
@@ -70,13 +70,13 @@ class RolloutOptions(TypedDict, total=False):
     top_logprobs: int
     on_update: Literal["finish", "switch", "abort"]
     min_version: int
-    """Fail with `StalePolicy` unless the name is at least there,"""
+    """The request fails with `StalePolicy` unless the name is at this version or a later one."""
     wait_s: float
-    """or wait so many seconds for it."""
+    """The request waits so many seconds for `min_version` before it fails."""
     max_staleness: int
-    """End rows that fall further behind the name as `superseded`."""
+    """Rows that fall further behind the name than this end as `superseded`."""
     timeout_s: float
-    """End what is not done after so many seconds as `aborted`."""
+    """What is not done after so many seconds ends as `aborted`."""
     return_when: Mapping[str, int]
     """`{"finished": k}`: a prompt is returned when k of its samples have finished, the others as `aborted`."""
     id: str
@@ -205,8 +205,9 @@ def rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[Rollout
 
 
 def stream_rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[RolloutOptions]) -> StreamCall[Rollout]:
-    """As `rollouts`, but yields each row when it finishes, in that order; `RolloutBatch.of` joins them. Leaving the
-    loop early ends the rows still running. Raises where the stream breaks off, so its end means that all came."""
+    """Does what `rollouts` does, but yields each row when it finishes, in that order; `RolloutBatch.of` joins them.
+    Leaving the loop early ends the rows still running. Raises where the stream breaks off, so its end means that all
+    came."""
     call = _post("/v1/rollouts", _rollouts_body(prompts, options, stream=True), lambda reply: None)
     return StreamCall(
         method=call.method,

@@ -30,14 +30,14 @@ class Replayed:
     first_difference: int | None
     """Index in `token_ids` of the first that did not."""
     margin: float | None
-    """How little would have had to be otherwise for it to come: of its uniforms, or of its logit where the row is
-    greedy or the filters removed it. None also where it could not come at all."""
+    """How far its uniforms would have had to move for it to come, or its logit where the row is greedy or the filters
+    removed it. None also where it could not come at all."""
     max_abs_logprob_difference: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Of tokens with d = trainer − server and w = exp d; None where a value is too large for a number."""
+    """The divergence of some tokens, with d = trainer − server and w = exp d; None where a value is too large."""
 
     tokens: int
     kl: float | None

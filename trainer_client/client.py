@@ -159,7 +159,7 @@ class RolloutClient:
 
     @property
     def url(self) -> str:
-        """Of the server, without a slash at the end."""
+        """The server's URL, without a slash at the end."""
         return self._connection.url
 
     push = _blocking(calls.push)
@@ -268,7 +268,7 @@ class AsyncRolloutClient:
 
     @property
     def url(self) -> str:
-        """Of the server, without a slash at the end."""
+        """The server's URL, without a slash at the end."""
         return self._connection.url
 
     push = _awaited(calls.push)

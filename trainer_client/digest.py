@@ -32,7 +32,7 @@ _PEFT_EMBEDDING = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_embedding_([AB
 _PEFT_MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _MLX_NAME = re.compile(r"(.+)\.lora_([ab])")
 _MLX_EMBEDDING = re.compile(r"(.+\.)?(wte|[^.]*emb[^.]*)\.lora_[ab]")
-"""Only the server knows whether the head shares its weight, and is then adapted with it."""
+"""Names of embeddings. Only the server knows whether the head shares the weight, and is then adapted with it."""
 _MLX_MAGNITUDE = re.compile(r"(.+)\.m")
 _PEFT_DENSE = re.compile(
     r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.([^.]+)"

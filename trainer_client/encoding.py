@@ -17,7 +17,7 @@ from trainer_client.body import Body
 from trainer_client.names import shown
 
 WITHIN = "sampling."
-"""Where the options are that a caller gives beside the others."""
+"""The object of the request that holds the sampling options, which a caller gives beside the others."""
 
 
 def json_body(value: Mapping[str, Any]) -> Body:

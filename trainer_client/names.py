@@ -12,7 +12,7 @@ from trainer_client.errors import InvalidName
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RULE = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
 SHOWN = 64
-"""Characters of a wrong name that the sentence repeats."""
+"""The most characters of a wrong name that the sentence repeats."""
 
 
 def checked(name: object) -> str:

@@ -207,7 +207,7 @@ def parse_models(reply: Reply) -> tuple[ServedModel, ...]:
 
 
 def _alias(entry: Mapping[str, Any]) -> PolicyRef | None:
-    """Where a name points; None before its first activation."""
+    """The version that a name points to; None before its first activation."""
     if entry.get("version") is None:
         return None
     return PolicyRef(need(entry, "name", str), need(entry, "version", int), need(entry, "digest", str))

@@ -13,9 +13,9 @@ PLAIN = re.compile(r"(\^?)((?:[^\\^$|?*+()\[\]{}\n]|\\[^0-9A-Za-z\s])*)\$?")
 """A name, with or without anchors and escapes: no operator but the dot."""
 UNESCAPED = re.compile(r"\\(.)|\.")
 ANY = "\n"
-"""In place of a dot that stands for any character; no layer's name has it."""
+"""Stands in place of a dot that means any character; no layer's name has it."""
 MAX_SHAPES = 256
-"""Of plain patterns, by length and place of the dots: each costs a look-up."""
+"""The most shapes of plain patterns, by length and place of the dots: each costs a look-up."""
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ Mode = Literal["wait", "keep", "abort"]
 class PauseState:
     paused: bool
     mode: str | None
-    """None where nothing is paused."""
+    """The mode of the pause; None where nothing is paused."""
     waiting: int
     """Requests in the queue."""
     running: int
@@ -38,7 +38,7 @@ def pause(mode: Mode = "wait") -> Call[PauseState]:
 
 
 def resume() -> Call[PauseState]:
-    """Goes on; does nothing if nothing is paused."""
+    """Lets new work begin again; does nothing if nothing is paused."""
     return Call(method="POST", path="/v1/resume", parse=_parse, idempotent=True)
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 SHOWN = 200
-"""Bytes of a bad reply that an error message quotes."""
+"""The most bytes of a bad reply that an error message quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Reply:
     headers: Mapping[str, str]
     body: bytes | bytearray = b""
     opened: Any = None
-    """Of a streamed call: the transport's open response, whose body is still to come."""
+    """For a streamed call, the transport's open response, whose body is still to come."""
 
     @property
     def media_type(self) -> str:

@@ -17,7 +17,7 @@ from trainer_client.replies import Reply, parse_error
 T = TypeVar("T")
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 1.0
-"""Between two questions whether the server is ready; loading a large model takes minutes."""
+"""Seconds between two questions whether the server is ready; loading a large model takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)

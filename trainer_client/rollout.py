@@ -72,23 +72,23 @@ class Rollout:
     loss_mask: NDArray[np.uint8]
     """1 = sampled by a policy, 0 = given in a prefix."""
     logprobs: NDArray[np.float32]
-    """Of the unmodified distribution: temperature 1, no filter."""
+    """Log-probabilities under the unmodified distribution: temperature 1, no filter."""
     sampling_logprobs: NDArray[np.float32] | None
-    """Of the distribution actually sampled from; 0.0 for greedy rows."""
+    """Log-probabilities under the distribution sampled from; 0.0 for greedy rows."""
     log_kept_mass: NDArray[np.float32] | None
     """Log-mass the filters left; NaN for greedy rows."""
     entropy: NDArray[np.float32] | None
-    """Of the unmodified distribution, nats."""
+    """Entropy of the unmodified distribution, in nats."""
     base_logprobs: NDArray[np.float32] | None
     """`logprobs` of the same tokens under the base."""
     top_ids: NDArray[np.int32] | None
-    """[n, k]: per token the k most probable ids of the unmodified distribution, best first,"""
+    """[n, k]: per token the k most probable ids of the unmodified distribution, best first."""
     top_logprobs: NDArray[np.float32] | None
-    """[n, k]: and their log-probabilities."""
+    """[n, k]: the log-probabilities of those ids."""
     prompt_logprobs: NDArray[np.float32] | None
-    """Of the prompt's tokens; NaN for the first."""
+    """Log-probabilities of the prompt's tokens; NaN for the first."""
     spans: tuple[Span, ...]
-    """Tile the tokens."""
+    """Spans, which tile the tokens."""
     finish_reason: str
     """`stop`, `length`, `superseded`, `aborted` or `error`."""
     stop_reason: str | int | None
@@ -96,7 +96,7 @@ class Rollout:
     seed: int
     """Reproduces the row when sent with n = 1 to the same version."""
     text: str | None
-    """None unless asked for."""
+    """The text; None unless asked for."""
     prompt_id: str | None
     """The prompt's own `id`, if it was given one."""
     id: str | None

@@ -1,4 +1,5 @@
-"""Were these tokens sampled by the version the trainer thinks? A sync that silently does nothing is found here."""
+"""Checks that tokens were sampled by the version that the trainer thinks. A sync that silently does nothing is found
+here."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from trainer_client.container import DTYPES, HostTensor, body_of, read_container
 from trainer_client.names import shown
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapters.safetensors")
-"""As PEFT and mlx-lm name them."""
+"""The names that PEFT and mlx-lm give the file of weights."""
 CONFIG_FILE = "adapter_config.json"
 
 
@@ -93,7 +93,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, HostTensor], dict[str, Any]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What the file holds. Raises `OSError` or `ValueError`."""
+    """The tensors of a file. Raises `OSError` or `ValueError`."""
     try:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -104,7 +104,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As adapter_config.json would hold it. Raises `TypeError` for what JSON cannot express."""
+    """The config as adapter_config.json would hold it. Raises `TypeError` for what JSON cannot express."""
     plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain))
     return plain
 

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 OWN = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 IN_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{OWN}|module)\.")
-"""No model of mlx-lm has a part that is called `module`."""
+"""Wrappers in names of tensors. No model of mlx-lm has a part that is called `module`."""
 IN_PATTERNS = re.compile(rf"(?:{OWN})\\?\.")
-"""With its dot, escaped or not."""
+"""Wrappers in patterns, with their dots escaped or not."""
 FIELDS = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
-"""Of PEFT's configuration: those that name layers."""
+"""The fields of PEFT's configuration that name layers."""
 
 T = TypeVar("T")
 

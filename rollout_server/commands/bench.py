@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OWN = ("model", "revision", "served_model_name", "adapters", "host", "port", "api_key", "admin_key", "state_dir")
 """Variables of the user's own server that are not those of one that is started to be measured."""
 LOAD_S = 1800.0
-"""Longest wait for a model to be read."""
+"""Seconds to wait for a model to be read."""
 Clients = Annotated[str, typer.Option(help="Numbers of clients, one after another.", metavar="N[,N…]")]
 
 

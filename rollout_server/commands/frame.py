@@ -1,4 +1,4 @@
-"""What the commands have around them: options, errors as one sentence, configuration, a client, JSON."""
+"""What commands share: options, errors as one sentence, configuration, a client, JSON."""
 
 from __future__ import annotations
 

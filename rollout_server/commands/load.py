@@ -31,7 +31,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """So many clients, each with one request open at a time. Seconds, medians and 95th percentiles."""
+    """Figures of so many clients, each with one request open at a time: medians and 95th percentiles in seconds."""
 
     clients: int
     tokens_per_s: float
@@ -41,7 +41,7 @@ class Level:
     latency_p50_s: float
     latency_p95_s: float
     rollouts_tokens_per_s: float
-    """Of the same number of rows in one request of `/v1/rollouts` at a time."""
+    """Tokens a second of the same number of rows in one request of `/v1/rollouts` at a time."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

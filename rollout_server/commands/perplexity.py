@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WINDOW = 2048
 TOKENS_AT_ONCE = 16_384
-"""Of one request: enough windows to fill the server's batch, few enough to see how it goes."""
+"""Windows of one request: enough to fill the server's batch, few enough to see how it goes."""
 
 
 def perplexity(
@@ -120,7 +120,7 @@ class Measured:
 
 
 def tokenize(client: RolloutClient, text: str) -> list[int]:
-    """As the server reads a prompt, with the special tokens that its tokenizer adds."""
+    """Token ids as the server reads a prompt, with the special tokens that its tokenizer adds."""
     from trainer_client.body import Body
     from trainer_client.call import Call
     from trainer_client.replies import Reply, need, parse_json

@@ -1,4 +1,4 @@
-"""How far a command has come."""
+"""Shows how far a command has come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 class Progress:
-    """On a terminal a bar, elsewhere a line for each step when it is done; both on standard error."""
+    """Shows a bar on a terminal, and elsewhere a line for each step when it is done; both on standard error."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console

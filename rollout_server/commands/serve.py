@@ -21,17 +21,17 @@ def serve(
     host: Annotated[str | None, option("Address to listen on; loopback unless keys are set.", "127.0.0.1")] = None,
     port: Annotated[int | None, option("Port to listen on; 0 takes a free one.", "8000")] = None,
     max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
-    kv_memory: Annotated[str | None, option("For keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
+    kv_memory: Annotated[str | None, option("Memory for keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
     kv_bits: Annotated[int | None, option("8 keeps keys and values in 8 bits, which log-probabilities show.")] = None,
     prefix_cache: Annotated[
         str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
     ] = None,
-    weights_memory: Annotated[str | None, option("For adapter versions.", metavar="SIZE")] = None,
+    weights_memory: Annotated[str | None, option("Device memory for versions.", metavar="SIZE")] = None,
     max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
-    max_rows_per_request: Annotated[int | None, option("More in one request are answered 400.", "65536")] = None,
+    max_rows_per_request: Annotated[int | None, option("Rows of one request; more are answered 400.", "65536")] = None,
     keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
     state_dir: Annotated[
-        str | None, option("Where versions outlive a restart; one server each.", metavar="DIR")
+        str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
     ] = None,
     adapter_dir: Annotated[
         str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")
@@ -40,7 +40,9 @@ def serve(
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[list[str] | None, option("Answer to it without keys; repeatable.", metavar="NAME")] = None,
+    allow_host: Annotated[
+        list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Serve one base model: rollouts, completions, log-probabilities, weights.
 

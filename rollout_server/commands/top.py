@@ -62,7 +62,7 @@ class State:
     seconds: float
 
     def rate(self, name: str) -> float:
-        """Of a counter, a second. A server that was started again counts from nothing."""
+        """Increase of a counter a second. A server that was started again counts from nothing."""
         change = self.now.get((name, ""), 0.0) - self.before.get((name, ""), 0.0)
         return max(0.0, change) / self.seconds
 
@@ -72,7 +72,7 @@ class State:
 
     @property
     def hit_share(self) -> float | None:
-        """Of the prompts since the start, how many had KV kept for them."""
+        """The share of the prompts since the start of which the prefix cache held something."""
         hits, misses = (self.now.get((f"rollout_prefix_{what}_total", ""), 0.0) for what in ("hits", "misses"))
         return hits / (hits + misses) if hits + misses else None
 

@@ -32,9 +32,8 @@ MOST_KEPT = 16
 
 class Batch:
     """`decoder` steps the rows that sit in `store`; `forward` reads prompts. `route(slots)` tells the adapter layers
-    which slot each row of the next forward uses, `reroute` aims it at any placement. `keeper` knows what was read
-    before. Where samples that wait cannot have their prompt from those that run, it is kept for them if it fits into
-    `ledger`."""
+    which slot each row of the next forward uses, `reroute` aims it at any placement. `keeper` is the prefix cache.
+    Where waiting samples cannot copy their prompt from running ones, it is kept for them if `ledger` has room."""
 
     def __init__(
         self,

@@ -20,13 +20,14 @@ Kind = Literal["prefill", "scoring"]
 FIRST, DECENT, LEAST = 32, 24, 8
 """Tokens: where the search begins, what is worth a pass over the weights, and what a turn that reads reads at least."""
 EVERY_TURN, SELDOM = 0.9, 1.25
-"""Undisturbed turns that reading should add to a turn: where it does so in every one, and where others are left out,"""
+"""Target cost of prefill or scoring, in turns that only decode: where it runs in every turn, and where turns are
+skipped to pay for it."""
 MOST_OWED = 4
-"""as many as it has added, but for a stall, which says nothing of the next reading."""
+"""The most turns that are skipped for one reading. A stall adds many, and says nothing of the next reading."""
 LOOK_EVERY, FIRST_LOOK = 8, 2
-"""Turns that read between two that do not, which show what is undisturbed; and before the first of those."""
+"""How many turns read between two that only decode, which show what a turn costs undisturbed; and before the first."""
 UNDISTURBED = 5
-"""Of them the median counts."""
+"""How many undisturbed turns are remembered; their median counts."""
 
 
 class TurnBudget:

@@ -181,7 +181,7 @@ class Engine:
             self._references.score_rows(group)
 
     def _share_out(self) -> None:
-        """What is kept for later requests comes before the arrays that rows have left, and after the rows."""
+        """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
         held = self._batches.held_cells
         if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._reuse.cells, rows=held):
             self._batches.drop_idle()

@@ -216,8 +216,8 @@ def _slack(ordered: np.ndarray, sampling: SamplingParams) -> np.ndarray:
 
 
 def _distance(weights: np.ndarray, uniform: np.ndarray, token: int) -> float:
-    """How far the uniforms would have to move, at most, to fall where the token of weights [V] lies; infinite where it
-    has none."""
+    """How far the uniforms would have to move for the draw to give this token of weights [V]: the largest distance over
+    the levels; infinite where the token has no weight."""
     if weights[token] == 0:
         return math.inf
     levels = [weights]

@@ -1,4 +1,4 @@
-"""What of the rows' KV is kept for later requests, and what a new prompt finds of it.
+"""The policy of the prefix cache: which KV is stored when a prompt or a row ends, and what a new prompt reuses.
 
 Kept are prompts when they were read and rows when they ended, under (digest of the version, how it is served). Not
 kept: rows that switched versions, since their KV is of several; rows that failed, whose whole tree goes; versions that
@@ -119,12 +119,13 @@ class Keeper:
                     group.cached_tokens = prompt.fed
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
-        """A prompt that was read in `place`. No step in flight."""
+        """Stores the KV of a prompt that was read in `place`. No step may be in flight."""
         if group.version is not None and prompt.tokens:
             mx.eval(self._reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
 
     def keep_rows(self, ended: Mapping[int, Row], flying: bool) -> None:
-        """Rows that leave their places. While a step is `flying` their KV is copied behind it; see `finish`."""
+        """Stores the KV of rows that leave their places. While a step is `flying`, it is copied behind it; see
+        `finish`."""
         for place, row in ended.items():
             key = key_of(row.version, row.placement)
             if row.error is not None:

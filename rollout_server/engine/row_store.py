@@ -23,9 +23,10 @@ class RowStore(Protocol):
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
 
     def due(self, width: int) -> int:
-        """Rows × columns once a step has read `width` columns; `packed`: were there just so many rows then."""
+        """KV cells that are allocated after a step that reads `width` columns."""
 
-    def packed(self, rows: int, width: int) -> int: ...
+    def packed(self, rows: int, width: int) -> int:
+        """KV cells that exactly `rows` rows need after a step that reads `width` columns."""
 
     def stretch(self, width: int, cells: int) -> None:
         """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns

@@ -189,7 +189,7 @@ class Sequence:
 
     @property
     def soon(self) -> int:
-        """Columns it needs to go on for a while."""
+        """KV columns for its tokens so far and `HEADROOM` more."""
         return self._first + 1 + min(self._most, self.dispatched + HEADROOM)
 
     @property

@@ -33,7 +33,7 @@ class Job(ABC):
     groups: list[RolloutRequest]
     reading: Reading
     include_usage: bool
-    """At the end of a stream."""
+    """The client asked for usage at the end of its stream."""
     stream: bool
 
     @property
@@ -42,7 +42,7 @@ class Job(ABC):
 
     @abstractmethod
     def choice(self, prompt_index: int, sample_index: int) -> Choice:
-        """What follows one row."""
+        """The choice that follows one row."""
 
     @abstractmethod
     def body(

@@ -88,7 +88,7 @@ def may_infer(connection: Connection, _: BaseRouteHandler) -> None:
     given = _bearer(connection)
     # Both are compared whatever the first says, so that the time tells nothing.
     if not (_matches(given, config.api_key) | _matches(given, config.admin_key)):
-        raise Unauthorized("This key opens nothing here.")
+        raise Unauthorized("Invalid API key.")
 
 
 def may_administer(connection: Connection, _: BaseRouteHandler) -> None:
@@ -102,7 +102,7 @@ def may_administer(connection: Connection, _: BaseRouteHandler) -> None:
     if administration:
         return
     if not inference:
-        raise Unauthorized("This key opens nothing here.")
+        raise Unauthorized("Invalid API key.")
     if config.admin_key is None:
         raise Forbidden("This server was started without ROLLOUT_ADMIN_KEY, so nothing can be changed over HTTP.")
     raise Forbidden("This key opens inference only; changing weights and pausing need the ROLLOUT_ADMIN_KEY.")

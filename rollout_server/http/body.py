@@ -25,7 +25,7 @@ R = TypeVar("R")
 MAX_DEPTH = 64
 SAFETENSORS = "application/vnd.safetensors"
 LONG = 32_768
-"""Bytes of a body, or rows, from which on a request is worked on beside the event loop."""
+"""A request whose body has this many bytes, or that has this many rows, is worked on beside the event loop."""
 PARSED = "parsed_body"
 """Key of the request's state under which `read_json` leaves the validated body."""
 QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
@@ -57,7 +57,7 @@ def _accepted(header: str) -> dict[str, float]:
 
 
 def refuse_query(request: Request[Any, Any, Any]) -> None:
-    """For routes that take none."""
+    """Raises `InvalidField` for any query; for routes that take none."""
     name = next(iter(request.query_params), None)
     if name is not None:
         raise InvalidField(f"This route takes no query parameters, so not {quoted(name)}.", param=shortened(name))

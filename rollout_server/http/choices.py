@@ -18,7 +18,7 @@ from rollout_server.schemas.openai import LogprobsMode
 
 Top = Sequence[tuple[int, float]]
 SEARCHED = 64
-"""Characters of a prompt in which the next token is looked for where it does not stand behind the one before."""
+"""How many characters of a prompt are searched for a token that does not stand behind the one before."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Token:
     logprob: float | None
     top: Top
     sampled: bool = True
-    """And not of an echoed prompt."""
+    """False for a token of an echoed prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,8 @@ class Choice:
         self._waiting.append(Token(id, value, top[: reading.top_logprobs]))
 
     def _release(self, piece: Piece, sent: int, *, final: bool) -> None:
-        """Tokens that begin within the first `sent` characters; at the end all, those that were cut off begin there."""
+        """Hands out the tokens that begin within the first `sent` characters. At the end it hands out all: those that
+        were cut off begin there."""
         begins = self._text.begins
         ready = 0
         for at, token in enumerate(self._waiting, self._released):

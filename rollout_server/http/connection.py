@@ -19,12 +19,12 @@ from rollout_server.quoting import shortened
 CROWDED = "crowded"
 """Key of the request's state where the connection is one of the last that fit."""
 PATIENCE_S = 2.0
-"""How long such a connection may take to ask."""
+"""Seconds that one of the last connections may take to ask."""
 LINGER_S = 1.0
 """How long a client that is still sending may take to read the reply: a socket that is closed with unread data resets
 the connection, and the reply may be lost."""
 REASON = 200
-"""Characters shown of what the parser says."""
+"""The most characters that are shown of what the parser says."""
 HEAD_TOO_LONG = 431
 
 
@@ -46,7 +46,7 @@ class Connection(H11Protocol):
     """Its private ones are ours; without an underscore they are uvicorn's."""
 
     _deaf = False
-    """The last reply was given: what still comes is dropped."""
+    """The last reply was given, and whatever still comes is dropped."""
     _ending = False
     """The next reply is the last."""
 

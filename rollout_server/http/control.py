@@ -1,4 +1,4 @@
-"""What steers running requests from outside."""
+"""Routes that steer running requests: abort, release, reset of the prefix cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rollout_server.schemas.control import AbortReply, AbortRequest, ReleaseRepl
 
 
 class PrefixesController(Controller):
-    """The KV that is kept for later requests."""
+    """The prefix cache: KV that is kept for later requests."""
 
     path = "/reset_prefix_cache"
     guards = (may_administer,)
@@ -31,7 +31,7 @@ class PrefixesController(Controller):
         description="Rows go on. Results do not depend on it: a version never meets what another has read. Of vLLM's "
         "query parameters `reset_external` changes nothing, there being no cache elsewhere; `reset_running_requests` "
         "may only be false.",
-        responses={200: ResponseSpec(ResetReply, description="How much it was."), **failures()},
+        responses={200: ResponseSpec(ResetReply, description="Bytes that were freed."), **failures()},
     )
     async def reset(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         check_reset(request)
@@ -40,7 +40,7 @@ class PrefixesController(Controller):
 
 
 def check_reset(request: Request[Any, Any, Any]) -> None:
-    """What vLLM takes in this query."""
+    """Checks the query parameters that vLLM has here. Raises `UnsupportedField` for what rows could not survive."""
     flags = read_flags(request, ("reset_running_requests", "reset_external"))
     if flags.get("reset_running_requests"):
         raise UnsupportedField(
@@ -64,7 +64,7 @@ class ControlController(Controller):
         status_code=200,
         summary="End requests by their ids",
         description="Their rows end as `aborted` with what they have, in the replies of those requests.",
-        responses={200: ResponseSpec(AbortReply, description="Which were open."), **failures()},
+        responses={200: ResponseSpec(AbortReply, description="Which of the ids were open."), **failures()},
     )
     async def abort(self, data: JSONBody[AbortRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -80,7 +80,7 @@ class ControlController(Controller):
         status_code=200,
         summary="Give back memory that is not in use",
         description="Free KV and what MLX keeps of freed arrays; rows go on, and it grows again on demand.",
-        responses={200: ResponseSpec(ReleaseReply, description="How much it was."), **failures()},
+        responses={200: ResponseSpec(ReleaseReply, description="Bytes that were given back."), **failures()},
     )
     async def release(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         released = await service_of(request).engine.release()

@@ -1,5 +1,5 @@
-"""What every exchange gets, whatever the route: a line in the log, HEAD where there is GET, the time it arrived, and a
-client that is still sending is let finish, unless the server stops."""
+"""Middleware for every exchange, whatever the route: it logs a line, answers HEAD where there is GET, notes the time of
+arrival, and lets a client finish that is still sending, unless the server stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATH_SHOWN = 200
 
 
 Observe = Callable[[str, str | None, int, float], None]
-"""Told of every exchange: method, template of the path, status, seconds."""
+"""A function that is told of every exchange: method, template of the path, status, seconds."""
 
 
 async def courteous(

@@ -119,7 +119,7 @@ def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def structure_entry(constraint: Constraint | None) -> dict[str, Any] | None:
-    """As `structured_outputs` would have to be written to have the same effect."""
+    """The `structured_outputs` that would have the same effect."""
     if constraint is None:
         return None
     grammar = constraint.grammar
@@ -151,7 +151,7 @@ def is_complete(rollouts: Iterable[Rollout]) -> bool:
 
 
 def weight_of(rollouts: Iterable[Rollout]) -> int:
-    """How heavy rows are to write, on the scale of `body.LONG`: tokens, and what a row costs besides."""
+    """How much work rows are to write, on the scale of `body.LONG`: their tokens, and a cost for each row besides."""
     return sum(len(rollout.token_ids) + 32 for rollout in rollouts)
 
 

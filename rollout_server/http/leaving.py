@@ -20,7 +20,8 @@ GoOn = Callable[[], None]
 
 
 async def beside_client(request: Request[Any, Any, Any], weight: int, work: Callable[[GoOn], R]) -> R:
-    """As `body.beside`, for work that may be long and comes in pieces. A thread cannot be stopped: it has to ask."""
+    """Does what `body.beside` does, for long work that comes in pieces. A thread cannot be stopped, so it has to
+    ask."""
     if weight < LONG:
         return work(_always)
     left = threading.Event()

@@ -18,7 +18,7 @@ log = logging.getLogger("rollout_server.http")
 
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 QUIET_S = 60.0
-"""Between two lines of the log about it."""
+"""Seconds between two lines of the log about too many connections."""
 READ_AT_ONCE = 65_536
 
 

@@ -38,7 +38,10 @@ class LogprobsController(Controller):
         status_code=200,
         summary="Score given tokens",
         description="Values for positions `start…` of every sequence; position 0 is null.",
-        responses={200: ResponseSpec(LogprobsReply, description="In the order of the request."), **failures()},
+        responses={
+            200: ResponseSpec(LogprobsReply, description="Sequences in the order of the request."),
+            **failures(),
+        },
     )
     async def score(self, data: JSONBody[LogprobsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)

@@ -10,16 +10,16 @@ from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.quoting import counted
 
 PIECE = 16_384
-"""Characters; a text of as many is cheap."""
+"""Characters of one piece. A text of as many is cheap to tokenize."""
 SEAM = 8
-"""Tokens that a text may have more because it was cut."""
+"""How many tokens more a text may have because it was cut."""
 DOUBLE = 2
 """However a tokenizer shortens what it reads, by normalising it or by joining across the cuts, it does so within pieces
 of this size too, nearly as much: with this many times what fits, the whole does not fit either."""
 
 
 class Bound(Protocol):
-    """Of the prompts that a route takes."""
+    """Limits the prompts that a route takes."""
 
     def check(self, tokenizer: Any, text: str, param: str) -> None:
         """Raises where the text is too long, whatever its tokens."""
@@ -60,7 +60,7 @@ class ContextBound:
 
 @dataclass(frozen=True, slots=True)
 class CharacterBound:
-    """A text is only counted, and need not fit."""
+    """For a text that is only counted, and need not fit."""
 
     characters: int
 
@@ -73,4 +73,4 @@ class CharacterBound:
             )
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """There may be any number."""
+        """Accepts any number of ids."""

@@ -38,7 +38,7 @@ SAID = "vLLM's words for it."
 
 
 class LoraDoorsController(Controller):
-    """For trainers written for vLLM."""
+    """Loads and unloads adapters, for trainers that were written for vLLM."""
 
     path = "/v1"
     guards = (may_administer,)

@@ -21,7 +21,7 @@ from rollout_server.rollout import BASE
 CONTENT_TYPE = "text/plain; version=0.0.4"
 REQUEST_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 PUSH_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-"""Seconds. A push is a matter of milliseconds."""
+"""Bounds in seconds. A push takes milliseconds."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 STATES = ("starting", "ready", "stopping", "dead")
 PAUSES = ("wait", "keep", "abort")
@@ -35,20 +35,20 @@ class Metrics:
         self._registry.register(_EngineState(engine))
         self._requests = Histogram(
             "rollout_request_seconds",
-            "Requests and the time until their replies were sent; _count counts them.",
+            "Seconds until the reply to a request was sent.",
             ("method", "route", "status"),
             buckets=REQUEST_BUCKETS,
             registry=self._registry,
         )
         self._pushes = Histogram(
             "rollout_push_seconds",
-            "Pushes that were accepted, by phase: receive, validate, stage, activate, persist.",
+            "Seconds that each phase of an accepted push took: receive, validate, stage, activate, persist.",
             ("phase",),
             buckets=PUSH_BUCKETS,
             registry=self._registry,
         )
         self._push_bytes = Counter(
-            "rollout_push_bytes", "Bytes of adapters that were accepted.", registry=self._registry
+            "rollout_push_bytes", "Bytes of adapters in accepted pushes.", registry=self._registry
         )
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
@@ -57,7 +57,7 @@ class Metrics:
         self._requests.labels(method, route or "none", str(status)).observe(seconds)
 
     def push(self, timings_ms: Mapping[str, float], nbytes: int) -> None:
-        """Of one accepted push; `timings_ms` are those of its reply."""
+        """Counts an accepted push; `timings_ms` are those of its reply."""
         for phase, milliseconds in timings_ms.items():
             self._pushes.labels(phase).observe(milliseconds / 1e3)
         self._push_bytes.inc(nbytes)
@@ -69,7 +69,7 @@ class Metrics:
 def _memory(memory: MemoryStatus) -> Metric:
     """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, kv_prompts, kv_scored, slots,
     sets, active, cached, peak."""
-    gauge = GaugeMetricFamily("rollout_memory_bytes", "Device memory by what it is for.", labels=["part"])
+    gauge = GaugeMetricFamily("rollout_memory_bytes", "Device memory by category.", labels=["part"])
     for part in fields(memory):
         gauge.add_metric([part.name], getattr(memory, part.name))
     return gauge
@@ -89,14 +89,14 @@ class _EngineState(Collector):
         for name in STATES:
             state.add_metric([name], float(status.state == name))
         yield state
-        paused = GaugeMetricFamily("rollout_paused", "1 for the mode in which new work is held.", labels=["mode"])
+        paused = GaugeMetricFamily("rollout_paused", "1 for the mode of the pause.", labels=["mode"])
         for name in PAUSES:
             paused.add_metric([name], float(status.paused == name))
         yield paused
-        yield GaugeMetricFamily("rollout_requests_waiting", "Requests in the queue.", value=status.waiting)
-        yield GaugeMetricFamily("rollout_rows_running", "Rows in the batch.", value=status.running)
-        yield GaugeMetricFamily("rollout_rows_aside", "Rows that wait for KV memory to go on.", value=status.aside)
-        yield CounterMetricFamily("rollout_preemptions", "Rows that gave their KV up.", value=status.preemptions)
+        yield GaugeMetricFamily("rollout_requests_waiting", "Requests that wait in the queue.", value=status.waiting)
+        yield GaugeMetricFamily("rollout_rows_running", "Rows in a batch.", value=status.running)
+        yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.aside)
+        yield CounterMetricFamily("rollout_preemptions", "Rows preempted since the start.", value=status.preemptions)
         yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
         yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
         yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
@@ -104,10 +104,10 @@ class _EngineState(Collector):
         yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
         yield from _prefixes(status.prefix)
         yield _memory(status.memory)
-        versions = GaugeMetricFamily("rollout_versions", "Kept versions.", labels=["policy"])
-        live = GaugeMetricFamily("rollout_live_version", "Where the name points; 0 for nowhere.", labels=["policy"])
-        rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use kept versions.", labels=["policy"])
-        nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions.", labels=["policy"])
+        versions = GaugeMetricFamily("rollout_versions", "Versions that are kept of each policy.", labels=["policy"])
+        live = GaugeMetricFamily("rollout_live_version", "Number of the live version; 0 for none.", labels=["policy"])
+        rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use versions of each policy.", labels=["policy"])
+        nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions, as sent.", labels=["policy"])
         resident = GaugeMetricFamily(
             "rollout_resident_bytes", "Device memory of kept versions; equal contents share it.", labels=["policy"]
         )
@@ -123,11 +123,15 @@ class _EngineState(Collector):
 
 
 def _prefixes(status: PrefixStatus) -> Iterable[Metric]:
-    yield GaugeMetricFamily("rollout_prefix_cache", "1 if KV is kept for later requests.", value=float(status.on))
-    yield CounterMetricFamily("rollout_prefix_hits", "Prompts of which some KV was kept.", value=status.hits)
-    yield CounterMetricFamily("rollout_prefix_misses", "Prompts of which none was.", value=status.misses)
+    yield GaugeMetricFamily("rollout_prefix_cache", "1 if the prefix cache is on.", value=float(status.on))
     yield CounterMetricFamily(
-        "rollout_prefix_hit_tokens", "Prompt tokens that were not read again.", value=status.hit_tokens
+        "rollout_prefix_hits", "Prompts of which the prefix cache held something.", value=status.hits
     )
-    yield GaugeMetricFamily("rollout_prefix_bytes", "KV kept for later requests.", value=status.nbytes)
-    yield CounterMetricFamily("rollout_prefix_evictions", "Pieces of it that made room.", value=status.evictions)
+    yield CounterMetricFamily(
+        "rollout_prefix_misses", "Prompts of which the prefix cache held nothing.", value=status.misses
+    )
+    yield CounterMetricFamily(
+        "rollout_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", value=status.hit_tokens
+    )
+    yield GaugeMetricFamily("rollout_prefix_bytes", "KV in the prefix cache, in bytes.", value=status.nbytes)
+    yield CounterMetricFamily("rollout_prefix_evictions", "Prefix-cache nodes evicted.", value=status.evictions)

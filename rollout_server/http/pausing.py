@@ -26,7 +26,7 @@ MODES: Mapping[str, PauseMode] = MappingProxyType({"abort": "abort", "wait": "wa
 
 
 class PauseController(Controller):
-    """Holds new work, for as long as a trainer needs the machine or must see it quiet."""
+    """Holds new work for as long as a trainer needs the machine or needs it quiet."""
 
     path = "/v1"
     guards = (may_administer,)
@@ -64,7 +64,7 @@ class PauseController(Controller):
 
 
 class PauseDoorsController(Controller):
-    """For trainers written for vLLM."""
+    """Pauses and resumes, for trainers that were written for vLLM."""
 
     path = "/"
     tags = ("vllm",)
@@ -104,7 +104,7 @@ class PauseDoorsController(Controller):
         before_request=no_query,
         guards=(may_infer,),
         summary="Whether new work waits",
-        responses={200: ResponseSpec(IsPausedReply, description="As vLLM says it."), **failures()},
+        responses={200: ResponseSpec(IsPausedReply, description="The answer in vLLM's form."), **failures()},
     )
     async def is_paused(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return json_response({"is_paused": service_of(request).engine.status.paused is not None})
@@ -122,7 +122,7 @@ def state(service: Service) -> dict[str, Any]:
 
 
 async def no_body(request: Request[Any, Any, Any]) -> None:
-    """Nothing may stand in the body, but some clients always send an object."""
+    """Raises unless the body is empty or an empty object, which some clients always send."""
     body = await request.body()
     if not body.strip():
         return

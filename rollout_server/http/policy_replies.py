@@ -1,4 +1,4 @@
-"""What is said of policies and their versions."""
+"""JSON of policies and their versions, as replies carry it."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def _spans(given: PrefixFields, count: int) -> tuple[GivenSpan, ...]:
 
 
 def check_room(prefix: Prefix, max_tokens: int, *, asked: bool, place: str, param: str) -> None:
-    """There must be something left to sample. `asked`: max_tokens was given, in `param`; else it is what fits."""
+    """Raises where a prefix leaves nothing to sample. `asked`: max_tokens was given, in `param`; else it is what
+    fits."""
     if max_tokens > len(prefix):
         return
     held = counted(len(prefix), "token")

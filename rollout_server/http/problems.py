@@ -28,7 +28,7 @@ log = logging.getLogger("rollout_server.http")
 
 MESSAGES_SHOWN = 5
 MESSAGE_LIMIT = 4000
-"""Characters of a message."""
+"""The most characters of a message."""
 PARAM_LIMIT = 256
 LENGTHS = frozenset({"string_too_short", "string_too_long", "too_short", "too_long"})
 RULES: Mapping[str, str] = MappingProxyType(
@@ -119,7 +119,7 @@ def error_of_row(code: str, message: str) -> RolloutError:
 
 
 def place(loc: tuple[int | str, ...]) -> str:
-    """Where in the body, as text: `prompts[0].token_ids[3]`. Tags of unions, `<…>`, are no part of it."""
+    """A place in the body as text: `prompts[0].token_ids[3]`. Tags of unions, `<…>`, are no part of it."""
     path = ""
     for step in loc:
         if isinstance(step, int):
@@ -150,7 +150,7 @@ def from_validation(error: ValidationError) -> RolloutError:
 
 
 def said_of(fault: Any) -> str:
-    """What follows the place in the sentence about one fault of pydantic's."""
+    """The sentence about one fault of pydantic's, without the place that it begins with."""
     kind, context = fault["type"], fault.get("ctx") or {}
     if kind == "extra_forbidden":
         return "is an unknown field"
@@ -198,7 +198,7 @@ def from_litestar(error: litestar_errors.HTTPException) -> RolloutError:
 
 
 def as_rollout_error(error: Exception) -> RolloutError:
-    """Any exception as one of ours; a stranger is a fault of the server and is logged with its trace."""
+    """Any exception as one of ours. An unknown one is a fault of the server, and is logged with its trace."""
     match error:
         case RolloutError():
             return error
@@ -208,7 +208,7 @@ def as_rollout_error(error: Exception) -> RolloutError:
             return from_adapters(error)
         case litestar_errors.HTTPException():
             return from_litestar(error)
-    log.error("A request failed in a way nobody foresaw.", exc_info=error)
+    log.error("Unhandled exception while serving a request.", exc_info=error)
     return errors.EngineFault("The server failed to handle this request; its log says why.")
 
 
@@ -236,7 +236,7 @@ def body_of(error: RolloutError, resolved: PolicyVersion | None = None) -> dict[
 
 
 def headers_of(error: RolloutError) -> dict[str, str]:
-    """What an error says beside its body."""
+    """Headers that go with an error."""
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     if isinstance(error, errors.QueueFull):
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))

@@ -59,7 +59,8 @@ class Publisher:
         return self._restored
 
     async def close(self) -> None:
-        """After the engine has closed: changes that are under way end, and the directory is free for others."""
+        """Lets changes that are under way end and frees the directory for others. To be called once the engine has
+        closed."""
         await asyncio.gather(*self._running, return_exceptions=True)
         if self._store is not None:
             self._store.close()
@@ -193,7 +194,8 @@ class Publisher:
     async def _after(
         self, record: NameRecord | None, verb: Callable[[C], Coroutine[Any, Any, T]], command: C, store: StateStore
     ) -> tuple[T, float]:
-        """Writes what will be, None where the engine will refuse, and has it done; returns also when it was durable."""
+        """Writes `record` (None where the engine will refuse) and then has the engine do it; also returns when it was
+        durable."""
         try:
             if record is not None:
                 await self._write(store.write_in_reserve, record)

@@ -56,7 +56,7 @@ class RecordedController(Controller):
         description="Every sampled token is drawn once more from the logits after the recorded ones before it, on "
         "the version it names (by digest), with the row's seed and sampling parameters. Tokens with `loss_mask` 0 are "
         "only read.",
-        responses={200: ResponseSpec(ReplayReply, description="In the order of the request."), **failures()},
+        responses={200: ResponseSpec(ReplayReply, description="Rollouts in the order of the request."), **failures()},
     )
     async def replay(self, data: JSONBody[ReplayRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -77,7 +77,10 @@ class RecordedController(Controller):
         summary="Compare with the trainer",
         description="How far the trainer's log-probabilities are from the recorded ones, and from those of a "
         "teacher-forced pass now, by version. Tokens with `loss_mask` 0 or a null are skipped.",
-        responses={200: ResponseSpec(ProbeReply, description="By first appearance."), **failures()},
+        responses={
+            200: ResponseSpec(ProbeReply, description="Versions in the order in which they first appear."),
+            **failures(),
+        },
     )
     async def probe(self, data: JSONBody[ProbeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)

@@ -20,7 +20,7 @@ def record_of(policy: PolicyStatus) -> NameRecord:
 
 
 def published(policy: PolicyStatus, number: int, keep: int, *, activate: bool, label: str | None) -> NameRecord:
-    """After version `number`, which is there provisionally or was before, is published for good."""
+    """The record once version `number` is published for good; it is there provisionally, or was there before."""
     versions = [
         replace(status, version=replace(status.version, label=label))
         if label is not None and status.version.number == number
@@ -44,7 +44,7 @@ def pinned(policy: PolicyStatus, pin: Pin, keep: int) -> NameRecord:
 
 
 def deleted(policy: PolicyStatus, delete: Delete) -> NameRecord | None:
-    """None where the engine will refuse: the version is live."""
+    """The record once the version is deleted; None where the engine will refuse because it is live."""
     alias = policy.live.number if policy.live else None
     if delete.number is None:
         return _record(policy, (), None)

@@ -1,4 +1,4 @@
-"""What is refused whatever the route, before one is looked for."""
+"""Requests that are refused before a route is looked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rollout_server.http.problems import body_of, headers_of, row_of
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
 SLASH = re.compile(rb"%(?:2f|5c)", re.IGNORECASE)
 WITH_SLASHES = b"/v1/models/"
-"""Where the rest of the path is one name: a Hub id has a slash, and OpenAI's client encodes it."""
+"""The route whose rest is one name: a Hub id has a slash, and OpenAI's client encodes it."""
 FOR_SUPERVISORS = frozenset({"/health", "/ready"})
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -38,7 +38,7 @@ def in_origin_form(scope: HTTPScope) -> HTTPScope:
 
 
 def refusal(scope: HTTPScope, config: ServerConfig) -> RolloutError | None:
-    """What every route would answer to this request, if it is refused."""
+    """The error that every route would answer to this request with; None if it is not refused."""
     if scope.get("state", {}).get(CROWDED) and scope["path"] not in FOR_SUPERVISORS:
         return too_many()
     try:
@@ -58,7 +58,7 @@ def is_last(scope: HTTPScope) -> bool:
 
 
 def refusing(error: RolloutError) -> ASGIApp:
-    """An application that says so."""
+    """An application that answers with this fault."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         body = msgspec.json.encode(body_of(error))
@@ -87,7 +87,8 @@ def _is_ambiguous(scope: HTTPScope) -> bool:
 
 
 def _check_framing(scope: HTTPScope) -> None:
-    """One that believes the length and one that believes the chunks see different requests."""
+    """Refuses both headers together: a proxy that believes the length and one that believes the chunks see different
+    requests."""
     if _is_ambiguous(scope):
         other = "HTTP/1.0" if scope.get("http_version") == "1.0" else "Content-Length"
         raise BadBody(
@@ -97,7 +98,7 @@ def _check_framing(scope: HTTPScope) -> None:
 
 
 def _check_path(scope: HTTPScope) -> None:
-    """Routes are looked for in the decoded path, where `p%2F2` is two parts of it."""
+    """Refuses an encoded slash: routes are looked for in the decoded path, where `p%2F2` is two parts."""
     raw = _raw_path(scope)
     if not raw.startswith(WITH_SLASHES) and (found := SLASH.search(raw)):
         raise InvalidField(

@@ -21,7 +21,7 @@ Chat = Prompt | ChatRequest | TokenizeRequest
 
 TESTS_ARGUMENTS = re.compile(r"arguments\s+is\s+(?:not\s+)?(?:string|mapping)")
 REASON_SHOWN = 300
-"""Characters of what a chat template says when it refuses: some repeat the messages."""
+"""The most characters that are shown of what a chat template says when it refuses: some repeat the messages."""
 LAST = "qzlastqz"
 """Marks where the last message ends in a rendered conversation."""
 
@@ -131,7 +131,7 @@ def _check_template_arguments(extra: dict[str, Any], tokenizer: Any, *, param: s
 
 
 def _size(value: Any) -> int:
-    """Characters of all text in it."""
+    """How many characters all text in a value has."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -140,7 +140,7 @@ def _size(value: Any) -> int:
 
 
 def _unmarked(value: Any, first: set[str]) -> Any:
-    """The same, without the characters that marks begin with."""
+    """The same value without the characters that marks begin with."""
     if isinstance(value, str):
         return value.translate({ord(character): "." for character in first})
     if isinstance(value, dict):

@@ -53,7 +53,7 @@ class ReplyParts:
         self._blank: str | None = None
         self._ids: set[str] = set()
         self.read = 0
-        """Characters whose part is known."""
+        """How many characters have a known part."""
         self.reasoned: list[tuple[int, int]] = []
         """Where reasoning stands in the text, from and to, its marks included."""
         self._began = 0
@@ -64,7 +64,7 @@ class ReplyParts:
         return len(self._ids)
 
     def push(self, text: str) -> Gain:
-        """More text of the reply."""
+        """Takes more text of the reply."""
         self._held += text
         gain = Gain()
         while (found := self._next_mark()) is not None:
@@ -76,7 +76,7 @@ class ReplyParts:
         return gain
 
     def finish(self, text: str, *, cut: bool) -> Gain:
-        """The rest of the text; nothing follows. `cut`: the model had not ended it."""
+        """Takes the rest of the text; nothing follows. `cut`: the model had not ended it."""
         gain = self.push(text)
         rest = self._take(len(self._held))
         if self._part is Part.TOOL:
@@ -110,7 +110,7 @@ class ReplyParts:
         return min((entry for entry in found if entry[0] >= 0), key=lambda entry: entry[0], default=None)
 
     def _in_doubt(self) -> int:
-        """Characters at the end that may be the beginning of a mark."""
+        """How many characters at the end may be the beginning of a mark."""
         longest = 0
         for mark, _ in self._marks():
             for length in range(min(len(mark) - 1, len(self._held)), longest, -1):

@@ -107,7 +107,7 @@ class RolloutsController(Controller):
         summary="Sample rollouts",
         description="n samples of every prompt. With `stream`, NDJSON: a line per rollout, then a `done` line. "
         "`Accept: application/vnd.safetensors` gives one file of flat arrays.",
-        responses={200: ResponseSpec(RolloutsReply, description="By prompt, then sample."), **failures()},
+        responses={200: ResponseSpec(RolloutsReply, description="Rollouts by prompt, then sample."), **failures()},
     )
     async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)

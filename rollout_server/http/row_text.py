@@ -24,12 +24,13 @@ class RowText:
 
     @property
     def sent(self) -> int:
-        """Characters that `ready` gave."""
+        """How many characters `ready` gave."""
         return self._sent
 
     @property
     def length(self) -> int:
-        """Characters decided so far. A token that may be the end, or that nothing followed, begins behind them."""
+        """How many characters are decided. A token that may be the end, or that nothing followed, begins behind
+        them."""
         return self._decoder.length
 
     @property
@@ -69,7 +70,7 @@ class RowText:
         return text[self._sent :]
 
     def _first_doubt(self, unsent: str) -> int:
-        """Where in `unsent` a stop string stands or may begin."""
+        """The first place in `unsent` where a stop string stands or may begin."""
         if not self._stops:
             return len(unsent)
         fresh = self._judged - self._sent

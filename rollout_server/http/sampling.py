@@ -42,7 +42,7 @@ def sampling_params(
 
 
 def fresh_seed() -> int:
-    """For a request that gives none."""
+    """A random seed, for a request that gives none."""
     return secrets.randbelow(MAX_SEED + 1)
 
 
@@ -54,7 +54,8 @@ def row_seeds(seed: int, own_seed: int | None, prompt_index: int, n: int) -> tup
 
 
 def check_rows(counts: Sequence[int], limit: int, places: Sequence[str] | None = None) -> None:
-    """Before anything of that size is made. `places` names the field that each count comes from, `n` if not given."""
+    """Raises where a request asks for too many rows, before anything of that size is made. `places` names the field
+    that each count comes from, `n` if not given."""
     rows = sum(counts)
     if rows > limit:
         most = max(range(len(counts)), key=lambda index: counts[index])

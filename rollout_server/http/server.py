@@ -31,7 +31,8 @@ log = logging.getLogger("rollout_server.http")
 BACKLOG = 2048
 """Connections that may wait to be accepted: a trainer opens hundreds at once."""
 KEEP_ALIVE_S = 75
-"""Longer than clients keep idle connections, so that they close them and not we under a request."""
+"""Seconds; longer than clients keep idle connections, so that the client closes them, and never the server under a
+request."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -40,7 +41,7 @@ def _in_main_thread() -> bool:
 
 
 def announce(url: str) -> None:
-    """The line that a person, or a process that started us, waits for."""
+    """The line that a person waits for, or a process that started the server."""
     sys.stdout.write(f"rollout-server is ready at {url}\n")
     sys.stdout.flush()
 

@@ -41,7 +41,8 @@ class Service:
     publisher: Publisher = field(repr=False)
     metrics: Metrics = field(repr=False)
     instance: str
-    """Version numbers are comparable only within one: new at each start, unless a state directory has one."""
+    """Version numbers are comparable only within one instance. It is new at each start, unless a state directory has
+    one."""
     startup: Startup = field(repr=False)
     created: int
     """Unix time of the start."""
@@ -55,7 +56,7 @@ class Service:
         return info
 
     def require_restored(self) -> None:
-        """Before the kept versions are there, nothing can be said of any name."""
+        """Raises until the kept versions are there: before that nothing is known of any name."""
         if not self.publisher.restored:
             raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 
@@ -72,7 +73,7 @@ class Service:
         return ReplyFormat.of(self.tokenizer, self.info.eos_token_ids)
 
     def bound(self, go_on: Callable[[], None] | None = None) -> ContextBound:
-        """Of every prompt that the model is to read; `go_on` is asked before each."""
+        """The limits of every prompt that the model is to read; `go_on` is asked before each."""
         return ContextBound(self.info.max_model_len, go_on)
 
     @property

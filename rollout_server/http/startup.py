@@ -83,7 +83,7 @@ class Startup:
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> asyncio.Task[None]:
-        """On the running event loop; `check` and `finished` tell how it went."""
+        """Starts on the running event loop; `check` and `finished` tell how it went."""
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(_log_fault)
         return self._task

@@ -16,7 +16,7 @@ ANY_OBJECT = json.dumps({"type": "object"})
 
 
 def extra_weight(options: Structured, *, compiles: bool = False) -> int:
-    """On the scale of `body.LONG`: a grammar is compiled beside the event loop, however short it is."""
+    """How much work a grammar is, on the scale of `body.LONG`: it is compiled beside the event loop, however short."""
     return LONG if options.constrained or compiles else 0
 
 

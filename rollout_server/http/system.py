@@ -42,8 +42,8 @@ class ModelsController(Controller):
     @get(
         "/{model:path}",
         before_request=no_query,
-        summary="One of them",
-        responses={200: ResponseSpec(ModelCard, description="As the list has it."), **failures()},
+        summary="One model of the list",
+        responses={200: ResponseSpec(ModelCard, description="The entry as the list has it."), **failures()},
     )
     async def model(self, model: FromPath[Path], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -56,7 +56,7 @@ class ModelsController(Controller):
 
 
 class HealthController(Controller):
-    """For supervisors; open without a key."""
+    """Health and readiness, for supervisors; open without a key."""
 
     path = "/"
     tags = ("system",)
@@ -65,7 +65,7 @@ class HealthController(Controller):
         "/health",
         before_request=no_query,
         summary="Whether the engine thread lives and answers",
-        responses={200: ResponseSpec(HealthReply, description="It does."), **failures()},
+        responses={200: ResponseSpec(HealthReply, description="The engine thread lives and answers."), **failures()},
     )
     async def health(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -91,7 +91,7 @@ class HealthController(Controller):
         "/ready",
         before_request=no_query,
         summary="Whether the model and the configured adapters are loaded",
-        responses={200: ResponseSpec(ReadyReply, description="They are."), **failures()},
+        responses={200: ResponseSpec(ReadyReply, description="The server is ready."), **failures()},
     )
     async def ready(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -100,7 +100,7 @@ class HealthController(Controller):
 
 
 class MetricsController(Controller):
-    """For whoever watches over the server."""
+    """The metrics, in the format of Prometheus."""
 
     path = "/metrics"
     guards = (may_infer,)

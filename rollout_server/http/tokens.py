@@ -30,9 +30,9 @@ from rollout_server.schemas.tokens import (
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
 """The service's names of fields → these routes'."""
 MOST_CHARACTERS = 2_097_152
-"""Of a text, at least: whatever the context, a file may be counted."""
+"""A text may have at least so many characters: whatever the context, a file may be counted."""
 CHARACTERS_OF_A_TOKEN = 16
-"""More than in any language; so a text that fits the context can be counted."""
+"""More than a token has in any language, so that a text which fits the context can be counted."""
 
 
 class TokensController(Controller):
@@ -49,7 +49,7 @@ class TokensController(Controller):
         return_dto=None,
         status_code=200,
         summary="Token ids of a prompt or of messages",
-        responses={200: ResponseSpec(TokenizeReply, description="As the model would read them."), **failures()},
+        responses={200: ResponseSpec(TokenizeReply, description="The ids that the model would read."), **failures()},
     )
     async def tokenize(self, data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -63,7 +63,7 @@ class TokensController(Controller):
         return_dto=None,
         status_code=200,
         summary="Text of token ids",
-        responses={200: ResponseSpec(DetokenizeReply, description="Special tokens included."), **failures()},
+        responses={200: ResponseSpec(DetokenizeReply, description="The text, special tokens included."), **failures()},
     )
     async def detokenize(self, data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -75,7 +75,7 @@ class TokensController(Controller):
         "/tokenizer_info",
         before_request=no_query,
         summary="Special tokens and the chat template",
-        responses={200: ResponseSpec(TokenizerInfoReply, description="Of the served tokenizer."), **failures()},
+        responses={200: ResponseSpec(TokenizerInfoReply, description="What the served tokenizer has."), **failures()},
     )
     async def tokenizer_info(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)

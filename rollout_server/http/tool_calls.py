@@ -49,7 +49,7 @@ def read_arguments(text: str, place: str) -> dict[str, Any]:
 
 
 def _parsed(parse: ParseToolCall, text: str, tools: Tools | None) -> list[Any]:
-    """Whatever the parser takes for calls."""
+    """All that the parser takes for calls."""
     try:
         found = parse(text, tools)
     except Exception:  # a parser of mlx-lm promises nothing about text that a model got wrong, and a row only has text
@@ -60,7 +60,7 @@ def _parsed(parse: ParseToolCall, text: str, tools: Tools | None) -> list[Any]:
 
 
 def _declared_text(tools: Tools) -> Tools:
-    """The same tools, every parameter of which is text."""
+    """The same tools, with every parameter declared as text."""
     return [tool | {"function": _of_text(tool["function"])} for tool in tools]
 
 

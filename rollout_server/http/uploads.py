@@ -20,16 +20,16 @@ MAX_PARTS = 32
 MAX_CONFIG = 8 * 2**20
 MAX_FIELD = 4096
 PIECE = 16_384
-"""Bytes from which on a piece of a body is kept as it came."""
+"""A piece of a body that has this many bytes is kept as it came."""
 REASON = 200
-"""Characters repeated of what the parser says."""
+"""The most characters that are repeated of what the parser says."""
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class Pieces:
-    """Bytes as they came, each piece where it is until all are wanted: to copy them into one buffer as they come would
-    hold up the connection, and the event loop."""
+    """The bytes of a body, each piece where it came until all are wanted: copying them into one buffer as they come
+    would hold up the connection, and the event loop."""
 
     length: int = 0
     _pieces: list[bytes | bytearray] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Pieces:
         self._small += data
 
     def take(self) -> bytes:
-        """All of them in one; nothing is left here."""
+        """All bytes in one; nothing is left here."""
         whole = b"".join(self._pieces)
         self._pieces, self._small, self.length = [], None, 0
         return whole
@@ -59,9 +59,9 @@ class Pieces:
 class Upload:
     options: WeightsOptions
     weights: Pieces
-    """Of a safetensors file; taken once, beside the event loop."""
+    """The bytes of a safetensors file; to be taken once, beside the event loop."""
     config: dict[str, Any] | None
-    """None: look for it in the file's metadata."""
+    """None where it is to be looked for in the file's metadata."""
 
 
 async def read_upload(request: Request[Any, Any, Any], limit: int) -> Upload:

@@ -109,7 +109,7 @@ def delete_reply(deleted: Deleted, service: Service) -> dict[str, Any]:
 
 
 def unconditional(request: Request[Any, Any, Any]) -> None:
-    """A condition that would not be looked at must not look as if it held."""
+    """Raises for a condition that would not be looked at: it must not look as if it held."""
     if "if-match" in request.headers:
         raise UnsupportedField(
             "If-Match is for a push and for activate; this route does not look at it.", param="If-Match"
@@ -117,7 +117,7 @@ def unconditional(request: Request[Any, Any, Any]) -> None:
 
 
 def asked_format(request: Request[Any, Any, Any]) -> str | None:
-    """None for the form that goes with the version's kind."""
+    """The format that the query asks for; None for the one that goes with the version's kind."""
     fields = list(request.query_params.multi_items())
     for name, value in fields:
         if name != "format":

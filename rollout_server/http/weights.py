@@ -100,7 +100,7 @@ class WeightsController(Controller):
     @get(
         before_request=no_query,
         summary="All policies and their kept versions",
-        responses={200: ResponseSpec(PoliciesReply, description="By name."), **failures()},
+        responses={200: ResponseSpec(PoliciesReply, description="Policies by name."), **failures()},
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
@@ -111,7 +111,10 @@ class WeightsController(Controller):
         "/{name:str}",
         before_request=no_query,
         summary="One policy and its kept versions",
-        responses={200: ResponseSpec(OnePolicyReply, description="Oldest version first."), **failures()},
+        responses={
+            200: ResponseSpec(OnePolicyReply, description="The policy, its oldest version first."),
+            **failures(),
+        },
     )
     async def one(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)

@@ -225,7 +225,7 @@ class ChatReply(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """An event of a stream; `usage` is null but in the last."""
+    """An event of a stream; `usage` is null in all but the last."""
 
     id: str
     object: Literal["chat.completion.chunk"]

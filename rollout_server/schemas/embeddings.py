@@ -37,7 +37,7 @@ class EmbeddingUsage(BaseModel):
 
 
 class EmbeddingsReply(BaseModel):
-    """In the order of the request; `X-Policy` and `X-Policy-Digest` say under which version."""
+    """Embeddings in the order of the request; `X-Policy` and `X-Policy-Digest` say under which version."""
 
     object: Literal["list"]
     data: list[EmbeddingReply]

@@ -100,7 +100,7 @@ class ReplayReply(BaseModel):
 
 
 class Divergence(BaseModel):
-    """With d = trainer − server of each token and w = exp d."""
+    """How far a trainer is from the server, with d = trainer − server of each token and w = exp d."""
 
     tokens: int
     kl: float | None = Field(description="mean(exp(d) − 1 − d)")

@@ -47,7 +47,7 @@ class SamplingOptions(Structured):
 
 
 Logarithm = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
-"""Whatever float32 can hold."""
+"""A number that float32 can hold."""
 
 
 class PrefixFields(Request):
@@ -266,7 +266,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens; a prompt counts once whatever `n`."""
+    """Counts of tokens; a prompt counts once whatever `n`."""
 
     prompt_tokens: int
     completion_tokens: int

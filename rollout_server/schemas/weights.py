@@ -19,7 +19,7 @@ class WeightsOptions(Request):
     format: Literal["auto", "peft", "mlx"] = "auto"
     activate: Literal["true", "false"] = "true"
     mode: Literal["adapter", "merged"] | None = None
-    """None: the usual way of the kind, `merged` for dense ones."""
+    """None for the usual way of the kind, which is `merged` for dense versions."""
     dequantize: Literal["true", "false"] = "false"
     label: Annotated[str, Field(max_length=64)] | None = None
 

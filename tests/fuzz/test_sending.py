@@ -134,5 +134,5 @@ def tokens_of(client: httpx.Client) -> Any:
 
 def assert_alive(live: LiveServer) -> None:
     assert live.process.poll() is None
-    unforeseen = [line for line in live.log if "Traceback" in line or "nobody foresaw" in line]
+    unforeseen = [line for line in live.log if "Traceback" in line or "Unhandled exception" in line]
     assert not unforeseen, unforeseen
