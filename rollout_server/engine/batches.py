@@ -16,15 +16,12 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import FIRST, Berth, Holder, Joining, RowSink, age_of
 from rollout_server.engine.ledger import KVLedger
-from rollout_server.engine.lengths import LengthBuckets, Shape, StepCosts
+from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Sequence as Row
 
-MEASURED_WIDTH = 1024
-MEASURED_CELLS = 5 * MEASURED_WIDTH
-"""At least what measuring fills."""
 ARRANGED_EVERY = 16
 """Turns."""
 

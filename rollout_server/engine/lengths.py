@@ -14,6 +14,7 @@ HORIZON = 32
 """and the steps within which that pays for moving them."""
 COPY = 4.0
 """Moving a column costs as much as attending to it so many times."""
+MEASURED_WIDTH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +144,7 @@ def _labelled(parts: Sequence[Sequence[int]], classes: Sequence[int]) -> list[in
         for row in rows:
             found[row] = named[part]
     return found
+
+
+MEASURED_CELLS = 5 * MEASURED_WIDTH
+"""At least what measuring fills."""

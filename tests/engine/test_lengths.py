@@ -8,9 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.batches import MEASURED_CELLS
 from rollout_server.engine.cache import row_bucket
-from rollout_server.engine.lengths import MOST_CLASSES, Shape, StepCosts, cheapest, plan
+from rollout_server.engine.lengths import MEASURED_CELLS, MOST_CLASSES, Shape, StepCosts, cheapest, plan
 from rollout_server.engine.messages import Stop
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
