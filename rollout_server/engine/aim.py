@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.sampling import SamplerArrays, prepare
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Row
 
 
 class Aim:

@@ -23,8 +23,7 @@ from rollout_server.engine.recovery import Leg, Recoveries
 from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Group
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Group, Row
 
 MOST_KEPT = 16
 """Rows whose KV is kept in one turn while others run or wait to be told: a copy for each layer of each."""

@@ -20,7 +20,7 @@ from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, Length
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Row
 
 ARRANGED_EVERY = 16
 """Turns."""

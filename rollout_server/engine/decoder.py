@@ -20,8 +20,7 @@ from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import Pairs, TokenCounts
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sampling import Sampled, SamplerArrays, sample, uniforms
-from rollout_server.engine.sequence import Sequence as Row
-from rollout_server.engine.sequence import TopTokens
+from rollout_server.engine.sequence import Row, TopTokens
 from rollout_server.errors import NonFiniteLogits
 
 

@@ -8,8 +8,7 @@ from typing import Protocol
 
 from adapters.sets import BASE_SET
 from rollout_server.engine.cache import Prompt
-from rollout_server.engine.sequence import Group
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Group, Row
 
 Berth = tuple[int, int]
 """Which batch: the parameter set, and the number of a class of lengths."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 from rollout_server.engine.filters import Some
 from rollout_server.engine.grammars import MaskFiller, hold_back
 from rollout_server.engine.penalties import ends_of
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Row
 from rollout_server.errors import GrammarFault
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.filters import Some, some
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Row
 from rollout_server.rollout import SamplingParams
 
 Pairs = tuple[mx.array, mx.array]

@@ -8,7 +8,7 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import Scheduler
-from rollout_server.engine.sequence import Sequence
+from rollout_server.engine.sequence import Row
 from rollout_server.rollout import RECOMPUTED
 
 
@@ -84,7 +84,7 @@ class Preemption:
                 self._batches.recover(row, berth, self._legs(row))
         return True
 
-    def set_aside(self, row: Sequence) -> None:
+    def set_aside(self, row: Row) -> None:
         """Lets a row wait that there is no room for where it has to go, and that is in no batch any more."""
         self._hold(row)
         self._batches.set_aside(row)
@@ -92,7 +92,7 @@ class Preemption:
 
     # ---- under which versions its tokens were read ------------------------------------------------------------------
 
-    def _hold(self, row: Sequence) -> None:
+    def _hold(self, row: Row) -> None:
         """Keeps the versions that its tokens were read under, as far as they are there still. Where one is gone, all
         is read again under the version the row is on, and its next span says so."""
         group = row.group
@@ -108,7 +108,7 @@ class Preemption:
                 return
             row.lent.append(version)
 
-    def _legs(self, row: Sequence) -> list[Leg]:
+    def _legs(self, row: Row) -> list[Leg]:
         if row.recomputed or not row.spans:
             return [(row.offset, row.placement)]
         request = row.group.request
@@ -118,6 +118,6 @@ class Preemption:
         return legs if _fresh_from(row) else [(len(request.given_ids) - 1, row.group.placement), *legs]
 
 
-def _fresh_from(row: Sequence) -> int:
+def _fresh_from(row: Row) -> int:
     """The last span from which everything was read again; 0 if none was."""
     return max([at for at, span in enumerate(row.spans) if span.kv == RECOMPUTED], default=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.resident import Placement
 from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.row_store import RowStore
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Row
 
 Leg = tuple[int, Placement]
 """Inputs up to this one (excluded) are read there."""

@@ -8,7 +8,7 @@ from rollout_server.engine.holders import Joining
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import Scheduler, Ticket
-from rollout_server.engine.sequence import Group, Sequence
+from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import NeverAdmitted, RolloutError
 from rollout_server.rollout import FinishReason
 
@@ -48,7 +48,7 @@ class Reports:
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def progress(self, rows: Iterable[Sequence]) -> None:
+    def progress(self, rows: Iterable[Row]) -> None:
         """Rows that were read: one new token each, or an error."""
         for row in rows:
             request = row.group.request
@@ -71,17 +71,17 @@ class Reports:
             if not row.running:
                 self._finished(row)
 
-    def ended(self, row: Sequence) -> None:
+    def ended(self, row: Row) -> None:
         """A row that was ended between two steps."""
         self._finished(row)
 
-    def release(self, rows: Iterable[Sequence]) -> None:
+    def release(self, rows: Iterable[Row]) -> None:
         """Rows whose place is free: no dispatched step needs their version any more."""
         for row in rows:
             self._policies.release(row.version, 1)
             self.let_go(row)
 
-    def let_go(self, row: Sequence) -> None:
+    def let_go(self, row: Row) -> None:
         """Gives back the versions that were kept for a row while it was away."""
         while row.lent:
             self._policies.release(row.lent.pop(), 1)
@@ -104,7 +104,7 @@ class Reports:
             else:
                 self._report(row)
 
-    def _finished(self, row: Sequence) -> None:
+    def _finished(self, row: Row) -> None:
         """Reports an ended row once, or holds it until the values it was promised are there."""
         group = row.group
         row.reported = True
@@ -120,7 +120,7 @@ class Reports:
         else:
             self._report(row)
 
-    def _report(self, row: Sequence) -> None:
+    def _report(self, row: Row) -> None:
         if not self._open(row.group):
             return
         id = row.group.request.id
@@ -160,7 +160,7 @@ class Reports:
         self._forget(group)
         self._never_ran(group, range(first, group.request.n), error=error)
 
-    def fail_rows(self, rows: list[Sequence], joining: list[Joining], error: RolloutError) -> None:
+    def fail_rows(self, rows: list[Row], joining: list[Joining], error: RolloutError) -> None:
         """A step failed: the rows in the batch end as errors, keeping their tokens, and leave it."""
         for row in rows:
             if row.running:
@@ -187,14 +187,14 @@ class Reports:
         tickets = self._scheduler.tickets.values()
         return [ticket.id for ticket in tickets if any(group.version is not None for group in ticket.groups)]
 
-    def has_tokens(self, id: str, rows: Iterable[Sequence]) -> bool:
+    def has_tokens(self, id: str, rows: Iterable[Row]) -> bool:
         """Whether some row of a request, reported or among those that run, has sampled anything."""
         ticket = self._scheduler.tickets[id]
         held = [row for group in ticket.groups for row in group.held]
         running = [row for row in rows if row.group.request.id == id]
         return ticket.produced or any(row.sampled for row in held + running)
 
-    def end_request(self, id: str, reason: str, rows: Iterable[Sequence], joining: Iterable[Joining]) -> None:
+    def end_request(self, id: str, reason: str, rows: Iterable[Row], joining: Iterable[Joining]) -> None:
         """`rows` and `joining` are all that run and all that are on their way."""
         ticket = self._scheduler.tickets.get(id)
         if ticket is None:
@@ -217,7 +217,7 @@ class Reports:
         """Whether of some group enough samples have finished, so that `end_met` has something to do."""
         return bool(self._met)
 
-    def end_met(self, rows: Collection[Sequence], joining: Collection[Joining]) -> None:
+    def end_met(self, rows: Collection[Row], joining: Collection[Joining]) -> None:
         """Aborts the samples that `return_when` does not wait for: those that run and those that have not begun."""
         met, self._met = self._met, []
         for group in filter(self._open, met):
@@ -225,7 +225,7 @@ class Reports:
             self._abort_rows([row for row in rows if row.group is group and row.running], "return_when")
             self._abort_rest(group, begun, "return_when")
 
-    def _abort_rows(self, rows: Iterable[Sequence], reason: str) -> None:
+    def _abort_rows(self, rows: Iterable[Row], reason: str) -> None:
         for row in rows:
             row.end(FinishReason.ABORTED, reason)
             self._finished(row)
@@ -250,7 +250,7 @@ class Reports:
     ) -> None:
         """Reports samples that have no row."""
         for index in samples:
-            row = Sequence(
+            row = Row(
                 group, index, group.request.seeds[index], group.version or self._policies.base, group.placement, None
             )
             if error is not None:

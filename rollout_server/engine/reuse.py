@@ -18,8 +18,7 @@ from rollout_server.engine.cache import Prompt, SlotRows
 from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.engine.policy_messages import PolicyStatus
 from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment
-from rollout_server.engine.sequence import Group
-from rollout_server.engine.sequence import Sequence as Row
+from rollout_server.engine.sequence import Group, Row
 from rollout_server.rollout import PolicyVersion
 
 LEAST = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adapters.resident import BASE_PLACEMENT, Placement
@@ -49,7 +49,7 @@ class Group:
     """Samples that are over; the pass under the base is made when all are."""
     finished: int = 0
     """Those of them that stopped or reached their length, for `return_when`."""
-    held: list[Sequence] = field(default_factory=list)
+    held: list[Row] = field(default_factory=list)
     """Rows that are over and wait for values."""
     joining: int = 0
     """Admitted samples that wait for their rows to be seated; no more are admitted meanwhile."""
@@ -87,7 +87,7 @@ class Begun:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Row:
     """One row. `len(token_ids) == len(logprobs)`; spans tile the tokens behind the prefix, which it starts with."""
 
     group: Group
@@ -233,7 +233,7 @@ class Sequence:
             self.recomputed = False
         self.dispatched += 1
 
-    def record(self, token: int, values: Items[float], top: TopTokens | None, eos: frozenset[int]) -> None:
+    def record(self, token: int, values: Sequence[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
         wants, sampling = self.group.request.wants, self.group.request.sampling
         self.token_ids.append(token)
@@ -265,7 +265,7 @@ class Sequence:
         where = "before its grammar began" if self.follower.free else "in the middle of its grammar"
         self.fail(GrammarFault(f"The row ended {where}, at token {len(self.token_ids) - 1}."))
 
-    def _stop_string(self, token: Items[int], *, last: bool) -> str | None:
+    def _stop_string(self, token: Sequence[int], *, last: bool) -> str | None:
         """The one that stands in what the token decides; the `last` one decides of an incomplete character that it is
         U+FFFD."""
         if self.text is None:

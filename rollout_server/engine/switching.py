@@ -6,7 +6,7 @@ from rollout_server.engine.batches import Batches
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.sequence import Sequence
+from rollout_server.engine.sequence import Row
 from rollout_server.rollout import BASE, FinishReason, OnUpdate
 
 
@@ -17,7 +17,7 @@ class Switching:
         self._reports = reports
         self._preemption = preemption
 
-    def follow(self, row: Sequence) -> None:
+    def follow(self, row: Row) -> None:
         """A row whose request follows a name that has moved on switches or ends, if it asked for that."""
         request = row.group.request
         if not row.running or request.policy.name == BASE:
@@ -36,7 +36,7 @@ class Switching:
             row.end(FinishReason.SUPERSEDED, f"{request.policy.name}@{alias}")
             self._reports.ended(row)
 
-    def _switch(self, row: Sequence) -> None:
+    def _switch(self, row: Row) -> None:
         """Its next token is of the version that is live now, over the KV it has."""
         address = row.group.request.policy
         parameters = self._policies.placement(address).parameters
@@ -61,7 +61,7 @@ class Switching:
         self._policies.release(old, 1)
 
 
-def _reads_anew(row: Sequence) -> bool:
+def _reads_anew(row: Row) -> bool:
     """A row that has no token yet of what it has read, or is about to read, reads it under the new version instead:
     its next span is of one version then, and can be drawn again."""
     return row.recomputed or row.dispatched == len(row.group.request.prefix)

@@ -16,7 +16,7 @@ import pytest
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.messages import RequestDone, RequestFailed, Score, Stop
 from rollout_server.engine.policy_messages import Delete
-from rollout_server.engine.sequence import Group, Sequence
+from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import EngineUnavailable, NeverAdmitted
 from rollout_server.http.encoding import rollout_text
 from rollout_server.rollout import (
@@ -96,7 +96,7 @@ def test_64_stop_strings_end_a_row_where_a_search_of_all_its_text_would(base: Dr
         stops |= {f"never {k}" for k in range(50)}
         sampling = SamplingParams(max_tokens=40, min_tokens=trial % 5, stop=tuple(sorted(stops)), ignore_eos=True)
         request = RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(0,))
-        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, IncrementalText(tokenizer))
+        row = Row(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, IncrementalText(tokenizer))
         seen, expected = IncrementalText(tokenizer), None
         for count, token in enumerate(ids, 1):
             before = seen.length
@@ -128,7 +128,7 @@ def test_a_row_that_ends_inside_of_a_character_has_shown_it(base: Driver, ending
         sampling = SamplingParams(max_tokens=len(ids), stop=(stop,), stop_token_ids=token)
         request = RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(0,))
         text = IncrementalText.of(tokenizer, request)
-        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
+        row = Row(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
         while row.running:
             row.record(ids[len(row.token_ids)], (0.0, 0.0, 0.0), None, frozenset([end]))
         assert (row.stop_reason, row.finish_reason) == (reason, FinishReason.LENGTH if reason is None else "stop")
@@ -152,7 +152,7 @@ def test_a_stop_string_is_looked_for_in_the_text_that_is_shown(base: Driver) -> 
         request = RolloutRequest("r", (2,), sampling, PolicyAddress("base"), seeds=(0,), continues=continues)
         request = replace(request, shown=frozenset(shown))
         text = IncrementalText.of(tokenizer, request)
-        row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
+        row = Row(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, text)
         for token in (word, mask, mask if stop == " a" else word):
             if row.running:
                 row.record(token, (0.0, 0.0, 0.0), None, frozenset())

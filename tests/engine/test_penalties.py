@@ -20,7 +20,7 @@ from rollout_server.engine.filters import Some
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.penalties import TokenCounts, prepare_bans
 from rollout_server.engine.sampling import prepare, sample, uniforms
-from rollout_server.engine.sequence import Group, Sequence
+from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import InvalidField
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, SamplingParams
 from tests.bounds import of_softmax
@@ -144,9 +144,9 @@ def test_a_logit_bias_of_100_is_nearly_a_command_and_of_minus_100_nearly_a_ban(b
     assert all(token >= 250 for row in never for token in row.token_ids)
 
 
-def row_of(params: SamplingParams, prompt: tuple[int, ...], tokens: list[int]) -> Sequence:
+def row_of(params: SamplingParams, prompt: tuple[int, ...], tokens: list[int]) -> Row:
     request = RolloutRequest("r", prompt, params, PolicyAddress("base"), seeds=(0,))
-    row = Sequence(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, None)
+    row = Row(Group(request), 0, 0, PolicyVersion("base", 0, "sha256:0"), 0, None)
     row.token_ids, row.dispatched = list(tokens), len(tokens)
     return row
 
