@@ -13,7 +13,7 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, StalePolicy
 
@@ -26,7 +26,7 @@ class Admitting:
         policies: PolicyTable,
         batches: Batches,
         ledger: KVLedger,
-        scheduler: Scheduler,
+        queue: RequestQueue,
         reports: Reports,
         references: References,
         changes: Collection[PolicyCommand],
@@ -35,7 +35,7 @@ class Admitting:
         self._policies = policies
         self._batches = batches
         self._ledger = ledger
-        self._scheduler = scheduler
+        self._queue = queue
         self._reports = reports
         self._references = references
         self._changes = changes
@@ -43,16 +43,16 @@ class Admitting:
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""
-        while admission := self._scheduler.next_admission(self._batches.size, self._berth):
+        while admission := self._queue.next_admission(self._batches.size, self._berth):
             group = admission.group
             if group.version is None and not self._take_version(group):
-                if self._scheduler.heads(group):
+                if self._queue.heads(group):
                     break
                 continue
             self._batches.settle_and_release()
             with self._blame(group):
                 self._batches.join(admission)
-            self._scheduler.admitted(admission)
+            self._queue.admitted(admission)
             wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
             if wanted and group.version is not None:
                 self._references.score_prompt(group, group.version)
@@ -72,10 +72,10 @@ class Admitting:
 
     def call_back(self) -> None:
         """Groups that wait for a version come back when it is there, and fail when their time is over."""
-        self._scheduler.bring_back(
+        self._queue.bring_back(
             lambda group: not self._policies.behind(group.request.policy, group.request.min_version or 0)
         )
-        for group in self._scheduler.impatient(time.monotonic()):
+        for group in self._queue.impatient(time.monotonic()):
             try:
                 self._policies.require(group.request.policy, group.request.min_version or 0)
             except StalePolicy as error:
@@ -89,7 +89,7 @@ class Admitting:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
-                self._scheduler.set_aside(group, time.monotonic() + request.wait_s)
+                self._queue.set_aside(group, time.monotonic() + request.wait_s)
             elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False

@@ -33,7 +33,7 @@ from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import References
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Keeper, Reuse
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.step_cost import measure
@@ -91,9 +91,9 @@ def build_engine(
     )
 
 
-def requests_of(model: ResidentModel, ledger: KVLedger) -> Scheduler:
+def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
-    requests = Scheduler(model.info.max_batch, partial(model.make_store().packed, 1))
+    requests = RequestQueue(model.info.max_batch, partial(model.make_store().packed, 1))
     ledger.register("prompts", lambda: requests.kept_cells)
     return requests
 

@@ -31,7 +31,7 @@ from rollout_server.engine.references import References
 from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Reuse
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.switching import Switching
@@ -53,7 +53,7 @@ class Engine:
         *,
         policies: PolicyTable,
         changes: deque[PolicyCommand],
-        requests: Scheduler,
+        requests: RequestQueue,
         reports: Reports,
         admitting: Admitting,
         batches: Batches,
@@ -298,8 +298,8 @@ class Engine:
     # ---- endings --------------------------------------------------------------------------------------------------
 
     def _end_overdue(self) -> None:
-        for ticket in self._requests.overdue(time.monotonic()):
-            self._end_request(ticket.id, "timeout")
+        for open_request in self._requests.overdue(time.monotonic()):
+            self._end_request(open_request.id, "timeout")
 
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
@@ -339,13 +339,13 @@ class Engine:
     def stop(self) -> None:
         """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
         error = EngineUnavailable("The server is stopping.")
-        for id in list(self._requests.tickets):
+        for id in list(self._requests.open_requests):
             if self._reports.has_tokens(id, self._batches.rows):
                 self._end_request(id, "stopping")
         self._close("stopping", None, error)
 
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
-        for id in list(self._requests.tickets):
+        for id in list(self._requests.open_requests):
             self._reports.fail(id, error)
         changes = [change.id for change in [*self._changes, *self._releases]]
         for id in self._scoring.own_requests + self._pausing.open_requests + changes:

@@ -12,7 +12,7 @@ from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.reuse import Reuse
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 
 IDLE_S = 5.0
@@ -29,7 +29,7 @@ class Memory:
         batches: Batches,
         policies: PolicyTable,
         reuse: Reuse,
-        scheduler: Scheduler,
+        queue: RequestQueue,
         scoring: ScoringQueue,
         info: ModelInfo,
         clock: Callable[[], float] = time.monotonic,
@@ -37,7 +37,7 @@ class Memory:
         self._batches = batches
         self._reuse = reuse
         self._policies = policies
-        self._scheduler = scheduler
+        self._queue = queue
         self._scoring = scoring
         self._info = info
         self._clock = clock
@@ -90,7 +90,7 @@ class Memory:
             kv_held=self._batches.nbytes,
             kv_filled=self._batches.filled_cells * info.kv_bytes_per_token,
             kv_kept=self._reuse.status.nbytes,
-            kv_prompts=self._scheduler.kept_cells * info.kv_bytes_per_token,
+            kv_prompts=self._queue.kept_cells * info.kv_bytes_per_token,
             kv_scored=self._scoring.nbytes,
             slots=self._policies.slot_bytes,
             sets=self._policies.set_bytes,

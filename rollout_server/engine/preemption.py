@@ -7,7 +7,7 @@ from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.recovery import Leg
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Row
 from rollout_server.rollout import RECOMPUTED
 
@@ -20,13 +20,13 @@ class Preemption:
         batches: Batches,
         policies: PolicyTable,
         reports: Reports,
-        scheduler: Scheduler,
+        queue: RequestQueue,
         ledger: KVLedger,
     ) -> None:
         self._batches = batches
         self._policies = policies
         self._reports = reports
-        self._scheduler = scheduler
+        self._queue = queue
         self._ledger = ledger
         self.count = 0
         """Rows that stepped aside since the start."""
@@ -34,7 +34,7 @@ class Preemption:
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
         then rows give theirs up, the newest first. The oldest row never does."""
-        if not self._scheduler.crowded and not self._batches.aside:
+        if not self._queue.crowded and not self._batches.aside:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
             self._batches.stretch((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
         if self._ledger.fits_after_step():
@@ -46,7 +46,7 @@ class Preemption:
         self._batches.shrink()
         if self._ledger.fits_after_step():
             return
-        self._scheduler.drop_kept()
+        self._queue.drop_kept()
         if self._ledger.fits_after_step():
             return
         order = sorted(self._batches.holders, key=lambda holder: holder.age)
@@ -61,22 +61,22 @@ class Preemption:
                 self.count += 1
             elif holder.joining is not None:
                 self._batches.unjoin(holder.joining)
-                self._scheduler.put_back(holder.joining.group, holder.joining.count)
+                self._queue.put_back(holder.joining.group, holder.joining.count)
         self._batches.shrink()
 
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
         if any(not row.running for row in self._batches.aside):
             self._batches.settle_and_release()
-        if self._scheduler.crowded and not self._batches.size:
+        if self._queue.crowded and not self._batches.size:
             # Nothing that runs will make room for the head of the queue.
-            self._scheduler.drop_kept()
+            self._queue.drop_kept()
         while self._batches.aside:
             row = self._batches.aside[0]
             berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1)
             needed = self._batches.cells(berth, 1, row.soon)
             if not self._ledger.fits(wanted=True, rows=needed):
-                self._scheduler.drop_kept()
+                self._queue.drop_kept()
             if not self._ledger.fits(wanted=True, rows=needed):
                 return False
             self._batches.settle_and_release()

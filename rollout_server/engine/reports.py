@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from rollout_server.engine.holders import Joining
 from rollout_server.engine.messages import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.scheduler import Scheduler, Ticket
+from rollout_server.engine.scheduler import OpenRequest, RequestQueue
 from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import NeverAdmitted, RolloutError
 from rollout_server.rollout import FinishReason
@@ -16,8 +16,8 @@ from rollout_server.rollout import FinishReason
 class Reports:
     """Events of one turn, in order."""
 
-    def __init__(self, scheduler: Scheduler, policies: PolicyTable) -> None:
-        self._scheduler = scheduler
+    def __init__(self, queue: RequestQueue, policies: PolicyTable) -> None:
+        self._queue = queue
         self._policies = policies
         self._events: list[Event] = []
         self._complete: list[Group] = []
@@ -43,8 +43,8 @@ class Reports:
 
     def _open(self, group: Group) -> bool:
         """A group that outlived its request has nobody to report to, even if the id was taken again."""
-        ticket = self._scheduler.tickets.get(group.request.id)
-        return ticket is not None and group in ticket.members
+        open_request = self._queue.open_requests.get(group.request.id)
+        return open_request is not None and group in open_request.members
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -124,28 +124,28 @@ class Reports:
         if not self._open(row.group):
             return
         id = row.group.request.id
-        ticket = self._scheduler.tickets[id]
-        ticket.produced = ticket.produced or row.sampled > 0
-        ticket.error = ticket.error or row.error
+        open_request = self._queue.open_requests[id]
+        open_request.produced = open_request.produced or row.sampled > 0
+        open_request.error = open_request.error or row.error
         self.add(RowFinished(id, row.rollout()))
-        if closed := self._scheduler.row_reported(id):
+        if closed := self._queue.row_reported(id):
             self._close(closed)
 
-    def _close(self, ticket: Ticket) -> None:
-        if ticket.error is not None and not ticket.produced:
-            self.add(RequestFailed(ticket.id, ticket.error))
+    def _close(self, open_request: OpenRequest) -> None:
+        if open_request.error is not None and not open_request.produced:
+            self.add(RequestFailed(open_request.id, open_request.error))
         else:
-            self.add(RequestDone(ticket.id))
+            self.add(RequestDone(open_request.id))
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
     def fail(self, id: str, error: RolloutError) -> None:
         """A request that ends as a whole; what it still had waiting is forgotten."""
-        ticket = self._scheduler.tickets.get(id)
-        if ticket is not None:
-            for group in ticket.groups:
+        open_request = self._queue.open_requests.get(id)
+        if open_request is not None:
+            for group in open_request.groups:
                 self._forget(group)
-            self._scheduler.close(id)
+            self._queue.close(id)
         self.add(RequestFailed(id, error))
 
     def fail_group(self, group: Group, error: RolloutError) -> None:
@@ -184,32 +184,36 @@ class Reports:
     @property
     def begun(self) -> list[str]:
         """Ids of the requests of which some sample was admitted."""
-        tickets = self._scheduler.tickets.values()
-        return [ticket.id for ticket in tickets if any(group.version is not None for group in ticket.groups)]
+        open_requests = self._queue.open_requests.values()
+        return [
+            open_request.id
+            for open_request in open_requests
+            if any(group.version is not None for group in open_request.groups)
+        ]
 
     def has_tokens(self, id: str, rows: Iterable[Row]) -> bool:
         """Whether some row of a request, reported or among those that run, has sampled anything."""
-        ticket = self._scheduler.tickets[id]
-        held = [row for group in ticket.groups for row in group.held]
+        open_request = self._queue.open_requests[id]
+        held = [row for group in open_request.groups for row in group.held]
         running = [row for row in rows if row.group.request.id == id]
-        return ticket.produced or any(row.sampled for row in held + running)
+        return open_request.produced or any(row.sampled for row in held + running)
 
     def end_request(self, id: str, reason: str, rows: Iterable[Row], joining: Iterable[Joining]) -> None:
         """`rows` and `joining` are all that run and all that are on their way."""
-        ticket = self._scheduler.tickets.get(id)
-        if ticket is None:
+        open_request = self._queue.open_requests.get(id)
+        if open_request is None:
             return
-        started = any(group.version is not None for group in ticket.groups)
+        started = any(group.version is not None for group in open_request.groups)
         if reason == "timeout" and not started:
             self.fail(id, NeverAdmitted("The request waited in the queue until its timeout_s was over."))
             return
         running = [row for row in rows if row.group.request.id == id and row.running]
-        begun = {join.group: join for join in joining if join.group in ticket.members}
-        for group in ticket.groups:
+        begun = {join.group: join for join in joining if join.group in open_request.members}
+        for group in open_request.groups:
             group.unscored = group.unreferenced = False
             self._let_go(group)
         self._abort_rows(running, reason)
-        for group in ticket.groups:
+        for group in open_request.groups:
             self._abort_rest(group, begun.get(group), reason)
 
     @property
@@ -241,7 +245,7 @@ class Reports:
 
     def _forget(self, group: Group) -> None:
         """Takes a group's waiting samples out of the queue and gives back their references."""
-        dropped = self._scheduler.drop(group)
+        dropped = self._queue.drop(group)
         if dropped and group.version is not None:
             self._policies.release(group.version, dropped)
 

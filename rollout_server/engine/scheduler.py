@@ -14,7 +14,7 @@ from rollout_server.errors import RolloutError
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class OpenRequest:
     """An open request: it ends when its last row was reported."""
 
     id: str
@@ -42,7 +42,7 @@ class Admission:
     berth: tuple[int, int]
 
 
-class Scheduler:
+class RequestQueue:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
     waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
 
@@ -53,7 +53,7 @@ class Scheduler:
         max_rows: int,
         prompt_cells: Callable[[int], int] = lambda tokens: tokens,
     ) -> None:
-        self.tickets: dict[str, Ticket] = {}
+        self.open_requests: dict[str, OpenRequest] = {}
         self.waiting_requests = 0
         self.crowded = False
         """The group at the head of the queue waits for KV memory."""
@@ -65,16 +65,16 @@ class Scheduler:
         self._max_rows = max_rows
         self._prompt_cells = prompt_cells
 
-    def submit(self, submit: Submit) -> Ticket:
+    def submit(self, submit: Submit) -> OpenRequest:
         groups = tuple(Group(request) for request in submit.groups)
         rows = sum(group.request.n for group in groups)
-        ticket = Ticket(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
-        self.tickets[submit.id] = ticket
+        open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
+        self.open_requests[submit.id] = open_request
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         self._waiting.extend(groups)
         self.waiting_requests += 1
-        return ticket
+        return open_request
 
     def next_admission(self, running: int, fit: Callable[[Group, int], tuple[int, int] | None]) -> Admission | None:
         """What may start now, given `running` rows. `fit(group, count)` says in which batch `count` samples of a group
@@ -156,7 +156,7 @@ class Scheduler:
 
     def rest(self, now: float, most: float) -> float:
         """Seconds, at most `most`, until something must be ended although nothing runs."""
-        ends = [t.deadline for t in self.tickets.values() if t.deadline is not None] + list(self._aside.values())
+        ends = [t.deadline for t in self.open_requests.values() if t.deadline is not None] + list(self._aside.values())
         return min([most, *(max(0.0, end - now) for end in ends)])
 
     # ---- leaving the queue ------------------------------------------------------------------------------------------
@@ -169,10 +169,10 @@ class Scheduler:
     def put_back(self, group: Group, count: int) -> None:
         """The last `count` samples that were admitted have not started after all: they are first in the queue."""
         if not group.waiting:
-            ticket = self.tickets.get(group.request.id)
-            if ticket is not None:
-                self.waiting_requests += ticket.waiting_groups == 0
-                ticket.waiting_groups += 1
+            open_request = self.open_requests.get(group.request.id)
+            if open_request is not None:
+                self.waiting_requests += open_request.waiting_groups == 0
+                open_request.waiting_groups += 1
         group.admitted -= count
         if group in self._waiting:
             self._waiting.remove(group)
@@ -189,27 +189,27 @@ class Scheduler:
         return left
 
     def _left_queue(self, group: Group) -> None:
-        ticket = self.tickets.get(group.request.id)
-        if ticket is not None:
-            ticket.waiting_groups -= 1
-            self.waiting_requests -= ticket.waiting_groups == 0
+        open_request = self.open_requests.get(group.request.id)
+        if open_request is not None:
+            open_request.waiting_groups -= 1
+            self.waiting_requests -= open_request.waiting_groups == 0
 
-    def row_reported(self, id: str) -> Ticket | None:
+    def row_reported(self, id: str) -> OpenRequest | None:
         """Counts a reported row; returns the ticket if that was its last."""
-        ticket = self.tickets[id]
-        ticket.open_rows -= 1
-        return self.close(id) if ticket.open_rows == 0 else None
+        open_request = self.open_requests[id]
+        open_request.open_rows -= 1
+        return self.close(id) if open_request.open_rows == 0 else None
 
-    def close(self, id: str) -> Ticket:
-        return self.tickets.pop(id)
+    def close(self, id: str) -> OpenRequest:
+        return self.open_requests.pop(id)
 
-    def overdue(self, now: float) -> list[Ticket]:
+    def overdue(self, now: float) -> list[OpenRequest]:
         """Requests whose time is over, the first of them first; told again until they are closed."""
         due = []
         while self._deadlines and self._deadlines[0][0] <= now:
             due.append(heapq.heappop(self._deadlines))
         # One that is over keeps its place here until its time, and its id may have been taken again.
-        still = [(at, id) for at, id in due if id in self.tickets and self.tickets[id].timed_out(now)]
+        still = [(at, id) for at, id in due if id in self.open_requests and self.open_requests[id].timed_out(now)]
         for entry in still:
             heapq.heappush(self._deadlines, entry)
-        return [self.tickets[id] for id in dict.fromkeys(id for _, id in still)]
+        return [self.open_requests[id] for id in dict.fromkeys(id for _, id in still)]

@@ -12,7 +12,7 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Reuse
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 
 
 class StatusBoard:
@@ -21,7 +21,7 @@ class StatusBoard:
     def __init__(
         self,
         show: Callable[[EngineStatus], None],
-        requests: Scheduler,
+        requests: RequestQueue,
         batches: Batches,
         reports: Reports,
         policies: PolicyTable,

@@ -21,7 +21,7 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.passages import ScoreJob
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Group
 
@@ -120,7 +120,7 @@ class Door:
     # ---- who waits ------------------------------------------------------------------------------------------------
 
     @property
-    def requests(self) -> Scheduler:
+    def requests(self) -> RequestQueue:
         return self.engine._requests
 
     @property

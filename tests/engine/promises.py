@@ -155,8 +155,8 @@ class Promises:
     def _check_rows(self) -> None:
         batch = self.driver.batches
         assert batch.size <= self.driver.model.info.max_batch
-        for id, ticket in self.driver.requests.tickets.items():
-            for group in ticket.groups:
+        for id, open_request in self.driver.requests.open_requests.items():
+            for group in open_request.groups:
                 if group.version is not None and group.request.prompt_index not in self.asked[id].started:
                     self._started(self.asked[id], group.request, group.version)
         for row in batch.rows:
@@ -261,7 +261,9 @@ def tiles(spans: Any, count: int) -> None:
 
 def holders(driver: Driver) -> Counter[Key]:
     """Who holds each version: rows in the batch, samples whose prompt is read, samples that wait for a place, jobs."""
-    groups = {id(group): group for ticket in driver.requests.tickets.values() for group in ticket.groups}
+    groups = {
+        id(group): group for open_request in driver.requests.open_requests.values() for group in open_request.groups
+    }
     groups |= {id(row.group): row.group for row in driver.batches.rows}
     groups |= {id(joining.group): joining.group for joining in driver.batches.joining}
     held: Counter[Key] = Counter()

@@ -135,7 +135,7 @@ class Player:
         driver, resident = self.driver, self.driver.resident
         assert not holders(self.driver) and not resident._residents and not driver.bundles_held
         assert not resident.sets.numbers and resident.sets._mounted == BASE_SET
-        assert (driver.batches.size, driver.requests.waiting_requests, len(driver.requests.tickets)) == (0, 0, 0)
+        assert (driver.batches.size, driver.requests.waiting_requests, len(driver.requests.open_requests)) == (0, 0, 0)
         assert driver.policies.slot_bytes == driver.policies.set_bytes == 0
 
     def send(self, command: Any) -> None:
@@ -245,11 +245,11 @@ class Player:
 
     def expire(self, pick: int, *_: int) -> None:
         """Its time is over."""
-        tickets = self.driver.requests.tickets
-        if ids := [id for id in self.open() if id in tickets]:
+        open_requests = self.driver.requests.open_requests
+        if ids := [id for id in self.open() if id in open_requests]:
             id = ids[pick % len(ids)]
             self.promises.asked[id].ended.add("timeout")
-            tickets[id].deadline = 0.0
+            open_requests[id].deadline = 0.0
 
     def fault(self, which: int, pick: int, *_: int) -> None:
         """In the next turn a forward of some batch fails if there is one, or the staging of a push in its middle."""

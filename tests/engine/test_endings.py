@@ -282,13 +282,13 @@ def test_ending_a_request_looks_at_each_of_its_groups_a_few_times(base: Driver) 
     count = 2000
     id = base.submit([PROMPT[:2]] * count, max_tokens=3, ignore_eos=True, wants=Wants(prompt_logprobs=True))
     base.turn(20)
-    ticket = base.requests.tickets[id]
-    assert ticket.waiting_groups > 1000 and len(base.rollouts(id)) > 10
-    ticket.groups = Counted(ticket.groups)
+    open_request = base.requests.open_requests[id]
+    assert open_request.waiting_groups > 1000 and len(base.rollouts(id)) > 10
+    open_request.groups = Counted(open_request.groups)
     base.abort(id)
     base.finish(id, turns=2)
     assert len(base.rollouts(id)) == count and not base.score_jobs
-    assert ticket.groups.looks <= 10 * count, "quadratic would be millions"
+    assert open_request.groups.looks <= 10 * count, "quadratic would be millions"
 
 
 def test_a_stop_ends_everything_that_is_open_once(driver: Driver, qwen: Path) -> None:

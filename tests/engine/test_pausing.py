@@ -128,7 +128,7 @@ def test_aborts_and_deadlines_meanwhile(base: Driver, mode: str) -> None:
     assert base.over(aborted) and base.over(running)
     assert isinstance(base.error(late), NeverAdmitted)
     assert any(isinstance(event, RequestFailed) and event.id == scored for event in base.events)
-    assert base.status.running == 0 and not base.requests.tickets
+    assert base.status.running == 0 and not base.requests.open_requests
 
 
 def test_one_pause_replaces_another(base: Driver) -> None:

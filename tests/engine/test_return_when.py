@@ -85,4 +85,4 @@ def test_aborts_and_ends_in_any_order(base: Driver, max_batch: int) -> None:
         base.finish(id)
         assert len(base.rollouts(id)) == 12
     base.turn(3)
-    assert base.batches.size == 0 and not base.requests.tickets
+    assert base.batches.size == 0 and not base.requests.open_requests

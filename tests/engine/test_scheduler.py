@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rollout_server.engine.messages import Submit
-from rollout_server.engine.scheduler import Scheduler
+from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 
@@ -26,33 +26,33 @@ def test_as_many_samples_start_as_there_is_room_for(room: int) -> None:
         asked.append(count)
         return (0, 0) if count <= room else None
 
-    scheduler = Scheduler(256)
-    scheduler.submit(submitted("a", n=256))
-    admission = scheduler.next_admission(0, fit)
+    queue = RequestQueue(256)
+    queue.submit(submitted("a", n=256))
+    admission = queue.next_admission(0, fit)
     assert (admission.count if admission else 0) == room
-    assert scheduler.crowded == (room == 0)
+    assert queue.crowded == (room == 0)
     assert len(asked) <= 10, "not every count is tried"
 
 
 def test_requests_are_overdue_until_they_are_closed() -> None:
-    scheduler = Scheduler(4)
+    queue = RequestQueue(4)
     for id, deadline in (("late", 9.0), ("soon", 2.0), ("never", None), ("over", 1.0)):
-        scheduler.submit(submitted(id, deadline=deadline))
-    scheduler.close("over")
-    assert [ticket.id for ticket in scheduler.overdue(1.5)] == []
-    assert [ticket.id for ticket in scheduler.overdue(3.0)] == ["soon"]
-    assert [ticket.id for ticket in scheduler.overdue(9.0)] == ["soon", "late"], "nobody has ended it"
-    scheduler.close("soon")
-    assert [ticket.id for ticket in scheduler.overdue(10.0)] == ["late"]
+        queue.submit(submitted(id, deadline=deadline))
+    queue.close("over")
+    assert [open_request.id for open_request in queue.overdue(1.5)] == []
+    assert [open_request.id for open_request in queue.overdue(3.0)] == ["soon"]
+    assert [open_request.id for open_request in queue.overdue(9.0)] == ["soon", "late"], "nobody has ended it"
+    queue.close("soon")
+    assert [open_request.id for open_request in queue.overdue(10.0)] == ["late"]
 
 
 def test_an_id_that_was_taken_again_has_the_time_of_its_new_request() -> None:
-    scheduler = Scheduler(4)
-    scheduler.submit(submitted("a", deadline=2.0))
-    scheduler.close("a")
-    scheduler.submit(submitted("a", deadline=9.0))
-    assert scheduler.overdue(3.0) == []
-    assert [ticket.id for ticket in scheduler.overdue(9.0)] == ["a"]
-    scheduler.close("a")
-    scheduler.submit(submitted("a"))
-    assert scheduler.overdue(10.0) == []
+    queue = RequestQueue(4)
+    queue.submit(submitted("a", deadline=2.0))
+    queue.close("a")
+    queue.submit(submitted("a", deadline=9.0))
+    assert queue.overdue(3.0) == []
+    assert [open_request.id for open_request in queue.overdue(9.0)] == ["a"]
+    queue.close("a")
+    queue.submit(submitted("a"))
+    assert queue.overdue(10.0) == []
