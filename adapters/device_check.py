@@ -93,7 +93,7 @@ class _Versions:
 
     def aim(self, route: tuple[int, ...]) -> None:
         if len(set(route)) == 1:
-            self.stack.aim(route[0])
+            self.stack.select(route[0])
         else:
             self.stack.aim_rows(frozenset(route), mx.array(route, dtype=mx.uint32))
 

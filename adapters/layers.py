@@ -142,7 +142,7 @@ class SlotStack:
         self.pair = self.rows = self.one_gain = None
         self.scales = False
 
-    def aim(self, slot: int) -> None:
+    def select(self, slot: int) -> None:
         """Every row uses this slot."""
         self.rest()
         rank = self.filled.get(slot)

@@ -158,7 +158,7 @@ class AdapterSlots:
                     if seconds is not None and time.perf_counter() - began >= seconds:
                         break
             finally:
-                self._aim(self._routed)
+                self._select(self._routed)
         return not staging.unwritten
 
     def stage(self, version: AdapterBundle | PreparedBundle | Staging) -> int:
@@ -201,7 +201,7 @@ class AdapterSlots:
                 stack.rest()
                 stack.shrink(self._capacity, in_use)
         finally:
-            self._aim(self._routed)
+            self._select(self._routed)
 
     def slot(self, digest: str) -> int:
         """Where a staged bundle sits. Raises `KeyError` for a digest that is not staged."""
@@ -217,7 +217,7 @@ class AdapterSlots:
         free = set(wanted) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
         if free:
             raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
-        self._aim(wanted)
+        self._select(wanted)
         self._routed = wanted
 
     def lent(self) -> tuple[tuple[str, ...], list[mx.array]]:
@@ -248,13 +248,13 @@ class AdapterSlots:
         self._residents.clear()
         self._routed = None
 
-    def _aim(self, slots: tuple[int, ...] | None) -> None:
+    def _select(self, slots: tuple[int, ...] | None) -> None:
         slots = slots or (BASE_SLOT,)
         distinct = frozenset(slots)
         if len(distinct) == 1:
             (slot,) = distinct
             for stack in self._stacks.values():
-                stack.aim(slot)
+                stack.select(slot)
             return
         rows = mx.array(slots, dtype=mx.uint32)
         for stack in self._stacks.values():

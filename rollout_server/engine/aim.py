@@ -11,7 +11,7 @@ from rollout_server.engine.sampling import SamplerArrays, prepare
 from rollout_server.engine.sequence import Row
 
 
-class Aim:
+class StepInputs:
     """Of (place, row) `rows` among `size` places. The rows know all of it; as arrays it moves on without a loop over
     them. Places that take no part have seed and position 0."""
 

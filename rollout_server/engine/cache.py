@@ -193,7 +193,7 @@ class SlotRows:
         width = min(self.columns, self._width(max(ends)))
         step = mx.arange(length, dtype=mx.int32)[None]
         own = step < mx.array([len(piece.tokens) for piece in pieces], dtype=mx.int32)[:, None]
-        # Padding goes where no row ever stands, see `aim`.
+        # Padding goes where no row ever stands, see `set_positions`.
         columns = mx.where(own, offset[:, None] + step, self.columns - 1)
         self.window = Window(places, places, offset, columns, width)
         route([piece.slot for piece in pieces])
@@ -243,7 +243,7 @@ class SlotRows:
                     layer.write(prompt.places[0], prompt.fed, *(array[:, : segment.count] for array in pair))
             prompt.fed += segment.count
 
-    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
         self._grow_columns(width + 1)
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1

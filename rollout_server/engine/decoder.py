@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.aim import Aim, inputs_of, prepare_rows
+from rollout_server.engine.aim import StepInputs, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.filters import Some
 from rollout_server.engine.masking import Masking
@@ -109,7 +109,7 @@ class Decoder:
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
-        self._aim: Aim | None = None
+        self._inputs: StepInputs | None = None
         self._counts = TokenCounts(vocabulary)
         self._masking = Masking(vocabulary, eos)
         self.steps = 0
@@ -124,12 +124,12 @@ class Decoder:
         return self._dispatched is not None and row.last_step == self._dispatched.number
 
     def seats_changed(self) -> None:
-        self._arrays = self._aim = None
+        self._arrays = self._inputs = None
 
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
         pending = self._build(seats)
-        if pending is not None and self._aim is not None and self._aim.masked:
+        if pending is not None and self._inputs is not None and self._inputs.masked:
             return self._step_masked(pending)
         following = None if pending is None else self._draw(pending, None)
         result = self._read()
@@ -160,18 +160,18 @@ class Decoder:
         size = self._store.capacity
         if self._arrays is None:
             self._arrays = self._prepare(seats, size)
-        if self._aim is None or self._aim.rows != rows:
-            self._aim = Aim(rows, size)
-        aim = self._aim
-        self._store.aim(aim.offsets, aim.width)
-        self._route(aim.slots())
+        if self._inputs is None or self._inputs.rows != rows:
+            self._inputs = StepInputs(rows, size)
+        inputs = self._inputs
+        self._store.set_positions(inputs.offsets, inputs.width)
+        self._route(inputs.slots())
         ids = self._dispatched.sampled.ids if self._dispatched is not None else inputs_of(seats, size)
         logits = self._forward(ids[:, None], self._store.layers)[:, -1]
-        draws = mx.array(uniforms(aim.seeds, aim.positions))
+        draws = mx.array(uniforms(inputs.seeds, inputs.positions))
         bans = self._arrays.bans
-        banned = bans.at(aim.positions) if bans else None
+        banned = bans.at(inputs.positions) if bans else None
         self.steps += 1
-        aim.advance(self.steps)
+        inputs.advance(self.steps)
         return PendingStep(self.steps, rows, logits, draws, banned)
 
     def _draw(self, pending: PendingStep, mask: Some | None) -> DispatchedStep:

@@ -110,7 +110,7 @@ class JoinedRows:
         mx.eval([cache.state for cache in kept])
         return kept
 
-    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
         """The caches keep their own offsets."""
 
     def moves_on_leave(self, leaving: int) -> bool:

@@ -339,7 +339,7 @@ def _self_test(
         inputs, offsets = [0] * store.capacity, [None] * store.capacity
         for place, row in zip(places, rows, strict=True):
             inputs[place], offsets[place] = row[-1], len(row) - 1  # type: ignore[call-overload]
-        store.aim(offsets, longest)
+        store.set_positions(offsets, longest)
         tokens = mx.array(inputs, dtype=mx.int32)[:, None]
         logits = (decode or forward)(tokens, store.layers)[:, -1].astype(mx.float32)
         mx.eval(logits)

@@ -51,7 +51,7 @@ class RowStore(Protocol):
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
 
-    def aim(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
         """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
         many columns it reads."""
 

@@ -36,7 +36,7 @@ def _seconds(forward: Forward, rows: SlotRows, route: Callable[[Sequence[int]], 
     tokens = mx.zeros((rows.capacity, 1), dtype=mx.int32)
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) <= REPEATS and sum(taken) < ENOUGH_S):
-        rows.aim([width - 1] * rows.capacity, width)
+        rows.set_positions([width - 1] * rows.capacity, width)
         route([0] * rows.capacity)
         mx.synchronize()
         began = time.perf_counter()

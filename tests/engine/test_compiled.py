@@ -67,9 +67,9 @@ def test_a_compiled_step_writes_in_place(path: Path) -> None:
     offsets: list[int | None] = [len(prompt.tokens) for prompt in prompts]
     offsets += [None] * (store.capacity - len(offsets))
     decode = CompiledDecode(model.forward, store, Unrouted())
-    store.aim(offsets, 16384)
+    store.set_positions(offsets, 16384)
     for _ in range(2):
-        store.aim(offsets, 64)
+        store.set_positions(offsets, 64)
         mx.eval(decode(mx.ones((store.capacity, 1), dtype=mx.int32), store.layers))
         store.evaluate()
     layer = store.nbytes // len(store.layers)
@@ -100,7 +100,7 @@ def test_a_trace_that_fails_leaves_the_cache_as_it_was(path: Path) -> None:
             raise RuntimeError("unreachable: a trace cannot be read")
         return logits
 
-    store.aim([3] + [None] * (store.capacity - 1), 4)
+    store.set_positions([3] + [None] * (store.capacity - 1), 4)
     with pytest.raises((ValueError, RuntimeError)):
         CompiledDecode(broken, store, Unrouted())(mx.ones((store.capacity, 1), dtype=mx.int32), store.layers)
     assert all(

@@ -144,10 +144,10 @@ def test_a_step_writes_in_place(demo: ResidentModel) -> None:
     store.feed(demo.forward, [(prompt, len(prompt.tokens)) for prompt in prompts], lambda slots: None)
     offsets: list[int | None] = [len(prompt.tokens) for prompt in prompts]
     offsets += [None] * (store.capacity - len(offsets))
-    store.aim(offsets, 16384)
+    store.set_positions(offsets, 16384)
     layer, peaks = store.nbytes // len(store.layers), []
     for _ in range(3):
-        store.aim(offsets, 96)
+        store.set_positions(offsets, 96)
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         mx.eval(demo.forward(mx.ones((store.capacity, 1), dtype=mx.int32), store.layers))
