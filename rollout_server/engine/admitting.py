@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.holders import Berth
+from rollout_server.engine.holders import BatchKey
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
@@ -57,13 +57,13 @@ class Admitting:
             if wanted and group.version is not None:
                 self._references.score_prompt(group, group.version)
 
-    def _berth(self, group: Group, count: int) -> Berth | None:
+    def _berth(self, group: Group, count: int) -> BatchKey | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
-        berth = self._batches.berth(known.parameters, count, len(group.request.given_ids))
-        cells = self._batches.cells(berth, count, group.soon)
-        return berth if self._ledger.fits(wanted=True, rows=cells) else None
+        batch_key = self._batches.key_for(known.parameters, count, len(group.request.given_ids))
+        cells = self._batches.cells(batch_key, count, group.soon)
+        return batch_key if self._ledger.fits(wanted=True, rows=cells) else None
 
     def fail(self, fault: RolloutError) -> None:
         """A step failed: the group that was joining fails with it."""

@@ -14,7 +14,7 @@ from functools import partial
 from adapters.sets import BASE_SET
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.holders import FIRST, Berth, Holder, Joining, RowSink, age_of
+from rollout_server.engine.holders import FIRST, BatchKey, Joining, KVUser, RowSink, age_of
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import Leg
@@ -49,7 +49,7 @@ class Batches:
         ledger.register("rows", lambda: self.held_cells, after_step=lambda: self.due + self.idle_cells)
         self._measure = measure
         self._buckets = LengthBuckets(store.places)
-        self._batches: dict[Berth, Batch] = {FIRST: make(BASE_SET)}
+        self._batches: dict[BatchKey, Batch] = {FIRST: make(BASE_SET)}
         self._steps_before = self._fed_before = 0
         self._turns = 0
         self._fed_last = FIRST
@@ -60,8 +60,8 @@ class Batches:
         """The first batch of a set. Raises `KeyError` where no row has run on this set lately."""
         return self._batches[self._of(parameters)[0]] if self._of(parameters) else self._batches[parameters, 0]
 
-    def _of(self, parameters: int) -> list[Berth]:
-        return sorted(berth for berth in self._batches if berth[0] == parameters)
+    def _of(self, parameters: int) -> list[BatchKey]:
+        return sorted(batch_key for batch_key in self._batches if batch_key[0] == parameters)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
@@ -120,22 +120,22 @@ class Batches:
     @property
     def sets(self) -> tuple[int, ...]:
         """Those that have a batch."""
-        return tuple(sorted({berth[0] for berth in self._batches}))
+        return tuple(sorted({batch_key[0] for batch_key in self._batches}))
 
     def classes(self, parameters: int) -> int:
         """Batches of a set that have rows."""
-        return sum(self._holds(self._batches[berth]) for berth in self._of(parameters))
+        return sum(self._holds(self._batches[batch_key]) for batch_key in self._of(parameters))
 
-    def columns(self, berth: Berth, length: int) -> int:
+    def columns(self, batch_key: BatchKey, length: int) -> int:
         """The most columns that a row of this batch can fill once one of `length` joined."""
-        return max(length, self._batches[berth].longest) if berth in self._batches else length
+        return max(length, self._batches[batch_key].longest) if batch_key in self._batches else length
 
-    def cells(self, berth: Berth, count: int, length: int) -> int:
+    def cells(self, batch_key: BatchKey, count: int, length: int) -> int:
         """KV columns over all rows of all batches once `count` more rows of at most `length` joined one of them.
         Batches without rows count for nothing: they make room."""
-        batch = self._batches.get(berth)
-        others = (other for key, other in self._batches.items() if key != berth and self._holds(other))
-        own = batch.cells(count, self.columns(berth, length)) if batch else self._store.packed(count, length)
+        batch = self._batches.get(batch_key)
+        others = (other for key, other in self._batches.items() if key != batch_key and self._holds(other))
+        own = batch.cells(count, self.columns(batch_key, length)) if batch else self._store.packed(count, length)
         return own + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
@@ -146,46 +146,46 @@ class Batches:
 
     def join(self, admission: Admission) -> None:
         """See `Batch.join`."""
-        berth, soon = admission.berth, admission.group.soon
-        with self._blame(berth):
+        batch_key, soon = admission.key, admission.group.soon
+        with self._blame(batch_key):
             siblings = (batch.sibling(admission.group) for batch in self._batches.values())
             sibling = next(filter(None, siblings), None)
-            self.open(berth, admission.count, soon).join(admission, self.columns(berth, soon), sibling)
+            self.open(batch_key, admission.count, soon).join(admission, self.columns(batch_key, soon), sibling)
 
-    def open(self, berth: Berth, count: int, length: int) -> Batch:
+    def open(self, batch_key: BatchKey, count: int, length: int) -> Batch:
         """A batch, made if need be, which `count` rows of `length` are about to join; others that have no rows give
         their KV back."""
         for key in [key for key, batch in self._batches.items() if not self._holds(batch)]:
-            if key != berth:
+            if key != batch_key:
                 self._drop(key)
-        if berth not in self._batches:
-            self._batches[berth] = self._make(berth[0])
-        self._ledger.leave_rest(rows=self.cells(berth, count, length))
-        return self._batches[berth]
+        if batch_key not in self._batches:
+            self._batches[batch_key] = self._make(batch_key[0])
+        self._ledger.leave_rest(rows=self.cells(batch_key, count, length))
+        return self._batches[batch_key]
 
     def keep(self, sets: Collection[int]) -> None:
         """Batches without rows whose set is not among these, or has others, give their KV back."""
-        for berth in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
-            if not self._holds(self._batches[berth]):
-                self._drop(berth)
+        for batch_key in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
+            if not self._holds(self._batches[batch_key]):
+                self._drop(batch_key)
 
     def drop_idle(self) -> None:
         """Batches without rows give their KV back."""
-        for berth in [berth for berth, batch in self._batches.items() if not self._holds(batch)]:
-            if berth == FIRST:
-                self._batches[berth].shrink()
+        for batch_key in [batch_key for batch_key, batch in self._batches.items() if not self._holds(batch)]:
+            if batch_key == FIRST:
+                self._batches[batch_key].shrink()
             else:
-                self._drop(berth)
+                self._drop(batch_key)
 
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
         self.keep(())
-        for berth, batch in self._batches.items():
-            with self._blame(berth):
+        for batch_key, batch in self._batches.items():
+            with self._blame(batch_key):
                 batch.shrink()
 
-    def _drop(self, berth: Berth) -> None:
-        gone = self._batches.pop(berth)
+    def _drop(self, batch_key: BatchKey) -> None:
+        gone = self._batches.pop(batch_key)
         self._steps_before += gone.steps
         self._fed_before += gone.fed
         if not self._batches:  # One is always there: it knows what rows take that are still to join another.
@@ -193,8 +193,10 @@ class Batches:
 
     def prefill(self, budget: int) -> list[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
-        reading = sorted(berth for berth, batch in self._batches.items() if batch.reading)
-        self._fed_last = next((berth for berth in reading if berth > self._fed_last), min(reading, default=FIRST))
+        reading = sorted(batch_key for batch_key, batch in self._batches.items() if batch.reading)
+        self._fed_last = next(
+            (batch_key for batch_key in reading if batch_key > self._fed_last), min(reading, default=FIRST)
+        )
         if self._fed_last not in self._batches:
             return []
         with self._blame(self._fed_last):
@@ -205,40 +207,42 @@ class Batches:
         ended = [row for row in self.aside if not row.running]
         self.aside = [row for row in self.aside if row.running]
         self._sink.release(ended)
-        for berth, batch in list(self._batches.items()):
-            with self._blame(berth):
+        for batch_key, batch in list(self._batches.items()):
+            with self._blame(batch_key):
                 gone = batch.release(few=few)
             self._sink.release(gone)
 
     def drop_cancelled(self) -> None:
         """See `Batch.drop_cancelled`."""
-        for berth, batch in list(self._batches.items()):
-            with self._blame(berth):
+        for batch_key, batch in list(self._batches.items()):
+            with self._blame(batch_key):
                 dropped = batch.drop_cancelled()
             self._sink.drop(dropped)
 
     def move(self, row: Row, parameters: int) -> bool:
         """Takes a row to a batch of another set, with the KV it has; no step may be in flight. False, and the row is
         in no batch any more, where there is no room for it."""
-        return self._shift(row, self._home(row), lambda: self.berth(parameters, 1, row.offset + 1))
+        return self._shift(row, self._home(row), lambda: self.key_for(parameters, 1, row.offset + 1))
 
-    def _home(self, row: Row) -> Berth:
-        return next(berth for berth in self._of(row.placement.parameters) if self._batches[berth].seats(row))
+    def _home(self, row: Row) -> BatchKey:
+        return next(
+            batch_key for batch_key in self._of(row.placement.parameters) if self._batches[batch_key].seats(row)
+        )
 
-    def _shift(self, row: Row, source: Berth, target: Callable[[], Berth]) -> bool:
+    def _shift(self, row: Row, source: BatchKey, target: Callable[[], BatchKey]) -> bool:
         with self._blame(row):
             with self._blame(source):
                 kept = self._batches[source].take_out(row)
-                berth = target()
-                fits = self._fits(berth, row)
+                batch_key = target()
+                fits = self._fits(batch_key, row)
             if fits:
-                with self._blame(berth):
-                    self.open(berth, 1, row.soon).put_in(row, kept, self.columns(berth, row.soon))
+                with self._blame(batch_key):
+                    self.open(batch_key, 1, row.soon).put_in(row, kept, self.columns(batch_key, row.soon))
         return fits
 
-    def _fits(self, berth: Berth, row: Row) -> bool:
+    def _fits(self, batch_key: BatchKey, row: Row) -> bool:
         """Whether there is room for a row that comes from another batch."""
-        return self._ledger.fits(rows=self.cells(berth, 1, row.soon))
+        return self._ledger.fits(rows=self.cells(batch_key, 1, row.soon))
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
 
@@ -255,30 +259,32 @@ class Batches:
             batch.store.stretch(batch.width, cells - others)
 
     @property
-    def holders(self) -> list[Holder]:
+    def kv_users(self) -> list[KVUser]:
         """Rows and joining groups, for which of them steps aside."""
         held = []
-        for berth, batch in self._batches.items():
-            held += [Holder(age_of(row.group, row.sample_index), berth, 1, row.offset + 1, row) for row in batch.rows]
+        for batch_key, batch in self._batches.items():
+            held += [
+                KVUser(age_of(row.group, row.sample_index), batch_key, 1, row.offset + 1, row) for row in batch.rows
+            ]
             for each in batch.joining:
                 width, age = len(each.prompt.tokens) + 1, age_of(each.group, each.first_sample)
-                held.append(Holder(age, berth, each.count, width, joining=each))
+                held.append(KVUser(age, batch_key, each.count, width, joining=each))
         return held
 
-    def packed(self, holders: Sequence[Holder]) -> int:
+    def packed(self, users: Sequence[KVUser]) -> int:
         """KV columns over all rows that these alone would fill."""
         total = 0
-        for berth, batch in self._batches.items():
-            mine = [holder for holder in holders if holder.berth == berth]
-            width = max((holder.width for holder in mine), default=0)
-            total += batch.store.packed(sum(holder.count for holder in mine), width)
+        for batch_key, batch in self._batches.items():
+            mine = [user for user in users if user.key == batch_key]
+            width = max((user.width for user in mine), default=0)
+            total += batch.store.packed(sum(user.count for user in mine), width)
         return total
 
     def evict(self, row: Row) -> None:
         """Drops the KV of a row, which waits to come back; no step may be in flight."""
-        berth = self._home(row)
-        with self._blame(berth), self._blame(row):
-            self._batches[berth].evict(row)
+        batch_key = self._home(row)
+        with self._blame(batch_key), self._blame(row):
+            self._batches[batch_key].evict(row)
         self.set_aside(row)
 
     def set_aside(self, row: Row) -> None:
@@ -292,18 +298,18 @@ class Batches:
             if joining in batch.joining:
                 batch.unjoin(joining)
 
-    def recover(self, row: Row, berth: Berth, legs: Sequence[Leg]) -> None:
+    def recover(self, row: Row, batch_key: BatchKey, legs: Sequence[Leg]) -> None:
         """Takes a row back that stepped aside; no step may be in flight."""
-        with self._blame(berth), self._blame(row):
+        with self._blame(batch_key), self._blame(row):
             self.aside.remove(row)
-            self.open(berth, 1, row.soon).recover(row, legs, self.columns(berth, row.soon))
+            self.open(batch_key, 1, row.soon).recover(row, legs, self.columns(batch_key, row.soon))
 
     # ---- length buckets -------------------------------------------------------------------------------------------
 
-    def berth(self, parameters: int, count: int, width: int) -> Berth:
+    def key_for(self, parameters: int, count: int, width: int) -> BatchKey:
         """Where `count` rows that have `width` columns now would run on a set."""
         here = self._of(parameters)
-        busy = {berth[1]: self._batches[berth] for berth in here if self._batches[berth].size}
+        busy = {batch_key[1]: self._batches[batch_key] for batch_key in here if self._batches[batch_key].size}
         if not busy:
             return here[0] if here else (parameters, 0)
         shapes = {number: Shape(batch.size, batch.width) for number, batch in busy.items()}
@@ -320,42 +326,51 @@ class Batches:
         self._turns += 1
         if self._measure is None or self._turns % ARRANGED_EVERY:
             return
-        moves = [move for parameters in {berth[0] for berth in self._batches} for move in self._moves(parameters)]
+        moves = [
+            move for parameters in {batch_key[0] for batch_key in self._batches} for move in self._moves(parameters)
+        ]
         if not moves:
             return
         self.settle_and_release()
         sources = set()
-        for row, berth in moves:
-            if row.running and not row.away and self._fits(berth, row):
+        for row, batch_key in moves:
+            if row.running and not row.away and self._fits(batch_key, row):
                 source = self._home(row)
                 sources.add(source)
-                self._shift(row, source, partial(_given, berth))
+                self._shift(row, source, partial(_given, batch_key))
         for source in sources & self._batches.keys():
             with self._blame(source):
                 self._batches[source].shrink()
 
-    def _moves(self, parameters: int) -> list[tuple[Row, Berth]]:
+    def _moves(self, parameters: int) -> list[tuple[Row, BatchKey]]:
         here = self._of(parameters)
-        if any(self._batches[berth].joining for berth in here):
+        if any(self._batches[batch_key].joining for batch_key in here):
             return []
-        seated = [(row, berth) for berth in here for row in self._batches[berth].rows if row.running and not row.away]
-        found = self._buckets.moves([row.offset + 1 for row, _ in seated], [berth[1] for _, berth in seated])
-        return [(row, (parameters, at)) for (row, berth), at in zip(seated, found, strict=True) if at != berth[1]]
+        seated = [
+            (row, batch_key)
+            for batch_key in here
+            for row in self._batches[batch_key].rows
+            if row.running and not row.away
+        ]
+        found = self._buckets.moves([row.offset + 1 for row, _ in seated], [batch_key[1] for _, batch_key in seated])
+        return [
+            (row, (parameters, at)) for (row, batch_key), at in zip(seated, found, strict=True) if at != batch_key[1]
+        ]
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """One step of every batch that has rows."""
-        for berth, batch in list(self._batches.items()):
+        for batch_key, batch in list(self._batches.items()):
             if batch.active:
-                with self._blame(berth):
+                with self._blame(batch_key):
                     read = batch.step()
                 self._sink.progress(read)
 
     def settle(self) -> None:
         """Reads every step in flight without launching another."""
-        for berth, batch in list(self._batches.items()):
-            with self._blame(berth):
+        for batch_key, batch in list(self._batches.items()):
+            with self._blame(batch_key):
                 read = batch.settle()
             self._sink.progress(read)
 
@@ -369,15 +384,15 @@ class Batches:
         are in no batch any more."""
         at = self._blame.of(tuple)
         # One that was still to be made has taken nothing along but the row or group it was made for.
-        failed = [berth for berth in self._batches if berth in at] if at else list(self._batches)
-        rows = [row for berth in failed for row in self._batches[berth].rows]
-        joining = [group for berth in failed for group in self._batches[berth].joining]
+        failed = [batch_key for batch_key in self._batches if batch_key in at] if at else list(self._batches)
+        rows = [row for batch_key in failed for row in self._batches[batch_key].rows]
+        joining = [group for batch_key in failed for group in self._batches[batch_key].joining]
         # A row that was on its way from one batch to another was in neither.
         rows += [row for row in self._blame.of(Row) if row not in rows]
-        for berth in failed:
-            self._drop(berth)
+        for batch_key in failed:
+            self._drop(batch_key)
         return rows, joining
 
 
-def _given(berth: Berth) -> Berth:
-    return berth
+def _given(batch_key: BatchKey) -> BatchKey:
+    return batch_key

@@ -10,10 +10,10 @@ from adapters.sets import BASE_SET
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.sequence import Group, Row
 
-Berth = tuple[int, int]
+BatchKey = tuple[int, int]
 """Which batch: the parameter set, and the number of a class of lengths."""
 
-FIRST: Berth = (BASE_SET, 0)
+FIRST: BatchKey = (BASE_SET, 0)
 Age = tuple[float, int, int]
 
 
@@ -28,11 +28,11 @@ class Joining:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class KVUser:
     """What holds KV: a row or a joining group. `width` is what each of `count` rows needs for the next step."""
 
     age: Age
-    berth: Berth
+    key: BatchKey
     count: int
     width: int
     row: Row | None = None

@@ -49,19 +49,19 @@ class Preemption:
         self._queue.drop_kept()
         if self._ledger.fits_after_step():
             return
-        order = sorted(self._batches.holders, key=lambda holder: holder.age)
+        order = sorted(self._batches.kv_users, key=lambda user: user.age)
         staying = len(order)
         while staying > 1 and not self._ledger.fits(rows=self._batches.packed(order[:staying])):
             staying -= 1
         # The newest first, so that groups stand in the queue in their order again.
-        for holder in reversed(order[staying:]):
-            if holder.row is not None:
-                self._hold(holder.row)
-                self._batches.evict(holder.row)
+        for user in reversed(order[staying:]):
+            if user.row is not None:
+                self._hold(user.row)
+                self._batches.evict(user.row)
                 self.count += 1
-            elif holder.joining is not None:
-                self._batches.unjoin(holder.joining)
-                self._queue.put_back(holder.joining.group, holder.joining.count)
+            elif user.joining is not None:
+                self._batches.unjoin(user.joining)
+                self._queue.put_back(user.joining.group, user.joining.count)
         self._batches.shrink()
 
     def resume(self) -> bool:
@@ -73,15 +73,15 @@ class Preemption:
             self._queue.drop_kept()
         while self._batches.aside:
             row = self._batches.aside[0]
-            berth = self._batches.berth(row.placement.parameters, 1, row.offset + 1)
-            needed = self._batches.cells(berth, 1, row.soon)
+            batch_key = self._batches.key_for(row.placement.parameters, 1, row.offset + 1)
+            needed = self._batches.cells(batch_key, 1, row.soon)
             if not self._ledger.fits(wanted=True, rows=needed):
                 self._queue.drop_kept()
             if not self._ledger.fits(wanted=True, rows=needed):
                 return False
             self._batches.settle_and_release()
             if row.running:
-                self._batches.recover(row, berth, self._legs(row))
+                self._batches.recover(row, batch_key, self._legs(row))
         return True
 
     def set_aside(self, row: Row) -> None:

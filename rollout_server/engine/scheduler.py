@@ -35,11 +35,11 @@ class OpenRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admission:
-    """`count` samples of a group may start, in the batch that `berth` names."""
+    """`count` samples of a group may start, in the batch that `key` names."""
 
     group: Group
     count: int
-    berth: tuple[int, int]
+    key: tuple[int, int]
 
 
 class RequestQueue:
@@ -90,8 +90,8 @@ class RequestQueue:
         most = min(group.waiting, self._max_rows - running)
         if most < 1:
             return None
-        if berth := fit(group, most):
-            return Admission(group, most, berth)
+        if batch_key := fit(group, most):
+            return Admission(group, most, batch_key)
         found = fit(group, 1) if most > 1 else None
         if found is None:
             self.crowded = True
@@ -100,8 +100,8 @@ class RequestQueue:
         fits, fails = 1, most
         while fails - fits > 1:
             count = (fits + fails) // 2
-            if berth := fit(group, count):
-                fits, found = count, berth
+            if batch_key := fit(group, count):
+                fits, found = count, batch_key
             else:
                 fails = count
         return Admission(group, fits, found)
