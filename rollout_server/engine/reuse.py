@@ -122,8 +122,8 @@ class Keeper:
         if group.version is not None and prompt.tokens:
             mx.eval(self._reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
 
-    def keep_rows(self, ended: Mapping[int, Row], flying: bool) -> None:
-        """Stores the KV of rows that leave their places. While a step is `flying`, it is copied behind it; see
+    def keep_rows(self, ended: Mapping[int, Row], in_flight: bool) -> None:
+        """Stores the KV of rows that leave their places. While a step is `in_flight`, it is copied behind it; see
         `finish`."""
         for place, row in ended.items():
             key = key_of(row.version, row.placement)
@@ -135,7 +135,7 @@ class Keeper:
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
                 self._copies += self._reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
-        if flying:
+        if in_flight:
             mx.async_eval(self._copies)
         else:
             self.finish()
