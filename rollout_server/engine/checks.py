@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rollout_server.engine.embedding_messages import Embed
-from rollout_server.engine.messages import ModelInfo, Reading, Score
+from rollout_server.engine.messages import ModelInfo, Score, ScoringCommand
 from rollout_server.engine.replays import Replay
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.rollout import RolloutRequest, tiling_fault
 
 
-def check_reading(request: Reading, info: ModelInfo) -> None:
+def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:
     """Raises `InvalidField` or `ContextExceeded`."""
     match request:
         case Score():

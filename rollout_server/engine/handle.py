@@ -13,7 +13,7 @@ import queue
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
-from rollout_server.engine.checks import check_group, check_reading
+from rollout_server.engine.checks import check_group, check_scoring
 from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.footprint import Release, Released
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
@@ -25,12 +25,12 @@ from rollout_server.engine.messages import (
     Event,
     ModelInfo,
     Ping,
-    Reading,
     RequestDone,
     RequestFailed,
     RowFinished,
     Score,
     Scored,
+    ScoringCommand,
     Stop,
     Submit,
     TokensSampled,
@@ -204,11 +204,11 @@ class EngineHandle:
         """Pooled hidden states of given tokens under a policy."""
         return await self._answered(embed)
 
-    async def _answered(self, command: Reading) -> Any:
+    async def _answered(self, command: ScoringCommand) -> Any:
         """What is no longer wanted is not read to its end."""
         self._require_ready()
         self._require_room()
-        check_reading(command, self.info)
+        check_scoring(command, self.info)
         try:
             return await self._ask(command)
         except asyncio.CancelledError:
@@ -290,7 +290,9 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: PolicyCommand | Reading | Pause | Resume | Release | ResetPrefixCache | Ping) -> Any:
+    async def _ask(
+        self, command: PolicyCommand | ScoringCommand | Pause | Resume | Release | ResetPrefixCache | Ping
+    ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -145,9 +145,9 @@ class Stop:
     """End the thread after failing what is left by name."""
 
 
-Reading = Score | Replay | Embed
+ScoringCommand = Score | Replay | Embed
 """Requests that are answered by reading alone: nothing is sampled."""
-Command = Submit | Reading | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
+Command = Submit | ScoringCommand | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
 
 # ---- events and replies -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rollout_server.engine.messages import Reading
+from rollout_server.engine.messages import ScoringCommand
 from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.reports import Reports
 from rollout_server.errors import EngineUnavailable
@@ -14,7 +14,7 @@ class Pausing:
     def __init__(self, reports: Reports) -> None:
         self.mode: PauseMode | None = None
         self._reports = reports
-        self._held: list[Reading] = []
+        self._held: list[ScoringCommand] = []
         self._unanswered: list[Pause | Resume] = []
 
     @property
@@ -31,14 +31,14 @@ class Pausing:
         self.mode = command.mode
         self._unanswered.append(command)
 
-    def resume(self, command: Resume) -> list[Reading]:
+    def resume(self, command: Resume) -> list[ScoringCommand]:
         """Returns the requests that were held, in the order they came."""
         self.mode = None
         self._unanswered.append(command)
         held, self._held = self._held, []
         return held
 
-    def holds(self, score: Reading) -> bool:
+    def holds(self, score: ScoringCommand) -> bool:
         """Takes a request that is nothing but reading if it has to wait; rows wait in the scheduler."""
         if self.paused:
             self._held.append(score)

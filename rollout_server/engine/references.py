@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollout_server.engine.embedding_messages import Embed, Embedded, PoolingKind
-from rollout_server.engine.messages import Reading, Score, Scored, ScoredSequence
+from rollout_server.engine.messages import Score, Scored, ScoredSequence, ScoringCommand
 from rollout_server.engine.passages import Passage, ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.redraw import Redraw
@@ -40,7 +40,7 @@ class References:
         self._policies = policies
         self._reports = reports
 
-    def read(self, request: Reading) -> None:
+    def read(self, request: ScoringCommand) -> None:
         """A request of its own. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
         match request:
             case Score():

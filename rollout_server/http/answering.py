@@ -13,7 +13,7 @@ from litestar import Request, Response
 from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages import RowFinished, TokensSampled
 from rollout_server.http.body import beside
-from rollout_server.http.choices import Choice, Piece, Reading
+from rollout_server.http.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.encoding import json_response, usage, weight_of
 from rollout_server.http.problems import renamed
 from rollout_server.http.service import Service
@@ -31,7 +31,7 @@ class Job(ABC):
     id: str
     created: int
     groups: list[RolloutRequest]
-    reading: Reading
+    reading: ChoiceOptions
     include_usage: bool
     """The client asked for usage at the end of its stream."""
     stream: bool

@@ -16,7 +16,7 @@ from rollout_server.http.answering import OUR_WORDS, Job, respond
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
 from rollout_server.http.calling import constraint_of_chat
-from rollout_server.http.choices import Choice, Piece, Reading
+from rollout_server.http.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import begins_turn, finite, usage
 from rollout_server.http.problems import renamed
@@ -210,7 +210,7 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
         continues=not begins_turn(data, sampling),
         shown=format.shown(tools=bool(data.tools) and data.tool_choice != "none"),
     )
-    reading = Reading(
+    reading = ChoiceOptions(
         service.tokenizer,
         service.token_strings,
         ends,

@@ -57,7 +57,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ChoiceOptions:
     """What all choices of a request share."""
 
     tokenizer: Any
@@ -89,7 +89,7 @@ class Echo:
     opened: Sequence[Token] = ()
 
     @classmethod
-    def of(cls, prompt: PromptTokens, scored: ScoredSequence | None, reading: Reading) -> Echo:
+    def of(cls, prompt: PromptTokens, scored: ScoredSequence | None, reading: ChoiceOptions) -> Echo:
         decoder = IncrementalText(reading.tokenizer, skip_special_tokens=False)
         decoder.push(prompt.ids)
         piece = Piece(text=decoder.text if prompt.text is None else prompt.text)
@@ -137,7 +137,7 @@ class Choice:
     """Follows one row. `start` once, `push` for tokens as they come, `finish` with the row; the pieces add up. Each
     route writes them in its own way: `whole` in a reply, `part` in an event of a stream."""
 
-    def __init__(self, index: int, reading: Reading, request: RolloutRequest, echo: Echo | None) -> None:
+    def __init__(self, index: int, reading: ChoiceOptions, request: RolloutRequest, echo: Echo | None) -> None:
         self.index = index
         self._reading = reading
         self._request = request

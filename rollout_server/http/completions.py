@@ -16,7 +16,7 @@ from rollout_server.errors import ContextExceeded
 from rollout_server.http.answering import OUR_WORDS, Job, last_events, policy_headers, respond
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json
-from rollout_server.http.choices import Choice, Echo, Piece, Reading
+from rollout_server.http.choices import Choice, ChoiceOptions, Echo, Piece
 from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, json_response, usage
 from rollout_server.http.leaving import GoOn, beside_client
@@ -214,7 +214,7 @@ def plan(
     request: Request[Any, Any, Any],
     service: Service,
 ) -> CompletionsJob:
-    reading = Reading(
+    reading = ChoiceOptions(
         service.tokenizer,
         service.token_strings,
         service.info.eos_token_ids,

@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.messages import ScoredSequence
-from rollout_server.http.choices import Echo, Reading
+from rollout_server.http.choices import ChoiceOptions, Echo
 from rollout_server.http.processed import processed_top
 from rollout_server.http.prompts import PromptTokens
 from rollout_server.http.row_text import RowText
@@ -86,7 +86,7 @@ def echoed(kind: str, text: str) -> list[tuple[str, int]]:
     tokenizer = KINDS[kind]()
     ids = tokenizer.encode(text)
     strings = TokenStrings(tokenizer)
-    reading = Reading(tokenizer, strings, (), top_logprobs=0, logprobs_mode="raw_logprobs", include_stop=False)
+    reading = ChoiceOptions(tokenizer, strings, (), top_logprobs=0, logprobs_mode="raw_logprobs", include_stop=False)
     echo = Echo.of(PromptTokens(ids, text), ScoredSequence((0.0,) * len(ids), None, None, ()), reading)
     assert echo.piece.text == text and echo.piece.scored_ids == ids and not echo.opened
     return [(strings[id], offset) for id, offset in zip(ids, echo.piece.offsets, strict=True)]
