@@ -22,8 +22,8 @@ from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
-    """Inputs `begin` to `end` (excluded) are read under one version; those from `scored` on give values. A later leg
+class VersionRun:
+    """Inputs `begin` to `end` (excluded) are read under one version; those from `scored` on give values. A later run
     that begins at 0 reads everything again."""
 
     begin: int
@@ -34,28 +34,28 @@ class Leg:
     """What `PolicyTable.acquire` gave for the version."""
 
 
-def legs_of(start: int, spans: Sequence[tuple[Span, Any]]) -> tuple[Leg, ...]:
-    """Spans with their slots, positions counting from `start`, as legs. What stands before the first span is read
+def runs_of(start: int, spans: Sequence[tuple[Span, Any]]) -> tuple[VersionRun, ...]:
+    """Spans with their slots, positions counting from `start`, as runs. What stands before the first span is read
     under its version."""
-    legs: list[Leg] = []
+    runs: list[VersionRun] = []
     read = 0
     for span, slot in spans:
         scored, end = max(start + span.start, 1) - 1, start + span.end - 1
         if scored < end:
-            legs.append(Leg(0 if span.kv == RECOMPUTED else read, end, scored, span.version, slot))
+            runs.append(VersionRun(0 if span.kv == RECOMPUTED else read, end, scored, span.version, slot))
             read = end
-    return tuple(legs)
+    return tuple(runs)
 
 
 @dataclass(slots=True, eq=False)
-class Passage:
+class ScoredSequenceState:
     """One sequence on its way through the model."""
 
     job: ScoreJob
     tokens: tuple[int, ...]
     spans: tuple[Span, ...]
-    legs: tuple[Leg, ...]
-    at_leg: int = 0
+    runs: tuple[VersionRun, ...]
+    at_run: int = 0
     fed: int = 0
     """The next input."""
     place: int = -1
@@ -71,28 +71,28 @@ class Passage:
 
     @property
     def ended(self) -> bool:
-        return self.at_leg == len(self.legs) or self.fault is not None
+        return self.at_run == len(self.runs) or self.fault is not None
 
     @property
-    def leg(self) -> Leg:
-        return self.legs[self.at_leg]
+    def run(self) -> VersionRun:
+        return self.runs[self.at_run]
 
     @property
     def scoring(self) -> bool:
         """Whether its next inputs give values, or only KV."""
-        return self.fed >= self.leg.scored
+        return self.fed >= self.run.scored
 
     @property
     def left_alike(self) -> int:
         """Inputs up to where the version changes or values begin."""
-        return (self.leg.end if self.scoring else self.leg.scored) - self.fed
+        return (self.run.end if self.scoring else self.run.scored) - self.fed
 
     @property
     def left(self) -> int:
         """Inputs that are still to be read."""
         if self.ended:
             return 0
-        return self.leg.end - self.fed + sum(leg.end - leg.begin for leg in self.legs[self.at_leg + 1 :])
+        return self.run.end - self.fed + sum(run.end - run.begin for run in self.runs[self.at_run + 1 :])
 
     @property
     def length(self) -> int:
@@ -100,12 +100,12 @@ class Passage:
         return len(self.tokens) - (self.pool is None)
 
     def feed(self, count: int) -> None:
-        """Counts `count` inputs of the current leg as read."""
+        """Counts `count` inputs of the current run as read."""
         self.fed += count
-        if self.fed == self.leg.end:
-            self.at_leg += 1
+        if self.fed == self.run.end:
+            self.at_run += 1
             if not self.ended:
-                self.fed = self.leg.begin
+                self.fed = self.run.begin
 
     def keep(self, logprob: float | None, entropy: float | None, top: TopTokens | None) -> None:
         self.logprobs.append(logprob)
@@ -123,23 +123,23 @@ class Passage:
 
 
 @dataclass(slots=True, eq=False)
-class Family:
-    """Passages that begin alike: `prompt` is read once for all of them."""
+class SharedPrefix:
+    """Sequences that begin alike: `prompt` is read once for all of them."""
 
     prompt: Prompt
-    waiting: deque[Passage]
-    """Passages that are not in the reader yet."""
+    waiting: deque[ScoredSequenceState]
+    """Sequences that are not in the reader yet."""
     joining: bool = False
     """In the reader, its prompt not read yet."""
 
     @property
     def length(self) -> int:
         """KV columns the longest of those that wait fills."""
-        return max(passage.length for passage in self.waiting)
+        return max(sequence.length for sequence in self.waiting)
 
-    def own(self, passage: Passage) -> int:
-        """Inputs a passage that is not seated has to read besides the prompt."""
-        return passage.left - len(self.prompt.tokens)
+    def own(self, sequence: ScoredSequenceState) -> int:
+        """Inputs a sequence that is not seated has to read besides the prompt."""
+        return sequence.left - len(self.prompt.tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,35 +156,37 @@ class ScoreJob:
     top_logprobs: int = 0
     group: Group | None = None
     """The group it scores something of; None for a request of its own."""
-    passages: list[Passage] = field(default_factory=list)
-    families: deque[Family] = field(default_factory=deque)
-    """Those with passages that are not in the reader yet."""
+    sequences: list[ScoredSequenceState] = field(default_factory=list)
+    prefixes: deque[SharedPrefix] = field(default_factory=deque)
+    """Those with sequences that are not in the reader yet."""
     reading: int = 0
-    """Passages in the reader."""
+    """Sequences in the reader."""
     open: int = 0
-    """Passages that have not ended."""
+    """Sequences that have not ended."""
 
     def embed(self, tokens: tuple[int, ...], version: PolicyVersion, slot: Any, kind: PoolingKind) -> None:
         """A sequence whose hidden states are pooled."""
         pool = Pool(kind, len(tokens))
-        passage = Passage(self, tokens, (), (Leg(0, len(tokens), pool.first, version, slot),), pool=pool)
-        self.passages.append(passage)
+        sequence = ScoredSequenceState(
+            self, tokens, (), (VersionRun(0, len(tokens), pool.first, version, slot),), pool=pool
+        )
+        self.sequences.append(sequence)
         self.open += 1
-        self.families.append(Family(Prompt(tokens[: pool.first], slot), deque([passage])))
+        self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], slot), deque([sequence])))
 
     def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
-        """A family of (tokens, start, spans with their slots) whose first `shared` inputs are the same."""
+        """A shared prefix of (tokens, start, spans with their slots) whose first `shared` inputs are the same."""
         made = []
         for tokens, start, spans in members:
-            passage = Passage(self, tokens, tuple(span for span, _ in spans), legs_of(start, spans))
+            sequence = ScoredSequenceState(self, tokens, tuple(span for span, _ in spans), runs_of(start, spans))
             if start == 0:
-                passage.keep(None, None, None)
-            self.passages.append(passage)
-            if not passage.ended:
-                made.append(passage)
+                sequence.keep(None, None, None)
+            self.sequences.append(sequence)
+            if not sequence.ended:
+                made.append(sequence)
         self.open += len(made)
         if made:
-            first = made[0].leg
+            first = made[0].run
             # A single sequence shares with nobody: its prompt is all that needs no values.
             shared = min(shared if len(members) > 1 else first.scored, first.scored)
-            self.families.append(Family(Prompt(made[0].tokens[:shared], first.slot), deque(made)))
+            self.prefixes.append(SharedPrefix(Prompt(made[0].tokens[:shared], first.slot), deque(made)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from rollout_server.engine.embedding_messages import Embed, Embedded, PoolingKind
 from rollout_server.engine.messages import Score, Scored, ScoredSequence, ScoringCommand
-from rollout_server.engine.passages import Passage, ScoreJob
+from rollout_server.engine.passages import ScoredSequenceState, ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.redraw import Redraw
 from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
@@ -55,7 +55,7 @@ class References:
         version, slot = self._policies.acquire(embed.policy, 1, None)
 
         def finished(_: tuple[ScoredSequence, ...]) -> None:
-            vectors = tuple(passage.pool.vector for passage in job.passages if passage.pool is not None)
+            vectors = tuple(sequence.pool.vector for sequence in job.sequences if sequence.pool is not None)
             self._reports.add(Embedded(embed.id, version, vectors))
 
         job = ScoreJob(embed.id, (version,), finished, lambda error: self._reports.fail(embed.id, error))
@@ -143,7 +143,7 @@ class References:
             raise
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:
-            rows = zip(replay.rows, job.passages, sequences, strict=True)
+            rows = zip(replay.rows, job.sequences, sequences, strict=True)
             self._reports.add(Replayed(replay.id, tuple(_compared(*row) for row in rows)))
 
         job = ScoreJob(
@@ -154,7 +154,7 @@ class References:
         )
         for row, spans in zip(replay.rows, found, strict=True):
             job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)])
-            job.passages[-1].redraw = Redraw(
+            job.sequences[-1].redraw = Redraw(
                 row.prompt_ids, row.token_ids, row.judged, row.sampling, row.seed, self._eos
             )
         self._queue.add(job)
@@ -204,11 +204,11 @@ class References:
         self._queue.add(job)
 
 
-def _compared(row: RecordedRow, passage: Passage, scored: ScoredSequence) -> ReplayedRow:
+def _compared(row: RecordedRow, sequence: ScoredSequenceState, scored: ScoredSequence) -> ReplayedRow:
     """What became of a row that was read again; only judged tokens count."""
     known = zip(row.judged, row.logprobs, scored.logprobs, strict=bool(row.spans))
     gaps = [abs(old - new) for judged, old, new in known if judged and old is not None and new is not None]
-    drawn = passage.redraw
+    drawn = sequence.redraw
     return ReplayedRow(
         drawn.difference if drawn else None, drawn.margin if drawn else None, max(gaps) if gaps else None
     )

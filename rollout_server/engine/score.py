@@ -18,7 +18,7 @@ import numpy as np
 
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
-from rollout_server.engine.passages import Family, Passage, ScoreJob
+from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.pooling import pool
 from rollout_server.engine.redraw import Stretch, redraw
 from rollout_server.engine.sampling import entropy_of, top_of
@@ -37,14 +37,14 @@ def logit_tokens(vocabulary: int, kv_memory: int) -> int:
 
 
 class Reader(Protocol):
-    """Feeds passages through the model. `cells` are the KV columns it may come to fill, 0 when it holds nothing."""
+    """Feeds sequences through the model. `cells` are the KV columns it may come to fill, 0 when it holds nothing."""
 
     limit: int
-    """Passages it takes at once."""
+    """Sequences it takes at once."""
 
     @property
     def size(self) -> int:
-        """Passages it holds."""
+        """Sequences it holds."""
 
     @property
     def left(self) -> int:
@@ -58,35 +58,37 @@ class Reader(Protocol):
         """KV memory it takes now, bytes."""
 
     def cells_with(self, count: int, columns: int) -> int:
-        """`cells` once `count` more passages of at most `columns` inputs joined."""
+        """`cells` once `count` more sequences of at most `columns` inputs joined."""
 
-    def begin(self, family: Family, count: int) -> None:
-        """Takes the next `count` waiting passages of a family that is not joining."""
+    def begin(self, prefix: SharedPrefix, count: int) -> None:
+        """Takes the next `count` waiting sequences of one shared prefix that is not joining."""
 
-    def read(self, budget: int) -> list[Passage]:
-        """Feeds about `budget` inputs; returns the passages that ended, some of them with a `fault`."""
+    def read(self, budget: int) -> list[ScoredSequenceState]:
+        """Feeds about `budget` inputs; returns the sequences that ended, some of them with a `fault`."""
 
     def drop(self, job: ScoreJob) -> None:
-        """Forgets the passages of a job."""
+        """Forgets the sequences of a job."""
 
     def reset(self) -> None:
         """Forgets everything, after a failure."""
 
 
-def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any], most: int) -> None:
+def measure(
+    logits: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any], most: int
+) -> None:
     """Reads the values of each part's next n inputs from logits [B, N, V] (row i is part i, its first n columns) and
-    evaluates `state` with them. A passage whose values are not numbers gets a fault. Does not count them as fed.
+    evaluates `state` with them. A sequence whose values are not numbers gets a fault. Does not count them as fed.
     Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time."""
     width, vocabulary = logits.shape[1:]
     flat = logits.reshape(-1, vocabulary)
     mx.eval(flat, *state)
     targets = np.zeros((len(parts), width), dtype=np.int32)
-    for wanted_ids, (passage, n) in zip(targets, parts, strict=True):
-        wanted_ids[:n] = passage.tokens[passage.fed + 1 : passage.fed + 1 + n]
-    temperatures = np.repeat([passage.job.temperature for passage, _ in parts], width).astype(np.float32)
+    for wanted_ids, (sequence, n) in zip(targets, parts, strict=True):
+        wanted_ids[:n] = sequence.tokens[sequence.fed + 1 : sequence.fed + 1 + n]
+    temperatures = np.repeat([sequence.job.temperature for sequence, _ in parts], width).astype(np.float32)
     step = max(1, -(-most // SLICES))
     slices = [_Slice(flat, start, min(start + step, len(flat)), temperatures) for start in range(0, len(flat), step)]
-    jobs = [passage.job for passage, _ in parts]
+    jobs = [sequence.job for sequence, _ in parts]
     k = min(max(job.top_logprobs for job in jobs), vocabulary)
     entropy = any(job.entropy for job in jobs)
     read = [each.values(targets.reshape(-1), entropy, k) for each in slices]
@@ -94,23 +96,23 @@ def measure(logits: mx.array, parts: Sequence[tuple[Passage, int]], state: Seque
     values, spread, top_ids, tops = (
         np.concatenate(column).reshape(*shape, *column[0].shape[1:]).tolist() for column in zip(*read, strict=True)
     )
-    for row, (passage, n) in enumerate(parts):
+    for row, (sequence, n) in enumerate(parts):
         if any(math.isnan(value) for value in values[row][:n]):
-            version = passage.leg.version
-            passage.fault = NonFiniteLogits(
+            version = sequence.run.version
+            sequence.fault = NonFiniteLogits(
                 f"The model produced NaN or infinity while scoring under {version.name}@{version.number}."
             )
             continue
-        wanted = passage.job.top_logprobs
+        wanted = sequence.job.top_logprobs
         for at in range(n):
             top: TopTokens | None = None
             if wanted:
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
-            passage.keep(values[row][at], spread[row][at] if passage.job.entropy else None, top)
+            sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
     stretches = [
-        Stretch(passage.redraw, row * width, passage.fed + 1 - len(passage.redraw.prompt_ids), n)
-        for row, (passage, n) in enumerate(parts)
-        if passage.redraw is not None and passage.fault is None
+        Stretch(sequence.redraw, row * width, sequence.fed + 1 - len(sequence.redraw.prompt_ids), n)
+        for row, (sequence, n) in enumerate(parts)
+        if sequence.redraw is not None and sequence.fault is None
     ]
     for each in slices if stretches else ():
         redraw(each.raw, [part for stretch in stretches if (part := stretch.within(each.start, each.end))])
@@ -148,19 +150,19 @@ class _Slice:
         return tuple(np.array(each) for each in found)
 
 
-def gather(hidden: mx.array, parts: Sequence[tuple[Passage, int]], state: Sequence[Any]) -> None:
-    """`measure` for passages that are embedded: hidden [B, N, width] instead of logits."""
-    pools = [(passage.pool, n) for passage, n in parts if passage.pool is not None]
-    for (passage, _), finite in zip(parts, pool(hidden, pools, state), strict=True):
+def gather(hidden: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any]) -> None:
+    """`measure` for sequences that are embedded: hidden [B, N, width] instead of logits."""
+    pools = [(sequence.pool, n) for sequence, n in parts if sequence.pool is not None]
+    for (sequence, _), finite in zip(parts, pool(hidden, pools, state), strict=True):
         if not finite:
-            version = passage.leg.version
-            passage.fault = NonFiniteLogits(
+            version = sequence.run.version
+            sequence.fault = NonFiniteLogits(
                 f"The model produced NaN or infinity while embedding under {version.name}@{version.number}."
             )
 
 
 class SequentialReader:
-    """The methods of `Reader`, one passage at a time. `chunk` tokens may have their logits alive at once;
+    """The methods of `Reader`, one sequence at a time. `chunk` tokens may have their logits alive at once;
     `row_cells(columns)` is what a sequence costs in KV columns."""
 
     limit = 1
@@ -180,83 +182,83 @@ class SequentialReader:
         self._route = route
         self._chunk = chunk
         self._row_cells = row_cells
-        self._family: Family | None = None
-        self._passage: Passage | None = None
+        self._prefix: SharedPrefix | None = None
+        self._sequence: ScoredSequenceState | None = None
         self._caches: list[Any] | None = None
-        """Of the passage; None while its family's prompt is being read."""
+        """Of the sequence; None while its shared prefix is being read."""
 
     @property
     def size(self) -> int:
-        return 0 if self._passage is None else 1
+        return 0 if self._sequence is None else 1
 
     @property
     def left(self) -> int:
-        return 0 if self._passage is None else self._passage.left
+        return 0 if self._sequence is None else self._sequence.left
 
     @property
     def cells(self) -> int:
-        return 0 if self._passage is None else self._row_cells(self._passage.length)
+        return 0 if self._sequence is None else self._row_cells(self._sequence.length)
 
     @property
     def nbytes(self) -> int:
-        kept = self._family.prompt.kept if self._family is not None else None
+        kept = self._prefix.prompt.kept if self._prefix is not None else None
         caches = {id(cache): cache for cache in [*(self._caches or ()), *(kept or ())]}
         return sum(cache.nbytes for cache in caches.values())
 
     def cells_with(self, count: int, columns: int) -> int:
         return self.cells + count * self._row_cells(columns)
 
-    def begin(self, family: Family, count: int) -> None:
-        if self._passage is not None or count != 1:
-            raise RuntimeError("This reader takes one passage at a time.")
-        self._family, self._passage, self._caches = family, family.waiting.popleft(), None
-        if family.prompt.kept is None:
-            family.prompt.kept, family.prompt.fed = self._make_caches(), 0
+    def begin(self, prefix: SharedPrefix, count: int) -> None:
+        if self._sequence is not None or count != 1:
+            raise RuntimeError("This reader takes one sequence at a time.")
+        self._prefix, self._sequence, self._caches = prefix, prefix.waiting.popleft(), None
+        if prefix.prompt.kept is None:
+            prefix.prompt.kept, prefix.prompt.fed = self._make_caches(), 0
 
-    def read(self, budget: int) -> list[Passage]:
-        passage, used = self._passage, 0
-        if passage is None:
+    def read(self, budget: int) -> list[ScoredSequenceState]:
+        sequence, used = self._sequence, 0
+        if sequence is None:
             return []
-        while used < budget and not passage.ended:
-            used += self._read_on(passage, budget - used)
-        if not passage.ended:
+        while used < budget and not sequence.ended:
+            used += self._read_on(sequence, budget - used)
+        if not sequence.ended:
             return []
         self.reset()
-        return [passage]
+        return [sequence]
 
-    def _read_on(self, passage: Passage, budget: int) -> int:
+    def _read_on(self, sequence: ScoredSequenceState, budget: int) -> int:
         if self._caches is None and (fed := self._read_prompt(budget)):
             return fed
         caches = self._caches
-        if passage.fed == 0 or caches is None:
-            # A leg that reads everything again.
+        if sequence.fed == 0 or caches is None:
+            # A run that reads everything again.
             caches = self._make_caches()
             self._caches = caches
-        n = min(budget, passage.left_alike)
-        if passage.scoring and passage.pool is None:
+        n = min(budget, sequence.left_alike)
+        if sequence.scoring and sequence.pool is None:
             n = min(n, self._chunk)
-        self._route([passage.leg.slot])
-        tokens = mx.array([passage.tokens[passage.fed : passage.fed + n]], dtype=mx.int32)
-        out = (self._forward if passage.pool is None else self._hidden)(tokens, caches)
+        self._route([sequence.run.slot])
+        tokens = mx.array([sequence.tokens[sequence.fed : sequence.fed + n]], dtype=mx.int32)
+        out = (self._forward if sequence.pool is None else self._hidden)(tokens, caches)
         state = [cache.state for cache in caches]
-        if passage.scoring:
-            if passage.pool is None:
-                measure(out, [(passage, n)], state, self._chunk)
+        if sequence.scoring:
+            if sequence.pool is None:
+                measure(out, [(sequence, n)], state, self._chunk)
             else:
-                gather(out, [(passage, n)], state)
+                gather(out, [(sequence, n)], state)
         else:
             mx.eval(state)
-        if passage.fault is None:
-            passage.feed(n)
+        if sequence.fault is None:
+            sequence.feed(n)
         return n
 
     def _read_prompt(self, budget: int) -> int:
-        """Feeds what the family shares; once that is read, gives the passage caches that hold it and returns 0."""
-        family, passage = self._family, self._passage
-        kept = family.prompt.kept if family is not None else None
-        if family is None or passage is None or kept is None:
-            raise RuntimeError("A passage is read before it has begun.")
-        prompt = family.prompt
+        """Feeds the shared prefix; once that is read, gives the sequence caches that hold it and returns 0."""
+        prefix, sequence = self._prefix, self._sequence
+        kept = prefix.prompt.kept if prefix is not None else None
+        if prefix is None or sequence is None or kept is None:
+            raise RuntimeError("A sequence is read before it has begun.")
+        prompt = prefix.prompt
         if not prompt.done:
             n = min(budget, len(prompt.tokens) - prompt.fed)
             self._route([prompt.slot])
@@ -264,14 +266,14 @@ class SequentialReader:
             mx.eval([cache.state for cache in kept])
             prompt.fed += n
             return n
-        self._caches = copy.deepcopy(kept) if family.waiting else kept
+        self._caches = copy.deepcopy(kept) if prefix.waiting else kept
         if prompt.tokens:
-            passage.feed(len(prompt.tokens))
+            sequence.feed(len(prompt.tokens))
         return 0
 
     def drop(self, job: ScoreJob) -> None:
-        if self._passage is not None and self._passage.job is job:
+        if self._sequence is not None and self._sequence.job is job:
             self.reset()
 
     def reset(self) -> None:
-        self._family = self._passage = self._caches = None
+        self._prefix = self._sequence = self._caches = None

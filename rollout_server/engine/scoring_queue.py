@@ -1,8 +1,8 @@
 """Who is scored next: the jobs take turns, and a reader is kept as full as one turn's share of the budget.
 
-Every job may have one passage in the reader; more only while the reader holds less than a turn can read. Their KV
+Every job may have one sequence in the reader; more only while the reader holds less than a turn can read. Their KV
 counts against the rows' memory: nothing joins that does not fit, or while a group of rows waits for memory. For the
-first passage room is kept: no row joins until it fits, and where nothing runs it joins in any case, so that neither can
+first sequence room is kept: no row joins until it fits, and where nothing runs it joins in any case, so that neither can
 wait for the other for ever.
 """
 
@@ -13,7 +13,7 @@ from collections import deque
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.passages import Family, ScoreJob
+from rollout_server.engine.passages import ScoreJob, SharedPrefix
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.score import Reader, SequentialReader, logit_tokens
 from rollout_server.engine.score_rows import SlotReader
@@ -40,7 +40,7 @@ class ScoringQueue:
         self._ledger = ledger
         ledger.register("scoring", lambda: self.cells, wanted=lambda: self.wanted)
         self.wanted = 0
-        """KV columns that the first passage waits for."""
+        """KV columns that the first sequence waits for."""
         self._jobs: deque[ScoreJob] = deque()
 
     @property
@@ -76,55 +76,55 @@ class ScoringQueue:
             left = self._reader.left
             ended = self._reader.read(budget)
             tokens = left - self._reader.left
-        for passage in ended:
-            passage.job.reading -= 1
-            passage.job.open -= 1
-            if passage.fault is not None:
-                self._fail(passage.job, passage.fault)
+        for sequence in ended:
+            sequence.job.reading -= 1
+            sequence.job.open -= 1
+            if sequence.fault is not None:
+                self._fail(sequence.job, sequence.fault)
         for job in [job for job in self._jobs if not job.open]:
             self._close(job)
-            job.finished(tuple(passage.scored for passage in job.passages))
+            job.finished(tuple(sequence.scored for sequence in job.sequences))
         return tokens
 
     def _fill(self, budget: int, crowded: bool, alone: bool) -> None:
-        waiting = deque(job for job in self._jobs if job.families)
+        waiting = deque(job for job in self._jobs if job.prefixes)
         while waiting:
             job = waiting.popleft()
             if job.reading and self._reader.left >= budget:
                 continue
-            family = next((family for family in job.families if not family.joining), None)
-            if family is None:
+            prefix = next((prefix for prefix in job.prefixes if not prefix.joining), None)
+            if prefix is None:
                 continue
-            count = self._room(family, budget, crowded, alone)
+            count = self._room(prefix, budget, crowded, alone)
             if not count:
                 return
             job.reading += count
-            self._reader.begin(family, count)
-            if not family.waiting:
-                job.families.remove(family)
+            self._reader.begin(prefix, count)
+            if not prefix.waiting:
+                job.prefixes.remove(prefix)
             # Whoever had a turn stands behind the others in the next one.
             self._jobs.remove(job)
             self._jobs.append(job)
             waiting.append(job)
 
-    def _room(self, family: Family, budget: int, crowded: bool, alone: bool) -> int:
-        """How many passages of a family may join now."""
+    def _room(self, prefix: SharedPrefix, budget: int, crowded: bool, alone: bool) -> int:
+        """How many sequences of one shared prefix may join now."""
         reader = self._reader
-        cells = reader.cells_with(1, family.length)
+        cells = reader.cells_with(1, prefix.length)
         if reader.size and (crowded or not self._ledger.fits(scoring=cells)):
             return 0
         if not (reader.size or alone or self._ledger.fits(scoring=cells)):
             self.wanted = cells
             return 0
-        left, count = reader.left + len(family.prompt.tokens) - family.prompt.fed, 0
-        for passage in family.waiting:
+        left, count = reader.left + len(prefix.prompt.tokens) - prefix.prompt.fed, 0
+        for sequence in prefix.waiting:
             if reader.size + count >= reader.limit:
                 break
             if count and (
-                left >= budget or crowded or not self._ledger.fits(scoring=reader.cells_with(count + 1, family.length))
+                left >= budget or crowded or not self._ledger.fits(scoring=reader.cells_with(count + 1, prefix.length))
             ):
                 break
-            left, count = left + family.own(passage), count + 1
+            left, count = left + prefix.own(sequence), count + 1
         return count
 
     # ---- endings --------------------------------------------------------------------------------------------------
