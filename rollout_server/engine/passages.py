@@ -30,19 +30,19 @@ class VersionRun:
     end: int
     scored: int
     version: PolicyVersion
-    slot: Any
+    placement: Any
     """What `PolicyTable.acquire` gave for the version."""
 
 
 def runs_of(start: int, spans: Sequence[tuple[Span, Any]]) -> tuple[VersionRun, ...]:
-    """Spans with their slots, positions counting from `start`, as runs. What stands before the first span is read
+    """Spans with their placements, positions counting from `start`, as runs. What stands before the first span is read
     under its version."""
     runs: list[VersionRun] = []
     read = 0
-    for span, slot in spans:
+    for span, placement in spans:
         scored, end = max(start + span.start, 1) - 1, start + span.end - 1
         if scored < end:
-            runs.append(VersionRun(0 if span.kv == RECOMPUTED else read, end, scored, span.version, slot))
+            runs.append(VersionRun(0 if span.kv == RECOMPUTED else read, end, scored, span.version, placement))
             read = end
     return tuple(runs)
 
@@ -164,18 +164,18 @@ class ScoreJob:
     open: int = 0
     """Sequences that have not ended."""
 
-    def embed(self, tokens: tuple[int, ...], version: PolicyVersion, slot: Any, kind: PoolingKind) -> None:
+    def embed(self, tokens: tuple[int, ...], version: PolicyVersion, placement: Any, kind: PoolingKind) -> None:
         """A sequence whose hidden states are pooled."""
         pool = Pool(kind, len(tokens))
         sequence = ScoredSequenceState(
-            self, tokens, (), (VersionRun(0, len(tokens), pool.first, version, slot),), pool=pool
+            self, tokens, (), (VersionRun(0, len(tokens), pool.first, version, placement),), pool=pool
         )
         self.sequences.append(sequence)
         self.open += 1
-        self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], slot), deque([sequence])))
+        self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], placement), deque([sequence])))
 
     def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
-        """A shared prefix of (tokens, start, spans with their slots) whose first `shared` inputs are the same."""
+        """A shared prefix of (tokens, start, spans with their placements) whose first `shared` inputs are the same."""
         made = []
         for tokens, start, spans in members:
             sequence = ScoredSequenceState(self, tokens, tuple(span for span, _ in spans), runs_of(start, spans))
@@ -189,4 +189,4 @@ class ScoreJob:
             first = made[0].run
             # A single sequence shares with nobody: its prompt is all that needs no values.
             shared = min(shared if len(members) > 1 else first.scored, first.scored)
-            self.prefixes.append(SharedPrefix(Prompt(made[0].tokens[:shared], first.slot), deque(made)))
+            self.prefixes.append(SharedPrefix(Prompt(made[0].tokens[:shared], first.placement), deque(made)))

@@ -19,7 +19,7 @@ from rollout_server.errors import RolloutError, UnknownPolicy
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
 
 Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
-"""Versions with one reference each, and their slots."""
+"""Versions with one reference each, and their placements."""
 
 
 class References:
@@ -52,7 +52,7 @@ class References:
 
     def embed(self, embed: Embed) -> None:
         """Hidden states pooled. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
-        version, slot = self._policies.acquire(embed.policy, 1, None)
+        version, placement = self._policies.acquire(embed.policy, 1, None)
 
         def finished(_: tuple[ScoredSequence, ...]) -> None:
             vectors = tuple(sequence.pool.vector for sequence in job.sequences if sequence.pool is not None)
@@ -60,7 +60,7 @@ class References:
 
         job = ScoreJob(embed.id, (version,), finished, lambda error: self._reports.fail(embed.id, error))
         for tokens in embed.sequences:
-            job.embed(tokens, version, slot, self._pooling)
+            job.embed(tokens, version, placement, self._pooling)
         self._queue.add(job)
 
     def score(self, score: Score) -> None:
@@ -98,19 +98,19 @@ class References:
         tokens, start = score.sequences[index], score.starts[index]
         given = score.spans[index] if score.spans else None
         if given is None:
-            version, slot = self._hold(held, score.policy)
-            return tokens, start, [(Span(version, 0, len(tokens) - start), slot)]
+            version, placement = self._hold(held, score.policy)
+            return tokens, start, [(Span(version, 0, len(tokens) - start), placement)]
         return tokens, start, self._spans(held, given, f"sequences[{index}]", by_digest=score.by_digest)
 
     def _spans(
         self, held: Held, given: Sequence[SpanAddress], place: str, *, by_digest: bool
     ) -> list[tuple[Span, Any]]:
-        """Spans with their slots. `by_digest`: any kept version of that content will do, whatever its number."""
+        """Spans with their placements. `by_digest`: any kept version of that content will do, whatever its number."""
         spans = []
         for at, span in enumerate(given):
             where = f"{place}.versions[{at}]"
             try:
-                version, slot = self._find(held, span) if by_digest else self._hold(held, span.address)
+                version, placement = self._find(held, span) if by_digest else self._hold(held, span.address)
             except RolloutError as error:
                 error.param = where
                 raise
@@ -118,7 +118,7 @@ class References:
                 raise UnknownPolicy(
                     f"{span.address} has the digest {version.digest} here, not {span.digest}.", param=where
                 )
-            spans.append((Span(version, span.start, span.end, span.kv), slot))
+            spans.append((Span(version, span.start, span.end, span.kv), placement))
         return spans
 
     def _find(self, held: Held, span: SpanAddress) -> tuple[PolicyVersion, Any]:
@@ -181,7 +181,7 @@ class References:
     def score_rows(self, group: Group) -> None:
         """The log-probabilities of the tokens of a group's held rows under the base, their prompt read once."""
         rows = [row for row in group.held if row.needs_reference]
-        base, slot = self._policies.acquire(PolicyAddress(BASE), 1, None)
+        base, placement = self._policies.acquire(PolicyAddress(BASE), 1, None)
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:
             for row, sequence in zip(rows, sequences, strict=True):
@@ -198,7 +198,7 @@ class References:
             group=group,
         )
         job.add(
-            [(prompt + tuple(row.token_ids), given, [(Span(base, 0, row.sampled), slot)]) for row in rows],
+            [(prompt + tuple(row.token_ids), given, [(Span(base, 0, row.sampled), placement)]) for row in rows],
             shared=given - 1,
         )
         self._queue.add(job)

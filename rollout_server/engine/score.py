@@ -237,7 +237,7 @@ class SequentialReader:
         n = min(budget, sequence.left_alike)
         if sequence.scoring and sequence.pool is None:
             n = min(n, self._chunk)
-        self._route([sequence.run.slot])
+        self._route([sequence.run.placement])
         tokens = mx.array([sequence.tokens[sequence.fed : sequence.fed + n]], dtype=mx.int32)
         out = (self._forward if sequence.pool is None else self._hidden)(tokens, caches)
         state = [cache.state for cache in caches]

@@ -179,7 +179,7 @@ class SlotReader:
             kind = (False, False, self._apart(prompt.slot))
             yield _Part(kind, prompt.places[0], prompt.fed, prompt.tokens, prompt.slot, left, None, prompt)
         for sequence in self._seated:
-            slot = sequence.run.slot
+            slot = sequence.run.placement
             kind = (sequence.scoring, sequence.scoring and sequence.pool is not None, self._apart(slot))
             yield _Part(kind, sequence.place, sequence.fed, sequence.tokens, slot, sequence.left_alike, sequence, None)
 
