@@ -19,7 +19,7 @@ from rollout_server.engine.chunks import plan
 from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.holders import Joining
 from rollout_server.engine.ledger import KVLedger
-from rollout_server.engine.recovery import Leg, Recoveries
+from rollout_server.engine.recovery import RecomputeRun, Recoveries
 from rollout_server.engine.reuse import Keeper
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
@@ -216,9 +216,9 @@ class Batch:
         self._leaving = []
         return list(gone.values())
 
-    def recover(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
+    def recover(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """See `Recoveries.begin`."""
-        self._recovering.begin(row, legs, columns)
+        self._recovering.begin(row, runs, columns)
         self._changed()
 
     def _recover(self, budget: int) -> tuple[list[Row], int]:

@@ -17,7 +17,7 @@ from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import FIRST, BatchKey, Joining, KVUser, RowSink, age_of
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
-from rollout_server.engine.recovery import Leg
+from rollout_server.engine.recovery import RecomputeRun
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Row
@@ -298,11 +298,11 @@ class Batches:
             if joining in batch.joining:
                 batch.unjoin(joining)
 
-    def recover(self, row: Row, batch_key: BatchKey, legs: Sequence[Leg]) -> None:
+    def recover(self, row: Row, batch_key: BatchKey, runs: Sequence[RecomputeRun]) -> None:
         """Takes a row back that stepped aside; no step may be in flight."""
         with self._blame(batch_key), self._blame(row):
             self.aside.remove(row)
-            self.open(batch_key, 1, row.soon).recover(row, legs, self.columns(batch_key, row.soon))
+            self.open(batch_key, 1, row.soon).recover(row, runs, self.columns(batch_key, row.soon))
 
     # ---- length buckets -------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.recovery import Leg
+from rollout_server.engine.recovery import RecomputeRun
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Row
@@ -108,14 +108,14 @@ class Preemption:
                 return
             row.lent.append(version)
 
-    def _legs(self, row: Row) -> list[Leg]:
+    def _legs(self, row: Row) -> list[RecomputeRun]:
         if row.recomputed or not row.spans:
             return [(row.offset, row.placement)]
         request = row.group.request
         # Positions of spans count from the first token behind the prompt, a prefix included.
         ends = [len(request.prompt_ids) - 1 + span.end for span in row.spans]
-        legs = list(zip(ends, row.placements, strict=True))[_fresh_from(row) :]
-        return legs if _fresh_from(row) else [(len(request.given_ids) - 1, row.group.placement), *legs]
+        runs = list(zip(ends, row.placements, strict=True))[_fresh_from(row) :]
+        return runs if _fresh_from(row) else [(len(request.given_ids) - 1, row.group.placement), *runs]
 
 
 def _fresh_from(row: Row) -> int:

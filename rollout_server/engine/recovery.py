@@ -10,7 +10,7 @@ from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.sequence import Row
 
-Leg = tuple[int, Placement]
+RecomputeRun = tuple[int, Placement]
 """Inputs up to this one (excluded) are read there."""
 
 
@@ -18,7 +18,7 @@ Leg = tuple[int, Placement]
 class Recovery:
     row: Row
     prompt: Prompt
-    legs: tuple[Leg, ...]
+    runs: tuple[RecomputeRun, ...]
 
 
 class Recoveries:
@@ -38,19 +38,19 @@ class Recoveries:
     def unread(self) -> int:
         return sum(len(recovery.prompt.tokens) - recovery.prompt.fed for recovery in self._open)
 
-    def begin(self, row: Row, legs: Sequence[Leg], columns: int) -> None:
+    def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
         tokens = (*row.group.request.prompt_ids, *row.token_ids)[: row.offset]
         prompt = Prompt(tokens, row.placement.slot)
         self._store.begin(prompt, 1, columns)
-        self._open.append(Recovery(row, prompt, tuple(legs)))
+        self._open.append(Recovery(row, prompt, tuple(runs)))
 
     def feed(self, budget: int, seat: Callable[[int, Row], None]) -> None:
         """Reads about `budget` tokens, of the oldest first; rows that are complete, and their places, go to `seat`."""
         for recovery in self._open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
-                end, placement = next(leg for leg in recovery.legs if leg[0] > prompt.fed)
+                end, placement = next(run for run in recovery.runs if run[0] > prompt.fed)
                 count = min(end - prompt.fed, budget)
                 prompt.slot = placement.slot
                 self._store.feed(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
