@@ -15,7 +15,7 @@ from rollout_server.engine.cache import Prompt
 from rollout_server.engine.embedding_messages import PoolingKind
 from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.pooling import Pool
-from rollout_server.engine.redraw import Redraw
+from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
@@ -61,7 +61,7 @@ class ScoredSequenceState:
     place: int = -1
     """Where its KV is, in a store of rows."""
     fault: RolloutError | None = None
-    redraw: Redraw | None = None
+    replay: RowReplay | None = None
     """Its tokens, where they are drawn again as well."""
     pool: Pool | None = None
     """Its vector, where that is what is wanted: the last token is an input then, too."""

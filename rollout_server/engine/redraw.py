@@ -20,7 +20,7 @@ from rollout_server.rollout import SamplingParams
 
 
 @dataclass(slots=True, eq=False)
-class Redraw:
+class RowReplay:
     """One row, and the first difference once it was met; nothing is drawn after it."""
 
     prompt_ids: tuple[int, ...]
@@ -75,20 +75,20 @@ class Redraw:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretch:
+class TokenRange:
     """`count` tokens of a row from number `first` on; their logits begin at row `at`."""
 
-    row: Redraw
+    row: RowReplay
     at: int
     first: int
     count: int
 
-    def within(self, start: int, end: int) -> Stretch | None:
+    def within(self, start: int, end: int) -> TokenRange | None:
         """Its part in rows `start` to `end` of the logits, whose rows count from there."""
         first, last = max(self.at, start), min(self.at + self.count, end)
         if first >= last:
             return None
-        return Stretch(self.row, first - start, self.first + first - self.at, last - first)
+        return TokenRange(self.row, first - start, self.first + first - self.at, last - first)
 
     @property
     def positions(self) -> list[int]:
@@ -109,7 +109,7 @@ class _Inputs:
     mask: Some | None
 
     @classmethod
-    def of(cls, work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int, mask: Some | None = None) -> _Inputs:
+    def of(cls, work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int, mask: Some | None = None) -> _Inputs:
         """`mask` is what is known of the only row; else it is asked for."""
         params = [row.sampling for row, positions in work for _ in positions]
         every = [position for _, positions in work for position in positions]
@@ -133,7 +133,7 @@ class _Inputs:
         return Some(None, self.mask.values[int(found[0])][None]) if len(found) else None
 
 
-def _mask(work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int) -> Some | None:
+def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> Some | None:
     """Of the rows that have a grammar."""
     constrained = [row.sampling.constraint is not None for row, positions in work for _ in positions]
     if not any(constrained):
@@ -143,29 +143,33 @@ def _mask(work: Sequence[tuple[Redraw, Sequence[int]]], vocabulary: int) -> Some
     return Some(rows, mx.array(np.concatenate(words)))
 
 
-def redraw(logits: mx.array, stretches: Sequence[Stretch]) -> None:
+def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
     """Draws the tokens of all stretches from float32 logits [N, V] and notes in each row its first difference."""
-    work = [(stretch, positions) for stretch in stretches if (positions := stretch.positions)]
+    work = [(token_range, positions) for token_range in token_ranges if (positions := token_range.positions)]
     if not work:
         return
-    places = [stretch.at + position - stretch.first for stretch, positions in work for position in positions]
+    places = [
+        token_range.at + position - token_range.first for token_range, positions in work for position in positions
+    ]
     theirs = logits if places == list(range(len(logits))) else mx.take(logits, mx.array(places), axis=0)
-    inputs = _Inputs.of([(stretch.row, positions) for stretch, positions in work], logits.shape[-1])
+    inputs = _Inputs.of([(token_range.row, positions) for token_range, positions in work], logits.shape[-1])
     drawn = np.array(
         sample(theirs, inputs.arrays, inputs.uniform, inputs.banned, seen=inputs.seen, mask=inputs.mask).ids
     )
-    recorded = np.array([stretch.row.token_ids[position] for stretch, positions in work for position in positions])
-    owners = list(chain.from_iterable([(stretch, p) for p in positions] for stretch, positions in work))
+    recorded = np.array(
+        [token_range.row.token_ids[position] for token_range, positions in work for position in positions]
+    )
+    owners = list(chain.from_iterable([(token_range, p) for p in positions] for token_range, positions in work))
     for index in np.flatnonzero(drawn != recorded):
-        stretch, position = owners[index]
-        row = stretch.row
+        token_range, position = owners[index]
+        row = token_range.row
         if row.difference is None:
             row.difference = position
             row.margin = _margin(theirs[int(index)][None], row, position, inputs.mask_of(int(index)))
 
 
-def _margin(logits: mx.array, row: Redraw, position: int, mask: Some | None) -> float | None:
-    """See `Redraw.margin`; logits [1, V] of the position and what the grammar says of it."""
+def _margin(logits: mx.array, row: RowReplay, position: int, mask: Some | None) -> float | None:
+    """See `RowReplay.margin`; logits [1, V] of the position and what the grammar says of it."""
     token, sampling = row.token_ids[position], row.sampling
     inputs = _Inputs.of([(row, [position])], logits.shape[-1], mask)
     reshaped = shape(logits, inputs.arrays, inputs.seen, inputs.banned)

@@ -10,7 +10,7 @@ from rollout_server.engine.embedding_messages import Embed, Embedded, PoolingKin
 from rollout_server.engine.messages import Score, Scored, ScoredSequence, ScoringCommand
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.redraw import Redraw
+from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scoring_queue import ScoringQueue
@@ -154,7 +154,7 @@ class References:
         )
         for row, spans in zip(replay.rows, found, strict=True):
             job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)])
-            job.sequences[-1].redraw = Redraw(
+            job.sequences[-1].replay = RowReplay(
                 row.prompt_ids, row.token_ids, row.judged, row.sampling, row.seed, self._eos
             )
         self._queue.add(job)
@@ -208,7 +208,7 @@ def _compared(row: RecordedRow, sequence: ScoredSequenceState, scored: ScoredSeq
     """What became of a row that was read again; only judged tokens count."""
     known = zip(row.judged, row.logprobs, scored.logprobs, strict=bool(row.spans))
     gaps = [abs(old - new) for judged, old, new in known if judged and old is not None and new is not None]
-    drawn = sequence.redraw
+    drawn = sequence.replay
     return ReplayedRow(
         drawn.difference if drawn else None, drawn.margin if drawn else None, max(gaps) if gaps else None
     )

@@ -20,7 +20,7 @@ from rollout_server.engine.cache import Forward
 from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.pooling import pool
-from rollout_server.engine.redraw import Stretch, redraw
+from rollout_server.engine.redraw import TokenRange, replay_tokens
 from rollout_server.engine.sampling import entropy_of, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
@@ -109,13 +109,15 @@ def measure(
             if wanted:
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
             sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
-    stretches = [
-        Stretch(sequence.redraw, row * width, sequence.fed + 1 - len(sequence.redraw.prompt_ids), n)
+    token_ranges = [
+        TokenRange(sequence.replay, row * width, sequence.fed + 1 - len(sequence.replay.prompt_ids), n)
         for row, (sequence, n) in enumerate(parts)
-        if sequence.redraw is not None and sequence.fault is None
+        if sequence.replay is not None and sequence.fault is None
     ]
-    for each in slices if stretches else ():
-        redraw(each.raw, [part for stretch in stretches if (part := stretch.within(each.start, each.end))])
+    for each in slices if token_ranges else ():
+        replay_tokens(
+            each.raw, [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ import pytest
 
 from rollout_server.engine.exponentials import FANOUT, MOST
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.redraw import Redraw, Stretch, _slack, redraw
+from rollout_server.engine.redraw import RowReplay, TokenRange, _slack, replay_tokens
 from rollout_server.engine.sampling import prepare, sample, uniforms
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
@@ -167,8 +167,8 @@ def test_a_filter_s_edge_explains_a_difference(sampling: dict[str, Any]) -> None
             if recorded_id == chosen:
                 continue
             met += 1
-            row = Redraw((1,), (recorded_id,), (True,), params, seed, frozenset())
-            redraw(mx.array(logits)[None], [Stretch(row, 0, 0, 1)])
+            row = RowReplay((1,), (recorded_id,), (True,), params, seed, frozenset())
+            replay_tokens(mx.array(logits)[None], [TokenRange(row, 0, 0, 1)])
             edge = abs(slack[count - 1] if other < count else slack[count])
             assert row.difference == 0 and row.margin is not None and row.margin <= edge + of_softmax(logits)
     assert met > 3
