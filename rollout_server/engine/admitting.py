@@ -11,7 +11,7 @@ from rollout_server.engine.holders import BatchKey
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
-from rollout_server.engine.references import References
+from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Group
@@ -28,7 +28,7 @@ class Admitting:
         ledger: KVLedger,
         queue: RequestQueue,
         reports: Reports,
-        references: References,
+        tasks: ScoringTasks,
         changes: Collection[PolicyCommand],
         blame: Blame,
     ) -> None:
@@ -37,7 +37,7 @@ class Admitting:
         self._ledger = ledger
         self._queue = queue
         self._reports = reports
-        self._references = references
+        self._tasks = tasks
         self._changes = changes
         self._blame = blame
 
@@ -55,7 +55,7 @@ class Admitting:
             self._queue.admitted(admission)
             wanted = group.request.wants.prompt_logprobs and not group.unscored and group.prompt_logprobs is None
             if wanted and group.version is not None:
-                self._references.score_prompt(group, group.version)
+                self._tasks.score_prompt(group, group.version)
 
     def _berth(self, group: Group, count: int) -> BatchKey | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""

@@ -30,7 +30,7 @@ from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
-from rollout_server.engine.references import References
+from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Keeper, Reuse
 from rollout_server.engine.scheduler import RequestQueue
@@ -63,7 +63,7 @@ def build_engine(
     reports = Reports(requests, policies)
     batches = batches_of(model, policies, reuse, ledger, reports, blame)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    references = References(scoring, policies, reports, eos, info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pausing = Pausing(reports)
     memory = Memory(batches, policies, reuse, requests, scoring, info)
@@ -74,10 +74,10 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admitting=Admitting(policies, batches, ledger, requests, reports, references, changes, blame),
+        admitting=Admitting(policies, batches, ledger, requests, reports, tasks, changes, blame),
         batches=batches,
         scoring=scoring,
-        references=references,
+        tasks=tasks,
         preemption=preemption,
         switching=Switching(policies, batches, reports, preemption),
         budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),

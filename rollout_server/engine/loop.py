@@ -27,7 +27,7 @@ from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
-from rollout_server.engine.references import References
+from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import Reuse
@@ -58,7 +58,7 @@ class Engine:
         admitting: Admitting,
         batches: Batches,
         scoring: ScoringQueue,
-        references: References,
+        tasks: ScoringTasks,
         preemption: Preemption,
         switching: Switching,
         budget: TurnBudget,
@@ -79,7 +79,7 @@ class Engine:
         self._admitting = admitting
         self._batches = batches
         self._scoring = scoring
-        self._references = references
+        self._tasks = tasks
         self._preemption = preemption
         self._switching = switching
         self._budget = budget
@@ -178,7 +178,7 @@ class Engine:
         self._batches.rearrange()
         self._batches.keep(self._policies.sets)
         for group in self._reports.take_complete():
-            self._references.score_rows(group)
+            self._tasks.score_rows(group)
 
     def _share_out(self) -> None:
         """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
@@ -243,7 +243,7 @@ class Engine:
                             self._policies.check(group.policy)
                 case Score() | Replay() | Embed():
                     if not self._pausing.holds(command):
-                        self._references.read(command)
+                        self._tasks.read(command)
                 case Pause():
                     self._pausing.pause(command)
                     for id in self._reports.begun if command.mode == "abort" else ():

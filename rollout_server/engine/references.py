@@ -22,7 +22,7 @@ Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
 """Versions with one reference each, and their placements."""
 
 
-class References:
+class ScoringTasks:
     """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens,
     `pooling` is how it embeds."""
 

@@ -46,7 +46,7 @@ class _Part:
     prompt: Prompt | None
 
 
-class SlotReader:
+class BatchedReader:
     """The methods of `score.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
     logits alive at once."""
 

@@ -16,7 +16,7 @@ from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import ScoreJob, SharedPrefix
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.score import Reader, SequentialReader, logit_tokens
-from rollout_server.engine.score_rows import SlotReader
+from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.errors import EngineUnavailable, RolloutError
 
 
@@ -29,7 +29,7 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
         return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden)
 
-    return SlotReader(model.forward, model.make_slots, policies.route_rows, policies.apart, chunk, hidden)
+    return BatchedReader(model.forward, model.make_slots, policies.route_rows, policies.apart, chunk, hidden)
 
 
 class ScoringQueue:

@@ -150,7 +150,7 @@ class Door:
         self.scoring._reader = reader
 
     def set_pooling(self, how: PoolingKind) -> None:
-        self.engine._references._pooling = how
+        self.engine._tasks._pooling = how
 
     # ---- versions and memory --------------------------------------------------------------------------------------
 

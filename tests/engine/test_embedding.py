@@ -18,7 +18,7 @@ from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.pause_messages import Pause, Resume
-from rollout_server.engine.score_rows import SlotReader
+from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
 from tests import tiny_models
@@ -91,7 +91,7 @@ def adapted(directory: Path, driver: Driver, seed: int) -> Any:
 def test_embeddings_share_a_forward_and_the_turn(base: Driver, qwen: Path) -> None:
     driver = Driver.start(qwen, base.model, prefill_tokens=48)
     reader: Any = driver.reader
-    assert isinstance(reader, SlotReader)
+    assert isinstance(reader, BatchedReader)
     hidden, seen = reader._hidden, []
 
     def noted(ids: mx.array, caches: list[Any]) -> mx.array:

@@ -15,7 +15,7 @@ from rollout_server.engine import score as score_module
 from rollout_server.engine.messages import ScoredSequence
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.score import SequentialReader
-from rollout_server.engine.score_rows import SlotReader
+from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants, tiling_fault
 from tests.bounds import TINY, assert_near
@@ -29,7 +29,7 @@ UNSCORED = 80
 def slow(driver: Driver) -> Driver:
     """The same engine with the one-at-a-time reader."""
     reader = driver.reader
-    assert isinstance(reader, SlotReader)
+    assert isinstance(reader, BatchedReader)
     driver.set_reader(
         SequentialReader(driver.model.forward, driver.model.make_caches, driver.policies.route_rows, 100, lambda n: n)
     )
