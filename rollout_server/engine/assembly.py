@@ -32,7 +32,7 @@ from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.reuse import Keeper, Reuse
+from rollout_server.engine.reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.status_board import StatusBoard
@@ -57,16 +57,16 @@ def build_engine(
     info, blame = model.info, Blame()
     eos = frozenset(info.eos_token_ids)
     changes: deque[PolicyCommand] = deque()
-    reuse = Reuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
-    ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, reuse.fit)
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
+    ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, reuse, ledger, reports, blame)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pausing = Pausing(reports)
-    memory = Memory(batches, policies, reuse, requests, scoring, info)
+    memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
     return Engine(
         mailbox,
         post,
@@ -83,9 +83,9 @@ def build_engine(
         budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
         pausing=pausing,
         memory=memory,
-        reuse=reuse,
+        prefix_reuse=prefix_reuse,
         ledger=ledger,
-        status=StatusBoard(show, requests, batches, reports, policies, preemption, pausing, reuse, memory),
+        status=StatusBoard(show, requests, batches, reports, policies, preemption, pausing, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
     )
@@ -99,7 +99,12 @@ def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
 
 
 def batches_of(
-    model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, reports: Reports, blame: Blame
+    model: ResidentModel,
+    policies: PolicyTable,
+    prefix_reuse: PrefixReuse,
+    ledger: KVLedger,
+    reports: Reports,
+    blame: Blame,
 ) -> Batches:
     """Rows of every parameter set; what their steps cost can be measured where they have columns."""
 
@@ -107,7 +112,7 @@ def batches_of(
         return measure(model.forward, model.make_slots, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, reuse, ledger),
+        partial(batch_of, model, policies, prefix_reuse, ledger),
         model.make_store(),
         ledger,
         reports,
@@ -116,17 +121,19 @@ def batches_of(
     )
 
 
-def batch_of(model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: KVLedger, parameters: int) -> Batch:
+def batch_of(
+    model: ResidentModel, policies: PolicyTable, prefix_reuse: PrefixReuse, ledger: KVLedger, parameters: int
+) -> Batch:
     """An empty batch whose forwards run on a parameter set."""
     store, route = model.make_store(), policies.router(parameters)
-    keeper = None
+    prefixes = None
     decode: Forward = model.forward
     if isinstance(store, SlotRows):
         decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
-        keeper = Keeper(store, reuse) if reuse.on else None
+        prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
     # Copies of rows that left are made behind the step that was in flight then.
-    before_read = keeper.finish if keeper is not None else lambda: None
+    before_read = prefixes.finish if prefixes is not None else lambda: None
     return Batch(
         model.forward,
         store,
@@ -135,5 +142,5 @@ def batch_of(model: ResidentModel, policies: PolicyTable, reuse: Reuse, ledger: 
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
-        keeper,
+        prefixes,
     )

@@ -20,7 +20,7 @@ from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.holders import Joining
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.recovery import RecomputeRun, Recoveries
-from rollout_server.engine.reuse import Keeper
+from rollout_server.engine.reuse import BatchPrefixes
 from rollout_server.engine.row_store import RowStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group, Row
@@ -31,7 +31,7 @@ MOST_KEPT = 16
 
 class Batch:
     """`decoder` steps the rows that sit in `store`; `forward` reads prompts. `route(slots)` tells the adapter layers
-    which slot each row of the next forward uses, `reroute` aims it at any placement. `keeper` is the prefix cache.
+    which slot each row of the next forward uses, `reroute` aims it at any placement. `prefixes` is the prefix cache.
     Where waiting samples cannot copy their prompt from running ones, it is kept for them if `ledger` has room."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Batch:
         reroute: Callable[[Placement], None],
         tokenizer: Any,
         ledger: KVLedger,
-        keeper: Keeper | None = None,
+        prefixes: BatchPrefixes | None = None,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
@@ -56,9 +56,9 @@ class Batch:
         """Rows whose places are being freed: in neither list if that fails."""
         self.joining: list[Joining] = []
         self._extent: tuple[int, int] | None = None
-        self._keeper = keeper
+        self._prefixes = prefixes
         self._ledger = ledger
-        self._most_leaving = MOST_KEPT if keeper is not None else sys.maxsize
+        self._most_leaving = MOST_KEPT if prefixes is not None else sys.maxsize
         self.fed = 0
         """Prompt tokens read since it was made."""
 
@@ -151,9 +151,9 @@ class Batch:
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
         rows, budget = self._recover(budget)
-        if self._keeper is not None:
-            self._keeper.enter([joining.group for joining in self.joining])
-        ready = [joining.prompt for joining in self.joining if joining.prompt.sought or self._keeper is None]
+        if self._prefixes is not None:
+            self._prefixes.enter([joining.group for joining in self.joining])
+        ready = [joining.prompt for joining in self.joining if joining.prompt.looked_up or self._prefixes is None]
         lefts = [len(prompt.tokens) - prompt.fed for prompt in ready]
         if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
             self.store.feed(self._forward, chunks, self._route)
@@ -171,8 +171,8 @@ class Batch:
         keep = group.waiting > 0 and not self.store.cuts
         keep = keep and self._ledger.fits(self.store.packed(1, len(joining.prompt.tokens)))
         places = self.store.seat(joining.prompt, joining.count, keep)
-        if self._keeper is not None:
-            self._keeper.keep_prompt(places[0], group, joining.prompt)
+        if self._prefixes is not None:
+            self._prefixes.keep_prompt(places[0], group, joining.prompt)
         seated_at = time.monotonic()
         group.prefilled_at = group.prefilled_at or seated_at
         rows = []
@@ -208,8 +208,8 @@ class Batch:
         self._leaving = list(gone.values())
         for place in gone:
             del self._seats[place]
-        if self._keeper is not None:
-            self._keeper.keep_rows(gone, flying)
+        if self._prefixes is not None:
+            self._prefixes.keep_rows(gone, flying)
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)

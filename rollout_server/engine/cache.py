@@ -38,7 +38,7 @@ class Prompt:
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
     """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
-    sought: bool = False
+    looked_up: bool = False
     """Whatever there was of it from before is in its place."""
     owner: object = None
     """Whose samples begin with it: a place that one of them has left still holds it."""

@@ -30,7 +30,7 @@ from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.reuse import Reuse
+from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.status_board import StatusBoard
@@ -64,7 +64,7 @@ class Engine:
         budget: TurnBudget,
         pausing: Pausing,
         memory: Memory,
-        reuse: Reuse,
+        prefix_reuse: PrefixReuse,
         ledger: KVLedger,
         status: StatusBoard,
         blame: Blame,
@@ -85,7 +85,7 @@ class Engine:
         self._budget = budget
         self._pausing = pausing
         self._memory = memory
-        self._reuse = reuse
+        self._prefix_reuse = prefix_reuse
         self._ledger = ledger
         self._status = status
         self._blame = blame
@@ -118,7 +118,7 @@ class Engine:
         self._give_back()
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
-        self._reuse.follow(self._policies.snapshot())
+        self._prefix_reuse.follow(self._policies.snapshot())
         self._budget.begin(decoding=self._batches.active, rows=self._batches.size)
         self._admitting.call_back()
         if self._pausing.frozen:
@@ -183,9 +183,9 @@ class Engine:
     def _share_out(self) -> None:
         """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
         held = self._batches.held_cells
-        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._reuse.cells, rows=held):
+        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._prefix_reuse.cells, rows=held):
             self._batches.drop_idle()
-        self._reuse.follow(self._policies.snapshot())
+        self._prefix_reuse.follow(self._policies.snapshot())
         self._ledger.leave_rest(rows=held)
 
     def _give_back(self) -> None:
@@ -255,7 +255,7 @@ class Engine:
                     for id in command.ids:
                         self._end_request(id, command.reason)
                 case ResetPrefixCache():
-                    self._reports.add(PrefixCacheReset(command.id, self._reuse.clear()))
+                    self._reports.add(PrefixCacheReset(command.id, self._prefix_reuse.clear()))
                 case Release():
                     self._releases.append(command)
                 case Ping():
@@ -326,7 +326,7 @@ class Engine:
                 self._policies.abandon()
                 self._reports.fail(blamed.id, fault)
         # What was being copied for later may never be there.
-        self._reuse.clear()
+        self._prefix_reuse.clear()
         self._reports.fail_rows(*self._batches.fail(), fault)
         self._admitting.fail(fault)
         self._blame.clear()

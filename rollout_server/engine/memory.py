@@ -11,7 +11,7 @@ from rollout_server.engine.batches import Batches
 from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.reuse import Reuse
+from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 
@@ -28,14 +28,14 @@ class Memory:
         self,
         batches: Batches,
         policies: PolicyTable,
-        reuse: Reuse,
+        prefix_reuse: PrefixReuse,
         queue: RequestQueue,
         scoring: ScoringQueue,
         info: ModelInfo,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batches = batches
-        self._reuse = reuse
+        self._prefix_reuse = prefix_reuse
         self._policies = policies
         self._queue = queue
         self._scoring = scoring
@@ -60,7 +60,7 @@ class Memory:
         """KV that no row needs and what MLX keeps of freed arrays go back to the system; no step may be in flight.
         What is in use stays, and everything grows again on demand."""
         before, held = mx.get_active_memory() + mx.get_cache_memory(), self._batches.nbytes
-        kept = self._reuse.clear()
+        kept = self._prefix_reuse.clear()
         self._policies.trim()
         self._shrink()
         after = mx.get_active_memory() + mx.get_cache_memory()
@@ -89,7 +89,7 @@ class Memory:
             kv_limit=info.kv_memory,
             kv_held=self._batches.nbytes,
             kv_filled=self._batches.filled_cells * info.kv_bytes_per_token,
-            kv_kept=self._reuse.status.nbytes,
+            kv_kept=self._prefix_reuse.status.nbytes,
             kv_prompts=self._queue.kept_cells * info.kv_bytes_per_token,
             kv_scored=self._scoring.nbytes,
             slots=self._policies.slot_bytes,

@@ -31,7 +31,7 @@ def key_of(version: PolicyVersion, placement: Placement) -> Key:
     return version.digest, placement.slot != BASE_SLOT, placement.parameters != BASE_SET
 
 
-class Reuse:
+class PrefixReuse:
     """Rows come first: `fit` says what they leave. With `on` False it keeps and finds nothing."""
 
     def __init__(self, token_bytes: int, base_digest: str, *, on: bool) -> None:
@@ -92,12 +92,12 @@ class Reuse:
         return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
 
 
-class Keeper:
+class BatchPrefixes:
     """Between the places of one batch and what is kept for later."""
 
-    def __init__(self, store: SlotRows, reuse: Reuse) -> None:
+    def __init__(self, store: SlotRows, prefix_reuse: PrefixReuse) -> None:
         self._store = store
-        self._reuse = reuse
+        self._prefix_reuse = prefix_reuse
         self._copies: list[mx.array] = []
 
     def enter(self, groups: Sequence[Group]) -> None:
@@ -105,14 +105,14 @@ class Keeper:
         bring along waits for that. No step in flight."""
         for index, group in enumerate(groups):
             prompt = group.prompt
-            if prompt is None or prompt.sought or group.version is None:
+            if prompt is None or prompt.looked_up or group.version is None:
                 continue
             if any(_brings(earlier, group, prompt) for earlier in groups[:index]):
                 continue
-            prompt.sought = True
+            prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._reuse.find(key_of(group.version, group.placement), prompt.tokens):
+            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.tokens):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.fed
@@ -120,7 +120,7 @@ class Keeper:
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         """Stores the KV of a prompt that was read in `place`. No step may be in flight."""
         if group.version is not None and prompt.tokens:
-            mx.eval(self._reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
+            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
 
     def keep_rows(self, ended: Mapping[int, Row], in_flight: bool) -> None:
         """Stores the KV of rows that leave their places. While a step is `in_flight`, it is copied behind it; see
@@ -129,12 +129,12 @@ class Keeper:
             key = key_of(row.version, row.placement)
             if row.error is not None:
                 # Nobody knows since when its numbers were not finite.
-                self._reuse.forget(key)
+                self._prefix_reuse.forget(key)
             elif row.token_ids and not row.switched:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
-                self._copies += self._reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
+                self._copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         if in_flight:
             mx.async_eval(self._copies)
         else:

@@ -11,7 +11,7 @@ from rollout_server.engine.pausing import Pausing
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.reuse import Reuse
+from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 
 
@@ -27,7 +27,7 @@ class StatusBoard:
         policies: PolicyTable,
         preemption: Preemption,
         pausing: Pausing,
-        reuse: Reuse,
+        prefix_reuse: PrefixReuse,
         memory: Memory,
     ) -> None:
         self._show = show
@@ -37,7 +37,7 @@ class StatusBoard:
         self._policies = policies
         self._preemption = preemption
         self._pausing = pausing
-        self._reuse = reuse
+        self._prefix_reuse = prefix_reuse
         self._memory = memory
 
     def show(self, state: str = "ready", fault: str | None = None) -> None:
@@ -57,7 +57,7 @@ class StatusBoard:
                 slot_bytes=policies.slot_bytes,
                 set_bytes=policies.set_bytes,
                 sets=len(policies.sets),
-                prefix=self._reuse.status,
+                prefix=self._prefix_reuse.status,
                 paused=self._pausing.mode,
                 memory=self._memory.status(),
             )
