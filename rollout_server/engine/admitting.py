@@ -83,13 +83,13 @@ class Admitting:
 
     def _take_version(self, group: Group) -> bool:
         """Gives a group the version its policy names now, one reference a sample. False if there is none: the group
-        has failed or was set aside, or heads the queue until a change that came before it is done."""
+        has failed or is held for a version, or heads the queue until a change that came before it is done."""
         request = group.request
         try:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
-                self._queue.set_aside(group, time.monotonic() + request.wait_s)
+                self._queue.hold_for_version(group, time.monotonic() + request.wait_s)
             elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False

@@ -227,7 +227,7 @@ class Batch:
         back: list[Row] = []
 
         def seat(place: int, row: Row) -> None:
-            row.last_step, row.away, row.finite = -1, False, False
+            row.last_step, row.evicted, row.finite = -1, False, False
             self._seats[place] = row
             self._changed()
             back.append(row)

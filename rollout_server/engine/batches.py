@@ -53,7 +53,7 @@ class Batches:
         self._steps_before = self._fed_before = 0
         self._turns = 0
         self._fed_last = FIRST
-        self.aside: list[Row] = []
+        self.preempted: list[Row] = []
         """Rows whose KV was dropped and that wait to come back, oldest first."""
 
     def __getitem__(self, parameters: int) -> Batch:
@@ -68,7 +68,7 @@ class Batches:
     @property
     def rows(self) -> list[Row]:
         """Those that stepped aside included."""
-        return [row for batch in self._batches.values() for row in batch.rows] + self.aside
+        return [row for batch in self._batches.values() for row in batch.rows] + self.preempted
 
     @property
     def joining(self) -> list[Joining]:
@@ -204,8 +204,8 @@ class Batches:
 
     def release(self, *, few: bool = False) -> None:
         """See `Batch.release`."""
-        ended = [row for row in self.aside if not row.running]
-        self.aside = [row for row in self.aside if row.running]
+        ended = [row for row in self.preempted if not row.running]
+        self.preempted = [row for row in self.preempted if row.running]
         self._sink.release(ended)
         for batch_key, batch in list(self._batches.items()):
             with self._blame(batch_key):
@@ -285,12 +285,12 @@ class Batches:
         batch_key = self._home(row)
         with self._blame(batch_key), self._blame(row):
             self._batches[batch_key].evict(row)
-        self.set_aside(row)
+        self.preempt(row)
 
-    def set_aside(self, row: Row) -> None:
+    def preempt(self, row: Row) -> None:
         """Lets a row that is in no batch wait to come back."""
-        row.away = True
-        self.aside = sorted([*self.aside, row], key=lambda row: age_of(row.group, row.sample_index))
+        row.evicted = True
+        self.preempted = sorted([*self.preempted, row], key=lambda row: age_of(row.group, row.sample_index))
 
     def unjoin(self, joining: Joining) -> None:
         """See `Batch.unjoin`."""
@@ -301,7 +301,7 @@ class Batches:
     def recover(self, row: Row, batch_key: BatchKey, runs: Sequence[RecomputeRun]) -> None:
         """Takes a row back that stepped aside; no step may be in flight."""
         with self._blame(batch_key), self._blame(row):
-            self.aside.remove(row)
+            self.preempted.remove(row)
             self.open(batch_key, 1, row.soon).recover(row, runs, self.columns(batch_key, row.soon))
 
     # ---- length buckets -------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ class Batches:
         self.settle_and_release()
         sources = set()
         for row, batch_key in moves:
-            if row.running and not row.away and self._fits(batch_key, row):
+            if row.running and not row.evicted and self._fits(batch_key, row):
                 source = self._home(row)
                 sources.add(source)
                 self._shift(row, source, partial(_given, batch_key))
@@ -350,7 +350,7 @@ class Batches:
             (row, batch_key)
             for batch_key in here
             for row in self._batches[batch_key].rows
-            if row.running and not row.away
+            if row.running and not row.evicted
         ]
         found = self._buckets.moves([row.offset + 1 for row, _ in seated], [batch_key[1] for _, batch_key in seated])
         return [

@@ -167,7 +167,7 @@ class Engine:
 
     def _score(self) -> None:
         if share := self._budget.share("scoring"):
-            crowded = self._requests.crowded or bool(self._batches.aside)
+            crowded = self._requests.crowded or bool(self._batches.preempted)
             alone = not self._batches.size
             self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
 
@@ -208,7 +208,7 @@ class Engine:
         """Whether anything is being sampled or scored."""
         batches = self._batches
         return bool(
-            batches.active or batches.joining or batches.aside or self._scoring.busy or self._reports.has_complete
+            batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
         )
 
     @property

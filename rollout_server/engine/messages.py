@@ -243,7 +243,7 @@ class EngineStatus:
     """Requests in the queue."""
     running: int = 0
     """Rows in the batch."""
-    aside: int = 0
+    preempted: int = 0
     """Rows that gave their KV up and wait to come back,"""
     preemptions: int = 0
     """and how often one did since the start."""

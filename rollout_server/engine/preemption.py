@@ -34,7 +34,7 @@ class Preemption:
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
         then rows give theirs up, the newest first. The oldest row never does."""
-        if not self._queue.crowded and not self._batches.aside:
+        if not self._queue.crowded and not self._batches.preempted:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
             self._batches.stretch((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
         if self._ledger.fits_after_step():
@@ -66,13 +66,13 @@ class Preemption:
 
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""
-        if any(not row.running for row in self._batches.aside):
+        if any(not row.running for row in self._batches.preempted):
             self._batches.settle_and_release()
         if self._queue.crowded and not self._batches.size:
             # Nothing that runs will make room for the head of the queue.
             self._queue.drop_kept()
-        while self._batches.aside:
-            row = self._batches.aside[0]
+        while self._batches.preempted:
+            row = self._batches.preempted[0]
             batch_key = self._batches.key_for(row.placement.parameters, 1, row.offset + 1)
             needed = self._batches.cells(batch_key, 1, row.soon)
             if not self._ledger.fits(wanted=True, rows=needed):
@@ -84,10 +84,10 @@ class Preemption:
                 self._batches.recover(row, batch_key, self._legs(row))
         return True
 
-    def set_aside(self, row: Row) -> None:
+    def preempt(self, row: Row) -> None:
         """Lets a row wait that there is no room for where it has to go, and that is in no batch any more."""
         self._hold(row)
-        self._batches.set_aside(row)
+        self._batches.preempt(row)
         self.count += 1
 
     # ---- under which versions its tokens were read ------------------------------------------------------------------
@@ -101,12 +101,12 @@ class Preemption:
         wanted = {span.version for span in row.spans[_fresh_from(row) :]}
         if not _fresh_from(row) and group.version:
             wanted.add(group.version)
-        for version in wanted - {row.version, *row.lent}:
+        for version in wanted - {row.version, *row.pinned_versions}:
             if not self._policies.acquire_if_kept(version):
                 self._reports.let_go(row)
                 row.recomputed = True
                 return
-            row.lent.append(version)
+            row.pinned_versions.append(version)
 
     def _legs(self, row: Row) -> list[RecomputeRun]:
         if row.recomputed or not row.spans:

@@ -83,8 +83,8 @@ class Reports:
 
     def let_go(self, row: Row) -> None:
         """Gives back the versions that were kept for a row while it was away."""
-        while row.lent:
-            self._policies.release(row.lent.pop(), 1)
+        while row.pinned_versions:
+            self._policies.release(row.pinned_versions.pop(), 1)
 
     def prompt_scored(self, group: Group, logprobs: tuple[float | None, ...]) -> None:
         group.prompt_logprobs, group.unscored = logprobs, False

@@ -44,7 +44,7 @@ class Admission:
 
 class RequestQueue:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
-    waits for a version to be pushed is set aside, and comes back to the place its arrival gives it.
+    waits for a version to be pushed is held apart, and comes back to the place its arrival gives it.
 
     `prompt_cells(tokens)` are the columns that a prompt takes which is kept for samples that wait."""
 
@@ -60,7 +60,7 @@ class RequestQueue:
         self._waiting: deque[Group] = deque()
         self._deadlines: list[tuple[float, str]] = []
         """Of requests that have one, the soonest first."""
-        self._aside: dict[Group, float] = {}
+        self._held_for_version: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
         self._prompt_cells = prompt_cells
@@ -132,22 +132,22 @@ class RequestQueue:
 
     # ---- waiting for a version --------------------------------------------------------------------------------------
 
-    def set_aside(self, group: Group, until: float) -> None:
+    def hold_for_version(self, group: Group, until: float) -> None:
         """Takes the group at the head of the queue out of it, to wait for a version without holding up others."""
         self._waiting.remove(group)
-        self._aside[group] = until
+        self._held_for_version[group] = until
 
     def bring_back(self, ready: Callable[[Group], bool]) -> None:
         """Puts the groups that are ready back into the queue, in the order in which all arrived."""
-        back = [group for group in self._aside if ready(group)]
+        back = [group for group in self._held_for_version if ready(group)]
         for group in back:
-            del self._aside[group]
+            del self._held_for_version[group]
         if back:
             self._waiting = deque(sorted([*self._waiting, *back], key=lambda group: group.arrived))
 
     def impatient(self, now: float) -> list[Group]:
         """Groups that have waited long enough for their version."""
-        return [group for group, until in self._aside.items() if until <= now]
+        return [group for group, until in self._held_for_version.items() if until <= now]
 
     @property
     def pressing(self) -> bool:
@@ -156,7 +156,9 @@ class RequestQueue:
 
     def rest(self, now: float, most: float) -> float:
         """Seconds, at most `most`, until something must be ended although nothing runs."""
-        ends = [t.deadline for t in self.open_requests.values() if t.deadline is not None] + list(self._aside.values())
+        ends = [t.deadline for t in self.open_requests.values() if t.deadline is not None] + list(
+            self._held_for_version.values()
+        )
         return min([most, *(max(0.0, end - now) for end in ends)])
 
     # ---- leaving the queue ------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class RequestQueue:
         """Takes what still waits of a group out of the queue; returns how many samples that were."""
         left = group.waiting
         if left:
-            self._aside.pop(group, None)
+            self._held_for_version.pop(group, None)
             # Taken out of the queue when it comes to its head: removing it now would search the queue.
             group.admitted = group.request.n
             self._left_queue(group)

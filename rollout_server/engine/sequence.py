@@ -120,11 +120,11 @@ class Row:
     """Its KV comes from more than one version."""
     finite: bool = False
     """Its last step gave numbers, so that all KV in its place is finite."""
-    away: bool = False
+    evicted: bool = False
     """Its KV was dropped for want of memory, or is being read again."""
     recomputed: bool = False
     """All its KV is read again under its present version: an earlier one is gone."""
-    lent: list[PolicyVersion] = field(default_factory=list)
+    pinned_versions: list[PolicyVersion] = field(default_factory=list)
     """Versions kept for it while it is away."""
     base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
@@ -166,7 +166,7 @@ class Row:
     @property
     def holds_prompt(self) -> bool:
         """Whether its place begins with its group's prompt as the group's version reads it."""
-        if self.error is not None or self.away or self.recomputed:
+        if self.error is not None or self.evicted or self.recomputed:
             return False
         first = self.begun[0].version if self.begun else self.version
         return first == self.group.version and all(begun.kv != RECOMPUTED for begun in self.begun[1:])

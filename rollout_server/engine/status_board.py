@@ -49,7 +49,7 @@ class StatusBoard:
                 fault=fault,
                 waiting=self._requests.waiting_requests,
                 running=batches.size,
-                aside=len(batches.aside),
+                preempted=len(batches.preempted),
                 preemptions=self._preemption.count,
                 policies=policies.snapshot(),
                 steps=batches.steps,

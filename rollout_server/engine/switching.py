@@ -28,7 +28,7 @@ class Switching:
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
         # A pinned address stays where it is, but grows stale as any other.
         asked = request.on_update if request.policy.follows else OnUpdate.FINISH
-        if asked is OnUpdate.SWITCH and row.away and not _reads_anew(row):
+        if asked is OnUpdate.SWITCH and row.evicted and not _reads_anew(row):
             return  # once it is back
         if asked is OnUpdate.SWITCH:
             self._switch(row)
@@ -43,7 +43,7 @@ class Switching:
         seated = True
         anew = _reads_anew(row)
         if anew:
-            if row not in self._batches.aside:
+            if row not in self._batches.preempted:
                 self._batches.settle()
                 self._batches.evict(row)
         elif parameters != row.placement.parameters:
@@ -56,7 +56,7 @@ class Switching:
         row.version, row.placement = self._policies.acquire(address, 1, None)
         row.switched = row.switched or not anew
         if not seated:
-            self._preemption.set_aside(row)
+            self._preemption.preempt(row)
         # A step in flight may still read the old version's slot: it is written again only after that was read.
         self._policies.release(old, 1)
 

@@ -95,7 +95,7 @@ class _EngineState(Collector):
         yield paused
         yield GaugeMetricFamily("rollout_requests_waiting", "Requests that wait in the queue.", value=status.waiting)
         yield GaugeMetricFamily("rollout_rows_running", "Rows in a batch.", value=status.running)
-        yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.aside)
+        yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.preempted)
         yield CounterMetricFamily("rollout_preemptions", "Rows preempted since the start.", value=status.preemptions)
         yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
         yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)

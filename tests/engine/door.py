@@ -130,7 +130,7 @@ class Door:
     @property
     def groups_without_version(self) -> list[Group]:
         """Those that were set aside until a version is pushed."""
-        return list(self.requests._aside)
+        return list(self.requests._held_for_version)
 
     # ---- scoring --------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ class Promises:
             assert len(row.token_ids) == len(row.logprobs) == len(row.sampling_logprobs)
             assert 0 <= row.dispatched - len(row.token_ids) <= 1 or not row.running
             tiles(row.spans, row.dispatched)
-            if row.running and not row.away:
+            if row.running and not row.evicted:
                 self._follows(row.group.request, row.version, row.group.version)
 
     def _started(self, asked: Asked, request: RolloutRequest, version: PolicyVersion) -> None:

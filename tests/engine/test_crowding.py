@@ -37,7 +37,7 @@ def running(driver: Driver, count: int) -> list[str]:
 def aside(driver: Driver, count: int = 1) -> None:
     """Until so many rows gave their KV up; then there is room again."""
     driver.set_kv_limit(260)
-    driver.until(lambda: len(driver.batches.aside) >= count)
+    driver.until(lambda: len(driver.batches.preempted) >= count)
     driver.set_kv_limit(AMPLE)
 
 
@@ -140,7 +140,7 @@ def test_a_row_that_comes_or_goes_while_something_fails_is_answered(
     reasons = {row.finish_reason for id in ids for row in driver.rollouts(id)}
     assert failed and FinishReason.ERROR in reasons
     driver.turn(2)
-    assert driver.batches.size == 0 and not driver.batches.aside
+    assert driver.batches.size == 0 and not driver.batches.preempted
 
 
 def test_a_row_that_ends_while_its_place_cannot_be_freed_holds_no_version(

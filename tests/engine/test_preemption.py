@@ -62,7 +62,7 @@ def test_rows_that_step_aside_return_the_same(base: Driver, qwen: Path, options:
     for one, other in zip(expected, rows, strict=True):
         assert_same(one, other, tolerance(base, [one]))
         assert (one.finish_reason, one.spans) == (other.finish_reason, other.spans)
-    assert not driver.batches.aside
+    assert not driver.batches.preempted
 
 
 def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
@@ -147,14 +147,14 @@ def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
             else:
                 assert_same(one, other, tolerance(base, [one]))
     driver.turn(2)
-    assert not driver.batches.aside and driver.batches.size == 0
+    assert not driver.batches.preempted and driver.batches.size == 0
 
 
 def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwen: Path) -> None:
     driver = small(qwen, base.model, 2 * 128)
     ids = [driver.submit([p], seed=1, max_tokens=150, ignore_eos=True) for p in prompts_of([20, 20, 20], 286)]
-    driver.until(lambda: bool(driver.batches.aside))
-    row = driver.batches.aside[-1]
+    driver.until(lambda: bool(driver.batches.preempted))
+    row = driver.batches.preempted[-1]
     driver.abort(row.group.request.id)
     driver.finish(row.group.request.id, turns=2)
     (ended,) = driver.rollouts(row.group.request.id)

@@ -170,7 +170,7 @@ def test_a_switch_for_which_there_is_no_kv_waits(driver: Driver) -> None:
     driver.set_kv_limit(cells)
     driver.push("p", full(driver, 2))
     driver.turn()
-    assert driver.preemptions == 1 and len(driver.batches.aside) == 1
+    assert driver.preemptions == 1 and len(driver.batches.preempted) == 1
     driver.finish(*ids)
     (moved,), stayed = driver.rollouts(ids[0]), driver.rollouts(ids[1])
     (first, second) = spans(moved)

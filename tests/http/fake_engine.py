@@ -230,7 +230,7 @@ class FakeEngine(FakeVersions):
             policies=self.snapshot(),
             steps=3,
             tokens=4,
-            aside=3,
+            preempted=3,
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
