@@ -62,7 +62,7 @@ class Admitting:
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
         batch_key = self._batches.key_for(known.parameters, count, len(group.request.given_ids))
-        cells = self._batches.cells(batch_key, count, group.soon)
+        cells = self._batches.cells(batch_key, count, group.columns_soon)
         return batch_key if self._ledger.fits(wanted=True, rows=cells) else None
 
     def fail(self, fault: RolloutError) -> None:

@@ -93,7 +93,7 @@ def build_engine(
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
-    requests = RequestQueue(model.info.max_batch, partial(model.make_store().packed, 1))
+    requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
     ledger.register("prompts", lambda: requests.kept_cells)
     return requests
 

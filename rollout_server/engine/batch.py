@@ -76,7 +76,7 @@ class Batch:
     @property
     def longest(self) -> int:
         """The most columns any of them needs soon."""
-        return max([self._extents[1], *(each.group.soon for each in self.joining)])
+        return max([self._extents[1], *(each.group.columns_soon for each in self.joining)])
 
     @property
     def width(self) -> int:
@@ -89,7 +89,10 @@ class Batch:
         Kept from one step to the next, since each turn asks several times."""
         if self._extent is None:
             rows = self.rows
-            self._extent = max([row.offset for row in rows], default=-1), max([row.soon for row in rows], default=0)
+            self._extent = (
+                max([row.offset for row in rows], default=-1),
+                max([row.columns_soon for row in rows], default=0),
+            )
         return self._extent
 
     def _changed(self) -> None:
@@ -100,9 +103,9 @@ class Batch:
         return any(seated is row for seated in self.rows)
 
     @property
-    def due(self) -> int:
+    def cells_after_step(self) -> int:
         """KV columns over all rows once the next step is done."""
-        return self.store.due(self.width) if self.size else 0
+        return self.store.cells_after_step(self.width) if self.size else 0
 
     def cells(self, count: int, columns: int) -> int:
         """KV columns over all rows that the cache could come to fill, see `row_store.RowStore.cells`."""
@@ -169,7 +172,7 @@ class Batch:
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
         keep = group.waiting > 0 and not self.store.cuts
-        keep = keep and self._ledger.fits(self.store.packed(1, len(joining.prompt.tokens)))
+        keep = keep and self._ledger.fits(self.store.minimum_cells(1, len(joining.prompt.tokens)))
         places = self.store.seat(joining.prompt, joining.count, keep)
         if self._prefixes is not None:
             self._prefixes.keep_prompt(places[0], group, joining.prompt)

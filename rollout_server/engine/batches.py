@@ -46,7 +46,7 @@ class Batches:
         self._sink = sink
         self._blame = blame
         self._ledger = ledger
-        ledger.register("rows", lambda: self.held_cells, after_step=lambda: self.due + self.idle_cells)
+        ledger.register("rows", lambda: self.held_cells, after_step=lambda: self.cells_after_step + self.idle_cells)
         self._measure = measure
         self._buckets = LengthBuckets(store.places)
         self._batches: dict[BatchKey, Batch] = {FIRST: make(BASE_SET)}
@@ -86,7 +86,7 @@ class Batches:
     @property
     def idle_cells(self) -> int:
         """KV columns over all rows of batches that keep their arrays for the next rows."""
-        return sum(batch.store.held for batch in self._batches.values() if not self._holds(batch))
+        return sum(batch.store.allocated_cells for batch in self._batches.values() if not self._holds(batch))
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +135,7 @@ class Batches:
         Batches without rows count for nothing: they make room."""
         batch = self._batches.get(batch_key)
         others = (other for key, other in self._batches.items() if key != batch_key and self._holds(other))
-        own = batch.cells(count, self.columns(batch_key, length)) if batch else self._store.packed(count, length)
+        own = batch.cells(count, self.columns(batch_key, length)) if batch else self._store.minimum_cells(count, length)
         return own + sum(other.cells(0, other.longest) for other in others)
 
     @staticmethod
@@ -146,11 +146,11 @@ class Batches:
 
     def join(self, admission: Admission) -> None:
         """See `Batch.join`."""
-        batch_key, soon = admission.key, admission.group.soon
+        batch_key, columns = admission.key, admission.group.columns_soon
         with self._blame(batch_key):
             siblings = (batch.sibling(admission.group) for batch in self._batches.values())
             sibling = next(filter(None, siblings), None)
-            self.open(batch_key, admission.count, soon).join(admission, self.columns(batch_key, soon), sibling)
+            self.open(batch_key, admission.count, columns).join(admission, self.columns(batch_key, columns), sibling)
 
     def open(self, batch_key: BatchKey, count: int, length: int) -> Batch:
         """A batch, made if need be, which `count` rows of `length` are about to join; others that have no rows give
@@ -237,26 +237,28 @@ class Batches:
                 fits = self._fits(batch_key, row)
             if fits:
                 with self._blame(batch_key):
-                    self.open(batch_key, 1, row.soon).put_in(row, kept, self.columns(batch_key, row.soon))
+                    self.open(batch_key, 1, row.columns_soon).put_in(
+                        row, kept, self.columns(batch_key, row.columns_soon)
+                    )
         return fits
 
     def _fits(self, batch_key: BatchKey, row: Row) -> bool:
         """Whether there is room for a row that comes from another batch."""
-        return self._ledger.fits(rows=self.cells(batch_key, 1, row.soon))
+        return self._ledger.fits(rows=self.cells(batch_key, 1, row.columns_soon))
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
 
     @property
-    def due(self) -> int:
+    def cells_after_step(self) -> int:
         """KV columns over all rows of all batches once the next step is done."""
-        return sum(batch.due for batch in self._batches.values())
+        return sum(batch.cells_after_step for batch in self._batches.values())
 
-    def stretch(self, cells: int) -> None:
+    def may_grow_to(self, cells: int) -> None:
         """Before a step: batches that have to grow for it may grow by more, as far as all rows come to at most
         `cells` columns."""
         for batch in filter(self._holds, self._batches.values()):
             others = self.held_cells - batch.cells(0, batch.longest)
-            batch.store.stretch(batch.width, cells - others)
+            batch.store.may_grow_to(batch.width, cells - others)
 
     @property
     def kv_users(self) -> list[KVUser]:
@@ -271,13 +273,13 @@ class Batches:
                 held.append(KVUser(age, batch_key, each.count, width, joining=each))
         return held
 
-    def packed(self, users: Sequence[KVUser]) -> int:
+    def minimum_cells(self, users: Sequence[KVUser]) -> int:
         """KV columns over all rows that these alone would fill."""
         total = 0
         for batch_key, batch in self._batches.items():
             mine = [user for user in users if user.key == batch_key]
             width = max((user.width for user in mine), default=0)
-            total += batch.store.packed(sum(user.count for user in mine), width)
+            total += batch.store.minimum_cells(sum(user.count for user in mine), width)
         return total
 
     def evict(self, row: Row) -> None:
@@ -302,7 +304,7 @@ class Batches:
         """Takes a row back that stepped aside; no step may be in flight."""
         with self._blame(batch_key), self._blame(row):
             self.preempted.remove(row)
-            self.open(batch_key, 1, row.soon).recover(row, runs, self.columns(batch_key, row.soon))
+            self.open(batch_key, 1, row.columns_soon).recover(row, runs, self.columns(batch_key, row.columns_soon))
 
     # ---- length buckets -------------------------------------------------------------------------------------------
 

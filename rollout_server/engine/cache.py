@@ -86,16 +86,16 @@ class SlotRows:
         return row_bucket(rows, self._max_rows)
 
     @property
-    def held(self) -> int:
+    def allocated_cells(self) -> int:
         return self.capacity * self.columns
 
-    def due(self, width: int) -> int:
+    def cells_after_step(self, width: int) -> int:
         return self.capacity * self._grown(width + 1)
 
-    def packed(self, rows: int, width: int) -> int:
+    def minimum_cells(self, rows: int, width: int) -> int:
         return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
 
-    def stretch(self, width: int, cells: int) -> None:
+    def may_grow_to(self, width: int, cells: int) -> None:
         if width + 1 > max(self.columns, self._ceiling) and self.capacity:
             most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
             self._ceiling = max(self._ceiling, min(self._roomy(width + 1), most))

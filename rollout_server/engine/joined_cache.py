@@ -35,19 +35,19 @@ class JoinedRows:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
-    def held(self) -> int:
+    def allocated_cells(self) -> int:
         return 0  # nothing is kept for rows to come
 
     def places(self, rows: int) -> int:
         return rows
 
-    def due(self, width: int) -> int:
+    def cells_after_step(self, width: int) -> int:
         return self.cells(0, width)
 
-    def packed(self, rows: int, width: int) -> int:
+    def minimum_cells(self, rows: int, width: int) -> int:
         return rows * (width + JOINED_KV_SPARE + self._row_cells)
 
-    def stretch(self, width: int, cells: int) -> None:
+    def may_grow_to(self, width: int, cells: int) -> None:
         """The caches grow by themselves."""
 
     def cells(self, count: int, columns: int) -> int:

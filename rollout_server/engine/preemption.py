@@ -36,7 +36,7 @@ class Preemption:
         then rows give theirs up, the newest first. The oldest row never does."""
         if not self._queue.crowded and not self._batches.preempted:
             # A quarter stays free for whoever comes, and for what is kept for later requests.
-            self._batches.stretch((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
+            self._batches.may_grow_to((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
         if self._ledger.fits_after_step():
             return
         self._batches.drop_idle()
@@ -51,7 +51,7 @@ class Preemption:
             return
         order = sorted(self._batches.kv_users, key=lambda user: user.age)
         staying = len(order)
-        while staying > 1 and not self._ledger.fits(rows=self._batches.packed(order[:staying])):
+        while staying > 1 and not self._ledger.fits(rows=self._batches.minimum_cells(order[:staying])):
             staying -= 1
         # The newest first, so that groups stand in the queue in their order again.
         for user in reversed(order[staying:]):
@@ -74,7 +74,7 @@ class Preemption:
         while self._batches.preempted:
             row = self._batches.preempted[0]
             batch_key = self._batches.key_for(row.placement.parameters, 1, row.offset + 1)
-            needed = self._batches.cells(batch_key, 1, row.soon)
+            needed = self._batches.cells(batch_key, 1, row.columns_soon)
             if not self._ledger.fits(wanted=True, rows=needed):
                 self._queue.drop_kept()
             if not self._ledger.fits(wanted=True, rows=needed):

@@ -180,7 +180,7 @@ class ScoringTasks:
 
     def score_rows(self, group: Group) -> None:
         """The log-probabilities of the tokens of a group's held rows under the base, their prompt read once."""
-        rows = [row for row in group.held if row.needs_reference]
+        rows = [row for row in group.withheld if row.needs_reference]
         base, placement = self._policies.acquire(PolicyAddress(BASE), 1, None)
 
         def finished(sequences: tuple[ScoredSequence, ...]) -> None:

@@ -39,7 +39,9 @@ class Reports:
     def take_complete(self) -> list[Group]:
         """Groups whose last row ended and of which some row waits for its values under the base."""
         groups, self._complete = self._complete, []
-        return [g for g in groups if g.unreferenced and self._open(g) and any(row.needs_reference for row in g.held)]
+        return [
+            g for g in groups if g.unreferenced and self._open(g) and any(row.needs_reference for row in g.withheld)
+        ]
 
     def _open(self, group: Group) -> bool:
         """A group that outlived its request has nobody to report to, even if the id was taken again."""
@@ -97,10 +99,10 @@ class Reports:
 
     def _let_go(self, group: Group) -> None:
         """Reports the held rows that wait for nothing any more."""
-        held, group.held = group.held, []
+        held, group.withheld = group.withheld, []
         for row in held:
             if row.waits:
-                group.held.append(row)
+                group.withheld.append(row)
             else:
                 self._report(row)
 
@@ -116,7 +118,7 @@ class Reports:
         if group.ended == group.request.n and group.unreferenced:
             self._complete.append(group)
         if row.waits:
-            group.held.append(row)
+            group.withheld.append(row)
         else:
             self._report(row)
 
@@ -151,7 +153,7 @@ class Reports:
     def fail_group(self, group: Group, error: RolloutError) -> None:
         """One group cannot start or go on; its samples are reported as errors, the rest of the request goes on."""
         group.unscored = group.unreferenced = False
-        for row in group.held:
+        for row in group.withheld:
             row.fail(error)
         self._let_go(group)
         # Those whose prompt is being read fail with it; their places are given back.
@@ -194,7 +196,7 @@ class Reports:
     def has_tokens(self, id: str, rows: Iterable[Row]) -> bool:
         """Whether some row of a request, reported or among those that run, has sampled anything."""
         open_request = self._queue.open_requests[id]
-        held = [row for group in open_request.groups for row in group.held]
+        held = [row for group in open_request.groups for row in group.withheld]
         running = [row for row in rows if row.group.request.id == id]
         return open_request.produced or any(row.sampled for row in held + running)
 

@@ -22,13 +22,13 @@ class RowStore(Protocol):
     def cells(self, count: int, columns: int) -> int:
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
 
-    def due(self, width: int) -> int:
+    def cells_after_step(self, width: int) -> int:
         """KV cells that are allocated after a step that reads `width` columns."""
 
-    def packed(self, rows: int, width: int) -> int:
+    def minimum_cells(self, rows: int, width: int) -> int:
         """KV cells that exactly `rows` rows need after a step that reads `width` columns."""
 
-    def stretch(self, width: int, cells: int) -> None:
+    def may_grow_to(self, width: int, cells: int) -> None:
         """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns
         of `cells`, so that they seldom do."""
 
@@ -75,5 +75,5 @@ class RowStore(Protocol):
     def nbytes(self) -> int: ...
 
     @property
-    def held(self) -> int:
+    def allocated_cells(self) -> int:
         """Rows × columns that are allocated though no row is there."""

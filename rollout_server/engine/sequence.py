@@ -49,7 +49,7 @@ class Group:
     """Samples that are over; the pass under the base is made when all are."""
     finished: int = 0
     """Those of them that stopped or reached their length, for `return_when`."""
-    held: list[Row] = field(default_factory=list)
+    withheld: list[Row] = field(default_factory=list)
     """Rows that are over and wait for values."""
     joining: int = 0
     """Admitted samples that wait for their rows to be seated; no more are admitted meanwhile."""
@@ -66,7 +66,7 @@ class Group:
         return self.request.n - self.admitted
 
     @property
-    def soon(self) -> int:
+    def columns_soon(self) -> int:
         """Columns one of its rows needs to start."""
         return min(self.length, len(self.request.given_ids) + HEADROOM)
 
@@ -188,7 +188,7 @@ class Row:
         return self._first + self.dispatched
 
     @property
-    def soon(self) -> int:
+    def columns_soon(self) -> int:
         """KV columns for its tokens so far and `HEADROOM` more."""
         return self._first + 1 + min(self._most, self.dispatched + HEADROOM)
 

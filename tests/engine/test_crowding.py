@@ -85,7 +85,7 @@ def test_scores_take_no_memory_from_rows_and_get_their_turn(driver: Driver) -> N
     score = driver.ask_score(prompts_of([300], 286))
     while not all(driver.over(id) for id in rows):
         driver.turn()
-        assert driver.batches.due + driver.scoring.cells <= 4 * 192
+        assert driver.batches.cells_after_step + driver.scoring.cells <= 4 * 192
         # Rows that came later wait for it, those that ran when it came do not.
         assert driver.is_scored(score) or not all(driver.over(id) for id in rows[:7])
     assert driver.is_scored(score) and driver.preemptions == 0

@@ -148,7 +148,7 @@ def test_an_abort_while_rows_run_reports_the_finished_ones(driver: Driver) -> No
     driver.push("p", driver.bundle(1))
     id = driver.submit(prompts_of([10], 286), n=64, policy="p", max_tokens=300, wants=BASE_TOO)
     driver.turn()
-    driver.until(lambda: any(group.held for group in driver.requests.open_requests[id].groups))
+    driver.until(lambda: any(group.withheld for group in driver.requests.open_requests[id].groups))
     driver.abort(id)
     driver.finish(id, turns=3)
     rows = driver.rollouts(id)

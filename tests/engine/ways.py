@@ -87,7 +87,7 @@ class Preempted(Way):
     def after_turn(self, driver: Driver) -> None:
         batch = driver.batches
         if self._most == 0 and batch.size > 1 and not batch.joining and driver.status.steps > 3:
-            self._most = batch.due * 2 // 3
+            self._most = batch.cells_after_step * 2 // 3
             driver.set_kv_limit(self._most)
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
