@@ -15,7 +15,7 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
-from rollout_server.engine.cache import Forward, SlotRows
+from rollout_server.engine.cache import Forward, PaddedKV
 from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.decoder import Decoder
@@ -109,7 +109,7 @@ def batches_of(
     """Rows of every parameter set; what their steps cost can be measured where they have columns."""
 
     def measured(width: int) -> StepCosts:
-        return measure(model.forward, model.make_slots, policies.router(BASE_SET), width)
+        return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
         partial(batch_of, model, policies, prefix_reuse, ledger),
@@ -128,7 +128,7 @@ def batch_of(
     store, route = model.make_store(), policies.router(parameters)
     prefixes = None
     decode: Forward = model.forward
-    if isinstance(store, SlotRows):
+    if isinstance(store, PaddedKV):
         decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size

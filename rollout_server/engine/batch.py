@@ -21,7 +21,7 @@ from rollout_server.engine.holders import Joining
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.recovery import RecomputeRun, Recoveries
 from rollout_server.engine.reuse import BatchPrefixes
-from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group, Row
 
@@ -37,7 +37,7 @@ class Batch:
     def __init__(
         self,
         forward: Forward,
-        store: RowStore,
+        store: KVStore,
         decoder: Decoder,
         route: Callable[[Sequence[int]], None],
         reroute: Callable[[Placement], None],
@@ -108,7 +108,7 @@ class Batch:
         return self.store.cells_after_step(self.width) if self.size else 0
 
     def cells(self, count: int, columns: int) -> int:
-        """KV columns over all rows that the cache could come to fill, see `row_store.RowStore.cells`."""
+        """KV columns over all rows that the cache could come to fill, see `row_store.KVStore.cells`."""
         return self.store.cells(count, columns)
 
     @property
@@ -132,7 +132,7 @@ class Batch:
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
-    def join(self, admission: Admission, columns: int, sibling: tuple[RowStore, int] | None = None) -> None:
+    def join(self, admission: Admission, columns: int, sibling: tuple[KVStore, int] | None = None) -> None:
         """Reserves places; no step may be in flight. No row may exceed `columns`. A group whose prompt is there skips
         prefill: kept, in the place of a `sibling`, or where one has left it."""
         group = admission.group
@@ -146,7 +146,7 @@ class Batch:
         group.joining = admission.count
         self.joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
-    def sibling(self, group: Group) -> tuple[RowStore, int] | None:
+    def sibling(self, group: Group) -> tuple[KVStore, int] | None:
         """Where a row has the prompt of a group."""
         places = [place for place, row in self._seats.items() if row.group is group and row.holds_prompt]
         return (self.store, places[0]) if places and self.store.cuts else None

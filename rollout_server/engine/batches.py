@@ -18,7 +18,7 @@ from rollout_server.engine.holders import FIRST, BatchKey, Joining, KVUser, RowS
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
 from rollout_server.engine.recovery import RecomputeRun
-from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Row
 
@@ -35,7 +35,7 @@ class Batches:
     def __init__(
         self,
         make: Callable[[int], Batch],
-        store: RowStore,
+        store: KVStore,
         ledger: KVLedger,
         sink: RowSink,
         blame: Blame,

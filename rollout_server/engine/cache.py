@@ -1,8 +1,8 @@
 """KV memory of the running rows: fixed places that a row keeps from its first token to its last.
 
-`SlotRows` holds, per layer, one array [rows, heads, columns, head size]. A row writes its own column by scatter and
+`PaddedKV` holds, per layer, one array [rows, heads, columns, head size]. A row writes its own column by scatter and
 reads the columns up to the longest live row, so joining and leaving never touch the other rows. Models whose state is
-not columns (recurrent, chunked, hybrid) use `joined_cache.JoinedRows` behind the same methods.
+not columns (recurrent, chunked, hybrid) use `joined_cache.MlxCacheKV` behind the same methods.
 
 An array is written in place only if nothing else holds it when the step is *scheduled*; on the CPU that includes the
 readers of a step still running. The batch therefore builds step k+1 while step k runs, but launches it after k ended.
@@ -20,7 +20,7 @@ from rollout_server.engine.buckets import HEADROOM, round_up, row_bucket
 from rollout_server.engine.chunks import padded
 from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
 from rollout_server.engine.prefix_cache import Layers, Segment
-from rollout_server.engine.slot_layer import SlotLayer, Window
+from rollout_server.engine.slot_layer import PaddedLayer, Window
 
 Forward = Callable[[mx.array, list[Any]], mx.array]
 """(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
@@ -58,7 +58,7 @@ class Piece:
     slot: Any
 
 
-class SlotRows:
+class PaddedKV:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
     widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits."""
 
@@ -67,7 +67,7 @@ class SlotRows:
     def __init__(
         self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False, packs: bool = False
     ) -> None:
-        self.layers: list[Any] = [SlotLayer(self, window, packs=packs) for window in windows]
+        self.layers: list[Any] = [PaddedLayer(self, window, packs=packs) for window in windows]
         self._coarse = coarse
         self.capacity = 0
         self.columns = 0

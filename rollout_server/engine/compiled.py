@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from rollout_server.engine.cache import Forward, SlotRows
+from rollout_server.engine.cache import Forward, PaddedKV
 
 TRACES = 256
 """Kept at most, the least recently used go first."""
@@ -49,7 +49,7 @@ class Unrouted:
 class CompiledDecode:
     """A `Forward` for decode steps over `store`; prefill and what cannot be traced go the plain way."""
 
-    def __init__(self, forward: Forward, store: SlotRows, routed: Routed) -> None:
+    def __init__(self, forward: Forward, store: PaddedKV, routed: Routed) -> None:
         self._forward = forward
         self._store = store
         self._routed = routed

@@ -18,7 +18,7 @@ from rollout_server.engine.cache import Forward
 from rollout_server.engine.filters import Some
 from rollout_server.engine.masking import Masking
 from rollout_server.engine.penalties import Pairs, TokenCounts
-from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sampling import Sampled, SamplerArrays, sample, uniforms
 from rollout_server.engine.sequence import Row, TopTokens
 from rollout_server.errors import NonFiniteLogits
@@ -94,7 +94,7 @@ class Decoder:
     def __init__(
         self,
         forward: Forward,
-        store: RowStore,
+        store: KVStore,
         route: Callable[[Sequence[int]], None],
         eos: frozenset[int],
         vocabulary: int,

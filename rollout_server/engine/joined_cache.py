@@ -16,8 +16,8 @@ from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.messages import JOINED_KV_SPARE
 
 
-class JoinedRows:
-    """The methods of `row_store.RowStore`. A place is the row's current index in the batch. `row_cells` is what a row's
+class MlxCacheKV:
+    """The methods of `row_store.KVStore`. A place is the row's current index in the batch. `row_cells` is what a row's
     state of fixed size costs, counted in columns."""
 
     cuts = False

@@ -20,14 +20,14 @@ from adapters.device_check import check_adapters
 from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.spec import Place
 from rollout_server.engine.base_digest import base_digest
-from rollout_server.engine.cache import Forward, Prompt, SlotRows
+from rollout_server.engine.cache import Forward, PaddedKV, Prompt
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import UNFIT, find_trunk
-from rollout_server.engine.joined_cache import JoinedRows
+from rollout_server.engine.joined_cache import MlxCacheKV
 from rollout_server.engine.loading import ReadModel, read_model
 from rollout_server.engine.messages import EngineOptions, ModelInfo
-from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sampler_check import check_sampler
 from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.engine.warming import warm_sampler
@@ -50,7 +50,7 @@ class ResidentModel:
     """The same for the event loop: a tokenizer is not to be shared between threads."""
     dtype: mx.Dtype
     info: ModelInfo
-    make_store: Callable[[], RowStore]
+    make_store: Callable[[], KVStore]
     compiles: bool = False
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
     trunk: str = ""
@@ -64,10 +64,10 @@ class ResidentModel:
         """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
         return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
 
-    def make_slots(self) -> SlotRows:
+    def make_padded(self) -> PaddedKV:
         """Empty rows with columns; only where `info.cache` is `slots`."""
         store = self.make_store()
-        if not isinstance(store, SlotRows):
+        if not isinstance(store, PaddedKV):
             raise RuntimeError("A model with slot caches made another kind of store.")
         return store
 
@@ -227,7 +227,7 @@ class _Chosen:
     """Per row and column."""
     row_cells: int
     """Columns' worth that a row takes besides."""
-    make: Callable[[], RowStore]
+    make: Callable[[], KVStore]
     compiles: bool = False
 
 
@@ -241,7 +241,7 @@ def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: b
     expected = [_alone(forward, module, row) for row in rows]
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        make = partial(SlotRows, windows, max_rows)
+        make = partial(PaddedKV, windows, max_rows)
         found = _choose_slots(forward, make, rows, expected, compiles, packs=packs)
         if isinstance(found, _Chosen):
             return found
@@ -253,15 +253,15 @@ def _choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: b
     if windows is not None:
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (fault := _self_test(forward, JoinedRows(make_caches), rows, expected)) is None:
-        return _Chosen("batch", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells))
+    if (fault := _self_test(forward, MlxCacheKV(make_caches), rows, expected)) is None:
+        return _Chosen("batch", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells))
     log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    return _Chosen("serial", cell, row_cells, lambda: JoinedRows(make_caches, row_cells=row_cells, serial=True))
+    return _Chosen("serial", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
 
 
 def _choose_slots(
     forward: Forward,
-    make: Callable[..., SlotRows],
+    make: Callable[..., PaddedKV],
     rows: Sequence[Sequence[int]],
     expected: Sequence[mx.array],
     compiles: bool,
@@ -322,7 +322,7 @@ def _alone(forward: Forward, module: nn.Module, row: Sequence[int]) -> mx.array:
 
 def _self_test(
     forward: Forward,
-    store: RowStore,
+    store: KVStore,
     rows: Sequence[Sequence[int]],
     expected: Sequence[mx.array],
     decode: Forward | None = None,
@@ -355,7 +355,7 @@ def _self_test(
     return None
 
 
-def store_dtype(store: RowStore) -> mx.Dtype:
+def store_dtype(store: KVStore) -> mx.Dtype:
     for layer in store.layers:
         keys = getattr(layer, "keys", None)
         if keys is not None:

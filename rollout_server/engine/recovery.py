@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adapters.resident import Placement
 from rollout_server.engine.cache import Forward, Prompt
-from rollout_server.engine.row_store import RowStore
+from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sequence import Row
 
 RecomputeRun = tuple[int, Placement]
@@ -24,7 +24,7 @@ class Recovery:
 class Recoveries:
     """Of one batch, oldest first. `route` aims the next forward at a placement of any parameter set."""
 
-    def __init__(self, forward: Forward, store: RowStore, route: Callable[[Placement], None]) -> None:
+    def __init__(self, forward: Forward, store: KVStore, route: Callable[[Placement], None]) -> None:
         self._forward = forward
         self._store = store
         self._route = route

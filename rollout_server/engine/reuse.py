@@ -14,7 +14,7 @@ import mlx.core as mx
 from adapters.resident import Placement
 from adapters.sets import BASE_SET
 from adapters.slots import BASE_SLOT
-from rollout_server.engine.cache import Prompt, SlotRows
+from rollout_server.engine.cache import PaddedKV, Prompt
 from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.engine.policy_messages import PolicyStatus
 from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment
@@ -84,7 +84,7 @@ class PrefixReuse:
         self._cache.drop(lambda other: other == key)
 
     def keep(
-        self, store: SlotRows, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
+        self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
     ) -> list[mx.array]:
         """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
         if key[0] not in self._kept:
@@ -95,7 +95,7 @@ class PrefixReuse:
 class BatchPrefixes:
     """Between the places of one batch and what is kept for later."""
 
-    def __init__(self, store: SlotRows, prefix_reuse: PrefixReuse) -> None:
+    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse) -> None:
         self._store = store
         self._prefix_reuse = prefix_reuse
         self._copies: list[mx.array] = []

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rollout_server.engine.cache import Forward, Prompt
 
 
-class RowStore(Protocol):
+class KVStore(Protocol):
     """Places index the batch dimension of a decode step."""
 
     layers: list[Any]

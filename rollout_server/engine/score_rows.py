@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rollout_server.engine.cache import Forward, Piece, Prompt, SlotRows
+from rollout_server.engine.cache import Forward, PaddedKV, Piece, Prompt
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.score import gather, measure
 
@@ -53,7 +53,7 @@ class BatchedReader:
     def __init__(
         self,
         forward: Forward,
-        make_rows: Callable[[], SlotRows],
+        make_rows: Callable[[], PaddedKV],
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,

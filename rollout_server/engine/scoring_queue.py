@@ -29,7 +29,7 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
         return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden)
 
-    return BatchedReader(model.forward, model.make_slots, policies.route_rows, policies.apart, chunk, hidden)
+    return BatchedReader(model.forward, model.make_padded, policies.route_rows, policies.apart, chunk, hidden)
 
 
 class ScoringQueue:

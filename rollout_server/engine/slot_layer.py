@@ -1,4 +1,4 @@
-"""One layer of `cache.SlotRows`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
+"""One layer of `cache.PaddedKV`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
 In 8 bits the last dimension is `packed.Packing`'s words, and only the model sees numbers."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 from rollout_server.engine.packed import Packing
 
 if TYPE_CHECKING:
-    from rollout_server.engine.cache import SlotRows
+    from rollout_server.engine.cache import PaddedKV
 
 
 @dataclass(slots=True, eq=False)
@@ -40,10 +40,10 @@ class Window:
         return found
 
 
-class SlotLayer:
+class PaddedLayer:
     """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
 
-    def __init__(self, rows: SlotRows, window_size: int | None, *, packs: bool = False) -> None:
+    def __init__(self, rows: PaddedKV, window_size: int | None, *, packs: bool = False) -> None:
         self._rows = rows
         self._window_size = window_size
         self._packs = packs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from rollout_server.engine.cache import Forward, Prompt, SlotRows
+from rollout_server.engine.cache import Forward, PaddedKV, Prompt
 from rollout_server.engine.lengths import StepCosts
 
 ROWS = 4
@@ -18,7 +18,7 @@ ENOUGH_S = 0.25
 
 
 def measure(
-    forward: Forward, make_rows: Callable[[], SlotRows], route: Callable[[Sequence[int]], None], width: int
+    forward: Forward, make_rows: Callable[[], PaddedKV], route: Callable[[Sequence[int]], None], width: int
 ) -> StepCosts:
     """Fills at most `ROWS` × (`width` + 32) columns meanwhile. `width` is large enough for attending to show."""
     rows = make_rows()
@@ -31,7 +31,7 @@ def measure(
     return StepCosts(alone, max(0.0, wide - narrow) / (ROWS * (width - NARROW)))
 
 
-def _seconds(forward: Forward, rows: SlotRows, route: Callable[[Sequence[int]], None], width: int) -> float:
+def _seconds(forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], width: int) -> float:
     """The fastest of some decode steps at this width, after one to warm up."""
     tokens = mx.zeros((rows.capacity, 1), dtype=mx.int32)
     taken: list[float] = []

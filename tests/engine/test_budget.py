@@ -271,11 +271,11 @@ def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], Residen
     """As on devices where each shape is planned at its first use."""
     from dataclasses import replace
 
-    from rollout_server.engine.cache import Forward, SlotRows
+    from rollout_server.engine.cache import Forward, PaddedKV
 
     model = bare_model("qwen3")
     windows: list[int | None] = [None] * len(model.module.layers)
-    coarse = replace(model, make_store=lambda: SlotRows(windows, 16, coarse=True))
+    coarse = replace(model, make_store=lambda: PaddedKV(windows, 16, coarse=True))
     driver = Driver.start(qwen, coarse, max_batch=16, prefill_tokens=200)
     prompts = prompts_of([3, 50, 21, 77, 9, 130, 64], 286)
     shapes: list[tuple[int, ...]] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.cache import Prompt, SlotRows
+from rollout_server.engine.cache import PaddedKV, Prompt
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.warming import warm_sampler
 from rollout_server.rollout import Rollout
@@ -59,7 +59,7 @@ def test_compiled_steps_give_what_plain_ones_give(path: Path) -> None:
 
 def test_a_compiled_step_writes_in_place(path: Path) -> None:
     model = Driver.start(path, compile_decode=False).model
-    store = SlotRows([None] * len(model.module.layers), 8)
+    store = PaddedKV([None] * len(model.module.layers), 8)
     prompts = [Prompt(tuple(prompt), 0) for prompt in PROMPTS]
     for prompt in prompts:
         store.begin(prompt, 1, 16384)
@@ -88,7 +88,7 @@ def test_every_kind_of_sampler_can_be_warmed() -> None:
 
 def test_a_trace_that_fails_leaves_the_cache_as_it_was(path: Path) -> None:
     model = Driver.start(path, compile_decode=False).model
-    store = SlotRows([None] * len(model.module.layers), 4)
+    store = PaddedKV([None] * len(model.module.layers), 4)
     prompt = Prompt((1, 2, 3), 0)
     store.begin(prompt, 1, 32)
     store.feed(model.forward, [(prompt, 3)], lambda slots: None)

@@ -137,7 +137,7 @@ def test_bytes_are_counted_as_they_are(demo: ResidentModel, qwen: Path) -> None:
 
 
 def test_a_step_writes_in_place(demo: ResidentModel) -> None:
-    store = demo.make_slots()
+    store = demo.make_padded()
     prompts = [Prompt(tuple(prompt), 0) for prompt in PROMPTS]
     for prompt in prompts:
         store.begin(prompt, 1, 16384)

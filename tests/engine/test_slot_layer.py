@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine.cache import SlotRows
+from rollout_server.engine.cache import PaddedKV
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.slot_layer import SlotLayer, runs
+from rollout_server.engine.slot_layer import PaddedLayer, runs
 from rollout_server.rollout import FinishReason
 from tests.engine.driver import Driver, prompts_of
 
@@ -21,8 +21,8 @@ def driver(bare_model: Callable[[str], ResidentModel], qwen: Path) -> Driver:
     return Driver.start(qwen, bare_model("qwen3"), max_batch=4)
 
 
-def store_of(driver: Driver) -> SlotRows:
-    store: SlotRows = driver.batch(0).store
+def store_of(driver: Driver) -> PaddedKV:
+    store: PaddedKV = driver.batch(0).store
     return store
 
 
@@ -41,7 +41,7 @@ def test_neighbouring_places_are_one_range() -> None:
 def test_a_prompt_is_written_to_its_places_alone(driver: Driver) -> None:
     driver.submit(prompts_of([9], 286), n=4, max_tokens=4, ignore_eos=True)
     driver.until(lambda: len(driver.batches.rows) == 4)
-    layer: SlotLayer = store_of(driver).layers[0]
+    layer: PaddedLayer = store_of(driver).layers[0]
     assert layer.keys is not None and layer.values is not None
     shape = (layer.keys.shape[1], 5, layer.keys.shape[3])
     keys, values = mx.random.normal(shape), mx.random.normal(shape)
