@@ -18,7 +18,7 @@ from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, StalePolicy
 
 
-class Admitting:
+class AdmissionControl:
     """`changes` are the changes of versions that wait or are under way."""
 
     def __init__(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from adapters.sets import BASE_SET
-from rollout_server.engine.admitting import Admitting
+from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
@@ -26,7 +26,7 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import Command, EngineStatus, Event
 from rollout_server.engine.model import ResidentModel
-from rollout_server.engine.pausing import Pausing
+from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
@@ -37,7 +37,7 @@ from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.step_cost import measure
-from rollout_server.engine.switching import Switching
+from rollout_server.engine.switching import VersionSwitcher
 
 
 def build_engine(
@@ -65,7 +65,7 @@ def build_engine(
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
-    pausing = Pausing(reports)
+    pause_state = PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
     return Engine(
         mailbox,
@@ -74,18 +74,18 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admitting=Admitting(policies, batches, ledger, requests, reports, tasks, changes, blame),
+        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame),
         batches=batches,
         scoring=scoring,
         tasks=tasks,
         preemption=preemption,
-        switching=Switching(policies, batches, reports, preemption),
+        switcher=VersionSwitcher(policies, batches, reports, preemption),
         budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
-        pausing=pausing,
+        pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
         ledger=ledger,
-        status=StatusBoard(show, requests, batches, reports, policies, preemption, pausing, prefix_reuse, memory),
+        status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from rollout_server.engine.aim import StepInputs, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward
 from rollout_server.engine.filters import Some
-from rollout_server.engine.masking import Masking
+from rollout_server.engine.masking import GrammarMasks
 from rollout_server.engine.penalties import Pairs, TokenCounts
 from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sampling import Sampled, SamplerArrays, sample, uniforms
@@ -111,7 +111,7 @@ class Decoder:
         self._arrays: SamplerArrays | None = None
         self._inputs: StepInputs | None = None
         self._counts = TokenCounts(vocabulary)
-        self._masking = Masking(vocabulary, eos)
+        self._masks = GrammarMasks(vocabulary, eos)
         self.steps = 0
         """Dispatched since it was made."""
 
@@ -143,7 +143,7 @@ class Decoder:
         result = self._read()
         mx.async_eval(pending.logits, self._store.pending())
         touched = result.record(self._eos) if result else []
-        mask, failed = self._masking.of(pending.rows, self._store.capacity)
+        mask, failed = self._masks.of(pending.rows, self._store.capacity)
         self._dispatched = self._draw(pending, mask)
         mx.async_eval(self._dispatched.sampled.arrays())
         return touched + [row for row in failed if row not in touched]

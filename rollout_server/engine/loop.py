@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from rollout_server.engine.admitting import Admitting
+from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import Kind, TurnBudget
@@ -23,7 +23,7 @@ from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import Abort, Command, Event, Ping, Pong, Score, Stop, Submit
 from rollout_server.engine.pause_messages import Pause, Resume
-from rollout_server.engine.pausing import Pausing
+from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
@@ -34,7 +34,7 @@ from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.status_board import StatusBoard
-from rollout_server.engine.switching import Switching
+from rollout_server.engine.switching import VersionSwitcher
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 
 log = logging.getLogger(__name__)
@@ -55,14 +55,14 @@ class Engine:
         changes: deque[PolicyCommand],
         requests: RequestQueue,
         reports: Reports,
-        admitting: Admitting,
+        admission: AdmissionControl,
         batches: Batches,
         scoring: ScoringQueue,
         tasks: ScoringTasks,
         preemption: Preemption,
-        switching: Switching,
+        switcher: VersionSwitcher,
         budget: TurnBudget,
-        pausing: Pausing,
+        pause_state: PauseState,
         memory: Memory,
         prefix_reuse: PrefixReuse,
         ledger: KVLedger,
@@ -76,14 +76,14 @@ class Engine:
         self._changes = changes
         self._requests = requests
         self._reports = reports
-        self._admitting = admitting
+        self._admission = admission
         self._batches = batches
         self._scoring = scoring
         self._tasks = tasks
         self._preemption = preemption
-        self._switching = switching
+        self._switcher = switcher
         self._budget = budget
-        self._pausing = pausing
+        self._pause_state = pause_state
         self._memory = memory
         self._prefix_reuse = prefix_reuse
         self._ledger = ledger
@@ -111,7 +111,7 @@ class Engine:
             self._fail_step(error)
         if self._reports.has_met:
             self._reports.end_met(self._batches.rows, self._batches.joining)
-        self._pausing.answer(self._computing)
+        self._pause_state.answer(self._computing)
         self._tell()
 
     def _compute(self) -> None:
@@ -120,8 +120,8 @@ class Engine:
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
         self._budget.begin(decoding=self._batches.active, rows=self._batches.size)
-        self._admitting.call_back()
-        if self._pausing.frozen:
+        self._admission.call_back()
+        if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
@@ -137,8 +137,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and not self._pausing.paused:
-            self._admitting.admit()
+        if self._preemption.resume() and not self._pause_state.paused:
+            self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
             wanting.append("prefill")
@@ -162,7 +162,7 @@ class Engine:
         for row in self._batches.prefill(share):
             # The alias may have moved while its prompt was read, or while it was away.
             self._reports.let_go(row)
-            self._switching.follow(row)
+            self._switcher.follow(row)
         return self._batches.fed - before
 
     def _score(self) -> None:
@@ -216,8 +216,8 @@ class Engine:
         """Whether a turn has something to do."""
         if self._changes or self._releases:
             return True
-        if self._pausing.paused:
-            return self._computing and not self._pausing.frozen
+        if self._pause_state.paused:
+            return self._computing and not self._pause_state.frozen
         return self._computing or self._requests.pressing
 
     def _take_commands(self) -> None:
@@ -242,14 +242,14 @@ class Engine:
                         if not self._changes:
                             self._policies.check(group.policy)
                 case Score() | Replay() | Embed():
-                    if not self._pausing.holds(command):
+                    if not self._pause_state.holds(command):
                         self._tasks.read(command)
                 case Pause():
-                    self._pausing.pause(command)
+                    self._pause_state.pause(command)
                     for id in self._reports.begun if command.mode == "abort" else ():
                         self._end_request(id, "pause")
                 case Resume():
-                    for held in self._pausing.resume(command):
+                    for held in self._pause_state.resume(command):
                         self._apply(held)
                 case Abort():
                     for id in command.ids:
@@ -278,7 +278,7 @@ class Engine:
                     self._changes.appendleft(command)
                     return
             for row in self._batches.rows:
-                self._switching.follow(row)
+                self._switcher.follow(row)
             # The reply need not wait for the step of this turn.
             self._tell()
 
@@ -304,7 +304,7 @@ class Engine:
     def _end_request(self, id: str, reason: str) -> None:
         """Ends what is left of a request; rows keep what they have. Unknown and closed ids are ignored."""
         self._scoring.end(id, reason)
-        self._pausing.end(id, reason)
+        self._pause_state.end(id, reason)
         self._reports.end_request(id, reason, self._batches.rows, self._batches.joining)
 
     def _fail_step(self, error: Exception) -> None:
@@ -328,7 +328,7 @@ class Engine:
         # What was being copied for later may never be there.
         self._prefix_reuse.clear()
         self._reports.fail_rows(*self._batches.fail(), fault)
-        self._admitting.fail(fault)
+        self._admission.fail(fault)
         self._blame.clear()
 
     def die(self, cause: BaseException) -> None:
@@ -348,7 +348,7 @@ class Engine:
         for id in list(self._requests.open_requests):
             self._reports.fail(id, error)
         changes = [change.id for change in [*self._changes, *self._releases]]
-        for id in self._scoring.own_requests + self._pausing.open_requests + changes:
+        for id in self._scoring.own_requests + self._pause_state.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.
         self._post(self._reports.take())

@@ -13,7 +13,7 @@ from rollout_server.engine.sequence import Row
 from rollout_server.errors import GrammarFault
 
 
-class Masking:
+class GrammarMasks:
     """`eos` are the model's end tokens."""
 
     def __init__(self, vocabulary: int, eos: frozenset[int]) -> None:

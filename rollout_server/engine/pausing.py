@@ -8,7 +8,7 @@ from rollout_server.engine.reports import Reports
 from rollout_server.errors import EngineUnavailable
 
 
-class Pausing:
+class PauseState:
     """`mode` None: everything goes on. A pause replaces the one before."""
 
     def __init__(self, reports: Reports) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import EngineStatus
-from rollout_server.engine.pausing import Pausing
+from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
@@ -26,7 +26,7 @@ class StatusBoard:
         reports: Reports,
         policies: PolicyTable,
         preemption: Preemption,
-        pausing: Pausing,
+        pause_state: PauseState,
         prefix_reuse: PrefixReuse,
         memory: Memory,
     ) -> None:
@@ -36,7 +36,7 @@ class StatusBoard:
         self._reports = reports
         self._policies = policies
         self._preemption = preemption
-        self._pausing = pausing
+        self._pause_state = pause_state
         self._prefix_reuse = prefix_reuse
         self._memory = memory
 
@@ -58,7 +58,7 @@ class StatusBoard:
                 set_bytes=policies.set_bytes,
                 sets=len(policies.sets),
                 prefix=self._prefix_reuse.status,
-                paused=self._pausing.mode,
+                paused=self._pause_state.mode,
                 memory=self._memory.status(),
             )
         )

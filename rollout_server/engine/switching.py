@@ -10,7 +10,7 @@ from rollout_server.engine.sequence import Row
 from rollout_server.rollout import BASE, FinishReason, OnUpdate
 
 
-class Switching:
+class VersionSwitcher:
     def __init__(self, policies: PolicyTable, batches: Batches, reports: Reports, preemption: Preemption) -> None:
         self._policies = policies
         self._batches = batches

@@ -26,17 +26,17 @@ def test_random_sequences_keep_every_promise(world: World) -> None:
 
 def test_a_broken_promise_is_found_and_made_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a reference that is not given back when a row switches."""
-    from rollout_server.engine.switching import Switching
+    from rollout_server.engine.switching import VersionSwitcher
 
-    follow = Switching.follow
+    follow = VersionSwitcher.follow
 
-    def leaking(self: Switching, row: object) -> None:
+    def leaking(self: VersionSwitcher, row: object) -> None:
         before = row.version  # type: ignore[attr-defined]
         follow(self, row)  # type: ignore[arg-type]
         if row.version != before:  # type: ignore[attr-defined]
             self._policies.acquire_again(row.version, 1)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Switching, "follow", leaking)
+    monkeypatch.setattr(VersionSwitcher, "follow", leaking)
     seed = next(seed for seed in range(40) if failure(world, invent(seed)))
     short = shortest(world, invent(seed))
     assert "counted" in (failure(world, short) or "") and len(short) <= 6
