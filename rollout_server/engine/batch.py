@@ -59,7 +59,7 @@ class Batch:
         self._prefixes = prefixes
         self._ledger = ledger
         self._most_leaving = MOST_KEPT if prefixes is not None else sys.maxsize
-        self.fed = 0
+        self.prefilled = 0
         """Prompt tokens read since it was made."""
 
     # ---- what runs ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Batch:
     @property
     def filled_cells(self) -> int:
         """KV columns over all rows that hold something."""
-        read = sum(joining.prompt.fed for joining in self.joining)
+        read = sum(joining.prompt.prefilled for joining in self.joining)
         return read + sum(row.offset for row in self._seats.values())
 
     @property
@@ -157,10 +157,10 @@ class Batch:
         if self._prefixes is not None:
             self._prefixes.enter([joining.group for joining in self.joining])
         ready = [joining.prompt for joining in self.joining if joining.prompt.looked_up or self._prefixes is None]
-        lefts = [len(prompt.tokens) - prompt.fed for prompt in ready]
+        lefts = [len(prompt.tokens) - prompt.prefilled for prompt in ready]
         if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
-            self.store.feed(self._forward, chunks, self._route)
-            self.fed += sum(count for _, count in chunks)
+            self.store.prefill(self._forward, chunks, self._route)
+            self.prefilled += sum(count for _, count in chunks)
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -235,9 +235,9 @@ class Batch:
             self._changed()
             back.append(row)
 
-        self._recovering.feed(budget, seat)
+        self._recovering.prefill(budget, seat)
         fed = before - self._recovering.unread
-        self.fed += fed
+        self.prefilled += fed
         return back, budget - fed
 
     def evict(self, row: Row) -> None:
@@ -262,7 +262,7 @@ class Batch:
 
     def put_in(self, row: Row, kept: list[Any], columns: int) -> None:
         """Seats a row that another batch had; no step may be in flight, and no row may exceed `columns`."""
-        moved = Prompt((0,) * row.offset, row.placement.slot, fed=row.offset, kept=kept)
+        moved = Prompt((0,) * row.offset, row.placement.slot, prefilled=row.offset, kept=kept)
         self.store.begin(moved, 1, columns)
         (place,) = self.store.seat(moved, 1, keep=False)
         self._seats[place] = row

@@ -50,7 +50,7 @@ class Batches:
         self._measure = measure
         self._buckets = LengthBuckets(store.places)
         self._batches: dict[BatchKey, Batch] = {FIRST: make(BASE_SET)}
-        self._steps_before = self._fed_before = 0
+        self._steps_before = self._prefilled_before = 0
         self._turns = 0
         self._fed_last = FIRST
         self.preempted: list[Row] = []
@@ -113,9 +113,9 @@ class Batches:
         return self._steps_before + sum(batch.steps for batch in self._batches.values())
 
     @property
-    def fed(self) -> int:
+    def prefilled(self) -> int:
         """Prompt tokens read by all batches, those that are gone included."""
-        return self._fed_before + sum(batch.fed for batch in self._batches.values())
+        return self._prefilled_before + sum(batch.prefilled for batch in self._batches.values())
 
     @property
     def sets(self) -> tuple[int, ...]:
@@ -187,7 +187,7 @@ class Batches:
     def _drop(self, batch_key: BatchKey) -> None:
         gone = self._batches.pop(batch_key)
         self._steps_before += gone.steps
-        self._fed_before += gone.fed
+        self._prefilled_before += gone.prefilled
         if not self._batches:  # One is always there: it knows what rows take that are still to join another.
             self._batches[FIRST] = self._make(BASE_SET)
 

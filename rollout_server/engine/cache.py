@@ -33,7 +33,7 @@ class Prompt:
     tokens: tuple[int, ...]
     slot: int
     """Adapter slot its KV is computed under."""
-    fed: int = 0
+    prefilled: int = 0
     places: list[int] = field(default_factory=list)
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""
     kept: list[Any] | None = None
@@ -45,7 +45,7 @@ class Prompt:
 
     @property
     def done(self) -> bool:
-        return self.fed == len(self.tokens)
+        return self.prefilled == len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class PaddedKV:
         self._free.sort(key=lambda place: (place not in own, place in self._remains, place))
         prompt.places, self._free = [self._free[0], *sorted(self._free[1:count])], self._free[count:]
         if own:
-            prompt.fed = len(prompt.tokens)
+            prompt.prefilled = len(prompt.tokens)
         for place in prompt.places:
             self._remains.pop(place, None)
 
@@ -147,7 +147,7 @@ class PaddedKV:
                 mx.eval(pair)
                 layer.write(prompt.places[0], 0, *pair)
                 mx.eval(layer.keys, layer.values)
-        prompt.fed = length
+        prompt.prefilled = length
 
     def remember(self, places: dict[int, object]) -> None:
         self._remains |= places
@@ -172,12 +172,14 @@ class PaddedKV:
         self.capacity = self.columns = 0
         self._free, self._remains = [], {}
 
-    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
-        pieces = [Piece(p.places[0], p.fed, p.tokens[p.fed : p.fed + n], p.slot) for p, n in chunks]
+    def prefill(
+        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+    ) -> None:
+        pieces = [Piece(p.places[0], p.prefilled, p.tokens[p.prefilled : p.prefilled + n], p.slot) for p, n in chunks]
         self.read(forward, pieces, route)
         self.evaluate()
         for prompt, n in chunks:
-            prompt.fed += n
+            prompt.prefilled += n
 
     def read(self, forward: Forward, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
         """Runs the pieces through the model, each in its own place; returns logits [pieces, longest piece, V], of
@@ -240,8 +242,8 @@ class PaddedKV:
         for segment in segments:
             for layer, pair in zip(self.layers, segment.layers, strict=True):
                 if pair is not None:
-                    layer.write(prompt.places[0], prompt.fed, *(array[:, : segment.count] for array in pair))
-            prompt.fed += segment.count
+                    layer.write(prompt.places[0], prompt.prefilled, *(array[:, : segment.count] for array in pair))
+            prompt.prefilled += segment.count
 
     def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
         self._grow_columns(width + 1)

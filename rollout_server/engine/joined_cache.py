@@ -66,15 +66,17 @@ class MlxCacheKV:
         self._reserved -= count
         prompt.kept = None
 
-    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+    def prefill(
+        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+    ) -> None:
         for prompt, n in chunks:
             caches = prompt.kept
             if caches is None:
                 raise RuntimeError("A prompt is fed before it has begun.")
             route([prompt.slot])
-            forward(mx.array([prompt.tokens[prompt.fed : prompt.fed + n]], dtype=mx.int32), caches)
+            forward(mx.array([prompt.tokens[prompt.prefilled : prompt.prefilled + n]], dtype=mx.int32), caches)
             mx.eval([cache.state for cache in caches])
-            prompt.fed += n
+            prompt.prefilled += n
 
     def inherit(self, prompt: Prompt, donor: Any, place: int) -> None:
         raise RuntimeError("A state that cannot be cut has no prompt to give.")

@@ -158,12 +158,12 @@ class Engine:
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
 
     def _prefill_tokens(self, share: int) -> int:
-        before = self._batches.fed
+        before = self._batches.prefilled
         for row in self._batches.prefill(share):
             # The alias may have moved while its prompt was read, or while it was away.
             self._reports.let_go(row)
             self._switcher.follow(row)
-        return self._batches.fed - before
+        return self._batches.prefilled - before
 
     def _score(self) -> None:
         if share := self._budget.share("scoring"):

@@ -334,7 +334,7 @@ def _self_test(
     try:
         for prompt in prompts:
             store.begin(prompt, 1, longest)
-        store.feed(forward, [(prompt, len(prompt.tokens)) for prompt in prompts], ignore)
+        store.prefill(forward, [(prompt, len(prompt.tokens)) for prompt in prompts], ignore)
         places = [store.seat(prompt, 1, False)[0] for prompt in prompts]
         inputs, offsets = [0] * store.capacity, [None] * store.capacity
         for place, row in zip(places, rows, strict=True):

@@ -56,7 +56,7 @@ class ScoredSequenceState:
     spans: tuple[Span, ...]
     runs: tuple[VersionRun, ...]
     at_run: int = 0
-    fed: int = 0
+    next_input: int = 0
     """The next input."""
     place: int = -1
     """Where its KV is, in a store of rows."""
@@ -80,32 +80,32 @@ class ScoredSequenceState:
     @property
     def scoring(self) -> bool:
         """Whether its next inputs give values, or only KV."""
-        return self.fed >= self.run.scored
+        return self.next_input >= self.run.scored
 
     @property
     def left_alike(self) -> int:
         """Inputs up to where the version changes or values begin."""
-        return (self.run.end if self.scoring else self.run.scored) - self.fed
+        return (self.run.end if self.scoring else self.run.scored) - self.next_input
 
     @property
     def left(self) -> int:
         """Inputs that are still to be read."""
         if self.ended:
             return 0
-        return self.run.end - self.fed + sum(run.end - run.begin for run in self.runs[self.at_run + 1 :])
+        return self.run.end - self.next_input + sum(run.end - run.begin for run in self.runs[self.at_run + 1 :])
 
     @property
     def length(self) -> int:
         """KV columns it fills."""
         return len(self.tokens) - (self.pool is None)
 
-    def feed(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Counts `count` inputs of the current run as read."""
-        self.fed += count
-        if self.fed == self.run.end:
+        self.next_input += count
+        if self.next_input == self.run.end:
             self.at_run += 1
             if not self.ended:
-                self.fed = self.run.begin
+                self.next_input = self.run.begin
 
     def keep(self, logprob: float | None, entropy: float | None, top: TopTokens | None) -> None:
         self.logprobs.append(logprob)

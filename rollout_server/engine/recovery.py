@@ -36,7 +36,7 @@ class Recoveries:
 
     @property
     def unread(self) -> int:
-        return sum(len(recovery.prompt.tokens) - recovery.prompt.fed for recovery in self._open)
+        return sum(len(recovery.prompt.tokens) - recovery.prompt.prefilled for recovery in self._open)
 
     def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
@@ -45,15 +45,15 @@ class Recoveries:
         self._store.begin(prompt, 1, columns)
         self._open.append(Recovery(row, prompt, tuple(runs)))
 
-    def feed(self, budget: int, seat: Callable[[int, Row], None]) -> None:
+    def prefill(self, budget: int, seat: Callable[[int, Row], None]) -> None:
         """Reads about `budget` tokens, of the oldest first; rows that are complete, and their places, go to `seat`."""
         for recovery in self._open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
-                end, placement = next(run for run in recovery.runs if run[0] > prompt.fed)
-                count = min(end - prompt.fed, budget)
+                end, placement = next(run for run in recovery.runs if run[0] > prompt.prefilled)
+                count = min(end - prompt.prefilled, budget)
                 prompt.slot = placement.slot
-                self._store.feed(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
+                self._store.prefill(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
                 budget -= count
         for recovery in [recovery for recovery in self._open if recovery.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be open.

@@ -115,7 +115,7 @@ class BatchPrefixes:
             if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.tokens):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
-                    group.cached_tokens = prompt.fed
+                    group.cached_tokens = prompt.prefilled
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         """Stores the KV of a prompt that was read in `place`. No step may be in flight."""

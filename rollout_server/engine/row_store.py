@@ -39,7 +39,9 @@ class KVStore(Protocol):
     def cancel(self, prompt: Prompt, count: int) -> None:
         """Forgets a prompt that was begun for `count` rows and never seated; its places are left separately."""
 
-    def feed(self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]) -> None:
+    def prefill(
+        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+    ) -> None:
         """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
 
     def inherit(self, prompt: Prompt, donor: Any, place: int) -> None:

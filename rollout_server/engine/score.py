@@ -84,7 +84,7 @@ def measure(
     mx.eval(flat, *state)
     targets = np.zeros((len(parts), width), dtype=np.int32)
     for wanted_ids, (sequence, n) in zip(targets, parts, strict=True):
-        wanted_ids[:n] = sequence.tokens[sequence.fed + 1 : sequence.fed + 1 + n]
+        wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
     temperatures = np.repeat([sequence.job.temperature for sequence, _ in parts], width).astype(np.float32)
     step = max(1, -(-most // SLICES))
     slices = [_Slice(flat, start, min(start + step, len(flat)), temperatures) for start in range(0, len(flat), step)]
@@ -110,7 +110,7 @@ def measure(
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
             sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
     token_ranges = [
-        TokenRange(sequence.replay, row * width, sequence.fed + 1 - len(sequence.replay.prompt_ids), n)
+        TokenRange(sequence.replay, row * width, sequence.next_input + 1 - len(sequence.replay.prompt_ids), n)
         for row, (sequence, n) in enumerate(parts)
         if sequence.replay is not None and sequence.fault is None
     ]
@@ -215,7 +215,7 @@ class SequentialReader:
             raise RuntimeError("This reader takes one sequence at a time.")
         self._prefix, self._sequence, self._caches = prefix, prefix.waiting.popleft(), None
         if prefix.prompt.kept is None:
-            prefix.prompt.kept, prefix.prompt.fed = self._make_caches(), 0
+            prefix.prompt.kept, prefix.prompt.prefilled = self._make_caches(), 0
 
     def read(self, budget: int) -> list[ScoredSequenceState]:
         sequence, used = self._sequence, 0
@@ -232,7 +232,7 @@ class SequentialReader:
         if self._caches is None and (fed := self._read_prompt(budget)):
             return fed
         caches = self._caches
-        if sequence.fed == 0 or caches is None:
+        if sequence.next_input == 0 or caches is None:
             # A run that reads everything again.
             caches = self._make_caches()
             self._caches = caches
@@ -240,7 +240,7 @@ class SequentialReader:
         if sequence.scoring and sequence.pool is None:
             n = min(n, self._chunk)
         self._route([sequence.run.placement])
-        tokens = mx.array([sequence.tokens[sequence.fed : sequence.fed + n]], dtype=mx.int32)
+        tokens = mx.array([sequence.tokens[sequence.next_input : sequence.next_input + n]], dtype=mx.int32)
         out = (self._forward if sequence.pool is None else self._hidden)(tokens, caches)
         state = [cache.state for cache in caches]
         if sequence.scoring:
@@ -251,7 +251,7 @@ class SequentialReader:
         else:
             mx.eval(state)
         if sequence.fault is None:
-            sequence.feed(n)
+            sequence.advance(n)
         return n
 
     def _read_prompt(self, budget: int) -> int:
@@ -262,15 +262,15 @@ class SequentialReader:
             raise RuntimeError("A sequence is read before it has begun.")
         prompt = prefix.prompt
         if not prompt.done:
-            n = min(budget, len(prompt.tokens) - prompt.fed)
+            n = min(budget, len(prompt.tokens) - prompt.prefilled)
             self._route([prompt.slot])
-            self._forward(mx.array([prompt.tokens[prompt.fed : prompt.fed + n]], dtype=mx.int32), kept)
+            self._forward(mx.array([prompt.tokens[prompt.prefilled : prompt.prefilled + n]], dtype=mx.int32), kept)
             mx.eval([cache.state for cache in kept])
-            prompt.fed += n
+            prompt.prefilled += n
             return n
         self._caches = copy.deepcopy(kept) if prefix.waiting else kept
         if prompt.tokens:
-            sequence.feed(len(prompt.tokens))
+            sequence.advance(len(prompt.tokens))
         return 0
 
     def drop(self, job: ScoreJob) -> None:

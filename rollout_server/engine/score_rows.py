@@ -88,7 +88,7 @@ class BatchedReader:
     def left(self) -> int:
         prompts = [joining.prompt for joining in self._joining]
         joining = sum(each.prefix.own(sequence) for each in self._joining for sequence in each.sequences)
-        unread = sum(len(prompt.tokens) - prompt.fed for prompt in prompts)
+        unread = sum(len(prompt.tokens) - prompt.prefilled for prompt in prompts)
         return unread + joining + sum(sequence.left for sequence in self._seated)
 
     @property
@@ -123,7 +123,7 @@ class BatchedReader:
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:
-                    sequence.feed(len(joining.prompt.tokens))
+                    sequence.advance(len(joining.prompt.tokens))
             self._seated += joining.sequences
             joining.prefix.joining = False
             self._joining.remove(joining)
@@ -175,13 +175,15 @@ class BatchedReader:
     def _parts(self) -> Iterator[_Part]:
         for joining in self._joining:
             prompt = joining.prompt
-            left = len(prompt.tokens) - prompt.fed
+            left = len(prompt.tokens) - prompt.prefilled
             kind = (False, False, self._apart(prompt.slot))
-            yield _Part(kind, prompt.places[0], prompt.fed, prompt.tokens, prompt.slot, left, None, prompt)
+            yield _Part(kind, prompt.places[0], prompt.prefilled, prompt.tokens, prompt.slot, left, None, prompt)
         for sequence in self._seated:
             slot = sequence.run.placement
             kind = (sequence.scoring, sequence.scoring and sequence.pool is not None, self._apart(slot))
-            yield _Part(kind, sequence.place, sequence.fed, sequence.tokens, slot, sequence.left_alike, sequence, None)
+            yield _Part(
+                kind, sequence.place, sequence.next_input, sequence.tokens, slot, sequence.left_alike, sequence, None
+            )
 
     def _run(self, parts: Sequence[_Part], share: int) -> None:
         """One forward over the next inputs of each part, at most `share` of them."""
@@ -206,6 +208,6 @@ class BatchedReader:
             self._rows.evaluate()
         for part, count in zip(parts, counts, strict=True):
             if part.prompt is not None:
-                part.prompt.fed += count
+                part.prompt.prefilled += count
             elif part.sequence is not None and part.sequence.fault is None:
-                part.sequence.feed(count)
+                part.sequence.advance(count)

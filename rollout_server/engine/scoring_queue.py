@@ -116,7 +116,7 @@ class ScoringQueue:
         if not (reader.size or alone or self._ledger.fits(scoring=cells)):
             self.wanted = cells
             return 0
-        left, count = reader.left + len(prefix.prompt.tokens) - prefix.prompt.fed, 0
+        left, count = reader.left + len(prefix.prompt.tokens) - prefix.prompt.prefilled, 0
         for sequence in prefix.waiting:
             if reader.size + count >= reader.limit:
                 break

@@ -217,9 +217,9 @@ def test_rows_decode_while_a_long_prompt_is_read(bare_model: Callable[[str], Res
     batch: Any = driver.batches
     progress = []
     while not driver.over(second):
-        fed, steps = batch.fed, driver.status.steps
+        fed, steps = batch.prefilled, driver.status.steps
         driver.turn()
-        progress.append((batch.fed - fed, driver.status.steps - steps))
+        progress.append((batch.prefilled - fed, driver.status.steps - steps))
     assert max(fed for fed, _ in progress) == FIRST and all(steps for _, steps in progress[:-3])
     driver.finish(first)
 
@@ -236,9 +236,9 @@ def test_prompts_and_scores_share_a_turn(bare_model: Callable[[str], ResidentMod
     driver.turn()
     kinds = []
     for _ in range(12):
-        fed, left = batch.fed, reader.left
+        fed, left = batch.prefilled, reader.left
         driver.turn()
-        kinds.append((batch.fed - fed, left - reader.left))
+        kinds.append((batch.prefilled - fed, left - reader.left))
     assert all(sorted(kind)[0] <= 0 < sorted(kind)[1] <= FIRST for kind in kinds[2:]), kinds
     assert sum(fed > 0 for fed, _ in kinds) in (5, 6, 7)
     driver.finish(first, second)

@@ -63,7 +63,7 @@ def test_a_compiled_step_writes_in_place(path: Path) -> None:
     prompts = [Prompt(tuple(prompt), 0) for prompt in PROMPTS]
     for prompt in prompts:
         store.begin(prompt, 1, 16384)
-    store.feed(model.forward, [(prompt, len(prompt.tokens)) for prompt in prompts], lambda slots: None)
+    store.prefill(model.forward, [(prompt, len(prompt.tokens)) for prompt in prompts], lambda slots: None)
     offsets: list[int | None] = [len(prompt.tokens) for prompt in prompts]
     offsets += [None] * (store.capacity - len(offsets))
     decode = CompiledDecode(model.forward, store, Unrouted())
@@ -91,7 +91,7 @@ def test_a_trace_that_fails_leaves_the_cache_as_it_was(path: Path) -> None:
     store = PaddedKV([None] * len(model.module.layers), 4)
     prompt = Prompt((1, 2, 3), 0)
     store.begin(prompt, 1, 32)
-    store.feed(model.forward, [(prompt, 3)], lambda slots: None)
+    store.prefill(model.forward, [(prompt, 3)], lambda slots: None)
     before = [(layer.keys, layer.values) for layer in store.layers]
 
     def broken(tokens: mx.array, layers: list[object]) -> mx.array:

@@ -141,7 +141,7 @@ def test_a_step_writes_in_place(demo: ResidentModel) -> None:
     prompts = [Prompt(tuple(prompt), 0) for prompt in PROMPTS]
     for prompt in prompts:
         store.begin(prompt, 1, 16384)
-    store.feed(demo.forward, [(prompt, len(prompt.tokens)) for prompt in prompts], lambda slots: None)
+    store.prefill(demo.forward, [(prompt, len(prompt.tokens)) for prompt in prompts], lambda slots: None)
     offsets: list[int | None] = [len(prompt.tokens) for prompt in prompts]
     offsets += [None] * (store.capacity - len(offsets))
     store.set_positions(offsets, 16384)

@@ -56,9 +56,9 @@ def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Ca
 def test_a_prompt_that_is_there_whole_is_not_read(base: Driver, qwen: Path) -> None:
     (prompt,) = prompts_of([40], 286)
     first = base.generate([prompt], seed=1)
-    fed = base.batches.fed
+    fed = base.batches.prefilled
     again = base.generate([prompt], seed=1)
-    assert base.batches.fed == fed and again[0].cached_tokens == 39
+    assert base.batches.prefilled == fed and again[0].cached_tokens == 39
     assert_all_same(again, first, tolerance(base, first))
 
 
@@ -66,7 +66,7 @@ def test_equal_prompts_of_one_moment_are_read_once(base: Driver, qwen: Path) -> 
     """A group may come as n prompts of one sample."""
     (prompt,) = prompts_of([50], 286)
     rows = base.generate([prompt] * 6, seed=4)
-    assert base.batches.fed == 49
+    assert base.batches.prefilled == 49
     assert sorted(row.cached_tokens for row in rows) == [0] + [49] * 5
     expected = Driver.start(qwen, base.model, prefix_cache=False).generate([prompt] * 6, seed=4)
     assert_all_same(rows, expected, tolerance(base, rows))

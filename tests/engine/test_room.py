@@ -91,7 +91,7 @@ def test_a_prompt_is_read_once_however_few_samples_fit_at_a_time(base: Driver, q
     while not driver.over(id):
         driver.turn()
         assert driver.batches.nbytes <= driver.model.info.kv_memory
-    assert driver.batches.fed == 199 and driver.preemptions == 0
+    assert driver.batches.prefilled == 199 and driver.preemptions == 0
     for one, other in zip(expected, driver.rollouts(id), strict=True):
         assert_same(one, other, tolerance(base, [one]))
 
@@ -106,7 +106,7 @@ def test_samples_take_their_prompt_from_those_that_run(base: Driver, qwen: Path,
     driver.set_step_costs(costs)
     rows = driver.generate(prompts, **asked)
     # A place that was left in a class without rows is gone with it.
-    assert driver.batches.fed <= (89 + 39) * (1 if costs.weights else 2)
+    assert driver.batches.prefilled <= (89 + 39) * (1 if costs.weights else 2)
     for one, other in zip(expected, rows, strict=True):
         assert_same(one, other, tolerance(base, [one]))
 
@@ -135,7 +135,7 @@ def test_states_that_cannot_be_cut_keep_their_prompt_only_where_there_is_room(ba
         info = replace(model.info, kv_memory=limit, max_batch=1)
         driver = Driver.start(model_path("falcon_h1"), replace(model, info=info))
         driver.finish(driver.submit(prompt, **asked), turns=300)
-        assert driver.batches.fed == read and driver.preemptions == 0
+        assert driver.batches.prefilled == read and driver.preemptions == 0
 
 
 def test_memory_given_back_while_a_merged_version_served_last_leaves_the_engine_whole(driver: Driver) -> None:
