@@ -15,7 +15,7 @@ import numpy as np
 
 from rollout_server.engine.aim import StepInputs, inputs_of, prepare_rows
 from rollout_server.engine.cache import Forward
-from rollout_server.engine.filters import Some
+from rollout_server.engine.filters import RowSubset
 from rollout_server.engine.masking import GrammarMasks
 from rollout_server.engine.penalties import Pairs, TokenCounts
 from rollout_server.engine.row_store import KVStore
@@ -174,7 +174,7 @@ class Decoder:
         inputs.advance(self.steps)
         return PendingStep(self.steps, rows, logits, draws, banned)
 
-    def _draw(self, pending: PendingStep, mask: Some | None) -> DispatchedStep:
+    def _draw(self, pending: PendingStep, mask: RowSubset | None) -> DispatchedStep:
         if self._arrays is None:
             raise RuntimeError("Rows changed between a step's forward and its draw.")
         sampled = sample(pending.logits, self._arrays, pending.draws, pending.banned, seen=self._counts.seen, mask=mask)

@@ -26,7 +26,7 @@ ONE_BITS = 0x3F800000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Some:
+class RowSubset:
     """Some rows of the batch and one parameter of each, [F, 1]."""
 
     rows: mx.array | None
@@ -50,15 +50,15 @@ class Filters:
 
     filtered: mx.array
     """bool [R]."""
-    narrow: Some | None
+    narrow: RowSubset | None
     """top_k int32 of rows with a small one."""
     narrow_p: mx.array | None
     """Their top_p [F, 1], 2 where it is off."""
     candidates: int
     """The largest top_k among them, rounded up."""
-    ranked: Some | None
+    ranked: RowSubset | None
     """top_k float32 of the other rows that have one."""
-    share: Some | None
+    share: RowSubset | None
     """top_p of rows that have one and are not narrow."""
     share_of_ranked: bool
     """Whether some of those are among `ranked`."""
@@ -84,24 +84,24 @@ def prepare_filters(rows: Sequence[SamplingParams | None], vocabulary: int, *, n
     # Powers of two, so that few shapes occur.
     return Filters(
         filtered=mx.array(flags),
-        narrow=some(few, [row.top_k for _, row in few], size, mx.int32),
+        narrow=row_subset(few, [row.top_k for _, row in few], size, mx.int32),
         # What top-p removes with a share above 1 is nothing, whatever the rounding of its sums.
         narrow_p=mx.array([[row.top_p if row.top_p < 1 else 2.0] for _, row in few]) if few else None,
         candidates=min(vocabulary, 1 << (most - 1).bit_length()),
-        ranked=some(ranked, [row.top_k for _, row in ranked], size, mx.float32),
-        share=some(share, [row.top_p for _, row in share], size, mx.float32),
+        ranked=row_subset(ranked, [row.top_k for _, row in ranked], size, mx.float32),
+        share=row_subset(share, [row.top_p for _, row in share], size, mx.float32),
         share_of_ranked=bool({place for place, _ in ranked} & {place for place, _ in share}),
         min_p=mx.array(least, dtype=mx.float32) if any(row.min_p for _, row in chosen) else None,
     )
 
 
-def some(
+def row_subset(
     chosen: Sequence[tuple[int, SamplingParams]], values: Sequence[float], size: int, dtype: mx.Dtype
-) -> Some | None:
+) -> RowSubset | None:
     if not chosen:
         return None
     rows = None if len(chosen) == size else mx.array([place for place, _ in chosen], dtype=mx.int32)
-    return Some(rows, mx.array(list(values), dtype=dtype)[:, None])
+    return RowSubset(rows, mx.array(list(values), dtype=dtype)[:, None])
 
 
 def threshold(weights: mx.array, total: mx.array, filters: Filters) -> mx.array:

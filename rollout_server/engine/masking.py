@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from rollout_server.engine.filters import Some
+from rollout_server.engine.filters import RowSubset
 from rollout_server.engine.grammars import MaskFiller, hold_back
 from rollout_server.engine.penalties import ends_of
 from rollout_server.engine.sequence import Row
@@ -20,7 +20,7 @@ class GrammarMasks:
         self._filler = MaskFiller(vocabulary)
         self._eos = eos
 
-    def of(self, rows: Sequence[tuple[int, Row]], size: int) -> tuple[Some | None, list[Row]]:
+    def of(self, rows: Sequence[tuple[int, Row]], size: int) -> tuple[RowSubset | None, list[Row]]:
         """Masks for the next token of these (place, row), all whose tokens have been recorded, among `size` places;
         and the rows that failed because their grammars cannot be followed any further."""
         chosen = sorted(
@@ -41,4 +41,4 @@ class GrammarMasks:
             elif index < sampling.min_tokens:
                 hold_back(mask, ends_of(sampling, self._eos))
         places = None if len(chosen) == size else mx.array([place for place, _ in chosen], dtype=mx.int32)
-        return Some(places, mx.array(words)), failed
+        return RowSubset(places, mx.array(words)), failed

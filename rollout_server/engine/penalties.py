@@ -14,7 +14,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.filters import Some, some
+from rollout_server.engine.filters import RowSubset, row_subset
 from rollout_server.engine.sequence import Row
 from rollout_server.rollout import SamplingParams
 
@@ -87,7 +87,7 @@ def _columns(bias: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarra
 class Penalties:
     """Parameters of the rows that are penalised, in order of their places; None where no row has any."""
 
-    repetition: Some
+    repetition: RowSubset
     """1 where it is off."""
     presence: mx.array | None
     frequency: mx.array | None
@@ -111,7 +111,7 @@ class Penalties:
 
 def prepare_penalties(rows: Sequence[SamplingParams | None]) -> Penalties | None:
     chosen = [(place, row) for place, row in enumerate(rows) if row is not None and row.penalised]
-    repetition = some(chosen, [row.repetition_penalty for _, row in chosen], len(rows), mx.float32)
+    repetition = row_subset(chosen, [row.repetition_penalty for _, row in chosen], len(rows), mx.float32)
     if repetition is None:
         return None
 
@@ -181,7 +181,7 @@ def count_tokens(prompt_ids: Sequence[int], token_ids: Sequence[int], vocabulary
     return counts
 
 
-def allowed_only(logits: mx.array, mask: Some) -> mx.array:
+def allowed_only(logits: mx.array, mask: RowSubset) -> mx.array:
     """Of logits [R, V] the rows that have a mask, uint32 [F, ⌈V/32⌉] → [F, V] with −inf where it has no bit: token t is
     bit t mod 32 of word t // 32."""
     bits = (mask.values[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.exponentials import FANOUT, MOST
-from rollout_server.engine.filters import Some
+from rollout_server.engine.filters import RowSubset
 from rollout_server.engine.grammars import Follower, MaskFiller, hold_back
 from rollout_server.engine.penalties import Pairs, allowed_only, count_tokens, ends_of
 from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
@@ -106,10 +106,12 @@ class _Inputs:
     uniform: mx.array
     banned: Pairs | None
     seen: mx.array | None
-    mask: Some | None
+    mask: RowSubset | None
 
     @classmethod
-    def of(cls, work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int, mask: Some | None = None) -> _Inputs:
+    def of(
+        cls, work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int, mask: RowSubset | None = None
+    ) -> _Inputs:
         """`mask` is what is known of the only row; else it is asked for."""
         params = [row.sampling for row, positions in work for _ in positions]
         every = [position for _, positions in work for position in positions]
@@ -123,24 +125,24 @@ class _Inputs:
             mask or _mask(work, vocabulary),
         )
 
-    def mask_of(self, index: int) -> Some | None:
+    def mask_of(self, index: int) -> RowSubset | None:
         """That of one row alone."""
         if self.mask is None:
             return None
         if self.mask.rows is None:
-            return Some(None, self.mask.values[index : index + 1])
+            return RowSubset(None, self.mask.values[index : index + 1])
         found = np.flatnonzero(np.array(self.mask.rows) == index)
-        return Some(None, self.mask.values[int(found[0])][None]) if len(found) else None
+        return RowSubset(None, self.mask.values[int(found[0])][None]) if len(found) else None
 
 
-def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> Some | None:
+def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> RowSubset | None:
     """Of the rows that have a grammar."""
     constrained = [row.sampling.constraint is not None for row, positions in work for _ in positions]
     if not any(constrained):
         return None
     words = [row.masks(positions, vocabulary) for row, positions in work if row.sampling.constraint is not None]
     rows = None if all(constrained) else mx.array(np.flatnonzero(constrained).astype(np.int32))
-    return Some(rows, mx.array(np.concatenate(words)))
+    return RowSubset(rows, mx.array(np.concatenate(words)))
 
 
 def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
@@ -168,7 +170,7 @@ def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
             row.margin = _margin(theirs[int(index)][None], row, position, inputs.mask_of(int(index)))
 
 
-def _margin(logits: mx.array, row: RowReplay, position: int, mask: Some | None) -> float | None:
+def _margin(logits: mx.array, row: RowReplay, position: int, mask: RowSubset | None) -> float | None:
     """See `RowReplay.margin`; logits [1, V] of the position and what the grammar says of it."""
     token, sampling = row.token_ids[position], row.sampling
     inputs = _Inputs.of([(row, [position])], logits.shape[-1], mask)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.exponentials import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
-from rollout_server.engine.filters import Filters, Some, prepare_filters, threshold
+from rollout_server.engine.filters import Filters, RowSubset, prepare_filters, threshold
 from rollout_server.engine.penalties import (
     Bans,
     Bias,
@@ -134,7 +134,7 @@ def sample(
     banned: Pairs | None = None,
     *,
     seen: mx.array | None = None,
-    mask: Some | None = None,
+    mask: RowSubset | None = None,
 ) -> Sampled:
     """logits [R, V] of any float dtype, uniform float32 [R, 5] → one token a row. `seen` is what `TokenCounts` holds,
     `banned` are (row, token) pairs that may not come, `mask` says of some rows which tokens may (`allowed_only`); they
@@ -147,7 +147,7 @@ def sample(
     levels = pyramid(exponentials)
     log_total = mx.log(mx.sum(levels[-1], axis=-1, keepdims=True))
     shaped = shape(raw, arrays, seen, banned)
-    masked = None if mask is None else Some(mask.rows, allowed_only(shaped, mask))
+    masked = None if mask is None else RowSubset(mask.rows, allowed_only(shaped, mask))
     best = _best(shaped, masked) if arrays.greedy is not None or arrays.all_greedy else None
     if arrays.all_greedy and best is not None:
         ids = best
@@ -190,7 +190,7 @@ def shape(
     return shaped
 
 
-def _best(shaped: mx.array, masked: Some | None) -> mx.array:
+def _best(shaped: mx.array, masked: RowSubset | None) -> mx.array:
     """The most probable token of each row, int32 [R]."""
     best = mx.argmax(shaped, axis=-1).astype(mx.int32)
     return best if masked is None else masked.put(best, mx.argmax(masked.values, axis=-1).astype(mx.int32))
@@ -199,7 +199,7 @@ def _best(shaped: mx.array, masked: Some | None) -> mx.array:
 def _sample_rows(
     shaped: mx.array,
     known: tuple[mx.array, list[mx.array], mx.array] | None,
-    masked: Some | None,
+    masked: RowSubset | None,
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:

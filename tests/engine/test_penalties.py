@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rollout_server.engine.filters import Some
+from rollout_server.engine.filters import RowSubset
 from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.penalties import TokenCounts, prepare_bans
 from rollout_server.engine.sampling import prepare, sample, uniforms
@@ -223,7 +223,7 @@ def test_a_mask_leaves_only_its_tokens(vocabulary: int) -> None:
     left = log_softmax(np.where(allowed[0, :vocabulary], logits[0], -np.inf).astype(np.float64))
     seen = set()
     for draw in range(200):
-        out = sample(mx.array(logits), arrays, mx.array(uniforms([1, 2, 3], [draw] * 3)), mask=Some(None, mask))
+        out = sample(mx.array(logits), arrays, mx.array(uniforms([1, 2, 3], [draw] * 3)), mask=RowSubset(None, mask))
         ids, values = np.array(out.ids), np.array(out.values)
         seen.add(int(ids[0]))
         assert ids[1] == 31 and values[1, 1] == 0 and values[2, 1] == 0
