@@ -1,5 +1,5 @@
 """Batches behind the face of one. Each parameter set that rows run on has its own, since a forward reads one set of
-weights; where rows of one set differ much in length it has one for each class of lengths, see `lengths`.
+weights; where rows of one set differ much in length it has one for each length bucket, see `lengths`.
 
 A batch is made when the first group needs it. One without rows keeps its KV for the next rows of its set until another
 batch needs room or its set is gone. Batches compute one after another, and each is told of before the next one

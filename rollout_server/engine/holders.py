@@ -11,7 +11,7 @@ from rollout_server.engine.cache import Prompt
 from rollout_server.engine.sequence import Group, Row
 
 BatchKey = tuple[int, int]
-"""Which batch: the parameter set, and the number of a class of lengths."""
+"""Which batch: the parameter set, and the number of a length bucket."""
 
 FIRST: BatchKey = (BASE_SET, 0)
 Age = tuple[float, int, int]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-MOST_CLASSES = 4
+MOST_BUCKETS = 4
 WORTH = 0.9
 """What a step must come down to before rows are moved for it,"""
 HORIZON = 32
@@ -75,7 +75,7 @@ def cheapest(
         return costs.of(places(shape.rows + count), max(shape.width, width)) - before
 
     added = [more(shape) for shape in shapes]
-    if may_open and len(shapes) < MOST_CLASSES:
+    if may_open and len(shapes) < MOST_BUCKETS:
         added.append(costs.of(places(count), width))
     return added.index(min(added))
 
@@ -109,13 +109,13 @@ def _cost(widths: Sequence[int], classes: Sequence[int], costs: StepCosts, place
 
 
 def _partition(counts: Sequence[int], levels: Sequence[int], costs: StepCosts, places: Places) -> list[tuple[int, int]]:
-    """The cheapest way to cut levels, longest first, into at most `MOST_CLASSES` runs [begin, end)."""
+    """The cheapest way to cut levels, longest first, into at most `MOST_BUCKETS` runs [begin, end)."""
     size = len(levels)
     before = [0]
     for count in counts:
         before.append(before[-1] + count)
     best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, []), *[(float("inf"), [])] * size]
-    for _ in range(min(MOST_CLASSES, size)):
+    for _ in range(min(MOST_BUCKETS, size)):
         following = list(best)
         for end in range(1, size + 1):
             for begin in range(end):

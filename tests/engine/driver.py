@@ -108,7 +108,7 @@ class Driver(Door):
             device_fault=device,
         )
         driver = cls(model, engine, mailbox, events)
-        # As if measured: rows get no classes of lengths unless a test says what they cost.
+        # As if measured: rows get no length buckets unless a test says what they cost.
         driver.set_step_costs(StepCosts(1.0, 0.0))
         return driver
 

@@ -1,4 +1,4 @@
-"""Classes of lengths: what is decided, and that rows do not notice."""
+"""Length buckets: what is decided, and that rows do not notice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from rollout_server.engine.cache import row_bucket
-from rollout_server.engine.lengths import MEASURED_CELLS, MOST_CLASSES, Shape, StepCosts, cheapest, plan
+from rollout_server.engine.lengths import MEASURED_CELLS, MOST_BUCKETS, Shape, StepCosts, cheapest, plan
 from rollout_server.engine.messages import Stop
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
@@ -68,12 +68,12 @@ def test_a_plan_is_always_much_cheaper_and_settles() -> None:
     for _ in range(150):
         rows = dice.randrange(1, 64)
         widths = [int(2 ** dice.uniform(3, 13)) for _ in range(rows)]
-        classes = [dice.randrange(MOST_CLASSES) for _ in range(rows)]
+        classes = [dice.randrange(MOST_BUCKETS) for _ in range(rows)]
         costs = StepCosts(10 ** dice.uniform(-3, 0), 10 ** dice.uniform(-7, -4))
         found = plan(widths, classes, costs, places)
         if found is not None:
             changed += 1
-            assert len(set(found)) <= MOST_CLASSES
+            assert len(set(found)) <= MOST_BUCKETS
             assert step(widths, found, costs) < step(widths, classes, costs)
             assert plan(widths, found, costs, places) is None
     assert changed > 50
@@ -86,7 +86,7 @@ def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     base.set_step_costs(costs)
     ids = [base.submit([p], seed=7 + i, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
     base.turn(6)
-    assert base.batches.classes(0) == (MOST_CLASSES if costs is FREE else 1)
+    assert base.batches.classes(0) == (MOST_BUCKETS if costs is FREE else 1)
     # A plan that changes moves rows with what they have.
     base.turn(10)
     base.set_step_costs(StepCosts(1.0, 0.0))
@@ -94,7 +94,7 @@ def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     assert base.batches.classes(0) == 1
     base.set_step_costs(FREE)
     base.turn(17)
-    assert base.batches.classes(0) == MOST_CLASSES
+    assert base.batches.classes(0) == MOST_BUCKETS
     base.finish(*ids)
     for id, alone in zip(ids, expected, strict=True):
         assert_same(alone, base.rollouts(id)[0], tolerance(base, [alone]))
