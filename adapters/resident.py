@@ -15,11 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from adapters.bundle import AdapterBundle
+from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
 from adapters.registry import Content
 from adapters.registry_errors import QuantisedBase, WeightsFull
-from adapters.sets import BASE_SET, Build, NoRoom, ParameterSets
-from adapters.slots import BASE_SLOT, AdapterSlots
+from adapters.sets import Build, NoRoom, ParameterSets
+from adapters.slots import AdapterSlots
 from adapters.spec import Parameter, Place
 from adapters.staging import Staging
 
@@ -27,17 +28,6 @@ BUILD_S = 0.02
 """Seconds of each turn that may go to the weights of a parameter set while rows decode."""
 WRITE_S = 0.005
 """Seconds of each turn that may go to writing a version into its slot while rows decode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What a row's forward uses: a parameter set, and on top of it a slot. The default is the bare base."""
-
-    parameters: int = BASE_SET
-    slot: int = BASE_SLOT
-
-
-BASE_PLACEMENT = Placement()
 
 
 @dataclass(slots=True)

@@ -19,10 +19,10 @@ from adapters.faults import Fault
 from adapters.find import bare_holder
 from adapters.math import unless_rounding
 from adapters.merge import base_weight, merged_weights
+from adapters.placement import BASE_SET
 from adapters.prepare import PreparedBundle
 from adapters.spec import TIED_HEAD, AdapterDoesNotFit, Parameter, place_of
 
-BASE_SET = 0
 TIED_WEIGHT = f"{TIED_HEAD}.weight"
 
 

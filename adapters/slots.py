@@ -24,12 +24,12 @@ from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
 from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
 from adapters.norms import RowNorms, Rows, TableRows
+from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.sets import SplitEmbedding
 from adapters.spec import AdapterDoesNotFit, Place, experts_of, place_of
 from adapters.staging import Gains, Staging
 
-BASE_SLOT = 0
 PLACES: Mapping[Place, str] = MappingProxyType(
     {
         "linear": "linear layers",

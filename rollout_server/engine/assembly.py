@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from adapters.sets import BASE_SET
+from adapters.placement import BASE_SET
 from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-from adapters.resident import Placement
+from adapters.placement import Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.chunks import plan

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from adapters.sets import BASE_SET
+from adapters.placement import BASE_SET
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import FIRST, BatchKey, Joining, KVUser, RowSink, age_of

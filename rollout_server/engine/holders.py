@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.sets import BASE_SET
+from adapters.placement import BASE_SET
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.sequence import Group, Row
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from adapters.bundle import AdapterBundle
+from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
 from adapters.registry import (
     Change,
@@ -17,7 +18,7 @@ from adapters.registry import (
     Registry,
 )
 from adapters.registry_errors import RegistryError, WeightsFull
-from adapters.resident import BASE_PLACEMENT, Placement, ResidentVersions
+from adapters.resident import ResidentVersions
 from adapters.slots import AdapterSlots
 from adapters.spec import AdapterDoesNotFit, Mode
 from rollout_server.adapter_errors import as_ours

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adapters.resident import Placement
+from adapters.placement import Placement
 from rollout_server.engine.cache import Forward, Prompt
 from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sequence import Row

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from adapters.resident import Placement
-from adapters.sets import BASE_SET
-from adapters.slots import BASE_SLOT
+from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from rollout_server.engine.cache import PaddedKV, Prompt
 from rollout_server.engine.kept_prefixes import PrefixStatus
 from rollout_server.engine.policy_messages import PolicyStatus

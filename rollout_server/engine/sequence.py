@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapters.resident import BASE_PLACEMENT, Placement
+from adapters.placement import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.buckets import HEADROOM
 from rollout_server.engine.cache import Prompt

@@ -17,11 +17,12 @@ from safetensors.numpy import save
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.merge import merge as merge_weight
+from adapters.placement import Placement
 from adapters.prepare import HostFactors, prepare
 from adapters.registry import Content
 from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.report import completed, report
-from adapters.resident import Placement, ResidentVersions
+from adapters.resident import ResidentVersions
 from adapters.spec import AdapterDoesNotFit, Mode
 from tests import tiny_models
 from tests.adapters.making import logits, merge, tokens

@@ -21,7 +21,7 @@ from unittest import mock
 
 from adapters import resident as resident_module
 from adapters import slots as slots_module
-from adapters.sets import BASE_SET
+from adapters.placement import BASE_SET
 from rollout_server.engine.messages import Score, Submit
 from rollout_server.engine.policy_messages import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
