@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from adapters.spec import (
     AdapterSpec,
     AdapterUnreadable,
     AdapterUnsupported,
+    Mode,
     Parameter,
     experts_of,
     quoted,
@@ -235,3 +236,10 @@ def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]
         "Neither the configuration nor the tensor names are those of a PEFT or mlx-lm adapter; PEFT writes "
         "peft_type, r, lora_alpha and target_modules, mlx-lm writes fine_tune_type, num_layers and lora_parameters."
     )
+
+
+class Content(NamedTuple):
+    """What a version computes with; two versions of one content share their memory."""
+
+    digest: str
+    mode: Mode

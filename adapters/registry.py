@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 
+from adapters.bundle import Content
 from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
 from adapters.spec import Mode
 
@@ -21,13 +21,6 @@ GONE_DIGESTS = 4096
 """Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
 GONE_TOLD = 512
 """The newest of them, which outlive the process where there is a state directory."""
-
-
-class Content(NamedTuple):
-    """What a version computes with; two versions of one content share their memory."""
-
-    digest: str
-    mode: Mode
 
 
 @dataclass(frozen=True, slots=True)

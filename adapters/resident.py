@@ -14,10 +14,9 @@ from types import MappingProxyType
 import mlx.core as mx
 import mlx.nn as nn
 
-from adapters.bundle import AdapterBundle
+from adapters.bundle import AdapterBundle, Content
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
-from adapters.registry import Content
 from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.sets import Build, NoRoom, ParameterSets
 from adapters.slots import AdapterSlots

@@ -7,16 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from adapters.bundle import AdapterBundle
+from adapters.bundle import AdapterBundle, Content
 from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
-from adapters.registry import (
-    Change,
-    Content,
-    Entry,
-    Facts,
-    Registry,
-)
+from adapters.registry import Change, Entry, Facts, Registry
 from adapters.registry_errors import RegistryError, WeightsFull
 from adapters.resident import ResidentVersions
 from adapters.slots import AdapterSlots

@@ -5,13 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from adapters.registry import (
-    GONE_DIGESTS,
-    Change,
-    Content,
-    Facts,
-    Registry,
-)
+from adapters.bundle import Content
+from adapters.registry import GONE_DIGESTS, Change, Facts, Registry
 from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, RegistryError, UnknownName, UnknownVersion
 
 FACTS = Facts(kind="lora", mode="adapter", rank=8, modules=14, nbytes=1000)

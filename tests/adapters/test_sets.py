@@ -14,12 +14,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle, Content, read_bundle
 from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.merge import merge as merge_weight
 from adapters.placement import Placement
 from adapters.prepare import HostFactors, prepare
-from adapters.registry import Content
 from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.report import completed, report
 from adapters.resident import ResidentVersions

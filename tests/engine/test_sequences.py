@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from adapters import resident as resident_module
+from adapters.bundle import Content
 from adapters.prepare import PreparedBundle
-from adapters.registry import Content, Registry
+from adapters.registry import Registry
 from adapters.sets import ParameterSets
 from rollout_server.http.publishing import Publisher
 from tests.engine.sequences import Player, World, explore, failure, invent, shortest

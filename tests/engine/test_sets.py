@@ -14,9 +14,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
 import adapters.resident
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle, Content, read_bundle
 from adapters.prepare import prepare
-from adapters.registry import Content
 from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout, Wants
