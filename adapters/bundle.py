@@ -33,20 +33,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters import dense, mlx_lm, peft
+from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.fit import Proposal, faults
 from adapters.math import DeltaMeasure, measure, measure_dense
-from adapters.spec import (
-    HALVES,
-    AdapterDoesNotFit,
-    AdapterSpec,
-    AdapterUnreadable,
-    AdapterUnsupported,
-    Mode,
-    Parameter,
-    experts_of,
-    quoted,
-    shown,
-)
+from adapters.spec import HALVES, AdapterSpec, Mode, Parameter, experts_of, quoted
 from adapters.tensors import AdapterTensor, FileTensor, read_safetensors
 from adapters.wrappers import unwrapped, unwrapped_config
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from adapters.errors import shown
 from adapters.faults import Fault
 from adapters.patterns import ends
-from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted, shown
+from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted
 from adapters.tensors import STORAGE, FileTensor
 
 if TYPE_CHECKING:

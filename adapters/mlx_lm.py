@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.fit import Proposal, stranger
 from adapters.spec import (
@@ -22,13 +23,10 @@ from adapters.spec import (
     SHOWN_FIELDS,
     TIED_HEAD,
     AdapterSpec,
-    AdapterUnreadable,
-    AdapterUnsupported,
     Kind,
     ModuleSpec,
     place_of,
     quoted,
-    shown,
     to_float32,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors

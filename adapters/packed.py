@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 
 from adapters.bundle import AdapterBundle, make_bundle
-from adapters.spec import AdapterSpec, AdapterUnreadable, ModuleSpec
+from adapters.errors import AdapterUnreadable
+from adapters.spec import AdapterSpec, ModuleSpec
 from adapters.tensors import read_safetensors, write_safetensors
 
 FORMAT = 1

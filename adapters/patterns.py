@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import regex
 
-from adapters.spec import AdapterUnreadable, quoted, shown
+from adapters.errors import AdapterUnreadable, shown
+from adapters.spec import quoted
 
 MAX_LENGTH = 4096
 MAX_REPEAT = 64

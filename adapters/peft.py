@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.fit import Proposal, stranger, twice
 from adapters.patterns import Patterns, PatternTable, ends
@@ -23,8 +24,6 @@ from adapters.spec import (
     MAGNITUDE,
     MAX_RANK,
     AdapterSpec,
-    AdapterUnreadable,
-    AdapterUnsupported,
     ModuleSpec,
     Parameter,
     Place,
@@ -32,7 +31,6 @@ from adapters.spec import (
     lora_scale,
     place_of,
     quoted,
-    shown,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.errors import AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.fit import unserved
 from adapters.peft_names import Block
-from adapters.spec import HALVES, AdapterUnsupported, ModuleSpec, shown
+from adapters.spec import HALVES, ModuleSpec
 from adapters.tensors import FileTensor
 
 Parts = dict[tuple[str, str], FileTensor]

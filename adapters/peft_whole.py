@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from adapters.errors import AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.peft_names import Names
-from adapters.spec import TIED_HEAD, AdapterUnsupported, ModuleSpec, place_of, shown
+from adapters.spec import TIED_HEAD, ModuleSpec, place_of
 
 WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?|(\.base_layer))?\.([^.]+)")
 """The name of a whole tensor: layer, whether it lies below a low-rank part, parameter."""

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
+from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.math import squared_delta_norms
-from adapters.spec import AdapterDoesNotFit, Mode, Parameter
+from adapters.spec import Mode, Parameter
 from adapters.tensors import AdapterTensor
 
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from adapters.bundle import Content
-from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
+from adapters.errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
 from adapters.spec import Mode
 
 GONE_DIGESTS = 4096

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from adapters.bundle import AdapterBundle, Content
+from adapters.errors import QuantisedBase, WeightsFull
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
-from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.sets import Build, NoRoom, ParameterSets
 from adapters.slots import AdapterSlots
 from adapters.spec import Parameter, Place

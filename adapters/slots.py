@@ -20,6 +20,7 @@ import mlx.nn as nn
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
+from adapters.errors import AdapterDoesNotFit
 from adapters.experts import AdaptedExperts
 from adapters.find import bare_layer, holder
 from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
@@ -27,7 +28,7 @@ from adapters.norms import RowNorms, Rows, TableRows
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.sets import SplitEmbedding
-from adapters.spec import AdapterDoesNotFit, Place, experts_of, place_of
+from adapters.spec import Place, experts_of, place_of
 from adapters.staging import Gains, Staging
 
 PLACES: Mapping[Place, str] = MappingProxyType(

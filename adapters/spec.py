@@ -1,17 +1,9 @@
-"""What an adapter is, before any tensor: its kind, and the rank and scale of every layer it changes.
-
-Errors of this package, for the caller to map to its own:
-
-    AdapterError
-    ├── AdapterUnreadable    not an adapter file, or a configuration that says nothing usable
-    ├── AdapterUnsupported   readable, but asks for something that is not served; `fields` names each
-    └── AdapterDoesNotFit    readable, but not for this base; `faults` holds one sentence for each fault
-"""
+"""What an adapter is, before any tensor: its kind, and the rank and scale of every layer it changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -19,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from adapters.faults import Fault, listed, summary
+from adapters.errors import SHOWN_CHARACTERS, AdapterUnreadable, shown
 
 Kind = Literal["lora", "dora", "delta", "full"]
 DENSE_KINDS = ("delta", "full")
@@ -32,44 +24,7 @@ Place = Literal["linear", "embedding", "tied_embedding", "tied_head", "experts"]
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
 MAX_RANK = 1 << 20
-SHOWN_CHARACTERS = 160
 SHOWN_FIELDS = 5
-
-
-class AdapterError(Exception):
-    """Base of the tree. `message` is what the user reads."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-class AdapterUnreadable(AdapterError):
-    """`field` is what to mend: `weights`, `format`, `config`, or a field of the configuration as `config.r`."""
-
-    def __init__(self, message: str, *, field: str = "config") -> None:
-        super().__init__(message)
-        self.field = field
-
-
-class AdapterUnsupported(AdapterError):
-    """`fields` names what is not served, as the configuration or the file spells it; `reasons` says why for each, with
-    one sentence for several where that is the same."""
-
-    def __init__(self, refusals: Mapping[str, str]) -> None:
-        super().__init__(" ".join(dict.fromkeys(refusals.values())))
-        self.fields = tuple(refusals)
-        self.reasons = tuple(refusals.values())
-
-
-class AdapterDoesNotFit(AdapterError):
-    """Every fault at once: one sentence for each kind in the message, for each fault in `faults`."""
-
-    def __init__(self, faults: Sequence[Fault | str]) -> None:
-        every = [Fault(fault) if isinstance(fault, str) else fault for fault in faults]
-        count = "1 fault" if len(every) == 1 else f"{len(every)} faults"
-        super().__init__(f"The adapter does not fit the base; {count}: {summary(every)}")
-        self.faults = listed(every)
 
 
 class EmbeddingShape(NamedTuple):
@@ -185,13 +140,6 @@ def to_float32(value: float) -> float:
     if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise AdapterUnreadable(f"The adapter's scale would be {value}, which is not a finite float32.")
     return float(np.float32(value))
-
-
-def shown(value: object) -> str:
-    """What a stranger called something, for an error sentence: printable, and cut when very long."""
-    text = str(value)
-    plain = text if text.isprintable() else ascii(text)
-    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def fields_shown(fields: Mapping[str, object]) -> str:

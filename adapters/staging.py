@@ -12,10 +12,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.prepare import LARGEST, PreparedBundle
-from adapters.spec import MAGNITUDE, AdapterDoesNotFit
+from adapters.spec import MAGNITUDE
 
 
 class Gains:

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.bundle import AdapterBundle
+from adapters.errors import AdapterError
 from adapters.packed import pack, unpack
 from adapters.reserve import Reserve, is_full
 from adapters.sealed import FORMAT, sealed, unsealed
-from adapters.spec import AdapterError, Mode
+from adapters.spec import Mode
 
 log = logging.getLogger(__name__)
 

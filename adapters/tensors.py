@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
-from adapters.spec import AdapterUnreadable, shown
+from adapters.errors import AdapterUnreadable, shown
 
 STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Served dtypes → how numpy holds them; bf16 as its upper 16 bits."""

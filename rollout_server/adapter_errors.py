@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adapters.registry_errors import GoneVersion, LiveVersion, Mismatch, QuantisedBase, RegistryError, WeightsFull
-from adapters.spec import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.errors import (
+    AdapterDoesNotFit,
+    AdapterError,
+    AdapterUnreadable,
+    AdapterUnsupported,
+    GoneVersion,
+    LiveVersion,
+    Mismatch,
+    QuantisedBase,
+    RegistryError,
+    WeightsFull,
+)
 from rollout_server.errors import (
     AdapterInvalid,
     AdapterMismatch,

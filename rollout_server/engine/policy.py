@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 
 from adapters.bundle import AdapterBundle, Content
+from adapters.errors import AdapterDoesNotFit, RegistryError, WeightsFull
 from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
 from adapters.registry import Change, Entry, Facts, Registry
-from adapters.registry_errors import RegistryError, WeightsFull
 from adapters.resident import ResidentVersions
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterDoesNotFit, Mode
+from adapters.spec import Mode
 from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages import EngineOptions
 from rollout_server.engine.model import ResidentModel

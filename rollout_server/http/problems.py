@@ -16,7 +16,7 @@ from litestar import Request, Response
 from litestar import exceptions as litestar_errors
 from pydantic import ValidationError
 
-from adapters.spec import AdapterError
+from adapters.errors import AdapterError
 from rollout_server import errors
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError

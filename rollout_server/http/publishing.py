@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from adapters.bundle import AdapterBundle
+from adapters.errors import AdapterError
 from adapters.prepare import PreparedBundle, prepare
-from adapters.spec import AdapterError, Mode
+from adapters.spec import Mode
 from adapters.store import NameRecord, StateStore, StoreError
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.handle import EngineHandle

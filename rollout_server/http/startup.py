@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 
 from adapters.bundle import read_bundle
+from adapters.errors import AdapterError
 from adapters.prepare import PreparedBundle, prepare
-from adapters.spec import AdapterError
 from adapters.store import StateStore, StoreError
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.config import ServerConfig

@@ -11,7 +11,8 @@ from litestar.params import FromPath, JSONBody
 
 from adapters import dense
 from adapters.bundle import FORMATS, AdapterBundle
-from adapters.spec import DENSE_KINDS, AdapterUnsupported
+from adapters.errors import AdapterUnsupported
+from adapters.spec import DENSE_KINDS
 from rollout_server.engine.messages import ModelInfo
 from rollout_server.engine.policy_messages import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField

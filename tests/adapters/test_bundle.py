@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.spec import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
 from tests.adapters.making import file_of
 from tests.tiny_models import random_adapter
 

@@ -16,12 +16,12 @@ from mlx_lm.utils import load_model
 
 from adapters import mlx_lm, norms, peft
 from adapters.bundle import read_bundle
+from adapters.errors import AdapterDoesNotFit
 from adapters.find import adaptable_layers
 from adapters.math import squared_delta_norms, squared_row_norms
 from adapters.norms import AdaptedRows, RowNorms, Rows
 from adapters.prepare import HostDelta
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models
 from tests.adapters.making import Layers, adapted, file_of, logits, make, merge, tokens
 from tests.bounds import assert_near, relative

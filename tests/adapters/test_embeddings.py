@@ -16,10 +16,11 @@ from mlx_lm.utils import load_model
 
 from adapters import mlx_lm, norms, peft
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.find import adaptable_layers
 from adapters.layers import AdaptedEmbedding
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
+from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models
 from tests.adapters.making import adapted, file_of, logits, make, merge, tokens
 from tests.bounds import assert_near, relative

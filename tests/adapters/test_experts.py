@@ -17,10 +17,11 @@ from mlx_lm.utils import load_model
 from adapters import layers as adapter_layers
 from adapters import mlx_lm, peft
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.experts import SORTED_FROM, AdaptedExperts
 from adapters.find import adaptable_layers
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, ExpertsShape
+from adapters.spec import ExpertsShape
 from tests import tiny_models
 from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
 from tests.bounds import TINY, amplified, assert_near, relative

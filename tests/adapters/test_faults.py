@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 from adapters.bundle import read_bundle
-from adapters.spec import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported
+from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported
 from tests.tiny_models import random_adapter
 
 LAYERS = {f"model.layers.{layer}.self_attn.{part}_proj": (8, 6) for layer in range(56) for part in "qkvo"}

@@ -15,9 +15,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from adapters import mlx_lm
 from adapters.bundle import read_bundle
+from adapters.errors import AdapterUnreadable, AdapterUnsupported
 from adapters.find import adaptable_layers
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterUnreadable, AdapterUnsupported
 from tests.adapters.making import Layers, file_of, logits, make, tokens
 from tests.bounds import assert_near
 from tests.tiny_models import random_adapter

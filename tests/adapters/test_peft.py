@@ -9,14 +9,8 @@ from safetensors.numpy import save
 
 from adapters import peft
 from adapters.bundle import AdapterBundle, make_bundle, read_bundle
-from adapters.spec import (
-    AdapterDoesNotFit,
-    AdapterError,
-    AdapterSpec,
-    AdapterUnreadable,
-    AdapterUnsupported,
-    ModuleSpec,
-)
+from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.spec import AdapterSpec, ModuleSpec
 from adapters.tensors import AdapterTensor, read_safetensors
 
 BLOCK = {"self_attn.q_proj": (10, 6), "self_attn.k_proj": (4, 6), "mlp.down_proj": (6, 14)}

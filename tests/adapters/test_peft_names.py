@@ -10,8 +10,9 @@ from safetensors.numpy import save
 
 from adapters import peft
 from adapters.bundle import read_bundle
+from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.peft_names import exported, names_in
-from adapters.spec import AdapterDoesNotFit, AdapterUnsupported, ExpertsShape
+from adapters.spec import ExpertsShape
 
 SEEING = {"language_model.model.layers.0.mlp.up_proj": (6, 4), "language_model.lm_head": (9, 4)}
 STACKS = {"gate_proj": ExpertsShape(6, 4, 3), "up_proj": ExpertsShape(6, 4, 3), "down_proj": ExpertsShape(4, 6, 3)}

@@ -15,14 +15,14 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, Content, read_bundle
+from adapters.errors import AdapterDoesNotFit, QuantisedBase, WeightsFull
 from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.merge import merge as merge_weight
 from adapters.placement import Placement
 from adapters.prepare import HostFactors, prepare
-from adapters.registry_errors import QuantisedBase, WeightsFull
 from adapters.report import completed, report
 from adapters.resident import ResidentVersions
-from adapters.spec import AdapterDoesNotFit, Mode
+from adapters.spec import Mode
 from tests import tiny_models
 from tests.adapters.making import logits, merge, tokens
 from tests.bounds import assert_near

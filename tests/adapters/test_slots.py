@@ -13,10 +13,10 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle, read_bundle
+from adapters.errors import AdapterDoesNotFit
 from adapters.find import adaptable_layers
 from adapters.layers import AdaptedLinear
 from adapters.slots import AdapterSlots
-from adapters.spec import AdapterDoesNotFit
 from tests import tiny_models
 from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
 from tests.bounds import TINY, amplified, assert_near

@@ -12,7 +12,7 @@ import pytest
 
 from adapters import store as store_module
 from adapters.bundle import AdapterBundle
-from adapters.spec import AdapterError
+from adapters.errors import AdapterError
 from adapters.store import NameRecord, StateStore, StoreError, VersionRecord, pack, unpack
 from tests.adapters.making import make
 

@@ -17,7 +17,8 @@ from adapters import dense
 from adapters import mlx_lm as mlx_format
 from adapters import peft as peft_format
 from adapters.bundle import AdapterBundle, read_bundle
-from adapters.spec import AdapterUnsupported, place_of
+from adapters.errors import AdapterUnsupported
+from adapters.spec import place_of
 from rollout_server.engine.loading import read_model
 from tests import tiny_models
 from tests.bounds import TINY

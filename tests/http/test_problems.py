@@ -10,7 +10,7 @@ import pytest
 from litestar import exceptions as litestar_errors
 from litestar.testing import RequestFactory, TestClient
 
-from adapters.spec import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
 from rollout_server import errors
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
