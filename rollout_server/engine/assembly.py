@@ -25,13 +25,13 @@ from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages import Command, EngineStatus, Event
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader

@@ -17,7 +17,6 @@ from adapters.slots import AdapterSlots
 from adapters.spec import Mode
 from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages import EngineOptions
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import (
     Activate,
     Delete,
@@ -36,6 +35,7 @@ from rollout_server.engine.policy_messages import (
     RestoredVersion,
     VersionStatus,
 )
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import (
     StalePolicy,
     UnknownPolicy,

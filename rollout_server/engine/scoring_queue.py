@@ -2,8 +2,8 @@
 
 Every job may have one sequence in the reader; more only while the reader holds less than a turn can read. Their KV
 counts against the rows' memory: nothing joins that does not fit, or while a group of rows waits for memory. For the
-first sequence room is kept: no row joins until it fits, and where nothing runs it joins in any case, so that neither can
-wait for the other for ever.
+first sequence room is kept: no row joins until it fits, and where nothing runs it joins in any case, so that neither
+can wait for the other for ever.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections import deque
 
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.ledger import KVLedger
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.passages import ScoreJob, SharedPrefix
 from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.score import Reader, SequentialReader, logit_tokens
 from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.errors import EngineUnavailable, RolloutError

@@ -34,7 +34,7 @@ from rollout_server.engine.messages import (
     Submit,
     TokensSampled,
 )
-from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.model import load
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.policy_messages import (
     Activate,
@@ -44,6 +44,7 @@ from rollout_server.engine.policy_messages import (
     Published,
 )
 from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.rollout import (
     NO_PREFIX,
     OnUpdate,

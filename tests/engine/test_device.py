@@ -18,7 +18,8 @@ from adapters.find import adaptable_layers
 from rollout_server.engine import sampler_check
 from rollout_server.engine.device import device_fault
 from rollout_server.engine.messages import EngineOptions
-from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.model import load
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampler_check import check_sampler
 from rollout_server.errors import AdapterMismatch, EngineUnavailable
 from tests.engine.door import FIRE, broken_steps

@@ -17,8 +17,9 @@ from mlx_lm.models.cache import QuantizedKVCache
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages import EngineOptions
-from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.model import load
 from rollout_server.engine.packed import Packing
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
 from tests import tiny_models

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from rollout_server.engine.filters import RowSubset
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.penalties import TokenCounts, prepare_bans
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampling import prepare, sample, uniforms
 from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import InvalidField

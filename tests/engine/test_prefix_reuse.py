@@ -13,8 +13,8 @@ import mlx.core as mx
 import pytest
 
 from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.policy_messages import Delete
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.bounds import TINY, assert_near
 from tests.engine.door import broken_steps, wrap_forwards

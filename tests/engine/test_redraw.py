@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.exponentials import FANOUT, MOST
-from rollout_server.engine.model import ResidentModel
 from rollout_server.engine.redraw import RowReplay, TokenRange, _slack, replay_tokens
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampling import prepare, sample, uniforms
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.cache import PaddedKV
-from rollout_server.engine.model import ResidentModel
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.slot_layer import PaddedLayer, runs
 from rollout_server.rollout import FinishReason
 from tests.engine.driver import Driver, prompts_of

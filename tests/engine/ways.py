@@ -12,7 +12,8 @@ import pytest
 
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages import EngineOptions
-from rollout_server.engine.model import ResidentModel, load
+from rollout_server.engine.model import load
+from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.reuse import LEAST
 from rollout_server.rollout import Rollout
 from tests.engine.driver import Driver

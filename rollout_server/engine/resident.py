@@ -1,0 +1,53 @@
+"""The base in memory, as the rest of the engine uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from rollout_server.engine.cache import PaddedKV
+from rollout_server.engine.messages import ModelInfo
+from rollout_server.engine.row_store import KVStore
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentModel:
+    """The base in memory. `make_store` gives empty KV rows of the kind the self-test chose."""
+
+    module: nn.Module
+    tokenizer: Any
+    """transformers' tokenizer for the engine thread (stop strings)."""
+    host_tokenizer: Any
+    """The same for the event loop: a tokenizer is not to be shared between threads."""
+    dtype: mx.Dtype
+    info: ModelInfo
+    make_store: Callable[[], KVStore]
+    compiles: bool = False
+    """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
+    trunk: str = ""
+    """Path of the part of `module` that gives hidden states; empty if none does."""
+
+    def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
+        return self.module(tokens, cache=caches)
+
+    def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
+        return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
+
+    def make_padded(self) -> PaddedKV:
+        """Empty rows with columns; only where `info.cache` is `slots`."""
+        store = self.make_store()
+        if not isinstance(store, PaddedKV):
+            raise RuntimeError("A model with slot caches made another kind of store.")
+        return store
+
+    def make_caches(self) -> list[Any]:
+        """Fresh mlx-lm caches for one sequence."""
+        return make_prompt_cache(self.module)
