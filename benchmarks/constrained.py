@@ -23,7 +23,8 @@ from benchmarks.record import Measured, Scale, Section, ratio
 from rollout_server.blas import load_fast_blas
 
 if TYPE_CHECKING:
-    from rollout_server.engine.grammars import CompiledGrammar, Follower
+    from rollout_server.engine.grammars import CompiledGrammar
+    from rollout_server.grammar import Follower
     from tests.engine.driver import Driver
 
 CONSTRAINED = 8

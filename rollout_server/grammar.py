@@ -40,14 +40,37 @@ class Grammar:
         return self.kind in (GrammarKind.JSON, GrammarKind.CHOICE)
 
 
+class Follower(Protocol):
+    """Where a row is in its grammar."""
+
+    fault: str | None
+    """Why it cannot be followed any further."""
+    matcher: Any
+    """What masks are filled from; only who compiles grammars looks into it."""
+
+    @property
+    def free(self) -> bool:
+        """Anything may come: the grammar has not begun."""
+
+    def advance(self, token: int) -> None:
+        """Takes the row's next token."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is one of the grammar's."""
+
+    def check(self) -> None:
+        """Notes a fault."""
+
+
 class Constraint(Protocol):
     """A grammar made ready for one tokenizer. Immutable, so threads share it."""
 
     @property
     def grammar(self) -> Grammar: ...
 
-    def follow(self, token_ids: Sequence[int]) -> Any:
-        """What the engine keeps of a row that begins with these tokens, see `engine.grammars.Follower`."""
+    def follow(self, token_ids: Sequence[int]) -> Follower:
+        """Where a row is that begins with these tokens."""
 
     def accepted(self, token_ids: Sequence[int]) -> int:
         """How many of the tokens, from the first on, can begin a text of the grammar. An end token

@@ -21,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 
 from rollout_server.engine.spelling import Spelling
 from rollout_server.errors import InvalidField, UnsupportedField
-from rollout_server.grammar import WHITESPACE, Grammar, GrammarKind
+from rollout_server.grammar import WHITESPACE, Follower, Grammar, GrammarKind
 from rollout_server.quoting import shortened
 
 MOST_TEXT = 262_144
@@ -53,15 +53,15 @@ class CompiledGrammar:
             free += 1
         return free + follower.matcher.try_consume_tokens(list(token_ids[free:]))
 
-    def follow(self, token_ids: Sequence[int]) -> Follower:
+    def follow(self, token_ids: Sequence[int]) -> GrammarFollower:
         """Of a row that begins with these tokens."""
-        follower = Follower(self.start.deep_copy(), self.grammar.after)
+        follower = GrammarFollower(self.start.deep_copy(), self.grammar.after)
         for token in token_ids:
             follower.advance(token)
         return follower
 
 
-class Follower:
+class GrammarFollower:
     """Where a row is in its grammar."""
 
     __slots__ = ("_mark", "_tail", "fault", "matcher")

@@ -13,9 +13,10 @@ import numpy as np
 
 from rollout_server.engine.exponentials import FANOUT, MOST
 from rollout_server.engine.filters import RowSubset
-from rollout_server.engine.grammars import Follower, MaskFiller, hold_back
+from rollout_server.engine.grammars import MaskFiller, hold_back
 from rollout_server.engine.penalties import Pairs, allowed_only, count_tokens, ends_of
 from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
+from rollout_server.grammar import Follower
 from rollout_server.rollout import SamplingParams
 
 

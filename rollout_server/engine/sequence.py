@@ -10,8 +10,8 @@ from adapters.placement import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.buckets import HEADROOM
 from rollout_server.engine.cache import Prompt
-from rollout_server.engine.grammars import Follower
 from rollout_server.errors import GrammarFault, RolloutError
+from rollout_server.grammar import Follower
 from rollout_server.rollout import (
     CARRIED,
     RECOMPUTED,
