@@ -98,7 +98,7 @@ def scored(engine: Engine, rows: list[Rollout]) -> np.ndarray:
     """float64 [tokens of all rows], in their order."""
     import numpy as np
 
-    from rollout_server.engine.messages import Score
+    from rollout_server.engine.messages.scoring import Score
     from rollout_server.rollout import PolicyAddress
 
     sequences = tuple(row.prompt_ids + row.token_ids for row in rows)

@@ -11,7 +11,8 @@ from typing import Any, Self, TypeVar
 
 from benchmarks.measure import Load
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import EngineOptions, RowFinished, TokensSampled
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ class Side:
 
     def __init__(self, directory: Path, runner: asyncio.Runner, *, on: bool) -> None:
         from rollout_server.engine.handle import EngineHandle
-        from rollout_server.engine.messages import EngineOptions
+        from rollout_server.engine.messages.options import EngineOptions
 
         self.name = "on" if on else "off"
         self._runner = runner
@@ -85,7 +85,7 @@ class Side:
         return self._runner.run(self._watch(short, long))
 
     async def _watch(self, short: list[list[int]], long: list[list[int]]) -> tuple[float, float]:
-        from rollout_server.engine.messages import TokensSampled
+        from rollout_server.engine.messages.rollouts import TokensSampled
 
         times: list[float] = []
         events = self._submit(short, 1, 400, stream=True)
@@ -113,7 +113,7 @@ class Side:
         return [began, time.perf_counter()]
 
     async def _rows(self, prompts: list[list[int]], n: int, length: int) -> list[Rollout]:
-        from rollout_server.engine.messages import RowFinished
+        from rollout_server.engine.messages.rollouts import RowFinished
 
         return [event.rollout async for event in self._submit(prompts, n, length) if isinstance(event, RowFinished)]
 

@@ -9,8 +9,8 @@ from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import BatchKey
 from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue

@@ -24,10 +24,11 @@ from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
-from rollout_server.engine.messages import Command, EngineStatus, Event
+from rollout_server.engine.messages.rollouts import Command, Event
+from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from rollout_server.engine.buckets import HEADROOM, round_up, row_bucket
 from rollout_server.engine.chunks import padded
-from rollout_server.engine.messages import KV_BUCKET as COLUMN_BUCKET
+from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 from rollout_server.engine.prefix_cache import Layers, Segment
 from rollout_server.engine.slot_layer import PaddedLayer, Window
 

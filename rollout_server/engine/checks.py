@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rollout_server.engine.embedding_messages import Embed
-from rollout_server.engine.messages import ModelInfo, Score, ScoringCommand
-from rollout_server.engine.replays import Replay
+from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.scoring import Embed, Replay, Score, ScoringCommand
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.rollout import RolloutRequest, tiling_fault
 

@@ -14,29 +14,31 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 from rollout_server.engine.checks import check_group, check_scoring
-from rollout_server.engine.embedding_messages import Embed, Embedded
-from rollout_server.engine.footprint import Release, Released
-from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
-from rollout_server.engine.messages import (
+from rollout_server.engine.messages.control import (
     Abort,
-    Command,
-    EngineOptions,
-    EngineStatus,
-    Event,
-    ModelInfo,
+    Pause,
+    PauseMode,
     Ping,
+    PrefixCacheReset,
+    Release,
+    Released,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.engine.messages.rollouts import (
+    Command,
+    Event,
     RequestDone,
     RequestFailed,
     RowFinished,
-    Score,
-    Scored,
-    ScoringCommand,
-    Stop,
     Submit,
     TokensSampled,
 )
-from rollout_server.engine.pause_messages import Pause, PauseMode, Resume
-from rollout_server.engine.policy_messages import (
+from rollout_server.engine.messages.scoring import Embed, Embedded, Replay, Replayed, Score, Scored, ScoringCommand
+from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
     Deleted,
@@ -50,7 +52,6 @@ from rollout_server.engine.policy_messages import (
     Restore,
     Restored,
 )
-from rollout_server.engine.replays import Replay, Replayed
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.grammar import Constraint, Grammar

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.cache import Forward, Prompt
-from rollout_server.engine.messages import JOINED_KV_SPARE
+from rollout_server.engine.messages.options import JOINED_KV_SPARE
 
 
 class MlxCacheKV:

@@ -16,19 +16,26 @@ from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import Kind, TurnBudget
-from rollout_server.engine.embedding_messages import Embed
-from rollout_server.engine.footprint import Release
-from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.ledger import KVLedger
 from rollout_server.engine.memory import Memory
-from rollout_server.engine.messages import Abort, Command, Event, Ping, Pong, Score, Stop, Submit
-from rollout_server.engine.pause_messages import Pause, Resume
+from rollout_server.engine.messages.control import (
+    Abort,
+    Pause,
+    Ping,
+    Pong,
+    PrefixCacheReset,
+    Release,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
+from rollout_server.engine.messages.rollouts import Command, Event, Submit
+from rollout_server.engine.messages.scoring import Embed, Replay, Score
+from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.policy_messages import PolicyCommand
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
-from rollout_server.engine.replays import Replay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue

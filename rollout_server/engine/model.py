@@ -16,11 +16,10 @@ from adapters.device_check import check_adapters
 from adapters.fit import adaptable_layers, replaceable_parameters
 from adapters.spec import Place
 from rollout_server.engine.base_digest import base_digest
-from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.kv_choice import choose_store
 from rollout_server.engine.loading import ReadModel, read_model
-from rollout_server.engine.messages import EngineOptions, ModelInfo
+from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampler_check import check_sampler
 from rollout_server.engine.sentence_files import read_embedding

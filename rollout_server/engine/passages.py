@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine.cache import Prompt
-from rollout_server.engine.embedding_messages import PoolingKind
-from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.messages.options import PoolingKind
+from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.pooling import Pool
 from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.sequence import Group, TopTokens

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rollout_server.engine.messages import ScoringCommand
-from rollout_server.engine.pause_messages import Pause, Paused, PauseMode, Resume
+from rollout_server.engine.messages.control import Pause, Paused, PauseMode, Resume
+from rollout_server.engine.messages.scoring import ScoringCommand
 from rollout_server.engine.reports import Reports
 from rollout_server.errors import EngineUnavailable
 

@@ -16,8 +16,8 @@ from adapters.resident import ResidentVersions
 from adapters.slots import AdapterSlots
 from adapters.spec import Mode
 from rollout_server.adapter_errors import as_ours
-from rollout_server.engine.messages import EngineOptions
-from rollout_server.engine.policy_messages import (
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
     Deleted,

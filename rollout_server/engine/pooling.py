@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.embedding_messages import PoolingKind
+from rollout_server.engine.messages.options import PoolingKind
 
 
 @dataclass(slots=True, eq=False)

@@ -6,12 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rollout_server.engine.embedding_messages import Embed, Embedded, PoolingKind
-from rollout_server.engine.messages import Score, Scored, ScoredSequence, ScoringCommand
+from rollout_server.engine.messages.options import PoolingKind
+from rollout_server.engine.messages.scoring import (
+    Embed,
+    Embedded,
+    RecordedRow,
+    Replay,
+    Replayed,
+    ReplayedRow,
+    Score,
+    Scored,
+    ScoredSequence,
+    ScoringCommand,
+)
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.redraw import RowReplay
-from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.sequence import Group

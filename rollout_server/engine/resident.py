@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from rollout_server.engine.cache import PaddedKV
-from rollout_server.engine.messages import ModelInfo
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.row_store import KVStore
 
 

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from rollout_server.engine.cache import PaddedKV, Prompt
-from rollout_server.engine.kept_prefixes import PrefixStatus
-from rollout_server.engine.policy_messages import PolicyStatus
+from rollout_server.engine.messages.status import PrefixStatus
+from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.engine.prefix_cache import Key, PrefixCache, Segment
 from rollout_server.engine.sequence import Group, Row
 from rollout_server.rollout import PolicyVersion

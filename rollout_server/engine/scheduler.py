@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rollout_server.engine.messages import Submit
+from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError
 

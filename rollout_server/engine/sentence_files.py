@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rollout_server.engine.embedding_messages import Embedding, PoolingKind
+from rollout_server.engine.messages.options import Embedding, PoolingKind
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 KINDS: tuple[tuple[str, PoolingKind], ...] = (("lasttoken", "last"), ("mean", "mean"))

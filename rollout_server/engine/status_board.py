@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.memory import Memory
-from rollout_server.engine.messages import EngineStatus
+from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption

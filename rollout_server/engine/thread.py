@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rollout_server.engine.messages import Command, EngineOptions, EngineStatus, Event, ModelInfo
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.engine.messages.rollouts import Command, Event
+from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
 

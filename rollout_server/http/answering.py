@@ -11,7 +11,7 @@ from typing import Any
 from litestar import Request, Response
 
 from rollout_server.engine.handle import Subscription
-from rollout_server.engine.messages import RowFinished, TokensSampled
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.http.body import beside
 from rollout_server.http.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.encoding import json_response, usage, weight_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.detokenize import IncrementalText, special_ids
-from rollout_server.engine.messages import ScoredSequence, TokensSampled
+from rollout_server.engine.messages.rollouts import TokensSampled
+from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.http.encoding import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.processed import processed_top
 from rollout_server.http.prompts import PromptTokens

@@ -11,7 +11,7 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.messages import Score, Scored
+from rollout_server.engine.messages.scoring import Score, Scored
 from rollout_server.errors import ContextExceeded
 from rollout_server.http.answering import OUR_WORDS, Job, last_events, policy_headers, respond
 from rollout_server.http.auth import may_infer

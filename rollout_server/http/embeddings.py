@@ -10,7 +10,8 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
+from rollout_server.engine.messages.options import Embedding
+from rollout_server.engine.messages.scoring import Embed, Embedded
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.answering import OUR_WORDS, policy_headers
 from rollout_server.http.auth import may_infer

@@ -8,7 +8,7 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.messages import Score
+from rollout_server.engine.messages.scoring import Score
 from rollout_server.errors import ContextExceeded, InvalidField, UnknownPolicy
 from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, scores_file

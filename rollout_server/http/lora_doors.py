@@ -18,7 +18,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from adapters.prepare import PreparedBundle
-from rollout_server.engine.policy_messages import Delete, Publish
+from rollout_server.engine.messages.versions import Delete, Publish
 from rollout_server.errors import BodyTooLarge, InvalidField, NotFound
 from rollout_server.http.auth import may_administer
 from rollout_server.http.body import StrictJson, read_json

@@ -13,9 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rollout_server.engine.footprint import MemoryStatus
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.kept_prefixes import PrefixStatus
+from rollout_server.engine.messages.status import MemoryStatus, PrefixStatus
 from rollout_server.rollout import BASE
 
 CONTENT_TYPE = "text/plain; version=0.0.4"

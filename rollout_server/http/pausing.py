@@ -10,7 +10,7 @@ from litestar import Controller, Request, Response, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.pause_messages import PauseMode
+from rollout_server.engine.messages.control import PauseMode
 from rollout_server.errors import BadBody, InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson, no_query, parse_json, read_json

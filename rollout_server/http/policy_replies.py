@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.engine.policy_messages import PolicyStatus, VersionStatus
+from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 
 
 def policy_entry(policy: PolicyStatus) -> dict[str, Any]:

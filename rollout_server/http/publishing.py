@@ -22,7 +22,7 @@ from adapters.spec import Mode
 from adapters.store import NameRecord, StateStore, StoreError
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.policy_messages import (
+from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
     Deleted,

@@ -11,8 +11,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.divergence import Divergence
-from rollout_server.engine.messages import Score, Scored
-from rollout_server.engine.replays import RecordedRow, Replay
+from rollout_server.engine.messages.scoring import RecordedRow, Replay, Score, Scored
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.body import StrictJson, beside, read_json

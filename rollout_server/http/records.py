@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from adapters.registry import GONE_TOLD, remember, surplus
 from adapters.store import NameRecord, VersionRecord
-from rollout_server.engine.policy_messages import Delete, Pin, PolicyStatus, VersionStatus
+from rollout_server.engine.messages.versions import Delete, Pin, PolicyStatus, VersionStatus
 
 
 def record_of(policy: PolicyStatus) -> NameRecord:

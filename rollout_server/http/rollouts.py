@@ -16,7 +16,7 @@ from litestar.params import JSONBody
 from pydantic import TypeAdapter, ValidationError
 
 from rollout_server.engine.handle import Subscription
-from rollout_server.engine.messages import RowFinished, TokensSampled
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer

@@ -13,8 +13,8 @@ from litestar.connection import ASGIConnection
 
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import ModelInfo
-from rollout_server.engine.policy_messages import PolicyStatus
+from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.long_texts import ContextBound
 from rollout_server.http.metrics import Metrics

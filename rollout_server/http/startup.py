@@ -14,8 +14,8 @@ from adapters.store import StateStore, StoreError
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages import EngineOptions, ModelInfo
-from rollout_server.engine.policy_messages import Publish
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
 from rollout_server.http.publishing import Publisher
 from rollout_server.model_files import resolve_model

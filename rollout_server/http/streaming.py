@@ -12,7 +12,7 @@ from litestar.background_tasks import BackgroundTask
 from litestar.response import Stream
 
 from rollout_server.engine.handle import Subscription
-from rollout_server.engine.messages import RowFinished, TokensSampled
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import BadBody, RolloutError
 from rollout_server.http.problems import body_of, error_of_row
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, RowError, Timings

@@ -13,8 +13,8 @@ from adapters import dense
 from adapters.bundle import FORMATS, AdapterBundle
 from adapters.errors import AdapterUnsupported
 from adapters.spec import DENSE_KINDS
-from rollout_server.engine.messages import ModelInfo
-from rollout_server.engine.policy_messages import Delete, Deleted, Export, Pin
+from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.versions import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import SAFETENSORS, StrictJson, no_query, read_json

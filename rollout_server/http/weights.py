@@ -16,8 +16,8 @@ from adapters.bundle import AdapterBundle, read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.report import BundleReport, completed
 from adapters.report import report as report_on
-from rollout_server.engine.messages import ModelInfo
-from rollout_server.engine.policy_messages import Activate, Publish, Published
+from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.body import StrictJson, no_query, read_json

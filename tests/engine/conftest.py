@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
 from tests import tiny_models

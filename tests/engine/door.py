@@ -14,11 +14,11 @@ from adapters.resident import ResidentVersions
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.cache import Forward
-from rollout_server.engine.embedding_messages import PoolingKind
-from rollout_server.engine.footprint import MemoryStatus
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
+from rollout_server.engine.messages.options import PoolingKind
+from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.passages import ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import RequestQueue

@@ -16,34 +16,34 @@ from safetensors.numpy import save
 from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.assembly import build_engine
 from rollout_server.engine.device import device_fault
-from rollout_server.engine.embedding_messages import Embed, Embedded
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages import (
-    Abort,
+from rollout_server.engine.messages.control import Abort
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.rollouts import (
     Command,
-    EngineOptions,
-    EngineStatus,
     Event,
     RequestDone,
     RequestFailed,
     RowFinished,
-    Score,
-    Scored,
-    ScoredSequence,
     Submit,
     TokensSampled,
 )
+from rollout_server.engine.messages.scoring import (
+    Embed,
+    Embedded,
+    RecordedRow,
+    Replay,
+    Replayed,
+    ReplayedRow,
+    Score,
+    Scored,
+    ScoredSequence,
+)
+from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.messages.versions import Activate, PolicyCommand, PolicyReply, Publish, Published
 from rollout_server.engine.model import load
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.policy_messages import (
-    Activate,
-    PolicyCommand,
-    PolicyReply,
-    Publish,
-    Published,
-)
-from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.rollout import (
     NO_PREFIX,

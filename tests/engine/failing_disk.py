@@ -24,8 +24,8 @@ from unittest import mock
 
 from adapters import store as store_module
 from adapters.store import NameRecord, StateStore
-from rollout_server.engine.messages import RequestFailed
-from rollout_server.engine.policy_messages import Activate, Delete, Pin, PolicyReply, Publish
+from rollout_server.engine.messages.rollouts import RequestFailed
+from rollout_server.engine.messages.versions import Activate, Delete, Pin, PolicyReply, Publish
 from rollout_server.errors import EngineFault, RolloutError, StorageFailed
 from rollout_server.http.publishing import Publisher
 from tests.engine.driver import Driver

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.spec import Mode
-from rollout_server.engine.policy_messages import (
+from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
     Deleted,

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 

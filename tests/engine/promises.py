@@ -18,15 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from rollout_server.engine.messages import (
-    Event,
-    RequestDone,
-    RequestFailed,
-    RowFinished,
-    Score,
-    Scored,
-)
-from rollout_server.engine.policy_messages import Deleted, Exported, Pinned, Published, Restored
+from rollout_server.engine.messages.rollouts import Event, RequestDone, RequestFailed, RowFinished
+from rollout_server.engine.messages.scoring import Score, Scored
+from rollout_server.engine.messages.versions import Deleted, Exported, Pinned, Published, Restored
 from rollout_server.errors import EngineFault, NeverAdmitted
 from rollout_server.rollout import FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
 from tests.bounds import TINY, assert_near

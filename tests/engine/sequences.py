@@ -22,8 +22,9 @@ from unittest import mock
 from adapters import resident as resident_module
 from adapters import slots as slots_module
 from adapters.placement import BASE_SET
-from rollout_server.engine.messages import Score, Submit
-from rollout_server.engine.policy_messages import Activate, Delete, Export, Pin, Publish
+from rollout_server.engine.messages.rollouts import Submit
+from rollout_server.engine.messages.scoring import Score
+from rollout_server.engine.messages.versions import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
 from tests.engine.door import FIRE, broken_steps
 from tests.engine.driver import Driver, prompts_of

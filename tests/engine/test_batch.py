@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants

@@ -19,7 +19,7 @@ from rollout_server.engine.checkpoint.plan import Plan, plan_of
 from rollout_server.engine.checkpoint.rope import frequencies
 from rollout_server.engine.checkpoint.turning import FrequencyRoPE
 from rollout_server.engine.loading import ReadModel, read_model
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.errors import EngineUnavailable
 from tests import tiny_models

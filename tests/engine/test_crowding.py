@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.footprint import Release
+from rollout_server.engine.messages.control import Release
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of

@@ -17,7 +17,7 @@ from adapters.device_check import check_adapters
 from adapters.find import adaptable_layers
 from rollout_server.engine import sampler_check
 from rollout_server.engine.device import device_fault
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampler_check import check_sampler

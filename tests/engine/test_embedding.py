@@ -14,9 +14,9 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from rollout_server.engine.embedding_messages import Embedding
 from rollout_server.engine.hidden import find_trunk
-from rollout_server.engine.pause_messages import Pause, Resume
+from rollout_server.engine.messages.control import Pause, Resume
+from rollout_server.engine.messages.options import Embedding
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.engine.sentence_files import read_embedding

@@ -10,7 +10,9 @@ import pytest
 
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages import EngineOptions, RowFinished, Score
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.rollouts import RowFinished
+from rollout_server.engine.messages.scoring import Score
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull, UnknownPolicy
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 

@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.engine.cache import row_bucket
 from rollout_server.engine.lengths import MEASURED_CELLS, MOST_BUCKETS, Shape, StepCosts, cheapest, plan
-from rollout_server.engine.messages import Stop
+from rollout_server.engine.messages.control import Stop
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import assert_same, tolerance

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from rollout_server.engine.base_digest import base_digest
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable

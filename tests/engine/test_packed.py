@@ -16,7 +16,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from rollout_server.engine.cache import Prompt
 from rollout_server.engine.lengths import StepCosts
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.packed import Packing
 from rollout_server.engine.resident import ResidentModel

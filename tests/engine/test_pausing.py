@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.messages import RequestFailed
-from rollout_server.engine.pause_messages import Pause, Paused, Resume
+from rollout_server.engine.messages.control import Pause, Paused, Resume
+from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.errors import NeverAdmitted
 from rollout_server.rollout import FinishReason, Wants
 from tests.engine.driver import Driver, prompts_of

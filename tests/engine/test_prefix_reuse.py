@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.kept_prefixes import PrefixCacheReset, ResetPrefixCache
-from rollout_server.engine.policy_messages import Delete
+from rollout_server.engine.messages.control import PrefixCacheReset, ResetPrefixCache
+from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.bounds import TINY, assert_near

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine.messages import RowFinished
+from rollout_server.engine.messages.rollouts import RowFinished
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants

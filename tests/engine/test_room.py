@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.footprint import Release
 from rollout_server.engine.lengths import StepCosts
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.control import Release
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.score import LEAST_BYTES, SLICES

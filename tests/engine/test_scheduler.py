@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollout_server.engine.messages import Submit
+from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.sequence import Group
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rollout_server.engine import score as score_module
-from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.score import SequentialReader
 from rollout_server.engine.score_rows import BatchedReader

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 import adapters.resident
 from adapters.bundle import AdapterBundle, Content, read_bundle
 from adapters.prepare import prepare
-from rollout_server.engine.policy_messages import Delete, Restore, RestoredVersion
+from rollout_server.engine.messages.versions import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, amplified, assert_near

@@ -13,7 +13,7 @@ import pytest
 import adapters.resident
 import adapters.slots
 from adapters.prepare import prepare
-from rollout_server.engine.policy_messages import PolicyReply
+from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
 from tests.engine.door import FIRE

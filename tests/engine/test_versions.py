@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollout_server.engine.policy_messages import Delete, Export, Pin, Restore, RestoredVersion
+from rollout_server.engine.messages.versions import Delete, Export, Pin, Restore, RestoredVersion
 from rollout_server.errors import (
     Conflict,
     PreconditionFailed,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.engine.messages import Stop
-from rollout_server.engine.policy_messages import Delete
+from rollout_server.engine.messages.control import Stop
+from rollout_server.engine.messages.versions import Delete
 from rollout_server.errors import NeverAdmitted, StalePolicy, UnknownPolicy
 from rollout_server.rollout import FinishReason
 from tests.engine.driver import Driver, prompts_of

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from rollout_server.engine.lengths import StepCosts
-from rollout_server.engine.messages import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.reuse import LEAST

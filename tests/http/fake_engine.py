@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.engine.embedding_messages import Embed, Embedded, Embedding
-from rollout_server.engine.footprint import MemoryStatus, Released
 from rollout_server.engine.grammars import Grammars
-from rollout_server.engine.kept_prefixes import PrefixCacheReset, PrefixStatus
-from rollout_server.engine.messages import (
-    EngineStatus,
-    ModelInfo,
-    RowFinished,
+from rollout_server.engine.messages.control import PrefixCacheReset, Released
+from rollout_server.engine.messages.options import Embedding, ModelInfo
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
+from rollout_server.engine.messages.scoring import (
+    Embed,
+    Embedded,
+    RecordedRow,
+    Replay,
+    Replayed,
+    ReplayedRow,
     Score,
     Scored,
     ScoredSequence,
-    TokensSampled,
 )
-from rollout_server.engine.replays import RecordedRow, Replay, Replayed, ReplayedRow
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (

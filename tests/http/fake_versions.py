@@ -13,7 +13,7 @@ from adapters.registry import (
 )
 from adapters.spec import Mode
 from rollout_server.adapter_errors import as_ours
-from rollout_server.engine.policy_messages import (
+from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
     Deleted,

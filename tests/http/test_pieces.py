@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.messages import ScoredSequence
+from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.http.choices import ChoiceOptions, Echo
 from rollout_server.http.processed import processed_top
 from rollout_server.http.prompts import PromptTokens

@@ -1,4 +1,4 @@
-"""What crosses the border of the engine thread about versions of policies; see `messages.py`."""
+"""What crosses the border about versions of policies."""
 
 from __future__ import annotations
 

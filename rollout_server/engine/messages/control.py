@@ -1,0 +1,84 @@
+"""Aborting, pausing, giving memory back, and signs of life, across the border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PauseMode = Literal["wait", "keep", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """New work waits. What runs goes on (`wait`), freezes (`keep`), or ends with the requests it is of (`abort`)."""
+
+    id: str
+    mode: PauseMode
+    drain: bool = False
+    """Answer when nothing is computed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    id: str
+    mode: PauseMode | None
+    """None: it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Ends every row of the named requests; unknown ids are ignored."""
+
+    ids: tuple[str, ...]
+    reason: str = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answered with a `Pong` between two turns: the thread lives."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the thread after failing what is left by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give back memory that is not in use: free KV and what MLX keeps of freed arrays."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    id: str
+    nbytes: int
+    """What the process holds less than before,"""
+    kv_bytes: int
+    """and how much of it was KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """Forget the KV that is kept for later requests."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCacheReset:
+    id: str
+    freed_bytes: int

@@ -1,0 +1,97 @@
+"""What the engine is started with, and what it says of the model it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from adapters.spec import Parameter, Place
+
+
+KV_BUCKET = 32
+"""KV columns are allocated and read in multiples of this,"""
+JOINED_KV_SPARE = 256
+"""and mlx-lm's own caches allocate up to so many more than they hold."""
+PoolingKind = Literal["last", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to start the engine. Sizes in bytes; `None` means chosen from the machine."""
+
+    model_path: str
+    """A local directory with config.json, safetensors and tokenizer files."""
+    model_id: str
+    """What the base is called on the wire (Hub id, directory name or --served-model-name)."""
+    context_length: int | None = None
+    """At most the model's own; shorter saves nothing but bounds requests."""
+    max_batch: int = 64
+    """Rows that decode together."""
+    kv_memory: int | None = None
+    weights_memory: int | None = None
+    max_queue: int = 4096
+    """Requests that may wait."""
+    max_rows_per_request: int = 65536
+    keep_versions: int = 8
+    prefill_tokens: int = 512
+    """Tokens read at most between two decode steps, of prompts and of what is scored; fewer while rows decode."""
+    prefix_cache: bool = True
+    """Keep KV for later requests that begin with the same tokens."""
+    compile_decode: bool | None = None
+    """Trace decode steps; None: where the device is no CPU."""
+    kv_bits: int | None = None
+    """8 keeps keys and values in so many bits; None as the model computes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """How the resident model's hidden states become one vector."""
+
+    pooling: PoolingKind = "last"
+    normalise: bool = True
+    """To length 1, after `dimensions` cut it."""
+    width: int = 0
+    refusal: str = "This model has no hidden states that it could be embedded by."
+    """Why it embeds nothing, as a sentence; empty where it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The resident base. Everything HTTP, fit checks and admission need to know without touching an array."""
+
+    id: str
+    digest: str
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    """`float32`, `bfloat16` or `float16`: of activations, and of KV but for `kv_bits`."""
+    quantization: dict[str, Any] | None
+    eos_token_ids: tuple[int, ...]
+    parameters: int
+    layers: dict[str, tuple[int, int]]
+    """Every layer an adapter may target: parameter path → (out features, in features)."""
+    kv_bytes_per_token: int
+    kv_memory: int
+    cache: str
+    """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
+    max_batch: int
+    device: str
+    weight_bytes: int = 0
+    """Of the base, as it is in memory."""
+    kv_bytes_per_row: int = 0
+    """State of fixed size (recurrent layers), besides what its tokens take."""
+    kv_bits: int | None = None
+    """8 where keys and values are kept in so many bits; None where they are what the model computed."""
+    embedding: Embedding = field(default_factory=Embedding)
+    unfit: dict[Place, str] = field(default_factory=dict)
+    """Kinds of layers on which this device computes adapters wrongly, and what it does there: they are refused."""
+    weights: dict[str, Parameter] = field(default_factory=dict)
+    """Every parameter that a version may add to or have one of its own for, by path."""
+
+    def row_bytes(self, tokens: int) -> int:
+        """KV memory of a row of so many tokens, bytes."""
+        slots = -(-(tokens + 1) // KV_BUCKET) * KV_BUCKET
+        columns = slots if self.cache == "slots" else tokens + JOINED_KV_SPARE
+        return columns * self.kv_bytes_per_token + self.kv_bytes_per_row

@@ -1,0 +1,89 @@
+"""Sampling, across the border: what is submitted and what comes back; and the unions of all commands and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rollout_server.engine.messages.control import (
+    Abort,
+    Pause,
+    Paused,
+    Ping,
+    Pong,
+    PrefixCacheReset,
+    Release,
+    Released,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
+from rollout_server.engine.messages.scoring import Embedded, Replayed, Scored, ScoringCommand
+from rollout_server.engine.messages.versions import PolicyCommand, PolicyReply
+from rollout_server.errors import RolloutError
+from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Groups of one HTTP request; accepted or refused together."""
+
+    id: str
+    groups: tuple[RolloutRequest, ...]
+    deadline: float | None = None
+    """time.monotonic() at which what is left ends as `aborted` with stop_reason `timeout`."""
+
+
+Command = Submit | ScoringCommand | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class TokensSampled:
+    """New tokens of one row (only for requests that stream tokens)."""
+
+    id: str
+    prompt_index: int
+    sample_index: int
+    version: PolicyVersion
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowFinished:
+    """One row is done, whatever its finish_reason."""
+
+    id: str
+    rollout: Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDone:
+    """Terminal: every row of the request was reported."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Terminal: the request ends with an error; rows reported before it stand."""
+
+    id: str
+    error: RolloutError
+
+
+Event = (
+    TokensSampled
+    | RowFinished
+    | RequestDone
+    | RequestFailed
+    | Scored
+    | Replayed
+    | Embedded
+    | PolicyReply
+    | Paused
+    | Released
+    | PrefixCacheReset
+    | Pong
+)

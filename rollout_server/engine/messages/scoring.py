@@ -1,0 +1,119 @@
+"""Reading without sampling, across the border: teacher forcing, replay, embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rollout_server.rollout import (
+    PolicyAddress,
+    PolicyVersion,
+    SamplingParams,
+    Span,
+    SpanAddress,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRow:
+    """A rollout as it was recorded. `judged` and `logprobs` have the length of `token_ids`."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    spans: tuple[SpanAddress, ...]
+    """What each token was sampled under. They tile `token_ids`, or are empty if nothing of it is to be read."""
+    judged: tuple[bool, ...]
+    """False: given to the row, so it is read and not drawn."""
+    logprobs: tuple[float | None, ...]
+    sampling: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Draw the tokens of rows again, each from the logits after the recorded ones before it."""
+
+    id: str
+    rows: tuple[RecordedRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedRow:
+    first_difference: int | None
+    """Index in `token_ids` of the first token that is drawn otherwise now; None if there is none."""
+    margin: float | None
+    """By how much it is another one, see `redraw.RowReplay.margin`; None also where it could not have been drawn."""
+    max_abs_logprob_difference: float | None
+    """Over the judged tokens that have a recorded log-probability; None if none has."""
+
+    @property
+    def exact(self) -> bool:
+        return self.first_difference is None
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """In the order of the request."""
+
+    id: str
+    rows: tuple[ReplayedRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Teacher forcing: log-probabilities of given tokens."""
+
+    id: str
+    policy: PolicyAddress
+    sequences: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    """First scored position of each sequence; position 0 has no log-probability."""
+    temperature: float = 1.0
+    entropy: bool = False
+    top_logprobs: int = 0
+    spans: tuple[tuple[SpanAddress, ...] | None, ...] = ()
+    """For each sequence the versions it is read under, or None for `policy` alone; empty if no sequence has any."""
+    by_digest: bool = False
+    """Spans that carry a digest mean the newest kept version that has it, whatever its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Pooled hidden states, final norm included, of given tokens under a policy."""
+
+    id: str
+    policy: PolicyAddress
+    sequences: tuple[tuple[int, ...], ...]
+
+
+ScoringCommand = Score | Replay | Embed
+"""Requests that are answered by reading alone: nothing is sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSequence:
+    """Values for positions `start…`; position 0 is `None`."""
+
+    logprobs: tuple[float | None, ...]
+    entropy: tuple[float | None, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
+    spans: tuple[Span, ...] = ()
+    """What it was read under; positions count from `start`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    id: str
+    version: PolicyVersion
+    """What the request's policy meant."""
+    temperature: float
+    sequences: tuple[ScoredSequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """In the order of the request."""
+
+    id: str
+    version: PolicyVersion
+    vectors: tuple[bytes, ...]
+    """Each `Embedding.width` little-endian float32, pooled and nothing else."""

@@ -1,0 +1,84 @@
+"""The engine's status: one immutable snapshot, which its thread replaces after every change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rollout_server.engine.messages.control import (
+    PauseMode,
+)
+from rollout_server.engine.messages.versions import PolicyStatus
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStatus:
+    """Bytes of device memory by what they are for. What a forward computes with (activations, logits) is in `active`
+    alone."""
+
+    weights: int = 0
+    """The base."""
+    kv_limit: int = 0
+    kv_held: int = 0
+    """Allocated for rows,"""
+    kv_filled: int = 0
+    """and what they have filled of it."""
+    kv_kept: int = 0
+    """For later requests that begin with the same tokens,"""
+    kv_prompts: int = 0
+    """for samples that wait for a place in models whose state cannot be cut,"""
+    kv_scored: int = 0
+    """and of what is being scored or embedded."""
+    slots: int = 0
+    """Of adapters, free ones included."""
+    sets: int = 0
+    """Parameter sets beside the base."""
+    active: int = 0
+    """All arrays of this process, as MLX counts them,"""
+    cached: int = 0
+    """what MLX keeps of freed ones,"""
+    peak: int = 0
+    """and the most that were active at once since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStatus:
+    """KV kept for later requests. `on` is False where it is switched off or the model's state cannot be cut."""
+
+    on: bool = False
+    hits: int = 0
+    """Prompts of which something was there,"""
+    misses: int = 0
+    """and those of which nothing was."""
+    hit_tokens: int = 0
+    nbytes: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """`state` is starting, ready, stopping or dead; `fault` says why it died."""
+
+    state: str
+    fault: str | None = None
+    waiting: int = 0
+    """Requests in the queue."""
+    running: int = 0
+    """Rows in the batch."""
+    preempted: int = 0
+    """Rows that gave their KV up and wait to come back,"""
+    preemptions: int = 0
+    """and how often one did since the start."""
+    policies: tuple[PolicyStatus, ...] = field(default=())
+    steps: int = 0
+    tokens: int = 0
+    """Sampled since the start."""
+    slot_bytes: int = 0
+    """Device memory of all adapter slots, free ones included."""
+    set_bytes: int = 0
+    """Device memory of all parameter sets, the base not counted,"""
+    sets: int = 0
+    """and how many there are."""
+    prefix: PrefixStatus = field(default_factory=PrefixStatus)
+    paused: PauseMode | None = None
+    """How new work is held: `wait`, `keep` or `abort`; None if it is not."""
+    memory: MemoryStatus = field(default_factory=MemoryStatus)
