@@ -23,7 +23,7 @@ from benchmarks.record import Measured, Scale, Section, ratio
 from rollout_server.blas import load_fast_blas
 
 if TYPE_CHECKING:
-    from rollout_server.engine.grammars import CompiledGrammar
+    from rollout_server.engine.sampling.grammars import CompiledGrammar
     from rollout_server.grammar import Follower
     from tests.engine.driver import Driver
 
@@ -135,7 +135,7 @@ class Side:
 def measure(rounds: int, rows: int) -> tuple[dict[int, Side], list[float]]:
     """The sides by how many of their rows have a grammar, and milliseconds of the masks of `CONSTRAINED` rows."""
     from benchmarks.models import VOCAB_SIZE, write_model
-    from rollout_server.engine.grammars import Grammars, MaskFiller
+    from rollout_server.engine.sampling.grammars import Grammars, MaskFiller
     from rollout_server.grammar import Grammar, GrammarKind
     from tests.engine.driver import Driver
 

@@ -54,7 +54,7 @@ def kinds(rows: int, vocabulary: int, spread: float) -> dict[str, Callable[[], l
     """What is measured: calls that return the arrays to evaluate."""
     import mlx.core as mx
 
-    from rollout_server.engine.sampling import prepare, sample, uniforms
+    from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
     from rollout_server.rollout import SamplingParams
 
     logits = mx.random.normal((rows, vocabulary)) * spread

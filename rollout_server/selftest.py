@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from adapters.device_check import check_adapters
 from adapters.find import adaptable_layers
-from rollout_server.engine.sampler_check import check_sampler
+from rollout_server.engine.sampling.sampler_check import check_sampler
 
 ROWS, HEADS, WIDTH = 8, 4, 64
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.sampling import SamplerArrays, prepare
+from rollout_server.engine.sampling.logits_processors import count_tokens
+from rollout_server.engine.sampling.sampler import SamplerArrays, prepare
 from rollout_server.engine.sequence import Row
 
 
@@ -78,3 +79,50 @@ def prepare_rows(rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int
         top_logprobs=max(want.top_logprobs for want in wants),
         eos=eos,
     )
+
+
+class TokenCounts:
+    """How often each penalised row has sampled each token, and which are in its prompt; int32 [P, V] on the device.
+
+    A row's first counts come from the host, so a row that starts with tokens (a prefix, or one that was preempted)
+    counts them; from then on every step adds its own tokens without waiting for them. Nothing is held while no row is
+    penalised."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._rows: list[tuple[Row, int]] = []
+        """Each with the tokens it had before the first step that was counted here."""
+        self._places: mx.array | None = None
+        self._added = 0
+        self.seen: mx.array | None = None
+        """2 · times sampled + 1 if in the prompt."""
+
+    def seat(self, rows: Sequence[Row | None]) -> None:
+        """Which row sits at each place from the next step on. Rows that stay keep their counts."""
+        chosen = [(place, row) for place, row in enumerate(rows) if row and row.group.request.sampling.penalised]
+        if not chosen:
+            self._rows, self._places, self.seen = [], None, None
+            return
+        # A row that sampled elsewhere meanwhile is counted anew.
+        kept = {row: at for at, (row, before) in enumerate(self._rows) if before + self._added == row.dispatched}
+        fresh = [row for _, row in chosen if row not in kept]
+        parts = [] if self.seen is None else [self.seen]
+        if fresh:
+            parts.append(mx.array(np.stack([self._count(row) for row in fresh])))
+        order = kept | {row: len(self._rows) + at for at, row in enumerate(fresh)}
+        every = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        self.seen = mx.take(every, mx.array([order[row] for _, row in chosen], dtype=mx.int32), axis=0)
+        self._rows = [(row, row.dispatched - self._added) for _, row in chosen]
+        self._places = mx.array([place for place, _ in chosen], dtype=mx.int32)
+
+    def add(self, ids: mx.array) -> None:
+        """Counts a step's tokens, int32 [R] by place, on the device."""
+        if self.seen is None or self._places is None:
+            return
+        self._added += 1
+        self.seen = self.seen.at[mx.arange(len(self._rows)), mx.take(ids, self._places)].add(2)
+
+    def _count(self, row: Row) -> np.ndarray:
+        if row.running and len(row.token_ids) != row.dispatched:
+            raise RuntimeError("A row's tokens are counted while one of them is still in flight.")
+        return count_tokens(row.group.request.prompt_ids, row.token_ids, self._vocabulary)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from rollout_server.engine.filters import RowSubset
-from rollout_server.engine.grammars import MaskFiller, hold_back
-from rollout_server.engine.penalties import ends_of
+from rollout_server.engine.sampling.filters import RowSubset
+from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
+from rollout_server.engine.sampling.logits_processors import ends_of
 from rollout_server.engine.sequence import Row
 from rollout_server.errors import GrammarFault
 

@@ -21,9 +21,9 @@ from rollout_server.engine.kv_choice import choose_store
 from rollout_server.engine.loading import ReadModel, read_model
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.resident import ResidentModel
-from rollout_server.engine.sampler_check import check_sampler
+from rollout_server.engine.sampling.sampler import warm_sampler
+from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.engine.sentence_files import read_embedding
-from rollout_server.engine.warming import warm_sampler
 from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")

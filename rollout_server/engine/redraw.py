@@ -11,11 +11,11 @@ from itertools import chain
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.exponentials import FANOUT, MOST
-from rollout_server.engine.filters import RowSubset
-from rollout_server.engine.grammars import MaskFiller, hold_back
-from rollout_server.engine.penalties import Pairs, allowed_only, count_tokens, ends_of
-from rollout_server.engine.sampling import SamplerArrays, prepare, sample, shape, uniforms
+from rollout_server.engine.sampling.filters import RowSubset
+from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
+from rollout_server.engine.sampling.logits_processors import Pairs, allowed_only, count_tokens, ends_of
+from rollout_server.engine.sampling.numerics import FANOUT, MOST
+from rollout_server.engine.sampling.sampler import SamplerArrays, prepare, sample, shape, uniforms
 from rollout_server.grammar import Follower
 from rollout_server.rollout import SamplingParams
 
@@ -66,7 +66,7 @@ class RowReplay:
         return words
 
     def seen(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
-        """What the penalties of each position count, int32 [P, V], as `penalties.TokenCounts` holds it."""
+        """What the penalties of each position count, int32 [P, V], as `aim.TokenCounts` holds it."""
         counts = count_tokens(self.prompt_ids, self.token_ids[: positions[0]], vocabulary)
         rows = np.repeat(counts[None], len(positions), axis=0)
         for row in range(1, len(positions)):

@@ -17,11 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.cache import Forward
-from rollout_server.engine.exponentials import block_sums, exponential
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.pooling import pool
 from rollout_server.engine.redraw import TokenRange, replay_tokens
-from rollout_server.engine.sampling import entropy_of, top_of
+from rollout_server.engine.sampling.numerics import block_sums, exponential
+from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
 

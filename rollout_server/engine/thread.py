@@ -15,8 +15,8 @@ from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
 
 if TYPE_CHECKING:
-    from rollout_server.engine.grammars import Grammars
     from rollout_server.engine.loop import Engine
+    from rollout_server.engine.sampling.grammars import Grammars
 
 
 class EngineThread(threading.Thread):
@@ -45,9 +45,9 @@ class EngineThread(threading.Thread):
             import_mlx_lm()
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
             from rollout_server.engine.assembly import build_engine
-            from rollout_server.engine.grammars import Grammars
             from rollout_server.engine.model import load
             from rollout_server.engine.policy import PolicyTable
+            from rollout_server.engine.sampling.grammars import Grammars
 
             model = load(self._options)
             policies = PolicyTable(model, self._options)

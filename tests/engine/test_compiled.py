@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.engine.cache import PaddedKV, Prompt
 from rollout_server.engine.compiled import CompiledDecode, Unrouted
-from rollout_server.engine.warming import warm_sampler
+from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.rollout import Rollout
 from tests import tiny_models
 from tests.bounds import TINY, assert_near

@@ -15,12 +15,12 @@ import pytest
 from adapters import layers as adapter_layers
 from adapters.device_check import check_adapters
 from adapters.find import adaptable_layers
-from rollout_server.engine import sampler_check
 from rollout_server.engine.device import device_fault
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
 from rollout_server.engine.resident import ResidentModel
-from rollout_server.engine.sampler_check import check_sampler
+from rollout_server.engine.sampling import sampler, sampler_check
+from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import AdapterMismatch, EngineUnavailable
 from tests.engine.door import FIRE, broken_steps
 from tests.engine.driver import Driver, prompts_of
@@ -92,7 +92,7 @@ def test_what_this_device_computes_wrongly_is_refused_by_name(qwen: Path, base: 
 @pytest.mark.parametrize("vocabulary", [320, 5003])
 def test_a_sampler_that_is_off_is_found(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_sampler(vocabulary, mx.float32, 12) is None
-    draw = sampler_check.sample
+    draw = sampler.sample
     shifted = lambda logits, *rest: draw(mx.roll(logits, 1, axis=0), *rest)  # noqa: E731  the row above
     monkeypatch.setattr(sampler_check, "sample", shifted)
     assert "numpy" in (check_sampler(vocabulary, mx.float32, 12) or "")
@@ -102,7 +102,7 @@ def test_a_sampler_that_is_off_is_found(vocabulary: int, monkeypatch: pytest.Mon
 
 
 def test_a_server_is_not_started_on_a_device_that_samples_wrongly(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = sampler_check.sample
+    draw = sampler.sample
     monkeypatch.setattr(sampler_check, "sample", lambda logits, *rest: draw(-logits, *rest))
     with pytest.raises(EngineUnavailable, match="does not compute what the sampler asks of it: row 0"):
         load(EngineOptions(str(qwen), "tiny"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.grammars import Grammars
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
 from tests.bounds import TINY, assert_near

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.engine.grammars import Grammars
 from rollout_server.engine.messages.control import PrefixCacheReset, Released
 from rollout_server.engine.messages.options import Embedding, ModelInfo
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
@@ -29,6 +28,7 @@ from rollout_server.engine.messages.scoring import (
     ScoredSequence,
 )
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
+from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout_server.engine.exponentials import FANOUT, MOST
-from rollout_server.engine.sampling import prepare, sample, uniforms
+from rollout_server.engine.sampling.numerics import FANOUT, MOST
+from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
 
 BOUND = 1e-3
@@ -86,7 +86,7 @@ def _least_kept(probabilities: Array, params: SamplingParams) -> float:
 
 
 def _draw(weights: Array, uniform: Array) -> int:
-    """Down the blocks of `exponentials.pyramid`, a uniform for each level."""
+    """Down the blocks of `numerics.pyramid`, a uniform for each level."""
     levels = [weights]
     while len(levels[-1]) > MOST:
         count = len(levels[-1])

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from rollout_server.engine.exponentials import exponential
-from rollout_server.engine.sampling import prepare, sample, uniforms
+from rollout_server.engine.sampling.numerics import exponential
+from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
 from tests.bounds import of_softmax
 

@@ -19,7 +19,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, grammar_from
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-from rollout_server.engine.spelling import Spelling
+from rollout_server.engine.sampling.spelling import Spelling
 from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import WHITESPACE, Follower, Grammar, GrammarKind
 from rollout_server.quoting import shortened

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rollout_server.engine.exponentials import block_sums, largest, peak_of
-from rollout_server.engine.filters import NARROW, bisect, descend, prepare_filters, threshold
-from rollout_server.engine.sampling import prepare, sample, uniforms
+from rollout_server.engine.sampling.filters import NARROW, bisect, descend, prepare_filters, threshold
+from rollout_server.engine.sampling.numerics import block_sums, largest, peak_of
+from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
 from tests.bounds import of_softmax
 

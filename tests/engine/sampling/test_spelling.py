@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from rollout_server.engine.grammars import Grammars, MaskFiller
-from rollout_server.engine.spelling import Spelling
+from rollout_server.engine.sampling.grammars import Grammars, MaskFiller
+from rollout_server.engine.sampling.spelling import Spelling
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
 from tests import tiny_models

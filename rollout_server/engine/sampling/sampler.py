@@ -11,15 +11,14 @@ of two entries then picks the other one; few boundaries at each level, and sums 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.exponentials import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
-from rollout_server.engine.filters import Filters, RowSubset, prepare_filters, threshold
-from rollout_server.engine.penalties import (
+from rollout_server.engine.sampling.filters import Filters, RowSubset, prepare_filters, threshold
+from rollout_server.engine.sampling.logits_processors import (
     Bans,
     Bias,
     Pairs,
@@ -30,6 +29,7 @@ from rollout_server.engine.penalties import (
     prepare_penalties,
     without,
 )
+from rollout_server.engine.sampling.numerics import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
 from rollout_server.rollout import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -247,3 +247,26 @@ def top_of(shifted: mx.array, log_total: mx.array, k: int) -> tuple[mx.array, mx
     float32 [R, k]."""
     ids, values = largest(shifted, k)
     return ids, values - log_total
+
+
+def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> None:
+    """Runs every kind of sampler once on `rows` rows of logits in the model's dtype."""
+    logits = mx.zeros((rows, vocabulary), dtype=dtype)
+    draws = mx.array(uniforms(range(rows), [0] * rows))
+    for sampling, extras in _kinds():
+        arrays = prepare(
+            [sampling, *[SamplingParams(max_tokens=1)] * (rows - 1)],
+            vocabulary,
+            entropy=extras,
+            top_logprobs=5 if extras else 0,
+        )
+        mx.eval(sample(logits, arrays, draws).arrays())
+
+
+def _kinds() -> Iterator[tuple[SamplingParams, bool]]:
+    yield SamplingParams(max_tokens=1), False
+    yield SamplingParams(max_tokens=1), True
+    yield SamplingParams(max_tokens=1, temperature=0.0), False
+    yield SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9, top_k=50, min_p=0.01), False
+    yield SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9), False
+    yield SamplingParams(max_tokens=1, logit_bias=((0, 1.0),)), False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from rollout_server.engine.exponentials import block_sums, largest, on_cpu
+from rollout_server.engine.sampling.numerics import block_sums, largest, on_cpu
 from rollout_server.rollout import SamplingParams
 
 NARROW = 512

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from rollout_server.engine.grammars import MOST_TEXT, CompiledGrammar, Grammars, hold_back
+from rollout_server.engine.sampling.grammars import MOST_TEXT, CompiledGrammar, Grammars, hold_back
 from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason, Rollout, SamplingParams, Wants
