@@ -8,7 +8,7 @@ from collections.abc import Collection
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.holders import BatchKey
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.references import ScoringTasks

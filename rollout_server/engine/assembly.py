@@ -15,12 +15,13 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
-from rollout_server.engine.cache import Forward, PaddedKV
-from rollout_server.engine.chunks import planned
 from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.device import device_fault
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.sizes import planned
+from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory

@@ -14,14 +14,14 @@ from typing import Any
 
 from adapters.placement import Placement
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.cache import Forward, Prompt
-from rollout_server.engine.chunks import plan
 from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.holders import Joining
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.sizes import plan
+from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.recovery import RecomputeRun, Recoveries
 from rollout_server.engine.reuse import BatchPrefixes
-from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.scheduler import Admission
 from rollout_server.engine.sequence import Group, Row
 
@@ -108,7 +108,7 @@ class Batch:
         return self.store.cells_after_step(self.width) if self.size else 0
 
     def cells(self, count: int, columns: int) -> int:
-        """KV columns over all rows that the cache could come to fill, see `row_store.KVStore.cells`."""
+        """KV columns over all rows that the cache could come to fill, see `store.KVStore.cells`."""
         return self.store.cells(count, columns)
 
     @property

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Literal
 
-from rollout_server.engine.buckets import row_bucket
+from rollout_server.engine.kv_cache.sizes import row_bucket
 
 Kind = Literal["prefill", "scoring"]
 FIRST, DECENT, LEAST = 32, 24, 8

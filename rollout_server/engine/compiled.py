@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from rollout_server.engine.cache import Forward, PaddedKV
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.store import Forward
 
 TRACES = 256
 """Kept at most, the least recently used go first."""

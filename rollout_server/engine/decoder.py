@@ -14,9 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.aim import StepInputs, TokenCounts, inputs_of, prepare_rows
-from rollout_server.engine.cache import Forward
+from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.masking import GrammarMasks
-from rollout_server.engine.row_store import KVStore
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms

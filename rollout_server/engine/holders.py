@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.placement import BASE_SET
-from rollout_server.engine.cache import Prompt
+from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.sequence import Group, Row
 
 BatchKey = tuple[int, int]

@@ -16,7 +16,7 @@ from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import Kind, TurnBudget
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.control import (
     Abort,

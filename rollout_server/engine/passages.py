@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.engine.cache import Prompt
+from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.pooling import Pool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rollout_server.engine.batches import Batches
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.recovery import RecomputeRun
 from rollout_server.engine.reports import Reports

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adapters.placement import Placement
-from rollout_server.engine.cache import Forward, Prompt
-from rollout_server.engine.row_store import KVStore
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.sequence import Row
 
 RecomputeRun = tuple[int, Placement]

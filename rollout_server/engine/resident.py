@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from rollout_server.engine.cache import PaddedKV
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.row_store import KVStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)

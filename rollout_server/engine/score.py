@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.cache import Forward
+from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.pooling import pool
 from rollout_server.engine.redraw import TokenRange, replay_tokens

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rollout_server.engine.cache import Forward, PaddedKV, Piece, Prompt
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.score import gather, measure
 

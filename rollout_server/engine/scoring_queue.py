@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.passages import ScoreJob, SharedPrefix
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.resident import ResidentModel

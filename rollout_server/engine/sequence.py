@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from adapters.placement import BASE_PLACEMENT, Placement
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.buckets import HEADROOM
-from rollout_server.engine.cache import Prompt
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.sizes import HEADROOM
 from rollout_server.errors import GrammarFault, RolloutError
 from rollout_server.grammar import Follower
 from rollout_server.rollout import (

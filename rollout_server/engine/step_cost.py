@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from rollout_server.engine.cache import Forward, PaddedKV, Prompt
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.lengths import StepCosts
 
 ROWS = 4

@@ -13,7 +13,7 @@ import mlx.core as mx
 from adapters.resident import ResidentVersions
 from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
-from rollout_server.engine.cache import Forward
+from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory

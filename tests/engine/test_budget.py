@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
-from rollout_server.engine.chunks import padded, plan, planned
+from rollout_server.engine.kv_cache.sizes import padded, plan, planned
 from rollout_server.engine.resident import ResidentModel
 from tests.bounds import TINY, assert_near
 from tests.engine.door import wrap_forwards
@@ -271,7 +271,8 @@ def test_chunks_of_few_shapes_change_nothing(bare_model: Callable[[str], Residen
     """As on devices where each shape is planned at its first use."""
     from dataclasses import replace
 
-    from rollout_server.engine.cache import Forward, PaddedKV
+    from rollout_server.engine.kv_cache.padded import PaddedKV
+    from rollout_server.engine.kv_cache.store import Forward
 
     model = bare_model("qwen3")
     windows: list[int | None] = [None] * len(model.module.layers)

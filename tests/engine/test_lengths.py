@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.cache import row_bucket
+from rollout_server.engine.kv_cache.sizes import row_bucket
 from rollout_server.engine.lengths import MEASURED_CELLS, MOST_BUCKETS, Shape, StepCosts, cheapest, plan
 from rollout_server.engine.messages.control import Stop
 from tests.engine.door import broken_steps

@@ -7,7 +7,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.prefix_cache import Layers, PrefixCache, common
+from rollout_server.engine.kv_cache.prefix_tree import Layers, PrefixCache, common
 
 TOKEN_BYTES = 2 * 2 * 2 * 4
 """Two layers' keys and values, one head of two float32; the third layer has none of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollout_server.engine.ledger import KVLedger
+from rollout_server.engine.kv_cache.ledger import KVLedger
 
 
 def test_everybody_counts_and_whoever_asks_may_say_what_it_would_fill() -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rollout_server.engine.cache import Forward, Prompt
+import mlx.core as mx
+
+from rollout_server.engine.kv_cache.prompt import Prompt
+
+Forward = Callable[[mx.array, list[Any]], mx.array]
+"""(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
 
 
 class KVStore(Protocol):
@@ -79,3 +85,13 @@ class KVStore(Protocol):
     @property
     def allocated_cells(self) -> int:
         """Rows × columns that are allocated though no row is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one place, the first of them at column `at`, and what `route` needs to know of it."""
+
+    place: int
+    at: int
+    tokens: tuple[int, ...]
+    slot: Any

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
-from rollout_server.engine.cache import Prompt
+from rollout_server.engine.kv_cache.eight_bit import Packing
+from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load
-from rollout_server.engine.packed import Packing
 from rollout_server.engine.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
@@ -26,7 +26,7 @@ from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_preemption import watched
 
-DEMO = Path(__file__).parents[2] / "rollout_server" / "demo" / "model"
+DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4
 """Between two paths of the trained model, where 5e-5 was seen."""
 PROMPTS = prompts_of([20, 44, 9], 384, seed=3)

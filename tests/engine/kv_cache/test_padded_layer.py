@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine.cache import PaddedKV
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.padded_layer import PaddedLayer, runs
 from rollout_server.engine.resident import ResidentModel
-from rollout_server.engine.slot_layer import PaddedLayer, runs
 from rollout_server.rollout import FinishReason
 from tests.engine.driver import Driver, prompts_of
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.cache import Forward, Prompt
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.messages.options import JOINED_KV_SPARE
 
 
 class MlxCacheKV:
-    """The methods of `row_store.KVStore`. A place is the row's current index in the batch. `row_cells` is what a row's
+    """The methods of `store.KVStore`. A place is the row's current index in the batch. `row_cells` is what a row's
     state of fixed size costs, counted in columns."""
 
     cuts = False

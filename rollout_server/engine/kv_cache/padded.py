@@ -2,7 +2,7 @@
 
 `PaddedKV` holds, per layer, one array [rows, heads, columns, head size]. A row writes its own column by scatter and
 reads the columns up to the longest live row, so joining and leaving never touch the other rows. Models whose state is
-not columns (recurrent, chunked, hybrid) use `joined_cache.MlxCacheKV` behind the same methods.
+not columns (recurrent, chunked, hybrid) use `mlx_caches.MlxCacheKV` behind the same methods.
 
 An array is written in place only if nothing else holds it when the step is *scheduled*; on the CPU that includes the
 readers of a step still running. The batch therefore builds step k+1 while step k runs, but launches it after k ended.
@@ -11,51 +11,16 @@ readers of a step still running. The batch therefore builds step k+1 while step 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.buckets import HEADROOM, round_up, row_bucket
-from rollout_server.engine.chunks import padded
+from rollout_server.engine.kv_cache.padded_layer import PaddedLayer, Window
+from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.sizes import HEADROOM, padded, round_up, row_bucket
+from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
-from rollout_server.engine.prefix_cache import Layers, Segment
-from rollout_server.engine.slot_layer import PaddedLayer, Window
-
-Forward = Callable[[mx.array, list[Any]], mx.array]
-"""(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
-
-
-@dataclass(slots=True, eq=False)
-class Prompt:
-    """A prompt on its way into the cache. Its last token is not among `tokens`: it is the first decode step's input."""
-
-    tokens: tuple[int, ...]
-    slot: int
-    """Adapter slot its KV is computed under."""
-    prefilled: int = 0
-    places: list[int] = field(default_factory=list)
-    """Places reserved for its rows; the first one is prefilled, the others copied from it."""
-    kept: list[Any] | None = None
-    """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
-    looked_up: bool = False
-    """Whatever there was of it from before is in its place."""
-    owner: object = None
-    """Whose samples begin with it: a place that one of them has left still holds it."""
-
-    @property
-    def done(self) -> bool:
-        return self.prefilled == len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens of one place, the first of them at column `at`, and what `route` needs to know of it."""
-
-    place: int
-    at: int
-    tokens: tuple[int, ...]
-    slot: Any
 
 
 class PaddedKV:

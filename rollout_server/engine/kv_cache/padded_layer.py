@@ -1,18 +1,15 @@
-"""One layer of `cache.PaddedKV`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
-In 8 bits the last dimension is `packed.Packing`'s words, and only the model sees numbers."""
+"""One layer of `padded.PaddedKV`: keys and values [rows, heads, columns, head size], as mlx-lm's models use a cache.
+In 8 bits the last dimension is `eight_bit.Packing`'s words, and only the model sees numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mlx.core as mx
 
-from rollout_server.engine.packed import Packing
-
-if TYPE_CHECKING:
-    from rollout_server.engine.cache import PaddedKV
+from rollout_server.engine.kv_cache.eight_bit import Packing
 
 
 @dataclass(slots=True, eq=False)
@@ -40,11 +37,21 @@ class Window:
         return found
 
 
+class KVLayout(Protocol):
+    """What a layer reads of the store that it is one of."""
+
+    capacity: int
+    """Rows."""
+    columns: int
+    window: Window
+    """Of the forward that is being built."""
+
+
 class PaddedLayer:
     """One layer's KV as mlx-lm's models use a cache. Has no `__len__` and no `bits`: models test for both."""
 
-    def __init__(self, rows: PaddedKV, window_size: int | None, *, packs: bool = False) -> None:
-        self._rows = rows
+    def __init__(self, layout: KVLayout, window_size: int | None, *, packs: bool = False) -> None:
+        self._layout = layout
         self._window_size = window_size
         self._packs = packs
         self._packings: tuple[Packing, Packing] | None = None
@@ -54,10 +61,10 @@ class PaddedLayer:
 
     @property
     def offset(self) -> mx.array:
-        return self._rows.window.offset
+        return self._layout.window.offset
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        return self._rows.window.mask(window_size or self._window_size)
+        return self._layout.window.mask(window_size or self._window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Writes keys and values [B, heads, N, head size] at the window's columns; returns what each row may read. In
@@ -68,7 +75,7 @@ class PaddedLayer:
             keys, values = self._packings[0].pack(keys), self._packings[1].pack(values)
         if self.keys is None or self.values is None:
             self.keys, self.values = self._allocate(keys), self._allocate(values)
-        window = self._rows.window
+        window = self._layout.window
         for stored, new in ((self.keys, keys), (self.values, values)):
             if new.shape[2] == 1:
                 stored[window.places, :, window.columns[:, 0]] = new[:, :, 0]
@@ -77,7 +84,7 @@ class PaddedLayer:
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        window = self._rows.window
+        window = self._layout.window
         if self.keys is None or self.values is None:
             raise RuntimeError("A layer reads a KV cache that no layer has written.")
         keys = picked(self.keys, window.rows, window.width)
@@ -87,7 +94,7 @@ class PaddedLayer:
         return keys, values
 
     def _allocate(self, like: mx.array) -> mx.array:
-        return mx.zeros((self._rows.capacity, like.shape[1], self._rows.columns, like.shape[3]), dtype=like.dtype)
+        return mx.zeros((self._layout.capacity, like.shape[1], self._layout.columns, like.shape[3]), dtype=like.dtype)
 
     def fill(self, places: Sequence[int], keys: mx.array, values: mx.array) -> None:
         """Writes a prompt's keys and values [heads, length, head size] into the first columns of `places`."""

@@ -1,0 +1,1 @@
+"""Keys and values: where they are, what is kept of them, and what fits."""

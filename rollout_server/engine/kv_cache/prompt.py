@@ -1,0 +1,28 @@
+"""A prompt on its way into the KV cache, as every part of the engine knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt on its way into the cache. Its last token is not among `tokens`: it is the first decode step's input."""
+
+    tokens: tuple[int, ...]
+    slot: int
+    """Adapter slot its KV is computed under."""
+    prefilled: int = 0
+    places: list[int] = field(default_factory=list)
+    """Places reserved for its rows; the first one is prefilled, the others copied from it."""
+    kept: list[Any] | None = None
+    """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
+    looked_up: bool = False
+    """Whatever there was of it from before is in its place."""
+    owner: object = None
+    """Whose samples begin with it: a place that one of them has left still holds it."""
+
+    @property
+    def done(self) -> bool:
+        return self.prefilled == len(self.tokens)
