@@ -15,9 +15,7 @@ from rollout_server.engine.batch import Batch
 from rollout_server.engine.batches import Batches
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
-from rollout_server.engine.compiled import CompiledDecode
 from rollout_server.engine.decoder import Decoder
-from rollout_server.engine.device import device_fault
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
@@ -28,12 +26,14 @@ from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
+from rollout_server.engine.model.compiled import CompiledDecode
+from rollout_server.engine.model.device import device_fault
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader

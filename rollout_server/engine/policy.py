@@ -35,7 +35,7 @@ from rollout_server.engine.messages.versions import (
     RestoredVersion,
     VersionStatus,
 )
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import (
     StalePolicy,
     UnknownPolicy,

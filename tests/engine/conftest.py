@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from tests import tiny_models
 from tests.engine.driver import Driver
 

@@ -15,7 +15,6 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.assembly import build_engine
-from rollout_server.engine.device import device_fault
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.control import Abort
@@ -42,9 +41,10 @@ from rollout_server.engine.messages.scoring import (
 )
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Activate, PolicyCommand, PolicyReply, Publish, Published
-from rollout_server.engine.model import load
+from rollout_server.engine.model.device import device_fault
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.resident import ResidentModel
 from rollout_server.rollout import (
     NO_PREFIX,
     OnUpdate,

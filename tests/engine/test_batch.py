@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, assert_near

@@ -13,7 +13,7 @@ import pytest
 
 from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
 from rollout_server.engine.kv_cache.sizes import padded, plan, planned
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from tests.bounds import TINY, assert_near
 from tests.engine.door import wrap_forwards
 from tests.engine.driver import Driver, prompts_of

@@ -19,7 +19,7 @@ from adapters import peft as peft_format
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.errors import AdapterUnsupported
 from adapters.spec import place_of
-from rollout_server.engine.loading import read_model
+from rollout_server.engine.model.load import read_model
 from tests import tiny_models
 from tests.bounds import TINY
 from tests.engine.driver import Driver, prompts_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout, Wants
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.test_batch import MIXED, assert_same, assert_scored, tolerance

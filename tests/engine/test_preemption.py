@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.messages.versions import Delete
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason

@@ -14,7 +14,7 @@ import pytest
 
 from rollout_server.engine.messages.control import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages.versions import Delete
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.bounds import TINY, assert_near
 from tests.engine.door import broken_steps, wrap_forwards

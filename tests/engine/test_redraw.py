@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.redraw import RowReplay, TokenRange, _slack, replay_tokens
-from rollout_server.engine.resident import ResidentModel
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.errors import UnknownPolicy, VersionGone

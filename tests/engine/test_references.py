@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.messages.rollouts import RowFinished
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, amplified, assert_near

@@ -14,8 +14,8 @@ import pytest
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages.control import Release
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.score import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
 from tests import tiny_models

@@ -13,7 +13,7 @@ import pytest
 
 from rollout_server.engine import score as score_module
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.score import SequentialReader
 from rollout_server.engine.score_rows import BatchedReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 from adapters.bundle import AdapterBundle, read_bundle
 from adapters.spec import Mode, Parameter
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from tests import tiny_models
 from tests.adapters.making import TwoTables, merge
 

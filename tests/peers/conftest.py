@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.utils import load_adapters
 
-from rollout_server.engine.loading import read_model
+from rollout_server.engine.model.load import read_model
 from tests.live_server import live_server
 from tests.peers import families, reference
 from trainer_client import RolloutClient

@@ -18,8 +18,8 @@ from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
 from tests import tiny_models

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rollout_server.engine.aim import TokenCounts
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import prepare_bans
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms

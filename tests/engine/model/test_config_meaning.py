@@ -15,12 +15,11 @@ import pytest
 from mlx_lm.convert import convert
 from mlx_lm.utils import MODEL_REMAPPING
 
-from rollout_server.engine.checkpoint.plan import Plan, plan_of
-from rollout_server.engine.checkpoint.rope import frequencies
-from rollout_server.engine.checkpoint.turning import FrequencyRoPE
-from rollout_server.engine.loading import ReadModel, read_model
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
+from rollout_server.engine.model.checkpoint.corrections.rope import frequencies
+from rollout_server.engine.model.checkpoint.corrections.turning import FrequencyRoPE
+from rollout_server.engine.model.checkpoint.plan import Plan, plan_of
+from rollout_server.engine.model.load import ReadModel, load, read_model
 from rollout_server.errors import EngineUnavailable
 from tests import tiny_models
 

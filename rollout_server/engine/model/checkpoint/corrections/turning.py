@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from rollout_server.engine.checkpoint.rope import frequencies, is_nested, of_kind
+from rollout_server.engine.model.checkpoint.corrections.rope import frequencies, is_nested, of_kind
 
 POSITIONS = (1, 8, 64, 512, 4096)
 WITHIN = 2.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.engine.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.family import Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 BASES = ("rope_theta", "rotary_emb_base", "rope_base")

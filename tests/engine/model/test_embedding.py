@@ -14,12 +14,11 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from rollout_server.engine.hidden import find_trunk
 from rollout_server.engine.messages.control import Pause, Resume
 from rollout_server.engine.messages.options import Embedding
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.embedding import find_trunk, read_embedding
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.score_rows import BatchedReader
-from rollout_server.engine.sentence_files import read_embedding
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
 from tests import tiny_models
 from tests.bounds import TINY, assert_near

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.engine.checkpoint.activation import asked_for
-from rollout_server.engine.checkpoint.effects import unserved
-from rollout_server.engine.checkpoint.family import NESTED, Family, family_of
-from rollout_server.engine.checkpoint.meaning import Meaning, meaning_of, plain
-from rollout_server.engine.checkpoint.renames import head_dim, renamed_fields
-from rollout_server.engine.checkpoint.rope import exact_tokens, main_part, rope_fields
+from rollout_server.engine.model.checkpoint.corrections.activation import asked_for
+from rollout_server.engine.model.checkpoint.corrections.rope import exact_tokens, main_part, rope_fields
+from rollout_server.engine.model.checkpoint.effects import unserved
+from rollout_server.engine.model.checkpoint.family import NESTED, Family, family_of
+from rollout_server.engine.model.checkpoint.meaning import Meaning, meaning_of, plain
+from rollout_server.engine.model.checkpoint.renames import head_dim, renamed_fields
 
 
 @dataclass(frozen=True, slots=True)

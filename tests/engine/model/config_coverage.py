@@ -1,7 +1,7 @@
 """What becomes of every field of config.json, for each family that both transformers and mlx-lm know.
 
-`python -m tests.config_coverage [FAMILY…]` lists the fields that the family's code does not read: mapped, checked or
-`DROPPED`; those below that change no number are left out. A test fails where one is dropped. Needs no torch.
+`python -m tests.engine.model.config_coverage [FAMILY…]` lists the fields that the family's code does not read: mapped,
+checked or `DROPPED`; those below that change no number are left out. A test fails where one is dropped. Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import mlx_lm
 from mlx_lm.utils import MODEL_REMAPPING
 from transformers import CONFIG_MAPPING
 
-from rollout_server.engine.checkpoint import activation, effects, renames, rope
-from rollout_server.engine.checkpoint.plan import Plan, plan_of
+from rollout_server.engine.model.checkpoint import effects, renames
+from rollout_server.engine.model.checkpoint.corrections import activation, rope
+from rollout_server.engine.model.checkpoint.plan import Plan, plan_of
 
 WINDOWS = frozenset(
     [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from mlx_lm.utils import MODEL_REMAPPING
 
-from rollout_server.engine.checkpoint.plan import plan_of
-from tests.config_coverage import as_saved, both, dropped
+from rollout_server.engine.model.checkpoint.plan import plan_of
+from tests.engine.model.config_coverage import as_saved, both, dropped
 
 
 @pytest.mark.parametrize("kind", list(both()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.family import Family
 
 
 def classes_of(family: Family) -> Callable[[dict[str, Any]], tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.loading import read_model
+from rollout_server.engine.model.load import read_model
 from rollout_server.errors import EngineUnavailable
 from tests import tiny_models
 

@@ -13,10 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from rollout_server.engine.base_digest import base_digest
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.digest import base_digest
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from tests import tiny_models
 from tests.bounds import TINY, assert_near

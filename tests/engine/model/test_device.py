@@ -15,10 +15,10 @@ import pytest
 from adapters import layers as adapter_layers
 from adapters.device_check import check_adapters
 from adapters.find import adaptable_layers
-from rollout_server.engine.device import device_fault
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model import load
-from rollout_server.engine.resident import ResidentModel
+from rollout_server.engine.model.device import device_fault
+from rollout_server.engine.model.load import load
+from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling import sampler, sampler_check
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import AdapterMismatch, EngineUnavailable

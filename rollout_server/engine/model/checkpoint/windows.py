@@ -8,9 +8,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from rollout_server.engine.checkpoint.family import Family
-from rollout_server.engine.checkpoint.meaning import Meaning
-from rollout_server.engine.checkpoint.plan import Bound
+from rollout_server.engine.model.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.meaning import Meaning
+from rollout_server.engine.model.checkpoint.plan import Bound
 
 
 def window_bounds(module: nn.Module, said: Meaning, family: Family) -> tuple[Bound, ...]:

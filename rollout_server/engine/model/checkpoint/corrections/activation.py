@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.engine.checkpoint.family import Family
-from rollout_server.engine.checkpoint.meaning import Meaning
+from rollout_server.engine.model.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.meaning import Meaning
 
 FIELDS = ("hidden_activation", "hidden_act", "mlp_hidden_act", "activation_function")
 NAMES = {

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rollout_server.engine.checkpoint.activation import NAMES
+from rollout_server.engine.model.checkpoint.corrections.activation import NAMES
 from rollout_server.quoting import quoted
 
 FUNCTIONS: dict[str, Callable[[mx.array], mx.array]] = {

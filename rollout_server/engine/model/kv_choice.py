@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from rollout_server.engine.compiled import CompiledDecode, Unrouted
-from rollout_server.engine.hidden import UNFIT
 from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
+from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")

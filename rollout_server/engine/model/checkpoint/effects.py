@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rollout_server.engine.checkpoint.family import Family
-from rollout_server.engine.checkpoint.meaning import Meaning
-from rollout_server.engine.checkpoint.renames import OTHER_NAMES
+from rollout_server.engine.model.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.meaning import Meaning
+from rollout_server.engine.model.checkpoint.renames import OTHER_NAMES
 from rollout_server.quoting import quoted
 
 OFF = (None, False, 0, 0.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.rollout import Rollout
 from tests import tiny_models

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rollout_server.engine.checkpoint.family import Family
-from rollout_server.engine.checkpoint.meaning import Meaning
+from rollout_server.engine.model.checkpoint.family import Family
+from rollout_server.engine.model.checkpoint.meaning import Meaning
 
 LAYER_KINDS = {
     "linear_attention": "mamba",

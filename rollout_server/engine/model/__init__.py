@@ -1,0 +1,1 @@
+"""The base in memory and what it can do."""

@@ -1,0 +1,1 @@
+"""A model directory before it is a module: its files, and what config.json means."""

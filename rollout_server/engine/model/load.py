@@ -1,0 +1,348 @@
+"""Reads a model directory into memory with mlx-lm and transformers; code that a model brings along is never run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models.cache import make_prompt_cache
+from transformers import AutoTokenizer
+
+from adapters.device_check import check_adapters
+from adapters.fit import adaptable_layers, replaceable_parameters
+from adapters.spec import Place
+from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
+from rollout_server.engine.model.checkpoint.corrections.activation import written
+from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
+from rollout_server.engine.model.checkpoint.corrections.rope import KNOWN, PLAIN, main_part, parts
+from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
+from rollout_server.engine.model.checkpoint.files import check_model, read_config
+from rollout_server.engine.model.checkpoint.plan import Bound, Plan, plan_of
+from rollout_server.engine.model.checkpoint.renames import head_dim
+from rollout_server.engine.model.checkpoint.stacked import classes_of
+from rollout_server.engine.model.checkpoint.windows import window_bounds
+from rollout_server.engine.model.digest import base_digest
+from rollout_server.engine.model.embedding import find_trunk, read_embedding
+from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.sampler import warm_sampler
+from rollout_server.engine.sampling.sampler_check import check_sampler
+from rollout_server.errors import EngineUnavailable
+
+log = logging.getLogger("rollout_server.engine.model")
+SAMPLED_ROWS = 12
+
+REASON = 400
+"""Characters shown of an error: mlx-lm lists every parameter that is missing."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    AttributeError,
+    RuntimeError,
+    IndexError,
+    ZeroDivisionError,
+    AssertionError,
+)
+"""What mlx-lm, transformers and the libraries below them raise for files that they do not expect."""
+
+
+def load(options: EngineOptions) -> ResidentModel:
+    """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
+    path = Path(options.model_path)
+    read = read_model(path)
+    module, config = read.module, read.config
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        _to_float32(module)
+    module.eval()
+    module.freeze()
+    mx.eval(module.parameters())
+    dtype = _activation_dtype(module)
+    vocabulary = _vocabulary(module, config)
+    compiles = not on_cpu if options.compile_decode is None else options.compile_decode
+    chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
+    kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
+    context = _context_length(read, options.context_length)
+    trunk, width = find_trunk(module, vocabulary) or ("", 0)
+    layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
+    unfit = _check_device(module, layers, vocabulary, dtype)
+    info = ModelInfo(
+        id=options.model_id,
+        digest=base_digest(path),
+        model_type=str(config.get("model_type", "unknown")),
+        vocab_size=vocabulary,
+        max_model_len=context,
+        dtype=dtype_name,
+        quantization=config.get("quantization"),
+        eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
+        parameters=_parameters(module),
+        weight_bytes=sum(array.nbytes for array in _arrays(module)),
+        layers=layers,
+        weights=replaceable_parameters(module, layers, dtype_name),
+        unfit=unfit,
+        kv_bytes_per_token=cell_bytes,
+        kv_bytes_per_row=cell_bytes * row_cells,
+        kv_bits=options.kv_bits,
+        kv_memory=options.kv_memory or default_kv_memory(),
+        cache=kind,
+        embedding=read_embedding(path, config, width) if trunk else Embedding(),
+        max_batch=1 if kind == "serial" else options.max_batch,
+        device=str(mx.default_device()),
+    )
+    if not on_cpu:
+        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+
+
+def _check_device(
+    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype
+) -> dict[Place, str]:
+    """Kinds of layers on which this device computes adapters wrongly, which the log then says. Raises
+    `EngineUnavailable` where it samples wrongly, since nothing could be served."""
+    if (fault := check_sampler(vocabulary, dtype, SAMPLED_ROWS)) is not None:
+        raise EngineUnavailable(
+            f"This device does not compute what the sampler asks of it: {fault}. Nothing can be served here; "
+            "`rollout-server doctor` says more about the device."
+        )
+    unfit = check_adapters(module, layers, dtype)
+    for place, why in unfit.items():
+        log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
+    return unfit
+
+
+def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
+    """What ends a row: the model's own end tokens (generation config included) and the tokenizer's."""
+    own = config.get("eos_token_id")
+    ends = {own} if isinstance(own, int) else set(own or ())
+    ends |= {tokenizer.eos_token_id} - {None}
+    # One outside the logits could never be sampled, and would be written out of bounds where it is banned.
+    return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
+
+
+def default_kv_memory() -> int:
+    """A quarter of what the device may use, in bytes."""
+    info = mx.device_info()
+    # Metal says memory_size, CUDA total_memory, the CPU neither.
+    for name in ("memory_size", "total_memory"):
+        memory = info.get(name)
+        if isinstance(memory, int) and memory > 0:
+            return memory // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _to_float32(module: nn.Module) -> None:
+    """bf16 and f16 products do not go through BLAS on the CPU. Packed weights and their scales stay as they are,
+    except that scales decide the activations' dtype and so become float32 too."""
+
+    def cast(_: str, array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    module.update(tree_map_with_path(cast, module.parameters()))
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    return [array for _, array in flat]
+
+
+def _activation_dtype(module: nn.Module) -> mx.Dtype:
+    """The dtype of norms and scales: what the residual stream and the KV come out in."""
+    counts: dict[mx.Dtype, int] = {}
+    for array in _arrays(module):
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] = counts.get(array.dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _parameters(module: nn.Module) -> int:
+    total = 0
+    for _, layer in module.named_modules():
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            total -= layer.weight.size + layer.scales.size
+            total += layer.weight.size * 32 // layer.bits
+            biases = layer.get("biases")
+            total -= biases.size if biases is not None else 0
+    return total + sum(array.size for array in _arrays(module))
+
+
+def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
+    """Width of the logits, which may exceed the tokenizer's vocabulary."""
+    logits = module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module))
+    return int(logits.shape[-1])
+
+
+def _context_length(read: ReadModel, asked: int | None) -> int:
+    """Tokens of prompt and reply, no more than what the module computes as config.json says. Raises
+    `EngineUnavailable` where more is asked for."""
+    own = read.max_position_embeddings
+    context = (asked or 32768) if own is None else min(own, asked or own)
+    bound = min(read.bounds, key=lambda bound: bound.tokens, default=None)
+    if bound is None or context <= bound.tokens:
+        return context
+    if asked is not None:
+        raise EngineUnavailable(
+            f"--context-length asks for {asked} tokens, but this model is exact up to {bound.tokens}: {bound.reason}."
+        )
+    log.warning("The context is bounded to %d tokens: %s.", bound.tokens, bound.reason)
+    return bound.tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadModel:
+    """What a model directory became."""
+
+    module: nn.Module
+    config: dict[str, Any]
+    """As mlx-lm understood it, the generation config's end tokens included."""
+    tokenizer: Any
+    host_tokenizer: Any
+    """A second one: a tokenizer is not to be shared between threads."""
+    max_position_embeddings: int | None
+    bounds: tuple[Bound, ...]
+    """Up to how many tokens the module is what config.json means."""
+
+
+def read_model(path: Path) -> ReadModel:
+    """Raises `EngineUnavailable` with the file or the field at fault if the directory cannot be read, or would be
+    another model here than it is in transformers."""
+    config = read_config(path)
+    plan = _planned(path, config)
+    check_model(path)
+    try:
+        module, understood = mlx_lm_utils.load_model(
+            path, model_config=plan.overrides, get_model_classes=classes_of(plan.family), trust_remote_code=False
+        )
+        mx.eval(module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module)))
+        bounds = (*plan.bounds, *window_bounds(module, plan.said, plan.family))
+        refusal = _as_said(module, plan)
+        engine, host = (AutoTokenizer.from_pretrained(path, trust_remote_code=False) for _ in range(2))
+    except UNREADABLE as error:
+        raise EngineUnavailable(_sentence(path, config, error)) from error
+    if refusal is not None:
+        raise EngineUnavailable(_refused(path, config, [refusal]))
+    _check_template(path, host)
+    longest = plan.said.get("max_position_embeddings")
+    return ReadModel(module, understood, engine, host, longest if isinstance(longest, int) else None, bounds)
+
+
+def _planned(path: Path, config: dict[str, Any]) -> Plan:
+    if config.get("model_file") is not None:
+        raise EngineUnavailable(_sentence(path, config, ValueError("trust_remote_code")))
+    try:
+        plan = plan_of(config, _served_by(config))
+    except EngineUnavailable as error:
+        raise EngineUnavailable(f"{_named(path, config)} could not be loaded: {error.message}") from None
+    except UNREADABLE as error:
+        raise EngineUnavailable(_sentence(path, config, error)) from error
+    if plan.refusals:
+        raise EngineUnavailable(_refused(path, config, plan.refusals))
+    return plan
+
+
+def _served_by(config: Mapping[str, Any]) -> dict[str, str]:
+    """mlx-lm's tables of model types that another module serves."""
+    named = config.get("architectures") or ()
+    architectures = (named,) if isinstance(named, str) else named
+    special = {
+        kind: module
+        for (kind, architecture), module in mlx_lm_utils.MODEL_ARCHITECTURE_REMAPPING.items()
+        if architecture in architectures
+    }
+    return mlx_lm_utils.MODEL_REMAPPING | special
+
+
+def _as_said(module: nn.Module, plan: Plan) -> str | None:
+    """Mends what the module does otherwise than config.json says; half a sentence for what cannot be mended."""
+    own = written(plan.family)
+    if plan.activation is not None and own is not None:
+        if (refusal := set_activation(module, own, *plan.activation)) is not None:
+            return refusal
+        log.info("The feed-forward layers have %s = %s, as config.json says.", *plan.activation)
+    return _turned(module, plan)
+
+
+def _turned(module: nn.Module, plan: Plan) -> str | None:
+    rope, kinds = plan.said.get("rope_parameters"), plan.said.get("layer_types")
+    if not isinstance(rope, dict) or any(part.get("rope_theta") is None for part in parts(rope)):
+        return None
+    longest = plan.said.get("max_position_embeddings")
+    try:
+        turned = turn_as_said(module, rope, kinds, head_dim(plan.said), longest if isinstance(longest, int) else None)
+    except KeyError as error:
+        return f"RoPE of type {main_part(rope).get('rope_type')} lacks {error.args[0]} in config.json"
+    if turned.replaced:
+        log.info("%d layers turn positions as config.json says, and not as mlx-lm's class does.", turned.replaced)
+    kinds_of_rope = {str(part.get("rope_type", "default")) for part in parts(rope)}
+    strange = kinds_of_rope - KNOWN if turned.checked else kinds_of_rope - PLAIN
+    if strange:
+        return f"rope_type is {', '.join(sorted(strange))}, which mlx-lm's {plan.family.name} does not compute"
+    return None
+
+
+def _check_template(path: Path, tokenizer: Any) -> None:
+    """Without a template everything but chat works, so that one is no reason not to start."""
+    if not tokenizer.chat_template:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        log.warning(
+            "The chat template of %s cannot be read (line %s: %s): /v1/chat/completions refuses everything.",
+            path, error.lineno, error.message,
+        )  # fmt: skip
+    except (TemplateError, *UNREADABLE):
+        log.debug("The chat template of %s does not take one message of a user.", path)
+
+
+def _named(path: Path, config: Mapping[str, Any]) -> str:
+    return f"The model at {path} ({config.get('model_type', 'no model_type')})"
+
+
+def _refused(path: Path, config: Mapping[str, Any], faults: list[str] | tuple[str, ...]) -> str:
+    listed = "; ".join(faults)
+    return f"{_named(path, config)} would not be here what it is in transformers: {listed}."
+
+
+def _sentence(path: Path, config: dict[str, Any], error: Exception) -> str:
+    named = _named(path, config)
+    if "trust_remote_code" in str(error):
+        return (
+            f"{named} needs code of its own to be run, which this server never does: take a model of a family that "
+            "mlx-lm and transformers know, or a copy without custom code."
+        )
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
+    if isinstance(error, KeyError | AttributeError | TypeError) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    return f"{named} could not be loaded: {reason.removesuffix('.')}.{_perhaps(path, config)}"
+
+
+def _perhaps(path: Path, config: dict[str, Any]) -> str:
+    """What about the model may be the cause, when the error does not say so itself."""
+    packing = config.get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, dict) else None
+    said = "" if method is None else f" Its weights are packed by {method}, of which mlx-lm reads a part only."
+    if "auto_map" in config or "auto_map" in _read(path / "tokenizer_config.json"):
+        said += " It brings code of its own, which this server never runs."
+    return said
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
