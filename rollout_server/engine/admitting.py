@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batch.batches import Batches
+from rollout_server.engine.batch.joining import BatchKey
+from rollout_server.engine.batch.row import Group
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.holders import BatchKey
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue
-from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, StalePolicy
 
 

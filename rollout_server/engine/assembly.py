@@ -11,16 +11,17 @@ from functools import partial
 
 from adapters.placement import BASE_SET
 from rollout_server.engine.admitting import AdmissionControl
-from rollout_server.engine.batch import Batch
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batch.batch import Batch
+from rollout_server.engine.batch.batches import Batches
+from rollout_server.engine.batch.decoder import Decoder
+from rollout_server.engine.batch.length_buckets import StepCosts, measure
+from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import TurnBudget
-from rollout_server.engine.decoder import Decoder
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
-from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.rollouts import Command, Event
@@ -34,11 +35,9 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue, make_reader
 from rollout_server.engine.status_board import StatusBoard
-from rollout_server.engine.step_cost import measure
 from rollout_server.engine.switching import VersionSwitcher
 
 

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable
 
 from rollout_server.engine.admitting import AdmissionControl
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batch.batches import Batches
+from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.budget import Kind, TurnBudget
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -37,7 +38,6 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
-from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 from rollout_server.engine.status_board import StatusBoard

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batch.batches import Batches
+from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.messages.control import Released
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policy import PolicyTable
-from rollout_server.engine.reuse import PrefixReuse
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 

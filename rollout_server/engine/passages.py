@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rollout_server.engine.batch.row import Group, TopTokens
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.pooling import Pool
 from rollout_server.engine.redraw import RowReplay
-from rollout_server.engine.sequence import Group, TopTokens
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
 

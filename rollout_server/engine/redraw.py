@@ -66,7 +66,7 @@ class RowReplay:
         return words
 
     def seen(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
-        """What the penalties of each position count, int32 [P, V], as `aim.TokenCounts` holds it."""
+        """What the penalties of each position count, int32 [P, V], as `step_inputs.TokenCounts` holds it."""
         counts = count_tokens(self.prompt_ids, self.token_ids[: positions[0]], vocabulary)
         rows = np.repeat(counts[None], len(positions), axis=0)
         for row in range(1, len(positions)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import (
     Embed,
@@ -24,7 +25,6 @@ from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scoring_queue import ScoringQueue
-from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError, UnknownPolicy
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
 

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from rollout_server.engine.batch.joining import Admission
+from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
-from rollout_server.engine.sequence import Group
 from rollout_server.errors import RolloutError
 
 
@@ -31,15 +32,6 @@ class OpenRequest:
 
     def timed_out(self, now: float) -> bool:
         return self.deadline is not None and self.deadline <= now
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Admission:
-    """`count` samples of a group may start, in the batch that `key` names."""
-
-    group: Group
-    count: int
-    key: tuple[int, int]
 
 
 class RequestQueue:

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from rollout_server.engine.batch.row import TopTokens
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.pooling import pool
 from rollout_server.engine.redraw import TokenRange, replay_tokens
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
-from rollout_server.engine.sequence import TopTokens
 from rollout_server.errors import NonFiniteLogits
 
 LOGIT_BYTES, LEAST_BYTES = 64 * 2**20, 8 * 2**20

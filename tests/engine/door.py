@@ -11,10 +11,11 @@ from typing import Any
 import mlx.core as mx
 
 from adapters.resident import ResidentVersions
-from rollout_server.engine.batch import Batch
-from rollout_server.engine.batches import Batches
+from rollout_server.engine.batch.batch import Batch
+from rollout_server.engine.batch.batches import Batches
+from rollout_server.engine.batch.length_buckets import StepCosts
+from rollout_server.engine.batch.row import Group
 from rollout_server.engine.kv_cache.store import Forward
-from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.options import PoolingKind
@@ -23,7 +24,6 @@ from rollout_server.engine.passages import ScoreJob
 from rollout_server.engine.policy import PolicyTable
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
-from rollout_server.engine.sequence import Group
 
 FIRE = "the device is on fire"
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, read_bundle
 from rollout_server.engine.assembly import build_engine
-from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.control import Abort
 from rollout_server.engine.messages.options import EngineOptions

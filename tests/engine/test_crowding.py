@@ -10,8 +10,8 @@ import pytest
 from rollout_server.engine.messages.control import Release
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, assert_near
+from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
 
 PROMPTS = prompts_of([6, 150, 150], 286)

@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from rollout_server.engine.memory import IDLE_S
 from rollout_server.engine.messages.control import Release, Released
+from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import assert_same, tolerance
 
 
 def released(driver: Driver) -> Released:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.messages.control import Release
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
@@ -19,8 +19,8 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.score import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
 from tests import tiny_models
+from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_preemption import small
 
 ASK = {"ignore_eos": True}

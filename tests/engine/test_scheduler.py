@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.scheduler import RequestQueue
-from rollout_server.engine.sequence import Group
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 
 

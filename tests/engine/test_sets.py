@@ -20,9 +20,9 @@ from rollout_server.engine.messages.versions import Delete, Restore, RestoredVer
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.bounds import TINY, amplified, assert_near
+from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import assert_same, tolerance
 from tests.engine.test_on_update import spans
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)

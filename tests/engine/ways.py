@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.lengths import StepCosts
+from rollout_server.engine.batch.length_buckets import StepCosts
+from rollout_server.engine.batch.prefix_reuse import LEAST
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.reuse import LEAST
 from rollout_server.rollout import Rollout
 from tests.engine.driver import Driver
 

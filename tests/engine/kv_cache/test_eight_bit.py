@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
+from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.lengths import StepCosts
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel

@@ -19,8 +19,8 @@ from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason, Rollout, SamplingParams, Wants
 from tests import tiny_models
 from tests.bounds import TINY, assert_near
+from tests.engine.batch.test_row_prefix import cut, prefix_of
 from tests.engine.driver import Driver, prompts_of, recorded
-from tests.engine.test_prefix import cut, prefix_of
 
 CHOICES = ["the", "this", "to", "in", "ing", "é€😀", "", 'q"\\\n']
 REGEX = r"[a-f]{4,9}(=[0-9]{1,3}\.[0-9]{2})?"

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rollout_server.engine.aim import TokenCounts
+from rollout_server.engine.batch.row import Group, Row
+from rollout_server.engine.batch.step_inputs import TokenCounts
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import prepare_bans
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
-from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import InvalidField
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, SamplingParams
 from tests.bounds import of_softmax
+from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
 from tests.engine.sampling.test_filters import limits
-from tests.engine.test_batch import assert_same, tolerance
 
 SETTINGS: list[dict[str, Any]] = [
     {"presence_penalty": 1.5},

@@ -16,8 +16,8 @@ from rollout_server.engine.sampling.spelling import Spelling
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
 from tests import tiny_models
+from tests.engine.batch.test_row_prefix import cut
 from tests.engine.driver import Driver
-from tests.engine.test_prefix import cut
 
 ADDED = (
     AddedToken("<think>", special=False),

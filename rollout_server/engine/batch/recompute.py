@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adapters.placement import Placement
+from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Forward, KVStore
-from rollout_server.engine.sequence import Row
 
 RecomputeRun = tuple[int, Placement]
 """Inputs up to this one (excluded) are read there."""

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.aim import StepInputs, TokenCounts, inputs_of, prepare_rows
+from rollout_server.engine.batch.row import Row, TopTokens
+from rollout_server.engine.batch.step_inputs import GrammarMasks, StepInputs, TokenCounts, inputs_of, prepare_rows
 from rollout_server.engine.kv_cache.store import Forward, KVStore
-from rollout_server.engine.masking import GrammarMasks
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
-from rollout_server.engine.sequence import Row, TopTokens
 from rollout_server.errors import NonFiniteLogits
 
 

@@ -12,15 +12,14 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from adapters.placement import BASE_SET
-from rollout_server.engine.batch import Batch
+from rollout_server.engine.batch.batch import Batch
+from rollout_server.engine.batch.joining import FIRST, Admission, BatchKey, Joining, KVUser, RowSink, age_of
+from rollout_server.engine.batch.length_buckets import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
+from rollout_server.engine.batch.recompute import RecomputeRun
+from rollout_server.engine.batch.row import Row
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.holders import FIRST, BatchKey, Joining, KVUser, RowSink, age_of
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.store import KVStore
-from rollout_server.engine.lengths import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
-from rollout_server.engine.recovery import RecomputeRun
-from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Row
 
 ARRANGED_EVERY = 16
 """Turns."""

@@ -1,4 +1,4 @@
-"""What the rows of a decode step are computed and drawn with, kept between steps while they are the same."""
+"""What the rows of a decode step are computed and drawn with: positions, adapters, sampler arrays, counts and masks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.sampling.logits_processors import count_tokens
+from rollout_server.engine.batch.row import Row
+from rollout_server.engine.sampling.filters import RowSubset
+from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
+from rollout_server.engine.sampling.logits_processors import count_tokens, ends_of
 from rollout_server.engine.sampling.sampler import SamplerArrays, prepare
-from rollout_server.engine.sequence import Row
+from rollout_server.errors import GrammarFault
 
 
 class StepInputs:
@@ -126,3 +129,34 @@ class TokenCounts:
         if row.running and len(row.token_ids) != row.dispatched:
             raise RuntimeError("A row's tokens are counted while one of them is still in flight.")
         return count_tokens(row.group.request.prompt_ids, row.token_ids, self._vocabulary)
+
+
+class GrammarMasks:
+    """`eos` are the model's end tokens."""
+
+    def __init__(self, vocabulary: int, eos: frozenset[int]) -> None:
+        self._filler = MaskFiller(vocabulary)
+        self._eos = eos
+
+    def of(self, rows: Sequence[tuple[int, Row]], size: int) -> tuple[RowSubset | None, list[Row]]:
+        """Masks for the next token of these (place, row), all whose tokens have been recorded, among `size` places;
+        and the rows that failed because their grammars cannot be followed any further."""
+        chosen = sorted(
+            ((place, row) for place, row in rows if row.running and row.follower is not None), key=lambda each: each[0]
+        )
+        followers = [row.follower for _, row in chosen if row.follower is not None]
+        if not followers:
+            return None, []
+        words = self._filler.fill(followers)
+        failed = []
+        for mask, (_, row), follower in zip(words, chosen, followers, strict=True):
+            sampling, index = row.group.request.sampling, len(row.token_ids)
+            if follower.fault is not None:
+                # Whatever it draws is thrown away.
+                mask[:] = 2**32 - 1
+                row.fail(GrammarFault(f"The grammar cannot be followed beyond token {index}: {follower.fault}."))
+                failed.append(row)
+            elif index < sampling.min_tokens:
+                hold_back(mask, ends_of(sampling, self._eos))
+        places = None if len(chosen) == size else mx.array([place for place, _ in chosen], dtype=mx.int32)
+        return RowSubset(places, mx.array(words)), failed

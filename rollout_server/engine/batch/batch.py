@@ -14,16 +14,15 @@ from typing import Any
 
 from adapters.placement import Placement
 from rollout_server.detokenize import IncrementalText
-from rollout_server.engine.decoder import Decoder
-from rollout_server.engine.holders import Joining
+from rollout_server.engine.batch.decoder import Decoder
+from rollout_server.engine.batch.joining import Admission, Joining
+from rollout_server.engine.batch.prefix_reuse import BatchPrefixes
+from rollout_server.engine.batch.recompute import RecomputeRun, Recoveries
+from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
 from rollout_server.engine.kv_cache.store import Forward, KVStore
-from rollout_server.engine.recovery import RecomputeRun, Recoveries
-from rollout_server.engine.reuse import BatchPrefixes
-from rollout_server.engine.scheduler import Admission
-from rollout_server.engine.sequence import Group, Row
 
 MOST_KEPT = 16
 """Rows whose KV is kept in one turn while others run or wait to be told: a copy for each layer of each."""

@@ -1,4 +1,4 @@
-"""Groups on their way into a batch, and who holds KV in which batch and since when: what decides who steps aside."""
+"""What joins a batch, which batch that is, and what holds KV in it since when."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.placement import BASE_SET
+from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.sequence import Group, Row
 
 BatchKey = tuple[int, int]
 """Which batch: the parameter set, and the number of a length bucket."""
@@ -54,3 +54,12 @@ class RowSink(Protocol):
 
 def age_of(group: Group, sample: int) -> Age:
     return group.arrived, group.request.prompt_index, sample
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admission:
+    """`count` samples of a group may start, in the batch that `key` names."""
+
+    group: Group
+    count: int
+    key: tuple[int, int]

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from rollout_server.detokenize import IncrementalText
+from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.control import Stop
 from rollout_server.engine.messages.rollouts import RequestDone, RequestFailed
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Delete
-from rollout_server.engine.sequence import Group, Row
 from rollout_server.errors import EngineUnavailable, NeverAdmitted
 from rollout_server.http.encoding import rollout_text
 from rollout_server.rollout import (

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
+from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.status import PrefixStatus
 from rollout_server.engine.messages.versions import PolicyStatus
-from rollout_server.engine.sequence import Group, Row
 from rollout_server.rollout import PolicyVersion
 
 LEAST = 8

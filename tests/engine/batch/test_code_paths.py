@@ -10,8 +10,8 @@ import pytest
 
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout, Wants
+from tests.engine.batch.test_batch import MIXED, assert_same, assert_scored, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_batch import MIXED, assert_same, assert_scored, tolerance
 from tests.engine.ways import Classes, Compiled, Preempted, PrefixHit, Settled, Way
 
 CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
