@@ -11,7 +11,7 @@ from rollout_server.engine.batch.row import Group
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue

@@ -31,7 +31,7 @@ from rollout_server.engine.model.compiled import CompiledDecode
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.pausing import PauseState
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports

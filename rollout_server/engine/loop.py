@@ -34,7 +34,7 @@ from rollout_server.engine.messages.rollouts import Command, Event, Submit
 from rollout_server.engine.messages.scoring import Embed, Replay, Score
 from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.pausing import PauseState
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.reports import Reports

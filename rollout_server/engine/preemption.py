@@ -6,7 +6,7 @@ from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.recompute import RecomputeRun
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue
 from rollout_server.rollout import RECOMPUTED

@@ -21,7 +21,7 @@ from rollout_server.engine.messages.scoring import (
     ScoringCommand,
 )
 from rollout_server.engine.passages import ScoredSequenceState, ScoreJob
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scoring_queue import ScoringQueue

@@ -9,7 +9,7 @@ from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.pausing import PauseState
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
 from rollout_server.engine.scheduler import RequestQueue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.row import Row
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.reports import Reports
 from rollout_server.rollout import BASE, FinishReason, OnUpdate

@@ -46,7 +46,7 @@ class EngineThread(threading.Thread):
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
             from rollout_server.engine.assembly import build_engine
             from rollout_server.engine.model.load import load
-            from rollout_server.engine.policy import PolicyTable
+            from rollout_server.engine.policies.table import PolicyTable
             from rollout_server.engine.sampling.grammars import Grammars
 
             model = load(self._options)

@@ -44,7 +44,7 @@ from rollout_server.engine.messages.versions import Activate, PolicyCommand, Pol
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.policy import PolicyTable
+from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.rollout import (
     NO_PREFIX,
     OnUpdate,

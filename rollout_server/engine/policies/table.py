@@ -11,7 +11,7 @@ from adapters.bundle import AdapterBundle, Content
 from adapters.errors import AdapterDoesNotFit, RegistryError, WeightsFull
 from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
-from adapters.registry import Change, Entry, Facts, Registry
+from adapters.registry import Change, Entry, Registry
 from adapters.resident import ResidentVersions
 from adapters.slots import AdapterSlots
 from adapters.spec import Mode
@@ -32,15 +32,11 @@ from rollout_server.engine.messages.versions import (
     Published,
     Restore,
     Restored,
-    RestoredVersion,
     VersionStatus,
 )
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.errors import (
-    StalePolicy,
-    UnknownPolicy,
-    VersionGone,
-)
+from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, version_of
+from rollout_server.errors import StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 
@@ -79,7 +75,7 @@ class PolicyTable:
             return self.base, BASE_PLACEMENT
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
-        return _version(entry), self._resident.placement(entry.content)
+        return version_of(entry), self._resident.placement(entry.content)
 
     def placement(self, address: PolicyAddress) -> Placement:
         """Where a row of this address would run now; the base where there is nothing to run."""
@@ -174,7 +170,7 @@ class PolicyTable:
     def _stages(self, command: PolicyCommand) -> bool:
         """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
-            return self._registry.same(command.name, command.bundle.digest, _mode(command)) is None
+            return self._registry.same(command.name, command.bundle.digest, mode_of(command)) is None
         return isinstance(command, Restore)
 
     def _advance(self, command: Publish, settle: Callable[[], None], *, at_once: bool) -> bool:
@@ -225,7 +221,7 @@ class PolicyTable:
         change = self._registry.publish(
             command.name,
             bundle.digest,
-            _facts(bundle, _mode(command)),
+            facts_of(bundle, mode_of(command)),
             created=time.time(),
             activate=command.activate,
             label=command.label,
@@ -265,7 +261,7 @@ class PolicyTable:
 
     def _export(self, command: Export) -> Exported:
         entry = self._registry.resolve(command.name, command.number)
-        return Exported(command.id, _version(entry), self._resident.bundle(entry.content))
+        return Exported(command.id, version_of(entry), self._resident.bundle(entry.content))
 
     def _restore(self, command: Restore) -> Restored:
         staged: list[Content] = []
@@ -277,7 +273,7 @@ class PolicyTable:
         except (AdapterDoesNotFit, WeightsFull):
             self._free(staged)
             raise
-        entries = [_entry(command.name, version) for version in command.versions]
+        entries = [entry_of(command.name, version) for version in command.versions]
         self._free(self._registry.restore(command.name, command.last, entries, command.gone))
         return Restored(command.id, command.name)
 
@@ -285,7 +281,7 @@ class PolicyTable:
         entry = change.entry
         return Published(
             id,
-            _version(entry),
+            version_of(entry),
             entry.live,
             change.unchanged,
             1e3 * stage_s,
@@ -303,8 +299,8 @@ class PolicyTable:
         if command.prepared is not None:
             return command.prepared
         known = self._prepared
-        if known is None or known.bundle is not command.bundle or known.mode != _mode(command):
-            known = self._prepared = self._prepare(command.bundle, _mode(command))
+        if known is None or known.bundle is not command.bundle or known.mode != mode_of(command):
+            known = self._prepared = self._prepare(command.bundle, mode_of(command))
         return known
 
     def _stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
@@ -348,12 +344,14 @@ class PolicyTable:
     def _line(self, name: str) -> PolicyStatus:
         registry, live = self._registry, self._registry.live(name)
         versions = tuple(self._status(entry) for entry in registry.versions(name))
-        return PolicyStatus(name, _version(live) if live else None, versions, registry.last(name), registry.gone(name))
+        return PolicyStatus(
+            name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name)
+        )
 
     def _status(self, entry: Entry) -> VersionStatus:
         facts = entry.facts
         return VersionStatus(
-            _version(entry),
+            version_of(entry),
             facts.kind,
             facts.mode,
             facts.rank,
@@ -365,29 +363,3 @@ class PolicyTable:
             entry.created,
             self._resident.size(entry.content),
         )
-
-
-def _mode(command: Publish) -> Mode:
-    return command.mode or command.bundle.spec.modes[0]
-
-
-def _facts(bundle: AdapterBundle, mode: Mode) -> Facts:
-    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
-
-
-def _entry(name: str, version: RestoredVersion) -> Entry:
-    return Entry(
-        name=name,
-        number=version.number,
-        digest=version.bundle.digest,
-        label=version.label,
-        facts=_facts(version.bundle, version.mode),
-        created=version.created,
-        live=version.live,
-        pinned=version.pinned,
-        in_use=0,
-    )
-
-
-def _version(entry: Entry) -> PolicyVersion:
-    return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)

@@ -1,0 +1,38 @@
+"""Between the registry's entries and what crosses the border about versions."""
+
+from __future__ import annotations
+
+from adapters.bundle import AdapterBundle
+from adapters.registry import Entry, Facts
+from adapters.spec import Mode
+from rollout_server.engine.messages.versions import (
+    Publish,
+    RestoredVersion,
+)
+from rollout_server.rollout import PolicyVersion
+
+
+def mode_of(command: Publish) -> Mode:
+    return command.mode or command.bundle.spec.modes[0]
+
+
+def facts_of(bundle: AdapterBundle, mode: Mode) -> Facts:
+    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
+
+
+def entry_of(name: str, version: RestoredVersion) -> Entry:
+    return Entry(
+        name=name,
+        number=version.number,
+        digest=version.bundle.digest,
+        label=version.label,
+        facts=facts_of(version.bundle, version.mode),
+        created=version.created,
+        live=version.live,
+        pinned=version.pinned,
+        in_use=0,
+    )
+
+
+def version_of(entry: Entry) -> PolicyVersion:
+    return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
