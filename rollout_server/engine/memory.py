@@ -13,7 +13,7 @@ from rollout_server.engine.messages.control import Released
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.scheduler import RequestQueue
+from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 
 IDLE_S = 5.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rollout_server.engine.messages.control import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.messages.scoring import ScoringCommand
-from rollout_server.engine.reports import Reports
+from rollout_server.engine.requests.reports import Reports
 from rollout_server.errors import EngineUnavailable
 
 

@@ -7,8 +7,8 @@ from rollout_server.engine.batch.recompute import RecomputeRun
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.reports import Reports
-from rollout_server.engine.scheduler import RequestQueue
+from rollout_server.engine.requests.queue import RequestQueue
+from rollout_server.engine.requests.reports import Reports
 from rollout_server.rollout import RECOMPUTED
 
 

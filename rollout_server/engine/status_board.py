@@ -11,8 +11,8 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
-from rollout_server.engine.reports import Reports
-from rollout_server.engine.scheduler import RequestQueue
+from rollout_server.engine.requests.queue import RequestQueue
+from rollout_server.engine.requests.reports import Reports
 
 
 class StatusBoard:

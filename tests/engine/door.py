@@ -22,7 +22,7 @@ from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.passages import ScoreJob
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.scheduler import RequestQueue
+from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scoring_queue import ScoringQueue
 
 FIRE = "the device is on fire"

@@ -8,7 +8,7 @@ from rollout_server.engine.batch.joining import Joining
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.rollouts import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.scheduler import OpenRequest, RequestQueue
+from rollout_server.engine.requests.queue import OpenRequest, RequestQueue
 from rollout_server.errors import NeverAdmitted, RolloutError
 from rollout_server.rollout import FinishReason
 

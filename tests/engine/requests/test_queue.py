@@ -6,7 +6,7 @@ import pytest
 
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
-from rollout_server.engine.scheduler import RequestQueue
+from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 
 

@@ -1,0 +1,1 @@
+"""Who waits, and what the owner of a request is told."""
