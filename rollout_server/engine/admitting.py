@@ -12,9 +12,9 @@ from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.errors import RolloutError, StalePolicy
 
 

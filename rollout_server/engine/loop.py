@@ -36,10 +36,10 @@ from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.preemption import Preemption
-from rollout_server.engine.references import ScoringTasks
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
-from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.scoring.queue import ScoringQueue
+from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.switching import VersionSwitcher
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError

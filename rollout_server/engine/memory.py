@@ -14,7 +14,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
-from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.scoring.queue import ScoringQueue
 
 IDLE_S = 5.0
 """KV of an engine that has had nothing to do for so long is given back,"""

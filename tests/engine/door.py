@@ -20,10 +20,10 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
-from rollout_server.engine.passages import ScoreJob
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
-from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.scoring.job import ScoreJob
+from rollout_server.engine.scoring.queue import ScoringQueue
 
 FIRE = "the device is on fire"
 

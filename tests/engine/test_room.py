@@ -16,7 +16,7 @@ from rollout_server.engine.messages.control import Release
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.score import LEAST_BYTES, SLICES
+from rollout_server.engine.scoring.reader import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
 from tests import tiny_models
 from tests.engine.batch.test_batch import assert_same, tolerance

@@ -41,7 +41,7 @@ class ReplayedRow:
     first_difference: int | None
     """Index in `token_ids` of the first token that is drawn otherwise now; None if there is none."""
     margin: float | None
-    """By how much it is another one, see `redraw.RowReplay.margin`; None also where it could not have been drawn."""
+    """By how much it is another one, see `replay.RowReplay.margin`; None also where it could not have been drawn."""
     max_abs_logprob_difference: float | None
     """Over the judged tokens that have a recorded log-probability; None if none has."""
 

@@ -18,7 +18,7 @@ from rollout_server.engine.messages.control import Pause, Resume
 from rollout_server.engine.messages.options import Embedding
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.score_rows import BatchedReader
+from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
 from tests import tiny_models
 from tests.bounds import TINY, assert_near

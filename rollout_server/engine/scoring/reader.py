@@ -1,15 +1,9 @@
-"""Teacher-forced log-probabilities: what every reader does with logits, and the slow, obvious reader, which takes one
-sequence at a time on mlx-lm's own caches. The batched one (`score_rows`) is checked against it.
-
-Sequences go through in chunks, so that memory does not grow with length × vocabulary; inputs whose values nobody wants
-go through the model without its head.
-"""
+"""Teacher-forced log-probabilities: what every reader promises, and what it does with logits and hidden states."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.batch.row import TopTokens
-from rollout_server.engine.kv_cache.store import Forward
-from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
-from rollout_server.engine.pooling import pool
-from rollout_server.engine.redraw import TokenRange, replay_tokens
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
+from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
+from rollout_server.engine.scoring.replay import TokenRange, replay_tokens
 from rollout_server.errors import NonFiniteLogits
 
 LOGIT_BYTES, LEAST_BYTES = 64 * 2**20, 8 * 2**20
@@ -163,119 +155,17 @@ def gather(hidden: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], s
             )
 
 
-class SequentialReader:
-    """The methods of `Reader`, one sequence at a time. `chunk` tokens may have their logits alive at once;
-    `row_cells(columns)` is what a sequence costs in KV columns."""
-
-    limit = 1
-
-    def __init__(
-        self,
-        forward: Forward,
-        make_caches: Callable[[], list[Any]],
-        route: Callable[[Sequence[Any]], None],
-        chunk: int,
-        row_cells: Callable[[int], int],
-        hidden: Forward | None = None,
-    ) -> None:
-        self._forward = forward
-        self._hidden = hidden or forward
-        self._make_caches = make_caches
-        self._route = route
-        self._chunk = chunk
-        self._row_cells = row_cells
-        self._prefix: SharedPrefix | None = None
-        self._sequence: ScoredSequenceState | None = None
-        self._caches: list[Any] | None = None
-        """Of the sequence; None while its shared prefix is being read."""
-
-    @property
-    def size(self) -> int:
-        return 0 if self._sequence is None else 1
-
-    @property
-    def left(self) -> int:
-        return 0 if self._sequence is None else self._sequence.left
-
-    @property
-    def cells(self) -> int:
-        return 0 if self._sequence is None else self._row_cells(self._sequence.length)
-
-    @property
-    def nbytes(self) -> int:
-        kept = self._prefix.prompt.kept if self._prefix is not None else None
-        caches = {id(cache): cache for cache in [*(self._caches or ()), *(kept or ())]}
-        return sum(cache.nbytes for cache in caches.values())
-
-    def cells_with(self, count: int, columns: int) -> int:
-        return self.cells + count * self._row_cells(columns)
-
-    def begin(self, prefix: SharedPrefix, count: int) -> None:
-        if self._sequence is not None or count != 1:
-            raise RuntimeError("This reader takes one sequence at a time.")
-        self._prefix, self._sequence, self._caches = prefix, prefix.waiting.popleft(), None
-        if prefix.prompt.kept is None:
-            prefix.prompt.kept, prefix.prompt.prefilled = self._make_caches(), 0
-
-    def read(self, budget: int) -> list[ScoredSequenceState]:
-        sequence, used = self._sequence, 0
-        if sequence is None:
-            return []
-        while used < budget and not sequence.ended:
-            used += self._read_on(sequence, budget - used)
-        if not sequence.ended:
-            return []
-        self.reset()
-        return [sequence]
-
-    def _read_on(self, sequence: ScoredSequenceState, budget: int) -> int:
-        if self._caches is None and (fed := self._read_prompt(budget)):
-            return fed
-        caches = self._caches
-        if sequence.next_input == 0 or caches is None:
-            # A run that reads everything again.
-            caches = self._make_caches()
-            self._caches = caches
-        n = min(budget, sequence.left_alike)
-        if sequence.scoring and sequence.pool is None:
-            n = min(n, self._chunk)
-        self._route([sequence.run.placement])
-        tokens = mx.array([sequence.tokens[sequence.next_input : sequence.next_input + n]], dtype=mx.int32)
-        out = (self._forward if sequence.pool is None else self._hidden)(tokens, caches)
-        state = [cache.state for cache in caches]
-        if sequence.scoring:
-            if sequence.pool is None:
-                measure(out, [(sequence, n)], state, self._chunk)
-            else:
-                gather(out, [(sequence, n)], state)
-        else:
-            mx.eval(state)
-        if sequence.fault is None:
-            sequence.advance(n)
-        return n
-
-    def _read_prompt(self, budget: int) -> int:
-        """Feeds the shared prefix; once that is read, gives the sequence caches that hold it and returns 0."""
-        prefix, sequence = self._prefix, self._sequence
-        kept = prefix.prompt.kept if prefix is not None else None
-        if prefix is None or sequence is None or kept is None:
-            raise RuntimeError("A sequence is read before it has begun.")
-        prompt = prefix.prompt
-        if not prompt.done:
-            n = min(budget, len(prompt.tokens) - prompt.prefilled)
-            self._route([prompt.slot])
-            self._forward(mx.array([prompt.tokens[prompt.prefilled : prompt.prefilled + n]], dtype=mx.int32), kept)
-            mx.eval([cache.state for cache in kept])
-            prompt.prefilled += n
-            return n
-        self._caches = copy.deepcopy(kept) if prefix.waiting else kept
-        if prompt.tokens:
-            sequence.advance(len(prompt.tokens))
-        return 0
-
-    def drop(self, job: ScoreJob) -> None:
-        if self._sequence is not None and self._sequence.job is job:
-            self.reset()
-
-    def reset(self) -> None:
-        self._prefix = self._sequence = self._caches = None
+def pool(hidden: mx.array, parts: Sequence[tuple[Pool, int]], state: Sequence[Any]) -> list[bool]:
+    """Adds the states of each part's next n inputs from hidden [B, N, width] (row i is part i, its first n columns) and
+    evaluates `state` with them. Says which parts are finite; the others are left as they were."""
+    counts = mx.array([count for _, count in parts], dtype=mx.int32)
+    own = mx.arange(hidden.shape[1])[None] < counts[:, None]
+    # Padding may be anything, NaN too.
+    sums = mx.where(own[..., None], hidden.astype(mx.float32), 0.0).sum(axis=1)
+    mx.eval(sums, *state)
+    finite = []
+    for (each, _), found in zip(parts, np.array(sums).astype(np.float64), strict=True):
+        finite.append(bool(np.isfinite(found).all()))
+        if finite[-1]:
+            each.total = found if each.total is None else each.total + found
+    return finite

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from rollout_server.engine.batch.row import Group, TopTokens
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.engine.pooling import Pool
-from rollout_server.engine.redraw import RowReplay
+from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
 
@@ -190,3 +191,25 @@ class ScoreJob:
             # A single sequence shares with nobody: its prompt is all that needs no values.
             shared = min(shared if len(members) > 1 else first.scored, first.scored)
             self.prefixes.append(SharedPrefix(Prompt(made[0].tokens[:shared], first.placement), deque(made)))
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """The vector of one sequence of `length` tokens, as far as it has been read."""
+
+    kind: PoolingKind
+    length: int
+    total: np.ndarray | None = None
+    """float64 [width]: sum of the states taken."""
+
+    @property
+    def first(self) -> int:
+        """The first input whose state counts; all behind it do."""
+        return 0 if self.kind == "mean" else self.length - 1
+
+    @property
+    def vector(self) -> bytes:
+        """Little-endian float32 [width], once everything was read."""
+        if self.total is None:
+            raise RuntimeError("A sequence is pooled before it was read.")
+        return (self.total / (self.length - self.first)).astype("<f4").tobytes()

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.redraw import RowReplay, TokenRange, _slack, replay_tokens
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
+from rollout_server.engine.scoring.replay import RowReplay, TokenRange, _slack, replay_tokens
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
 from tests.bounds import TINY, of_softmax
 from tests.engine.driver import Driver, prompts_of, recorded
-from tests.engine.test_score import slow
+from tests.engine.scoring.test_reader import slow
 
 MIXED: list[dict[str, Any]] = [
     {},

@@ -15,8 +15,8 @@ from typing import Any
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Forward, Piece
-from rollout_server.engine.passages import ScoredSequenceState, ScoreJob, SharedPrefix
-from rollout_server.engine.score import gather, measure
+from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
+from rollout_server.engine.scoring.reader import gather, measure
 
 MOST_SEQUENCES = 32
 
@@ -49,7 +49,7 @@ class _Part:
 
 
 class BatchedReader:
-    """The methods of `score.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
+    """The methods of `reader.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
     logits alive at once."""
 
     def __init__(

@@ -13,10 +13,11 @@ from collections import deque
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.passages import ScoreJob, SharedPrefix
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.score import Reader, SequentialReader, logit_tokens
-from rollout_server.engine.score_rows import BatchedReader
+from rollout_server.engine.scoring.batched import BatchedReader
+from rollout_server.engine.scoring.job import ScoreJob, SharedPrefix
+from rollout_server.engine.scoring.reader import Reader, logit_tokens
+from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, RolloutError
 
 

@@ -20,11 +20,11 @@ from rollout_server.engine.messages.scoring import (
     ScoredSequence,
     ScoringCommand,
 )
-from rollout_server.engine.passages import ScoredSequenceState, ScoreJob
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.redraw import RowReplay
 from rollout_server.engine.requests.reports import Reports
-from rollout_server.engine.scoring_queue import ScoringQueue
+from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob
+from rollout_server.engine.scoring.queue import ScoringQueue
+from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError, UnknownPolicy
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
 

@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine import score as score_module
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.score import SequentialReader
-from rollout_server.engine.score_rows import BatchedReader
+from rollout_server.engine.scoring import reader as score_module
+from rollout_server.engine.scoring.batched import BatchedReader
+from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants, tiling_fault
 from tests.bounds import TINY, assert_near

@@ -1,0 +1,1 @@
+"""Reading without sampling: teacher forcing, replay and embeddings, beside rows that decode."""
