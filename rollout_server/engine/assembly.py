@@ -10,35 +10,35 @@ from collections.abc import Callable
 from functools import partial
 
 from adapters.placement import BASE_SET
-from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.budget import TurnBudget
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.model.compiled import CompiledDecode
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scheduling.admission import AdmissionControl
+from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.on_update import VersionSwitcher
+from rollout_server.engine.scheduling.pause import PauseState
+from rollout_server.engine.scheduling.preemption import Preemption
+from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
-from rollout_server.engine.switching import VersionSwitcher
 
 
 def build_engine(

@@ -12,13 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from rollout_server.engine.admitting import AdmissionControl
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.budget import Kind, TurnBudget
 from rollout_server.engine.kv_cache.ledger import KVLedger
-from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.control import (
     Abort,
     Pause,
@@ -33,15 +30,18 @@ from rollout_server.engine.messages.control import (
 from rollout_server.engine.messages.rollouts import Command, Event, Submit
 from rollout_server.engine.messages.scoring import Embed, Replay, Score
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scheduling.admission import AdmissionControl
+from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.on_update import VersionSwitcher
+from rollout_server.engine.scheduling.pause import PauseState
+from rollout_server.engine.scheduling.preemption import Preemption
+from rollout_server.engine.scheduling.turn_budget import Kind, TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
-from rollout_server.engine.switching import VersionSwitcher
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 
 log = logging.getLogger(__name__)

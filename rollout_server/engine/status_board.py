@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
-from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.status import EngineStatus
-from rollout_server.engine.pausing import PauseState
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.pause import PauseState
+from rollout_server.engine.scheduling.preemption import Preemption
 
 
 class StatusBoard:

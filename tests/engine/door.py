@@ -17,11 +17,11 @@ from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.memory import Memory
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
+from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scoring.job import ScoreJob
 from rollout_server.engine.scoring.queue import ScoringQueue
 

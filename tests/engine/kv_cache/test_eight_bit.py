@@ -24,7 +24,7 @@ from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
 from tests import tiny_models
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_preemption import watched
+from tests.engine.scheduling.test_preemption import watched
 
 DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4

@@ -23,7 +23,7 @@ from tests.bounds import TINY, amplified, assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.door import broken_steps
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_on_update import spans
+from tests.engine.scheduling.test_on_update import spans
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
 LONG = prompts_of([25], 286, seed=6)[0]

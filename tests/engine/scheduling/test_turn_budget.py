@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.budget import FIRST, LEAST, Kind, TurnBudget
 from rollout_server.engine.kv_cache.sizes import padded, plan, planned
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.scheduling.turn_budget import FIRST, LEAST, Kind, TurnBudget
 from tests.bounds import TINY, assert_near
 from tests.engine.door import wrap_forwards
 from tests.engine.driver import Driver, prompts_of

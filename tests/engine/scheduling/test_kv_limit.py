@@ -21,7 +21,7 @@ from rollout_server.rollout import Wants
 from tests import tiny_models
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_preemption import small
+from tests.engine.scheduling.test_preemption import small
 
 ASK = {"ignore_eos": True}
 

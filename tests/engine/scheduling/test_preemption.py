@@ -17,7 +17,7 @@ from rollout_server.rollout import FinishReason
 from tests.bounds import TINY, assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
-from tests.engine.test_on_update import spans
+from tests.engine.scheduling.test_on_update import spans
 
 CELLS = 4 * 160
 

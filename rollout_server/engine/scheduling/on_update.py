@@ -5,8 +5,8 @@ from __future__ import annotations
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.policies.table import PolicyTable
-from rollout_server.engine.preemption import Preemption
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scheduling.preemption import Preemption
 from rollout_server.rollout import BASE, FinishReason, OnUpdate
 
 

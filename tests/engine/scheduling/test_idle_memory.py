@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from rollout_server.engine.memory import IDLE_S
 from rollout_server.engine.messages.control import Release, Released
+from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.driver import Driver, prompts_of
 

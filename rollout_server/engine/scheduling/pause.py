@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from rollout_server.engine.messages.control import Pause, Paused, PauseMode, Resume
+from rollout_server.engine.messages.rollouts import Event
 from rollout_server.engine.messages.scoring import ScoringCommand
-from rollout_server.engine.requests.reports import Reports
-from rollout_server.errors import EngineUnavailable
+from rollout_server.errors import EngineUnavailable, RolloutError
+
+
+class Answers(Protocol):
+    """Where answers go; the engine's reports."""
+
+    def add(self, event: Event) -> None: ...
+
+    def fail(self, id: str, error: RolloutError) -> None: ...
 
 
 class PauseState:
     """`mode` None: everything goes on. A pause replaces the one before."""
 
-    def __init__(self, reports: Reports) -> None:
+    def __init__(self, reports: Answers) -> None:
         self.mode: PauseMode | None = None
         self._reports = reports
         self._held: list[ScoringCommand] = []

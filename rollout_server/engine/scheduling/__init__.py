@@ -1,0 +1,1 @@
+"""What a turn decides: who is admitted, preempted, switched, read and paused."""
