@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import rollout_server.demo
-from rollout_server.token_texts import REPLACEMENT
+from rollout_server.text.token_texts import REPLACEMENT
 from tests import tiny_tokenizers
 from tests.live_server import live_server
 from tests.tiny_tokenizers import BYTES

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, TypeVar
 
 from litestar import Request
@@ -18,18 +17,16 @@ from pydantic import BaseModel
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedField, UnsupportedMedia
 from rollout_server.http.service import service_of
 from rollout_server.quoting import quoted, shortened
+from rollout_server.text.strict_json import parse_json
 
 T = TypeVar("T", bound=BaseModel)
 R = TypeVar("R")
-
-MAX_DEPTH = 64
 SAFETENSORS = "application/vnd.safetensors"
 LONG = 32_768
 """A request whose body has this many bytes, or that has this many rows, is worked on beside the event loop."""
 PARSED = "parsed_body"
 """Key of the request's state under which `read_json` leaves the validated body."""
 QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def wants_binary(request: Request[Any, Any, Any], *, stream: bool = False) -> bool:
@@ -110,77 +107,6 @@ class WholeRequest(Request[Any, Any, Any]):
             limit = service_of(self).config.max_body
             self._whole = b"".join([chunk async for chunk in chunks(self, limit, "--max-body")])
         return self._whole
-
-
-def parse_json(body: bytes, *, param: str | None = None) -> Any:
-    """Strict JSON: UTF-8, no duplicate names, no NaN, no lone surrogates, at most `MAX_DEPTH` levels. `param` is the
-    field it came in, if it was not the whole body."""
-    what = param or "The body"
-    if not body.strip():
-        raise BadBody(f"{what} is empty; a JSON object was expected.", param=param)
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadBody(f"{what} is not UTF-8 (byte {error.start}).", param=param) from error
-    try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    except _Refused as refused:
-        raise BadBody(f"{what} is not JSON that can be used: {refused}", param=param) from refused
-    except json.JSONDecodeError as error:
-        raise BadBody(
-            f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", param=param
-        ) from error
-    except RecursionError as error:
-        raise BadBody(f"{what} is nested deeper than {MAX_DEPTH} levels.", param=param) from error
-    except ValueError as error:  # Python reads no integer of more than 4300 digits
-        raise BadBody(f"{what} holds a number of thousands of digits.", param=param) from error
-    if _deeper_than(value, MAX_DEPTH):
-        raise BadBody(f"{what} is nested deeper than {MAX_DEPTH} levels.", param=param)
-    if SURROGATE_ESCAPE.search(body):
-        _refuse_lone_surrogates(value, param)
-    return value
-
-
-class _Refused(ValueError):
-    """Raised by the hooks of `json.loads`."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise _Refused(f"the field {quoted(twice)} is there twice.")
-    return members
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _Refused(f"{name} is not JSON; leave the field out or send a number.")
-
-
-def _deeper_than(value: Any, levels: int) -> bool:
-    """Whether containers are nested deeper than `levels`; looks at containers only, level by level."""
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(levels):
-        level = [inner for outer in level for inner in _containers(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _containers(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
-    inside = value.values() if isinstance(value, dict) else value
-    # A list of a million token ids is looked at once and holds no container.
-    return (item for item in inside if isinstance(item, (dict, list)))
-
-
-def _refuse_lone_surrogates(value: Any, param: str | None) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadBody(
-            f"{param or 'The body'} holds half of a surrogate pair, which is no character.", param=param
-        ) from error
 
 
 async def read_json(request: Request[Any, Any, Any]) -> None:

@@ -10,8 +10,8 @@ from rollout_server.errors import UnsupportedField
 from rollout_server.grammar import WHITESPACE, Constraint, Grammar, GrammarKind
 from rollout_server.http.service import Service
 from rollout_server.http.structured import constraint_of
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.schemas.chat import ChatRequest
+from rollout_server.text.chat_format import ReplyFormat
 
 JSON_TOOLS = "json_tools"
 """mlx-lm's name of Hermes' and Qwen's form: an object with `name` and `arguments` between two marks."""

@@ -22,15 +22,15 @@ from rollout_server.http.encoding import begins_turn, finite, usage
 from rollout_server.http.problems import renamed
 from rollout_server.http.prompts import room
 from rollout_server.http.rendering import opens_thinking, render, template_source
-from rollout_server.http.reply_parts import Gain, ReplyParts
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.structured import extra_weight
-from rollout_server.http.token_strings import TokenStrings
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.chat import ChatReply, ChatRequest
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.chat_parts import Gain, ReplyParts
+from rollout_server.text.token_strings import TokenStrings
 
 
 class ChatChoice(Choice):

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.detokenize import IncrementalText, special_ids
 from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.http.encoding import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.processed import processed_top
 from rollout_server.http.prompts import PromptTokens
-from rollout_server.http.row_text import RowText
-from rollout_server.http.token_strings import TokenStrings
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest
 from rollout_server.schemas.openai import LogprobsMode
+from rollout_server.text.detokenize import IncrementalText, special_ids
+from rollout_server.text.stop_strings import RowText
+from rollout_server.text.token_strings import TokenStrings
 
 Top = Sequence[tuple[int, float]]
 SEARCHED = 64

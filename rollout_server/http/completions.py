@@ -27,7 +27,6 @@ from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, samp
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import SSE, sse_event, stream, while_connected
 from rollout_server.http.structured import constraint_of, extra_weight
-from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,
@@ -38,6 +37,7 @@ from rollout_server.rollout import (
     Wants,
 )
 from rollout_server.schemas.completions import CompletionsReply, CompletionsRequest
+from rollout_server.text.token_strings import TokenStrings
 
 
 class CompletionChoice(Choice):

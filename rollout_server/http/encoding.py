@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from litestar import Response
 
-from rollout_server.detokenize import IncrementalText
 from rollout_server.grammar import Constraint, GrammarKind
 from rollout_server.rollout import (
     RECOMPUTED,
@@ -24,6 +23,7 @@ from rollout_server.rollout import (
 )
 from rollout_server.schemas.chat import ChatRequest
 from rollout_server.schemas.rollouts import Prompt
+from rollout_server.text.detokenize import IncrementalText
 
 
 def json_response(content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:

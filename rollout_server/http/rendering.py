@@ -7,15 +7,15 @@ import re
 from typing import Any
 
 from rollout_server.errors import InvalidField
-from rollout_server.http.content_forms import TEMPLATE_FAULTS, content_form
 from rollout_server.http.long_texts import PIECE, Bound
-from rollout_server.http.tool_calls import read_arguments
 from rollout_server.quoting import shortened
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.schemas.chat import ChatRequest
 from rollout_server.schemas.messages import Message
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.schemas.tokens import TokenizeRequest
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.content_forms import TEMPLATE_FAULTS, content_form
+from rollout_server.text.tool_calls import read_arguments
 
 Chat = Prompt | ChatRequest | TokenizeRequest
 

@@ -21,10 +21,10 @@ from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
 from rollout_server.http.publishing import Publisher
 from rollout_server.http.startup import Startup
-from rollout_server.http.token_strings import TokenStrings
 from rollout_server.quoting import quoted
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.token_strings import TokenStrings
 
 STATE_KEY = "service"
 ARRIVED = "arrived"

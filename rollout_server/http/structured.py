@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint, Grammar, GrammarKind
-from rollout_server.http.body import LONG, parse_json
+from rollout_server.http.body import LONG
 from rollout_server.http.service import Service
 from rollout_server.schemas.structured import Structured, StructuredOutputs
+from rollout_server.text.strict_json import parse_json
 
 ANY_OBJECT = json.dumps({"type": "object"})
 

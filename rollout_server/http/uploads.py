@@ -11,9 +11,10 @@ from litestar import Request
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
-from rollout_server.http.body import chunks, parse_json
+from rollout_server.http.body import chunks
 from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.weights import WeightsOptions
+from rollout_server.text.strict_json import parse_json
 
 OPTION = "--max-upload"
 MAX_PARTS = 32

@@ -7,8 +7,8 @@ from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.http.server import announce, serve_app
 from rollout_server.rollout import RolloutRequest
-from tests.http.conftest import byte_level_tokenizer
 from tests.http.fake_engine import FakeEngine, Row
+from tests.support.http.fixtures import byte_level_tokenizer
 
 
 def script(request: RolloutRequest, sample: int) -> Row:

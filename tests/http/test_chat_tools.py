@@ -12,12 +12,12 @@ from tokenizers import AddedToken
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.rollout import FinishReason
 from rollout_server.schemas.chat import ChatChunk, ChatReply
-from tests.http.conftest import byte_level_tokenizer
+from rollout_server.text.chat_format import ReplyFormat
 from tests.http.fake_engine import FakeEngine, Row
 from tests.http.sse import events, joined_chat
+from tests.support.http.fixtures import byte_level_tokenizer
 
 Client = TestClient[Any]
 TEMPLATE = (

@@ -12,8 +12,8 @@ from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
-from tests.http.conftest import PEFT_CONFIG
 from tests.http.fake_engine import FakeEngine
+from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]
 Problem = Callable[..., dict[str, Any]]

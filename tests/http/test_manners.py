@@ -16,8 +16,9 @@ from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded, EngineFault
 from rollout_server.http import body, rollouts
 from rollout_server.http.app import create_app
-from tests.http.conftest import PEFT_CONFIG
+from rollout_server.text import strict_json
 from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine
+from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]
 BODY = {"policy": "base", "prompts": [{"token_ids": [5]}], "sampling": {"max_tokens": 2}}
@@ -212,7 +213,7 @@ def test_the_deadline_counts_from_the_arrival(
     client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = time.monotonic()
-    plain = body.parse_json
+    plain = strict_json.parse_json
     at: list[float] = []
 
     def slow(*args: Any, **kwargs: Any) -> Any:

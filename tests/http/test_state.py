@@ -18,9 +18,9 @@ from adapters.store import StateStore
 from rollout_server.config import ServerConfig
 from rollout_server.errors import InvalidField, VersionGone, WeightsMemoryExceeded
 from rollout_server.http.app import create_app
-from tests.http.conftest import PEFT_CONFIG
 from tests.http.fake_engine import FakeEngine
 from tests.live_server import until
+from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]
 OCTETS = {"content-type": "application/octet-stream"}

@@ -11,8 +11,8 @@ from litestar.testing import TestClient
 
 from adapters.bundle import read_bundle
 from rollout_server.schemas.weights import DeleteReply, PinReply
-from tests.http.conftest import PEFT_CONFIG
 from tests.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]
 

@@ -13,8 +13,8 @@ from litestar.testing import TestClient
 from adapters.bundle import read_bundle
 from rollout_server.errors import WeightsMemoryExceeded
 from rollout_server.schemas.weights import ActivateReply, OnePolicyReply, PoliciesReply, PushReply
-from tests.http.conftest import PEFT_CONFIG
 from tests.http.fake_engine import BASE_DIGEST, LAYERS, FakeEngine
+from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]
 OCTETS = {"content-type": "application/octet-stream"}

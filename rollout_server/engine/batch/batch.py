@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 from adapters.placement import Placement
-from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.joining import Admission, Joining
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes
@@ -23,6 +22,7 @@ from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.text.detokenize import IncrementalText
 
 MOST_KEPT = 16
 """Rows whose KV is kept in one turn while others run or wait to be told: a copy for each layer of each."""

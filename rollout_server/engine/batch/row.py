@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adapters.placement import BASE_PLACEMENT, Placement
-from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import HEADROOM
 from rollout_server.errors import GrammarFault, RolloutError
@@ -23,6 +22,7 @@ from rollout_server.rollout import (
     Span,
     Timings,
 )
+from rollout_server.text.detokenize import IncrementalText
 
 TopTokens = tuple[tuple[int, float], ...]
 

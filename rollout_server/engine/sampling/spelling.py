@@ -11,8 +11,8 @@ from typing import Any
 from llguidance import LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
 
-from rollout_server.detokenize import special_ids
-from rollout_server.token_texts import REPLACEMENT
+from rollout_server.text.detokenize import special_ids
+from rollout_server.text.token_texts import REPLACEMENT
 
 LARK = re.compile(
     r"""(?P<other>"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|(?://|\#)[^\n]*)|(?P<name><[^\s<>"]+>)""", re.VERBOSE

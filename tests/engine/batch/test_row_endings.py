@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from rollout_server.detokenize import IncrementalText
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.control import Stop
 from rollout_server.engine.messages.rollouts import RequestDone, RequestFailed
@@ -29,6 +28,7 @@ from rollout_server.rollout import (
     SamplingParams,
     Wants,
 )
+from rollout_server.text.detokenize import IncrementalText
 from tests import tiny_models
 from tests.bounds import TINY, assert_near
 from tests.engine.driver import Driver, prompts_of

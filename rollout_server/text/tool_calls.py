@@ -9,8 +9,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from rollout_server.errors import InvalidField, RolloutError
-from rollout_server.http.body import parse_json
-from rollout_server.reply_format import ParseToolCall, ReplyFormat
+from rollout_server.text.chat_format import ParseToolCall, ReplyFormat
+from rollout_server.text.strict_json import parse_json
 
 Tools = list[dict[str, Any]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from rollout_server.detokenize import special_ids
+from rollout_server.text.detokenize import special_ids
 
 ParseToolCall = Callable[[str, Any], Any]
 

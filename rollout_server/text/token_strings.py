@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.detokenize import special_ids
-from rollout_server.token_texts import texts_of
+from rollout_server.text.detokenize import special_ids
+from rollout_server.text.token_texts import texts_of
 
 PART_OF_A_CHARACTER = "bytes:"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rollout_server.http.tool_calls import read_calls
-from rollout_server.reply_format import ReplyFormat
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.tool_calls import read_calls
 
 
 class Part(Enum):

@@ -11,9 +11,9 @@ import pytest
 from mlx_lm import tool_parsers
 from mlx_lm.tool_parsers import glm47, json_tools, kimi_k2, minicpm5, minimax_m2, mistral, pythonic, qwen3_coder
 
-from rollout_server.http.tool_calls import read_arguments, read_calls
-from rollout_server.reply_format import ReplyFormat
 from rollout_server.schemas.messages import Message
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.tool_calls import read_arguments, read_calls
 
 TYPES = {
     "id": {"type": "integer"},

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rollout_server.rollout import RolloutRequest
-from rollout_server.token_texts import REPLACEMENT, texts_of
+from rollout_server.text.token_texts import REPLACEMENT, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from rollout_server.detokenize import IncrementalText
+from rollout_server.text.detokenize import IncrementalText
 
 
 class RowText:

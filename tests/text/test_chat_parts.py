@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
 
-from rollout_server.http.reply_parts import Gain, ReplyParts
-from rollout_server.reply_format import ReplyFormat
+from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.chat_parts import Gain, ReplyParts
 
 TOOLS = [
     {

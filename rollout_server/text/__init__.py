@@ -1,0 +1,1 @@
+"""From ids to text, and what text means; neither HTTP nor MLX."""
