@@ -32,16 +32,16 @@ from rollout_server.http.lora_doors import LoraDoorsController
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
-from rollout_server.http.publishing import Publisher
 from rollout_server.http.recorded import RecordedController
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
-from rollout_server.http.startup import Startup, engine_options, open_state
 from rollout_server.http.system import HealthController, MetricsController, ModelsController
 from rollout_server.http.tokens import TokensController
 from rollout_server.http.versions import VersionController
 from rollout_server.http.weights import AliasController, WeightsController
+from rollout_server.versions.publisher import Publisher
+from rollout_server.versions.startup import Startup, engine_options, open_state
 
 
 class Application(Litestar):

@@ -25,10 +25,10 @@ from rollout_server.http.body import StrictJson, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.service import Service, service_of
-from rollout_server.http.startup import CONFIG_NAME, WEIGHT_NAMES, check_name, read_adapter_directory
 from rollout_server.http.weights import milliseconds
 from rollout_server.quoting import quoted
 from rollout_server.schemas.lora import LoadLoraRequest, UnloadLoraRequest
+from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, check_name, read_adapter_directory
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType(
     {"name": "lora_name", "policy": "lora_name", "adapter": "lora_path", "weights": "lora_path", "config": "lora_path"}

@@ -19,12 +19,12 @@ from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.long_texts import ContextBound
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
-from rollout_server.http.publishing import Publisher
-from rollout_server.http.startup import Startup
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.token_strings import TokenStrings
+from rollout_server.versions.publisher import Publisher
+from rollout_server.versions.startup import Startup
 
 STATE_KEY = "service"
 ARRIVED = "arrived"

@@ -26,7 +26,6 @@ from rollout_server.http.encoding import json_response
 from rollout_server.http.policy_replies import policy_entry
 from rollout_server.http.problems import renamed
 from rollout_server.http.service import Service, service_of
-from rollout_server.http.startup import check_name
 from rollout_server.http.uploads import Upload, read_upload
 from rollout_server.http.versions import deletion
 from rollout_server.quoting import quoted
@@ -38,6 +37,7 @@ from rollout_server.schemas.weights import (
     PoliciesReply,
     PushReply,
 )
+from rollout_server.versions.adapter_directory import check_name
 
 MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 

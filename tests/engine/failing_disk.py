@@ -27,7 +27,7 @@ from adapters.store import NameRecord, StateStore
 from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.engine.messages.versions import Activate, Delete, Pin, PolicyReply, Publish
 from rollout_server.errors import EngineFault, RolloutError, StorageFailed
-from rollout_server.http.publishing import Publisher
+from rollout_server.versions.publisher import Publisher
 from tests.engine.driver import Driver
 from tests.engine.lines import Kept, Line
 from tests.engine.promises import Promises

@@ -9,7 +9,7 @@ from adapters.bundle import Content
 from adapters.prepare import PreparedBundle
 from adapters.registry import Registry
 from adapters.sets import ParameterSets
-from rollout_server.http.publishing import Publisher
+from rollout_server.versions.publisher import Publisher
 from tests.engine.sequences import Player, World, explore, failure, invent, shortest
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rollout_server.config import ClientSettings, ServerConfig, parse_size
-from rollout_server.http.startup import engine_options
+from rollout_server.versions.startup import engine_options
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from rollout_server.engine.messages.versions import (
     RestoredVersion,
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
-from rollout_server.http import records
+from rollout_server.versions import predicted_records
 
 log = logging.getLogger("rollout_server.http")
 
@@ -157,7 +157,9 @@ class Publisher:
         try:
             shown = self._shown(name)
             if shown is not None:
-                record = records.published(shown, number, self._keep, activate=publish.activate, label=publish.label)
+                record = predicted_records.published(
+                    shown, number, self._keep, activate=publish.activate, label=publish.label
+                )
                 await self._write(store.write, record)
         except StorageFailed:
             if not staged.unchanged:
@@ -178,18 +180,18 @@ class Publisher:
         await self._engine.activate(replace(activate, id=self._engine.new_id("check"), check_only=True))
         began = time.perf_counter()
         shown = self._shown(activate.name)
-        record = records.activated(shown, activate.number, self._keep) if shown else None
+        record = predicted_records.activated(shown, activate.number, self._keep) if shown else None
         moved, written = await self._after(record, self._engine.activate, activate, store)
         return replace(moved, persist_ms=1e3 * (written - began))
 
     async def _pin(self, pin: Pin, store: StateStore) -> Pinned:
         shown = self._shown(pin.name)
-        record = records.pinned(shown, pin, self._keep) if shown else None
+        record = predicted_records.pinned(shown, pin, self._keep) if shown else None
         return (await self._after(record, self._engine.pin, pin, store))[0]
 
     async def _delete(self, delete: Delete, store: StateStore) -> Deleted:
         shown = self._shown(delete.name)
-        record = records.deleted(shown, delete) if shown else None
+        record = predicted_records.deleted(shown, delete) if shown else None
         return (await self._after(record, self._engine.delete, delete, store))[0]
 
     async def _after(
@@ -212,7 +214,7 @@ class Publisher:
         What fails here was not promised to anybody, and is made good by the next change or the next start. `last` is
         the newest number of a name that may have no versions."""
         shown = self._shown(name)
-        record = records.record_of(shown) if shown else store.records.get(name)
+        record = predicted_records.record_of(shown) if shown else store.records.get(name)
         if record is None and store.doubts(name):
             record = NameRecord(name, last, None)  # Its first push failed, and may be on disk nevertheless.
         elif record is not None and record.last < last:

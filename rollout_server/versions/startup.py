@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from pathlib import Path
 
-from adapters.bundle import read_bundle
-from adapters.errors import AdapterError
-from adapters.prepare import PreparedBundle, prepare
 from adapters.store import StateStore, StoreError
-from rollout_server.adapter_errors import from_adapters
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
-from rollout_server.errors import AdapterInvalid, EngineUnavailable, InvalidField, RolloutError
-from rollout_server.http.publishing import Publisher
+from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.model_files import resolve_model
-from rollout_server.quoting import quoted
-from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
+from rollout_server.versions.adapter_directory import check_name, read_adapter_directory
+from rollout_server.versions.publisher import Publisher
 
 log = logging.getLogger("rollout_server.http")
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapters.safetensors")
 
 
 def engine_options(config: ServerConfig) -> EngineOptions:
@@ -54,22 +45,6 @@ def open_state(config: ServerConfig) -> StateStore | None:
         return StateStore(config.state_dir.expanduser())
     except StoreError as error:
         raise InvalidField(error.message, param="state_dir") from error
-
-
-def read_adapter_directory(directory: Path, info: ModelInfo) -> PreparedBundle:
-    """The adapter that PEFT or mlx-lm saved there, ready for the model. Raises `AdapterInvalid` and its kin."""
-    weights = next((path for name in WEIGHT_NAMES if (path := directory / name).is_file()), None)
-    if weights is None:
-        raise AdapterInvalid(f"{directory} holds neither {' nor '.join(WEIGHT_NAMES)}.", param="adapter")
-    config_path = directory / CONFIG_NAME
-    try:
-        config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
-        bundle = read_bundle(weights.read_bytes(), config, layers=info.layers, parameters=info.weights)
-        return prepare(bundle, info.dtype, parameters=info.weights)
-    except AdapterError as error:
-        raise from_adapters(error) from error
-    except (OSError, ValueError) as error:
-        raise AdapterInvalid(f"{directory} cannot be read: {error}", param="adapter") from error
 
 
 class Startup:
@@ -139,11 +114,3 @@ def _log_fault(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (fault := task.exception()) is not None:
         known = isinstance(fault, RolloutError)
         log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
-
-
-def check_name(name: str, base_id: str) -> None:
-    """Whether a policy may be called so."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise InvalidField(f"{quoted(name)} is not a policy name, which is {NAME_RULE}.", param="name")
-    if name in (BASE, base_id):
-        raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")

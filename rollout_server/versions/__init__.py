@@ -1,0 +1,1 @@
+"""How versions change and survive a restart; no HTTP."""
