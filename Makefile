@@ -49,7 +49,7 @@ test-blas: $(READY)  ## the numeric tests under the kernels of other processors 
 
 test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
 	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'
-	MLX_ENABLE_TF32=0 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(ARGS),tests/engine tests/adapters tests/test_doctor.py)
+	MLX_ENABLE_TF32=0 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(ARGS),tests/engine tests/adapters tests/machine/test_doctor.py)
 
 $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(PEERS) default peers

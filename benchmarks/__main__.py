@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS, Scale, rounded, write
 from benchmarks.sections import PEERS, SECTIONS
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.record import Measured, Scale, Section, ratio
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from rollout_server.engine.sampling.grammars import CompiledGrammar

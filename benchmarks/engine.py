@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from benchmarks.measure import Contender, Load, Result
@@ -61,7 +61,7 @@ def compare(load: Load, rounds: int, *, top_p: bool, kinds: bool = False) -> dic
     from benchmarks.models import random_prompts, write_model
     from benchmarks.ours import EXTRAS, MIXED, PENALTIES, TOP_P, EngineDecode
     from benchmarks.peers import BatchGeneratorDecode
-    from rollout_server.doctor import measure_gflops
+    from rollout_server.machine.doctor import measure_gflops
 
     variants = (False, True) if top_p else (False,)
     ours = ["", *([TOP_P] if top_p else []), *([MIXED, PENALTIES, EXTRAS] if kinds else [])]

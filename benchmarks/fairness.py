@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.record import Measured, Ratio, Scale, Section
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from tests.engine.driver import Driver

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     import numpy as np

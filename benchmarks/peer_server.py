@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if __name__ == "__main__":
     load_fast_blas()  # Without it the peer would be some fifty times slower on Linux.

@@ -12,7 +12,7 @@ from benchmarks.processes import post, server
 
 START = """
 import sys
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 load_fast_blas()
 from mlx_lm.server import main
 sys.argv = ["mlx_lm.server", "--model", sys.argv[1], "--port", sys.argv[2]]

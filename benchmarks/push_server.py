@@ -13,7 +13,7 @@ from typing import Any
 
 from litestar import Request, post
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 
 @post("/bare", status_code=200)
@@ -34,10 +34,10 @@ def main() -> None:
     load_fast_blas()  # Before anything imports mlx, hence the imports below.
 
     from rollout_server import logs
-    from rollout_server.blas import one_thread_for_numpy
     from rollout_server.config import ServerConfig
     from rollout_server.http.app import create_app
     from rollout_server.http.server import announce, serve_app
+    from rollout_server.machine.blas import one_thread_for_numpy
     from rollout_server.open_files import raise_limit
 
     logs.configure("text")

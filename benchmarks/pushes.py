@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 SECTIONS = ("receive", "stage", "throughput", "many", "peer")
 NAME, STEADY = "trained", "steady"

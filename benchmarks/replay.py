@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import Measured, Ratio, Scale, Section
-from rollout_server.blas import load_fast_blas
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import RowFinished
 from rollout_server.engine.messages.scoring import RecordedRow, Replay, ReplayedRow
+from rollout_server.machine.blas import load_fast_blas
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, SpanAddress
 
 VOCABULARY = 4096

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     import mlx.core as mx

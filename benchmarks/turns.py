@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from rollout_server.engine.handle import EngineHandle

@@ -12,7 +12,7 @@ import random
 import sys
 from importlib.resources import files
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
 
 load_fast_blas()  # before mlx is imported; it matters on a Linux CPU only

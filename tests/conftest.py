@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rollout_server import logs
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
 from tests import marks
 

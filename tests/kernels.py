@@ -16,7 +16,7 @@ NEEDS = {"SkylakeX": "avx512f", "Haswell": "avx2", "Zen": "avx2", "Sandybridge":
 """What a kernel's instructions are called in /proc/cpuinfo; without them it crashes."""
 # What is asked of a process with a kernel chosen: what its products really run on.
 ASK = (
-    "import ctypes; from rollout_server.blas import load_fast_blas; load_fast_blas(); "
+    "import ctypes; from rollout_server.machine.blas import load_fast_blas; load_fast_blas(); "
     "name = getattr(ctypes.CDLL(None), 'openblas_get_corename', None); "
     "name and setattr(name, 'restype', ctypes.c_char_p); print(name().decode() if name else '')"
 )

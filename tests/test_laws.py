@@ -43,7 +43,7 @@ IMPORTS = {
     "rollout_server/quoting.py": set(),
     "rollout_server/grammar.py": set(),
     "rollout_server/rollout.py": {"rollout_server.errors", "rollout_server.grammar", "rollout_server.quoting"},
-    "rollout_server/blas.py": set(),
+    "rollout_server/machine/blas.py": set(),
     "rollout_server/schemas": {"pydantic", "pydantic_core", "rollout_server.quoting"},
     "trainer_client": {"numpy", "httpx", "safetensors"},
 }
@@ -122,7 +122,7 @@ def test_only_config_reads_the_environment() -> None:
         return False
 
     # blas.py sets one variable for MLX before MLX is imported; it reads none for us.
-    allowed = {READS_THE_ENVIRONMENT, "rollout_server/blas.py"}
+    allowed = {READS_THE_ENVIRONMENT, "rollout_server/machine/blas.py"}
     found = places((path for path in sources(*PACKAGES) if name_of(path) not in allowed), reads)
     assert not found, f"read it in rollout_server/config.py: {found}"
 

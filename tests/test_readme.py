@@ -81,7 +81,7 @@ def test_the_commands_run_as_written(tmp_path: Path) -> None:
     assert (program, command) == ("rollout-server", "serve")
     with live_server(None, *options) as server:
         port = server.url.rpartition(":")[2]
-        # tests/test_doctor.py runs the last one; measuring takes it seconds.
+        # tests/machine/test_doctor.py runs the last one; measuring takes it seconds.
         assert others.pop() == "rollout-server doctor"
         for line in others:
             words = [

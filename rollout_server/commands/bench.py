@@ -74,7 +74,7 @@ def started(model: str | None, revision: str | None) -> Iterator[str | None]:
         return
     from rollout_server import logs
     from rollout_server.demo.run import ending_in_order, serving
-    from rollout_server.model_files import resolve_model
+    from rollout_server.model_source.model_files import resolve_model
 
     logs.configure()
     path, name = resolve_model(model, revision)

@@ -10,7 +10,7 @@ from rollout_server.commands.frame import Json, one_sentence, print_json
 def doctor(json_output: Json = False) -> None:
     """Look at this machine: device, BLAS, measured GFLOP/s, memory and self-tests. Exit status 1 if one fails."""
     with one_sentence():
-        from rollout_server.doctor import examine, print_report
+        from rollout_server.machine.doctor import examine, print_report
 
         report = examine()
         if json_output:

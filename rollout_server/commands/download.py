@@ -19,8 +19,9 @@ def download(
     HF_TOKEN opens gated and private models, HF_HOME says where the cache is. What was fetched before is not fetched
     again. Prints the directory."""
     with one_sentence():
-        from rollout_server import hub, logs
-        from rollout_server.model_files import check_files
+        from rollout_server import logs
+        from rollout_server.model_source import hub
+        from rollout_server.model_source.model_files import check_files
 
         logs.configure()
         directory = hub.fetch(model, revision)

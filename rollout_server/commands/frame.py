@@ -17,8 +17,8 @@ from rollout_server.errors import RolloutError
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
-    from rollout_server.blas import BlasChoice
     from rollout_server.config import ServerConfig
+    from rollout_server.machine.blas import BlasChoice
     from trainer_client import RolloutClient
 
     S = TypeVar("S", bound=BaseSettings)
@@ -58,7 +58,7 @@ def _fail(message: str) -> None:
 
 
 def load_blas() -> BlasChoice:
-    from rollout_server.blas import load_fast_blas
+    from rollout_server.machine.blas import load_fast_blas
 
     return load_fast_blas()
 

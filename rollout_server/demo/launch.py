@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
 
 

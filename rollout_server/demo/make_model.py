@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollout_server.blas import load_fast_blas
 from rollout_server.demo.make_tokenizer import END, PAD, START, build_tokenizer, special_id, write_tokenizer
 from rollout_server.demo.trainer.task import Problem, Style, habitual_style, training_problems
+from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
 
 if TYPE_CHECKING:

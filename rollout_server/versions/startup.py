@@ -12,7 +12,7 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
-from rollout_server.model_files import resolve_model
+from rollout_server.model_source.model_files import resolve_model
 from rollout_server.versions.adapter_directory import check_name, read_adapter_directory
 from rollout_server.versions.publisher import Publisher
 

@@ -113,7 +113,8 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     """In two processes, so that no state of this one can make them equal."""
     recipe = Recipe(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, steps=4, batch=16)
     script = (
-        "import sys; from pathlib import Path; from rollout_server.blas import load_fast_blas; load_fast_blas();"
+        "import sys; from pathlib import Path;"
+        "from rollout_server.machine.blas import load_fast_blas; load_fast_blas();"
         "from rollout_server.demo.make_model import Recipe, make_model;"
         f"make_model(Path(sys.argv[1]), int(sys.argv[2]), {recipe!r}, print)"
     )

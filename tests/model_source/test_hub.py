@@ -22,10 +22,10 @@ import httpx
 import pytest
 
 from rollout_server.errors import InvalidField
-from rollout_server.hub import explained, progress_of
-from rollout_server.model_files import resolve_model
-from tests.hub_stand_in import HubStandIn, Repository, files_of, hub_stand_in
+from rollout_server.model_source.hub import explained, progress_of
+from rollout_server.model_source.model_files import resolve_model
 from tests.live_server import live_server
+from tests.support.hub_stand_in import HubStandIn, Repository, files_of, hub_stand_in
 
 OPEN, GATED, PRIVATE, PICKLED, LARGE = "org/tiny", "org/gated", "org/private", "org/pickled", "org/large"
 SEVERAL = """
@@ -189,8 +189,8 @@ def test_what_is_not_foreseen_is_told_in_a_sentence() -> None:
 def test_progress_is_a_line_now_and_then(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout_server.hub.LINE_S", 0.0)
-    with caplog.at_level(logging.INFO, logger="rollout_server.hub"):
+    monkeypatch.setattr("rollout_server.model_source.hub.LINE_S", 0.0)
+    with caplog.at_level(logging.INFO, logger="rollout_server.model_source.hub"):
         progress = progress_of(OPEN, made := [])
         progress(total=3, desc="Fetching 3 files").update(3)
         bar = progress(total=4_000_000, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download")

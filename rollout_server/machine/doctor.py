@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout_server.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
+from rollout_server.machine.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
 from rollout_server.open_files import OpenFiles, raise_limit
 
 MINIMUM_MLX = (0, 32)
@@ -78,7 +78,7 @@ def examine() -> Report:
         # Lazy: an mlx that is too old or broken is reported, not imported.
         import mlx.core as mx
 
-        from rollout_server import selftest
+        from rollout_server.machine import selftest
 
         device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
         info = mx.device_info()

@@ -3,7 +3,7 @@ imports mlx.
 
 The Linux wheel of mlx links the reference BLAS: some 5 GFLOP/s in float32 where OpenBLAS or MKL give hundreds. Symbols
 of a library loaded first and globally win, so every entry point calls `load_fast_blas` before anything imports mlx.
-`python -m rollout_server.blas` prints what it finds; exit status 1 where a fast BLAS is missing.
+`python -m rollout_server.machine.blas` prints what it finds; exit status 1 where a fast BLAS is missing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load_fast_blas() -> BlasChoice:
     if loaded := _global_blas():
         return loaded
     if "mlx.core" in sys.modules:
-        raise RuntimeError("mlx was imported before rollout_server.blas.load_fast_blas(): call it first.")
+        raise RuntimeError("mlx was imported before rollout_server.machine.blas.load_fast_blas(): call it first.")
     for candidate in _candidates():
         if _load(candidate) and (loaded := _global_blas()):
             return loaded

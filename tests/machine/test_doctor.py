@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from rollout_server import doctor, selftest
-from rollout_server.blas import BlasChoice
 from rollout_server.cli import app
+from rollout_server.machine import doctor, selftest
+from rollout_server.machine.blas import BlasChoice
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from rollout_server import __version__
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.quoting import quoted, shortened
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rollout_server.hub")
 
 FETCHED = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 LEFT_OUT = ("*/*.safetensors", "*/*.model")

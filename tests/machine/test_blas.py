@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.blas import BlasChoice, load_fast_blas
+from rollout_server.machine.blas import BlasChoice, load_fast_blas
 
 LINUX_CPU = sys.platform == "linux" and "installed" not in load_fast_blas().reason
 FOUND = load_fast_blas().name is not None
@@ -26,7 +26,7 @@ def test_importing_it_brings_no_third_party_module() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import rollout_server.blas
+import rollout_server.machine.blas
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(new - set(sys.stdlib_module_names) - {"rollout_server"}))
 """
@@ -37,7 +37,7 @@ print(sorted(new - set(sys.stdlib_module_names) - {"rollout_server"}))
 def test_its_symbols_are_global_and_a_second_call_agrees_after_mlx() -> None:
     code = """
 import ctypes
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 assert not hasattr(ctypes.CDLL(None), "cblas_sgemm")
 first = load_fast_blas()
 assert hasattr(ctypes.CDLL(None), "cblas_sgemm")
@@ -54,7 +54,7 @@ print(first)
 def test_mlx_computes_with_it(tmp_path: Path) -> None:
     """The dynamic linker's own record: libmlx's cblas_sgemm is bound to the chosen file."""
     code = """
-from rollout_server.blas import load_fast_blas
+from rollout_server.machine.blas import load_fast_blas
 print(load_fast_blas().path)
 import mlx.core as mx
 a = mx.random.normal((128, 128), key=mx.random.key(0))
@@ -69,7 +69,7 @@ mx.eval(a @ a)
 
 @pytest.mark.skipif(not LINUX_CPU, reason="only the Linux CPU build can be too late")
 def test_after_mlx_it_refuses_and_says_so() -> None:
-    done = python("import mlx.core\nfrom rollout_server.blas import load_fast_blas\nload_fast_blas()")
+    done = python("import mlx.core\nfrom rollout_server.machine.blas import load_fast_blas\nload_fast_blas()")
     assert done.returncode != 0
     assert "mlx was imported before" in done.stderr
 
@@ -103,7 +103,7 @@ def test_a_choice_reads_as_one_line() -> None:
 @needs_blas
 def test_numpys_own_threads_are_taken_away_and_not_those_of_mlx() -> None:
     code = """
-from rollout_server.blas import load_fast_blas, one_thread_for_numpy
+from rollout_server.machine.blas import load_fast_blas, one_thread_for_numpy
 before = load_fast_blas().threads
 import numpy as np
 found = one_thread_for_numpy()

@@ -6,8 +6,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from rollout_server import hub
 from rollout_server.errors import InvalidField
+from rollout_server.model_source import hub
 from rollout_server.quoting import quoted
 
 EMBEDDED_ID = "rollout-demo"

@@ -1,0 +1,1 @@
+"""Where a model comes from: a directory, the Hub, or the package itself."""
