@@ -20,7 +20,6 @@ from rollout_server import __version__
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
-from rollout_server.http.body import WholeRequest
 from rollout_server.http.chat import ChatController
 from rollout_server.http.completions import CompletionsController
 from rollout_server.http.control import ControlController, PrefixesController
@@ -34,6 +33,7 @@ from rollout_server.http.pausing import PauseController, PauseDoorsController
 from rollout_server.http.problems import to_response
 from rollout_server.http.recorded import RecordedController
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
+from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.rollouts import RolloutsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.http.system import HealthController, MetricsController, ModelsController

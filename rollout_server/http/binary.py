@@ -22,7 +22,7 @@ from litestar import Response
 from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import save
 
-from rollout_server.http.body import SAFETENSORS
+from rollout_server.http.requests.json_body import SAFETENSORS
 from rollout_server.rollout import FinishReason
 
 FORMAT = "1"

@@ -10,7 +10,7 @@ from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.http.encoding import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.processed import processed_top
-from rollout_server.http.prompts import PromptTokens
+from rollout_server.http.requests.prompts import PromptTokens
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest
 from rollout_server.schemas.openai import LogprobsMode
 from rollout_server.text.detokenize import IncrementalText, special_ids

@@ -151,7 +151,8 @@ def is_complete(rollouts: Iterable[Rollout]) -> bool:
 
 
 def weight_of(rollouts: Iterable[Rollout]) -> int:
-    """How much work rows are to write, on the scale of `body.LONG`: their tokens, and a cost for each row besides."""
+    """How much work rows are to write, on the scale of `json_body.LONG`: their tokens, and a cost for each row
+    besides."""
     return sum(len(rollout.token_ids) + 32 for rollout in rollouts)
 
 

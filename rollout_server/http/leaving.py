@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from litestar import Request
 
 from rollout_server.errors import BadBody
-from rollout_server.http.body import LONG
+from rollout_server.http.requests.json_body import LONG
 from rollout_server.http.streaming import GONE, while_connected
 
 R = TypeVar("R")
@@ -20,7 +20,7 @@ GoOn = Callable[[], None]
 
 
 async def beside_client(request: Request[Any, Any, Any], weight: int, work: Callable[[GoOn], R]) -> R:
-    """Does what `body.beside` does, for long work that comes in pieces. A thread cannot be stopped, so it has to
+    """Does what `json_body.beside` does, for long work that comes in pieces. A thread cannot be stopped, so it has to
     ask."""
     if weight < LONG:
         return work(_always)

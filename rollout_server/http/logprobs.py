@@ -9,19 +9,18 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.engine.messages.scoring import Score
-from rollout_server.errors import ContextExceeded, InvalidField, UnknownPolicy
+from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, scores_file
-from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response, span_entry, version_entry
+from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
+from rollout_server.http.requests.spans import read_spans
 from rollout_server.http.rollouts import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.streaming import while_connected
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import SpanAddress, tiling_fault
-from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest, SequenceToScore
-from rollout_server.schemas.spans import SpanToRead
+from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest
 
 
 class LogprobsController(Controller):
@@ -107,27 +106,3 @@ def check(data: LogprobsRequest, service: Service) -> None:
                 f"{place}.start is {quoted(sequence.start)}, but the sequence has {counted(count, 'token')}.",
                 param=f"{place}.start",
             )
-
-
-def read_spans(
-    sequence: SequenceToScore, place: str, request: Request[Any, Any, Any], service: Service
-) -> tuple[SpanAddress, ...] | None:
-    """The spans of a sequence, checked but for whether their versions are there."""
-    if sequence.versions is None:
-        return None
-    spans = tuple(
-        read_span(span, f"{place}.versions[{index}]", request, service) for index, span in enumerate(sequence.versions)
-    )
-    if fault := tiling_fault(spans, len(sequence.token_ids) - sequence.start):
-        raise InvalidField(f"{place}.versions do not fit the sequence: {fault}.", param=f"{place}.versions")
-    return spans
-
-
-def read_span(span: SpanToRead, place: str, request: Request[Any, Any, Any], service: Service) -> SpanAddress:
-    if span.policy is None:
-        raise UnknownPolicy(f"{place} names no policy, so its tokens cannot be read again.", param=f"{place}.policy")
-    if span.version is None and span.digest is None:
-        raise InvalidField(f"{place} names no version: give its number or its digest.", param=f"{place}.version")
-    which = span.digest if span.version is None else span.version
-    address = service.address(f"{span.policy}@{which}", request, param=f"{place}.policy")
-    return SpanAddress(address, span.start, span.end, span.digest, span.kv)

@@ -21,9 +21,9 @@ from adapters.prepare import PreparedBundle
 from rollout_server.engine.messages.versions import Delete, Publish
 from rollout_server.errors import BodyTooLarge, InvalidField, NotFound
 from rollout_server.http.auth import may_administer
-from rollout_server.http.body import StrictJson, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.problems import renamed
+from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.service import Service, service_of
 from rollout_server.http.weights import milliseconds
 from rollout_server.quoting import quoted

@@ -21,7 +21,6 @@ from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer
 from rollout_server.http.binary import binary_response, rollouts_file
-from rollout_server.http.body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.documented import LinesOperation, failures
 from rollout_server.http.encoding import (
     begins_turn,
@@ -33,14 +32,14 @@ from rollout_server.http.encoding import (
     weight_of,
 )
 from rollout_server.http.leaving import GoOn, beside_client
-from rollout_server.http.long_texts import Bound
-from rollout_server.http.prefixes import check_room, read_prefix
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import room, tokens_of
-from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
+from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
+from rollout_server.http.requests.prefixes import check_room, read_prefix
+from rollout_server.http.requests.prompts import room, tokens_of
+from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
-from rollout_server.http.structured import check_given, constraint_of, extra_weight
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import (
     OnUpdate,
@@ -53,6 +52,7 @@ from rollout_server.rollout import (
 )
 from rollout_server.schemas.fields import ID_RULE, RequestId
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
+from rollout_server.text.long_texts import Bound
 
 MAX_TOKENS = "sampling.max_tokens"
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": MAX_TOKENS})

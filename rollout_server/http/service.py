@@ -16,12 +16,12 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
-from rollout_server.http.long_texts import ContextBound
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
 from rollout_server.text.chat_format import ReplyFormat
+from rollout_server.text.long_texts import ContextBound
 from rollout_server.text.token_strings import TokenStrings
 from rollout_server.versions.publisher import Publisher
 from rollout_server.versions.startup import Startup

@@ -11,12 +11,11 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.http.auth import may_infer
-from rollout_server.http.body import StrictJson, beside, no_query, read_json
 from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
-from rollout_server.http.long_texts import CharacterBound
 from rollout_server.http.problems import renamed
-from rollout_server.http.rendering import render
+from rollout_server.http.requests.json_body import StrictJson, beside, no_query, read_json
+from rollout_server.http.requests.rendering import render
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import BASE
 from rollout_server.schemas.tokens import (
@@ -26,6 +25,7 @@ from rollout_server.schemas.tokens import (
     TokenizeRequest,
     TokenizerInfoReply,
 )
+from rollout_server.text.long_texts import CharacterBound
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
 """The service's names of fields → these routes'."""

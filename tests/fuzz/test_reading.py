@@ -24,7 +24,7 @@ from adapters.slots import AdapterSlots
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.http.problems import body_of, row_of
-from rollout_server.http.uploads import config_of
+from rollout_server.http.requests.uploads import config_of
 from tests import tiny_models
 from tests.fuzz.uploads import Upload, uploads, valid_uploads
 

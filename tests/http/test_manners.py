@@ -14,8 +14,9 @@ from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded, EngineFault
-from rollout_server.http import body, rollouts
+from rollout_server.http import rollouts
 from rollout_server.http.app import create_app
+from rollout_server.http.requests import json_body
 from rollout_server.text import strict_json
 from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG
@@ -31,9 +32,9 @@ def test_head_is_get_without_the_body(client: Client, path: str) -> None:
 
 
 def test_compressed_bodies_are_415(client: Client, problem: Callable[..., Any]) -> None:
-    body = gzip.compress(json.dumps(BODY).encode())
+    json_body = gzip.compress(json.dumps(BODY).encode())
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
-    problem(client.post("/v1/rollouts", content=body, headers=headers), 415, "unsupported_media_type")
+    problem(client.post("/v1/rollouts", content=json_body, headers=headers), 415, "unsupported_media_type")
 
 
 def test_a_web_page_of_another_site_changes_nothing(
@@ -62,14 +63,14 @@ def test_errors_stay_small_whatever_was_sent(client: Client) -> None:
 
 
 def test_an_unknown_model_names_the_field_of_its_route(client: Client, problem: Callable[..., Any]) -> None:
-    body = {"model": "gpt-4", "prompt": [5], "max_tokens": 2}
-    problem(client.post("/v1/completions", json=body), 404, "unknown_policy", "model")
-    problem(client.post("/v1/completions", json=body | {"model": "Org/Name"}), 404, "unknown_policy", "model")
+    json_body = {"model": "gpt-4", "prompt": [5], "max_tokens": 2}
+    problem(client.post("/v1/completions", json=json_body), 404, "unknown_policy", "model")
+    problem(client.post("/v1/completions", json=json_body | {"model": "Org/Name"}), 404, "unknown_policy", "model")
 
 
 def ask(client: Client, path: str = "/v1/rollouts", **change: Any) -> Any:
-    body = {"model": "base", "prompt": [5], "max_tokens": 2} if path == "/v1/completions" else BODY
-    return client.post(path, json=body | change)
+    json_body = {"model": "base", "prompt": [5], "max_tokens": 2} if path == "/v1/completions" else BODY
+    return client.post(path, json=json_body | change)
 
 
 @pytest.mark.parametrize("method", ["get", "head"])
@@ -200,7 +201,7 @@ def test_the_loop_goes_on_while_a_long_body_is_worked_on(client: Client, monkeyp
 
         monkeypatch.setattr(module, name, call)
 
-    watched(body, "parse_json")
+    watched(json_body, "parse_json")
     watched(rollouts, "plan")
     watched(rollouts, "reply")
     assert ask(client).status_code == 200
@@ -221,7 +222,7 @@ def test_the_deadline_counts_from_the_arrival(
         at.append(time.monotonic())
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(body, "parse_json", slow)
+    monkeypatch.setattr(json_body, "parse_json", slow)
     assert ask(client, timeout_s=100).status_code == 200
     deadline = engine.submitted[-1][2]
     assert deadline is not None and began + 100 <= deadline < at[0] + 100 - 0.04

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 from rollout_server.errors import InvalidField
-from rollout_server.http.long_texts import PIECE, Bound
 from rollout_server.quoting import shortened
 from rollout_server.schemas.chat import ChatRequest
 from rollout_server.schemas.messages import Message
@@ -15,6 +14,7 @@ from rollout_server.schemas.rollouts import Prompt
 from rollout_server.schemas.tokens import TokenizeRequest
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.content_forms import TEMPLATE_FAULTS, content_form
+from rollout_server.text.long_texts import PIECE, Bound
 from rollout_server.text.tool_calls import read_arguments
 
 Chat = Prompt | ChatRequest | TokenizeRequest

@@ -11,7 +11,7 @@ from litestar import Request
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
-from rollout_server.http.body import chunks
+from rollout_server.http.requests.json_body import chunks
 from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.weights import WeightsOptions
 from rollout_server.text.strict_json import parse_json

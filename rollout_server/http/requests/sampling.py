@@ -17,7 +17,7 @@ from rollout_server.schemas.rollouts import SamplingOptions
 def sampling_params(
     options: SamplingOptions | OpenAIRequest, max_tokens: int, constraint: Constraint | None, *, prefix: str = ""
 ) -> SamplingParams:
-    """`constraint` is what `structured.constraint_of` made of the same options.
+    """`constraint` is what `grammars.constraint_of` made of the same options.
 
     Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
     try:

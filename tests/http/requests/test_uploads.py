@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from rollout_server.http.uploads import PIECE, Pieces
+from rollout_server.http.requests.uploads import PIECE, Pieces
 
 
 def held(pieces: Iterable[bytes]) -> tuple[Pieces, int]:

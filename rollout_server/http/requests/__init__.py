@@ -1,0 +1,1 @@
+"""What a request asks for: read, checked, and put in the engine's words."""
