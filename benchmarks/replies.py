@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rollout_server.http.binary import rollouts_file
-from rollout_server.http.encoding import rollout_entry
+from rollout_server.http.replies.json_entries import rollout_entry
+from rollout_server.http.replies.safetensors_file import rollouts_file
 from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span, Timings
 from trainer_client.batch import RolloutBatch
 from trainer_client.binary import MEDIA_TYPE

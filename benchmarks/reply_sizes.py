@@ -12,7 +12,7 @@ import msgspec
 from benchmarks.interleaved import take_turns
 from benchmarks.record import Measured, Ratio, Scale, Section, ratio
 from benchmarks.replies import ALL_PARTS, SAMPLES, TOKENS, content_of, readers, weigh, writers
-from rollout_server.http.binary import rollouts_file
+from rollout_server.http.replies.safetensors_file import rollouts_file
 
 PROMPTS = 64
 WHAT = (

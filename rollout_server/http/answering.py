@@ -12,12 +12,12 @@ from litestar import Request, Response
 
 from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
-from rollout_server.http.choices import Choice, ChoiceOptions, Piece
-from rollout_server.http.encoding import json_response, usage, weight_of
 from rollout_server.http.problems import renamed
+from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
+from rollout_server.http.replies.json_entries import json_response, usage, weight_of
+from rollout_server.http.replies.streaming import SSE, SSE_DONE, chained, collect, opening, sse_event, stream
 from rollout_server.http.requests.json_body import beside
 from rollout_server.http.service import Service
-from rollout_server.http.streaming import SSE, SSE_DONE, chained, collect, opening, sse_event, stream
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})

@@ -14,10 +14,10 @@ from litestar.params import JSONBody
 from rollout_server.errors import InvalidField
 from rollout_server.http.answering import OUR_WORDS, Job, respond
 from rollout_server.http.auth import may_infer
-from rollout_server.http.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.documented import EventsOperation, failures
-from rollout_server.http.encoding import begins_turn, finite, usage
 from rollout_server.http.problems import renamed
+from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
+from rollout_server.http.replies.json_entries import begins_turn, finite, usage
 from rollout_server.http.requests.grammars import constraint_of_chat, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import room

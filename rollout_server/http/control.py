@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 from rollout_server.errors import UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.documented import failures
-from rollout_server.http.encoding import json_response
+from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.queries import read_flags
 from rollout_server.http.service import service_of

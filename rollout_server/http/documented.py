@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from rollout_server.http.problems import TABLE
-from rollout_server.http.streaming import NDJSON, SSE
+from rollout_server.http.replies.streaming import NDJSON, SSE
 from rollout_server.schemas.system import ErrorReply
 
 REFERENCE = "#/components/schemas/{model}"

@@ -14,11 +14,11 @@ from rollout_server.engine.messages.control import PauseMode
 from rollout_server.errors import BadBody, InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.documented import failures
-from rollout_server.http.encoding import json_response
+from rollout_server.http.replies.json_entries import json_response
+from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
 from rollout_server.http.requests.queries import read_flag, read_query
 from rollout_server.http.service import Service, service_of
-from rollout_server.http.streaming import while_connected
 from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.control import IsPausedReply, PauseReply, PauseRequest, StatusReply
 from rollout_server.text.strict_json import parse_json

@@ -20,9 +20,9 @@ from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer
-from rollout_server.http.binary import binary_response, rollouts_file
 from rollout_server.http.documented import LinesOperation, failures
-from rollout_server.http.encoding import (
+from rollout_server.http.problems import renamed
+from rollout_server.http.replies.json_entries import (
     begins_turn,
     is_complete,
     json_response,
@@ -31,15 +31,15 @@ from rollout_server.http.encoding import (
     usage,
     weight_of,
 )
-from rollout_server.http.leaving import GoOn, beside_client
-from rollout_server.http.problems import renamed
+from rollout_server.http.replies.leaving import GoOn, beside_client
+from rollout_server.http.replies.safetensors_file import binary_response, rollouts_file
+from rollout_server.http.replies.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
 from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.prefixes import check_room, read_prefix
 from rollout_server.http.requests.prompts import room, tokens_of
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import ARRIVED, Service, service_of
-from rollout_server.http.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import (
     OnUpdate,

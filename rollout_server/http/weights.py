@@ -21,9 +21,8 @@ from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.documented import UploadOperation, failures
-from rollout_server.http.encoding import json_response
-from rollout_server.http.policy_replies import policy_entry
 from rollout_server.http.problems import renamed
+from rollout_server.http.replies.json_entries import json_response, milliseconds, policy_entry
 from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
 from rollout_server.http.requests.uploads import Upload, read_upload
 from rollout_server.http.service import Service, service_of
@@ -239,7 +238,3 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
     return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
-
-
-def milliseconds(seconds: float) -> float:
-    return round(1e3 * seconds, 3)

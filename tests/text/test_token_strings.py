@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.http.choices import ChoiceOptions, Echo
+from rollout_server.http.replies.choices import ChoiceOptions, Echo
 from rollout_server.http.requests.prompts import PromptTokens
 from rollout_server.text.detokenize import IncrementalText
 from rollout_server.text.token_strings import TokenStrings

@@ -19,7 +19,7 @@ from rollout_server.engine.messages.rollouts import RequestDone, RequestFailed
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.errors import EngineUnavailable, NeverAdmitted
-from rollout_server.http.encoding import rollout_text
+from rollout_server.http.replies.json_entries import rollout_text
 from rollout_server.rollout import (
     FinishReason,
     PolicyAddress,

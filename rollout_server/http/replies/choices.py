@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.http.encoding import error_entry, finite, rollout_text, span_entry
-from rollout_server.http.processed import processed_top
+from rollout_server.http.replies.json_entries import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.requests.prompts import PromptTokens
-from rollout_server.rollout import FinishReason, Rollout, RolloutRequest
+from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, SamplingParams
 from rollout_server.schemas.openai import LogprobsMode
 from rollout_server.text.detokenize import IncrementalText, special_ids
 from rollout_server.text.stop_strings import RowText
@@ -20,6 +20,8 @@ from rollout_server.text.token_strings import TokenStrings
 Top = Sequence[tuple[int, float]]
 SEARCHED = 64
 """How many characters of a prompt are searched for a token that does not stand behind the one before."""
+ALL = 1 - 1e-6
+"""Probability above which nothing is left, in float32."""
 
 
 @dataclass(slots=True)
@@ -228,3 +230,28 @@ class Choice:
     def told(self, piece: Piece, *, token_ids: bool) -> bool:
         """Whether the piece holds tokens, for a client that asked for them."""
         return bool(piece.token_ids) and (token_ids or self._reading.top_logprobs is not None)
+
+
+def processed_top(
+    top: Sequence[tuple[int, float]], *, logprob: float, sampling_logprob: float, sampling: SamplingParams
+) -> list[tuple[int, float]]:
+    """(id, log-probability) under temperature, top-k, top-p and min-p, best first, without the tokens they removed.
+
+    `top` are the most probable of the unmodified distribution; `logprob` and `sampling_logprob` are the sampled
+    token's, whose difference is the normaliser. Every filter keeps a prefix of the ranking, and what is kept sums to
+    one: so the prefix ends where the sum is reached. A greedy row leaves one token, of probability one.
+    """
+    if sampling.temperature == 0:
+        return [(id, 0.0) for id, _ in top[:1]]
+    shift = sampling_logprob - logprob / sampling.temperature
+    kept: list[tuple[int, float]] = []
+    mass = 0.0
+    for id, value in top[: sampling.top_k or None]:
+        processed = value / sampling.temperature + shift
+        if sampling.min_p > 0 and kept and processed < kept[0][1] + math.log(sampling.min_p):
+            break
+        if sampling.filtered and mass >= ALL:
+            break
+        kept.append((id, processed))
+        mass += math.exp(processed)
+    return kept

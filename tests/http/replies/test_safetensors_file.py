@@ -15,8 +15,8 @@ from litestar.testing import TestClient
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from rollout_server.http.binary import rollouts_file, scores_file
-from rollout_server.http.encoding import rollout_entry
+from rollout_server.http.replies.json_entries import rollout_entry
+from rollout_server.http.replies.safetensors_file import rollouts_file, scores_file
 from rollout_server.rollout import (
     FinishReason,
     PolicyVersion,

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from litestar import Request
 
 from rollout_server.errors import BadBody
+from rollout_server.http.replies.streaming import GONE, while_connected
 from rollout_server.http.requests.json_body import LONG
-from rollout_server.http.streaming import GONE, while_connected
 
 R = TypeVar("R")
 

@@ -1,4 +1,4 @@
-"""A Rollout, and what else a reply is made of, as JSON."""
+"""The engine's results as JSON: rollouts, versions, spans, counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from litestar import Response
 
+from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 from rollout_server.grammar import Constraint, GrammarKind
 from rollout_server.rollout import (
     RECOMPUTED,
@@ -160,9 +161,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------
-
-
 def begins_turn(chat: Prompt | ChatRequest, sampling: SamplingParams) -> bool:
     """Whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the template
     writes it back. What a grammar asks for stays as it is."""
@@ -195,3 +193,31 @@ def rollout_text(rollout: Rollout, tokenizer: Any, request: RolloutRequest, *, i
     if at < 0:
         return decoder.text
     return decoder.text[: at + len(stop)] if include_stop else decoder.text[:at]
+
+
+def milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
+
+
+def policy_entry(policy: PolicyStatus) -> dict[str, Any]:
+    return {
+        "name": policy.name,
+        "live": policy.live.number if policy.live else None,
+        "versions": [version_status(version) for version in policy.versions],
+    }
+
+
+def version_status(status: VersionStatus) -> dict[str, Any]:
+    return {
+        "version": status.version.number,
+        "digest": status.version.digest,
+        "label": status.version.label,
+        "kind": status.kind,
+        "mode": status.mode,
+        "live": status.live,
+        "pinned": status.pinned,
+        "rows_in_use": status.rows_in_use,
+        "bytes": status.nbytes,
+        "resident_bytes": status.resident_bytes,
+        "created": status.created,
+    }

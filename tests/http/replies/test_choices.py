@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rollout_server.http.processed import processed_top
+from rollout_server.http.replies.choices import processed_top
 from rollout_server.rollout import SamplingParams
 
 

@@ -1,0 +1,1 @@
+"""What is answered: JSON entries, files of arrays, and streams."""
