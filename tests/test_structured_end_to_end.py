@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from tests import tiny_models
-from tests.http.test_chat_tools import TEMPLATE
+from tests.http.routes.openai.test_chat_tools import TEMPLATE
 from tests.live_server import live_server
 
 SCHEMAS = 200

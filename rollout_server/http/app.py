@@ -20,26 +20,26 @@ from rollout_server import __version__
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
-from rollout_server.http.chat import ChatController
-from rollout_server.http.completions import CompletionsController
-from rollout_server.http.control import ControlController, PrefixesController
-from rollout_server.http.courtesy import courteous
-from rollout_server.http.documented import ExactJsonPlugin
-from rollout_server.http.embeddings import EmbeddingsController
-from rollout_server.http.logprobs import LogprobsController
-from rollout_server.http.lora_doors import LoraDoorsController
 from rollout_server.http.metrics import Metrics
-from rollout_server.http.pausing import PauseController, PauseDoorsController
+from rollout_server.http.middleware import courteous
+from rollout_server.http.openapi import ExactJsonPlugin
 from rollout_server.http.problems import to_response
-from rollout_server.http.recorded import RecordedController
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
-from rollout_server.http.rollouts import RolloutsController
+from rollout_server.http.routes.control import ControlController, PrefixesController
+from rollout_server.http.routes.logprobs import LogprobsController
+from rollout_server.http.routes.openai.chat import ChatController
+from rollout_server.http.routes.openai.completions import CompletionsController
+from rollout_server.http.routes.openai.embeddings import EmbeddingsController
+from rollout_server.http.routes.pause import PauseController, PauseDoorsController
+from rollout_server.http.routes.replay_and_probe import RecordedController
+from rollout_server.http.routes.rollouts import RolloutsController
+from rollout_server.http.routes.system import HealthController, MetricsController, ModelsController
+from rollout_server.http.routes.versions import VersionController
+from rollout_server.http.routes.vllm.adapters import LoraDoorsController
+from rollout_server.http.routes.vllm.tokenizer import TokensController
+from rollout_server.http.routes.weights import AliasController, WeightsController
 from rollout_server.http.service import STATE_KEY, Service
-from rollout_server.http.system import HealthController, MetricsController, ModelsController
-from rollout_server.http.tokens import TokensController
-from rollout_server.http.versions import VersionController
-from rollout_server.http.weights import AliasController, WeightsController
 from rollout_server.versions.publisher import Publisher
 from rollout_server.versions.startup import Startup, engine_options, open_state
 

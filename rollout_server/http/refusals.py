@@ -13,8 +13,8 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 from rollout_server.config import ServerConfig
 from rollout_server.errors import BadBody, InvalidField, RolloutError
 from rollout_server.http.auth import check_host
-from rollout_server.http.connection import CROWDED, too_many
 from rollout_server.http.problems import body_of, headers_of, row_of
+from rollout_server.http.sockets.connection import CROWDED, too_many
 
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
 SLASH = re.compile(rb"%(?:2f|5c)", re.IGNORECASE)

@@ -20,9 +20,9 @@ from rollout_server import logs
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
-from rollout_server.http.connection import Connection
-from rollout_server.http.listening import Listener, quietly
 from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.http.sockets.connection import Connection
+from rollout_server.http.sockets.listening import Listener, quietly
 from rollout_server.machine.blas import one_thread_for_numpy
 from rollout_server.open_files import raise_limit
 

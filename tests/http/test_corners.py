@@ -15,7 +15,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.http.server import StoppableServer, bound_socket
 from tests.http.fake_engine import FakeEngine
-from tests.http.raw import SECONDS, ask, connect, read
+from tests.support.http.raw import SECONDS, ask, connect, read
 
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 POST = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.http.raw import SECONDS, connect, read
+from tests.support.http.raw import SECONDS, connect, read
 
 HOST = b"Host: localhost\r\n"
 JSON = HOST + b"Content-Type: application/json\r\n"

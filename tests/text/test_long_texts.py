@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded
 from rollout_server.http.app import create_app
-from rollout_server.http.tokens import MOST_CHARACTERS
+from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from rollout_server.text.long_texts import DOUBLE, PIECE, SEAM, ContextBound
 from tests.http.fake_engine import FakeEngine
 

@@ -14,7 +14,7 @@ from litestar.testing import TestClient
 from rollout_server.config import ServerConfig
 from rollout_server.errors import NonFiniteLogits
 from rollout_server.http.app import create_app
-from rollout_server.http.embeddings import finished
+from rollout_server.http.routes.openai.embeddings import finished
 from rollout_server.rollout import PolicyAddress
 from rollout_server.schemas.embeddings import EmbeddingsReply
 from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, pooled

@@ -12,9 +12,8 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.errors import InvalidField
-from rollout_server.http.answering import OUR_WORDS, Job, respond
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import EventsOperation, failures
+from rollout_server.http.openapi import EventsOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.replies.json_entries import begins_turn, finite, usage
@@ -23,7 +22,8 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import room
 from rollout_server.http.requests.rendering import opens_thinking, render, template_source
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.rollouts import request_id
+from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, respond
+from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.chat import ChatReply, ChatRequest

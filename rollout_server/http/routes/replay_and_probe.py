@@ -13,7 +13,7 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages.scoring import RecordedRow, Replay, Score, Scored
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.divergence import Divergence
 from rollout_server.http.replies.json_entries import json_response, version_entry
@@ -22,7 +22,7 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
-from rollout_server.http.rollouts import header_id
+from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress, tiling_fault

@@ -17,7 +17,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, version_status
 from rollout_server.http.requests.json_body import SAFETENSORS, StrictJson, no_query, read_json
 from rollout_server.http.service import Service, service_of

@@ -21,7 +21,7 @@ from adapters.prepare import PreparedBundle
 from rollout_server.engine.messages.versions import Delete, Publish
 from rollout_server.errors import BodyTooLarge, InvalidField, NotFound
 from rollout_server.http.auth import may_administer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import milliseconds
 from rollout_server.http.requests.json_body import StrictJson, read_json

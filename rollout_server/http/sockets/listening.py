@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from rollout_server.http.connection import raw_reply, too_many
+from rollout_server.http.sockets.connection import raw_reply, too_many
 from rollout_server.open_files import OpenFiles
 
 log = logging.getLogger("rollout_server.http")

@@ -11,13 +11,13 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, span_entry, version_entry
 from rollout_server.http.replies.safetensors_file import binary_response, scores_file
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.spans import read_spans
-from rollout_server.http.rollouts import header_id
+from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest

@@ -11,8 +11,8 @@ from litestar.params import FromPath
 
 from rollout_server.errors import EngineUnavailable, UnknownPolicy
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import failures
 from rollout_server.http.metrics import CONTENT_TYPE
+from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import no_query
 from rollout_server.http.service import Service, service_of

@@ -20,13 +20,13 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.documented import UploadOperation, failures
+from rollout_server.http.openapi import UploadOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response, milliseconds, policy_entry
 from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
 from rollout_server.http.requests.uploads import Upload, read_upload
+from rollout_server.http.routes.versions import deletion
 from rollout_server.http.service import Service, service_of
-from rollout_server.http.versions import deletion
 from rollout_server.quoting import quoted
 from rollout_server.schemas.weights import (
     ActivateReply,

@@ -13,9 +13,8 @@ from litestar.params import JSONBody
 
 from rollout_server.engine.messages.scoring import Score, Scored
 from rollout_server.errors import ContextExceeded
-from rollout_server.http.answering import OUR_WORDS, Job, last_events, policy_headers, respond
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import EventsOperation, failures
+from rollout_server.http.openapi import EventsOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Echo, Piece
 from rollout_server.http.replies.json_entries import finite, json_response, usage
@@ -25,7 +24,8 @@ from rollout_server.http.requests.grammars import constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import PromptTokens, prompts_of, room
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.rollouts import request_id
+from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, last_events, policy_headers, respond
+from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted
 from rollout_server.rollout import (

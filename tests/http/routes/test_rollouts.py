@@ -198,7 +198,7 @@ def test_min_version_is_passed_on_and_its_refusal_is_409(
 
 
 def test_timeout_becomes_a_deadline(client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.http.rollouts.time.monotonic", lambda: 1000.0)
+    monkeypatch.setattr("rollout_server.http.routes.rollouts.time.monotonic", lambda: 1000.0)
     ask(client, timeout_s=2.5)
     assert engine.submitted[-1][2] == 1002.5
     ask(client)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,14 +12,13 @@ from typing import Any
 from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
-from pydantic import TypeAdapter, ValidationError
 
 from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import LinesOperation, failures
+from rollout_server.http.openapi import LinesOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import (
     begins_turn,
@@ -39,18 +37,10 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prefixes import check_room, read_prefix
 from rollout_server.http.requests.prompts import room, tokens_of
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import (
-    OnUpdate,
-    PolicyAddress,
-    Prefix,
-    Rollout,
-    RolloutRequest,
-    SamplingParams,
-    Wants,
-)
-from rollout_server.schemas.fields import ID_RULE, RequestId
+from rollout_server.rollout import OnUpdate, PolicyAddress, Prefix, Rollout, RolloutRequest, SamplingParams, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 from rollout_server.text.long_texts import Bound
 
@@ -151,26 +141,6 @@ async def lines(
             done.append(event.rollout)
             yield ndjson_line(job.entry(event.rollout))
     yield ndjson_line({"done": True, "complete": job.is_complete(done), "usage": usage(done, job.prompt_tokens)})
-
-
-def header_id(request: Request[Any, Any, Any]) -> str | None:
-    """`X-Request-Id`, if it is there and can be one; proxies pass on an empty one where there is none."""
-    header = request.headers.get("x-request-id", "").strip()
-    if not header:
-        return None
-    try:
-        TypeAdapter(RequestId).validate_python(header)
-    except ValidationError as error:
-        raise InvalidField(f"X-Request-Id must be {ID_RULE}.", param="X-Request-Id") from error
-    return header
-
-
-def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str) -> str:
-    """The body's `id`, else `X-Request-Id`, else a fresh one."""
-    header = header_id(request)
-    if header is not None and given not in (None, header):
-        raise InvalidField(f"The body calls the request {quoted(given)} and X-Request-Id {quoted(header)}.", param="id")
-    return given or header or f"{kind}-{secrets.token_hex(12)}"
 
 
 def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service, go_on: GoOn) -> Job:

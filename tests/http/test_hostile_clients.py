@@ -14,9 +14,9 @@ from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded, EngineFault
-from rollout_server.http import rollouts
 from rollout_server.http.app import create_app
 from rollout_server.http.requests import json_body
+from rollout_server.http.routes import rollouts
 from rollout_server.text import strict_json
 from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG

@@ -11,7 +11,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.http.auth import may_infer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, beside, no_query, read_json

@@ -10,7 +10,7 @@ from litestar.params import JSONBody
 
 from rollout_server.errors import UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.documented import failures
+from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.queries import read_flags

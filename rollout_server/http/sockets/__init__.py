@@ -1,0 +1,1 @@
+"""Connections: accepting them, and how each is spoken to below HTTP."""
