@@ -22,7 +22,7 @@ from rollout_server.rollout import (
     SamplingParams,
     Span,
 )
-from rollout_server.schemas.chat import ChatRequest
+from rollout_server.schemas.openai.chat import ChatRequest
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.text.detokenize import IncrementalText
 

@@ -11,7 +11,7 @@ from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import WHITESPACE, Constraint, Grammar, GrammarKind
 from rollout_server.http.requests.json_body import LONG
 from rollout_server.http.service import Service
-from rollout_server.schemas.chat import ChatRequest
+from rollout_server.schemas.openai.chat import ChatRequest
 from rollout_server.schemas.structured import Structured, StructuredOutputs
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.strict_json import parse_json

@@ -8,10 +8,10 @@ from typing import Any
 
 from rollout_server.errors import InvalidField
 from rollout_server.quoting import shortened
-from rollout_server.schemas.chat import ChatRequest
 from rollout_server.schemas.messages import Message
+from rollout_server.schemas.openai.chat import ChatRequest
 from rollout_server.schemas.rollouts import Prompt
-from rollout_server.schemas.tokens import TokenizeRequest
+from rollout_server.schemas.vllm.tokenizer import TokenizeRequest
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.content_forms import TEMPLATE_FAULTS, content_form
 from rollout_server.text.long_texts import PIECE, Bound

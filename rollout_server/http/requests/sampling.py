@@ -10,7 +10,7 @@ from rollout_server.grammar import Constraint
 from rollout_server.quoting import quoted
 from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
 from rollout_server.schemas.fields import stops
-from rollout_server.schemas.openai import OpenAIRequest
+from rollout_server.schemas.openai.options import OpenAIRequest
 from rollout_server.schemas.rollouts import SamplingOptions
 
 

@@ -26,7 +26,7 @@ from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress, tiling_fault
-from rollout_server.schemas.recorded import (
+from rollout_server.schemas.replay_and_probe import (
     ProbeReply,
     ProbeRequest,
     RecordedRollout,

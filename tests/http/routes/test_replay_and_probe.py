@@ -11,7 +11,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.rollout import PolicyAddress, SpanAddress
-from rollout_server.schemas.recorded import ProbeReply, RecordedRollout, ReplayReply
+from rollout_server.schemas.replay_and_probe import ProbeReply, RecordedRollout, ReplayReply
 from rollout_server.schemas.rollouts import RolloutReply
 from tests.http.bad_input.routes import JSON_ROUTES
 from tests.http.fake_engine import FakeEngine, logprob

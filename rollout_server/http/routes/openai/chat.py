@@ -26,7 +26,7 @@ from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, respond
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
-from rollout_server.schemas.chat import ChatReply, ChatRequest
+from rollout_server.schemas.openai.chat import ChatReply, ChatRequest
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.chat_parts import Gain, ReplyParts
 from rollout_server.text.token_strings import TokenStrings

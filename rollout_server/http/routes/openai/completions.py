@@ -36,7 +36,7 @@ from rollout_server.rollout import (
     SamplingParams,
     Wants,
 )
-from rollout_server.schemas.completions import CompletionsReply, CompletionsRequest
+from rollout_server.schemas.openai.completions import CompletionsReply, CompletionsRequest
 from rollout_server.text.token_strings import TokenStrings
 
 

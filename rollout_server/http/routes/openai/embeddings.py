@@ -26,7 +26,7 @@ from rollout_server.http.routes.openai.jobs import OUR_WORDS, policy_headers
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted, quoted
-from rollout_server.schemas.embeddings import EmbeddingsReply, EmbeddingsRequest
+from rollout_server.schemas.openai.embeddings import EmbeddingsReply, EmbeddingsRequest
 
 
 class EmbeddingsController(Controller):

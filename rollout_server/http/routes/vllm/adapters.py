@@ -27,7 +27,7 @@ from rollout_server.http.replies.json_entries import milliseconds
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import quoted
-from rollout_server.schemas.lora import LoadLoraRequest, UnloadLoraRequest
+from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, check_name, read_adapter_directory
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType(

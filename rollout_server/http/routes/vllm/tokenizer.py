@@ -18,7 +18,7 @@ from rollout_server.http.requests.json_body import StrictJson, beside, no_query,
 from rollout_server.http.requests.rendering import render
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import BASE
-from rollout_server.schemas.tokens import (
+from rollout_server.schemas.vllm.tokenizer import (
     DetokenizeReply,
     DetokenizeRequest,
     TokenizeReply,

@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.rollout import FinishReason, PolicyAddress
-from rollout_server.schemas.chat import ChatChunk, ChatReply
+from rollout_server.schemas.openai.chat import ChatChunk, ChatReply
 from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, Row, logprob, sampling_logprob, top_of
 from tests.http.sse import events, joined_chat
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.rollout import FinishReason
-from rollout_server.schemas.chat import ChatChunk, ChatReply
+from rollout_server.schemas.openai.chat import ChatChunk, ChatReply
 from rollout_server.text.chat_format import ReplyFormat
 from tests.http.fake_engine import FakeEngine, Row
 from tests.http.sse import events, joined_chat

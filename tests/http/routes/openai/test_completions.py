@@ -10,7 +10,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.rollout import FinishReason, PolicyAddress, RolloutRequest
-from rollout_server.schemas.completions import CompletionsReply
+from rollout_server.schemas.openai.completions import CompletionsReply
 from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine, Row, logprob, sampling_logprob, top_of
 
 Client = TestClient[Any]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from rollout_server.schemas.tokens import DetokenizeReply, TokenizeReply, TokenizerInfoReply
+from rollout_server.schemas.vllm.tokenizer import DetokenizeReply, TokenizeReply, TokenizerInfoReply
 from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine
 
 Client = TestClient[Any]

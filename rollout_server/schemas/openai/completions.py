@@ -8,7 +8,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.schemas.fields import TokenIds, Whole
-from rollout_server.schemas.openai import ChoiceRollout, OpenAIRequest
+from rollout_server.schemas.openai.options import ChoiceRollout, OpenAIRequest
 from rollout_server.schemas.rollouts import Usage
 
 TEXT, TEXTS, IDS, ID_LISTS = "<text>", "<texts>", "<ids>", "<id lists>"

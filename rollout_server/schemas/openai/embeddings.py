@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from rollout_server.schemas.completions import PromptForm
 from rollout_server.schemas.fields import Count, PolicyText, Request
+from rollout_server.schemas.openai.completions import PromptForm
 
 
 class EmbeddingsRequest(Request):

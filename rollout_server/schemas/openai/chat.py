@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import Count, Request, Whole, unsupported
 from rollout_server.schemas.messages import Conversation
-from rollout_server.schemas.openai import ChoiceRollout, OpenAIRequest
+from rollout_server.schemas.openai.options import ChoiceRollout, OpenAIRequest
 from rollout_server.schemas.rollouts import Usage
 
 LATER_CHAT: dict[str, tuple[Any, ...]] = {
