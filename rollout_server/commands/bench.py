@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, address, connected, one_sentence, option, print_json
-from rollout_server.commands.progress import Progress
-from rollout_server.commands.target import Model, Revision, one_of
+from rollout_server.commands.asking.server_choice import Model, Revision, one_of
+from rollout_server.commands.terminal.command_options import (
+    Json,
+    Url,
+    address,
+    connected,
+    one_sentence,
+    option,
+    print_json,
+)
+from rollout_server.commands.terminal.progress import Progress
 
 if TYPE_CHECKING:
-    from rollout_server.commands.load import Level, Plan
+    from rollout_server.commands.asking.load_test import Level, Plan
     from trainer_client import RolloutClient
 
 OWN = ("model", "revision", "served_model_name", "adapters", "host", "port", "api_key", "admin_key", "state_dir")
@@ -45,7 +53,7 @@ def bench(
 
     With --model a server is started in a process of its own, with the limits that ROLLOUT_<NAME> sets. Random prompts;
     every row runs to its full length."""
-    from rollout_server.commands.load import Plan
+    from rollout_server.commands.asking.load_test import Plan
 
     with one_sentence():
         one_of(url, model, revision, None)
@@ -87,8 +95,8 @@ def started(model: str | None, revision: str | None) -> Iterator[str | None]:
 
 
 def run(client: RolloutClient, plan: Plan, levels: list[int], pushed: tuple[Path, int] | None) -> dict[str, Any]:
-    from rollout_server.commands.load import Prompts, measure
-    from rollout_server.commands.load import pushes as time_pushes
+    from rollout_server.commands.asking.load_test import Prompts, measure
+    from rollout_server.commands.asking.load_test import pushes as time_pushes
     from trainer_client import AsyncRolloutClient, Retry
 
     began = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rollout_server.commands.frame import Json, load_blas, one_sentence
+from rollout_server.commands.terminal.command_options import Json, load_blas, one_sentence
 
 
 def demo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rollout_server.commands.frame import Json, one_sentence, print_json
+from rollout_server.commands.terminal.command_options import Json, one_sentence, print_json
 
 
 def doctor(json_output: Json = False) -> None:

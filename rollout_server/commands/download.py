@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rollout_server.commands.frame import Json, one_sentence, option, print_json
+from rollout_server.commands.terminal.command_options import Json, one_sentence, option, print_json
 
 
 def download(

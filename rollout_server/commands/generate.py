@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, one_sentence, option, print_json
-from rollout_server.commands.target import Adapters, Model, Revision, client_of
+from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
+from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,7 +51,7 @@ def generate(
         else:
             asked["prompt"] = text
         with client_of(url, model, revision, adapters) as client:
-            from rollout_server.commands.events import completion_stream
+            from rollout_server.commands.asking.sse_client import completion_stream
 
             said = read(client.stream(completion_stream(asked, chat=in_chat)), aloud=not json_output)
         if json_output:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, one_sentence, option, print_json
-from rollout_server.commands.progress import Progress
-from rollout_server.commands.target import Adapters, Model, Revision, client_of
+from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
+from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
+from rollout_server.commands.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from trainer_client import PolicyRef, RolloutClient

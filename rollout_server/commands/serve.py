@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rollout_server.commands.frame import configure, load_blas, log, one_sentence, option
-from rollout_server.commands.target import Adapters
+from rollout_server.commands.asking.server_choice import Adapters
+from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
 
 
 def serve(

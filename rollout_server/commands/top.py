@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, connected, one_sentence, print_json
+from rollout_server.commands.terminal.command_options import Json, Url, connected, one_sentence, print_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rollout_server.commands.frame import Json, Url, connected, one_sentence, print_json
+from rollout_server.commands.terminal.command_options import Json, Url, connected, one_sentence, print_json
 
 if TYPE_CHECKING:
     from trainer_client import PolicyLine

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.commands.events import completion_stream
+from rollout_server.commands.asking.sse_client import completion_stream
 from trainer_client import AsyncRolloutClient, RolloutClient, ServedModel
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rollout_server.commands.frame import configure, connected, load_blas
+from rollout_server.commands.terminal.command_options import configure, connected, load_blas
 
 if TYPE_CHECKING:
     from trainer_client import RolloutClient
