@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.math import gained_squares, squared_row_norms, unless_rounding
+from adapters.numerics import gained_squares, squared_row_norms, unless_rounding
 from adapters.prepare import HostDelta
 
 BLOCK_VALUES = 1 << 24

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
-from adapters.math import squared_delta_norms
+from adapters.numerics import squared_delta_norms
 from adapters.spec import Mode, Parameter
 from adapters.tensors import AdapterTensor
 

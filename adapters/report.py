@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
-from adapters.math import thinned
+from adapters.numerics import thinned
 from adapters.spec import HALVES
 
 LARGEST = 5

@@ -18,8 +18,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.find import bare_holder
-from adapters.math import unless_rounding
 from adapters.merge import base_weight, merged_weights
+from adapters.numerics import unless_rounding
 from adapters.placement import BASE_SET
 from adapters.prepare import PreparedBundle
 from adapters.spec import TIED_HEAD, Parameter, place_of

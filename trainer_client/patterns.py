@@ -1,6 +1,7 @@
 """PEFT's rule for `rank_pattern` and `alpha_pattern`: which of many patterns is a layer's.
 
-The server decides by the same table, in `adapters/patterns.py`; the client must not need the server installed.
+The server decides by the same table, in `adapters/formats/bounded_regex.py`; the client must not need the server
+installed.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adapters.bundle import read_bundle
 from adapters.errors import AdapterError
+from adapters.formats.read import read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.messages.options import ModelInfo

@@ -12,10 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
 from adapters.find import holder
-from adapters.math import squared_delta_norms
+from adapters.formats.read import read_bundle
 from adapters.norms import AdaptedRows, RowNorms, Rows
+from adapters.numerics import squared_delta_norms
 from adapters.prepare import HostDelta
 from tests.tiny_models import random_adapter
 

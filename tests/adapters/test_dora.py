@@ -14,12 +14,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters import mlx_lm, norms, peft
-from adapters.bundle import read_bundle
+from adapters import norms
 from adapters.errors import AdapterDoesNotFit
 from adapters.find import adaptable_layers
-from adapters.math import squared_delta_norms, squared_row_norms
+from adapters.formats import mlx_lm, peft
+from adapters.formats.read import read_bundle
 from adapters.norms import AdaptedRows, RowNorms, Rows
+from adapters.numerics import squared_delta_norms, squared_row_norms
 from adapters.prepare import HostDelta
 from adapters.slots import AdapterSlots
 from tests import tiny_models

@@ -14,10 +14,12 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters import mlx_lm, norms, peft
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters import norms
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.find import adaptable_layers
+from adapters.formats import mlx_lm, peft
+from adapters.formats.read import read_bundle
 from adapters.layers import AdaptedEmbedding
 from adapters.slots import AdapterSlots
 from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape

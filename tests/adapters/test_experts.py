@@ -15,11 +15,12 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from adapters import layers as adapter_layers
-from adapters import mlx_lm, peft
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.experts import SORTED_FROM, AdaptedExperts
 from adapters.find import adaptable_layers
+from adapters.formats import mlx_lm, peft
+from adapters.formats.read import read_bundle
 from adapters.slots import AdapterSlots
 from adapters.spec import ExpertsShape
 from tests import tiny_models

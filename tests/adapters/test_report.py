@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
-from adapters.math import squared_delta_norms, thinned
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
+from adapters.numerics import squared_delta_norms, thinned
 from adapters.report import LARGEST, report
 from adapters.spec import HALVES, ExpertsShape
 from tests.adapters.making import make

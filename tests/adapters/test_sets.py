@@ -14,9 +14,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, Content, read_bundle
+from adapters.bundle import AdapterBundle, Content
 from adapters.errors import AdapterDoesNotFit, QuantisedBase, WeightsFull
-from adapters.fit import adaptable_layers, replaceable_parameters
+from adapters.find import adaptable_layers, replaceable_parameters
+from adapters.formats.read import read_bundle
 from adapters.merge import merge as merge_weight
 from adapters.placement import Placement
 from adapters.prepare import HostFactors, prepare

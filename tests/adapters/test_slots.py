@@ -12,9 +12,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.find import adaptable_layers
+from adapters.formats.read import read_bundle
 from adapters.layers import AdaptedLinear
 from adapters.slots import AdapterSlots
 from tests import tiny_models

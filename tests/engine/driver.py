@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
 from rollout_server.engine.assembly import build_engine
 from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.loop import Engine

@@ -13,11 +13,12 @@ from mlx_lm.tuner.utils import load_adapters
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from adapters import dense
-from adapters import mlx_lm as mlx_format
-from adapters import peft as peft_format
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterUnsupported
+from adapters.formats import mlx_lm as mlx_format
+from adapters.formats import peft as peft_format
+from adapters.formats import whole_tensors
+from adapters.formats.read import read_bundle
 from adapters.spec import place_of
 from rollout_server.engine.model.load import read_model
 from tests import tiny_models
@@ -134,7 +135,7 @@ def test_whole_tensors_are_exported_for_mlx_lm(family: str, base_of: Callable[..
     for policy, each in (("all", tensors), ("some", some)):
         bundle = read_bundle(save(each), {"kind": "full"}, layers=info.layers, parameters=info.weights)
         driver.push(policy, bundle)
-        body = dense.write_mlx(bundle, info.weights, info.layers)
+        body = whole_tensors.write_mlx(bundle, info.weights, info.layers)
         assert read_bundle(body, None, layers=info.layers, parameters=info.weights).digest == bundle.digest
         found = theirs(model, unpacked(body, tmp_path / policy))
         assert beyond(ours(driver, policy), found) <= 1
@@ -150,11 +151,11 @@ def test_whole_tensors_that_mlx_lm_has_no_place_for(base_of: Callable[..., Path]
         whole = {name: np.zeros(info.weights[name].shape, np.float32)}
         bundle = read_bundle(save(whole), {"kind": "full"}, layers=info.layers, parameters=info.weights)
         with pytest.raises(AdapterUnsupported, match=f"no plain parameter for {name}.* {why}"):
-            dense.write_mlx(bundle, info.weights, info.layers)
+            whole_tensors.write_mlx(bundle, info.weights, info.layers)
     norm = {"model.norm.weight": np.zeros(info.weights["model.norm.weight"].shape, np.float32)}
     bundle = read_bundle(save(norm), {"kind": "delta"}, layers=info.layers, parameters=info.weights)
     with pytest.raises(AdapterUnsupported, match="mlx-lm has no tensors that are added"):
-        dense.write_mlx(bundle, info.weights, info.layers)
+        whole_tensors.write_mlx(bundle, info.weights, info.layers)
 
 
 def unpacked(body: bytes, adapter: Path) -> Path:

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
 from adapters.spec import Mode, Parameter
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load

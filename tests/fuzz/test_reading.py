@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from mlx_lm.utils import load_model
 
-from adapters.bundle import read_bundle
 from adapters.errors import AdapterError
-from adapters.fit import adaptable_layers
+from adapters.find import adaptable_layers
+from adapters.formats.read import read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.report import report
 from adapters.slots import AdapterSlots

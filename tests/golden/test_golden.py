@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
-from adapters.bundle import read_bundle
+from adapters.formats.read import read_bundle
 from tests.bounds import GOLDEN, assert_near
 from tests.engine.driver import Driver
 from tests.tiny_models import write_tokenizer

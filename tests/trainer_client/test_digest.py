@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from adapters.bundle import read_bundle
+from adapters.formats.read import read_bundle
 from adapters.spec import Parameter
 from trainer_client.digest import adapter_digest
 from trainer_client.tensors import host_tensors, safetensors_body

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
 from adapters.device_check import check_adapters
-from adapters.fit import adaptable_layers, replaceable_parameters
+from adapters.find import adaptable_layers, replaceable_parameters
 from adapters.spec import Place
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written

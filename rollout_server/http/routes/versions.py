@@ -9,9 +9,10 @@ from litestar import Controller, Request, Response, delete, get, patch
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
-from adapters import dense
-from adapters.bundle import FORMATS, AdapterBundle
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterUnsupported
+from adapters.formats import whole_tensors
+from adapters.formats.read import FORMATS
 from adapters.spec import DENSE_KINDS
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import Delete, Deleted, Export, Pin
@@ -133,8 +134,8 @@ def write(bundle: AdapterBundle, format: str, base: ModelInfo) -> bytes:
     """The file of a bundle; runs on a thread of its own. Raises `Conflict` for what the format cannot say."""
     try:
         if format == "mlx" and bundle.spec.kind in DENSE_KINDS:
-            return dense.write_mlx(bundle, base.weights, base.layers)
-        body: bytes = (dense if format == "dense" else FORMATS[format]).write(bundle)[0]
+            return whole_tensors.write_mlx(bundle, base.weights, base.layers)
+        body: bytes = (whole_tensors if format == "dense" else FORMATS[format]).write(bundle)[0]
         return body
     except AdapterUnsupported as error:
         raise Conflict(error.message, param="format") from error

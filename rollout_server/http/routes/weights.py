@@ -12,7 +12,8 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.report import BundleReport, completed
 from adapters.report import report as report_on

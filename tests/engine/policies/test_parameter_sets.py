@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
 import adapters.resident
-from adapters.bundle import AdapterBundle, Content, read_bundle
+from adapters.bundle import AdapterBundle, Content
+from adapters.formats.read import read_bundle
 from adapters.prepare import prepare
 from rollout_server.engine.messages.versions import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from adapters.bundle import read_bundle
+from adapters.formats.read import read_bundle
 from rollout_server.schemas.weights import DeleteReply, PinReply
 from tests.http.fake_engine import LAYERS, FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG

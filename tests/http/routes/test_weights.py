@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from litestar.testing import TestClient
 
-from adapters.bundle import read_bundle
+from adapters.formats.read import read_bundle
 from rollout_server.errors import WeightsMemoryExceeded
 from rollout_server.schemas.weights import ActivateReply, OnePolicyReply, PoliciesReply, PushReply
 from tests.http.fake_engine import BASE_DIGEST, LAYERS, FakeEngine

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from adapters.errors import AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.fit import unserved
-from adapters.peft_names import Block
+from adapters.formats.fit import unserved
+from adapters.formats.peft_names import Block
 from adapters.spec import HALVES, ModuleSpec
 from adapters.tensors import FileTensor
 

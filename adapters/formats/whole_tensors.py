@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.fit import Proposal, twice
+from adapters.formats.fit import Proposal, twice
 from adapters.spec import DENSE_KINDS, TIED_HEAD, AdapterSpec, Kind, Parameter, fields_shown, place_of, quoted
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.fit import Proposal, stranger
+from adapters.formats.fit import Proposal, stranger
 from adapters.spec import (
     MAGNITUDE,
     MAX_RANK,

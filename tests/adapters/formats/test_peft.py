@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from adapters import peft
-from adapters.bundle import AdapterBundle, make_bundle, read_bundle
+from adapters.bundle import AdapterBundle, make_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.formats import peft
+from adapters.formats.read import read_bundle
 from adapters.spec import AdapterSpec, ModuleSpec
 from adapters.tensors import AdapterTensor, read_safetensors
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from adapters.errors import AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.peft_names import Names
+from adapters.formats.peft_names import Names
 from adapters.spec import TIED_HEAD, ModuleSpec, place_of
 
 WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?|(\.base_layer))?\.([^.]+)")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from adapters import peft
-from adapters.bundle import read_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
-from adapters.peft_names import exported, names_in
+from adapters.formats import peft
+from adapters.formats.peft_names import exported, names_in
+from adapters.formats.read import read_bundle
 from adapters.spec import ExpertsShape
 
 SEEING = {"language_model.model.layers.0.mlp.up_proj": (6, 4), "language_model.lm_head": (9, 4)}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from adapters.bundle import AdapterBundle, read_bundle
+from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
+from adapters.formats.read import read_bundle
 from tests.adapters.making import file_of
 from tests.tiny_models import random_adapter
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from adapters import peft
-from adapters.bundle import read_bundle
-from adapters.patterns import Patterns
-from adapters.patterns import PatternTable as ServerTable
+from adapters.formats import peft
+from adapters.formats.bounded_regex import Patterns
+from adapters.formats.bounded_regex import PatternTable as ServerTable
+from adapters.formats.read import read_bundle
 from trainer_client.patterns import PatternTable as ClientTable
 
 LAYERS_OF_A_LARGE_MODEL = 80
@@ -114,7 +114,7 @@ def test_a_rank_for_every_layer_runs_no_expression(
 ) -> None:
     weights, config = adapter({spelt(name): rank for name, rank in RANKS.items()})
     # Instead of a time: no expression is compiled, so none can take long.
-    monkeypatch.setattr("adapters.patterns.SECONDS_TOGETHER", -1.0)
+    monkeypatch.setattr("adapters.formats.bounded_regex.SECONDS_TOGETHER", -1.0)
     bundle = read_bundle(weights, config, layers=LAYERS)
     assert {path: module.rank for path, module in bundle.spec.modules.items()} == RANKS
     assert {module.scale for module in bundle.spec.modules.values()} == {2.0}

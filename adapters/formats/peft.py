@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.fit import Proposal, stranger, twice
-from adapters.patterns import Patterns, PatternTable, ends
-from adapters.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
-from adapters.peft_names import EXPERT, Names, exported, names_in
-from adapters.peft_whole import EMBEDDINGS, is_head, refuse_half_tied, saved_by, unsaved, whole_tensors
+from adapters.formats.bounded_regex import Patterns, PatternTable, ends
+from adapters.formats.fit import Proposal, stranger, twice
+from adapters.formats.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
+from adapters.formats.peft_names import EXPERT, Names, exported, names_in
+from adapters.formats.peft_saved_modules import EMBEDDINGS, is_head, refuse_half_tied, saved_by, unsaved, whole_tensors
 from adapters.spec import (
     DENSE_KINDS,
     MAGNITUDE,

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from adapters.errors import shown
 from adapters.faults import Fault
-from adapters.patterns import ends
+from adapters.formats.bounded_regex import ends
 from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted
 from adapters.tensors import STORAGE, FileTensor
-
-if TYPE_CHECKING:
-    import mlx.nn as nn
 
 PEFT_PREFIX = "base_model.model."
 TRANSPOSED = ("it looks transposed", "they look transposed")
@@ -212,17 +208,3 @@ def _why(tensor: FileTensor, expected: tuple[int, ...], rank: int) -> tuple[str,
 
 def _shape(shape: tuple[int, ...]) -> str:
     return shown("[" + ", ".join(map(str, shape)) + "]")
-
-
-def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameter path → (out, in) of every layer of `model` that an adapter may target."""
-    from adapters import find  # Checking a file must not need MLX.
-
-    return find.adaptable_layers(model)
-
-
-def replaceable_parameters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: str) -> dict[str, Parameter]:
-    """Parameter path → what a whole tensor may stand for, of a bare `model` with activations of `dtype`."""
-    from adapters import find
-
-    return find.replaceable_parameters(model, layers, dtype)

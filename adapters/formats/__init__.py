@@ -1,0 +1,1 @@
+"""Adapter files as trainers write them: read, checked against the base, and written again."""

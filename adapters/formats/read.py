@@ -1,0 +1,137 @@
+"""An adapter file of any format, to a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
+from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
+from adapters.formats import mlx_lm, peft, whole_tensors
+from adapters.formats.fit import Proposal, faults
+from adapters.spec import Parameter, experts_of, quoted
+from adapters.tensors import FileTensor, read_safetensors
+from adapters.wrappers import unwrapped, unwrapped_config
+
+FORMATS = {"peft": peft, "mlx": mlx_lm}
+MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
+"""Fields that only one of the formats has."""
+
+
+def read_bundle(
+    weights: bytes | memoryview,
+    config: Mapping[str, Any] | None,
+    *,
+    format: str = "auto",
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+) -> AdapterBundle:
+    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)) and `parameters`, and hash.
+
+    `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
+    `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
+    """
+    tensors, metadata = read_safetensors(weights)
+    if config is None:
+        config = _config_of(metadata)
+    elif "adapter_config" in metadata and _config_of(metadata) != config:
+        raise AdapterUnreadable(
+            "The configuration that was sent differs from the one in the weights file's metadata under "
+            "`adapter_config`: send one of the two, or the same.",
+            field="config",
+        )
+    if not tensors:
+        raise AdapterUnreadable("The weights file holds no tensors.", field="weights")
+    reader, proposal = _propose(tensors, config, format, layers, parameters)
+    found = faults(proposal, layers, parameters)
+    if found:
+        raise AdapterDoesNotFit(found)
+    held = {
+        f"{module}.{part}": tensor.read().transposed()
+        if proposal.transposed and not experts_of(layers[module])
+        else tensor.read()
+        for (module, part), tensor in proposal.tensors.items()
+    }
+    held |= {path: tensor.read() for path, tensor in proposal.dense.items()}
+    return make_bundle(*reader.complete(proposal.spec, held))
+
+
+def _propose(
+    tensors: Mapping[str, FileTensor],
+    config: Mapping[str, Any],
+    format: str,
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter],
+) -> tuple[Any, Proposal]:
+    """(The reader of the file's format, what it says)."""
+    _known(format)
+    tensors, config = unwrapped(tensors), unwrapped_config(config)
+    if whole_tensors.is_dense(config):
+        if format != "auto" and (format == "peft" or "fine_tune_type" not in config):
+            raise AdapterUnreadable(
+                f"The format was given as {format}, but these are whole tensors: leave it out.", field="format"
+            )
+        return whole_tensors, whole_tensors.read(tensors, config, parameters)
+    if config.get("kind", "lora") not in ("lora", None):
+        reason = f"kind {quoted(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."
+        raise AdapterUnsupported({"kind": reason})
+    found = _format(format, config, tensors)
+    if found == "peft":
+        return peft, peft.read(tensors, config, layers, parameters)
+    return mlx_lm, mlx_lm.read(tensors, config, layers)
+
+
+def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    if "adapter_config" not in metadata:
+        raise AdapterUnreadable(
+            "There is no adapter configuration: send adapter_config.json as `config`, or as JSON in the weights file's "
+            "metadata under `adapter_config`."
+        )
+    try:
+        config = json.loads(metadata["adapter_config"], object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise AdapterUnreadable(
+            f"`adapter_config` in the weights file's metadata is not JSON: {shown(error)}."
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterUnreadable("`adapter_config` in the weights file's metadata must be a JSON object.")
+    return config
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a field that is there twice: nobody can say which value is meant."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {quoted(twice)} is there twice")
+    return fields
+
+
+def _known(format: str) -> None:
+    if format not in ("auto", *FORMATS):
+        raise AdapterUnreadable(f"There is no format {quoted(format)}: auto, peft and mlx are known.", field="format")
+
+
+def _format(asked: str, config: Mapping[str, Any], tensors: Mapping[str, object]) -> str:
+    """`peft` or `mlx`: what the configuration looks like, else what the tensors are called."""
+    looks = [name for name, fields in MARKS.items() if any(field in config for field in fields)]
+    if len(looks) > 1:
+        raise AdapterUnreadable("The adapter configuration mixes fields of PEFT and of mlx-lm: send one of the two.")
+    if asked != "auto":
+        if looks and looks != [asked]:
+            raise AdapterUnreadable(
+                f"The format was given as {asked}, but the configuration is one of {looks[0]}.", field="format"
+            )
+        return asked
+    if looks:
+        return looks[0]
+    if any(name.endswith((".lora_a", ".lora_b")) for name in tensors):
+        return "mlx"
+    if any(".lora_A" in name or ".lora_B" in name for name in tensors):
+        return "peft"
+    raise AdapterUnreadable(
+        "Neither the configuration nor the tensor names are those of a PEFT or mlx-lm adapter; PEFT writes "
+        "peft_type, r, lora_alpha and target_modules, mlx-lm writes fine_tune_type, num_layers and lora_parameters."
+    )
