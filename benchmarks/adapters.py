@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
-    from adapters.slots import AdapterSlots
+    from adapters.resident.slots import AdapterSlots
     from benchmarks.measure import Load, Result
 
 ROWS = 32
@@ -61,8 +61,8 @@ def compare(directory: Path, load: Load, rounds: int) -> dict[str, Result]:
     import mlx.core as mx
     import mlx_lm
 
-    from adapters.find import adaptable_layers
-    from adapters.slots import AdapterSlots
+    from adapters.resident.model_layers import adaptable_layers
+    from adapters.resident.slots import AdapterSlots
     from benchmarks.bare import BareLoop
     from benchmarks.measure import interleave
     from benchmarks.models import random_prompts, write_model

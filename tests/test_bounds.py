@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
-from adapters.find import adaptable_layers
+from adapters.resident.model_layers import adaptable_layers
 from tests import tiny_models
 from tests.adapters.making import logits, make, merge, tokens
 from tests.bounds import TINY, assert_near, relative

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from adapters.device_check import check_adapters
-from adapters.find import adaptable_layers
+from adapters.resident.device_check import check_adapters
+from adapters.resident.model_layers import adaptable_layers
 from rollout_server.engine.sampling.sampler_check import check_sampler
 
 ROWS, HEADS, WIDTH = 8, 4, 64

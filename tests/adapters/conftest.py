@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.utils import load_model
 
-from adapters.find import adaptable_layers
+from adapters.resident.model_layers import adaptable_layers
 from tests import tiny_models
 
 Layers = dict[str, tuple[int, int]]

@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle
-from adapters.find import holder
 from adapters.formats.read import read_bundle
-from adapters.norms import AdaptedRows, RowNorms, Rows
 from adapters.numerics import squared_delta_norms
 from adapters.prepare import HostDelta
+from adapters.resident.dora_norms import AdaptedRows, RowNorms, Rows
+from adapters.resident.model_layers import holder
 from tests.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from adapters.bundle import make_bundle
-from adapters.find import adaptable_layers
 from adapters.prepare import cast, prepare
-from adapters.slots import AdapterSlots
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from adapters.spec import AdapterSpec
 from adapters.tensors import AdapterTensor
 from tests.adapters.making import Layers, logits, make, merge, tokens

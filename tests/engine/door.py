@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from adapters.resident import ResidentVersions
+from adapters.resident.residency import ResidentVersions
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.length_buckets import StepCosts

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from adapters import resident as resident_module
-from adapters import slots as slots_module
 from adapters.placement import BASE_SET
+from adapters.resident import residency as resident_module
+from adapters.resident import slots as slots_module
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Activate, Delete, Export, Pin, Publish

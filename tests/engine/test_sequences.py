@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from adapters import resident as resident_module
 from adapters.bundle import Content
 from adapters.prepare import PreparedBundle
 from adapters.registry import Registry
-from adapters.sets import ParameterSets
+from adapters.resident import residency as resident_module
+from adapters.resident.parameter_sets import ParameterSets
 from rollout_server.versions.publisher import Publisher
 from tests.engine.sequences import Player, World, explore, failure, invent, shortest
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from mlx_lm.utils import load_model
 
 from adapters.errors import AdapterError
-from adapters.find import adaptable_layers
 from adapters.formats.read import read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from adapters.report import report
-from adapters.slots import AdapterSlots
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.http.problems import body_of, row_of

@@ -28,7 +28,7 @@ Trace = Callable[[mx.array, mx.array, list[mx.array], list[mx.array]], tuple[mx.
 
 
 class Routed(Protocol):
-    """What adapter layers read as they are aimed now; `adapters.slots.AdapterSlots` has both."""
+    """What adapter layers read as they are aimed now; `adapters.resident.slots.AdapterSlots` has both."""
 
     def lent(self) -> tuple[Hashable, list[mx.array]]:
         """How the layers read them, as a key, and the arrays."""

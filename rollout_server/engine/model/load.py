@@ -18,8 +18,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.device_check import check_adapters
-from adapters.find import adaptable_layers, replaceable_parameters
+from adapters.resident.device_check import check_adapters
+from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written

@@ -12,8 +12,8 @@ from adapters.errors import AdapterDoesNotFit, RegistryError, WeightsFull
 from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
 from adapters.registry import Change, Entry, Registry
-from adapters.resident import ResidentVersions
-from adapters.slots import AdapterSlots
+from adapters.resident.residency import ResidentVersions
+from adapters.resident.slots import AdapterSlots
 from adapters.spec import Mode
 from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages.options import EngineOptions

@@ -14,10 +14,10 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported
-from adapters.find import adaptable_layers
 from adapters.formats import mlx_lm
 from adapters.formats.read import read_bundle
-from adapters.slots import AdapterSlots
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from tests.adapters.making import Layers, file_of, logits, make, tokens
 from tests.bounds import assert_near
 from tests.tiny_models import random_adapter

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from adapters import layers as adapter_layers
-from adapters.device_check import check_adapters
-from adapters.find import adaptable_layers
+from adapters.resident import layers as adapter_layers
+from adapters.resident.device_check import check_adapters
+from adapters.resident.model_layers import adaptable_layers
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.load import load

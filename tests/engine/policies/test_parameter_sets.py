@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
-import adapters.resident
+import adapters.resident.residency
 from adapters.bundle import AdapterBundle, Content
 from adapters.formats.read import read_bundle
 from adapters.prepare import prepare
@@ -282,7 +282,7 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     expected = run(driver, "base")
     held = driver.submit(PROMPTS, seed=3, max_tokens=16, ignore_eos=True)
     driver.turn(3)
-    monkeypatch.setattr(adapters.resident, "BUILD_S", 0.0)  # one parameter between two steps
+    monkeypatch.setattr(adapters.resident.residency, "BUILD_S", 0.0)  # one parameter between two steps
     bundle = driver.bundle(2)
     options = {"mode": "merged", "parameters": driver.model.info.weights}
     push = driver.publish("p", bundle, mode="merged", prepared=prepare(bundle, "float32", **options))

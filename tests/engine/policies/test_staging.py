@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-import adapters.resident
-import adapters.slots
+import adapters.resident.residency
+import adapters.resident.slots
 from adapters.prepare import prepare
 from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
@@ -26,9 +26,9 @@ PROMPTS = prompts_of([12, 30], 286, seed=5)
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that writes one layer in a turn, and multiplies with few."""
-    monkeypatch.setattr(adapters.resident, "WRITE_S", 0.0)
-    monkeypatch.setattr(adapters.slots, "WRITE_BYTES", 1)
-    monkeypatch.setattr(adapters.slots, "TURNS", 8)
+    monkeypatch.setattr(adapters.resident.residency, "WRITE_S", 0.0)
+    monkeypatch.setattr(adapters.resident.slots, "WRITE_BYTES", 1)
+    monkeypatch.setattr(adapters.resident.slots, "TURNS", 8)
 
 
 def answered(driver: Driver, id: str) -> bool:
@@ -184,14 +184,14 @@ def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
 
 
 def test_what_fails_in_the_middle_gives_its_memory_back(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = adapters.slots.AdapterSlots._write
+    write = adapters.resident.slots.AdapterSlots._write
 
     def broken(*arguments: Any) -> None:
         write(*arguments)
         raise ValueError(FIRE)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters.slots.AdapterSlots, "_write", broken)
+        patch.setattr(adapters.resident.slots.AdapterSlots, "_write", broken)
         with pytest.raises(EngineFault, match=FIRE):
             driver.push("p", driver.bundle(1))
     assert not driver.status.policies and driver.status.slot_bytes == 0

@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
-from adapters.find import bare_layer, holder
-from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
+from adapters.resident.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
+from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
+from adapters.resident.model_layers import bare_layer, holder
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
 
 RANKS = (3, 8)

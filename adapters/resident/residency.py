@@ -18,10 +18,10 @@ from adapters.bundle import AdapterBundle, Content
 from adapters.errors import QuantisedBase, WeightsFull
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
-from adapters.sets import Build, NoRoom, ParameterSets
-from adapters.slots import AdapterSlots
+from adapters.resident.parameter_sets import Build, NoRoom, ParameterSets
+from adapters.resident.slots import AdapterSlots
+from adapters.resident.staging import Staging
 from adapters.spec import Parameter, Place
-from adapters.staging import Staging
 
 BUILD_S = 0.02
 """Seconds of each turn that may go to the weights of a parameter set while rows decode."""

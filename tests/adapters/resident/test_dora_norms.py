@@ -14,15 +14,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters import norms
 from adapters.errors import AdapterDoesNotFit
-from adapters.find import adaptable_layers
 from adapters.formats import mlx_lm, peft
 from adapters.formats.read import read_bundle
-from adapters.norms import AdaptedRows, RowNorms, Rows
 from adapters.numerics import squared_delta_norms, squared_row_norms
 from adapters.prepare import HostDelta
-from adapters.slots import AdapterSlots
+from adapters.resident import dora_norms
+from adapters.resident.dora_norms import AdaptedRows, RowNorms, Rows
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from tests import tiny_models
 from tests.adapters.making import Layers, adapted, file_of, logits, make, merge, tokens
 from tests.bounds import assert_near, relative
@@ -74,7 +74,7 @@ def dequantised(model: nn.Module) -> nn.Module:
 def test_row_norms_are_those_of_the_definition(
     quantisation: tuple[str, int] | None, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norms, "BLOCK_VALUES", 96 * 5)  # Several blocks, the last one short.
+    monkeypatch.setattr(dora_norms, "BLOCK_VALUES", 96 * 5)  # Several blocks, the last one short.
     random = np.random.default_rng(0)
     layer = nn.Linear(96, 33)
     layer.weight = mx.array(random.normal(size=(33, 96)).astype(np.float32)).astype(dtype)
@@ -108,11 +108,11 @@ def test_rows_that_the_delta_cancels_are_computed_from_the_weights() -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 48, 67, 128, 130, 384])
-@pytest.mark.parametrize("small", [norms.SMALL, 96 * 3 * 16, 1])
+@pytest.mark.parametrize("small", [dora_norms.SMALL, 96 * 3 * 16, 1])
 def test_products_in_panels_are_those_of_the_definition(rows: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row counts that divide into panels and that do not, in blocks whose last one is short."""
-    monkeypatch.setattr(norms, "SMALL", small)
-    monkeypatch.setattr(norms, "BLOCK_VALUES", 96 * 150)
+    monkeypatch.setattr(dora_norms, "SMALL", small)
+    monkeypatch.setattr(dora_norms, "BLOCK_VALUES", 96 * 150)
     random = np.random.default_rng(rows)
     layer = nn.Linear(96, rows, bias=False)
     a, b = random.normal(size=(3, 96)).astype(np.float32), random.normal(size=(rows, 3)).astype(np.float32)
@@ -326,8 +326,8 @@ def test_staging_again_reads_the_weights_once_more_but_not_the_norms(
     first = make(layers, 1, dora=True)
     slots.stage(first)
     asked: list[object] = []
-    squares = norms.Rows.squares
-    monkeypatch.setattr(norms.Rows, "squares", lambda rows, block: asked.append(rows) or squares(rows, block))
+    squares = dora_norms.Rows.squares
+    monkeypatch.setattr(dora_norms.Rows, "squares", lambda rows, block: asked.append(rows) or squares(rows, block))
     slots.stage(make(layers, 2, dora=True))
     assert not asked
 

@@ -16,13 +16,13 @@ from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle, Content
 from adapters.errors import AdapterDoesNotFit, QuantisedBase, WeightsFull
-from adapters.find import adaptable_layers, replaceable_parameters
 from adapters.formats.read import read_bundle
-from adapters.merge import merge as merge_weight
 from adapters.placement import Placement
 from adapters.prepare import HostFactors, prepare
 from adapters.report import completed, report
-from adapters.resident import ResidentVersions
+from adapters.resident.merge import merge as merge_weight
+from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
+from adapters.resident.residency import ResidentVersions
 from adapters.spec import Mode
 from tests import tiny_models
 from tests.adapters.making import logits, merge, tokens

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from numpy.typing import NDArray
 
-from adapters.find import bare_holder
 from adapters.prepare import HostFactors, PreparedBundle
+from adapters.resident.model_layers import bare_holder
 from adapters.spec import MAGNITUDE, TIED_HEAD, Parameter, Place, place_of
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
-from adapters.experts import AdaptedExperts
-from adapters.find import bare_layer, holder
-from adapters.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
-from adapters.norms import RowNorms, Rows, TableRows
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
-from adapters.sets import SplitEmbedding
+from adapters.resident.dora_norms import RowNorms, Rows, TableRows
+from adapters.resident.experts import AdaptedExperts
+from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
+from adapters.resident.model_layers import bare_layer, holder
+from adapters.resident.parameter_sets import SplitEmbedding
+from adapters.resident.staging import Gains, Staging
 from adapters.spec import Place, experts_of, place_of
-from adapters.staging import Gains, Staging
 
 PLACES: Mapping[Place, str] = MappingProxyType(
     {

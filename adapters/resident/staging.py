@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
-from adapters.norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.prepare import LARGEST, PreparedBundle
+from adapters.resident.dora_norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.spec import MAGNITUDE
 
 

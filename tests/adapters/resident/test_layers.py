@@ -14,14 +14,14 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters import norms
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
-from adapters.find import adaptable_layers
 from adapters.formats import mlx_lm, peft
 from adapters.formats.read import read_bundle
-from adapters.layers import AdaptedEmbedding
-from adapters.slots import AdapterSlots
+from adapters.resident import dora_norms
+from adapters.resident.layers import AdaptedEmbedding
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models
 from tests.adapters.making import adapted, file_of, logits, make, merge, tokens
@@ -181,7 +181,7 @@ def test_wrapping_adds_no_parameters_and_unmounting_restores_the_object(tied: Lo
 
 
 def test_norms_of_a_transposed_table_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "BLOCK_VALUES", 16 * 7)
+    monkeypatch.setattr(dora_norms, "BLOCK_VALUES", 16 * 7)
     random = np.random.default_rng(0)
     table = random.normal(size=(45, 16)).astype(np.float32)
     layer = nn.Embedding(45, 16)
@@ -189,7 +189,7 @@ def test_norms_of_a_transposed_table_come_in_blocks(monkeypatch: pytest.MonkeyPa
     a, b = random.normal(size=(3, 45)).astype(np.float32), random.normal(size=(16, 3)).astype(np.float32)
     a[0], b[5] = table[:, 5], (-1 / 0.7, 0, 0)  # One column is cancelled.
     expected = np.linalg.norm(table.T.astype(np.float64) + 0.7 * (b.astype(float) @ a), axis=1)
-    given = adapted(norms.RowNorms(), norms.TableRows(layer), a, b, 0.7)
+    given = adapted(dora_norms.RowNorms(), dora_norms.TableRows(layer), a, b, 0.7)
     np.testing.assert_allclose(given, expected, rtol=relative(45), atol=1e-5)
 
 

@@ -14,14 +14,14 @@ from mlx_lm.models.switch_layers import SwitchMLP
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from adapters import layers as adapter_layers
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
-from adapters.experts import SORTED_FROM, AdaptedExperts
-from adapters.find import adaptable_layers
 from adapters.formats import mlx_lm, peft
 from adapters.formats.read import read_bundle
-from adapters.slots import AdapterSlots
+from adapters.resident import layers as adapter_layers
+from adapters.resident.experts import SORTED_FROM, AdaptedExperts
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from adapters.spec import ExpertsShape
 from tests import tiny_models
 from tests.adapters.making import Layers, file_of, logits, make, merge, tokens

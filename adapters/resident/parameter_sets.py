@@ -17,11 +17,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
-from adapters.find import bare_holder
-from adapters.merge import base_weight, merged_weights
 from adapters.numerics import unless_rounding
 from adapters.placement import BASE_SET
 from adapters.prepare import PreparedBundle
+from adapters.resident.merge import base_weight, merged_weights
+from adapters.resident.model_layers import bare_holder
 from adapters.spec import TIED_HEAD, Parameter, place_of
 
 TIED_WEIGHT = f"{TIED_HEAD}.weight"
@@ -84,7 +84,7 @@ class SplitEmbedding(nn.Module):
 
 class ParameterSets:
     """The sets of one model, by number; 0 is the base and always there. `layers` and `parameters` are what
-    `find.adaptable_layers` and `find.replaceable_parameters` say of it."""
+    `model_layers.adaptable_layers` and `model_layers.replaceable_parameters` say of it."""
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, tuple[int, int]], parameters: Mapping[str, Parameter]

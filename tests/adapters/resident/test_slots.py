@@ -14,10 +14,10 @@ from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
-from adapters.find import adaptable_layers
 from adapters.formats.read import read_bundle
-from adapters.layers import AdaptedLinear
-from adapters.slots import AdapterSlots
+from adapters.resident.layers import AdaptedLinear
+from adapters.resident.model_layers import adaptable_layers
+from adapters.resident.slots import AdapterSlots
 from tests import tiny_models
 from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
 from tests.bounds import TINY, amplified, assert_near

@@ -1,0 +1,1 @@
+"""Versions on the device: stacked adapters, their gains, and whole parameter sets."""
