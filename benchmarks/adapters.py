@@ -95,7 +95,7 @@ def compare(directory: Path, load: Load, rounds: int) -> dict[str, Result]:
 def stage_all(slots: AdapterSlots, linear: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
     """The slot of each row for every contender; prints the time of the first LoRA, a later one, and two DoRA."""
     from adapters.prepare import prepare
-    from tests.adapters.making import make
+    from tests.support.adapter_files import make
 
     def stage(what: str, seed: int, **options: Any) -> int:
         prepared = prepare(make(linear, seed, **options), "float32")

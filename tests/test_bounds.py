@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model
 
 from adapters.resident.model_layers import adaptable_layers
 from tests import tiny_models
-from tests.adapters.making import logits, make, merge, tokens
 from tests.bounds import TINY, assert_near, relative
+from tests.support.adapter_files import logits, make, merge, tokens
 
 Change = Callable[[mx.array], mx.array]
 TEXT = tokens(3)

@@ -19,7 +19,7 @@ from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterError
 from adapters.prepare import PreparedBundle, prepare
 from adapters.spec import Mode
-from adapters.store import NameRecord, StateStore, StoreError
+from adapters.versions.store import NameRecord, StateStore, StoreError
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.versions import (

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from adapters.store import StateStore, StoreError
+from adapters.versions.store import StateStore, StoreError
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions

@@ -9,7 +9,7 @@ from adapters.formats.read import read_bundle
 from adapters.numerics import squared_delta_norms, thinned
 from adapters.report import LARGEST, report
 from adapters.spec import HALVES, ExpertsShape
-from tests.adapters.making import make
+from tests.support.adapter_files import make
 
 LAYERS = {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in (("q", (6, 4)), ("down", (4, 10)))}
 

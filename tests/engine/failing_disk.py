@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from adapters import store as store_module
-from adapters.store import NameRecord, StateStore
+from adapters.versions import store as store_module
+from adapters.versions.store import NameRecord, StateStore
 from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.engine.messages.versions import Activate, Delete, Pin, PolicyReply, Publish
 from rollout_server.errors import EngineFault, RolloutError, StorageFailed

@@ -6,9 +6,9 @@ import pytest
 
 from adapters.bundle import Content
 from adapters.prepare import PreparedBundle
-from adapters.registry import Registry
 from adapters.resident import residency as resident_module
 from adapters.resident.parameter_sets import ParameterSets
+from adapters.versions.registry import Registry
 from rollout_server.versions.publisher import Publisher
 from tests.engine.sequences import Player, World, explore, failure, invent, shortest
 

@@ -20,7 +20,7 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from tests import tiny_models
-from tests.adapters.making import TwoTables, merge
+from tests.support.adapter_files import TwoTables, merge
 
 KEEP = 2
 OPTIONS: dict[str, Any] = {"max_batch": 4, "prefill_tokens": 16, "keep_versions": KEEP}

@@ -5,13 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from adapters.bundle import AdapterBundle
-from adapters.registry import (
-    Change,
-    Entry,
-    Facts,
-    Registry,
-)
 from adapters.spec import Mode
+from adapters.versions.registry import Change, Entry, Facts, Registry
 from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages.versions import (
     Activate,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from adapters import store as store_module
-from adapters.store import StateStore
+from adapters.versions import store as store_module
+from adapters.versions.store import StateStore
 from rollout_server.config import ServerConfig
 from rollout_server.errors import InvalidField, VersionGone, WeightsMemoryExceeded
 from rollout_server.http.app import create_app

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from adapters.bundle import AdapterBundle
-from adapters.registry import Entry, Facts
 from adapters.spec import Mode
+from adapters.versions.registry import Entry, Facts
 from rollout_server.engine.messages.versions import (
     Publish,
     RestoredVersion,

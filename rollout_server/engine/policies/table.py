@@ -11,10 +11,10 @@ from adapters.bundle import AdapterBundle, Content
 from adapters.errors import AdapterDoesNotFit, RegistryError, WeightsFull
 from adapters.placement import BASE_PLACEMENT, Placement
 from adapters.prepare import PreparedBundle, prepare
-from adapters.registry import Change, Entry, Registry
 from adapters.resident.residency import ResidentVersions
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import Mode
+from adapters.versions.registry import Change, Entry, Registry
 from rollout_server.adapter_errors import as_ours
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import (

@@ -18,8 +18,8 @@ from adapters.formats import mlx_lm
 from adapters.formats.read import read_bundle
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from tests.adapters.making import Layers, file_of, logits, make, tokens
 from tests.bounds import assert_near
+from tests.support.adapter_files import Layers, file_of, logits, make, tokens
 from tests.tiny_models import random_adapter
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
 from adapters.formats.read import read_bundle
-from tests.adapters.making import file_of
+from tests.support.adapter_files import file_of
 from tests.tiny_models import random_adapter
 
 LAYERS = {

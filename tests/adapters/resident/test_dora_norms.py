@@ -24,8 +24,8 @@ from adapters.resident.dora_norms import AdaptedRows, RowNorms, Rows
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from tests import tiny_models
-from tests.adapters.making import Layers, adapted, file_of, logits, make, merge, tokens
 from tests.bounds import assert_near, relative
+from tests.support.adapter_files import Layers, adapted, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 
 Load = Callable[[], nn.Module]

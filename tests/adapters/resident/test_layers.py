@@ -24,8 +24,8 @@ from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
 from tests import tiny_models
-from tests.adapters.making import adapted, file_of, logits, make, merge, tokens
 from tests.bounds import assert_near, relative
+from tests.support.adapter_files import adapted, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 from trainer_client.digest import adapter_digest
 from trainer_client.tensors import host_tensors

@@ -25,8 +25,8 @@ from adapters.resident.model_layers import adaptable_layers, replaceable_paramet
 from adapters.resident.residency import ResidentVersions
 from adapters.spec import Mode
 from tests import tiny_models
-from tests.adapters.making import logits, merge, tokens
 from tests.bounds import assert_near
+from tests.support.adapter_files import logits, merge, tokens
 
 Load = Callable[[], nn.Module]
 EMBED = "model.embed_tokens"

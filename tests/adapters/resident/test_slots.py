@@ -19,8 +19,8 @@ from adapters.resident.layers import AdaptedLinear
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from tests import tiny_models
-from tests.adapters.making import Layers, file_of, logits, make, merge, tokens
 from tests.bounds import TINY, amplified, assert_near
+from tests.support.adapter_files import Layers, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
 
 Load = Callable[[], nn.Module]

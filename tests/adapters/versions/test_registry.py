@@ -7,7 +7,7 @@ import pytest
 
 from adapters.bundle import Content
 from adapters.errors import GoneVersion, LiveVersion, Mismatch, RegistryError, UnknownName, UnknownVersion
-from adapters.registry import GONE_DIGESTS, Change, Facts, Registry
+from adapters.versions.registry import GONE_DIGESTS, Change, Facts, Registry
 
 FACTS = Facts(kind="lora", mode="adapter", rank=8, modules=14, nbytes=1000)
 

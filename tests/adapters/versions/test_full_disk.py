@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters import reserve as reserve_module
-from adapters import store as store_module
-from adapters.store import NameRecord, StateStore
-from tests.adapters.test_store import BASE, bundle, record
+from adapters.versions import reserve as reserve_module
+from adapters.versions import store as store_module
+from adapters.versions.store import NameRecord, StateStore
+from tests.adapters.versions.test_store import BASE, bundle, record
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters import store as store_module
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterError
-from adapters.store import NameRecord, StateStore, StoreError, VersionRecord, pack, unpack
-from tests.adapters.making import make
+from adapters.versions import store as store_module
+from adapters.versions.packed import pack, unpack
+from adapters.versions.store import NameRecord, StateStore, StoreError, VersionRecord
+from tests.support.adapter_files import make
 
 LAYERS = {"model.layers.0.q_proj": (6, 4), "model.layers.0.down_proj": (4, 10)}
 BASE = "sha256:" + "b" * 64

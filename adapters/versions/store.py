@@ -25,12 +25,12 @@ from typing import Any
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterError
-from adapters.packed import pack, unpack
-from adapters.reserve import Reserve, is_full
-from adapters.sealed import FORMAT, sealed, unsealed
 from adapters.spec import Mode
+from adapters.versions.packed import pack, unpack
+from adapters.versions.reserve import Reserve, is_full
+from adapters.versions.sealed import FORMAT, sealed, unsealed
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("adapters.store")
 
 PART = ".part"
 SET_ASIDE = ".set-aside"
