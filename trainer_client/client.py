@@ -23,6 +23,7 @@ from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.replies import LineBuffer, Reply
 from trainer_client.retry import Flow, Retry, Sleep, answering, sending, until_ready
+from trainer_client.verbs import control, publishing, scoring
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,25 +163,25 @@ class RolloutClient:
         """The server's URL, without a slash at the end."""
         return self._connection.url
 
-    push = _blocking(calls.push)
-    weights = _blocking(calls.weights)
-    policy = _blocking(calls.policy)
-    activate = _blocking(calls.activate)
+    push = _blocking(publishing.push)
+    weights = _blocking(publishing.weights)
+    policy = _blocking(publishing.policy)
+    activate = _blocking(publishing.activate)
     pin = _blocking(keeping.pin)
     delete = _blocking(keeping.delete)
     delete_policy = _blocking(keeping.delete_policy)
     export = _blocking(keeping.export)
     rollouts = _blocking(calls.rollouts)
     stream_rollouts = _blocking_stream(calls.stream_rollouts)
-    logprobs = _blocking(calls.logprobs)
+    logprobs = _blocking(scoring.logprobs)
     replay = _blocking(checking.replay)
     probe = _blocking(checking.probe)
     completions = _blocking(calls.completions)
     pause = _blocking(pausing.pause)
     resume = _blocking(pausing.resume)
-    models = _blocking(calls.models)
-    health = _blocking(calls.health)
-    ready = _blocking(calls.ready)
+    models = _blocking(control.models)
+    health = _blocking(control.health)
+    ready = _blocking(control.ready)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready to sample; raises `ServerUnreachable` when the time is up."""
@@ -271,25 +272,25 @@ class AsyncRolloutClient:
         """The server's URL, without a slash at the end."""
         return self._connection.url
 
-    push = _awaited(calls.push)
-    weights = _awaited(calls.weights)
-    policy = _awaited(calls.policy)
-    activate = _awaited(calls.activate)
+    push = _awaited(publishing.push)
+    weights = _awaited(publishing.weights)
+    policy = _awaited(publishing.policy)
+    activate = _awaited(publishing.activate)
     pin = _awaited(keeping.pin)
     delete = _awaited(keeping.delete)
     delete_policy = _awaited(keeping.delete_policy)
     export = _awaited(keeping.export)
     rollouts = _awaited(calls.rollouts)
     stream_rollouts = _awaited_stream(calls.stream_rollouts)
-    logprobs = _awaited(calls.logprobs)
+    logprobs = _awaited(scoring.logprobs)
     replay = _awaited(checking.replay)
     probe = _awaited(checking.probe)
     completions = _awaited(calls.completions)
     pause = _awaited(pausing.pause)
     resume = _awaited(pausing.resume)
-    models = _awaited(calls.models)
-    health = _awaited(calls.health)
-    ready = _awaited(calls.ready)
+    models = _awaited(control.models)
+    health = _awaited(control.health)
+    ready = _awaited(control.ready)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready to sample; raises `ServerUnreachable` when the time is up."""

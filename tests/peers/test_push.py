@@ -16,6 +16,7 @@ from safetensors.torch import load
 from trainer_client import calls
 from trainer_client.sources import adapter_of
 from trainer_client.tensors import host_tensor, host_tensors, safetensors_body
+from trainer_client.verbs import publishing
 
 
 def small(**changes: Any) -> Any:
@@ -74,10 +75,10 @@ def test_ids_and_options_of_torch() -> None:
 def test_a_peft_model_is_what_it_would_save(kind: str, tmp_path: Path) -> None:
     model = peft.get_peft_model(small(), peft.LoraConfig(r=4, lora_alpha=8, **OPTIONS[kind]))
     model.save_pretrained(tmp_path)
-    saved, given = calls.push("policy", tmp_path), calls.push("policy", model)
+    saved, given = publishing.push("policy", tmp_path), publishing.push("policy", model)
     assert load(bytes(given.body)).keys() == load(bytes(saved.body)).keys()
     tensors = peft.get_peft_model_state_dict(model)
-    held = calls.push("policy", tensors, model.peft_config["default"])
+    held = publishing.push("policy", tensors, model.peft_config["default"])
     digests = [call.parse.keywords["sent_digest"] for call in (saved, given, held)]  # type: ignore[attr-defined]
     assert len(set(digests)) == 1 and digests[0].startswith("sha256:")
 
@@ -110,10 +111,10 @@ def test_an_adapter_of_transformers_own_loader_is_taken_too() -> None:
     assert config["r"] == 4 and len(host) == 4
     wrapped = peft.get_peft_model(small(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
     wrapped.load_state_dict({f"base_model.model.{name}": value for name, value in model.state_dict().items()})
-    digests = [calls.push("p", each).parse.keywords["sent_digest"] for each in (model, wrapped)]  # type: ignore[attr-defined]
+    digests = [publishing.push("p", each).parse.keywords["sent_digest"] for each in (model, wrapped)]  # type: ignore[attr-defined]
     assert digests[0] == digests[1]
 
 
 def test_a_plain_torch_model_is_no_adapter() -> None:
     with pytest.raises(TypeError, match="not Linear"):
-        calls.push("p", torch.nn.Linear(2, 2))
+        publishing.push("p", torch.nn.Linear(2, 2))

@@ -14,15 +14,16 @@ from rollout_server.schemas.logprobs import LogprobsRequest
 from rollout_server.schemas.rollouts import RolloutsRequest
 from rollout_server.schemas.weights import WeightsOptions
 from tests.trainer_client import contract
-from trainer_client import AsyncRolloutClient, RolloutClient, calls
+from trainer_client import AsyncRolloutClient, RolloutClient, call, calls
 from trainer_client.parsing import parse_published, parse_reply
+from trainer_client.verbs import publishing, scoring
 
 TENSORS = {"q.lora_A.weight": np.ones((2, 3), "f4"), "q.lora_B.weight": np.zeros((4, 2), "f4")}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 VERSION = parse_published(contract.reply(contract.published()), None)
 
 
-def body(call: calls.Call[Any]) -> dict[str, Any]:
+def body(call: call.Call[Any]) -> dict[str, Any]:
     return json.loads(bytes(call.body))
 
 
@@ -97,40 +98,44 @@ def test_a_pushed_version_pins_exactly_that_one() -> None:
 
 
 def test_a_push_is_safetensors_with_options_in_the_query() -> None:
-    call = calls.push("policy", TENSORS, CONFIG, activate=False, label="step-1", if_match=6)
+    call = publishing.push("policy", TENSORS, CONFIG, activate=False, label="step-1", if_match=6)
     assert (call.path, call.idempotent) == ("/v1/weights", True)
     assert call.query == {"name": "policy", "activate": "false", "label": "step-1"}
     assert WeightsOptions.model_validate(call.query).label == "step-1"
     assert call.headers == {"content-type": "application/octet-stream", "if-match": '"6"'}
     assert {name for name, _ in deserialize(bytes(call.body))} == TENSORS.keys()
-    assert calls.push("policy", TENSORS, CONFIG).query == {"name": "policy", "activate": "true"}
-    merged = calls.push("policy", TENSORS, CONFIG, mode="merged", dequantize=True)
+    assert publishing.push("policy", TENSORS, CONFIG).query == {"name": "policy", "activate": "true"}
+    merged = publishing.push("policy", TENSORS, CONFIG, mode="merged", dequantize=True)
     assert merged.query == {"name": "policy", "activate": "true", "mode": "merged", "dequantize": "true"}
-    assert calls.push("policy", TENSORS, CONFIG, if_match=VERSION).headers["if-match"] == f'"{contract.DIGEST}"'
+    assert publishing.push("policy", TENSORS, CONFIG, if_match=VERSION).headers["if-match"] == f'"{contract.DIGEST}"'
 
 
 def test_a_directory_is_pushed_as_the_same_tensors(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="config is missing"):
-        calls.push("policy", tmp_path)
-    assert bytes(calls.push("policy", tmp_path, CONFIG).body) == bytes(calls.push("policy", TENSORS, CONFIG).body)
+        publishing.push("policy", tmp_path)
+    assert bytes(publishing.push("policy", tmp_path, CONFIG).body) == bytes(
+        publishing.push("policy", TENSORS, CONFIG).body
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
-    assert bytes(calls.push("policy", str(tmp_path)).body) == bytes(calls.push("policy", TENSORS, CONFIG).body)
+    assert bytes(publishing.push("policy", str(tmp_path)).body) == bytes(
+        publishing.push("policy", TENSORS, CONFIG).body
+    )
     with pytest.raises(ValueError, match="brings its own config"):
-        calls.push("policy", tmp_path, CONFIG)
+        publishing.push("policy", tmp_path, CONFIG)
 
 
 def test_tensors_without_a_config_and_what_is_no_adapter_are_refused() -> None:
     with pytest.raises(ValueError, match="config is missing"):
-        calls.push("policy", TENSORS)
+        publishing.push("policy", TENSORS)
     with pytest.raises(TypeError, match="not list"):
-        calls.push("policy", [1], CONFIG)
+        publishing.push("policy", [1], CONFIG)
 
 
 def test_activate_is_only_repeatable_without_a_condition() -> None:
-    call = calls.activate("a.b", 6)
+    call = publishing.activate("a.b", 6)
     assert (call.path, body(call), call.idempotent) == ("/v1/weights/a.b/activate", {"version": 6}, True)
-    conditional = calls.activate("a-b", 6, if_match="sha256:12345678")
+    conditional = publishing.activate("a-b", 6, if_match="sha256:12345678")
     assert (conditional.path, conditional.idempotent) == ("/v1/weights/a-b/activate", False)
     assert conditional.headers["if-match"] == '"sha256:12345678"'
 
@@ -139,12 +144,12 @@ def test_activate_is_only_repeatable_without_a_condition() -> None:
 
 
 def test_sequences_to_score_are_ids_objects_or_a_batch() -> None:
-    call = calls.logprobs([[1, 2], np.array([3]), {"token_ids": np.array([4, 5]), "start": 1}], temperature=0.5)
+    call = scoring.logprobs([[1, 2], np.array([3]), {"token_ids": np.array([4, 5]), "start": 1}], temperature=0.5)
     assert body(call)["sequences"] == [{"token_ids": [1, 2]}, {"token_ids": [3]}, {"token_ids": [4, 5], "start": 1}]
     assert (body(call)["temperature"], body(call)["return"], call.idempotent) == (0.5, [], True)
     LogprobsRequest.model_validate_json(bytes(call.body))
     batch = parse_reply(contract.reply(contract.rollouts(contract.row())))
-    scored = calls.logprobs(batch, policy=VERSION, returns=["entropy"], top_logprobs=2)
+    scored = scoring.logprobs(batch, policy=VERSION, returns=["entropy"], top_logprobs=2)
     assert body(scored)["sequences"] == [{"token_ids": [1, 3, 5, 6, 2], "start": 2}]
     assert LogprobsRequest.model_validate_json(bytes(scored.body)).top_logprobs == 2
 
@@ -152,15 +157,15 @@ def test_sequences_to_score_are_ids_objects_or_a_batch() -> None:
 def test_sequences_may_be_read_under_the_spans_of_their_rows() -> None:
     spans = [contract.span(7, 0, 2), {**contract.span(8, 2, 3), "kv": "carried"}]
     batch = parse_reply(contract.reply(contract.rollouts(contract.row(versions=spans), contract.row(0, 1))))
-    call = calls.logprobs(batch, policy="policy", versions=[batch.spans[0], None])
+    call = scoring.logprobs(batch, policy="policy", versions=[batch.spans[0], None])
     first, second = body(call)["sequences"]
     assert first["versions"] == [{k: v for k, v in span.items() if v is not None} for span in spans]
     assert "versions" not in second
     assert len(LogprobsRequest.model_validate_json(bytes(call.body)).sequences[0].versions or []) == 2
-    given = calls.logprobs([[1, 2]], versions=[[{"policy": "p", "version": 1, "start": 0, "end": 2}]])
+    given = scoring.logprobs([[1, 2]], versions=[[{"policy": "p", "version": 1, "start": 0, "end": 2}]])
     assert body(given)["sequences"][0]["versions"][0]["policy"] == "p"
     with pytest.raises(ValueError, match="2 sequences"):
-        calls.logprobs([[1], [2]], versions=[None])
+        scoring.logprobs([[1], [2]], versions=[None])
 
 
 def test_completions_pass_their_fields_through() -> None:

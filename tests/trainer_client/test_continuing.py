@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.schemas.rollouts import RolloutsRequest
 from tests.trainer_client import contract
-from trainer_client import RolloutBatch, calls, continued, rejoined
+from trainer_client import RolloutBatch, call, calls, continued, rejoined
 from trainer_client.parsing import parse_reply
 
 ROWS = (
@@ -24,7 +24,7 @@ def earlier() -> RolloutBatch:
     return parse_reply(contract.reply(contract.rollouts(*ROWS)))
 
 
-def sent(call: calls.Call[Any]) -> list[dict[str, Any]]:
+def sent(call: call.Call[Any]) -> list[dict[str, Any]]:
     RolloutsRequest.model_validate_json(bytes(call.body))
     prompts: list[dict[str, Any]] = json.loads(bytes(call.body))["prompts"]
     return prompts

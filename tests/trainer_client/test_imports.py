@@ -31,12 +31,13 @@ else:
     raise SystemExit("the blocker does not block")
 
 import numpy as np
-from trainer_client import AsyncRolloutClient, RolloutClient, calls
+from trainer_client import AsyncRolloutClient, RolloutClient
+from trainer_client.verbs import publishing
 
 with RolloutClient("http://127.0.0.1:9") as client:
     print(type(client).__name__)
 tensors = {"q.lora_A.weight": np.zeros((2, 3), "f4"), "q.lora_B.weight": np.zeros((4, 2), "f4")}
-print(calls.push("policy", tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}).path)
+print(publishing.push("policy", tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}).path)
 """
 
 

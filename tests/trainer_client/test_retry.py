@@ -8,10 +8,11 @@ import pytest
 
 from tests.trainer_client import contract
 from trainer_client import calls
-from trainer_client.calls import Call
+from trainer_client.call import Call
 from trainer_client.errors import EngineUnavailable, NotFound, QueueFull, ServerUnreachable
 from trainer_client.replies import Reply
 from trainer_client.retry import Flow, Retry, Send, Sleep, sending, until_ready
+from trainer_client.verbs import control
 
 OK = contract.reply({})
 FULL = contract.reply(contract.problem(retryable=True), 429, retry_after="3")
@@ -19,7 +20,7 @@ REFUSED = ServerUnreachable("refused")
 LOST = ServerUnreachable("lost", sent=True)
 SILENT = ServerUnreachable("silent", sent=True, timed_out=True)
 
-ROLLOUTS, MODELS = calls.rollouts([[1]]), calls.models()
+ROLLOUTS, MODELS = calls.rollouts([[1]]), control.models()
 
 
 def drive(flow: Flow, *outcomes: Reply | ServerUnreachable) -> tuple[Reply, list[float]]:
@@ -93,10 +94,10 @@ def test_a_reply_that_took_too_long_is_not_asked_for_again() -> None:
 
 def test_not_ready_is_an_answer_not_an_error() -> None:
     not_ready = contract.reply(contract.problem("engine_unavailable", retryable=True), 503)
-    reply, slept = drive(sending(calls.ready(), Retry()), not_ready)
+    reply, slept = drive(sending(control.ready(), Retry()), not_ready)
     assert slept == []
-    assert calls.ready().parse(reply) is False
-    assert calls.health().parse(OK) is True
+    assert control.ready().parse(reply) is False
+    assert control.health().parse(OK) is True
 
 
 def test_waiting_goes_on_while_the_server_starts() -> None:

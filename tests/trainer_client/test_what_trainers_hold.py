@@ -22,6 +22,7 @@ from trainer_client import (
     RolloutClient,
     ServerUnreachable,
     TrainerClientError,
+    call,
     calls,
     checking,
     continued,
@@ -31,6 +32,7 @@ from trainer_client import (
 from trainer_client.errors import InvalidField
 from trainer_client.parsing import parse_reply
 from trainer_client.tensors import host_tensor
+from trainer_client.verbs import publishing, scoring
 
 LAYER = "base_model.model.q"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
@@ -61,11 +63,11 @@ class Tensor:
         return self._values
 
 
-def body(call: calls.Call[Any]) -> dict[str, Any]:
+def body(call: call.Call[Any]) -> dict[str, Any]:
     return json.loads(bytes(call.body))
 
 
-def sent_digest(call: calls.Call[Any]) -> str:
+def sent_digest(call: call.Call[Any]) -> str:
     return call.parse.keywords["sent_digest"]  # type: ignore[attr-defined,no-any-return]
 
 
@@ -86,10 +88,10 @@ def sent_digest(call: calls.Call[Any]) -> str:
 def test_floats_in_which_no_adapter_is_served_are_cast_and_told_once(made: Callable[[np.ndarray], Any]) -> None:
     given = {name: made(array) for name, array in HALVES.items()}
     with pytest.warns(UserWarning, match="2 of 2 tensors are float") as told:
-        call = calls.push("policy", given, CONFIG)
+        call = publishing.push("policy", given, CONFIG)
     assert len(told) == 1
-    assert bytes(call.body) == bytes(calls.push("policy", SERVED, CONFIG).body)
-    assert sent_digest(call) == sent_digest(calls.push("policy", SERVED, CONFIG))
+    assert bytes(call.body) == bytes(publishing.push("policy", SERVED, CONFIG).body)
+    assert sent_digest(call) == sent_digest(publishing.push("policy", SERVED, CONFIG))
 
 
 def test_the_warning_points_at_the_line_that_pushes() -> None:
@@ -107,7 +109,7 @@ def test_what_adapters_are_served_in_is_sent_as_it_is_without_a_word(dtype: Any)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tensor = host_tensor("x", np.ones((2, 3), dtype))
-        calls.push("policy", SERVED, CONFIG)
+        publishing.push("policy", SERVED, CONFIG)
     assert tensor.was is None and tensor.array.nbytes == 6 * np.dtype(dtype).itemsize
 
 
@@ -115,8 +117,8 @@ def test_a_directory_of_float64_is_pushed_like_the_arrays(tmp_path: Path) -> Non
     save_file(HALVES, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     with pytest.warns(UserWarning, match="float64"):
-        call = calls.push("policy", tmp_path)
-    assert bytes(call.body) == bytes(calls.push("policy", SERVED, CONFIG).body)
+        call = publishing.push("policy", tmp_path)
+    assert bytes(call.body) == bytes(publishing.push("policy", SERVED, CONFIG).body)
 
 
 def test_integers_are_not_guessed_at_but_lists_of_them_are_numbers() -> None:
@@ -140,9 +142,9 @@ def test_what_cannot_be_read_is_named(tensor: Any, sentence: str) -> None:
 @pytest.mark.parametrize("front", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
 def test_what_wraps_a_model_is_left_out_of_the_names(front: str) -> None:
     wrapped = {front + name: array for name, array in SERVED.items()}
-    call = calls.push("policy", wrapped, CONFIG | {"rank_pattern": {f"{front}q": 2}})
+    call = publishing.push("policy", wrapped, CONFIG | {"rank_pattern": {f"{front}q": 2}})
     assert load(bytes(call.body)).keys() == SERVED.keys()
-    assert sent_digest(call) == sent_digest(calls.push("policy", SERVED, CONFIG))
+    assert sent_digest(call) == sent_digest(publishing.push("policy", SERVED, CONFIG))
 
 
 # ---- configurations -----------------------------------------------------------------------------------------------
@@ -163,17 +165,17 @@ class LoraConfig:
 
 def test_a_config_may_be_the_object_that_a_trainer_holds(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
-    expected = bytes(calls.push("policy", SERVED, CONFIG).body)
+    expected = bytes(publishing.push("policy", SERVED, CONFIG).body)
     arguments = types.SimpleNamespace(**CONFIG)
     for config in (LoraConfig(), {"default": LoraConfig()}, arguments, tmp_path / "adapter_config.json"):
-        assert bytes(calls.push("policy", SERVED, config).body) == expected
+        assert bytes(publishing.push("policy", SERVED, config).body) == expected
     with pytest.raises(TypeError, match="or a LoraConfig, not list"):
-        calls.push("policy", SERVED, [1])
+        publishing.push("policy", SERVED, [1])
 
 
 @pytest.mark.parametrize("fields", [{"r": "2"}, {"lora_alpha": "4"}, {"alpha_pattern": {"(": 1}}, {"r": 0}])
 def test_a_config_that_the_server_refuses_gets_there_to_be_refused(fields: dict[str, Any]) -> None:
-    assert sent_digest(calls.push("policy", SERVED, CONFIG | fields)) is None
+    assert sent_digest(publishing.push("policy", SERVED, CONFIG | fields)) is None
 
 
 # ---- ids and options ----------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_ids_of_any_framework_wherever_ids_are_taken(ids: Any) -> None:
     assert [prompt["token_ids"] for prompt in prompts["prompts"]] == [[1, 2, 3]] * 2
     assert prompts["prompts"][1]["prefix"] == {"token_ids": [1, 2, 3], "logprobs": [-0.5, None, 0.0]}
     assert prompts["sampling"] == {"stop_token_ids": [1, 2, 3]}
-    sequences = body(calls.logprobs([ids, {"token_ids": ids, "start": np.int64(1)}]))["sequences"]
+    sequences = body(scoring.logprobs([ids, {"token_ids": ids, "start": np.int64(1)}]))["sequences"]
     assert sequences == [{"token_ids": [1, 2, 3]}, {"token_ids": [1, 2, 3], "start": 1}]
     assert body(calls.completions(ids))["prompt"] == [1, 2, 3]
     row = parse_reply(contract.reply(contract.rollouts(contract.row())))[0]
@@ -201,7 +203,7 @@ def test_ids_of_any_framework_wherever_ids_are_taken(ids: Any) -> None:
 def test_a_rectangle_of_ids_is_a_list_of_prompts() -> None:
     both = mx.array([[1, 2], [3, 4]])
     assert body(calls.rollouts(both))["prompts"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
-    assert body(calls.logprobs(both))["sequences"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
+    assert body(scoring.logprobs(both))["sequences"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
 
 
 def test_numbers_of_numpy_in_every_option_and_as_keys() -> None:
@@ -220,8 +222,8 @@ def test_numbers_of_numpy_in_every_option_and_as_keys() -> None:
         "model": "base", "prompt": "a", "logit_bias": {"5": 1}
     }  # fmt: skip
     assert body(keeping.pin("p", np.int64(3), np.bool_(False)))["pinned"] is False  # type: ignore[arg-type]
-    assert body(calls.activate("p", np.int64(3))) == {"version": 3}  # type: ignore[arg-type]
-    assert calls.push("p", SERVED, CONFIG, label=120).query["label"] == "120"  # type: ignore[arg-type]
+    assert body(publishing.activate("p", np.int64(3))) == {"version": 3}  # type: ignore[arg-type]
+    assert publishing.push("p", SERVED, CONFIG, label=120).query["label"] == "120"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_what_no_request_can_say_is_named_by_its_option(options: dict[str, Any],
 
 def test_the_other_verbs_name_it_too() -> None:
     with pytest.raises(ValueError, match=r"^temperature is nan"):
-        calls.logprobs([[1]], temperature=float("nan"))
+        scoring.logprobs([[1]], temperature=float("nan"))
     with pytest.raises(ValueError, match=r"^top_p is inf"):
         calls.completions("a", top_p=float("inf"))
     batch = parse_reply(contract.reply(contract.rollouts(contract.row())))
@@ -273,10 +275,10 @@ NO_NAMES: list[Any] = ["a/b", "p/2", "..", ".", "", "a b", "a%2Fb", "-a", "é", 
 @pytest.mark.parametrize(
     "verb",
     [
-        lambda name: calls.push(name, SERVED, CONFIG),
-        lambda name: calls.push(name, SERVED, CONFIG, resend=True),
-        calls.policy,
-        lambda name: calls.activate(name, 1),
+        lambda name: publishing.push(name, SERVED, CONFIG),
+        lambda name: publishing.push(name, SERVED, CONFIG, resend=True),
+        publishing.policy,
+        lambda name: publishing.activate(name, 1),
         lambda name: keeping.pin(name, 1),
         lambda name: keeping.delete(name, 1),
         keeping.delete_policy,
