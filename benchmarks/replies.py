@@ -20,10 +20,10 @@ import numpy as np
 from rollout_server.http.replies.json_entries import rollout_entry
 from rollout_server.http.replies.safetensors_file import rollouts_file
 from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span, Timings
-from trainer_client.batch import RolloutBatch
-from trainer_client.binary import MEDIA_TYPE
-from trainer_client.parsing import parse_reply
-from trainer_client.replies import Reply
+from trainer_client.data.batch import RolloutBatch
+from trainer_client.wire.binary_rows import MEDIA_TYPE
+from trainer_client.wire.parsing import parse_reply
+from trainer_client.wire.replies import Reply
 
 TOKENS, PROMPT_TOKENS, SAMPLES = 256, 64, 16
 VERSION = PolicyVersion("policy", 7, "sha256:" + "5" * 64, "step-120")

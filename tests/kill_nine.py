@@ -21,7 +21,7 @@ import numpy as np
 from tests import tiny_models
 from tests.live_server import PATIENCE_S, LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError, adapter_digest
-from trainer_client.tensors import host_tensors
+from trainer_client.adapter.tensors import host_tensors
 
 NAME = "trained"
 PROMPTS = [[5, 9, 33], [44]]

@@ -21,7 +21,7 @@ from tests import tiny_models
 from tests.bounds import TINY, assert_near
 from tests.live_server import LiveServer, live_server
 from trainer_client import RolloutClient, adapter_digest
-from trainer_client.tensors import host_tensors
+from trainer_client.adapter.tensors import host_tensors
 
 PROMPTS = [[5, 9, 33], [44]]
 

@@ -11,12 +11,13 @@
 Needs numpy and httpx; nothing of the server, no MLX, no torch.
 """
 
-from trainer_client.advantages import Denominator, group_advantages, truncated_importance_weights
-from trainer_client.batch import RolloutBatch
-from trainer_client.checking import Divergence, Probed, Replayed
+from trainer_client.adapter.digest import adapter_digest
 from trainer_client.client import AsyncRolloutClient, RolloutClient
-from trainer_client.continuing import continued, rejoined
-from trainer_client.digest import adapter_digest
+from trainer_client.data.advantages import Denominator, group_advantages, truncated_importance_weights
+from trainer_client.data.batch import RolloutBatch
+from trainer_client.data.continuing import continued, rejoined
+from trainer_client.data.rollout import Rollout, RowFault, Span
+from trainer_client.data.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
 from trainer_client.errors import (
     BadReply,
     DigestMismatch,
@@ -25,12 +26,11 @@ from trainer_client.errors import (
     ServerUnreachable,
     TrainerClientError,
 )
-from trainer_client.keeping import Deletion, ExportedAdapter
-from trainer_client.parsing import Scored
-from trainer_client.pausing import PauseState
 from trainer_client.retry import Retry
-from trainer_client.rollout import Rollout, RowFault, Span
-from trainer_client.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
+from trainer_client.verbs.control import PauseState
+from trainer_client.verbs.publishing import Deletion, ExportedAdapter
+from trainer_client.verbs.scoring import Divergence, Probed, Replayed
+from trainer_client.wire.parsing import Scored
 
 __all__ = [
     "AsyncRolloutClient",

@@ -18,12 +18,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 
-from trainer_client import calls, checking, keeping, pausing
-from trainer_client.call import Call, StreamCall
 from trainer_client.errors import BadReply, ServerUnreachable
-from trainer_client.replies import LineBuffer, Reply
 from trainer_client.retry import Flow, Retry, Sleep, answering, sending, until_ready
-from trainer_client.verbs import control, publishing, scoring
+from trainer_client.verbs import control, publishing, sampling, scoring
+from trainer_client.wire.call import Call, StreamCall
+from trainer_client.wire.replies import LineBuffer, Reply
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -167,18 +166,18 @@ class RolloutClient:
     weights = _blocking(publishing.weights)
     policy = _blocking(publishing.policy)
     activate = _blocking(publishing.activate)
-    pin = _blocking(keeping.pin)
-    delete = _blocking(keeping.delete)
-    delete_policy = _blocking(keeping.delete_policy)
-    export = _blocking(keeping.export)
-    rollouts = _blocking(calls.rollouts)
-    stream_rollouts = _blocking_stream(calls.stream_rollouts)
+    pin = _blocking(publishing.pin)
+    delete = _blocking(publishing.delete)
+    delete_policy = _blocking(publishing.delete_policy)
+    export = _blocking(publishing.export)
+    rollouts = _blocking(sampling.rollouts)
+    stream_rollouts = _blocking_stream(sampling.stream_rollouts)
     logprobs = _blocking(scoring.logprobs)
-    replay = _blocking(checking.replay)
-    probe = _blocking(checking.probe)
-    completions = _blocking(calls.completions)
-    pause = _blocking(pausing.pause)
-    resume = _blocking(pausing.resume)
+    replay = _blocking(scoring.replay)
+    probe = _blocking(scoring.probe)
+    completions = _blocking(sampling.completions)
+    pause = _blocking(control.pause)
+    resume = _blocking(control.resume)
     models = _blocking(control.models)
     health = _blocking(control.health)
     ready = _blocking(control.ready)
@@ -188,7 +187,7 @@ class RolloutClient:
         self._run(until_ready(timeout_s))
 
     def send(self, call: Call[T]) -> T:
-        """Makes one call of `trainer_client.calls`, trying again where that can help."""
+        """Makes one call of `trainer_client.verbs.sampling`, trying again where that can help."""
         return self._run(answering(call, self._connection.retry))
 
     def stream(self, call: StreamCall[T]) -> Iterator[T]:
@@ -276,18 +275,18 @@ class AsyncRolloutClient:
     weights = _awaited(publishing.weights)
     policy = _awaited(publishing.policy)
     activate = _awaited(publishing.activate)
-    pin = _awaited(keeping.pin)
-    delete = _awaited(keeping.delete)
-    delete_policy = _awaited(keeping.delete_policy)
-    export = _awaited(keeping.export)
-    rollouts = _awaited(calls.rollouts)
-    stream_rollouts = _awaited_stream(calls.stream_rollouts)
+    pin = _awaited(publishing.pin)
+    delete = _awaited(publishing.delete)
+    delete_policy = _awaited(publishing.delete_policy)
+    export = _awaited(publishing.export)
+    rollouts = _awaited(sampling.rollouts)
+    stream_rollouts = _awaited_stream(sampling.stream_rollouts)
     logprobs = _awaited(scoring.logprobs)
-    replay = _awaited(checking.replay)
-    probe = _awaited(checking.probe)
-    completions = _awaited(calls.completions)
-    pause = _awaited(pausing.pause)
-    resume = _awaited(pausing.resume)
+    replay = _awaited(scoring.replay)
+    probe = _awaited(scoring.probe)
+    completions = _awaited(sampling.completions)
+    pause = _awaited(control.pause)
+    resume = _awaited(control.resume)
     models = _awaited(control.models)
     health = _awaited(control.health)
     ready = _awaited(control.ready)
@@ -297,7 +296,7 @@ class AsyncRolloutClient:
         await self._run(until_ready(timeout_s))
 
     async def send(self, call: Call[T]) -> T:
-        """Makes one call of `trainer_client.calls`, trying again where that can help."""
+        """Makes one call of `trainer_client.verbs.sampling`, trying again where that can help."""
         return await self._run(answering(call, self._connection.retry))
 
     async def stream(self, call: StreamCall[T]) -> AsyncIterator[T]:

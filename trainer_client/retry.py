@@ -9,10 +9,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trainer_client.call import Call, LookedUpCall
 from trainer_client.errors import ServerError, ServerUnreachable, UnknownPolicy, VersionGone
-from trainer_client.replies import Reply, parse_error
 from trainer_client.verbs.control import ready
+from trainer_client.wire.call import Call, LookedUpCall
+from trainer_client.wire.replies import Reply, parse_error
 
 T = TypeVar("T")
 

@@ -121,9 +121,8 @@ class Measured:
 
 def tokenize(client: RolloutClient, text: str) -> list[int]:
     """Token ids as the server reads a prompt, with the special tokens that its tokenizer adds."""
-    from trainer_client.body import Body
-    from trainer_client.call import Call
-    from trainer_client.replies import Reply, need, parse_json
+    from trainer_client.wire.call import Body, Call
+    from trainer_client.wire.replies import Reply, need, parse_json
 
     def parse(reply: Reply) -> list[int]:
         ids: list[int] = need(parse_json(reply.body), "tokens", list)

@@ -120,8 +120,8 @@ def kv(state: State) -> str:
 
 def watch(client: RolloutClient, interval_s: float) -> Iterator[State]:
     """A state after every interval, until somebody stops asking."""
-    from trainer_client.call import Call
-    from trainer_client.replies import parse_json
+    from trainer_client.wire.call import Call
+    from trainer_client.wire.replies import parse_json
 
     metrics = Call(method="GET", path="/metrics", parse=lambda reply: counted(reply.body.decode()), idempotent=True)
     health = Call(method="GET", path="/health", parse=lambda reply: parse_json(reply.body), idempotent=True)

@@ -13,10 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load
 
-from trainer_client import calls
-from trainer_client.sources import adapter_of
-from trainer_client.tensors import host_tensor, host_tensors, safetensors_body
-from trainer_client.verbs import publishing
+from trainer_client.adapter.sources import adapter_of
+from trainer_client.adapter.tensors import host_tensor, host_tensors, safetensors_body
+from trainer_client.verbs import publishing, sampling
 
 
 def small(**changes: Any) -> Any:
@@ -64,11 +63,11 @@ def test_tensors_that_cannot_be_read_are_named(made: Callable[[torch.Tensor], to
 def test_ids_and_options_of_torch() -> None:
     ids = torch.tensor([[1, 2], [3, 4]])
     options: Any = {"logit_bias": {torch.tensor(5): torch.tensor(0.5, dtype=torch.bfloat16)}, "seed": torch.tensor(7)}
-    sent = json.loads(bytes(calls.rollouts(ids, stop_token_ids=ids[0], **options).body))
+    sent = json.loads(bytes(sampling.rollouts(ids, stop_token_ids=ids[0], **options).body))
     assert sent["prompts"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
     assert sent["sampling"] == {"logit_bias": {"5": 0.5}, "seed": 7, "stop_token_ids": [1, 2]}
     with pytest.raises(TypeError, match=r"^seed is a Tensor that cannot be read here"):
-        calls.rollouts(ids, seed=torch.zeros(3, device="meta"))  # type: ignore[arg-type]
+        sampling.rollouts(ids, seed=torch.zeros(3, device="meta"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", list(OPTIONS))

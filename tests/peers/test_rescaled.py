@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from tests.peers import reference
 from tests.peers.conftest import Peer
-from trainer_client.sources import adapter_of
+from trainer_client.adapter.sources import adapter_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

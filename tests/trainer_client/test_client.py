@@ -29,8 +29,8 @@ from trainer_client import (
     ServerUnreachable,
     adapter_digest,
 )
+from trainer_client.adapter.tensors import host_tensors
 from trainer_client.errors import AdapterMismatch, QueueFull, Unauthorized
-from trainer_client.tensors import host_tensors
 
 TENSORS = {"q.lora_A.weight": np.ones((2, 600_000), "f4"), "q.lora_B.weight": np.zeros((4, 2), "f4")}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from tests.trainer_client import contract
-from trainer_client import calls
-from trainer_client.call import Call
 from trainer_client.errors import EngineUnavailable, NotFound, QueueFull, ServerUnreachable
-from trainer_client.replies import Reply
 from trainer_client.retry import Flow, Retry, Send, Sleep, sending, until_ready
-from trainer_client.verbs import control
+from trainer_client.verbs import control, sampling
+from trainer_client.wire.call import Call
+from trainer_client.wire.replies import Reply
 
 OK = contract.reply({})
 FULL = contract.reply(contract.problem(retryable=True), 429, retry_after="3")
@@ -20,7 +19,7 @@ REFUSED = ServerUnreachable("refused")
 LOST = ServerUnreachable("lost", sent=True)
 SILENT = ServerUnreachable("silent", sent=True, timed_out=True)
 
-ROLLOUTS, MODELS = calls.rollouts([[1]]), control.models()
+ROLLOUTS, MODELS = sampling.rollouts([[1]]), control.models()
 
 
 def drive(flow: Flow, *outcomes: Reply | ServerUnreachable) -> tuple[Reply, list[float]]:

@@ -17,22 +17,12 @@ from safetensors.numpy import load, save_file
 
 from rollout_server.rollout import NAME_RULE
 from tests.trainer_client import contract
-from trainer_client import (
-    Retry,
-    RolloutClient,
-    ServerUnreachable,
-    TrainerClientError,
-    call,
-    calls,
-    checking,
-    continued,
-    group_advantages,
-    keeping,
-)
+from trainer_client import Retry, RolloutClient, ServerUnreachable, TrainerClientError, continued, group_advantages
+from trainer_client.adapter.tensors import host_tensor
 from trainer_client.errors import InvalidField
-from trainer_client.parsing import parse_reply
-from trainer_client.tensors import host_tensor
-from trainer_client.verbs import publishing, scoring
+from trainer_client.verbs import publishing, sampling, scoring
+from trainer_client.wire import call
+from trainer_client.wire.parsing import parse_reply
 
 LAYER = "base_model.model.q"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
@@ -189,20 +179,20 @@ IDS = np.array([1, 2, 3])
 )
 def test_ids_of_any_framework_wherever_ids_are_taken(ids: Any) -> None:
     prefix = {"token_ids": ids, "logprobs": np.array([-0.5, np.nan, 0.0])}
-    prompts = body(calls.rollouts([ids, {"token_ids": ids, "prefix": prefix}], stop_token_ids=ids))
+    prompts = body(sampling.rollouts([ids, {"token_ids": ids, "prefix": prefix}], stop_token_ids=ids))
     assert [prompt["token_ids"] for prompt in prompts["prompts"]] == [[1, 2, 3]] * 2
     assert prompts["prompts"][1]["prefix"] == {"token_ids": [1, 2, 3], "logprobs": [-0.5, None, 0.0]}
     assert prompts["sampling"] == {"stop_token_ids": [1, 2, 3]}
     sequences = body(scoring.logprobs([ids, {"token_ids": ids, "start": np.int64(1)}]))["sequences"]
     assert sequences == [{"token_ids": [1, 2, 3]}, {"token_ids": [1, 2, 3], "start": 1}]
-    assert body(calls.completions(ids))["prompt"] == [1, 2, 3]
+    assert body(sampling.completions(ids))["prompt"] == [1, 2, 3]
     row = parse_reply(contract.reply(contract.rollouts(contract.row())))[0]
     assert continued(row, ids)["prefix"]["token_ids"][-3:] == [1, 2, 3]
 
 
 def test_a_rectangle_of_ids_is_a_list_of_prompts() -> None:
     both = mx.array([[1, 2], [3, 4]])
-    assert body(calls.rollouts(both))["prompts"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
+    assert body(sampling.rollouts(both))["prompts"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
     assert body(scoring.logprobs(both))["sequences"] == [{"token_ids": [1, 2]}, {"token_ids": [3, 4]}]
 
 
@@ -212,16 +202,16 @@ def test_numbers_of_numpy_in_every_option_and_as_keys() -> None:
         "ignore_eos": np.bool_(True), "timeout_s": np.float64(5), "stop": {"a"},
         "logit_bias": {np.int64(5): np.float32(1), Tensor(np.array(6)): 2, "7": 3},
     }  # fmt: skip
-    call = calls.rollouts(["a"], **options)
+    call = sampling.rollouts(["a"], **options)
     assert body(call)["sampling"] == {
         "max_tokens": 3, "temperature": 0.5, "seed": 7, "ignore_eos": True, "stop": ["a"],
         "logit_bias": {"5": 1.0, "6": 2, "7": 3},
     }  # fmt: skip
     assert (body(call)["n"], call.timeout_s) == (2, 65.0)
-    assert body(calls.completions("a", logit_bias={np.int64(5): 1})) == {
+    assert body(sampling.completions("a", logit_bias={np.int64(5): 1})) == {
         "model": "base", "prompt": "a", "logit_bias": {"5": 1}
     }  # fmt: skip
-    assert body(keeping.pin("p", np.int64(3), np.bool_(False)))["pinned"] is False  # type: ignore[arg-type]
+    assert body(publishing.pin("p", np.int64(3), np.bool_(False)))["pinned"] is False  # type: ignore[arg-type]
     assert body(publishing.activate("p", np.int64(3))) == {"version": 3}  # type: ignore[arg-type]
     assert publishing.push("p", SERVED, CONFIG, label=120).query["label"] == "120"  # type: ignore[arg-type]
 
@@ -241,7 +231,7 @@ def test_numbers_of_numpy_in_every_option_and_as_keys() -> None:
 )
 def test_what_no_request_can_say_is_named_by_its_option(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises((TypeError, ValueError), match=sentence) as caught:
-        calls.rollouts(["a"], **options)
+        sampling.rollouts(["a"], **options)
     assert len(str(caught.value)) < 200
 
 
@@ -249,10 +239,10 @@ def test_the_other_verbs_name_it_too() -> None:
     with pytest.raises(ValueError, match=r"^temperature is nan"):
         scoring.logprobs([[1]], temperature=float("nan"))
     with pytest.raises(ValueError, match=r"^top_p is inf"):
-        calls.completions("a", top_p=float("inf"))
+        sampling.completions("a", top_p=float("inf"))
     batch = parse_reply(contract.reply(contract.rollouts(contract.row())))
     with pytest.raises(ValueError, match=r"^temperature is nan"):
-        checking.probe(batch, np.zeros(len(batch.token_ids)), temperature=float("nan"))
+        scoring.probe(batch, np.zeros(len(batch.token_ids)), temperature=float("nan"))
 
 
 def test_rewards_and_log_probabilities_of_any_framework() -> None:
@@ -261,9 +251,9 @@ def test_rewards_and_log_probabilities_of_any_framework() -> None:
         assert np.array_equal(group_advantages(rewards, mx.array([0, 0])), expected)
     batch = parse_reply(contract.reply(contract.rollouts(contract.row())))
     values = np.full(len(batch.token_ids), -0.5, np.float32)
-    expected_body = bytes(checking.probe(batch, values).body)
+    expected_body = bytes(scoring.probe(batch, values).body)
     for given in (Tensor(values), mx.array(values).astype(mx.bfloat16), [Tensor(values)]):
-        assert bytes(checking.probe(batch, given).body) == expected_body  # type: ignore[arg-type]
+        assert bytes(scoring.probe(batch, given).body) == expected_body  # type: ignore[arg-type]
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -279,10 +269,10 @@ NO_NAMES: list[Any] = ["a/b", "p/2", "..", ".", "", "a b", "a%2Fb", "-a", "é", 
         lambda name: publishing.push(name, SERVED, CONFIG, resend=True),
         publishing.policy,
         lambda name: publishing.activate(name, 1),
-        lambda name: keeping.pin(name, 1),
-        lambda name: keeping.delete(name, 1),
-        keeping.delete_policy,
-        lambda name: keeping.export(name, 1),
+        lambda name: publishing.pin(name, 1),
+        lambda name: publishing.delete(name, 1),
+        publishing.delete_policy,
+        lambda name: publishing.export(name, 1),
     ],
     ids=["push", "resend", "policy", "activate", "pin", "delete", "delete_policy", "export"],
 )
@@ -296,7 +286,7 @@ def test_what_cannot_be_a_name_is_refused_before_any_request(verb: Callable[[Any
 
 @pytest.mark.parametrize("version", ["1/2", "latest", "1", 1.5])
 def test_a_version_in_a_path_is_a_number(version: Any) -> None:
-    for verb in (keeping.delete, keeping.pin, keeping.export):
+    for verb in (publishing.delete, publishing.pin, publishing.export):
         with pytest.raises(TypeError, match="whole number"):
             verb("p", version)
-    assert keeping.delete("p", np.int64(2)).path == "/v1/weights/p/2"  # type: ignore[arg-type]
+    assert publishing.delete("p", np.int64(2)).path == "/v1/weights/p/2"  # type: ignore[arg-type]

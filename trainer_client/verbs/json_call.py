@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from trainer_client.binary import MEDIA_TYPE
-from trainer_client.call import Call
-from trainer_client.encoding import json_body
-from trainer_client.replies import Reply
-from trainer_client.versions import PolicyRef, PublishedVersion
+from trainer_client.data.versions import PolicyRef, PublishedVersion
+from trainer_client.wire.binary_rows import MEDIA_TYPE
+from trainer_client.wire.call import Call
+from trainer_client.wire.encoding import json_body
+from trainer_client.wire.replies import Reply
 
 T = TypeVar("T")
 

@@ -5,27 +5,30 @@ A push asks first what the server has: weights that are there are not sent again
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
-from trainer_client.call import Call, LookedUpCall
-from trainer_client.digest import adapter_digest, adapter_kind
-from trainer_client.known import Sought, look
-from trainer_client.names import checked, path_of
-from trainer_client.parsing import (
-    parse_policy,
-    parse_published,
-    parse_weights,
-)
-from trainer_client.sources import adapter_of
-from trainer_client.tensors import safetensors_body
+from trainer_client.adapter.digest import adapter_digest, adapter_kind
+from trainer_client.adapter.sources import adapter_of
+from trainer_client.adapter.tensors import CONFIG_FILE, WEIGHT_FILES, safetensors_body
+from trainer_client.data.names import checked, path_of
+from trainer_client.data.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion
+from trainer_client.errors import BadReply, DigestMismatch
 from trainer_client.verbs.json_call import post, without_none
-from trainer_client.versions import PolicyLine, PolicyRef, PublishedVersion
+from trainer_client.wire.call import Body, Call, LookedUpCall
+from trainer_client.wire.encoding import json_body
+from trainer_client.wire.parsing import parse_kept_version, parse_policy, parse_published, parse_weights
+from trainer_client.wire.replies import Reply, need, parse_json
+from trainer_client.wire.safetensors_file import HostTensor, read_container
 
 Match = int | str | PublishedVersion | PolicyRef
 """The version that the alias must be at: its number, its digest, or an object that has one."""
+Format = Literal["peft", "mlx"]
 
 
 def push(
@@ -112,3 +115,175 @@ def if_match_header(match: Match | None) -> dict[str, str]:
 
 def _flag(value: bool) -> str:
     return "true" if value else "false"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """What `delete` or `delete_policy` let go."""
+
+    name: str
+    versions: tuple[int, ...]
+    rows_in_use: int
+    """Rows that still run on them, and keep their memory until they end."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ExportedAdapter:
+    """One version as a file of PEFT or mlx-lm. Pushed again, `tensors` and `config` give the same digest."""
+
+    body: bytes | bytearray
+    """The whole safetensors file, with `config` as JSON in its metadata."""
+    tensors: Mapping[str, HostTensor]
+    config: Mapping[str, Any]
+    digest: str
+    format: Format
+    """Dense versions are in the base's own names, as mlx-lm has them."""
+
+    def save(self, directory: str | PathLike[str]) -> Path:
+        """Writes the two files that the format's own library loads into `directory`, which is made; returns it."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / WEIGHT_FILES[self.format == "mlx"]).write_bytes(self.body)
+        (path / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", "utf-8")
+        return path
+
+
+def pin(name: str, version: int, pinned: bool = True) -> Call[KeptVersion]:
+    """Keeps a version whatever its age, or with `pinned` False no longer. Raises `VersionGone` if it was freed."""
+    return Call(
+        method="PATCH",
+        path=path_of(name, version),
+        parse=lambda reply: parse_kept_version(parse_json(reply.body), f"policy {name!r}"),
+        headers={"content-type": "application/json"},
+        body=json_body({"pinned": pinned}),
+        idempotent=True,
+    )
+
+
+def delete(name: str, version: int) -> Call[Deletion]:
+    """Deletes a version; rows that use it run on. Raises `Conflict` if it is live, `VersionGone` if it was freed.
+
+    Not repeated when the connection is lost: the version may be gone then."""
+    return Call(method="DELETE", path=path_of(name, version), parse=_parse_deletion)
+
+
+def delete_policy(name: str) -> Call[Deletion]:
+    """Deletes a name with all its versions, the live one too. Raises `UnknownPolicy`."""
+    return Call(method="DELETE", path=path_of(name), parse=_parse_deletion)
+
+
+def export(name: str, version: int, *, format: Format | None = None) -> Call[ExportedAdapter]:
+    """The weights of a kept version as a file of PEFT or of mlx-lm; by default PEFT's for low-rank versions, and for
+    dense ones a form of their own; those of kind `full` have mlx-lm's too. Raises `VersionGone` if it was freed,
+    `Conflict` where the format cannot say what the version is, `DigestMismatch` where other weights came than were
+    stored."""
+    return Call(
+        method="GET",
+        path=f"{path_of(name, version)}/export",
+        query={} if format is None else {"format": format},
+        parse=partial(_parse_export, format=format),
+        idempotent=True,
+    )
+
+
+def _parse_deletion(reply: Reply) -> Deletion:
+    body = parse_json(reply.body)
+    return Deletion(
+        name=need(body, "name", str),
+        versions=tuple(need(body, "deleted", list)),
+        rows_in_use=need(body, "rows_in_use", int),
+    )
+
+
+def _parse_export(reply: Reply, format: Format | None) -> ExportedAdapter:
+    try:
+        tensors, metadata = read_container(reply.body)
+        config = parse_json(metadata["adapter_config"])
+    except (KeyError, ValueError) as error:
+        raise BadReply(
+            f"The exported file is not safetensors with a configuration in its metadata: {error}."
+        ) from error
+    digest, came = reply.headers.get("x-policy-digest", ""), adapter_digest(tensors, config)
+    if came is not None and came != digest:
+        raise DigestMismatch(f"The server exported {digest}, but the file that came has {came}: do not use it.")
+    format = format or ("peft" if "peft_type" in config else "mlx")
+    return ExportedAdapter(body=reply.body, tensors=tensors, config=config, digest=digest, format=format)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sought:
+    """What a push would make true."""
+
+    name: str
+    digest: str
+    mode: str
+    label: str | None
+    activate: bool
+
+
+def look(sought: Sought) -> Call[PublishedVersion | Call[PublishedVersion] | None]:
+    """Finds out what is still to do for `sought`: nothing (the version), a move of the name (a call), or an upload
+    (None). The server calls a push unchanged in just these cases, if the label is the same."""
+    return Call(
+        method="GET",
+        path=path_of(sought.name),
+        parse=partial(_left_to_do, sought),
+        idempotent=True,
+        accepts=(404,),
+    )
+
+
+def _left_to_do(sought: Sought, reply: Reply) -> PublishedVersion | Call[PublishedVersion] | None:
+    if reply.status == 404:
+        return None
+    line = parse_policy(reply)
+    found = _same(line, sought)
+    # without an instance nobody could say later which server's number this was
+    if found is None or line.instance is None or (sought.label is not None and sought.label != found.label):
+        return None
+    if found.live or not sought.activate:
+        return _published(line.name, found, line.instance, live=found.live)
+    return _activation(sought, found.version)
+
+
+def _same(line: PolicyLine, sought: Sought) -> KeptVersion | None:
+    """The live version, else the newest one, if it has these weights in this mode. An older one would be a new version
+    if it were pushed."""
+    newest = max(line.versions, key=lambda version: version.version, default=None)
+    live = next((version for version in line.versions if version.live), None)
+    for version in (live, newest):
+        if version is not None and (version.digest, version.mode) == (sought.digest, sought.mode):
+            return version
+    return None
+
+
+def _published(name: str, found: KeptVersion, instance: str, *, live: bool) -> PublishedVersion:
+    return PublishedVersion(
+        name=name,
+        version=found.version,
+        digest=found.digest,
+        label=found.label,
+        live=live,
+        unchanged=True,
+        verified=True,
+        instance=instance,
+        kind=found.kind,
+        mode=found.mode,
+        nbytes=found.nbytes,
+    )
+
+
+def _activation(sought: Sought, version: int) -> Call[PublishedVersion]:
+    """Moves the name; the version is one that the server had, so the push as a whole changed no weights."""
+
+    def parse(reply: Reply) -> PublishedVersion:
+        return replace(parse_published(reply, sent_digest=sought.digest), unchanged=True, mode=sought.mode)
+
+    return Call(
+        method="POST",
+        path=f"{path_of(sought.name)}/activate",
+        parse=parse,
+        headers={"content-type": "application/json"},
+        body=Body((json.dumps({"version": version}).encode(),)),
+        idempotent=True,
+    )

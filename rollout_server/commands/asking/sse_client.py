@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from trainer_client.body import Body
-from trainer_client.call import StreamCall
-from trainer_client.replies import error_of, parse_json
+from trainer_client.wire.call import Body, StreamCall
+from trainer_client.wire.replies import error_of, parse_json
 
 DATA = b"data:"
 DONE = b"[DONE]"

@@ -16,7 +16,7 @@ from adapters.formats import peft
 from adapters.formats.bounded_regex import Patterns
 from adapters.formats.bounded_regex import PatternTable as ServerTable
 from adapters.formats.read import read_bundle
-from trainer_client.patterns import PatternTable as ClientTable
+from trainer_client.adapter.patterns import PatternTable as ClientTable
 
 LAYERS_OF_A_LARGE_MODEL = 80
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")

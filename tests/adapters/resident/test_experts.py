@@ -27,8 +27,8 @@ from tests import tiny_models
 from tests.bounds import TINY, amplified, assert_near, relative
 from tests.support.adapter_files import Layers, file_of, logits, make, merge, tokens
 from tests.tiny_models import random_adapter, save_adapter
-from trainer_client.digest import adapter_digest
-from trainer_client.tensors import host_tensors
+from trainer_client.adapter.digest import adapter_digest
+from trainer_client.adapter.tensors import host_tensors
 
 Load = Callable[[], nn.Module]
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]

@@ -26,10 +26,10 @@ from rollout_server.rollout import (
     Span,
     Timings,
 )
-from trainer_client.batch import RolloutBatch
+from trainer_client.data.batch import RolloutBatch
 from trainer_client.errors import BadReply
-from trainer_client.parsing import parse_reply, parse_scored
-from trainer_client.replies import Reply
+from trainer_client.wire.parsing import parse_reply, parse_scored
+from trainer_client.wire.replies import Reply
 
 Client = TestClient[Any]
 BINARY = {"accept": "application/vnd.safetensors"}

@@ -15,8 +15,8 @@ from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, row_seed
 from rollout_server.schemas.rollouts import RolloutsReply
 from tests.http.fake_engine import FakeEngine, Row
-from trainer_client.parsing import parse_reply
-from trainer_client.replies import Reply
+from trainer_client.wire.parsing import parse_reply
+from trainer_client.wire.replies import Reply
 
 Client = TestClient[Any]
 BINARY = {"accept": "application/vnd.safetensors"}

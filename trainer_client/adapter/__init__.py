@@ -1,0 +1,1 @@
+"""Adapters as a trainer has them, and the digest that names them."""

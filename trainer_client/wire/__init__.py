@@ -1,0 +1,1 @@
+"""What travels: calls, replies, and rows as JSON or arrays."""
