@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import RESULTS, Scale, rounded, write
-from benchmarks.sections import PEERS, SECTIONS
+from benchmarks.sections.order import PEERS, SECTIONS
 from rollout_server.machine.blas import load_fast_blas
 
 

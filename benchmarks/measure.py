@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+
+from benchmarks.record import Measured
 
 
 class Contender(Protocol):
@@ -75,3 +78,17 @@ def matmul_gflops(rows: int, inner: int = 2048, columns: int = 2048, repeats: in
         mx.eval(a @ b)
         best = min(best, time.perf_counter() - begin)
     return 2 * rows * inner * columns / best / 1e9
+
+
+def take_turns(contenders: Mapping[str, Callable[[], float]], unit: str, rounds: int) -> dict[str, Measured]:
+    """Call each once to warm up, then `rounds` times in turns; what a call returns is its figure."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, call in contenders.items():
+            figure = call()
+            if number:
+                found[name].append(figure)
+        if number:
+            line = ", ".join(f"{name} {figures[-1]:.4g}" for name, figures in found.items())
+            print(f"  round {number}/{rounds}: {line} {unit}", file=sys.stderr, flush=True)
+    return {name: Measured(name, unit, tuple(figures)) for name, figures in found.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.charts import draw
 from benchmarks.record import RESULTS, Ratio, Section, read
-from benchmarks.sections import ONE_SIZE, PEERS, SECTIONS
+from benchmarks.sections.order import ONE_SIZE, PEERS, SECTIONS
 
 HEAD = """# Benchmarks
 

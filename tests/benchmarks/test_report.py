@@ -92,5 +92,5 @@ def test_sections_come_in_the_order_of_the_list(tmp_path: Path) -> None:
 def test_every_section_can_be_named() -> None:
     assert Scale().rounds == 5
     for module in (*report.SECTIONS.values(), *report.PEERS.values()):
-        path = Path(report.__file__).parent / f"{module.rpartition('.')[2]}.py"
+        path = Path(report.__file__).parents[1] / (module.replace(".", "/") + ".py")
         assert "def section(scale: Scale) -> Section:" in path.read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What decodes side by side."""

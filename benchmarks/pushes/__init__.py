@@ -1,0 +1,1 @@
+"""What a push costs a server that decodes."""

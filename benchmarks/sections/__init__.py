@@ -1,0 +1,1 @@
+"""Sections of docs/benchmarks.md; `python -m benchmarks NAME` measures one."""

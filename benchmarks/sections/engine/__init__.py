@@ -1,0 +1,1 @@
+"""Sections that drive the engine in their own process."""

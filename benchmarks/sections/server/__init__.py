@@ -1,0 +1,1 @@
+"""Sections that ask servers over HTTP, and what replies weigh."""

@@ -1,0 +1,1 @@
+"""Servers that are compared, as processes, and the load on them."""

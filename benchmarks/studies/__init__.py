@@ -1,0 +1,1 @@
+"""Figures of docs/figures.md that are no section."""
