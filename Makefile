@@ -45,7 +45,7 @@ test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, the de
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
-	$(BIN)/python -m tests.kernels $(ARGS)
+	$(BIN)/python -m tests.support.numbers.kernels $(ARGS)
 
 test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
 	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'

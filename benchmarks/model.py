@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tests.tiny_models import build
+from tests.support.tiny_models import build
 
 VOCAB_SIZE = 16384
 SHAPE = {

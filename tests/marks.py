@@ -11,7 +11,7 @@ import pytest
 
 PROCESSES = frozenset({"live_server", "subprocess", "Popen"})
 BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "relative", "of_softmax"})
-"""The names of tests/bounds.py."""
+"""The names of tests/support/numbers/bounds.py."""
 FOLLOWED = ("tests.", "rollout_server.demo.")
 
 

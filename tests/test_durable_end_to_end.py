@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests import kill_nine, tiny_models
-from tests.live_server import live_server
+from tests.support import kill_nine, tiny_models
+from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
 

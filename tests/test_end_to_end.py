@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tests import tiny_models
-from tests.bounds import TINY, assert_near, relative
-from tests.live_server import LiveServer, live_server, until
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server, until
+from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rollout_server.demo.run import model_directory
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError
 
 KB = 140

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.live_server import LiveServer, live_server, until
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server, until
+from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
 PROMPTS = [[5, 9, 33], [100, 20, 7, 8, 9, 10, 11, 250]]

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rollout_server.cli import app
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 from trainer_client import RolloutClient
 from trainer_client.errors import Conflict, UnknownPolicy, VersionGone
 

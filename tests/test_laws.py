@@ -20,7 +20,7 @@ BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", 
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
 CATCHES_EVERYTHING = ("rollout_server/engine/loop.py", "rollout_server/text/tool_calls.py")
 """Around a step, whose rows fail by name whatever it raises, and around mlx-lm's parsers of what a model wrote."""
-DOOR = "tests/engine/door.py"
+DOOR = "tests/support/engine/door.py"
 NOT_OURS = {
     ".git",
     ".venv",

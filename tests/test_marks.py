@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests import kill_nine
-from tests.bounds import assert_near
 from tests.engine.promises import Promises
-from tests.live_server import live_server
 from tests.marks import BOUNDS, PROCESSES, reaches
+from tests.support import kill_nine
+from tests.support.live_server import live_server
+from tests.support.numbers.bounds import assert_near
 
 
 def starts() -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from rollout_server.open_files import OpenFiles
-from tests.live_server import live_server
+from tests.support.live_server import live_server
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(files("rollout_server") / "demo" / "model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.live_server import live_server
+from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
 

@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import save
 
-from tests import tiny_models
-from tests.bounds import TINY
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
+from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
 
 PROMPTS = [[5, 9, 33], [100, 20, 7, 8, 9, 10, 11, 250], [44]]

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from rollout_server.cli import COMMANDS, app
-from tests import tiny_models
-from tests.bounds import EMBEDDED
-from tests.live_server import live_server
+from tests.support import tiny_models
+from tests.support.live_server import live_server
+from tests.support.numbers.bounds import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

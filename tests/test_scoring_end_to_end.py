@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.live_server import live_server, until
+from tests.support import tiny_models
+from tests.support.live_server import live_server, until
+from tests.support.numbers.bounds import TINY, assert_near
 from tests.test_end_to_end import PROMPTS, adapter
 from trainer_client import RolloutBatch, RolloutClient
 from trainer_client.errors import StalePolicy

@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save
 
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
+from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutClient, adapter_digest
 from trainer_client.adapter.tensors import host_tensors
 

@@ -15,9 +15,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from tests import tiny_models
 from tests.http.routes.openai.test_chat_tools import TEMPLATE
-from tests.live_server import live_server
+from tests.support import tiny_models
+from tests.support.live_server import live_server
 
 SCHEMAS = 200
 NAMES = ("a", "size", "the name", "ключ", 'q"\\', "items", "on", "x_1")

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 import rollout_server.demo
 from rollout_server.text.token_texts import REPLACEMENT
-from tests import tiny_tokenizers
-from tests.live_server import live_server
-from tests.tiny_tokenizers import BYTES
+from tests.support import tiny_tokenizers
+from tests.support.live_server import live_server
+from tests.support.tiny_tokenizers import BYTES
 
 DEMO = Path(rollout_server.demo.__file__).parent / "model"
 KINDS = ("byte_level", "spaces", "metaspace")

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from safetensors.numpy import save
 
-from tests.tiny_models import linear_layers, random_adapter
+from tests.support.tiny_models import linear_layers, random_adapter
 
 RANK = 16
 PADDED_MB = 20

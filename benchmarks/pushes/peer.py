@@ -26,7 +26,7 @@ def swaps(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     import socket
 
     from benchmarks.pushes.bodies import RANK
-    from tests.tiny_models import linear_layers, random_adapter, save_adapter
+    from tests.support.tiny_models import linear_layers, random_adapter, save_adapter
 
     layers = linear_layers(model)
     adapters = [

@@ -32,7 +32,7 @@ from benchmarks.contenders.bare import BareLoop, UnmaskedLoop  # noqa: E402
 from benchmarks.contenders.engine import TOP_P, EngineDecode  # noqa: E402
 from benchmarks.contenders.mlx_lm import BatchGeneratorDecode  # noqa: E402
 from benchmarks.measure import Contender, Load, interleave  # noqa: E402
-from tests.tiny_models import write_tokenizer  # noqa: E402
+from tests.support.tiny_models import write_tokenizer  # noqa: E402
 
 COMMON = {
     "model_type": "qwen3",

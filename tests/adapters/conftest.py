@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 from adapters.resident.model_layers import adaptable_layers
-from tests import tiny_models
+from tests.support import tiny_models
 
 Layers = dict[str, tuple[int, int]]
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported
 from adapters.formats.read import read_bundle
-from tests.tiny_models import random_adapter
+from tests.support.tiny_models import random_adapter
 
 LAYERS = {f"model.layers.{layer}.self_attn.{part}_proj": (8, 6) for layer in range(56) for part in "qkvo"}
 FRONT = "base_model.model."

@@ -16,8 +16,8 @@ from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import AdapterSpec
 from adapters.tensors import AdapterTensor
-from tests.bounds import assert_near
 from tests.support.adapter_files import Layers, logits, make, merge, tokens
+from tests.support.numbers.bounds import assert_near
 
 Load = Callable[[], nn.Module]
 

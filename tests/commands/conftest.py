@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 
 
 @pytest.fixture(scope="package")

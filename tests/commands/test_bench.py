@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.bench import numbers
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 SMALL = ["--prompt-tokens", "6", "--max-tokens", "5"]
 

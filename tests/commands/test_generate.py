@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.generate import harmless
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 
 def generate(*arguments: str, given: str | None = None) -> Result:

@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.perplexity import Windows
-from tests.bounds import TINY
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
+from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parent.parent.parent

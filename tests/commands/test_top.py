@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.top import State, counted, view
-from tests import tiny_models
-from tests.live_server import LiveServer
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer
 from trainer_client import KeptVersion, PolicyLine, RolloutClient
 
 

@@ -10,8 +10,8 @@ import pytest
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
-from tests import tiny_models
-from tests.engine.driver import Driver
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver
 
 
 @pytest.fixture(scope="session")

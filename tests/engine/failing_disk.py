@@ -28,9 +28,9 @@ from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.engine.messages.versions import Activate, Delete, Pin, PolicyReply, Publish
 from rollout_server.errors import EngineFault, RolloutError, StorageFailed
 from rollout_server.versions.publisher import Publisher
-from tests.engine.driver import Driver
 from tests.engine.lines import Kept, Line
 from tests.engine.promises import Promises
+from tests.support.engine.driver import Driver
 
 
 class Disk(ThreadPoolExecutor):

@@ -26,11 +26,11 @@ from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
-from tests.engine.door import FIRE, broken_steps
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.failing_disk import Durable
 from tests.engine.promises import Asked, Promises, holders
 from tests.engine.worlds import KEEP, OPTIONS, World
+from tests.support.engine.door import FIRE, broken_steps
+from tests.support.engine.driver import Driver, prompts_of
 
 NAMES = ("p", "q")
 LENGTH = 32

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rollout_server.errors import EngineFault, NonFiniteLogits
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 PROMPT = prompts_of([10], 286, seed=8)[0]
 

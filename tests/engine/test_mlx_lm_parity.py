@@ -21,10 +21,10 @@ from adapters.formats import whole_tensors
 from adapters.formats.read import read_bundle
 from adapters.spec import place_of
 from rollout_server.engine.model.load import read_model
-from tests import tiny_models
-from tests.bounds import TINY
-from tests.engine.driver import Driver, prompts_of
-from tests.tiny_models import VOCAB_SIZE, random_adapter, save_adapter
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY
+from tests.support.tiny_models import VOCAB_SIZE, random_adapter, save_adapter
 
 PROMPTS = prompts_of([24, 9, 3], VOCAB_SIZE, seed=4)
 

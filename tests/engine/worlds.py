@@ -19,7 +19,7 @@ from adapters.spec import Mode, Parameter
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.adapter_files import TwoTables, merge
 
 KEEP = 2

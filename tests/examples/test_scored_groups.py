@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from examples.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
-from tests.bounds import EMBEDDED
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
+from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 import rollout_server.demo
 from examples.tool_conversation import tool_ids
-from tests import tiny_models
-from tests.bounds import EMBEDDED
-from tests.live_server import LiveServer
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer
+from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutClient, continued
 
 ROOT = Path(__file__).parents[2]

@@ -25,8 +25,8 @@ from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.http.problems import body_of, row_of
 from rollout_server.http.requests.uploads import config_of
-from tests import tiny_models
 from tests.fuzz.uploads import Upload, uploads, valid_uploads
+from tests.support import tiny_models
 
 SECONDS = 5.0
 """Of this thread's processor time for one file; expressions alone may have one."""

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import tiny_models
 from tests.fuzz.uploads import Originals, Upload, packed, uploads, valid_uploads
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 
 BOUNDARY = "b0undary"
 OPTIONS = (

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.tiny_models import random_adapter
+from tests.support.tiny_models import random_adapter
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tests.peers import families, reference
+from tests.support import tiny_models
+from tests.support.peers import families, reference
 
 HERE = Path(__file__).parent
 SMALL = {"hidden_size": 32, "intermediate_size": 44, "max_position_embeddings": 256}
@@ -66,7 +67,7 @@ def write(family: str, scratch: Path, target: Path) -> None:
     save_file(halved(load_file(scratch / "model.safetensors")), target / "model.safetensors")
     shutil.copy(scratch / "config.json", target)
     generator = np.random.default_rng(11)
-    prompts = [generator.integers(0, families.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
+    prompts = [generator.integers(0, tiny_models.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
     found = {"prompts": np.concatenate(prompts).astype(np.int32), "lengths": np.array(LENGTHS, np.int32)}
     base = families.load(scratch)
     found["base"] = np.concatenate(reference.logprobs(base, prompts))

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from adapters.formats.read import read_bundle
-from tests.bounds import GOLDEN, assert_near
-from tests.engine.driver import Driver
-from tests.tiny_models import write_tokenizer
+from tests.support.engine.driver import Driver
+from tests.support.numbers.bounds import GOLDEN, assert_near
+from tests.support.tiny_models import write_tokenizer
 
 HERE = Path(__file__).parent
 FAMILIES = sorted(path.parent.name for path in HERE.glob("*/reference.safetensors"))

@@ -14,7 +14,7 @@ from litestar.testing import TestClient
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.http.server import StoppableServer, bound_socket
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 from tests.support.http.raw import SECONDS, ask, connect, read
 
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -18,8 +18,8 @@ import pytest
 from rollout_server.http.sockets.connection import PATIENCE_S
 from rollout_server.open_files import OpenFiles
 from tests.http.test_stopping import Server, fake_server
-from tests.live_server import until
 from tests.support.http.raw import Reply, ask, connect
+from tests.support.live_server import until
 
 ROOT = Path(__file__).parent.parent.parent
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -18,7 +18,8 @@ from rollout_server.http.app import create_app
 from rollout_server.http.requests import json_body
 from rollout_server.http.routes import rollouts
 from rollout_server.text import strict_json
-from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine
+from tests.support.http.fake_engine import CONTEXT, FakeEngine
+from tests.support.http.fake_versions import BASE_DIGEST
 from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]

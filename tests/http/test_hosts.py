@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
-from tests.http.fake_engine import FakeEngine
 from tests.http.test_auth import KINDS
+from tests.support.http.fake_engine import FakeEngine
 
 FRIENDS = [
     "localhost",

@@ -8,7 +8,7 @@ from typing import Any
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

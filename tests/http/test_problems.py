@@ -15,7 +15,7 @@ from rollout_server import errors
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.errors import RolloutError
 from rollout_server.http import problems
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 
 def every_error() -> list[type[RolloutError]]:

@@ -22,7 +22,7 @@ from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
 from rollout_server.http.server import StoppableServer, bound_socket, serve_app
 from rollout_server.rollout import RolloutRequest
-from tests.http.fake_engine import FakeEngine, Row
+from tests.support.http.fake_engine import FakeEngine, Row
 
 HANGS = {"policy": "base", "prompts": [{"token_ids": [1]}]}
 ENDS = {"policy": "base", "prompts": [{"token_ids": [1, 2]}]}
@@ -226,7 +226,7 @@ def test_a_start_that_fails_raises_its_cause(engine: FakeEngine) -> None:
 
 
 def test_a_signal_ends_open_requests_by_name(problem: Callable[..., Any]) -> None:
-    command = [sys.executable, "-m", "tests.http.serve_fake"]
+    command = [sys.executable, "-m", "tests.support.http.serve_fake"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

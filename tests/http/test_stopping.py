@@ -54,7 +54,7 @@ class Server:
 @contextmanager
 def fake_server(*before: str) -> Iterator[Server]:
     """The real process over the scripted engine, without keys; `before` is what its command begins with."""
-    command = [*before, sys.executable, "-m", "tests.http.serve_fake"]
+    command = [*before, sys.executable, "-m", "tests.support.http.serve_fake"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -24,8 +24,8 @@ import pytest
 from rollout_server.errors import InvalidField
 from rollout_server.model_source.hub import explained, progress_of
 from rollout_server.model_source.model_files import resolve_model
-from tests.live_server import live_server
 from tests.support.hub_stand_in import HubStandIn, Repository, files_of, hub_stand_in
+from tests.support.live_server import live_server
 
 OPEN, GATED, PRIVATE, PICKLED, LARGE = "org/tiny", "org/gated", "org/private", "org/pickled", "org/large"
 SEVERAL = """

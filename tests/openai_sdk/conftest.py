@@ -12,8 +12,8 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 import rollout_server.demo
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 from trainer_client import RolloutClient
 
 DEMO = Path(rollout_server.demo.__file__).parent / "model"

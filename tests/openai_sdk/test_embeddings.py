@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 TEXTS = ["12+30=", "7+5=", "99+1="]
 

@@ -9,9 +9,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.live_server import LiveServer, until
 from tests.openai_sdk.conftest import ADMIN, KEY
 from tests.openai_sdk.routes import ROUTES, arguments, resource, whole
+from tests.support.live_server import LiveServer, until
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature": ({"temperature": -1}, "temperature"),

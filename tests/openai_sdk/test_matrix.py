@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.bounds import EMBEDDED
-from tests.live_server import LiveServer
 from tests.openai_sdk.routes import PROMPT, ROUTES, arguments, resource, streamed, whole
+from tests.support.live_server import LiveServer
+from tests.support.numbers.bounds import EMBEDDED
 
 # The embedded model answers in digits or words, so these stop somewhere within.
 STOPS = ["4", "6", " ", "one", "ty", "ards", "\n\n"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from tests.live_server import LiveServer
 from tests.openai_sdk.routes import Answer, arguments, resource, streamed, whole
+from tests.support.live_server import LiveServer
 
 ALPHABETS = ("abc 0123+=\n", "äéïøß", "你好世界", "😀👩‍🚀🏳️‍🌈", "नमस्ते", "שלום", "e\u0301\u200d\u00ad\ufffd")
 BATCH = 25

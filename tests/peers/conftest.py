@@ -14,8 +14,9 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 
 from rollout_server.engine.model.load import read_model
-from tests.live_server import live_server
-from tests.peers import families, reference
+from tests.support import tiny_models
+from tests.support.live_server import live_server
+from tests.support.peers import families, reference
 from trainer_client import RolloutClient
 
 DIFFERENCES = pytest.StashKey[dict[str, dict[str, float]]]()
@@ -88,7 +89,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family: str = request.param
     directory = families.build(family, tmp_path_factory.mktemp(family))
     generator = np.random.default_rng(3)
-    prompts = [generator.integers(0, families.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
+    prompts = [generator.integers(0, tiny_models.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
     table = request.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
 
     def note(family: str, column: str, value: float) -> None:

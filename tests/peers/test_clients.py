@@ -15,8 +15,8 @@ import pytest
 
 import rollout_server.demo
 from rollout_server.demo.trainer.task import Style, held_out_problems
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parents[2]

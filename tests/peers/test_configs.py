@@ -10,9 +10,10 @@ import pytest
 from transformers import AutoConfig
 
 from rollout_server.errors import EngineUnavailable
-from tests.engine.driver import Driver
-from tests.peers import families, reference
 from tests.peers.conftest import DIFFERENCES, TOLERANCE
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver
+from tests.support.peers import families, reference
 
 ORIGINAL, CONTEXT, LENGTH = 128, 1024, 480
 FAMILIES = (
@@ -73,7 +74,7 @@ def build(family: str, directory: Path, **fields: Any) -> Path:
 
 
 def gap(directory: Path, driver: Driver, length: int) -> float:
-    ids = np.random.default_rng(4).integers(0, families.VOCAB_SIZE, size=length).tolist()
+    ids = np.random.default_rng(4).integers(0, tiny_models.VOCAB_SIZE, size=length).tolist()
     (scored,) = driver.score([ids])
     (expected,) = reference.logprobs(families.load(directory), [ids])
     return float(np.abs(np.array(scored.logprobs[1:], np.float64) - expected).max())

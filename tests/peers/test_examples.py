@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live_server import live_server
+from tests.support.live_server import live_server
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.peers import reference
 from tests.peers.conftest import Peer
-from tests.peers.families import FAMILIES, load
+from tests.support.peers import reference
+from tests.support.peers.families import FAMILIES, load
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -18,8 +18,8 @@ import pytest
 
 import rollout_server.demo
 from examples.lm_eval import make_tasks
-from tests import tiny_models
-from tests.live_server import LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
 from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServe
 def found(server: tuple[LiveServer, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     live, adapter = server
     directory = long_text(tmp_path_factory.mktemp("tasks"))
-    command = [sys.executable, "-m", "tests.peers.lm_eval_runs", str(directory)]
+    command = [sys.executable, "-m", "tests.support.peers.lm_eval_runs", str(directory)]
     command += [json.dumps(run) for run in runs(live.url, adapter)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=quiet(directory))
     assert ran.returncode == 0, ran.stderr[-5000:]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.peers import families, reference
 from tests.peers.conftest import Peer
+from tests.support.peers import families, reference
 from trainer_client.errors import AdapterMismatch, UnsupportedField
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,8 +11,8 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 
-from tests.peers import reference
 from tests.peers.conftest import Peer
+from tests.support.peers import reference
 from trainer_client.adapter.sources import adapter_of
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from examples.trl_grpo import Rollouts
-from tests.live_server import live_server
+from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parents[2]

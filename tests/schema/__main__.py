@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rollout_server.demo
-from tests import tiny_models
-from tests.live_server import live_server
+from tests.support import tiny_models
+from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
 LEAST, LEAST_DONE = 2_000, 20

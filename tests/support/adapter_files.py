@@ -18,7 +18,7 @@ from adapters.numerics import squared_delta_norms
 from adapters.prepare import HostDelta
 from adapters.resident.dora_norms import AdaptedRows, RowNorms, Rows
 from adapters.resident.model_layers import holder
-from tests.tiny_models import random_adapter
+from tests.support.tiny_models import random_adapter
 
 Layers = Mapping[str, tuple[int, int]]
 Tensors = dict[str, np.ndarray]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 from rollout_server.text.detokenize import IncrementalText, special_ids
 from rollout_server.text.token_texts import REPLACEMENT, TokenTexts, byte_level_alphabet
-from tests.tiny_tokenizers import BYTES, KINDS, byte_level, spaces
+from tests.support.tiny_tokenizers import BYTES, KINDS, byte_level, spaces
 
 WITH_BYTES = ("byte_level", "spaces", "unstripped")
 FALLBACK = ("spaces", "unstripped")

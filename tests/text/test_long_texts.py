@@ -18,7 +18,7 @@ from rollout_server.errors import ContextExceeded
 from rollout_server.http.app import create_app
 from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from rollout_server.text.long_texts import DOUBLE, PIECE, SEAM, ContextBound
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
 

@@ -12,7 +12,7 @@ from rollout_server.http.requests.prompts import PromptTokens
 from rollout_server.text.detokenize import IncrementalText
 from rollout_server.text.token_strings import TokenStrings
 from rollout_server.text.token_texts import byte_level_alphabet
-from tests.tiny_tokenizers import BYTES, KINDS, spaces
+from tests.support.tiny_tokenizers import BYTES, KINDS, spaces
 
 
 def test_strings_of_tokens_add_up_to_the_text(tokenizer: Any) -> None:

@@ -18,9 +18,9 @@ from adapters.versions.store import StateStore
 from rollout_server.config import ServerConfig
 from rollout_server.errors import InvalidField, VersionGone, WeightsMemoryExceeded
 from rollout_server.http.app import create_app
-from tests.http.fake_engine import FakeEngine
-from tests.live_server import until
+from tests.support.http.fake_engine import FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG
+from tests.support.live_server import until
 
 Client = TestClient[Any]
 OCTETS = {"content-type": "application/octet-stream"}

@@ -25,7 +25,7 @@ from rollout_server.machine.blas import load_fast_blas
 if TYPE_CHECKING:
     from rollout_server.engine.sampling.grammars import CompiledGrammar
     from rollout_server.grammar import Follower
-    from tests.engine.driver import Driver
+    from tests.support.engine.driver import Driver
 
 CONSTRAINED = 8
 ASKED = 0.8
@@ -113,7 +113,7 @@ class Side:
 
     def begin(self, compiled: CompiledGrammar, rows: int) -> None:
         """Seats the rows, the first of them under the grammar, and decodes until all is warm."""
-        from tests.engine.driver import prompts_of
+        from tests.support.engine.driver import prompts_of
 
         prompts, count = prompts_of([PROMPT] * rows, 16384), self.constrained
         asked = {"max_tokens": STEPS + 2 * WARM + 4}
@@ -139,7 +139,7 @@ def measure(rounds: int, rows: int) -> tuple[dict[int, Side], list[float]]:
     from benchmarks.model import VOCAB_SIZE, write_model
     from rollout_server.engine.sampling.grammars import Grammars, MaskFiller
     from rollout_server.grammar import Grammar, GrammarKind
-    from tests.engine.driver import Driver
+    from tests.support.engine.driver import Driver
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "qwen3-33m")

@@ -19,7 +19,7 @@ from benchmarks.record import Measured, Ratio, Scale, Section
 from rollout_server.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
-    from tests.engine.driver import Driver
+    from tests.support.engine.driver import Driver
 
 ROWS = (16, 2)
 LONG, SCORED, EMBEDDED = 3000, 1500, 700
@@ -73,7 +73,7 @@ def section(scale: Scale) -> Section:
 def measure_all(rounds: int, turns: int) -> dict[str, list[Turns]]:
     """Turns of each round, by what stood beside; one round to warm up."""
     from benchmarks.model import write_model
-    from tests.engine.driver import Driver
+    from tests.support.engine.driver import Driver
 
     found: dict[str, list[Turns]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def measure_all(rounds: int, turns: int) -> dict[str, list[Turns]]:
 
 def beside(driver: Driver, seed: int) -> Mapping[str, Callable[[], list[str]]]:
     """What is read beside rows: each call asks for more of it and returns the ids."""
-    from tests.engine.driver import prompts_of
+    from tests.support.engine.driver import prompts_of
 
     vocabulary, count = driver.model.info.vocab_size, iter(range(1000 * seed, 1000 * seed + 1000))
 
@@ -113,7 +113,7 @@ def beside(driver: Driver, seed: int) -> Mapping[str, Callable[[], list[str]]]:
 
 
 def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]]) -> Turns:
-    from tests.engine.driver import prompts_of
+    from tests.support.engine.driver import prompts_of
 
     vocabulary = driver.model.info.vocab_size
     ids = [driver.submit(prompts_of([20] * rows, vocabulary), max_tokens=4 * turns + 200, ignore_eos=True)]

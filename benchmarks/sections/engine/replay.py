@@ -126,7 +126,7 @@ async def outcome(rows: int, again: int, path: Path, kinds: Sequence[dict[str, A
 
 
 def section(scale: Scale) -> Section:
-    from tests.tiny_models import build
+    from tests.support.tiny_models import build
 
     rows, again = (1024, 64) if scale.full else (256, 16)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--demo", action="store_true", help="the embedded model, which is trained")
     parser.add_argument("--kv-bits", type=int, choices=[8], help="keep keys and values in so many bits")
     options = parser.parse_args()
-    from tests.tiny_models import build
+    from tests.support.tiny_models import build
 
     with tempfile.TemporaryDirectory() as folder:
         path = DEMO if options.demo else build("qwen3", Path(folder) / "model", **SHAPE)

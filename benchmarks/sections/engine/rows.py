@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.model import write_model
 from benchmarks.record import Measured, Scale, Section, ratio
 from rollout_server.engine.model.resident import ResidentModel
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 SHORT_ROWS, SHORT, LONG = 31, 128, 4096
 SAMPLES, PROMPT = 16, 1024

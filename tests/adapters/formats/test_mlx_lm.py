@@ -18,9 +18,9 @@ from adapters.formats import mlx_lm
 from adapters.formats.read import read_bundle
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from tests.bounds import assert_near
 from tests.support.adapter_files import Layers, file_of, logits, make, tokens
-from tests.tiny_models import random_adapter
+from tests.support.numbers.bounds import assert_near
+from tests.support.tiny_models import random_adapter
 
 
 def config_of(num_layers: Any = -1, **parameters: Any) -> dict[str, Any]:

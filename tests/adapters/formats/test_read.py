@@ -16,7 +16,7 @@ from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterError, AdapterUnreadable, AdapterUnsupported
 from adapters.formats.read import read_bundle
 from tests.support.adapter_files import file_of
-from tests.tiny_models import random_adapter
+from tests.support.tiny_models import random_adapter
 
 LAYERS = {
     "model.layers.0.self_attn.q_proj": (10, 6),

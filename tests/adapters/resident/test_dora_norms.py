@@ -23,10 +23,10 @@ from adapters.resident import dora_norms
 from adapters.resident.dora_norms import AdaptedRows, RowNorms, Rows
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from tests import tiny_models
-from tests.bounds import assert_near, relative
+from tests.support import tiny_models
 from tests.support.adapter_files import Layers, adapted, file_of, logits, make, merge, tokens
-from tests.tiny_models import random_adapter, save_adapter
+from tests.support.numbers.bounds import assert_near, relative
+from tests.support.tiny_models import random_adapter, save_adapter
 
 Load = Callable[[], nn.Module]
 QUANTISED = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 4)]

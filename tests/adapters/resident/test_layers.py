@@ -23,10 +23,10 @@ from adapters.resident.layers import AdaptedEmbedding
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape
-from tests import tiny_models
-from tests.bounds import assert_near, relative
+from tests.support import tiny_models
 from tests.support.adapter_files import adapted, file_of, logits, make, merge, tokens
-from tests.tiny_models import random_adapter, save_adapter
+from tests.support.numbers.bounds import assert_near, relative
+from tests.support.tiny_models import random_adapter, save_adapter
 from trainer_client.adapter.digest import adapter_digest
 from trainer_client.adapter.tensors import host_tensors
 

@@ -24,9 +24,9 @@ from adapters.resident.merge import merge as merge_weight
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.resident.residency import ResidentVersions
 from adapters.spec import Mode
-from tests import tiny_models
-from tests.bounds import assert_near
+from tests.support import tiny_models
 from tests.support.adapter_files import logits, merge, tokens
+from tests.support.numbers.bounds import assert_near
 
 Load = Callable[[], nn.Module]
 EMBED = "model.embed_tokens"

@@ -18,10 +18,10 @@ from adapters.formats.read import read_bundle
 from adapters.resident.layers import AdaptedLinear
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from tests import tiny_models
-from tests.bounds import TINY, amplified, assert_near
+from tests.support import tiny_models
 from tests.support.adapter_files import Layers, file_of, logits, make, merge, tokens
-from tests.tiny_models import random_adapter, save_adapter
+from tests.support.numbers.bounds import TINY, amplified, assert_near
+from tests.support.tiny_models import random_adapter, save_adapter
 
 Load = Callable[[], nn.Module]
 

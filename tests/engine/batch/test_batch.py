@@ -14,9 +14,9 @@ from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.bounds import TINY, assert_near
-from tests.engine.door import broken_steps, wrap_forwards
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import broken_steps, wrap_forwards
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]

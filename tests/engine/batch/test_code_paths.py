@@ -11,8 +11,8 @@ import pytest
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout, Wants
 from tests.engine.batch.test_batch import MIXED, assert_same, assert_scored, tolerance
-from tests.engine.driver import Driver, prompts_of
-from tests.engine.ways import Classes, Compiled, Preempted, PrefixHit, Settled, Way
+from tests.support.engine.code_paths import Classes, Compiled, Preempted, PrefixHit, Settled, Way
+from tests.support.engine.driver import Driver, prompts_of
 
 CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
 WAYS: list[tuple[str, type[Way]]] = [

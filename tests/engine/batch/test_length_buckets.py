@@ -12,8 +12,8 @@ from rollout_server.engine.batch.length_buckets import MEASURED_CELLS, MOST_BUCK
 from rollout_server.engine.kv_cache.sizes import row_bucket
 from rollout_server.engine.messages.control import Stop
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.door import broken_steps
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import broken_steps
+from tests.support.engine.driver import Driver, prompts_of
 
 COSTS = StepCosts(weights=0.01, cell=4e-6)
 FREE = StepCosts(weights=0.0, cell=1.0)

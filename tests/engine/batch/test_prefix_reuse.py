@@ -16,10 +16,10 @@ from rollout_server.engine.messages.control import PrefixCacheReset, ResetPrefix
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
-from tests.bounds import TINY, assert_near
 from tests.engine.batch.test_batch import SLOTS, assert_same, tolerance
-from tests.engine.door import broken_steps, wrap_forwards
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import broken_steps, wrap_forwards
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 Models = Callable[[str], ResidentModel]
 

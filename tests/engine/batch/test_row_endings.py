@@ -29,10 +29,10 @@ from rollout_server.rollout import (
     Wants,
 )
 from rollout_server.text.detokenize import IncrementalText
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
-from tests.tiny_tokenizers import spaces
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
+from tests.support.tiny_tokenizers import spaces
 
 PROMPT = prompts_of([10], 286, seed=8)[0]
 

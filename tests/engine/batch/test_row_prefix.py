@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rollout_server.rollout import FinishReason, GivenSpan, Prefix, Rollout, Wants
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 LENGTH = 20
 WAYS: dict[str, dict[str, Any]] = {

@@ -22,9 +22,9 @@ from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
-from tests import tiny_models
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scheduling.test_preemption import watched
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
 
 DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4

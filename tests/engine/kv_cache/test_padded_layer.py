@@ -13,7 +13,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import PaddedLayer, runs
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import FinishReason
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.rollout import Rollout
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver
+from tests.support.numbers.bounds import TINY, assert_near
 
 pytestmark = pytest.mark.skipif(
     mx.default_device() == mx.cpu and not shutil.which("g++"), reason="MLX compiles for the CPU with g++"

@@ -21,7 +21,7 @@ from rollout_server.engine.model.checkpoint.corrections.turning import Frequency
 from rollout_server.engine.model.checkpoint.plan import Plan, plan_of
 from rollout_server.engine.model.load import ReadModel, load, read_model
 from rollout_server.errors import EngineUnavailable
-from tests import tiny_models
+from tests.support import tiny_models
 
 THETA = 500000.0
 

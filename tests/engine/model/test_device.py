@@ -22,8 +22,8 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling import sampler, sampler_check
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import AdapterMismatch, EngineUnavailable
-from tests.engine.door import FIRE, broken_steps
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import FIRE, broken_steps
+from tests.support.engine.driver import Driver, prompts_of
 
 GONE = "cudaErrorMisalignedAddress"
 
@@ -111,6 +111,6 @@ def test_a_server_is_not_started_on_a_device_that_samples_wrongly(qwen: Path, mo
 @pytest.mark.skipif(mx.default_device() == mx.cpu, reason="needs a GPU whose faults end the process's context")
 def test_an_access_that_the_device_does_not_survive_ends_the_engine(qwen: Path) -> None:
     """In a process of its own, which is lost by it."""
-    command = [sys.executable, "-m", "tests.engine.losing_device", str(qwen)]
+    command = [sys.executable, "-m", "tests.support.engine.losing_device", str(qwen)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "dead: The engine stopped: EngineUnavailable: The device no longer computes" in done.stdout, done

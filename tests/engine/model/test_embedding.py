@@ -20,9 +20,9 @@ from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 LENGTHS = [1, 2, 3, 17, 33, 64, 130]
 KINDS = ["last", "mean"]

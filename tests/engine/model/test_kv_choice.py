@@ -18,9 +18,9 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 
 def quantised(source: Path, target: Path, bits: int) -> Path:

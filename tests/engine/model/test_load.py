@@ -13,7 +13,7 @@ import pytest
 
 from rollout_server.engine.model.load import read_model
 from rollout_server.errors import EngineUnavailable
-from tests import tiny_models
+from tests.support import tiny_models
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('it-ran').touch()\nraise SystemExit\n"
 

@@ -20,11 +20,11 @@ from adapters.prepare import prepare
 from rollout_server.engine.messages.versions import Delete, Restore, RestoredVersion
 from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.bounds import TINY, amplified, assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.door import broken_steps
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scheduling.test_on_update import spans
+from tests.support.engine.door import broken_steps
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, amplified, assert_near
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
 LONG = prompts_of([25], 286, seed=6)[0]

@@ -17,8 +17,8 @@ from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.door import FIRE
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import FIRE
+from tests.support.engine.driver import Driver, prompts_of
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
 

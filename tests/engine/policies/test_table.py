@@ -17,10 +17,10 @@ from rollout_server.errors import (
     WeightsMemoryExceeded,
 )
 from rollout_server.rollout import Rollout
-from tests.bounds import assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.door import broken_steps
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import broken_steps
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import assert_near
 
 PROMPTS = prompts_of([12, 30], 286, seed=5)
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 FINISHED = (FinishReason.STOP, FinishReason.LENGTH)
 

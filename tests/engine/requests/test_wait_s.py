@@ -12,7 +12,7 @@ from rollout_server.engine.messages.control import Stop
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.errors import NeverAdmitted, StalePolicy, UnknownPolicy
 from rollout_server.rollout import FinishReason
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 PROMPT = prompts_of([10], 286)[0]
 LONG = 3600.0

@@ -13,7 +13,7 @@ from rollout_server.engine.sampling.filters import NARROW, bisect, descend, prep
 from rollout_server.engine.sampling.numerics import block_sums, largest, peak_of
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
-from tests.bounds import of_softmax
+from tests.support.numbers.bounds import of_softmax
 
 ROUNDING = 2e-6
 """Share of the whole mass that a float32 sum may be off by."""

@@ -17,10 +17,10 @@ from rollout_server.engine.sampling.grammars import MOST_TEXT, CompiledGrammar, 
 from rollout_server.errors import InvalidField, UnsupportedField
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason, Rollout, SamplingParams, Wants
-from tests import tiny_models
-from tests.bounds import TINY, assert_near
 from tests.engine.batch.test_row_prefix import cut, prefix_of
-from tests.engine.driver import Driver, prompts_of, recorded
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of, recorded
+from tests.support.numbers.bounds import TINY, assert_near
 
 CHOICES = ["the", "this", "to", "in", "ing", "é€😀", "", 'q"\\\n']
 REGEX = r"[a-f]{4,9}(=[0-9]{1,3}\.[0-9]{2})?"

@@ -24,10 +24,10 @@ from rollout_server.engine.sampling.logits_processors import prepare_bans
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.errors import InvalidField
 from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, RolloutRequest, SamplingParams
-from tests.bounds import of_softmax
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.sampling.test_filters import limits
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import of_softmax
 
 SETTINGS: list[dict[str, Any]] = [
     {"presence_penalty": 1.5},

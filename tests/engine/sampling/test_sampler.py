@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from rollout_server.engine.sampling.numerics import exponential
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
-from tests.bounds import of_softmax
+from tests.support.numbers.bounds import of_softmax
 
 DRAWS = 24_000
 SETTINGS = {

@@ -15,9 +15,9 @@ from rollout_server.engine.sampling.grammars import Grammars, MaskFiller
 from rollout_server.engine.sampling.spelling import Spelling
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
-from tests import tiny_models
 from tests.engine.batch.test_row_prefix import cut
-from tests.engine.driver import Driver
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver
 
 ADDED = (
     AddedToken("<think>", special=False),

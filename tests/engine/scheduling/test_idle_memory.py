@@ -7,7 +7,7 @@ import mlx.core as mx
 from rollout_server.engine.messages.control import Release, Released
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 
 def released(driver: Driver) -> Released:

@@ -18,10 +18,10 @@ from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scoring.reader import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
-from tests import tiny_models
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scheduling.test_preemption import small
+from tests.support import tiny_models
+from tests.support.engine.driver import Driver, prompts_of
 
 ASK = {"ignore_eos": True}
 

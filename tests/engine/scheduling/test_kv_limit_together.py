@@ -9,10 +9,10 @@ import pytest
 
 from rollout_server.engine.messages.control import Release
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.bounds import TINY, assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scheduling.test_on_update import spans
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 PROMPTS = prompts_of([6, 150, 150], 286)
 AMPLE = 100_000

@@ -7,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from rollout_server.rollout import FinishReason, Rollout
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scoring.test_reader import spans_of
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 PROMPT = prompts_of([25], 286, seed=6)[0]
 

@@ -11,7 +11,7 @@ from rollout_server.engine.messages.control import Pause, Paused, Resume
 from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.errors import NeverAdmitted
 from rollout_server.rollout import FinishReason, Wants
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
 
 LONG: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "seed": 3}
 

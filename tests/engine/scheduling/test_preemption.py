@@ -14,10 +14,10 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
-from tests.bounds import TINY, assert_near
 from tests.engine.batch.test_batch import assert_same, tolerance
-from tests.engine.driver import Driver, prompts_of
 from tests.engine.scheduling.test_on_update import spans
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 CELLS = 4 * 160
 

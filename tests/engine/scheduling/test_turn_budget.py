@@ -14,9 +14,9 @@ import pytest
 from rollout_server.engine.kv_cache.sizes import padded, plan, planned
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scheduling.turn_budget import FIRST, LEAST, Kind, TurnBudget
-from tests.bounds import TINY, assert_near
-from tests.engine.door import wrap_forwards
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.door import wrap_forwards
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 
 @dataclass

@@ -18,8 +18,8 @@ from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants, tiling_fault
-from tests.bounds import TINY, assert_near
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, assert_near
 
 LENGTHS = [1, 2, 3, 17, 31, 32, 33, 64, 100, 7, 130, 5]
 UNSCORED = 80

@@ -18,9 +18,9 @@ from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.engine.scoring.replay import RowReplay, TokenRange, _slack, replay_tokens
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
-from tests.bounds import TINY, of_softmax
-from tests.engine.driver import Driver, prompts_of, recorded
 from tests.engine.scoring.test_reader import slow
+from tests.support.engine.driver import Driver, prompts_of, recorded
+from tests.support.numbers.bounds import TINY, of_softmax
 
 MIXED: list[dict[str, Any]] = [
     {},

@@ -14,9 +14,9 @@ from rollout_server.engine.messages.rollouts import RowFinished
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
-from tests.bounds import TINY, amplified, assert_near
 from tests.engine.batch.test_batch import tolerance
-from tests.engine.driver import Driver, prompts_of
+from tests.support.engine.driver import Driver, prompts_of
+from tests.support.numbers.bounds import TINY, amplified, assert_near
 
 BASE_TOO = Wants(base_logprobs=True)
 

@@ -10,7 +10,7 @@ from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
 

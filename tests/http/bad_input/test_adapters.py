@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from litestar.testing import TestClient
 
-from tests.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.fake_engine import LAYERS, FakeEngine
 
 Client = TestClient[Any]
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ import pytest
 from litestar.testing import TestClient
 
 from tests.http.bad_input.routes import JSON_ROUTES
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
 

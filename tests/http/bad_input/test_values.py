@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 
 from tests.http.bad_input.routes import JSON_ROUTES
-from tests.http.fake_engine import CONTEXT, VOCABULARY
+from tests.support.http.fake_engine import CONTEXT, VOCABULARY
 
 Client = TestClient[Any]
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, row_seed
 from rollout_server.schemas.rollouts import RolloutsReply
-from tests.http.fake_engine import FakeEngine, Row
+from tests.support.http.fake_engine import FakeEngine, Row
 from trainer_client.wire.parsing import parse_reply
 from trainer_client.wire.replies import Reply
 

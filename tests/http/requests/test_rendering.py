@@ -13,7 +13,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.rollout import FinishReason
 from rollout_server.text.content_forms import ContentForm, content_form
-from tests.http.fake_engine import FakeEngine, Row
+from tests.support.http.fake_engine import FakeEngine, Row
 from tests.support.http.fixtures import byte_level_tokenizer
 
 Client = TestClient[Any]

@@ -11,8 +11,8 @@ from litestar.testing import TestClient
 
 from rollout_server.errors import EngineUnavailable
 from rollout_server.schemas.control import AbortReply, ReleaseReply, ResetReply
-from tests.http.fake_engine import FakeEngine, Row
-from tests.live_server import until
+from tests.support.http.fake_engine import FakeEngine, Row
+from tests.support.live_server import until
 
 Client = TestClient[Any]
 BODIES: dict[str, dict[str, Any]] = {

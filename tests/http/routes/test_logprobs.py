@@ -11,8 +11,8 @@ from litestar.testing import TestClient
 from rollout_server.errors import NonFiniteLogits
 from rollout_server.rollout import PolicyAddress, SpanAddress
 from rollout_server.schemas.logprobs import LogprobsReply
-from tests.http.fake_engine import FakeEngine, logprob, top_of
-from tests.http.fake_versions import BASE_DIGEST
+from tests.support.http.fake_engine import FakeEngine, logprob, top_of
+from tests.support.http.fake_versions import BASE_DIGEST
 
 Client = TestClient[Any]
 

@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.schemas.control import IsPausedReply, PauseReply, StatusReply
-from tests.http.fake_engine import FakeEngine
+from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
 

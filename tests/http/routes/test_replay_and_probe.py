@@ -14,7 +14,7 @@ from rollout_server.rollout import PolicyAddress, SpanAddress
 from rollout_server.schemas.replay_and_probe import ProbeReply, RecordedRollout, ReplayReply
 from rollout_server.schemas.rollouts import RolloutReply
 from tests.http.bad_input.routes import JSON_ROUTES
-from tests.http.fake_engine import FakeEngine, logprob
+from tests.support.http.fake_engine import FakeEngine, logprob
 
 Client = TestClient[Any]
 

@@ -12,7 +12,8 @@ from litestar.testing import TestClient
 from rollout_server.errors import EngineFault, NonFiniteLogits, QueueFull
 from rollout_server.rollout import FinishReason, PolicyAddress, RolloutRequest, row_seed
 from rollout_server.schemas.rollouts import RolloutsReply
-from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine, Row, base_logprob, logprob, sampling_logprob
+from tests.support.http.fake_engine import CONTEXT, FakeEngine, Row, base_logprob, logprob, sampling_logprob
+from tests.support.http.fake_versions import BASE_DIGEST
 
 Client = TestClient[Any]
 

@@ -14,7 +14,8 @@ from litestar.testing import TestClient
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.schemas.system import HealthReply, ModelsReply, ReadyReply
-from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine
+from tests.support.http.fake_engine import CONTEXT, FakeEngine
+from tests.support.http.fake_versions import BASE_DIGEST
 from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]

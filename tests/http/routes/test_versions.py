@@ -11,7 +11,7 @@ from litestar.testing import TestClient
 
 from adapters.formats.read import read_bundle
 from rollout_server.schemas.weights import DeleteReply, PinReply
-from tests.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.fake_engine import LAYERS, FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]

@@ -13,7 +13,8 @@ from litestar.testing import TestClient
 from adapters.formats.read import read_bundle
 from rollout_server.errors import WeightsMemoryExceeded
 from rollout_server.schemas.weights import ActivateReply, OnePolicyReply, PoliciesReply, PushReply
-from tests.http.fake_engine import BASE_DIGEST, LAYERS, FakeEngine
+from tests.support.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.fake_versions import BASE_DIGEST
 from tests.support.http.fixtures import PEFT_CONFIG
 
 Client = TestClient[Any]

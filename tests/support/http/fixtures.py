@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
-from tests.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.fake_engine import LAYERS, FakeEngine
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

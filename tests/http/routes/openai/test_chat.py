@@ -10,8 +10,8 @@ from litestar.testing import TestClient
 
 from rollout_server.rollout import FinishReason, PolicyAddress
 from rollout_server.schemas.openai.chat import ChatChunk, ChatReply
-from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, Row, logprob, sampling_logprob, top_of
-from tests.http.sse import events, joined_chat
+from tests.support.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, Row, logprob, sampling_logprob, top_of
+from tests.support.http.sse import events, joined_chat
 
 Client = TestClient[Any]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]

@@ -15,9 +15,9 @@ from rollout_server.http.app import create_app
 from rollout_server.rollout import FinishReason
 from rollout_server.schemas.openai.chat import ChatChunk, ChatReply
 from rollout_server.text.chat_format import ReplyFormat
-from tests.http.fake_engine import FakeEngine, Row
-from tests.http.sse import events, joined_chat
+from tests.support.http.fake_engine import FakeEngine, Row
 from tests.support.http.fixtures import byte_level_tokenizer
+from tests.support.http.sse import events, joined_chat
 
 Client = TestClient[Any]
 TEMPLATE = (

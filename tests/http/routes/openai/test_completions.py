@@ -11,7 +11,8 @@ from litestar.testing import TestClient
 
 from rollout_server.rollout import FinishReason, PolicyAddress, RolloutRequest
 from rollout_server.schemas.openai.completions import CompletionsReply
-from tests.http.fake_engine import BASE_DIGEST, CONTEXT, FakeEngine, Row, logprob, sampling_logprob, top_of
+from tests.support.http.fake_engine import CONTEXT, FakeEngine, Row, logprob, sampling_logprob, top_of
+from tests.support.http.fake_versions import BASE_DIGEST
 
 Client = TestClient[Any]
 

@@ -17,7 +17,7 @@ from rollout_server.http.app import create_app
 from rollout_server.http.routes.openai.embeddings import finished
 from rollout_server.rollout import PolicyAddress
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply
-from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, pooled
+from tests.support.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, pooled
 
 Client = TestClient[Any]
 

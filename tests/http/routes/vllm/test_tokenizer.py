@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.schemas.vllm.tokenizer import DetokenizeReply, TokenizeReply, TokenizerInfoReply
-from tests.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine
+from tests.support.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine
 
 Client = TestClient[Any]
 

@@ -1,7 +1,7 @@
 """Kill −9 at random moments while a trainer pushes: after each restart the live version is one that was acknowledged,
 or was being acknowledged, and its weights are the ones that were pushed.
 
-    python -m tests.kill_nine --kills 200
+    python -m tests.support.kill_nine --kills 200
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tests import tiny_models
-from tests.live_server import PATIENCE_S, LiveServer, live_server
+from tests.support import tiny_models
+from tests.support.live_server import PATIENCE_S, LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError, adapter_digest
 from trainer_client.adapter.tensors import host_tensors
 

@@ -1,5 +1,5 @@
-"""`python -m tests.engine.losing_device MODEL`: serves a model on a CUDA device, loses the device by a misaligned
-access while a row runs, and prints the state of the engine and what the row's owner is told."""
+"""`python -m tests.support.engine.losing_device MODEL`: serves a model on a CUDA device, loses the device by a
+misaligned access while a row runs, and prints the state of the engine and what the row's owner is told."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ from rollout_server.rollout import (
     Wants,
     row_seed,
 )
-from tests import tiny_models
-from tests.engine.door import Door
+from tests.support import tiny_models
+from tests.support.engine.door import Door
 
 
 class Mailbox(queue.SimpleQueue[Command]):

@@ -1,4 +1,5 @@
-"""The bounds of tests/bounds.py leave room for rounding, and none for the faults that they stand guard against."""
+"""The bounds of tests/support/numbers/bounds.py leave room for rounding, and none for the faults that they stand guard
+against."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
 from adapters.resident.model_layers import adaptable_layers
-from tests import tiny_models
-from tests.bounds import TINY, assert_near, relative
+from tests.support import tiny_models
 from tests.support.adapter_files import logits, make, merge, tokens
+from tests.support.numbers.bounds import TINY, assert_near, relative
 
 Change = Callable[[mx.array], mx.array]
 TEXT = tokens(3)

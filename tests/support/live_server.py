@@ -43,7 +43,7 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
     )
     log: list[str] = []

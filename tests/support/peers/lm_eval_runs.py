@@ -1,4 +1,5 @@
-"""What lm-eval finds, as JSON on stdout: `python -m tests.peers.lm_eval_runs TASKS RUN…`, in a process of its own.
+"""What lm-eval finds, as JSON on stdout: `python -m tests.support.peers.lm_eval_runs TASKS RUN…`, in a process of its
+own.
 
 TASKS is a directory of tasks besides those of examples/lm_eval. A RUN is JSON: `name`, `model`, `model_args`, `tasks`
 and whatever else `simple_evaluate` takes. Written is `{name: {"metrics": {task: {metric: value}}, "samples": …}}`,

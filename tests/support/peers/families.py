@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny_models import VOCAB_SIZE, write_tokenizer
+from tests.support.tiny_models import VOCAB_SIZE, write_tokenizer
 
 SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

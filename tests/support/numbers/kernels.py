@@ -1,6 +1,6 @@
 """The numeric tests under each of OpenBLAS's kernels, as other processors would choose them.
 
-python -m tests.kernels Haswell Zen
+python -m tests.support.numbers.kernels Haswell Zen
 """
 
 from __future__ import annotations

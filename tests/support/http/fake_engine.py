@@ -42,7 +42,7 @@ from rollout_server.rollout import (
     SpanAddress,
     Timings,
 )
-from tests.http.fake_versions import BASE_DIGEST, FakeVersions
+from tests.support.http.fake_versions import BASE_DIGEST, FakeVersions
 
 CONTEXT = 512
 VOCABULARY = 400

@@ -14,8 +14,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from mlx_lm.tuner.utils import load_adapters
 from transformers import AutoTokenizer
 
-from tests.bounds import assert_near
-from tests.tiny_models import FAMILIES, SPECIAL_TOKENS, build, linear_layers, random_adapter, save_adapter
+from tests.support.numbers.bounds import assert_near
+from tests.support.tiny_models import FAMILIES, SPECIAL_TOKENS, build, linear_layers, random_adapter, save_adapter
 
 CACHES = {
     "llama": {KVCache},

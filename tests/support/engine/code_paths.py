@@ -16,7 +16,7 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
-from tests.engine.driver import Driver
+from tests.support.engine.driver import Driver
 
 
 class Way:

@@ -1,4 +1,5 @@
-"""`python -m tests.http.serve_fake`: the real server process over the scripted engine. A prompt of one token hangs."""
+"""`python -m tests.support.http.serve_fake`: the real server process over the scripted engine. A prompt of one token
+hangs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
 from rollout_server.http.server import announce, serve_app
 from rollout_server.rollout import RolloutRequest
-from tests.http.fake_engine import FakeEngine, Row
+from tests.support.http.fake_engine import FakeEngine, Row
 from tests.support.http.fixtures import byte_level_tokenizer
 
 

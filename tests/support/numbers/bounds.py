@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rollout_server.rollout import Rollout
-from tests.tiny_models import SHARED, VOCAB_SIZE
+from tests.support.tiny_models import SHARED, VOCAB_SIZE
 from trainer_client import RolloutBatch
 
 FLOAT32 = 2.0**-23
