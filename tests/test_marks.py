@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.engine.promises import Promises
 from tests.marks import BOUNDS, PROCESSES, reaches
+from tests.random_runs.invariants import Promises
 from tests.support import kill_nine
 from tests.support.live_server import live_server
 from tests.support.numbers.bounds import assert_near

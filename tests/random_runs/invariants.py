@@ -23,7 +23,7 @@ from rollout_server.engine.messages.scoring import Score, Scored
 from rollout_server.engine.messages.versions import Deleted, Exported, Pinned, Published, Restored
 from rollout_server.errors import EngineFault, NeverAdmitted
 from rollout_server.rollout import FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
-from tests.engine.lines import REFUSALS, Kept, Line
+from tests.random_runs.expected_versions import REFUSALS, Kept, Line
 from tests.support.engine.driver import Driver
 from tests.support.numbers.bounds import TINY, assert_near
 

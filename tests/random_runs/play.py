@@ -1,6 +1,6 @@
 """Random sequences of everything that can happen to versions and rows, on the real engine, turn by turn.
 
-    python -m tests.engine.sequences --sequences 200 --seed 7
+    python -m tests.random_runs.play --sequences 200 --seed 7
 
 A sequence is a list of operations with numbers in them; what a number means is decided when it is played (a version is
 one of those there are), so that any part of a sequence is a sequence too, and one that fails is made shorter by leaving
@@ -26,9 +26,9 @@ from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Activate, Delete, Export, Pin, Publish
 from rollout_server.rollout import PolicyAddress, Wants
-from tests.engine.failing_disk import Durable
-from tests.engine.promises import Asked, Promises, holders
-from tests.engine.worlds import KEEP, OPTIONS, World
+from tests.random_runs.bases import KEEP, OPTIONS, World
+from tests.random_runs.failing_disk import Durable
+from tests.random_runs.invariants import Asked, Promises, holders
 from tests.support.engine.door import FIRE, broken_steps
 from tests.support.engine.driver import Driver, prompts_of
 

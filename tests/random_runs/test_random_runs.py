@@ -10,7 +10,8 @@ from adapters.resident import residency as resident_module
 from adapters.resident.parameter_sets import ParameterSets
 from adapters.versions.registry import Registry
 from rollout_server.versions.publisher import Publisher
-from tests.engine.sequences import Player, World, explore, failure, invent, shortest
+from tests.random_runs.bases import World
+from tests.random_runs.play import Player, explore, failure, invent, shortest
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_random_sequences_keep_every_promise(world: World) -> None:
-    """The same ones in every run; `python -m tests.engine.sequences --sequences N --seed K` plays others."""
+    """The same ones in every run; `python -m tests.random_runs.play --sequences N --seed K` plays others."""
     checked = explore(world, range(10))
     assert checked["operations"] >= 300 and checked["tokens"] >= 1000, checked
     assert checked["directories"] and checked["told StorageFailed"] and checked["Restored"], checked

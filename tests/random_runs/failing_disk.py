@@ -28,8 +28,8 @@ from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.engine.messages.versions import Activate, Delete, Pin, PolicyReply, Publish
 from rollout_server.errors import EngineFault, RolloutError, StorageFailed
 from rollout_server.versions.publisher import Publisher
-from tests.engine.lines import Kept, Line
-from tests.engine.promises import Promises
+from tests.random_runs.expected_versions import Kept, Line
+from tests.random_runs.invariants import Promises
 from tests.support.engine.driver import Driver
 
 
