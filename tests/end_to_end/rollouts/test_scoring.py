@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.end_to_end.rollouts.test_main_job import PROMPTS, adapter
 from tests.support import tiny_models
 from tests.support.live_server import live_server, until
 from tests.support.numbers.bounds import TINY, assert_near
-from tests.test_end_to_end import PROMPTS, adapter
 from trainer_client import RolloutBatch, RolloutClient
 from trainer_client.errors import StalePolicy
 
