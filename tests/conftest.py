@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from rollout_server import logs
 from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
-from tests import marks
+from tests.laws import marks
 
 BLAS = load_fast_blas()
 import_mlx_lm()  # or it takes down the limit of open files, also of what is started here

@@ -16,7 +16,7 @@ from tests.support import tiny_models
 from tests.support.live_server import live_server
 from tests.support.numbers.bounds import EMBEDDED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.marks import BOUNDS, PROCESSES, reaches
+from tests.laws.marks import BOUNDS, PROCESSES, reaches
 from tests.random_runs.invariants import Promises
 from tests.support import kill_nine
 from tests.support.live_server import live_server
