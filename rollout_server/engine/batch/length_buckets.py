@@ -14,9 +14,9 @@ from rollout_server.engine.kv_cache.store import Forward
 
 MOST_BUCKETS = 4
 WORTH = 0.9
-"""What a step must come down to before rows are moved for it,"""
+"""The share of its cost that a step must come down to before rows are moved for it."""
 HORIZON = 32
-"""and the steps within which that pays for moving them."""
+"""The number of steps within which moving rows must have paid for itself."""
 COPY = 4.0
 """Moving a column costs as much as attending to it so many times."""
 MEASURED_WIDTH = 1024

@@ -66,9 +66,9 @@ class Release:
 class Released:
     id: str
     nbytes: int
-    """What the process holds less than before,"""
+    """How much less the process holds than before."""
     kv_bytes: int
-    """and how much of it was KV."""
+    """How much of that was KV."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 KV_BUCKET = 32
-"""KV columns are allocated and read in multiples of this,"""
+"""KV columns are allocated and read in multiples of this."""
 JOINED_KV_SPARE = 256
-"""and mlx-lm's own caches allocate up to so many more than they hold."""
+"""mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
 
 

@@ -19,25 +19,25 @@ class MemoryStatus:
     """The base."""
     kv_limit: int = 0
     kv_held: int = 0
-    """Allocated for rows,"""
+    """KV that is allocated for rows."""
     kv_filled: int = 0
-    """and what they have filled of it."""
+    """How much of it rows have filled."""
     kv_kept: int = 0
-    """For later requests that begin with the same tokens,"""
+    """KV in the prefix cache, for later requests that begin with the same tokens."""
     kv_prompts: int = 0
-    """for samples that wait for a place in models whose state cannot be cut,"""
+    """KV of prompts that are kept for samples that wait, in models whose state cannot be cut."""
     kv_scored: int = 0
-    """and of what is being scored or embedded."""
+    """KV of what is being scored or embedded."""
     slots: int = 0
     """Of adapters, free ones included."""
     sets: int = 0
     """Parameter sets beside the base."""
     active: int = 0
-    """All arrays of this process, as MLX counts them,"""
+    """All arrays of this process, as MLX counts them."""
     cached: int = 0
-    """what MLX keeps of freed ones,"""
+    """What MLX keeps of freed arrays."""
     peak: int = 0
-    """and the most that were active at once since the start."""
+    """The most that was active at once since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class PrefixStatus:
 
     on: bool = False
     hits: int = 0
-    """Prompts of which something was there,"""
+    """Prompts of which the cache held something."""
     misses: int = 0
-    """and those of which nothing was."""
+    """Prompts of which it held nothing."""
     hit_tokens: int = 0
     nbytes: int = 0
     evictions: int = 0
@@ -65,9 +65,9 @@ class EngineStatus:
     running: int = 0
     """Rows in the batch."""
     preempted: int = 0
-    """Rows that gave their KV up and wait to come back,"""
+    """Rows that were preempted: they gave their KV up and wait to be recomputed."""
     preemptions: int = 0
-    """and how often one did since the start."""
+    """How often a row was preempted since the start."""
     policies: tuple[PolicyStatus, ...] = field(default=())
     steps: int = 0
     tokens: int = 0
@@ -75,9 +75,9 @@ class EngineStatus:
     slot_bytes: int = 0
     """Device memory of all adapter slots, free ones included."""
     set_bytes: int = 0
-    """Device memory of all parameter sets, the base not counted,"""
+    """Device memory of all parameter sets, the base not counted."""
     sets: int = 0
-    """and how many there are."""
+    """How many parameter sets there are, the base not counted."""
     prefix: PrefixStatus = field(default_factory=PrefixStatus)
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""

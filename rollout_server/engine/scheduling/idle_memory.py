@@ -17,9 +17,9 @@ from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scoring.queue import ScoringQueue
 
 IDLE_S = 5.0
-"""KV of an engine that has had nothing to do for so long is given back,"""
+"""KV of an engine that has had nothing to do for so many seconds is given back."""
 FRESH_S = 0.25
-"""and the figures are at most so old while it works."""
+"""Memory figures are at most so many seconds old while the engine works."""
 
 
 class Memory:

@@ -45,9 +45,9 @@ class TurnBudget:
         self._round_down = round_down
         self._chunks: dict[Kind, float] = {}
         self._seldom: set[Kind] = set()
-        """Kinds of which nothing decent fits into one turn,"""
+        """Kinds of which nothing decent fits into one turn."""
         self._tried: dict[Kind, int] = {}
-        """and how often that was found since rows began to decode: each time it takes larger chunks to try again."""
+        """How often that was found since rows began to decode: each time it takes larger chunks to try again."""
         self._undisturbed: dict[int, deque[float]] = {}
         """By rows, since more of them take longer."""
         self._rows = 0

@@ -18,9 +18,9 @@ from rollout_server.engine.scoring.replay import TokenRange, replay_tokens
 from rollout_server.errors import NonFiniteLogits
 
 LOGIT_BYTES, LEAST_BYTES = 64 * 2**20, 8 * 2**20
-"""float32 logits alive at once: an eighth of the KV memory within these bounds,"""
+"""float32 logits alive at once: an eighth of the KV memory within these bounds."""
 SLICES = 4
-"""and their values are read in so many parts, each of which is copied a few times."""
+"""Values of those logits are read in so many parts, since each part is copied a few times."""
 
 
 def logit_tokens(vocabulary: int, kv_memory: int) -> int:
