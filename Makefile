@@ -71,7 +71,7 @@ check: $(READY)  ## formatting, lint, types, import contracts and the laws of th
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/laws/test_house.py
+	$(BIN)/python -m pytest -q tests/laws/test_house.py tests/laws/test_rooms.py
 
 format: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .

@@ -1,0 +1,202 @@
+"""The rooms of the house: how many things stand in one, what is too small for a file, and no imports in circles."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("rollout_server", "adapters", "trainer_client", "benchmarks")
+MOST_MODULES = 10
+LEAST_LINES = 50
+
+# Modules under 50 lines, and why each stands alone.
+SMALL = {
+    "rollout_server/__main__.py": "`python -m rollout_server`",
+    "rollout_server/commands/asking/sse_client.py": "shared by several commands",
+    "rollout_server/commands/demo.py": "a command, named as it is typed",
+    "rollout_server/commands/doctor.py": "a command, named as it is typed",
+    "rollout_server/commands/download.py": "a command, named as it is typed",
+    "rollout_server/commands/terminal/progress.py": "shared by several commands",
+    "rollout_server/demo/launch.py": "a program that is started as a process of its own",
+    "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",
+    "rollout_server/demo/trainer/settings.py": "a part of the example, to be read by itself",
+    "rollout_server/engine/blame.py": "plain, below every room that does a part of a turn",
+    "rollout_server/engine/kv_cache/prompt.py": "plain, below whatever knows arrays",
+    "rollout_server/engine/model/device.py": "one thing that the loop asks of the device",
+    "rollout_server/engine/policies/entries.py": "conversions between two vocabularies",
+    "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
+    "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
+    "rollout_server/http/requests/spans.py": "one part of a request that several routes read",
+    "rollout_server/http/routes/request_ids.py": "the one thing that routes share",
+    "rollout_server/quoting.py": "a leaf that every room may import",
+    "rollout_server/schemas/openai/embeddings.py": "the bodies of one route",
+    "rollout_server/schemas/spans.py": "the bodies of one route",
+    "rollout_server/schemas/vllm/adapters.py": "the bodies of one route",
+    "rollout_server/text/token_strings.py": "one way from ids to text",
+    "rollout_server/versions/adapter_directory.py": "one way in which versions come in",
+    "adapters/placement.py": "plain, below whatever knows arrays",
+    "adapters/versions/packed.py": "one part of what survives a crash",
+    "adapters/versions/reserve.py": "one part of what survives a crash",
+    "adapters/versions/sealed.py": "one part of what survives a crash",
+    "adapters/wrappers.py": "a rule that all formats share",
+    "trainer_client/adapter/wrappers.py": "a rule of its own, said once",
+    "trainer_client/data/names.py": "one function of a batch",
+    "trainer_client/data/padding.py": "one function of a batch",
+    "trainer_client/verbs/json_call.py": "what all verbs share",
+    "benchmarks/sections/order.py": "a table",
+    "benchmarks/servers/compared.py": "a process of its own, or its start",
+    "benchmarks/servers/peer_server.py": "a process of its own, or its start",
+}
+
+# Loaded without MLX, whatever they import; the contract in pyproject.toml says the same of the import statements.
+PLAIN = (
+    "adapters.bundle",
+    "adapters.formats.read",
+    "adapters.prepare",
+    "adapters.versions.registry",
+    "adapters.versions.store",
+    "rollout_server.engine.batch.joining",
+    "rollout_server.engine.batch.row",
+    "rollout_server.engine.checks",
+    "rollout_server.engine.kv_cache.prompt",
+    "rollout_server.engine.kv_cache.sizes",
+    "rollout_server.engine.kv_cache.ledger",
+    "rollout_server.engine.blame",
+    "rollout_server.engine.messages.rollouts",
+    "rollout_server.engine.messages.status",
+    "rollout_server.engine.requests.queue",
+    "rollout_server.engine.scheduling.pause",
+    "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.text.stop_strings",
+    "rollout_server.text.detokenize",
+)
+HEAVY = ("mlx", "mlx_lm", "transformers", "llguidance")
+
+
+def modules(*packages: str) -> dict[str, Path]:
+    """Every module by its full name; a package under its own."""
+    found = {}
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(module: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
+    """Our own modules that a module imports, wherever the statement stands."""
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if name in known or base in known:
+                    yield name if name in known else base
+
+
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """What can be left over and over again without anything that does not lead back: peeled from both ends."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while True:
+        pointed = {target for targets in left.values() for target in targets}
+        loose = {name for name, targets in left.items() if not targets & left.keys() or name not in pointed}
+        if not loose:
+            return [sorted(left)] if left else []
+        left = {name: targets - loose for name, targets in left.items() if name not in loose}
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[str]]:
+    known = modules(*PACKAGES)
+    return {name: set(imported(name, path, known)) - {name} for name, path in known.items()}
+
+
+def test_no_room_holds_more_than_ten_modules() -> None:
+    folders = Counter(
+        path.parent.relative_to(ROOT).as_posix()
+        for package in (*PACKAGES, "examples", "tests")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name not in ("__init__.py", "conftest.py")
+    )
+    full = {folder: count for folder, count in folders.items() if count > MOST_MODULES}
+    assert not full, f"more than {MOST_MODULES}, which noun wants a room: {full}"
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    """One sentence in its `__init__.py`, and nothing else; the client's names what it offers."""
+    talkative = []
+    for path in modules(*PACKAGES).values():
+        if path.name == "__init__.py" and path.parent.name not in ("trainer_client", "trainer", "rollout_server"):
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            if len(body) != 1 or not ast.get_docstring(ast.Module(body, [])):
+                talkative.append(path.relative_to(ROOT).as_posix())
+    assert not talkative, f"a docstring and nothing else: {talkative}"
+
+
+def test_every_room_is_on_the_map() -> None:
+    text = ROOT / "docs" / "architecture.md"
+    if not text.exists():
+        pytest.skip("docs/architecture.md is not written yet")
+    written = text.read_text(encoding="utf-8")
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in modules(*PACKAGES).values()}
+    missing = sorted(room for room in rooms if f"{room}/" not in written)
+    assert not missing, f"docs/architecture.md: {missing}"
+
+
+def test_small_modules_have_a_reason() -> None:
+    small = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules(*PACKAGES).values()
+        if path.name != "__init__.py" and len(path.read_text("utf-8").splitlines()) < LEAST_LINES
+    }
+    assert not small - SMALL.keys(), f"where do these belong: {sorted(small - SMALL.keys())}"
+    assert not SMALL.keys() - small, f"they have grown or gone: {sorted(SMALL.keys() - small)}"
+
+
+def test_no_docstring_goes_on_where_another_ended() -> None:
+    found = []
+    for path in modules(*PACKAGES).values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+            if isinstance(text, str) and text.lower().startswith("and "):
+                found.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
+    assert not found, f"a docstring is a sentence of its own: {found}"
+
+
+def test_no_module_imports_itself_by_way_of_others(arrows: dict[str, set[str]]) -> None:
+    assert not circles(arrows)
+
+
+def test_no_room_imports_itself_by_way_of_others(arrows: dict[str, set[str]]) -> None:
+    """A module of a folder that has rooms stands for itself: it may be above or below them."""
+    folders = {name.rpartition(".")[0] for name in arrows}
+    with_rooms = {folder.rpartition(".")[0] for folder in folders if "." in folder}
+
+    def room(name: str) -> str:
+        folder = name.rpartition(".")[0]
+        return name if folder in with_rooms or name in folders else folder
+
+    between: dict[str, set[str]] = defaultdict(set)
+    for name, targets in arrows.items():
+        between[room(name)] |= {room(target) for target in targets} - {room(name)}
+    assert not circles(between)
+
+
+@pytest.mark.parametrize("module", PLAIN)
+def test_plain_python_loads_no_array_framework(module: str) -> None:
+    """In a process of its own: what is loaded into this one says nothing."""
+    program = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split(), f"{module} loads {done.stdout.strip()}"
