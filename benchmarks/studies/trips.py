@@ -23,8 +23,8 @@ from litestar.testing import TestClient
 from safetensors.numpy import save
 
 import rollout_server
-from rollout_server.machine.blas import load_fast_blas
 from rollout_server.config import ServerConfig
+from rollout_server.machine.blas import load_fast_blas
 
 OURS = Path(rollout_server.__file__).parent.parent
 PACKAGES = ("rollout_server", "adapters")
