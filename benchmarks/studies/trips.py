@@ -1,7 +1,7 @@
 """How many files a reader opens to follow one request: counted, not guessed.
 
-`python -m benchmarks.studies.trips` serves the embedded model in this process, follows every call of our own code on the
-event loop's and the engine's threads, and prints files, rooms, functions and calls of one `POST /v1/rollouts` (two
+`python -m benchmarks.studies.trips` serves the embedded model in this process, follows every call of our own code on
+the event loop's and the engine's threads, and prints files, rooms, functions and calls of one `POST /v1/rollouts` (two
 samples of eight tokens), one `POST /v1/weights` (LoRA), one turn of the loop that only decodes, and the step in it.
 """
 
