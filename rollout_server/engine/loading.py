@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from rollout_server.engine.checkpoint.activation import written
 from rollout_server.engine.checkpoint.feed import set_activation
 from rollout_server.engine.checkpoint.files import check_model, read_config
+from rollout_server.engine.checkpoint.grouped import norm_by_group
 from rollout_server.engine.checkpoint.plan import Bound, Plan, plan_of
 from rollout_server.engine.checkpoint.renames import head_dim
 from rollout_server.engine.checkpoint.rope import KNOWN, PLAIN, main_part, parts
@@ -118,6 +119,8 @@ def _as_said(module: nn.Module, plan: Plan) -> str | None:
         if (refusal := set_activation(module, own, *plan.activation)) is not None:
             return refusal
         log.info("The feed-forward layers have %s = %s, as config.json says.", *plan.activation)
+    if count := norm_by_group(module, plan.said, plan.family.name):
+        log.info("%d norms are taken over groups, as config.json says.", count)
     return _turned(module, plan)
 
 
