@@ -45,6 +45,11 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn with a factor of its own": {"factor": 8.0, "attention_factor": 0.9},
     "longrope": {"factor": 8.0},
 }
+STATE = {"num_heads": 8, "head_dim": 12, "state_size": 16}
+HYBRID = {"head_dim": 20, "mamba_d_ssm": 96, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16}
+STATE_LAYERS: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_n_groups": 2}
+STATE_LAYERS |= {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0}
+STATE_LAYERS |= {"shared_intermediate_size": 53}
 # What transformers itself takes for these: the others end in an error of its own.
 ONLY = {"phi3": ("default", "longrope"), "mixtral": ("default", "linear", "llama3")}
 
@@ -68,6 +73,10 @@ def rope(family: str, scaling: str) -> dict[str, Any]:
 
 def build(family: str, directory: Path, **fields: Any) -> Path:
     more = {"max_position_embeddings": CONTEXT, **fields}
+    if family == "falcon_h1":
+        more = {**HYBRID, **more}
+    if family == "mamba2":
+        more = {**STATE, **more}
     if family == "phi3":
         more.setdefault("original_max_position_embeddings", ORIGINAL)
     return families.build(family, directory, **more)
@@ -126,6 +135,33 @@ def test_a_window_that_a_family_passes_over_bounds_the_context(
     if bound < CONTEXT:
         with pytest.raises(EngineUnavailable, match=rf"exact up to {bound}: .*sliding_window"):
             Driver.start(directory, context_length=bound + 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+        ("exaone4", {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}),
+        ("mamba2", {"n_groups": 1}),
+        ("mamba2", {"n_groups": 4}),
+        ("granitemoehybrid", STATE_LAYERS),
+        ("falcon_h1", {"key_multiplier": 0.4}),
+        ("falcon_h1", {"attention_in_multiplier": 0.7, "ssm_in_multiplier": 1.2, "mamba_n_groups": 2}),
+        ("falcon_h1", {"key_multiplier": 0.4, "embedding_multiplier": 3.0, "tie_word_embeddings": True}),
+    ],
+)
+def test_layers_are_those_of_the_file(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    directory = build(family, tmp_path, **fields)
+    assert gap(directory, Driver.start(directory), 64) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mamba_rms_norm": True, "mamba_n_groups": 2}, {"attention_bias": True}, {"mamba_proj_bias": True}],
+)
+def test_parts_that_a_family_multiplies_otherwise_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"falcon_h1.*(mamba_n_groups is 2|does not multiply biases)"):
+        Driver.start(build("falcon_h1", tmp_path, **fields))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"])

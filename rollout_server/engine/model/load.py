@@ -24,6 +24,7 @@ from adapters.spec import Place
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written
 from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
+from rollout_server.engine.model.checkpoint.corrections.grouped import norm_by_group
 from rollout_server.engine.model.checkpoint.corrections.rope import KNOWN, PLAIN, main_part, parts
 from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
 from rollout_server.engine.model.checkpoint.files import check_model, read_config
@@ -271,6 +272,8 @@ def _as_said(module: nn.Module, plan: Plan) -> str | None:
         if (refusal := set_activation(module, own, *plan.activation)) is not None:
             return refusal
         log.info("The feed-forward layers have %s = %s, as config.json says.", *plan.activation)
+    if count := norm_by_group(module, plan.said, plan.family.name):
+        log.info("%d norms are taken over groups, as config.json says.", count)
     return _turned(module, plan)
 
 

@@ -141,6 +141,11 @@ def test_a_rope_of_frequencies_turns_as_mlx_does() -> None:
          {"time_step_limit": [0.0, float("inf")]}),
         ({"model_type": "exaone4", "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8},
          {"sliding_window_pattern": "LG"}),
+        ({"model_type": "exaone4", "layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8},
+         {"sliding_window_pattern": "GLGL"}),
+        ({"model_type": "exaone4", "layer_types": ["full_attention"] * 4, "sliding_window": None,
+          "sliding_window_pattern": 4},
+         {"sliding_window_pattern": None}),
     ],
 )  # fmt: skip
 def test_what_newer_files_call_otherwise_is_handed_over(fields: dict[str, Any], told: dict[str, Any]) -> None:

@@ -101,9 +101,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(name: str, directory: Path, *, seed: int = 0, grid: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Writes the family's model and a tokenizer to `directory` as transformers saves them, weights in float32 with
-    values that `grid` represents exactly. Returns `directory`."""
-    family = FAMILIES[name]
+    """Writes a model of the family, one of `FAMILIES` or another, and a tokenizer to `directory` as transformers saves
+    them, weights in float32 with values that `grid` represents exactly. Returns `directory`."""
+    family = FAMILIES.get(name, Family())
     directory.mkdir(parents=True, exist_ok=True)
     special = write_tokenizer(directory)
     ids = {"eos_token_id": special["<|end|>"], "pad_token_id": special["<|pad|>"]}

@@ -40,7 +40,7 @@ def renamed_fields(raw: Mapping[str, Any], said: Meaning, family: Family) -> dic
         found |= _needed({**raw, **found}, said, family)
     kinds = said.get("layer_types")
     if isinstance(kinds, list) and kinds:
-        found |= _of_layers(raw, kinds, family)
+        found |= _of_layers(raw, said, kinds, family)
     if (dense := _leading_dense(said.get("mlp_layer_types"))) is not None:
         found |= _missing(raw, {"first_k_dense_replace": dense, "moe_layer_freq": 1}, family)
     if isinstance(mlps := said.get("mlp_layer_types"), list):
@@ -74,24 +74,31 @@ def head_dim(said: Meaning) -> int:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else 0
 
 
-def _of_layers(raw: Mapping[str, Any], kinds: Sequence[str], family: Family) -> dict[str, Any]:
+def _of_layers(raw: Mapping[str, Any], said: Meaning, kinds: Sequence[str], family: Family) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("layer_types", "layers_block_type"):
         if name in family.fields:
             # The words of the source say which names it was written for.
             found[name] = [kind if kind in family.words else LAYER_KINDS.get(kind, kind) for kind in kinds]
-    period = _period(kinds)
-    if period is not None:
-        letters = "".join("G" if kind == "full_attention" else "L" for kind in kinds[:period])
-        for name in PERIODS:
-            if name in family.fields:
-                found[name] = letters if isinstance(raw.get(name), str) or "L" in family.words else period
+    for name in PERIODS:
+        if name not in family.fields:
+            continue
+        if isinstance(raw.get(name), str) or "L" in family.words:
+            # Without a window all layers are alike in transformers, and the class turns none that has a G.
+            found[name] = _letters(kinds) if said.get("sliding_window") else None
+        elif (period := _period(kinds)) is not None:
+            found[name] = period
     found |= _missing(raw, {"attn_type_list": [int(kind == "full_attention") for kind in kinds]}, family)
     return found
 
 
 def _missing(raw: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in family.fields and raw.get(name) is None}
+
+
+def _letters(kinds: Sequence[str]) -> str:
+    """G for every layer that sees everything, else L, as far as they repeat."""
+    return "".join("G" if kind == "full_attention" else "L" for kind in kinds[: _period(kinds)])
 
 
 def _period(kinds: Sequence[str]) -> int | None:

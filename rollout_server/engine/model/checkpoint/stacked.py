@@ -20,7 +20,7 @@ def classes_of(family: Family) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
 
     class Model(module.Model):  # type: ignore[name-defined]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            return super().sanitize(LAYOUTS[family.module](weights))
+            return super().sanitize(LAYOUTS[family.module](weights, self.args))
 
     return lambda config: (Model, module.ModelArgs)
 
@@ -45,17 +45,17 @@ def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return found
 
 
-def _gpt_oss_if_stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _gpt_oss_if_stacked(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
     return _gpt_oss(weights) if any(name.endswith(".experts.gate_up_proj") for name in weights) else weights
 
 
-def _gpt2(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _gpt2(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
     """Without the name of the trunk, which the first published files lack and the class adds by itself, and without
     the masks that old files hold."""
     return {name.removeprefix("transformer."): value for name, value in weights.items()}
 
 
-def _ernie_moe(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _ernie_moe(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
     """The class leaves these weights out, so that it would choose other experts."""
     for name, value in weights.items():
         if name.endswith("e_score_correction_bias") and mx.any(value != 0):
@@ -63,8 +63,34 @@ def _ernie_moe(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return weights
 
 
-LAYOUTS: dict[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
+def _falcon_h1(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """Keys and values multiplied as config.json says. The class multiplies such factors into the weights when it reads
+    files of transformers, but looks for keys under a name that they do not have, and forgets values and biases."""
+    if args.mamba_rms_norm and args.mamba_n_groups > 1:
+        raise ValueError(f"mamba_n_groups is {args.mamba_n_groups}, and mlx-lm's norm is not that of a group")
+    convolution = weights["model.layers.0.mamba.conv1d.weight"]
+    converted = convolution.shape[-1] <= convolution.shape[1]
+    factors = {".k_proj.weight": args.key_multiplier, ".v_proj.weight": args.attention_in_multiplier}
+    if converted and any(factor != 1.0 for factor in factors.values()):
+        raise ValueError(
+            f"key_multiplier is {args.key_multiplier}, attention_in_multiplier {args.attention_in_multiplier}, which "
+            "mlx-lm leaves out of a falcon_h1 that it converts: take the files that transformers wrote"
+        )
+    if any(name.endswith("_proj.bias") for name in weights):
+        raise ValueError("mlx-lm's falcon_h1 does not multiply biases as config.json says")
+    if converted:
+        return weights
+    scaled = dict(weights)
+    for name, value in weights.items():
+        for end, factor in factors.items():
+            if name.endswith(end):
+                scaled[name] = value * factor
+    return scaled
+
+
+LAYOUTS: dict[str, Callable[[dict[str, mx.array], Any], dict[str, mx.array]]] = {
     "ernie4_5_moe": _ernie_moe,
+    "falcon_h1": _falcon_h1,
     "gpt2": _gpt2,
     "gpt_oss": _gpt_oss_if_stacked,
 }
