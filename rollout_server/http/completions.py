@@ -21,7 +21,7 @@ from rollout_server.http.documented import EventsOperation, failures
 from rollout_server.http.encoding import finite, json_response, usage
 from rollout_server.http.leaving import GoOn, beside_client
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import PromptTokens, prompts_of, room
+from rollout_server.http.prompts import PromptTokens, how_many, prompts_of, room
 from rollout_server.http.rollouts import request_id
 from rollout_server.http.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.service import Service, service_of
@@ -155,8 +155,8 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
 
 def read_prompts(data: CompletionsRequest, service: Service, go_on: GoOn) -> list[tuple[PromptTokens, SamplingParams]]:
     """Prompts and how to sample each, checked for vocabulary and length; what is wrong is named by its place."""
+    check_rows([data.n] * how_many(data.prompt), service.config.max_rows_per_request)
     found = prompts_of(data.prompt, service.tokenizer, param="prompt", bound=service.bound(go_on))
-    check_rows([data.n] * len(found), service.config.max_rows_per_request)
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")
     service.check_ids(data.stop_token_ids, "stop_token_ids")

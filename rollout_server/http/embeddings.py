@@ -19,7 +19,7 @@ from rollout_server.http.documented import failures
 from rollout_server.http.encoding import json_response
 from rollout_server.http.leaving import GoOn, beside_client
 from rollout_server.http.problems import renamed
-from rollout_server.http.prompts import prompts_of
+from rollout_server.http.prompts import how_many, prompts_of
 from rollout_server.http.rollouts import header_id
 from rollout_server.http.sampling import check_rows
 from rollout_server.http.service import Service, service_of
@@ -69,8 +69,7 @@ def read_inputs(data: EmbeddingsRequest, service: Service, go_on: GoOn) -> tuple
             f"dimensions is {quoted(data.dimensions)}, but this model's embeddings have {how.width}.",
             param="dimensions",
         )
-    several = not isinstance(data.input, str) and bool(data.input) and not isinstance(data.input[0], int)
-    check_rows([len(data.input) if several else 1], service.config.max_rows_per_request, ["input"])
+    check_rows([how_many(data.input)], service.config.max_rows_per_request, ["input"])
     found = prompts_of(data.input, service.tokenizer, param="input", bound=service.bound(go_on))
     for prompt, place in found:
         service.check_ids(prompt.ids, place)
