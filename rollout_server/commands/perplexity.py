@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainer_client import PolicyRef, RolloutClient
 
 WINDOW = 2048
+PIECE = 1_000_000
+"""Characters that are tokenized at once: every server takes as many in one request."""
 TOKENS_AT_ONCE = 16_384
 """Windows of one request: enough to fill the server's batch, few enough to see how it goes."""
 
@@ -40,7 +42,8 @@ def perplexity(
 
     Texts longer than a window are read in overlapping ones. Every token but the first counts once, in the first window
     that holds it, so it is predicted from at least window - stride tokens before it, or from all there are. The smaller
-    the stride, the better the prediction and the longer it takes."""
+    the stride, the better the prediction and the longer it takes. A text of more than a million characters is tokenized
+    in parts that end where a line does."""
     with one_sentence():
         text = read_text(file)
         with client_of(url, model, revision, adapters) as client:
@@ -119,8 +122,24 @@ class Measured:
             return math.inf
 
 
+def pieces(text: str) -> Iterator[str]:
+    """The text in parts of at most `PIECE` characters, each cut behind the last line that ends in it; one without lines
+    is cut where it is full."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = text.rfind("\n", begin, begin + PIECE) + 1 or begin + PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
 def tokenize(client: RolloutClient, text: str) -> list[int]:
-    """Token ids as the server reads a prompt, with the special tokens that its tokenizer adds."""
+    """Token ids as the server reads a prompt, with the special tokens that its tokenizer adds; of a text in parts, with
+    those of the first."""
+    return [id for index, piece in enumerate(pieces(text)) for id in _tokens(client, piece, special=index == 0)]
+
+
+def _tokens(client: RolloutClient, piece: str, *, special: bool) -> list[int]:
     from trainer_client.wire.call import Body, Call
     from trainer_client.wire.replies import Reply, need, parse_json
 
@@ -128,7 +147,7 @@ def tokenize(client: RolloutClient, text: str) -> list[int]:
         ids: list[int] = need(parse_json(reply.body), "tokens", list)
         return ids
 
-    body = Body((json.dumps({"prompt": text}).encode(),))
+    body = Body((json.dumps({"prompt": piece, "add_special_tokens": special}).encode(),))
     headers = {"content-type": "application/json"}
     call = Call(method="POST", path="/tokenize", parse=parse, headers=headers, body=body, idempotent=True)
     return client.send(call)

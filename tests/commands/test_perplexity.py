@@ -15,11 +15,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
-from rollout_server.commands.perplexity import Windows
+from rollout_server.commands.perplexity import PIECE, Windows, pieces, tokenize
 from tests.support.live_server import LiveServer
 from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
@@ -79,6 +80,24 @@ def test_it_is_that_of_plain_forwards(server: LiveServer, model: Path, text: Pat
     assert found["nll"] == pytest.approx(nll, abs=within)
     assert found["perplexity"] == pytest.approx(math.exp(nll), rel=within)
     assert found["bits_per_byte"] == pytest.approx(nll * tokens / math.log(2) / len(TEXT.encode()), rel=within)
+
+
+def test_a_text_longer_than_a_request_may_have_is_tokenized_in_parts(server: LiveServer, model: Path) -> None:
+    """What this tokenizer makes of lines does not reach across their ends, so the parts are the whole."""
+    lines = "".join(f"{n} and {n + 1} make {2 * n + 1}, naïvely\n" for n in range(MOST_CHARACTERS // 24))
+    assert len(lines) > MOST_CHARACTERS
+    with RolloutClient(server.url) as client:
+        found = tokenize(client, lines)
+    assert found == AutoTokenizer.from_pretrained(model).encode(lines)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a\n", "a" * PIECE, "a" * (PIECE + 1), "\n" * (2 * PIECE), ("b" * 999 + "\n") * 2500]
+)
+def test_parts_are_the_whole_text_and_end_where_a_line_does(text: str) -> None:
+    parts = list(pieces(text))
+    assert "".join(parts) == text and all(0 < len(part) <= PIECE for part in parts if text)
+    assert all(part.endswith("\n") or "\n" not in part for part in parts[:-1])
 
 
 def test_every_token_is_read_in_the_first_window_that_holds_it() -> None:

@@ -101,6 +101,18 @@ def test_the_first_text_that_does_not_fit_ends_it(
     assert engine.tokenizer.read <= 2 * len(long)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "param"), [("/v1/completions", "prompt", "n"), ("/v1/embeddings", "input", "input")]
+)
+def test_more_texts_than_a_request_may_have_are_counted_and_not_read(
+    path: str, field: str, param: str, client: Client, engine: FakeEngine, problem: Callable[..., Any]
+) -> None:
+    """Each of them is short, and all of them take minutes."""
+    texts = ["a"] * (ServerConfig().max_rows_per_request + 1)
+    error = problem(client.post(path, json={"model": "base", field: texts}), 400, "invalid_field", param)
+    assert str(len(texts)) in error["message"] and engine.tokenizer.read == 0
+
+
 def test_what_is_only_counted_is_bounded_by_its_characters(
     client: Client, engine: FakeEngine, problem: Callable[..., Any]
 ) -> None:

@@ -49,6 +49,12 @@ def tokens_of(prompt: Prompt, tokenizer: Any, *, param: str, bound: Bound) -> Pr
     return PromptTokens(render(prompt, tokenizer, param=param, bound=bound))
 
 
+def how_many(prompt: str | Sequence[Any]) -> int:
+    """How many prompts there are in any of the four forms, told before any is tokenized."""
+    several = not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], int)
+    return len(prompt) if several else 1
+
+
 def prompts_of(
     prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]], tokenizer: Any, *, param: str, bound: Bound
 ) -> list[tuple[PromptTokens, str]]:

@@ -22,7 +22,7 @@ from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.streaming import SSE, sse_event, stream, while_connected
 from rollout_server.http.requests.grammars import constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
-from rollout_server.http.requests.prompts import PromptTokens, prompts_of, room
+from rollout_server.http.requests.prompts import PromptTokens, how_many, prompts_of, room
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, last_events, policy_headers, respond
 from rollout_server.http.routes.request_ids import request_id
@@ -155,8 +155,8 @@ async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], serv
 
 def read_prompts(data: CompletionsRequest, service: Service, go_on: GoOn) -> list[tuple[PromptTokens, SamplingParams]]:
     """Prompts and how to sample each, checked for vocabulary and length; what is wrong is named by its place."""
+    check_rows([data.n] * how_many(data.prompt), service.config.max_rows_per_request)
     found = prompts_of(data.prompt, service.tokenizer, param="prompt", bound=service.bound(go_on))
-    check_rows([data.n] * len(found), service.config.max_rows_per_request)
     if data.logprobs is not None:
         service.check_top_logprobs(data.logprobs, "logprobs")
     service.check_ids(data.stop_token_ids, "stop_token_ids")

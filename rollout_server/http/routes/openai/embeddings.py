@@ -20,7 +20,7 @@ from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
-from rollout_server.http.requests.prompts import prompts_of
+from rollout_server.http.requests.prompts import how_many, prompts_of
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.routes.openai.jobs import OUR_WORDS, policy_headers
 from rollout_server.http.routes.request_ids import header_id
@@ -70,8 +70,7 @@ def read_inputs(data: EmbeddingsRequest, service: Service, go_on: GoOn) -> tuple
             f"dimensions is {quoted(data.dimensions)}, but this model's embeddings have {how.width}.",
             param="dimensions",
         )
-    several = not isinstance(data.input, str) and bool(data.input) and not isinstance(data.input[0], int)
-    check_rows([len(data.input) if several else 1], service.config.max_rows_per_request, ["input"])
+    check_rows([how_many(data.input)], service.config.max_rows_per_request, ["input"])
     found = prompts_of(data.input, service.tokenizer, param="input", bound=service.bound(go_on))
     for prompt, place in found:
         service.check_ids(prompt.ids, place)
