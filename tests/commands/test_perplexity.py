@@ -15,12 +15,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.perplexity import PIECE, Windows, pieces, tokenize
+from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from tests.support.live_server import LiveServer
 from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
