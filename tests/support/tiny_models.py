@@ -58,6 +58,10 @@ MOE: dict[str, Any] = {
     "mlp_only_layers": [],
     "norm_topk_prob": True,
 }
+FALCON_FACTORS = [
+    f"{part}_multiplier"
+    for part in ("attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out")
+]
 MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
     "mamba_n_heads": 8,
@@ -154,6 +158,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "mamba_d_ssm": 128,
         "tie_word_embeddings": False,
+        # With other factors, as published checkpoints have them, no version is served.
+        **dict.fromkeys(FALCON_FACTORS, 1.0),
+        "mlp_multipliers": [1.0, 1.0],
+        "ssm_multipliers": [1.0] * 5,
         **MAMBA,
     },
     "qwen3_next": {

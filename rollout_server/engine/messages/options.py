@@ -87,6 +87,8 @@ class ModelInfo:
     embedding: Embedding = field(default_factory=Embedding)
     unfit: dict[Place, str] = field(default_factory=dict)
     """Kinds of layers on which this device computes adapters wrongly, and what it does there: they are refused."""
+    no_versions: str = ""
+    """Why no version can be served on this base, a half sentence; empty where versions can."""
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
 

@@ -30,7 +30,7 @@ from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_s
 from rollout_server.engine.model.checkpoint.files import check_model, read_config
 from rollout_server.engine.model.checkpoint.plan import Bound, Plan, plan_of
 from rollout_server.engine.model.checkpoint.renames import head_dim
-from rollout_server.engine.model.checkpoint.stacked import classes_of
+from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_factors
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
@@ -94,6 +94,7 @@ def load(options: EngineOptions) -> ResidentModel:
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
+        no_versions=folded_factors(module),
         kv_bytes_per_token=cell_bytes,
         kv_bytes_per_row=cell_bytes * row_cells,
         kv_bits=options.kv_bits,

@@ -36,7 +36,7 @@ from rollout_server.engine.messages.versions import (
 )
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, version_of
-from rollout_server.errors import StalePolicy, UnknownPolicy, VersionGone
+from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 
@@ -46,7 +46,7 @@ class PolicyTable:
     def __init__(self, model: ResidentModel, options: EngineOptions) -> None:
         info = model.info
         self.base = PolicyVersion(BASE, 0, info.digest)
-        self._dtype, self._parameters = info.dtype, info.weights
+        self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
             model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
         )
@@ -264,6 +264,7 @@ class PolicyTable:
         return Exported(command.id, version_of(entry), self._resident.bundle(entry.content))
 
     def _restore(self, command: Restore) -> Restored:
+        self._require_served()
         staged: list[Content] = []
         try:
             for version in command.versions:
@@ -294,8 +295,14 @@ class PolicyTable:
     def _prepare(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
         return prepare(bundle, self._dtype, mode=mode, parameters=self._parameters)
 
+    def _require_served(self) -> None:
+        if self._no_versions:
+            sentence = f"No version can be served on this base: {self._no_versions}."
+            raise AdapterMismatch(sentence, faults=(sentence,))
+
     def _ready(self, command: Publish) -> PreparedBundle:
         """Prepared once for all its turns, where that was not done before the engine's thread took it."""
+        self._require_served()
         if command.prepared is not None:
             return command.prepared
         known = self._prepared

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from adapters.bundle import AdapterBundle, Content
 from adapters.formats.read import read_bundle
 from adapters.prepare import prepare
 from rollout_server.engine.messages.versions import Delete, Restore, RestoredVersion
-from rollout_server.errors import EngineFault, PreconditionFailed, WeightsMemoryExceeded
+from rollout_server.errors import AdapterMismatch, EngineFault, PreconditionFailed, WeightsMemoryExceeded
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.scheduling.test_on_update import spans
@@ -300,3 +302,19 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     with pytest.raises(PreconditionFailed):
         driver.push("p", wrong.bundle, prepared=wrong, if_match="9")
     assert driver.resident._work is None and driver.status.sets == 1
+
+
+def test_a_base_whose_weights_hold_factors_takes_no_version(model_path: Callable[[str], Path], tmp_path: Path) -> None:
+    """mlx-lm multiplies Falcon-H1's factors into the weights that it reads; a version beside them would go without."""
+    base = tmp_path / "base"
+    shutil.copytree(model_path("falcon_h1"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"ssm_in_multiplier": 0.5}))
+    driver = Driver.start(base)
+    for mode in ("adapter", "merged"):
+        with pytest.raises(
+            AdapterMismatch, match="No version can be served on this base: mlx-lm multiplies ssm_in_mul"
+        ):
+            driver.push("p", driver.bundle(1), mode=mode)
+    assert driver.status.policies == () and driver.generate([PROMPTS[0]], max_tokens=3)
+    assert Driver.start(model_path("falcon_h1")).push("p", driver.bundle(1)).version.number == 1

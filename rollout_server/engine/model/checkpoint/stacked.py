@@ -94,3 +94,19 @@ LAYOUTS: dict[str, Callable[[dict[str, mx.array], Any], dict[str, mx.array]]] = 
     "gpt2": _gpt2,
     "gpt_oss": _gpt_oss_if_stacked,
 }
+
+
+def folded_factors(module: Any) -> str:
+    """Which factors of config.json mlx-lm multiplied into the weights, a half sentence; empty where there are none.
+    What is added to such weights would have to be multiplied as well, which nothing here does."""
+    if getattr(module, "model_type", None) != "falcon_h1":
+        return ""
+    named = {name: value for name, value in vars(module.args).items() if name.endswith(("_multiplier", "_multipliers"))}
+    folded = [name for name, value in named.items() if any(factor != 1.0 for factor in _each(value))]
+    if not folded:
+        return ""
+    return f"mlx-lm multiplies {', '.join(folded)} into its weights, and would have to do so with a version's"
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
