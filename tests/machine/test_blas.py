@@ -77,7 +77,7 @@ def test_after_mlx_it_refuses_and_says_so() -> None:
 @pytest.mark.skipif(not LINUX_CPU, reason="other machines bring their own")
 def test_where_none_is_found_the_command_is_named() -> None:
     code = """
-from rollout_server import blas
+from rollout_server.machine import blas
 blas._candidates = lambda: iter(["libnothing.so.0", "libc.so.6"])
 choice = blas.load_fast_blas()
 assert choice.missing and choice.name is None

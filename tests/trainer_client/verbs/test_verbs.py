@@ -15,7 +15,7 @@ from rollout_server.schemas.rollouts import RolloutsRequest
 from rollout_server.schemas.weights import WeightsOptions
 from tests.trainer_client import contract
 from trainer_client import AsyncRolloutClient, RolloutClient
-from trainer_client.verbs import publishing, sampling, scoring
+from trainer_client.verbs import control, publishing, sampling, scoring
 from trainer_client.wire import call
 from trainer_client.wire.parsing import parse_published, parse_reply
 
@@ -177,15 +177,16 @@ def test_completions_pass_their_fields_through() -> None:
 
 
 def test_both_clients_have_every_verb_with_its_parameters_and_documentation() -> None:
-    verbs = [
-        name
-        for name, function in vars(sampling).items()
-        if inspect.isfunction(function) and function.__module__ == sampling.__name__ and not name.startswith("_")
-    ]
-    assert len(verbs) == 11
+    verbs = {
+        name: function
+        for module in (control, publishing, sampling, scoring)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and hasattr(RolloutClient, name)
+    }
+    assert len(verbs) == 19
     for client in (RolloutClient, AsyncRolloutClient):
-        for name in verbs:
-            method, build = getattr(client, name), getattr(sampling, name)
+        for name, build in verbs.items():
+            method = getattr(client, name)
             assert method.__doc__ == build.__doc__
             own, *parameters = inspect.signature(method).parameters.values()
             assert own.name == "self"
