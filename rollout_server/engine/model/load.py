@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from adapters.resident.device_check import check_adapters
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
-from adapters.spec import Place
+from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written
 from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
@@ -122,6 +122,11 @@ def _check_device(
     unfit = check_adapters(module, layers, dtype)
     for place, why in unfit.items():
         log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
+    if mx.cuda.is_available() and any(place_of(shape) == "experts" for shape in layers.values()):
+        log.warning(
+            "This model has stacked experts: on CUDA, MLX's own product for tokens sorted by expert has given another "
+            "result once in 200 repeats (docs/figures.md). Compare rows that decide something with a second pass."
+        )
     return unfit
 
 
