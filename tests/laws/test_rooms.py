@@ -43,6 +43,7 @@ SMALL = {
     "rollout_server/versions/adapter_directory.py": "one way in which versions come in",
     "adapters/placement.py": "plain, below whatever knows arrays",
     "adapters/versions/packed.py": "one part of what survives a crash",
+    "rollout_server/engine/model/checkpoint/corrections/grouped.py": "one correction of what a module computes",
     "adapters/versions/reserve.py": "one part of what survives a crash",
     "adapters/versions/sealed.py": "one part of what survives a crash",
     "adapters/wrappers.py": "a rule that all formats share",
