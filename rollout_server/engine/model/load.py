@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,9 +335,19 @@ def _sentence(path: Path, config: dict[str, Any], error: Exception) -> str:
         )
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
-    if isinstance(error, KeyError | AttributeError | TypeError) or not reason:
+    family = _family_at_fault(error)
+    if isinstance(error, KeyError | AttributeError | TypeError) or family or not reason:
         reason = f"{type(error).__name__}: {reason}"
+    if family:
+        reason = f"mlx-lm's {family} cannot be made from these values of config.json, and ends in {reason}"
     return f"{named} could not be loaded: {reason.removesuffix('.')}.{_perhaps(path, config)}"
+
+
+def _family_at_fault(error: Exception) -> str | None:
+    """The module of mlx-lm's models whose own code raised this: its message says nothing to who wrote a file."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = Path(last[0].filename) if last else Path()
+    return where.stem if where.parts[-3:-1] == ("mlx_lm", "models") else None
 
 
 def _perhaps(path: Path, config: dict[str, Any]) -> str:

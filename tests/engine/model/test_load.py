@@ -65,6 +65,18 @@ def test_what_mlx_lm_cannot_load_is_named(tmp_path: Path) -> None:
     assert len(refusal(fewer)) < 700
 
 
+def test_a_family_s_own_error_is_told_as_one(tmp_path: Path) -> None:
+    model = tiny_models.build("gemma3_text", tmp_path / "gemma")
+    kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention"]
+    change(model / "config.json", sliding_window_pattern=0, layer_types=kinds)
+    said = refusal(model)
+    assert (
+        "(gemma3_text) could not be loaded: mlx-lm's gemma3_text cannot be made from these values of config.json"
+        in said
+    )
+    assert "Error: " in said
+
+
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
     data = content.encode() if isinstance(content, str) else content
     return lambda directory: (directory / name).write_bytes(data) and None
