@@ -11,6 +11,7 @@ import builtins
 import importlib
 import resource
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -27,6 +28,8 @@ RESERVE = 64
 """Files that connections may not take, or an eighth of what there is."""
 OWN = 10
 SETS_THE_LIMIT = "mlx_lm.utils"
+ALONE = threading.Lock()
+"""Two threads that put their finders into Python's one list at once would undo each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,13 @@ def import_mlx_lm() -> None:
     Nothing of anybody is replaced: the one module that sets it is run with an `import` statement of its own, which
     gives it another `resource`."""
     finder = _Finder()
-    # New lists: another thread that imports something now may be walking along the one there is.
-    sys.meta_path = [finder, *sys.meta_path]
-    try:
-        importlib.import_module("mlx_lm")
-    finally:
-        sys.meta_path = [other for other in sys.meta_path if other is not finder]
+    with ALONE:
+        # New lists: another thread that imports something now may be walking along the one there is.
+        sys.meta_path = [finder, *sys.meta_path]
+        try:
+            importlib.import_module("mlx_lm")
+        finally:
+            sys.meta_path = [other for other in sys.meta_path if other is not finder]
 
 
 class _Finder(MetaPathFinder):
