@@ -80,7 +80,10 @@ def others():
             importlib.import_module(name)
     except ImportError as error:
         faults.append(error)
-threads = [threading.Thread(target=each) for each in (others, import_mlx_lm, import_mlx_lm)]
+def ours():
+    import_mlx_lm()
+    sys.modules["mlx.core"].clear_streams()  # or MLX's worker of this thread can abort the process at its exit
+threads = [threading.Thread(target=each) for each in (others, ours, ours)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 left = [finder for finder in sys.meta_path if "rollout_server" in type(finder).__module__]
