@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.sampling.filters import Filters, RowSubset, prepare_filters, threshold
+from rollout_server.engine.sampling.filter_kernel import FilterKernel, KernelFilters
+from rollout_server.engine.sampling.filters import Filters, RowSubset, prepare_filters
 from rollout_server.engine.sampling.logits_processors import (
     Bans,
     Bias,
@@ -62,7 +63,7 @@ class SamplerArrays:
     greedy: mx.array | None
     """bool [R]; None when no row is greedy."""
     all_greedy: bool
-    filters: Filters | None
+    filters: Filters | KernelFilters | None
     penalties: Penalties | None
     bias: Bias | None
     bans: Bans | None
@@ -77,19 +78,25 @@ def prepare(
     entropy: bool,
     top_logprobs: int,
     eos: frozenset[int] = frozenset(),
+    kernel: FilterKernel | None = None,
 ) -> SamplerArrays:
     """`None` marks a place without a row; it samples greedily and its result is thrown away. `eos` are the end tokens
-    that rows with `min_tokens` hold back."""
+    that rows with `min_tokens` hold back. `kernel` filters where this device has one."""
     temperatures = [0.0 if row is None else row.temperature for row in rows]
     greedy = np.array([t == 0 for t in temperatures])
     tempered = any(t not in (0.0, 1.0) for t in temperatures)
     column = [1.0 / t if t > 0 else 1.0 for t in temperatures]
     live_greedy = any(row is not None and row.temperature == 0 for row in rows)
+    filters: Filters | KernelFilters | None
+    if kernel is not None:
+        filters = kernel.prepare(rows, vocabulary)
+    else:
+        filters = prepare_filters(rows, vocabulary, narrow=on_cpu())
     return SamplerArrays(
         inverse_temperature=mx.array(column, dtype=mx.float32)[:, None] if tempered else None,
         greedy=mx.array(greedy) if live_greedy else None,
         all_greedy=bool(greedy.all()),
-        filters=prepare_filters(rows, vocabulary, narrow=on_cpu()),
+        filters=filters,
         penalties=prepare_penalties(rows),
         bias=prepare_bias(rows),
         bans=prepare_bans(rows, eos),
@@ -224,7 +231,7 @@ def _sample_rows(
         levels, peak = pyramid(weights), masked.put(peak + 0.0, highest)
     everything = mx.sum(levels[-1], axis=-1, keepdims=True)
     if arrays.filters is not None:
-        weights = weights * (weights >= threshold(weights, everything, arrays.filters))
+        weights = arrays.filters.keep(weights, everything)
         levels = pyramid(weights)
     ids, total = _draw(levels, uniform)
     chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
@@ -249,7 +256,7 @@ def top_of(shifted: mx.array, log_total: mx.array, k: int) -> tuple[mx.array, mx
     return ids, values - log_total
 
 
-def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> None:
+def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int, kernel: FilterKernel | None = None) -> None:
     """Runs every kind of sampler once on `rows` rows of logits in the model's dtype."""
     logits = mx.zeros((rows, vocabulary), dtype=dtype)
     draws = mx.array(uniforms(range(rows), [0] * rows))
@@ -259,6 +266,7 @@ def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> None:
             vocabulary,
             entropy=extras,
             top_logprobs=5 if extras else 0,
+            kernel=kernel,
         )
         mx.eval(sample(logits, arrays, draws).arrays())
 
