@@ -307,7 +307,7 @@ def limits_of(rows: Sequence[SamplingParams | None], vocabulary: int) -> np.ndar
         if row is not None and row.filtered:
             limits[place, 0] = row.top_k if row.top_k < vocabulary else 0
             limits[place, 1] = min(math.ceil(row.top_p * 2**SHARE_BITS), 2**SHARE_BITS - 1) if row.top_p < 1 else 0
-            limits[place, 2] = np.float32(row.min_p).view(np.uint32)
+            limits[place, 2] = np.float32(row.min_p + 0.0).view(np.uint32)  # −0 is 0
     return limits
 
 

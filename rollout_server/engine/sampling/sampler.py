@@ -30,7 +30,15 @@ from rollout_server.engine.sampling.logits_processors import (
     prepare_penalties,
     without,
 )
-from rollout_server.engine.sampling.numerics import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
+from rollout_server.engine.sampling.numerics import (
+    FANOUT,
+    block_sums,
+    exponentials_of,
+    largest,
+    on_cpu,
+    peak_of,
+    pyramid,
+)
 from rollout_server.rollout import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -146,10 +154,10 @@ def sample(
     """logits [R, V] of any float dtype, uniform float32 [R, 5] → one token a row. `seen` is what `TokenCounts` holds,
     `banned` are (row, token) pairs that may not come, `mask` says of some rows which tokens may (`allowed_only`); they
     change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
+    # Computed only where it is used: the logits may be half as large, and their order is the same.
     raw = logits.astype(mx.float32)
-    peak = peak_of(raw)
-    shifted = raw - peak
-    exponentials = exponential(shifted)
+    peak = peak_of(logits).astype(mx.float32)
+    exponentials = exponentials_of(logits, peak)
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
     levels = pyramid(exponentials)
     log_total = mx.log(mx.sum(levels[-1], axis=-1, keepdims=True))
@@ -161,20 +169,20 @@ def sample(
         sampling = mx.zeros(ids.shape, dtype=mx.float32)
         kept = mx.full(ids.shape, mx.nan)
     else:
-        ids, sampling, kept = _sample_rows(
-            shaped, (exponentials, levels, peak) if shaped is raw else None, masked, arrays, uniform
-        )
+        unshaped = shaped is raw
+        known = (exponentials, levels, peak) if unshaped else None
+        ids, sampling, kept = _sample_rows(logits if unshaped else shaped, known, masked, arrays, uniform)
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
             sampling = mx.where(arrays.greedy, 0.0, sampling)
             kept = mx.where(arrays.greedy, mx.nan, kept)
-    logprobs = (mx.take_along_axis(shifted, ids[:, None], axis=-1) - log_total)[:, 0]
+    logprobs = (_at(logits, ids) - peak - log_total)[:, 0]
     values = [logprobs, sampling, kept]
     if arrays.entropy:
-        values.append(entropy_of(shifted, exponentials, log_total))
+        values.append(entropy_of(raw - peak, exponentials, log_total))
     top_ids = top_logprobs = None
     if arrays.top_logprobs:
-        top_ids, top_logprobs = top_of(shifted, log_total, arrays.top_logprobs)
+        top_ids, top_logprobs = top_of(raw - peak, log_total, arrays.top_logprobs)
     return Sampled(ids, mx.stack(values), top_ids, top_logprobs)
 
 
@@ -197,6 +205,11 @@ def shape(
     return shaped
 
 
+def _at(values: mx.array, ids: mx.array) -> mx.array:
+    """One of each row [R, V] by ids [R], float32 [R, 1]."""
+    return mx.take_along_axis(values, ids[:, None], axis=-1).astype(mx.float32)
+
+
 def _best(shaped: mx.array, masked: RowSubset | None) -> mx.array:
     """The most probable token of each row, int32 [R]."""
     best = mx.argmax(shaped, axis=-1).astype(mx.int32)
@@ -210,14 +223,16 @@ def _sample_rows(
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, their pyramid and the
-    peak of `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that
-    have a mask, under it."""
+    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `shaped` are logits of any float dtype. `known`
+    are their exponentials, the pyramid of these and the peak, which serve as they are where every row has temperature
+    1; `masked` are the rows of `shaped` that have a mask, under it."""
     if known is None or arrays.inverse_temperature is not None:
+        # The largest stays the largest when all are multiplied by what is above 0, rounding included.
+        peak = peak_of(shaped) if known is None else known[2]
         if arrays.inverse_temperature is not None:
-            shaped = shaped * arrays.inverse_temperature
-        peak = peak_of(shaped)
-        weights = exponential(shaped - peak)
+            shaped = shaped.astype(mx.float32) * arrays.inverse_temperature
+            peak = peak * arrays.inverse_temperature
+        weights = exponentials_of(shaped, peak)
         levels = pyramid(weights)
     else:
         weights, levels, peak = known
@@ -227,15 +242,14 @@ def _sample_rows(
         if arrays.inverse_temperature is not None:
             theirs = theirs * masked.of(arrays.inverse_temperature)
         highest = peak_of(theirs)
-        weights = masked.put(weights + 0.0, exponential(theirs - highest))
+        weights = masked.put(weights + 0.0, exponentials_of(theirs, highest))
         levels, peak = pyramid(weights), masked.put(peak + 0.0, highest)
     everything = mx.sum(levels[-1], axis=-1, keepdims=True)
     if arrays.filters is not None:
         weights = arrays.filters.keep(weights, everything)
         levels = pyramid(weights)
     ids, total = _draw(levels, uniform)
-    chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
-    sampling = (chosen - peak - mx.log(total))[:, 0]
+    sampling = (_at(shaped, ids) - peak - mx.log(total))[:, 0]
     kept = mx.zeros(ids.shape, dtype=mx.float32)
     if arrays.filters is not None:
         kept = mx.where(arrays.filters.filtered, mx.minimum(mx.log(total / everything), 0.0)[:, 0], kept)

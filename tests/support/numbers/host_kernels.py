@@ -78,13 +78,12 @@ extern "C" void run({parameters}, unsigned rows, unsigned threads) {{
 @dataclass(frozen=True)
 class HostKernel:
     """Called as what `mx.fast.cuda_kernel` returns, for arrays of uint32; compiled once for each template in a folder
-    of its own. `flags` go to the compiler."""
+    of its own. Raises RuntimeError with what the compiler says."""
 
     header: str
     source: str
     words: str
     folder: Path
-    flags: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -121,6 +120,8 @@ class HostKernel:
             )
             written = built.with_suffix(".cpp")
             written.write_text(text)
-            command = [str(COMPILER), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *self.flags]
-            subprocess.run([*command, "-o", str(built), str(written)], check=True, capture_output=True, text=True)
+            command = [str(COMPILER), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+            done = subprocess.run([*command, "-o", str(built), str(written)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
         return ctypes.CDLL(str(built))
