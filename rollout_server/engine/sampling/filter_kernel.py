@@ -38,7 +38,7 @@ FUNCTIONS = """
 #define ONE 0x3F800000u
 
 struct RowTally {
-  // What the weights with each digit come to, in halves: no GPU need add 64 bits at once.
+  // What the weights with each digit come to: what does not fit 32 bits is carried, since Metal adds no more at once.
   COUNTER low[DIGITS];
   COUNTER high[DIGITS];
   COUNTER strange;
@@ -54,14 +54,19 @@ FUNCTION U32 key_of(U32 bits) {
   return bits >> 31 ? 0u : (bits < ONE ? bits : ONE);
 }
 
-// floor(weight * 2^44)
-FUNCTION U64 mass_of(U32 key) {
+// floor(weight * 2^44) in units of its own exponent, at most 24 bits: below 2^-21 the unit is 1.
+FUNCTION U32 mass_of(U32 key) {
   const U32 below = 127u - (key >> 23);
-  return ((U64)((key & 0x7FFFFFu) | 0x800000u) << 21) >> (below < 63u ? below : 63u);
+  const U32 lost = below < 21u ? 0u : below - 21u;
+  return ((key & 0x7FFFFFu) | 0x800000u) >> (lost < 31u ? lost : 31u);
 }
 
-FUNCTION U64 tallied(LOCAL RowTally& tally, int digit) {
-  return ((U64)LOAD(tally.high[digit]) << 32) + LOAD(tally.low[digit]);
+// Weights with one digit have one exponent, and so one unit.
+template <bool RANK, int SHIFT, int WIDTH>
+FUNCTION U64 tallied(LOCAL RowTally& tally, U32 prefix, int digit) {
+  const U64 sum = ((U64)LOAD(tally.high[digit]) << 32) + LOAD(tally.low[digit]);
+  const U32 below = 127u - ((((prefix << WIDTH) | (U32)digit) << SHIFT) >> 23);
+  return RANK || below >= 21u ? sum : sum << (21u - below);
 }
 
 template <bool RANK, int SHIFT, int WIDTH>
@@ -74,11 +79,8 @@ FUNCTION void enter(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefix) {
     return;
   }
   if (key == ONE && bits != ONE) STORE(tally.strange, 1u);
-  const U64 mass = mass_of(key);
-  const U32 part = (U32)mass;
-  U32 carry = (U32)(mass >> 32);
-  if (part != 0u && ADD(tally.low[digit], part) > 0xFFFFFFFFu - part) carry += 1u;
-  if (carry != 0u) ADD(tally.high[digit], carry);
+  const U32 mass = mass_of(key);
+  if (mass != 0u && ADD(tally.low[digit], mass) > 0xFFFFFFFFu - mass) ADD(tally.high[digit], 1u);
 }
 
 template <bool RANK, int SHIFT, int WIDTH, int VOCABULARY, int THREADS>
@@ -125,7 +127,11 @@ FUNCTION void step_into(LOCAL RowTally& tally, U32 wanted) {
   U64 above = tally.above;
   for (; group > 0 && above + tally.groups[group] < tally.goal; group--) above += tally.groups[group];
   int digit = group * GROUP + GROUP - 1;
-  for (; digit > group * GROUP && above + tallied(tally, digit) < tally.goal; digit--) above += tallied(tally, digit);
+  for (; digit > group * GROUP; digit--) {
+    const U64 sum = tallied<RANK, SHIFT, WIDTH>(tally, tally.prefix, digit);
+    if (above + sum >= tally.goal) break;
+    above += sum;
+  }
   tally.above = above;
   tally.prefix = (tally.prefix << WIDTH) | (U32)digit;
 }
@@ -143,7 +149,9 @@ FUNCTION void pass(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32
   for (int group = thread; group < (1 << WIDTH) / GROUP; group += THREADS) {
     U64 sum = 0;
     // Each begins at another digit, so that threads do not wait for one bank of memory.
-    for (int turn = 0; turn < GROUP; turn++) sum += tallied(tally, group * GROUP + (turn + group) % GROUP);
+    for (int turn = 0; turn < GROUP; turn++) {
+      sum += tallied<RANK, SHIFT, WIDTH>(tally, prefix, group * GROUP + (turn + group) % GROUP);
+    }
     tally.groups[group] = sum;
   }
   BARRIER;
