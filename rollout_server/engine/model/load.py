@@ -109,9 +109,8 @@ def load(options: EngineOptions) -> ResidentModel:
     kernel = choose_filter_kernel(vocabulary, dtype)
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch), kernel)
-    return ResidentModel(
-        module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk, kernel
-    )
+    parts = module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk
+    return ResidentModel(*parts, filter_kernel=kernel)
 
 
 def _check_device(

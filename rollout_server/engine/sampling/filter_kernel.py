@@ -3,7 +3,8 @@
 It finds the number that `filters` finds, the smallest weight that stays, from the bits of the weights: floats in [0, 1]
 are ordered as integers of 30 bits. Three passes over a row take 11, 10 and 9 of them, from the top. Each counts what
 the weights with one digit come to, their number for top-k and their mass for top-p, and steps into the digit in which
-the goal is reached. Top-p after top-k is three passes more, over what top-k left.
+the goal is reached. Top-p after top-k is three passes more, over what top-k left. Rows of few distinct weights take longer, since
+additions to one digit wait for each other, but no row takes more passes.
 
 A mass here is an integer: a weight counts ⌊w · 2⁴⁴⌋. So sums are exact whatever order threads add in, and the same
 logits always keep the same tokens. A token stays if the mass of the more probable ones is less than P · 2⁻³² of what
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import mlx.core as mx
@@ -70,7 +72,7 @@ FUNCTION U64 tallied(LOCAL RowTally& tally, U32 prefix, int digit) {
 }
 
 template <bool RANK, int SHIFT, int WIDTH>
-FUNCTION void enter(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefix) {
+FUNCTION void tally_weight(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefix) {
   const U32 key = key_of(bits);
   if (key == 0u || key < least || (key >> (SHIFT + WIDTH)) != prefix) return;
   const U32 digit = (key >> SHIFT) & ((1u << WIDTH) - 1u);
@@ -84,9 +86,11 @@ FUNCTION void enter(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefix) {
 }
 
 template <bool RANK, int SHIFT, int WIDTH, int VOCABULARY, int THREADS>
-FUNCTION void enter_row(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 least, U32 prefix) {
+FUNCTION void tally_row(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 least, U32 prefix) {
   if (VOCABULARY % 4 != 0) {
-    for (int at = thread; at < VOCABULARY; at += THREADS) enter<RANK, SHIFT, WIDTH>(tally, row[at], least, prefix);
+    for (int at = thread; at < VOCABULARY; at += THREADS) {
+      tally_weight<RANK, SHIFT, WIDTH>(tally, row[at], least, prefix);
+    }
     return;
   }
   // Four loads of each thread are under way at once; 0 weighs nothing.
@@ -99,17 +103,17 @@ FUNCTION void enter_row(LOCAL RowTally& tally, const GLOBAL U32* row, int thread
       if (at < VOCABULARY / 4) read[turn] = fours[at];
     }
     for (int turn = 0; turn < 4; turn++) {
-      enter<RANK, SHIFT, WIDTH>(tally, read[turn].x, least, prefix);
-      enter<RANK, SHIFT, WIDTH>(tally, read[turn].y, least, prefix);
-      enter<RANK, SHIFT, WIDTH>(tally, read[turn].z, least, prefix);
-      enter<RANK, SHIFT, WIDTH>(tally, read[turn].w, least, prefix);
+      tally_weight<RANK, SHIFT, WIDTH>(tally, read[turn].x, least, prefix);
+      tally_weight<RANK, SHIFT, WIDTH>(tally, read[turn].y, least, prefix);
+      tally_weight<RANK, SHIFT, WIDTH>(tally, read[turn].z, least, prefix);
+      tally_weight<RANK, SHIFT, WIDTH>(tally, read[turn].w, least, prefix);
     }
   }
 }
 
 // Where the goal is known, or is to be known from all that was tallied. One thread runs it.
 template <bool RANK, int SHIFT, int WIDTH>
-FUNCTION void step_into(LOCAL RowTally& tally, U32 wanted) {
+FUNCTION void step_into_digit(LOCAL RowTally& tally, U32 wanted) {
   const int count = (1 << WIDTH) / GROUP;
   if (SHIFT + WIDTH == 30) {
     U64 total = 0;
@@ -137,14 +141,14 @@ FUNCTION void step_into(LOCAL RowTally& tally, U32 wanted) {
 }
 
 template <bool RANK, int SHIFT, int WIDTH, int VOCABULARY, int THREADS>
-FUNCTION void pass(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
+FUNCTION void read_digits(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
   const U32 prefix = SHIFT + WIDTH == 30 ? 0u : tally.prefix;
   for (int digit = thread; digit < 1 << WIDTH; digit += THREADS) {
     STORE(tally.low[digit], 0u);
     STORE(tally.high[digit], 0u);
   }
   BARRIER;
-  enter_row<RANK, SHIFT, WIDTH, VOCABULARY, THREADS>(tally, row, thread, least, prefix);
+  tally_row<RANK, SHIFT, WIDTH, VOCABULARY, THREADS>(tally, row, thread, least, prefix);
   BARRIER;
   for (int group = thread; group < (1 << WIDTH) / GROUP; group += THREADS) {
     U64 sum = 0;
@@ -155,17 +159,17 @@ FUNCTION void pass(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32
     tally.groups[group] = sum;
   }
   BARRIER;
-  if (thread == 0) step_into<RANK, SHIFT, WIDTH>(tally, wanted);
+  if (thread == 0) step_into_digit<RANK, SHIFT, WIDTH>(tally, wanted);
   BARRIER;
 }
 
 // The largest key down to which the weights come to what is wanted: so many, or that share of all from `least` on.
 template <bool RANK, int VOCABULARY, int THREADS>
-FUNCTION U32 search(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
-  pass<RANK, 19, 11, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
+FUNCTION U32 find_edge(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
+  read_digits<RANK, 19, 11, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
   if (tally.goal == 0) return 0u;
-  pass<RANK, 9, 10, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
-  pass<RANK, 0, 9, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
+  read_digits<RANK, 9, 10, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
+  read_digits<RANK, 0, 9, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
   return tally.prefix;
 }
 
@@ -186,9 +190,9 @@ BODY = """
   const U32 floor_bits = limits[4 * place + 2];
   if (thread == 0) STORE(tally.strange, 0u);
   U32 edge = 0u;
-  if (rank != 0u) edge = search<true, VOCABULARY, THREADS>(tally, row, thread, rank, 0u);
+  if (rank != 0u) edge = find_edge<true, VOCABULARY, THREADS>(tally, row, thread, rank, 0u);
   if (share != 0u) {
-    const U32 crossing = search<false, VOCABULARY, THREADS>(tally, row, thread, share, edge);
+    const U32 crossing = find_edge<false, VOCABULARY, THREADS>(tally, row, thread, share, edge);
     edge = crossing > edge ? crossing : edge;
     // A share of what is no number is reached nowhere.
     if (LOAD(tally.strange) != 0u) edge = ONE;
@@ -253,13 +257,12 @@ Launch = Callable[..., Sequence[mx.array]]
 
 def build_kernel() -> Launch:
     """The kernel of this device's GPU; its text is compiled when it first runs. Raises RuntimeError without a GPU."""
-    made: Any
-    inputs, outputs = ["weights", "limits"], ["kept", "least"]
-    if mx.cuda.is_available():
-        made = mx.fast.cuda_kernel("row_filters", inputs, outputs, BODY, CUDA + FUNCTIONS)
-    else:
-        made = mx.fast.metal_kernel("row_filters", inputs, outputs, METAL_PLACE + BODY, METAL + FUNCTIONS)
-    launch: Launch = made
+    on_cuda = mx.cuda.is_available()
+    header, source = (CUDA + FUNCTIONS, BODY) if on_cuda else (METAL + FUNCTIONS, METAL_PLACE + BODY)
+    # MLX keeps what it compiled for CUDA on disk under its name alone: another text needs another one.
+    name = f"row_filters_{sha256((header + source).encode()).hexdigest()[:16]}"
+    make: Any = mx.fast.cuda_kernel if on_cuda else mx.fast.metal_kernel
+    launch: Launch = make(name, ["weights", "limits"], ["kept", "least"], source, header)
     return launch
 
 

@@ -4,7 +4,7 @@ A token stays if fewer than k are more probable, if the mass of the more probabl
 left, and if it has at least min_p of the best one's probability. Tokens of one probability stay or go together. No
 search sorts the vocabulary: on the CPU halves are cut off (`descend`: 7 ms for 32 × 16,384, where sorting takes 40),
 on a GPU, where a partition is a sort, `filter_kernel` finds the number digit by digit, or, where that kernel cannot be
-used, `bisect` bit by bit. All take much the same time whatever the distribution, and none leaves the device.
+used, `bisect` bit by bit. None takes more passes for one distribution than for another, and none leaves the device.
 """
 
 from __future__ import annotations
