@@ -3,8 +3,8 @@
 It finds the number that `filters` finds, the smallest weight that stays, from the bits of the weights: floats in [0, 1]
 are ordered as integers of 30 bits. Three passes over a row take 11, 10 and 9 of them, from the top. Each counts what
 the weights with one digit come to, their number for top-k and their mass for top-p, and steps into the digit in which
-the goal is reached. Top-p after top-k is three passes more, over what top-k left. Rows of few distinct weights take longer, since
-additions to one digit wait for each other, but no row takes more passes.
+the goal is reached. Top-p after top-k is three passes more, over what top-k left. No row takes more passes than another
+that asks for the same, though few distinct weights take longer: additions to one digit wait for each other.
 
 A mass here is an integer: a weight counts ⌊w · 2⁴⁴⌋. So sums are exact whatever order threads add in, and the same
 logits always keep the same tokens. A token stays if the mass of the more probable ones is less than P · 2⁻³² of what
