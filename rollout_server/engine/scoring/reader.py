@@ -107,17 +107,24 @@ def measure(
             if wanted:
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
             sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
+    _replay(slices, parts, width, kernel)
+
+
+def _replay(
+    slices: Sequence[_Slice],
+    parts: Sequence[tuple[ScoredSequenceState, int]],
+    width: int,
+    kernel: FilterKernel | None,
+) -> None:
+    """Draws the tokens of the parts that are replayed once more, from slices of logits [B · `width`, V]."""
     token_ranges = [
         TokenRange(sequence.replay, row * width, sequence.next_input + 1 - len(sequence.replay.prompt_ids), n)
         for row, (sequence, n) in enumerate(parts)
         if sequence.replay is not None and sequence.fault is None
     ]
     for each in slices if token_ranges else ():
-        replay_tokens(
-            each.raw,
-            [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))],
-            kernel,
-        )
+        within = [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
+        replay_tokens(each.raw, within, kernel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
