@@ -30,7 +30,7 @@ from rollout_server.rollout import SamplingParams
 MOST_TOKENS = 1 << 18
 """Of a row: their masses then add up to 62 bits at most."""
 THREADS = 512
-MASS_BITS, SHARE_BITS = 44, 32
+SHARE_BITS = 32
 COLUMNS = 4
 """Of the limits, uint32: top_k (0: off), P (0: off), the bits of min_p, nothing."""
 
