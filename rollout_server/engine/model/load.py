@@ -37,6 +37,7 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -105,10 +106,11 @@ def load(options: EngineOptions) -> ResidentModel:
         max_batch=1 if kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
     )
+    filters = choose_filter_kernel(vocabulary, dtype)
     if not on_cpu:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
+        warm_sampler(vocabulary, dtype, min(8, info.max_batch), filters)
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
-    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk
+    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk, filters
     return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
