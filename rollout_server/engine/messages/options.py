@@ -14,6 +14,8 @@ KV_BUCKET = 32
 JOINED_KV_SPARE = 256
 """mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
+Prefer = Literal["throughput", "latency"]
+"""What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,9 @@ class EngineOptions:
     max_rows_per_request: int = 65536
     keep_versions: int = 8
     prefill_tokens: int = 512
-    """Tokens read at most between two decode steps, of prompts and of what is scored; fewer while rows decode."""
+    """Tokens read at most in one turn, of prompts and of what is scored."""
+    prefer: Prefer = "throughput"
+    """`latency` reads beside rows as if each were read as it comes; under `throughput` only those are that stream."""
     prefix_cache: bool = True
     """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
