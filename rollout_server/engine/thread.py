@@ -57,7 +57,7 @@ class EngineThread(threading.Thread):
                 self._mailbox,
                 self._post,
                 self._show,
-                prefill_tokens=self._options.prefill_tokens,
+                prefill_tokens=model.info.prefill_tokens,
                 prefix_cache=self._options.prefix_cache,
             )
             self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)

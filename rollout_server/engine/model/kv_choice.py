@@ -32,11 +32,12 @@ class ChosenStore:
     """Per row and column."""
     row_cells: int
     """Columns' worth that a row takes besides."""
-    make: Callable[[], KVStore]
+    make: Callable[[int], KVStore]
+    """Empty rows, of which at most so many run."""
     compiles: bool = False
 
 
-def choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bool, *, packs: bool) -> ChosenStore:
+def choose_store(module: nn.Module, vocabulary: int, compiles: bool, *, packs: bool) -> ChosenStore:
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
     time, and says so; decode steps are compiled only where they then pass the same test. Raises `EngineUnavailable`
     where keys and values are to be kept in 8 bits and cannot be."""
@@ -46,7 +47,7 @@ def choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bo
     expected = [_alone(forward, module, row) for row in rows]
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        make = partial(PaddedKV, windows, max_rows)
+        make = partial(PaddedKV, windows)
         found = _choose_padded(forward, make, rows, expected, compiles, packs=packs)
         if isinstance(found, ChosenStore):
             return found
@@ -59,9 +60,9 @@ def choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bo
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
     if (fault := _self_test(forward, MlxCacheKV(make_caches), rows, expected)) is None:
-        return ChosenStore("batch", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells))
+        return ChosenStore("batch", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells))
     log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    return ChosenStore("serial", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
+    return ChosenStore("serial", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
 
 
 def _choose_padded(
@@ -74,17 +75,17 @@ def _choose_padded(
     packs: bool,
 ) -> ChosenStore | str:
     """Slot caches, or why not. What is wrong in 8 bits alone shows once the same model has passed without."""
-    store = make()
+    store = make(len(rows))
     if (problem := _self_test(forward, store, rows, expected)) is not None:
         return problem
     if packs:
         make = partial(make, packs=True)
-        store = make()
+        store = make(len(rows))
         if (problem := _self_test(forward, store, rows, expected)) is not None:
             return problem
     cell = store.nbytes // (store.capacity * store.columns)
     if compiles:
-        store = make(coarse=True)
+        store = make(len(rows), coarse=True)
         problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
         if problem is None:
             return ChosenStore("slots", cell, 0, partial(make, coarse=True), True)
