@@ -24,7 +24,7 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.model.compiled import CompiledDecode
+from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.policies.table import PolicyTable
@@ -62,7 +62,8 @@ def build_engine(
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame)
+    traces = Traces()
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
@@ -106,14 +107,16 @@ def batches_of(
     ledger: KVLedger,
     reports: Reports,
     blame: Blame,
+    traces: Traces,
 ) -> Batches:
-    """Rows of every parameter set; what their steps cost can be measured where they have columns."""
+    """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
+    the base."""
 
     def measured(width: int) -> StepCosts:
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger),
+        partial(batch_of, model, policies, prefix_reuse, ledger, traces),
         model.make_store(),
         ledger,
         reports,
@@ -123,14 +126,21 @@ def batches_of(
 
 
 def batch_of(
-    model: ResidentModel, policies: PolicyTable, prefix_reuse: PrefixReuse, ledger: KVLedger, parameters: int
+    model: ResidentModel,
+    policies: PolicyTable,
+    prefix_reuse: PrefixReuse,
+    ledger: KVLedger,
+    traces: Traces,
+    parameters: int,
 ) -> Batch:
-    """An empty batch whose forwards run on a parameter set."""
+    """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
+    other sets go with their batch."""
     store, route = model.make_store(), policies.router(parameters)
     prefixes = None
     decode: Forward = model.forward
     if isinstance(store, PaddedKV):
-        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
+        own = traces if parameters == BASE_SET else Traces()
+        decode = CompiledDecode(model.forward, store, policies.routed, own) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
     # Copies of rows that left are made behind the step that was in flight then.

@@ -161,6 +161,7 @@ class Engine:
             return
         self._batches.settle_and_release()
         self._batches.drop_cancelled()
+        self._preemption.let_grow()
         if self._batches.reading and share:
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
 

@@ -81,9 +81,9 @@ class Door:
 
     @staticmethod
     def traces(batch: Batch) -> int:
-        """Steps that the batch has compiled."""
+        """Steps that batches on this batch's parameter set have compiled."""
         compiled: Any = batch._decoder._forward
-        return len(compiled._traces)
+        return compiled.traces.made
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
