@@ -16,8 +16,6 @@ JOINED_KV_SPARE = 256
 PoolingKind = Literal["last", "mean"]
 Prefer = Literal["throughput", "latency"]
 """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
-AttentionChoice = Literal["auto", "mlx"]
-"""Whose attention decode steps may use: what is right and fastest on this device, or MLX's own alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +44,12 @@ class EngineOptions:
     """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
-    attention: AttentionChoice = "auto"
     warm: bool = True
     """Run the shapes of a first batch before the engine says that it is ready, where steps are compiled."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
 
 
 @dataclass(frozen=True, slots=True)
