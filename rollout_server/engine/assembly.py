@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+import mlx.core as mx
+
 from adapters.placement import BASE_SET
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
@@ -27,6 +29,7 @@ from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.warm import WarmUp
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -50,22 +53,21 @@ def build_engine(
     *,
     prefill_tokens: int,
     prefix_cache: bool = True,
+    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
 ) -> Engine:
-    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame = model.info, Blame()
-    eos = frozenset(info.eos_token_ids)
+    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `warm` runs the shapes of a
+    first batch before the first turn. `clock` is in seconds; `device_fault` says what is wrong after a failed step."""
+    info, blame, traces = model.info, Blame(), Traces()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    traces = Traces()
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state = PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
@@ -90,7 +92,18 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if warm else lambda: None,
     )
+
+
+def warmed(
+    model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
+) -> None:
+    """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
+    meanwhile is that the engine shall stop."""
+    if model.compiles or mx.default_device() != mx.cpu:
+        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
+        warm_up.run(lambda: not mailbox.empty())
 
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:

@@ -38,7 +38,6 @@ from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
 
@@ -109,8 +108,6 @@ def load(options: EngineOptions) -> ResidentModel:
         prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
     )
-    if not on_cpu:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
     return ResidentModel(
         module, read.tokenizer, read.host_tokenizer, dtype, info, make_store, chosen.compiles, chosen.attention, trunk
     )
