@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +30,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.compiled import TRACES, CompiledDecode, Traces
 from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.sampling.sampler import SamplerArrays, prepare, sample, uniforms, warm_sampler
+from rollout_server.engine.sampling.sampler import prepare, sample, uniforms, warm_sampler
 from rollout_server.rollout import SamplingParams
 
 log = logging.getLogger("rollout_server.engine.model")
@@ -84,16 +85,14 @@ class WarmUp:
         log.info("Running %d shapes of a first batch, for at most %.0f s (--warm off does not).", len(planned), seconds)
         done, said = 0, began
         try:
-            with self._slots_to_run() as aimed:
-                for rows, columns in planned:
+            with self._slots_to_run() as aimed, closing(self._units(planned, aimed)) as units:
+                for done in units:
                     now = self._clock()
                     if interrupted() or now - began >= seconds or self._traces.made >= MOST_TRACES:
                         break
                     if now - said >= SAID_EVERY_S:
                         said = now
                         log.info("%d of %d shapes in %.0f s", done, len(planned), now - began)
-                    self._run_shape(rows, columns, aimed)
-                    done += 1
         except UNFIT as error:
             log.warning("Shapes of a first batch could not be run before it (%s): its rows wait for them.", error)
         finally:
@@ -116,45 +115,50 @@ class WarmUp:
             # Nobody else has a version yet.
             self._slots.unmount()
 
-    def _run_shape(self, rows: int, columns: int, aimed: Sequence[int]) -> None:
-        """Chunks of prompts and decode steps of so many rows, in arrays of so many columns."""
-        store, prompt = self._model.make_padded(), Prompt((), BASE_SLOT)
-        store.begin(prompt, rows, columns - 1)
-        try:
-            self._run_in(store, rows, columns, aimed)
-        finally:
-            # At once: the next shape needs the memory.
-            store.leave(prompt.places, ())
-            store.shrink(0)
+    def _units(self, planned: Sequence[tuple[int, int]], aimed: Sequence[int]) -> Generator[int, None, None]:
+        """Before each forward, how many shapes are done."""
+        for done, (rows, columns) in enumerate(planned):
+            store, prompt = self._model.make_padded(), Prompt((), BASE_SLOT)
+            store.begin(prompt, rows, columns - 1)
+            try:
+                for forward in self._forwards(store, rows, columns, aimed):
+                    yield done
+                    forward()
+            finally:
+                # At once: the next shape needs the memory.
+                store.leave(prompt.places, ())
+                store.shrink(0)
+        yield len(planned)
 
-    def _run_in(self, store: PaddedKV, rows: int, columns: int, aimed: Sequence[int]) -> None:
+    def _forwards(self, store: PaddedKV, rows: int, columns: int, aimed: Sequence[int]) -> Iterator[Callable[[], None]]:
+        """Chunks of prompts and decode steps of so many rows, in arrays of so many columns."""
         decode: Forward = self._model.forward
         if self._model.compiles:
             decode = CompiledDecode(self._model.forward, store, self._slots, self._traces)
         # Arrays are made by the first chunk, and only steps on arrays are traced.
-        self._read_chunks(store, 1, 1, BASE_SLOT)
+        yield partial(self._read_chunk, store, 1, 1, BASE_SLOT)
         for slot in aimed:
+            for width in widths(columns, every=store.attend is None):
+                yield partial(self._step, store, decode, width, slot)
             for count, length in chunks(rows, columns - 1, self._model.info.prefill_tokens):
                 if (count, length, slot) not in self._read:
                     self._read.add((count, length, slot))
-                    self._read_chunks(store, count, length, slot)
-            arrays, places = self._sampler_arrays(store.capacity), store.capacity
-            for width in widths(columns, every=store.attend is None):
-                store.set_positions([width - 1] * places, width)
-                self._route([slot] * places)
-                logits = decode(mx.zeros((places, 1), dtype=mx.int32), store.layers)[:, -1]
-                draws = mx.array(uniforms(range(places), [0] * places))
-                mx.eval(sample(logits, arrays, draws).arrays(), store.arrays())
+                    yield partial(self._read_chunk, store, count, length, slot)
 
-    def _read_chunks(self, store: PaddedKV, count: int, length: int, slot: int) -> None:
+    def _step(self, store: PaddedKV, decode: Forward, width: int, slot: int) -> None:
+        places = store.capacity
+        store.set_positions([width - 1] * places, width)
+        self._route([slot] * places)
+        logits = decode(mx.zeros((places, 1), dtype=mx.int32), store.layers)[:, -1]
+        draws = mx.array(uniforms(range(places), [0] * places))
+        usual = [SamplingParams(max_tokens=1)] * places
+        arrays = prepare(usual, self._model.info.vocab_size, entropy=False, top_logprobs=0)
+        mx.eval(sample(logits, arrays, draws).arrays(), store.arrays())
+
+    def _read_chunk(self, store: PaddedKV, count: int, length: int, slot: int) -> None:
         pieces = [Piece(place, 0, (0,) * length, slot) for place in range(count)]
         store.read(self._model.forward, pieces, self._route)
         store.evaluate()
-
-    def _sampler_arrays(self, places: int) -> SamplerArrays:
-        return prepare(
-            [SamplingParams(max_tokens=1)] * places, self._model.info.vocab_size, entropy=False, top_logprobs=0
-        )
 
 
 def shapes(max_rows: int, context: int, cells: int) -> list[tuple[int, int]]:
