@@ -140,7 +140,7 @@ def choose(
 
 
 def _given(value: int) -> Choice:
-    return Choice(value, "It was given.", given=True)
+    return Choice(value, "it was given.", given=True)
 
 
 def _chunk(device: Device, model: Footprint) -> Choice:
