@@ -23,6 +23,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
@@ -50,18 +51,16 @@ def build_engine(
     mailbox: queue.SimpleQueue[Command],
     post: Callable[[list[Event]], None],
     show: Callable[[EngineStatus], None],
+    options: EngineOptions,
     *,
-    prefill_tokens: int,
-    prefix_cache: bool = True,
-    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
 ) -> Engine:
-    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `warm` runs the shapes of a
-    first batch before the first turn. `clock` is in seconds; `device_fault` says what is wrong after a failed step."""
+    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
+    `device_fault` says what is wrong with the device, after a step that failed."""
     info, blame, traces = model.info, Blame(), Traces()
     changes: deque[PolicyCommand] = deque()
-    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
@@ -69,7 +68,7 @@ def build_engine(
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
-    pause_state = PauseState(reports)
+    pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
     memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
     return Engine(
         mailbox,
@@ -84,7 +83,7 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=TurnBudget(most, clock, planned if model.compiles else lambda tokens: tokens),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -92,7 +91,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
-        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if warm else lambda: None,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
 
 

@@ -104,8 +104,7 @@ class Driver(Door):
             mailbox,
             events.extend,
             lambda status: setattr(driver, "status", status),
-            prefill_tokens=chosen.prefill_tokens or model.info.prefill_tokens,
-            prefix_cache=chosen.prefix_cache,
+            chosen,
             clock=clock,
             device_fault=device,
         )
