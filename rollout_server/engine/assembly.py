@@ -161,7 +161,7 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read),
+        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

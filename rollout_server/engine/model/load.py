@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters
+from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -38,6 +38,7 @@ from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
 
@@ -82,7 +83,6 @@ def load(options: EngineOptions) -> ResidentModel:
     unfit = _check_device(module, layers, vocabulary, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
-    make_store = partial(chosen.make, sizes.max_batch.value)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -108,9 +108,10 @@ def load(options: EngineOptions) -> ResidentModel:
         prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
     )
-    return ResidentModel(
-        module, read.tokenizer, read.host_tokenizer, dtype, info, make_store, chosen.compiles, chosen.attention, trunk
-    )
+    filters = choose_filter_kernel(vocabulary, dtype)
+    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    ways = partial(chosen.make, sizes.max_batch.value), chosen.compiles, chosen.attention, kernel, trunk, filters
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(

@@ -78,7 +78,7 @@ class WarmUp:
         """Runs shapes until all were, the time is over, or somebody has `interrupted`; returns how many were. What goes
         wrong is logged, and left to the rows that meet it."""
         info, began = self._model.info, self._clock()
-        warm_sampler(info.vocab_size, self._model.dtype, min(8, info.max_batch))
+        warm_sampler(info.vocab_size, self._model.dtype, min(8, info.max_batch), self._model.filter_kernel)
         if info.cache != "slots":
             return 0
         planned = shapes(info.max_batch, info.max_model_len, self._cells)
