@@ -14,6 +14,7 @@ from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
+from rollout_server.engine.batch.measured_reading import cells_of, readings
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -21,6 +22,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages.options import Prefer
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
@@ -50,6 +52,7 @@ def build_engine(
     *,
     prefill_tokens: int,
     prefix_cache: bool = True,
+    prefer: Prefer = "throughput",
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
 ) -> Engine:
@@ -81,7 +84,13 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=TurnBudget(
+            prefill_tokens,
+            clock,
+            planned if model.compiles else lambda tokens: tokens,
+            prefer=prefer,
+            measure=partial(readings_of, model, policies, ledger),
+        ),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -120,6 +129,13 @@ def batches_of(
         blame,
         measured if model.info.cache == "slots" else None,
     )
+
+
+def readings_of(model: ResidentModel, policies: PolicyTable, ledger: KVLedger, most: int) -> list[tuple[int, float]]:
+    """What reading chunks of at most `most` tokens costs, (tokens, seconds); empty where there is no room to see."""
+    if model.info.cache != "slots" or not ledger.fits(cells_of(most)):
+        return []
+    return readings(model.forward, model.make_padded, policies.router(BASE_SET), most)
 
 
 def batch_of(

@@ -59,6 +59,7 @@ class EngineThread(threading.Thread):
                 self._show,
                 prefill_tokens=self._options.prefill_tokens,
                 prefix_cache=self._options.prefix_cache,
+                prefer=self._options.prefer,
             )
             self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
             self.info, self.tokenizer = model.info, model.host_tokenizer

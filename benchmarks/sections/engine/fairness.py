@@ -79,7 +79,7 @@ def measure_all(rounds: int, turns: int) -> dict[str, list[Turns]]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "qwen3-33m")
         driver = Driver.start(path, clock=time.perf_counter, max_batch=32)
-        driver.batches.learn_costs()  # As at the start of a server.
+        driver.learn_costs()  # As at the start of a server.
         for number in range(rounds + 1):
             for rows in ROWS:
                 for name, ask in beside(driver, number).items():

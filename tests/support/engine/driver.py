@@ -106,6 +106,7 @@ class Driver(Door):
             lambda status: setattr(driver, "status", status),
             prefill_tokens=chosen.prefill_tokens,
             prefix_cache=chosen.prefix_cache,
+            prefer=chosen.prefer,
             clock=clock,
             device_fault=device,
         )
