@@ -1,11 +1,13 @@
 """How near a whole job comes to its parts: prompts × n through a batch, against prefill alone and decode alone.
 
-`python -m benchmarks.studies.whole_job [--rounds 3] [--uneven] [--processor-time] [--timeline FILE]`. The engine,
-driven turn by turn in this process, over the 33M-parameter model: no HTTP and no client. The job's time is divided by
-prompt tokens ÷ prefill rate + sampled tokens ÷ decode rate, each rate measured alone right before it in the same
-engine, so that drift of the machine hits both. `--uneven` lets every row stop at a length of its own, as rows that
+    python -m benchmarks.studies.whole_job [--rounds 3] [--prompts 32] [--rows 64] [--uneven] [--model DIRECTORY]
+
+The engine, driven turn by turn in this process, over the 33M-parameter model: no HTTP and no client. The job's time is
+divided by prompt tokens ÷ prefill rate + sampled tokens ÷ decode rate, each rate measured alone right before it in the
+same engine, so that drift of the machine hits both. `--uneven` lets every row stop at a length of its own, as rows that
 sample an end do; the rate of full batches is then out of reach, since the last rows run among few. `--processor-time`
-counts what this process computed instead of what passed, on a CPU that others use meanwhile.
+counts what this process computed instead of what passed, on a CPU that others use meanwhile; `--timeline FILE` keeps
+every turn.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ MOST = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`prompts` × `n` rows through a batch of `rows`."""
+    """`prompts` × `n` rows through a batch of `rows`; a turn may read `most` tokens."""
 
     prompts: int = 32
     n: int = 8
     rows: int = 64
     prompt_tokens: int = 256
     tokens: int = 128
+    most: int = 512
     uneven: bool = False
 
 
@@ -72,21 +75,23 @@ class Round:
         return self.seconds / (self.read / self.prefill + self.sampled / self.decode)
 
 
-def measure(job: Job, rounds: int, clock: Clock = time.perf_counter) -> list[Round]:
+def measure(job: Job, rounds: int, clock: Clock = time.perf_counter, model: Path | None = None) -> list[Round]:
     """Rounds of one engine; one before them to warm up."""
     from benchmarks.model import write_model
     from tests.support.engine.driver import Driver
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        path = write_model(Path(folder) / "qwen3-33m")
-        driver = Driver.start(path, clock=clock, max_batch=job.rows)
+        path = model or write_model(Path(folder) / "qwen3-33m")
+        driver = Driver.start(path, clock=clock, max_batch=job.rows, prefill_tokens=job.most)
         driver.learn_costs()
         for number in range(rounds + 1):
             one = _round(driver, job, number, clock)
             if number:
                 found.append(one)
             print(f"  round {number}/{rounds}: {one.times:.3f} times its parts", file=sys.stderr, flush=True)
+        costs = driver.reading_costs
+    print(f"reading: {1e3 * costs.fixed:.2f} ms + {1e6 * costs.per_token:.1f} µs a token", file=sys.stderr)
     return found
 
 
@@ -163,15 +168,27 @@ def timeline(turns: tuple[Turn, ...]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.whole_job", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part, taken in turns")
+    parser.add_argument("--prompts", type=int, default=Job().prompts, help="each with 8 samples")
+    parser.add_argument("--rows", type=int, default=Job().rows, help="that decode together")
     parser.add_argument("--prompt-tokens", type=int, default=Job().prompt_tokens)
     parser.add_argument("--tokens", type=int, default=Job().tokens, help="sampled by each row")
+    parser.add_argument("--most", type=int, default=Job().most, help="tokens that a turn may read")
+    parser.add_argument("--model", type=Path, help="a model to measure instead")
     parser.add_argument("--uneven", action="store_true", help="rows stop at lengths of their own")
     parser.add_argument("--processor-time", action="store_true", help="count what was computed, not what passed")
     parser.add_argument("--timeline", type=Path, help="every turn of the last round, as JSON")
     options = parser.parse_args()
     print(load_fast_blas(), file=sys.stderr)
-    job = Job(prompt_tokens=options.prompt_tokens, tokens=options.tokens, uneven=options.uneven)
-    rounds = measure(job, options.rounds, time.process_time if options.processor_time else time.perf_counter)
+    job = Job(
+        prompts=options.prompts,
+        rows=options.rows,
+        prompt_tokens=options.prompt_tokens,
+        tokens=options.tokens,
+        most=options.most,
+        uneven=options.uneven,
+    )
+    clock = time.process_time if options.processor_time else time.perf_counter
+    rounds = measure(job, options.rounds, clock, options.model)
     measured, ratios = figures(rounds)
     for one in measured:
         print(f"{one.name}: {one.median:.0f} {one.unit}")
