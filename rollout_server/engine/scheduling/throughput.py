@@ -6,8 +6,7 @@ and a place that falls free waits for others, until what stands idle has lost as
 costs nearly the same for few rows as for all: rows that are ready wait for those that are being read. Where only few
 are, or sequences are scored, which no row waits for, the order matters little, and rows have as much time as reading.
 
-One forward for both would save one pass for each chunk, which is the small part, and would pad every row's one token
-to the length of the chunk.
+Why prompts and rows share no forward stands in docs/decisions/09-throughput-first.md.
 """
 
 from __future__ import annotations
