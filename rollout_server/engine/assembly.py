@@ -134,9 +134,10 @@ def batches_of(
 
 def readings_of(model: ResidentModel, policies: PolicyTable, ledger: KVLedger, most: int) -> list[tuple[int, float]]:
     """What reading chunks of at most `most` tokens costs, (tokens, seconds); empty where there is no room to see."""
-    if model.info.cache != "slots" or not ledger.fits(cells_of(most)):
+    longest = min(most, model.info.max_model_len)
+    if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
         return []
-    return readings(model.forward, model.make_padded, policies.router(BASE_SET), most)
+    return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
 
 
 def batch_of(
