@@ -84,13 +84,7 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(
-            prefill_tokens,
-            clock,
-            planned if model.compiles else lambda tokens: tokens,
-            prefer=prefer,
-            measure=partial(readings_of, model, policies, ledger),
-        ),
+        budget=budget_of(model, policies, ledger, prefill_tokens, clock, prefer),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -132,12 +126,24 @@ def batches_of(
     )
 
 
-def readings_of(model: ResidentModel, policies: PolicyTable, ledger: KVLedger, most: int) -> list[tuple[int, float]]:
-    """What reading chunks of at most `most` tokens costs, (tokens, seconds); empty where there is no room to see."""
-    longest = min(most, model.info.max_model_len)
-    if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
-        return []
-    return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+def budget_of(
+    model: ResidentModel,
+    policies: PolicyTable,
+    ledger: KVLedger,
+    most: int,
+    clock: Callable[[], float],
+    prefer: Prefer,
+) -> TurnBudget:
+    """What a turn reads, at most `most` tokens; what that costs can be measured where there is room for it."""
+
+    def measured(most: int) -> list[tuple[int, float]]:
+        longest = min(most, model.info.max_model_len)
+        if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
+            return []
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+
+    rounded = planned if model.compiles else lambda tokens: tokens
+    return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
 
 
 def batch_of(
