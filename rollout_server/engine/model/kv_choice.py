@@ -108,9 +108,10 @@ def _with_attention(
             logits: mx.array = module(tokens, cache=caches)
         return logits
 
-    def trial(attend: Attend) -> str | None:
+    def trial(attend: Attend, *, traced: bool) -> str | None:
         store = chosen.make(attend=attend)
-        decode = CompiledDecode(forward, store, Unrouted()) if isinstance(store, PaddedKV) and chosen.compiles else None
+        traced = traced and chosen.compiles
+        decode = CompiledDecode(forward, store, Unrouted()) if traced and isinstance(store, PaddedKV) else None
         return _self_test(forward, store, rows, expected, decode)
 
     found = choose_attention(module, trial, wanted=wanted)

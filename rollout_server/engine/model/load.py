@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters
+from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -107,9 +107,9 @@ def load(options: EngineOptions) -> ResidentModel:
     )
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(
-        module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, chosen.attention, trunk
-    )
+    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from adapters.kernels.decode import DecodeKernel
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
@@ -34,6 +35,8 @@ class ResidentModel:
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
     attention: ChosenAttention = UNBOUND
     """How decode steps attend."""
+    adapter_kernel: DecodeKernel | None = None
+    """What adds low-rank products in decode steps, where it is right and faster on this device."""
     trunk: str = ""
     """Path of the part of `module` that gives hidden states; empty if none does."""
 
