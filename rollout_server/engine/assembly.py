@@ -16,6 +16,7 @@ from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
+from rollout_server.engine.batch.measured_reading import cells_of, readings
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -23,7 +24,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions, Prefer
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
@@ -83,7 +84,7 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(most, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=budget_of(model, policies, ledger, most, clock, options.prefer),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -136,6 +137,26 @@ def batches_of(
         # Where each row reads its own columns, one bucket is as fast as several.
         measured if model.info.cache == "slots" and model.attention.attend is None else None,
     )
+
+
+def budget_of(
+    model: ResidentModel,
+    policies: PolicyTable,
+    ledger: KVLedger,
+    most: int,
+    clock: Callable[[], float],
+    prefer: Prefer,
+) -> TurnBudget:
+    """What a turn reads, at most `most` tokens; what that costs can be measured where there is room for it."""
+
+    def measured(most: int) -> list[tuple[int, float]]:
+        longest = min(most, model.info.max_model_len)
+        if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
+            return []
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+
+    rounded = planned if model.compiles else lambda tokens: tokens
+    return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
 
 
 def batch_of(

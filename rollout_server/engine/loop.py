@@ -38,7 +38,8 @@ from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scheduling.on_update import VersionSwitcher
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
-from rollout_server.engine.scheduling.turn_budget import Kind, TurnBudget
+from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.engine.scheduling.turn_costs import Kind
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
@@ -109,6 +110,7 @@ class Engine:
         """Turns until a `Stop` arrives. An exception out of here means the engine is dead."""
         self._prepare()
         self._batches.learn_costs()
+        self._budget.learn_costs()
         self._status.show()
         while not self._stopping:
             self.turn()
@@ -130,7 +132,7 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._budget.begin(decoding=self._batches.active, rows=self._batches.size)
+        self._begin_budget()
         self._admission.call_back()
         if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
@@ -146,16 +148,31 @@ class Engine:
         self._budget.end()
         self._share_out()
 
+    def _begin_budget(self) -> None:
+        batches, joining = self._batches, self._joining
+        paused = self._pause_state.paused
+        self._budget.begin(
+            rows=max(1, batches.size - joining) if batches.active else 0,
+            joining=joining,
+            idle=0 if paused else self._requests.startable(batches.size),
+            streamed=self._requests.streams > 0 and any(row.streamed for row in batches.rows),
+        )
+
+    @property
+    def _joining(self) -> int:
+        """Rows whose prompt is being read."""
+        return sum(joining.count for joining in self._batches.joining)
+
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and not self._pause_state.paused:
+        if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
             wanting.append("prefill")
         if self._scoring.busy:
             wanting.append("scoring")
-        self._budget.divide(wanting)
+        self._budget.divide(wanting, self._joining)
 
     def _prefill(self) -> None:
         """The step in flight is read first, but only where groups that join are read or leave."""
@@ -184,7 +201,8 @@ class Engine:
             self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
 
     def _step(self) -> None:
-        if self._batches.active:
+        joining = self._joining
+        if self._batches.active and self._budget.steps(rows=self._batches.size - joining, joining=joining):
             self._batches.step()
             self._batches.release(few=True)
         self._batches.rearrange()

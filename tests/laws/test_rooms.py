@@ -78,7 +78,10 @@ PLAIN = (
     "rollout_server.engine.messages.status",
     "rollout_server.engine.requests.queue",
     "rollout_server.engine.scheduling.pause",
+    "rollout_server.engine.scheduling.latency",
+    "rollout_server.engine.scheduling.throughput",
     "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.engine.scheduling.turn_costs",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )
