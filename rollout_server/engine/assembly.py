@@ -39,6 +39,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.timeline import Timeline
 
 
 def build_engine(
@@ -52,19 +53,19 @@ def build_engine(
     prefix_cache: bool = True,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame = model.info, Blame()
-    eos = frozenset(info.eos_token_ids)
+    `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
+    info, blame, timeline = model.info, Blame(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, timeline)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state = PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
@@ -89,6 +90,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        timeline=timeline,
     )
 
 
@@ -106,6 +108,7 @@ def batches_of(
     ledger: KVLedger,
     reports: Reports,
     blame: Blame,
+    timeline: Timeline,
 ) -> Batches:
     """Rows of every parameter set; what their steps cost can be measured where they have columns."""
 
@@ -113,7 +116,7 @@ def batches_of(
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger),
+        partial(batch_of, model, policies, prefix_reuse, ledger, timeline),
         model.make_store(),
         ledger,
         reports,
@@ -123,7 +126,12 @@ def batches_of(
 
 
 def batch_of(
-    model: ResidentModel, policies: PolicyTable, prefix_reuse: PrefixReuse, ledger: KVLedger, parameters: int
+    model: ResidentModel,
+    policies: PolicyTable,
+    prefix_reuse: PrefixReuse,
+    ledger: KVLedger,
+    timeline: Timeline,
+    parameters: int,
 ) -> Batch:
     """An empty batch whose forwards run on a parameter set."""
     store, route = model.make_store(), policies.router(parameters)
@@ -138,10 +146,11 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read),
+        Decoder(decode, store, route, eos, vocabulary, before_read, timeline=timeline),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
         prefixes,
+        timeline=timeline,
     )

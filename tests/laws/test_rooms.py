@@ -77,6 +77,7 @@ PLAIN = (
     "rollout_server.engine.requests.queue",
     "rollout_server.engine.scheduling.pause",
     "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.engine.timeline",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )

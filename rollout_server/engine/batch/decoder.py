@@ -19,6 +19,7 @@ from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import NonFiniteLogits
 
 
@@ -97,6 +98,8 @@ class Decoder:
         eos: frozenset[int],
         vocabulary: int,
         before_read: Callable[[], None] = lambda: None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._forward = forward
         self._store = store
@@ -104,6 +107,7 @@ class Decoder:
         self._eos = eos
         self._vocabulary = vocabulary
         self._before_read = before_read
+        self._timeline = timeline
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
@@ -126,15 +130,18 @@ class Decoder:
 
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
-        pending = self._build(seats)
-        if pending is not None and self._inputs is not None and self._inputs.masked:
-            return self._step_masked(pending)
-        following = None if pending is None else self._draw(pending, None)
-        result = self._read()
-        if following is not None:
-            mx.async_eval(following.sampled.arrays(), self._store.pending())
-            self._dispatched = following
-        return result.record(self._eos) if result else []
+        with self._timeline.part("step") as part:
+            pending = self._build(seats)
+            if pending is not None and self._inputs is not None:
+                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._store.capacity)
+                if self._inputs.masked:
+                    return self._step_masked(pending)
+            following = None if pending is None else self._draw(pending, None)
+            result = self._read()
+            if following is not None:
+                mx.async_eval(following.sampled.arrays(), self._store.pending())
+                self._dispatched = following
+            return result.record(self._eos) if result else []
 
     def _step_masked(self, pending: PendingStep) -> list[Row]:
         """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
@@ -189,5 +196,7 @@ class Decoder:
         dispatched, self._dispatched = self._dispatched, None
         if dispatched is None:
             return None
-        self._before_read()
-        return dispatched.read()
+        with self._timeline.part("settle") as part:
+            part.note(rows=len(dispatched.rows))
+            self._before_read()
+            return dispatched.read()

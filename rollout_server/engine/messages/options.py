@@ -42,6 +42,8 @@ class EngineOptions:
     """Trace decode steps; None: where the device is no CPU."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    trace: str | None = None
+    """A file to record a timeline of turns in."""
 
 
 @dataclass(frozen=True, slots=True)
