@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.servers.processes import server
+from benchmarks.servers.processes import Served, server
+
+
+@contextmanager
+def our_process(model: Path, *options: str) -> Iterator[Served]:
+    """`rollout-server serve`."""
+    with server("-m", "rollout_server", "serve", "--port", "0", "--model", str(model), *options) as served:
+        yield served
 
 
 @contextmanager
 def our_server(model: Path, *options: str) -> Iterator[str]:
     """`rollout-server serve`; its URL."""
-    with server("-m", "rollout_server", "serve", "--port", "0", "--model", str(model), *options) as served:
+    with our_process(model, *options) as served:
         yield served.url
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.record import Measured, Ratio, Scale, Section
 from rollout_server.machine.blas import load_fast_blas
+from rollout_server.rollout import Wants
 
 if TYPE_CHECKING:
     from tests.support.engine.driver import Driver
@@ -112,11 +113,15 @@ def beside(driver: Driver, seed: int) -> Mapping[str, Callable[[], list[str]]]:
     }
 
 
-def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]]) -> Turns:
+def measure_one(
+    driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]], *, wants: Wants | None = None
+) -> Turns:
+    """`wants` is what the running rows are asked for."""
     from tests.support.engine.driver import prompts_of
 
     vocabulary = driver.model.info.vocab_size
-    ids = [driver.submit(prompts_of([20] * rows, vocabulary), max_tokens=4 * turns + 200, ignore_eos=True)]
+    running = prompts_of([20] * rows, vocabulary)
+    ids = [driver.submit(running, wants=wants, max_tokens=4 * turns + 200, ignore_eos=True)]
     driver.until(lambda: len(driver.batches.rows) == rows)
     driver.turn(10)
     alone = [turn(driver) for _ in range(turns)]
