@@ -21,6 +21,9 @@ from benchmarks.servers.compared import peer_server
 from benchmarks.servers.load import drive
 from benchmarks.whole_job.job import Job
 
+APART_S = 0.005
+"""Between two requests: its socket lets five connections wait, and further ones come a second later or break."""
+
 
 class BatchGeneratorJob:
     """`BatchGenerator` in this process, every prompt repeated for each of its samples, which is how it is given them.
@@ -74,19 +77,18 @@ class PeerServer:
     url: str
     job: Job
     clients: int
-    adapter: Path | None
 
     def rate(self, number: int) -> float:
         """Completion tokens, by each reply's own count, a second: an end token may end a row early."""
         body: dict[str, Any] = {"max_tokens": self.job.tokens, "temperature": 1.0, "logprobs": True}
-        if self.adapter is not None:
-            body["adapters"] = str(self.adapter)
         requests = [body | {"prompt": text} for text in self.job.texts(number) for _ in range(self.job.n)]
-        done = asyncio.run(drive(self.url, "/v1/completions", requests, self.clients))
+        done = asyncio.run(drive(self.url, "/v1/completions", requests, self.clients, apart_s=APART_S))
         return done.tokens() / done.seconds
 
 
 @contextmanager
 def mlx_lm_server(job: Job, rows: int, adapter: Path | None = None) -> Iterator[PeerServer]:
-    with peer_server(job.model, min(rows, job.rows)) as url:
-        yield PeerServer(url, job, min(2 * rows, job.rows), adapter)
+    # Of its default model the adapter is the one on the command line, whatever a request names.
+    options = () if adapter is None else ("--adapter-path", str(adapter))
+    with peer_server(job.model, min(rows, job.rows), *options) as url:
+        yield PeerServer(url, job, min(rows, job.rows))

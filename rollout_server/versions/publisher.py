@@ -148,7 +148,7 @@ class Publisher:
         await self._write(store.put, publish.bundle)
         put = time.perf_counter()
         try:
-            before = (*publish.before, ("write", began, put))
+            before = (*publish.before, ("persist", began, put))
             staged = await self._engine.publish(replace(publish, provisional=True, before=before))
         except RolloutError:
             await asyncio.to_thread(store.forget, digest)
@@ -172,7 +172,7 @@ class Publisher:
         persist_s = put_s + written - began
         try:
             # It is known now, so this stages nothing and looks at no condition again.
-            done = await self._engine.publish(replace(publish, before=(("write", began, written),)))
+            done = await self._engine.publish(replace(publish, before=(("persist", began, written),)))
         finally:
             await self._settle(name, store)
         return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)

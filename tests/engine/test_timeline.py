@@ -78,7 +78,7 @@ def test_pushes_that_overlap_stand_on_tracks_of_their_own(tmp_path: Path) -> Non
                     part.note(policy=id)
                     clock.now += 1
                     timeline.push(
-                        id, id, [("receive", begin, begin + 2), ("read", begin + 2, begin + 3)], part, done=done
+                        id, id, [("receive", begin, begin + 2), ("validate", begin + 2, begin + 3)], part, done=done
                     )
         with timeline.turn(), timeline.part("change versions") as part:
             part.note(policy="c")

@@ -27,11 +27,12 @@ WHAT = (
     "reply. Completion tokens over the time from before the first request to the arrays, push and prefill "
     "included; every step has other prompts. First and second step after a start of `rollout-server serve`, which "
     "each round starts anew; `base` pushes nothing. `BatchGenerator` runs in this process, with the same adapter "
-    "and every prompt repeated, its `prefill_batch_size` the faster of 8 and as many as rows, its log- "
-    "probabilities unread; `mlx_lm.server` runs as a process with the same adapter, and returns log- "
-    "probabilities. Both have the adapter from the start, and one round before to warm up. The last ratio says "
-    "what the whole costs beyond its parts: prompts as fast as the engine reads them while nothing decodes, and "
-    "tokens as fast as it decodes while nothing is read."
+    "and every prompt repeated, its `prefill_batch_size` the faster of 8 and as many as rows, its "
+    "log-probabilities unread; `mlx_lm.server` runs as a process with the same adapter, returns "
+    "log-probabilities, and is asked once for each row, 5 ms apart, since it lets few connections wait. Both have "
+    "the adapter from the start, and one round before to warm up. The last ratio says what the whole costs beyond "
+    "its parts: prompts as fast as the engine reads them while nothing decodes, and tokens as fast as it decodes "
+    "while nothing is read."
 )
 
 
@@ -68,11 +69,17 @@ class Contenders:
 
 
 def section(scale: Scale) -> Section:
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "qwen3-33m")
         job = Job(path) if scale.full else Job(path, prompts=8, prompt_tokens=64, tokens=32)
-        adapter = Adapter.of(path)
-        for_mlx_lm = adapter.save_for_mlx_lm(Path(folder) / "adapter")
+        return compare(job, Path(folder), scale.rounds)
+
+
+def compare(job: Job, folder: Path, rounds: int) -> Section:
+    """`folder` is for the adapter."""
+    adapter = Adapter.of(job.model)
+    for_mlx_lm = adapter.save_for_mlx_lm(folder / "adapter")
+    with contextlib.ExitStack() as stack:
         each = Contenders(
             job,
             adapter,
@@ -83,7 +90,7 @@ def section(scale: Scale) -> Section:
         for warm_up in (each.peer_in_process, each.peer_over_http, each.parts):
             warm_up(0)
         calls = [each.base, each.lora, each.peer_in_process, each.peer_over_http, each.parts]
-        found = take_turns_with(calls, "tok/s", scale.rounds)
+        found = take_turns_with(calls, "tok/s", rounds)
     facts = {**job.facts, "rows together": ROWS, "MB of the adapter": round(adapter.megabytes, 1)}
     facts["prefill_batch_size of BatchGenerator"] = each.generator.prefill
     return Section("step", "A trainer's step", WHAT, tuple(found.values()), ratios(job, found), facts=facts)

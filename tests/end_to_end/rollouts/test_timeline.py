@@ -73,11 +73,11 @@ def test_a_server_records_its_turns_and_pushes(model: Path, tmp_path: Path) -> N
     # With a state directory a version is staged, written, and then published.
     assert [stage["name"] for stage in stages] == [
         "receive",
-        "read",
-        "write",
+        "validate",
+        "persist",
         "stage and publish",
         "push",
-        "write",
+        "persist",
         "stage and publish",
         "push",
     ]
