@@ -1,7 +1,8 @@
 """Decode steps of one batch: the step in flight, and what the next one is computed and drawn with.
 
-One step ahead: step k+1 is built while step k runs and dispatched as soon as k was read; what k returned is recorded
-while k+1 runs. A stop token is therefore seen one step late, and its extra token is dropped.
+One step ahead: step k+1 is built while step k runs and dispatched as soon as k was read, or before that where steps
+may overlap; what k returned is recorded while k+1 runs. A stop token is therefore seen one step late, and its extra
+token is dropped.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ class Decoder:
         self._arrays = self._inputs = None
 
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
-        """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
+        """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
+        the rows that got a token."""
         with self._timeline.part("step") as part:
             pending = self._build(seats)
             if pending is not None and self._inputs is not None:
@@ -137,11 +139,19 @@ class Decoder:
                 if self._inputs.masked:
                     return self._step_masked(pending)
             following = None if pending is None else self._draw(pending, None)
-            result = self._read()
-            if following is not None:
-                mx.async_eval(following.sampled.arrays(), self._store.pending())
-                self._dispatched = following
+            flying, self._dispatched = self._dispatched, None
+            overlaps = self._store.steps_overlap
+            if overlaps:
+                self._dispatch(following)
+            result = self._wait(flying)
+            if not overlaps:
+                self._dispatch(following)
             return result.record(self._eos) if result else []
+
+    def _dispatch(self, step: DispatchedStep | None) -> None:
+        if step is not None:
+            mx.async_eval(step.sampled.arrays(), self._store.pending())
+            self._dispatched = step
 
     def _step_masked(self, pending: PendingStep) -> list[Row]:
         """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
@@ -194,6 +204,9 @@ class Decoder:
     def _read(self) -> StepResult | None:
         """Waits for the step in flight and copies its results to the host."""
         dispatched, self._dispatched = self._dispatched, None
+        return self._wait(dispatched)
+
+    def _wait(self, dispatched: DispatchedStep | None) -> StepResult | None:
         if dispatched is None:
             return None
         with self._timeline.part("settle") as part:

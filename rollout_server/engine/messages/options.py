@@ -44,6 +44,8 @@ class EngineOptions:
     """8 keeps keys and values in so many bits; None as the model computes them."""
     trace: str | None = None
     """A file to record a timeline of turns in."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
 
 
 @dataclass(frozen=True, slots=True)

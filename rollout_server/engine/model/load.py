@@ -75,7 +75,7 @@ def load(options: EngineOptions) -> ResidentModel:
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
+    chosen = choose_store(module, vocabulary, options, compiles=compiles)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(read, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
@@ -107,7 +107,9 @@ def load(options: EngineOptions) -> ResidentModel:
     )
     if not on_cpu:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+    return ResidentModel(
+        module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, chosen.attention, trunk
+    )
 
 
 def _check_device(
