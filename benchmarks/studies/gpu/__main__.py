@@ -12,7 +12,8 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rollout_server.machine.blas import load_fast_blas
@@ -44,6 +45,15 @@ PARTS: dict[str, tuple[str, Callable[[Held], Iterable[Figure]]]] = {
 """In the order in which they run: those that share an engine stand together."""
 
 
+def figures_of(name: str, held: Held) -> Iterator[Figure]:
+    """A part's. What it leaves behind when it fails is not there for the next one."""
+    try:
+        yield from PARTS[name][1](held)
+    except Exception:
+        held.free()
+        raise
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
@@ -68,8 +78,7 @@ def main() -> int:
         report.say(f"{held.about.get('device_name', mx.default_device())}: {held.bandwidth() / 1e12:.3f} TB/s")
         with held:
             for name in names:
-                question, found = PARTS[name]
-                report.measure(name, question, lambda found=found: found(held))  # type: ignore[misc]
+                report.measure(name, PARTS[name][0], partial(figures_of, name, held))
     if report.failed:
         print(f"These parts failed: {', '.join(report.failed)}.", file=sys.stderr)
     return 1 if report.failed else 0
