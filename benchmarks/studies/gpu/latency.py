@@ -17,10 +17,13 @@ BESIDE = ("prompts", "scoring")
 
 
 def latency(held: Held) -> Iterator[Figure]:
-    """Rows that nobody reads before they end, and rows that are streams."""
+    """Under `--prefer latency`, and without it where the rows are streams."""
     held.free()
-    for name, wants in (("rows", Wants()), ("streams", Wants(tokens_as_they_come=True))):
-        driver = Driver.start(held.path(), clock=time.perf_counter, max_batch=2 * held.size.rows)
+    for name, prefer, wants in (
+        ("--prefer latency", "latency", Wants()),
+        ("streams", "throughput", Wants(tokens_as_they_come=True)),
+    ):
+        driver = Driver.start(held.path(), clock=time.perf_counter, max_batch=2 * held.size.rows, prefer=prefer)
         driver.batches.learn_costs()
         for rows in (held.size.few, held.size.rows):
             for what, ask in beside(driver, rows).items():

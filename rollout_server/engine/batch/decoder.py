@@ -17,6 +17,7 @@ import numpy as np
 from rollout_server.engine.batch.row import Row, TopTokens
 from rollout_server.engine.batch.step_inputs import GrammarMasks, StepInputs, TokenCounts, inputs_of, prepare_rows
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
@@ -99,6 +100,7 @@ class Decoder:
         eos: frozenset[int],
         vocabulary: int,
         before_read: Callable[[], None] = lambda: None,
+        filter_kernel: FilterKernel | None = None,
         *,
         timeline: Timeline,
     ) -> None:
@@ -109,6 +111,7 @@ class Decoder:
         self._vocabulary = vocabulary
         self._before_read = before_read
         self._timeline = timeline
+        self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
@@ -199,7 +202,7 @@ class Decoder:
     def _prepare(self, seats: Mapping[int, Row], size: int) -> SamplerArrays:
         by_place = [seats.get(place) for place in range(size)]
         self._counts.seat(by_place)
-        return prepare_rows(by_place, self._vocabulary, self._eos)
+        return prepare_rows(by_place, self._vocabulary, self._eos, self._filter_kernel)
 
     def _read(self) -> StepResult | None:
         """Waits for the step in flight and copies its results to the host."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ import mlx.nn as nn
 from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.padded_layer import Attend, DecodeAttention
 from rollout_server.engine.model.attention.binding import modules_of
-from rollout_server.engine.model.attention.kernel import LEAST_PART, geometry_of, row_kernel
+from rollout_server.engine.model.attention.kernel import FILLED, LEAST_PART, geometry_of, row_kernel
 from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.embedding import UNFIT
 
@@ -24,8 +25,12 @@ log = logging.getLogger("rollout_server.engine.model")
 TESTED_COLUMNS = 4 * LEAST_PART
 TIMED_ROWS, TIMED_COLUMNS = 64, 512
 REPEATS = 5
-Trial = Callable[[Attend], str | None]
-"""Runs rows of the model under an attention; says what is wrong with them."""
+
+
+class Trial(Protocol):
+    def __call__(self, attend: Attend, *, traced: bool) -> str | None:
+        """Runs rows of the model under an attention, `traced` where the model's steps are; says what is wrong with
+        them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,14 +66,14 @@ def _why_not(kernel: Attend, trial: Trial) -> str | None:
         return attend_plainly(step)
 
     try:
-        if (fault := trial(noting)) is not None:
+        if (fault := trial(noting, traced=False)) is not None:
             return f"the model does not attend as its cache expects ({fault})"
         if not steps:
             return "no layer asks its cache to attend"
         for step in steps.values():
             if (fault := _compare(kernel, step)) is not None:
                 return f"the kernel computes something else here, {fault}"
-        if (fault := trial(kernel)) is not None:
+        if (fault := trial(kernel, traced=True)) is not None:
             return f"under the kernel {fault}"
         return _slower(kernel, max(steps.values(), key=lambda step: step.window is None))
     except UNFIT as error:
@@ -80,7 +85,9 @@ def _compare(kernel: Attend, like: DecodeAttention) -> str | None:
     window = like.window or 0
     borders = [column for column in (window - 1, window, window + 1) if 0 < column < TESTED_COLUMNS - 1]
     offsets = [0, 1, 31, LEAST_PART, TESTED_COLUMNS - 2, TESTED_COLUMNS - 1, *borders]
-    for places in (offsets, offsets[-1:]):  # so many that one block reads a row, and so few that several do
+    many = -(-FILLED // (like.keys.shape[1] * len(offsets)))
+    # So many that one block reads a row, and so few that several do.
+    for places in (offsets * many, offsets[:5], offsets[-1:]):
         step = _made(like, places, TESTED_COLUMNS)
         rows = mx.arange(len(places))
         expected, _, _ = attend_plainly(_twin(step))
@@ -95,7 +102,7 @@ def _compare(kernel: Attend, like: DecodeAttention) -> str | None:
         # Values are of order one; both sides round once to the dtype, and sums of float32 differ by their order.
         bound = 4 * mx.finfo(found.dtype).eps + 1e-5
         if not gap <= bound:
-            return f"by {gap:.2g} in {geometry_of(step).name}"
+            return f"by {gap:.2g} in {geometry_of(step)}"
     return None
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from adapters.kernels.text import Device, compile_kernel, constants, own_device
 from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
-from rollout_server.engine.model.attention.source import attend_body, constants, header, join_body
+from rollout_server.engine.model.attention.source import attend_body, header, join_body
 
-Device = Literal["cuda", "metal"]
 Part = Literal["whole", "part", "join"]
 STEP_INPUTS = ("queries", "new_keys", "new_values", "keys", "values", "offsets")
 LOG2_E = 1.4426950408889634
@@ -106,13 +106,6 @@ class Geometry:
             SCALE=self.scale * LOG2_E,
         )
 
-    @property
-    def name(self) -> str:
-        """MLX keeps one compiled kernel a name."""
-        scale = self.scale.hex().replace(".", "_").replace("-", "m").replace("+", "p")
-        fields = (self.width, self.heads, self.kv_heads, self.dtype, self.group, self.window, int(self.sinks), scale)
-        return "_".join(["row_attention", *(str(field) for field in fields)])
-
 
 class RowKernel:
     """Attends by kernels, each compiled when it is first needed. It is an `Attend` of `kv_cache.padded_layer`: the new
@@ -171,15 +164,14 @@ class RowKernel:
             body = join_body(self._device, sinks=sinks)
         else:
             body = attend_body(self._device, packed=geometry.group > 0, split=part == "part", sinks=sinks)
-        make: Callable[..., Any] = mx.fast.cuda_kernel if self._device == "cuda" else mx.fast.metal_kernel
-        kernel: Callable[..., Any] = make(
-            name=f"{geometry.name}_{part}",
-            input_names=[*names, *(["sinks"] if sinks else [])],
-            output_names=["out"],
-            source=geometry.constants + body,
-            header=header(self._device, "packed" if geometry.group else geometry.dtype),
+        return compile_kernel(
+            self._device,
+            f"row_attention_{part}",
+            [*names, *(["sinks"] if sinks else [])],
+            ["out"],
+            geometry.constants + body,
+            header(self._device, "packed" if geometry.group else geometry.dtype),
         )
-        return kernel
 
 
 def geometry_of(step: DecodeAttention) -> Geometry:
@@ -207,6 +199,5 @@ def geometry_of(step: DecodeAttention) -> Geometry:
 
 def row_kernel() -> RowKernel | None:
     """That of the default device; None where there is none, as on a CPU."""
-    if mx.default_device() == mx.cpu:
-        return None
-    return RowKernel("metal" if mx.metal.is_available() else "cuda")
+    device = own_device()
+    return None if device is None else RowKernel(device)

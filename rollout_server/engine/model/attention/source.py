@@ -14,87 +14,17 @@ and a step may be dispatched while the one before still runs.
 from __future__ import annotations
 
 import string
-from typing import Literal
 
-CUDA = """
-#define FN __device__ __forceinline__
-#define DEVICE
-#define LOCAL
-#define SHARED __shared__
-#define BARRIER() __syncthreads()
-#define SHUFFLE(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
-#define BITS_TO_FLOAT(bits) __uint_as_float(bits)
-#define HALF_TO_FLOAT(bits) __half2float(__ushort_as_half((unsigned short)(bits)))
-#define EXP2(x) exp2f(x)
-#define LARGER(a, b) ((a) > (b) ? (a) : (b))
-"""
+from adapters.kernels.text import INDICES, NUMBERS, Device, macros
 
-METAL = """
-#define FN inline
-#define DEVICE device
-#define LOCAL thread
-#define SHARED threadgroup
-#define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
-#define SHUFFLE(value, mask) simd_shuffle_xor(value, ushort(mask))
-#define BITS_TO_FLOAT(bits) as_type<float>(bits)
-#define HALF_TO_FLOAT(bits) float(as_type<half>(ushort(bits)))
-#define EXP2(x) metal::exp2(x)
-#define LARGER(a, b) ((a) > (b) ? (a) : (b))
-"""
-
-INDICES = {
-    "cuda": {
-        "thread": "int(threadIdx.x)",
-        "block_x": "int(blockIdx.x)",
-        "block_y": "int(blockIdx.y)",
-        "block_z": "int(blockIdx.z)",
-        "blocks_z": "int(gridDim.z)",
-    },
-    "metal": {
-        "thread": "int(thread_position_in_threadgroup.x)",
-        "block_x": "int(threadgroup_position_in_grid.x)",
-        "block_y": "int(threadgroup_position_in_grid.y)",
-        "block_z": "int(threadgroup_position_in_grid.z)",
-        "blocks_z": "int(threadgroups_per_grid.z)",
-    },
-}
-
-NUMBERS = {
-    "bfloat16": """
-FN void numbers_of(uint4 w, LOCAL float* x) {
-  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = BITS_TO_FLOAT(words[i] << 16);
-    x[2 * i + 1] = BITS_TO_FLOAT(words[i] & 0xffff0000u);
-  }
-}
-""",
-    "float16": """
-FN void numbers_of(uint4 w, LOCAL float* x) {
-  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = HALF_TO_FLOAT(words[i] & 0xffffu);
-    x[2 * i + 1] = HALF_TO_FLOAT(words[i] >> 16);
-  }
-}
-""",
-    "float32": """
-FN void numbers_of(uint4 w, LOCAL float* x) {
-  x[0] = BITS_TO_FLOAT(w.x);
-  x[1] = BITS_TO_FLOAT(w.y);
-  x[2] = BITS_TO_FLOAT(w.z);
-  x[3] = BITS_TO_FLOAT(w.w);
-}
-""",
-    "packed": """
+PACKED = """
 FN void numbers_of(uint2 w, float scale, float offset, LOCAL float* x) {
   const unsigned int words[2] = {w.x, w.y};
   for (int i = 0; i < 8; ++i) {
     x[i] = float((words[i / 4] >> (8 * (i % 4))) & 0xffu) * scale + offset;
   }
 }
-""",
-}
+"""
 
 READ = {
     False: """
@@ -293,22 +223,12 @@ JOIN = string.Template(
 )
 
 
-def constants(**values: int | float) -> str:
-    """The declarations that stand in front of a body."""
-    return "".join(
-        f"  constexpr float {name} = {value!r}f;\n"
-        if isinstance(value, float)
-        else f"  constexpr int {name} = {value};\n"
-        for name, value in values.items()
-    )
-
-
-def header(device: Literal["cuda", "metal"], numbers: str) -> str:
+def header(device: Device, numbers: str) -> str:
     """Macros, and how words become numbers: `numbers` is the name of a dtype, or `packed`."""
-    return {"cuda": CUDA, "metal": METAL}[device] + NUMBERS[numbers]
+    return macros(device) + (PACKED if numbers == "packed" else NUMBERS[numbers])
 
 
-def attend_body(device: Literal["cuda", "metal"], *, packed: bool, split: bool, sinks: bool) -> str:
+def attend_body(device: Device, *, packed: bool, split: bool, sinks: bool) -> str:
     """Behind its `constants`. Where it is `split`, it writes parts for `join_body`."""
     names = ("scale_k", "scale_v", "shift_k", "shift_v") if packed else ()
     fields = "xy" if packed else "xyzw"
@@ -328,6 +248,6 @@ def attend_body(device: Literal["cuda", "metal"], *, packed: bool, split: bool, 
     )
 
 
-def join_body(device: Literal["cuda", "metal"], *, sinks: bool) -> str:
+def join_body(device: Device, *, sinks: bool) -> str:
     """Puts the parts of a row together."""
     return JOIN.substitute(INDICES[device], sink=SINK if sinks else "")
