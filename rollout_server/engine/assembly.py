@@ -44,6 +44,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.timeline import Timeline
 
 
 def build_engine(
@@ -56,16 +57,17 @@ def build_engine(
     *,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame, traces = model.info, Blame(), Traces()
+    `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
+    info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
@@ -92,6 +94,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        timeline=timeline,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
 
@@ -121,6 +124,7 @@ def batches_of(
     reports: Reports,
     blame: Blame,
     traces: Traces,
+    timeline: Timeline,
 ) -> Batches:
     """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
     the base."""
@@ -129,7 +133,7 @@ def batches_of(
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger, traces),
+        partial(batch_of, model, policies, prefix_reuse, ledger, traces, timeline),
         model.make_store(),
         ledger,
         reports,
@@ -165,6 +169,7 @@ def batch_of(
     prefix_reuse: PrefixReuse,
     ledger: KVLedger,
     traces: Traces,
+    timeline: Timeline,
     parameters: int,
 ) -> Batch:
     """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
@@ -182,10 +187,11 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel),
+        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel, timeline=timeline),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
         prefixes,
+        timeline=timeline,
     )

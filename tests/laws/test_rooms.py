@@ -55,8 +55,8 @@ SMALL = {
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
     "benchmarks/studies/expert_repeats.py": "one question to one product",
+    "benchmarks/studies/gpu/latency.py": "one question to a GPU",
     "benchmarks/sections/order.py": "a table",
-    "benchmarks/servers/compared.py": "a process of its own, or its start",
     "benchmarks/servers/peer_server.py": "a process of its own, or its start",
 }
 
@@ -82,6 +82,7 @@ PLAIN = (
     "rollout_server.engine.scheduling.throughput",
     "rollout_server.engine.scheduling.turn_budget",
     "rollout_server.engine.scheduling.turn_costs",
+    "rollout_server.engine.timeline",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )
