@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.record import Measured, Ratio, Scale, Section
 from rollout_server.machine.blas import load_fast_blas
+from rollout_server.rollout import Wants
 
 if TYPE_CHECKING:
     from rollout_server.engine.messages.options import Prefer
@@ -86,7 +87,7 @@ def measure_all(rounds: int, turns: int, prefer: Prefer = "throughput") -> dict[
         for number in range(rounds + 1):
             for rows in ROWS:
                 for name, ask in beside(driver, number).items():
-                    one = measure_one(driver, rows, turns, ask, streamed=prefer == "throughput")
+                    one = measure_one(driver, rows, turns, ask, wants=Wants(tokens_as_they_come=prefer == "throughput"))
                     if number:
                         found.setdefault(f"{rows} rows, {name}", []).append(one)
             print(f"  round {number}/{rounds}", file=sys.stderr, flush=True)
@@ -115,13 +116,15 @@ def beside(driver: Driver, seed: int) -> Mapping[str, Callable[[], list[str]]]:
     }
 
 
-def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]], *, streamed: bool) -> Turns:
-    from rollout_server.rollout import Wants
+def measure_one(
+    driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]], *, wants: Wants | None = None
+) -> Turns:
+    """`wants` is what the running rows are asked for."""
     from tests.support.engine.driver import prompts_of
 
     vocabulary = driver.model.info.vocab_size
-    prompts, wants = prompts_of([20] * rows, vocabulary), Wants(tokens_as_they_come=streamed)
-    ids = [driver.submit(prompts, max_tokens=4 * turns + 200, ignore_eos=True, wants=wants)]
+    running = prompts_of([20] * rows, vocabulary)
+    ids = [driver.submit(running, wants=wants, max_tokens=4 * turns + 200, ignore_eos=True)]
     driver.until(lambda: len(driver.batches.rows) == rows)
     driver.turn(10)
     alone = [turn(driver) for _ in range(turns)]

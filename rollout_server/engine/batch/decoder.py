@@ -17,9 +17,11 @@ import numpy as np
 from rollout_server.engine.batch.row import Row, TopTokens
 from rollout_server.engine.batch.step_inputs import GrammarMasks, StepInputs, TokenCounts, inputs_of, prepare_rows
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import NonFiniteLogits
 
 
@@ -98,6 +100,9 @@ class Decoder:
         eos: frozenset[int],
         vocabulary: int,
         before_read: Callable[[], None] = lambda: None,
+        filter_kernel: FilterKernel | None = None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._forward = forward
         self._store = store
@@ -105,6 +110,8 @@ class Decoder:
         self._eos = eos
         self._vocabulary = vocabulary
         self._before_read = before_read
+        self._timeline = timeline
+        self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
@@ -128,18 +135,21 @@ class Decoder:
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
         the rows that got a token."""
-        pending = self._build(seats)
-        if pending is not None and self._inputs is not None and self._inputs.masked:
-            return self._step_masked(pending)
-        following = None if pending is None else self._draw(pending, None)
-        flying, self._dispatched = self._dispatched, None
-        overlaps = self._store.steps_overlap
-        if overlaps:
-            self._dispatch(following)
-        result = self._wait(flying)
-        if not overlaps:
-            self._dispatch(following)
-        return result.record(self._eos) if result else []
+        with self._timeline.part("step") as part:
+            pending = self._build(seats)
+            if pending is not None and self._inputs is not None:
+                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._store.capacity)
+                if self._inputs.masked:
+                    return self._step_masked(pending)
+            following = None if pending is None else self._draw(pending, None)
+            flying, self._dispatched = self._dispatched, None
+            overlaps = self._store.steps_overlap
+            if overlaps:
+                self._dispatch(following)
+            result = self._wait(flying)
+            if not overlaps:
+                self._dispatch(following)
+            return result.record(self._eos) if result else []
 
     def _dispatch(self, step: DispatchedStep | None) -> None:
         if step is not None:
@@ -192,7 +202,7 @@ class Decoder:
     def _prepare(self, seats: Mapping[int, Row], size: int) -> SamplerArrays:
         by_place = [seats.get(place) for place in range(size)]
         self._counts.seat(by_place)
-        return prepare_rows(by_place, self._vocabulary, self._eos)
+        return prepare_rows(by_place, self._vocabulary, self._eos, self._filter_kernel)
 
     def _read(self) -> StepResult | None:
         """Waits for the step in flight and copies its results to the host."""
@@ -202,5 +212,7 @@ class Decoder:
     def _wait(self, dispatched: DispatchedStep | None) -> StepResult | None:
         if dispatched is None:
             return None
-        self._before_read()
-        return dispatched.read()
+        with self._timeline.part("settle") as part:
+            part.note(rows=len(dispatched.rows))
+            self._before_read()
+            return dispatched.read()
