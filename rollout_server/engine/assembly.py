@@ -95,7 +95,7 @@ def build_engine(
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
     requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
-    ledger.register("prompts", lambda: requests.kept_cells)
+    ledger.register("prompts", requests.kept_cells)
     return requests
 
 
@@ -133,12 +133,10 @@ def batch_of(
         decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
-    # Copies of rows that left are made behind the step that was in flight then.
-    before_read = prefixes.finish if prefixes is not None else lambda: None
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read),
+        Decoder(decode, store, route, eos, vocabulary),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

@@ -211,7 +211,7 @@ class Batch:
         for place in gone:
             del self._seats[place]
         if self._prefixes is not None:
-            self._prefixes.keep_rows(gone, flying)
+            self._decoder.copy(self._prefixes.keep_rows(gone))
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)

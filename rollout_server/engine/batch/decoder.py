@@ -87,7 +87,7 @@ class Decoder:
     """Seats are rows by place; whoever changes them, or the number of places, calls `seats_changed`.
 
     `forward` computes the logits of one token of every place, `route(slots)` tells the adapter layers which slot each
-    place uses. `eos` are the model's end tokens. `before_read` is called before a step in flight is waited for."""
+    place uses. `eos` are the model's end tokens."""
 
     def __init__(
         self,
@@ -96,15 +96,14 @@ class Decoder:
         route: Callable[[Sequence[int]], None],
         eos: frozenset[int],
         vocabulary: int,
-        before_read: Callable[[], None] = lambda: None,
     ) -> None:
         self._forward = forward
         self._store = store
         self._route = route
         self._eos = eos
         self._vocabulary = vocabulary
-        self._before_read = before_read
         self._dispatched: DispatchedStep | None = None
+        self._copies: list[mx.array] = []
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
         self._inputs: StepInputs | None = None
@@ -123,6 +122,15 @@ class Decoder:
 
     def seats_changed(self) -> None:
         self._arrays = self._inputs = None
+
+    def copy(self, copies: list[mx.array]) -> None:
+        """Computes copies of KV: behind the step in flight, or at once without one. They are waited for with that step,
+        since a KV array that one of them still reads would be copied whole by the next write."""
+        if self._dispatched is None:
+            mx.eval(copies)
+        elif copies:
+            mx.async_eval(copies)
+            self._copies += copies
 
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
@@ -189,5 +197,7 @@ class Decoder:
         dispatched, self._dispatched = self._dispatched, None
         if dispatched is None:
             return None
-        self._before_read()
+        copies, self._copies = self._copies, []
+        if copies:
+            mx.eval(copies)
         return dispatched.read()

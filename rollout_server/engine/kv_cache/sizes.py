@@ -9,16 +9,12 @@ HEADROOM = 64
 """Columns that a row must have room for besides what it fills."""
 
 
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 def row_bucket(rows: int, limit: int) -> int:
     """The number of places allocated for `rows` running rows."""
     for bucket in ROW_BUCKETS:
         if bucket >= rows:
             return min(bucket, max(limit, rows))
-    return round_up(rows, 512)
+    return -(-rows // 512) * 512
 
 
 def padded(count: int) -> int:

@@ -108,7 +108,6 @@ class RequestQueue:
             if group.prompt is not None and group.prompt.kept is not None and not group.joining:
                 yield group, len(group.prompt.tokens)
 
-    @property
     def kept_cells(self) -> int:
         """KV columns of prompts that are kept for samples that wait."""
         return sum(self._prompt_cells(tokens) for _, tokens in self._keeping)

@@ -91,7 +91,7 @@ class Memory:
             kv_held=self._batches.nbytes,
             kv_filled=self._batches.filled_cells * info.kv_bytes_per_token,
             kv_kept=self._prefix_reuse.status.nbytes,
-            kv_prompts=self._queue.kept_cells * info.kv_bytes_per_token,
+            kv_prompts=self._queue.kept_cells() * info.kv_bytes_per_token,
             kv_scored=self._scoring.nbytes,
             slots=self._policies.slot_bytes,
             sets=self._policies.set_bytes,

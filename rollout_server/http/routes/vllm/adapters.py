@@ -28,7 +28,8 @@ from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import quoted
 from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
-from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, check_name, read_adapter_directory
+from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, read_adapter_directory
+from rollout_server.versions.publisher import check_name
 
 OUR_WORDS: Mapping[str, str] = MappingProxyType(
     {"name": "lora_name", "policy": "lora_name", "adapter": "lora_path", "weights": "lora_path", "config": "lora_path"}
