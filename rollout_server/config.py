@@ -59,7 +59,7 @@ def parse_hosts(value: Any) -> Any:
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an IP address, and no name."""
+    """Returns whether `host` is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -68,7 +68,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine and nothing else. Another name may resolve to anything."""
+    """Returns whether `host` is this machine and nothing else. Another name may resolve to anything."""
     if host == "localhost":
         return True
     try:
@@ -166,7 +166,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def protected(self) -> bool:
-        """Whether any key is set."""
+        """True if any key is set."""
         return self.api_key is not None or self.admin_key is not None
 
     @property

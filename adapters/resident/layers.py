@@ -58,7 +58,7 @@ class SlotStack:
         self.one_gain: mx.array | None = None
         """[out], when all rows use one slot and it has a gain."""
         self.scales = False
-        """Whether any row in use has a gain."""
+        """True if any row in use has a gain."""
 
     @property
     def nbytes(self) -> int:

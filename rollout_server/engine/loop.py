@@ -212,7 +212,7 @@ class Engine:
 
     @property
     def _computing(self) -> bool:
-        """Whether anything is being sampled or scored."""
+        """True if anything is being sampled or scored."""
         batches = self._batches
         return bool(
             batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
@@ -220,7 +220,7 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        """Whether a turn has something to do."""
+        """True if a turn has something to do."""
         if self._changes or self._releases:
             return True
         if self._pause_state.paused:

@@ -67,7 +67,7 @@ class Publisher:
 
     @property
     def restored(self) -> bool:
-        """Whether the versions of the state directory are there: before that, nothing can be said of any name."""
+        """True if the versions of the state directory are there: before that, nothing can be said of any name."""
         return self._restored
 
     async def close(self) -> None:

@@ -169,12 +169,13 @@ def test_small_modules_have_a_reason() -> None:
     assert not SMALL.keys() - small, f"they have grown or gone: {sorted(SMALL.keys() - small)}"
 
 
-def test_no_docstring_goes_on_where_another_ended() -> None:
+def test_a_docstring_is_no_half_of_a_sentence() -> None:
+    """It neither goes on where another ended, nor hangs on a name, as "of its prompt" and "whether it runs" do."""
     found = []
     for path in modules(*PACKAGES).values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
-            if isinstance(text, str) and text.lower().startswith("and "):
+            if isinstance(text, str) and text.lower().startswith(("and ", "of ", "whether ")):
                 found.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
     assert not found, f"a docstring is a sentence of its own: {found}"
 

@@ -117,7 +117,7 @@ class Decoder:
         return self._dispatched is not None
 
     def computes(self, row: Row) -> bool:
-        """Whether the step in flight computes a row."""
+        """Returns whether the step in flight computes a row."""
         return self._dispatched is not None and row.last_step == self._dispatched.number
 
     def seats_changed(self) -> None:

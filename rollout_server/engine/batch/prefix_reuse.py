@@ -137,7 +137,7 @@ class BatchPrefixes:
 
 
 def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
-    """Whether at least half of a prompt is there once an earlier one was read."""
+    """Returns whether at least half of a prompt is there once an earlier one was read."""
     first = earlier.prompt
     if first is None or first.done or earlier.cancelled or earlier.version != later.version:
         return False

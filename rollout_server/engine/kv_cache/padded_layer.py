@@ -44,7 +44,7 @@ class KVLayout(Protocol):
     """Rows."""
     columns: int
     window: Window
-    """Of the forward that is being built."""
+    """What the forward that is being built reads and writes."""
 
 
 class PaddedLayer:
@@ -55,7 +55,7 @@ class PaddedLayer:
         self._window_size = window_size
         self._packs = packs
         self._packings: tuple[Packing, Packing] | None = None
-        """Of keys and of values, known from the first forward on."""
+        """How keys and how values are packed, known from the first forward on."""
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 

@@ -74,7 +74,7 @@ class KVStore(Protocol):
         for rows that move; see `moves_on_leave`."""
 
     def moves_on_leave(self, leaving: int) -> bool:
-        """Whether freeing `leaving` places now would move the rows that stay."""
+        """Returns whether freeing `leaving` places now would move the rows that stay."""
 
     def shrink(self, columns: int) -> dict[int, int] | None:
         """Gives back what rows of at most `columns` do not need; as `leave`. No step may be in flight."""

@@ -79,7 +79,7 @@ class ModelInfo:
     max_batch: int
     device: str
     weight_bytes: int = 0
-    """Of the base, as it is in memory."""
+    """The base's weights as they are in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     kv_bits: int | None = None

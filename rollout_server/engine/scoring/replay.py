@@ -43,7 +43,7 @@ class RowReplay:
     largest. None where it could not come at all."""
 
     follower: Follower | None = None
-    """Of a row with a grammar: where in it the tokens up to the last masked position lead."""
+    """Where in the grammar, if there is one, the tokens up to the last masked position lead."""
     followed: int = 0
 
     def masks(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class TokenRange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
-    """Of one call of the sampler."""
+    """What one call of the sampler is given."""
 
     arrays: SamplerArrays
     uniform: mx.array
@@ -138,7 +138,7 @@ class _Inputs:
 
 
 def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> RowSubset | None:
-    """Of the rows that have a grammar."""
+    """The masks of rows that have a grammar."""
     constrained = [row.sampling.constraint is not None for row, positions in work for _ in positions]
     if not any(constrained):
         return None

@@ -230,7 +230,7 @@ class Choice:
         raise NotImplementedError
 
     def told(self, piece: Piece, *, token_ids: bool) -> bool:
-        """Whether the piece holds tokens, for a client that asked for them."""
+        """Returns whether the piece holds tokens, for a client that asked for them."""
         return bool(piece.token_ids) and (token_ids or self._reading.top_logprobs is not None)
 
 

@@ -151,8 +151,8 @@ def finite(value: float) -> float | None:
 
 
 def begins_turn(chat: Prompt | ChatRequest, sampling: SamplingParams) -> bool:
-    """Whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the template
-    writes it back. What a grammar asks for stays as it is."""
+    """Returns whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the
+    template writes it back. What a grammar asks for stays as it is."""
     opened = chat.messages is not None and chat.add_generation_prompt and not chat.continue_final_message
     return opened and sampling.constraint is None
 

@@ -30,8 +30,8 @@ QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 def wants_binary(request: Request[Any, Any, Any], *, stream: bool = False) -> bool:
-    """Whether the reply is to be safetensors: where it is named in `Accept` and JSON is not liked better. A stream is
-    JSON in any case; who accepts nothing but safetensors is told so."""
+    """Returns whether the reply is to be safetensors: where it is named in `Accept` and JSON is not liked better. A
+    stream is JSON in any case; who accepts nothing but safetensors is told so."""
     liked = _accepted(request.headers.get("accept", ""))
     json_liked = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
     binary_liked = liked.get(SAFETENSORS, 0.0)
