@@ -119,9 +119,14 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def filters(self) -> tuple[str, ...]:
+        """The filters that can remove a token, by their fields; none of a greedy row."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0}
+        return tuple(name for name, value in off.items() if self.temperature > 0 and getattr(self, name) != value)
+
+    @property
     def filtered(self) -> bool:
-        """True if any filter can remove a token."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return bool(self.filters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ class EngineOptions:
     """Trace decode steps; None: where the device is no CPU."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
+    own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters
+from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -37,6 +37,7 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -75,7 +76,7 @@ def load(options: EngineOptions) -> ResidentModel:
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
+    chosen = choose_store(module, vocabulary, options, compiles=compiles)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(read, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
@@ -105,9 +106,12 @@ def load(options: EngineOptions) -> ResidentModel:
         max_batch=1 if kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
     )
+    filters = choose_filter_kernel(vocabulary, dtype)
     if not on_cpu:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+        warm_sampler(vocabulary, dtype, min(8, info.max_batch), filters)
+    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk, filters
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(
