@@ -27,6 +27,10 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         model_id=config.served_model_name or name,
         context_length=config.context_length,
         max_batch=config.max_batch,
+        prefill_tokens=config.prefill_tokens,
+        prefer=config.prefer,
+        attention=config.attention,
+        warm=config.warm == "on",
         kv_memory=config.kv_memory,
         kv_bits=config.kv_bits,
         prefix_cache=config.prefix_cache == "on",
@@ -34,6 +38,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,
         keep_versions=config.keep_versions,
+        trace=None if config.trace is None else str(config.trace.expanduser()),
     )
 
 

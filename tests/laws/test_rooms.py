@@ -25,6 +25,7 @@ SMALL = {
     "rollout_server/commands/demo.py": "a command, named as it is typed",
     "rollout_server/commands/doctor.py": "a command, named as it is typed",
     "rollout_server/commands/download.py": "a command, named as it is typed",
+    "rollout_server/commands/terminal/engine_options.py": "a table",
     "rollout_server/commands/terminal/progress.py": "shared by several commands",
     "rollout_server/demo/launch.py": "a program that is started as a process of its own",
     "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",
@@ -55,8 +56,8 @@ SMALL = {
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
     "benchmarks/studies/expert_repeats.py": "one question to one product",
+    "benchmarks/studies/gpu/latency.py": "one question to a GPU",
     "benchmarks/sections/order.py": "a table",
-    "benchmarks/servers/compared.py": "a process of its own, or its start",
     "benchmarks/servers/peer_server.py": "a process of its own, or its start",
 }
 
@@ -79,7 +80,11 @@ PLAIN = (
     "rollout_server.engine.requests.queue",
     "rollout_server.engine.sampling.margins",
     "rollout_server.engine.scheduling.pause",
+    "rollout_server.engine.scheduling.latency",
+    "rollout_server.engine.scheduling.throughput",
     "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.engine.scheduling.turn_costs",
+    "rollout_server.engine.timeline",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )

@@ -155,6 +155,11 @@ class PolicyTable:
         return self._resident.sets.numbers
 
     @property
+    def limit(self) -> int | None:
+        """The most bytes that versions may take on the device."""
+        return self._resident.limit
+
+    @property
     def routed(self) -> AdapterSlots:
         """What adapter layers read as they are routed now, for `compiled.CompiledDecode`."""
         return self._resident.slots
