@@ -72,7 +72,7 @@ def build_engine(
     tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
-    memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
+    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
     return Engine(
         mailbox,
         post,
@@ -90,7 +90,6 @@ def build_engine(
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
-        ledger=ledger,
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
