@@ -32,6 +32,9 @@ demo: $(READY)  ## train the embedded model against a real server: result.json a
 serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 	$(BIN)/rollout-server serve $(ARGS)
 
+# Wherever it is set, every process that a test starts would compile the sources anew, and pytest its tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Files of tests side by side.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
@@ -41,7 +44,7 @@ test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k s
 test-fast: $(READY)  ## a minute's worth of them: no server process, no kill, no forwards to compare
 	$(BIN)/python -m pytest -q -m "not server and not numeric and not long" $(SPREAD) $(ARGS)
 
-test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, the demo to its end
+test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")

@@ -51,7 +51,8 @@ class EngineOptions:
     trace: str | None = None
     """A file to record a timeline of turns in."""
     attention: Literal["auto", "mlx"] = "auto"
-    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
+    """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
+    own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class ModelInfo:
     prefill_tokens: int = 512
     """Tokens read at most in one turn."""
     weight_bytes: int = 0
-    """Of the base, as it is in memory."""
+    """The base's weights as they are in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     kv_bits: int | None = None

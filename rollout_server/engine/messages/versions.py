@@ -178,7 +178,7 @@ class VersionStatus:
     pinned: bool
     rows_in_use: int
     nbytes: int
-    """Of the file's tensors."""
+    """Size of the file's tensors."""
     created: float
     """Unix time, seconds."""
     resident_bytes: int = 0

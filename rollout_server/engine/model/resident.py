@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -45,7 +46,7 @@ class ResidentModel:
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
-        with bound(self.attention.modules):
+        with bound(self.attention.modules) if self.attention.modules else nullcontext():
             logits: mx.array = self.module(tokens, cache=caches)
         return logits
 

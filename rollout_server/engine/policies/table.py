@@ -58,7 +58,7 @@ class PolicyTable:
         )
         self._registry = Registry(options.keep_versions)
         self._prepared: PreparedBundle | None = None
-        """Of the push that is under way, where nobody prepared it before."""
+        """The bundle of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = self.set_bytes = 0
         """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
@@ -103,7 +103,7 @@ class PolicyTable:
             raise error
 
     def behind(self, address: PolicyAddress, min_version: int) -> bool:
-        """Whether a name has not come as far as that, but still may."""
+        """Returns whether a name has not come as far as that, but still may."""
         alias = self.alias(address.name)
         return alias is not None and alias < min_version
 
@@ -179,7 +179,7 @@ class PolicyTable:
         return self._apply(command, stages=stages)
 
     def _stages(self, command: PolicyCommand) -> bool:
-        """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
+        """Returns whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
             return self._registry.same(command.name, command.bundle.digest, mode_of(command)) is None
         return isinstance(command, Restore)

@@ -18,7 +18,7 @@ Kind = Literal["prefill", "scoring"]
 RECENT = 48
 """Readings that are remembered."""
 OF_A_SIZE = 5
-"""Of one size; their median counts, so that one stall does not."""
+"""Measurements of one size; their median counts, so that one stall does not."""
 DOUBTED = 4.0
 """So many times the expected cost may be a shape that is computed for the first time, or a stall. It counts only where
 as many in a row as `BELIEVED` say the same."""

@@ -80,7 +80,7 @@ class ScoredSequenceState:
 
     @property
     def scoring(self) -> bool:
-        """Whether its next inputs give values, or only KV."""
+        """True if its next inputs give values, and not KV alone."""
         return self.next_input >= self.run.scored
 
     @property
