@@ -1,32 +1,10 @@
-"""What the attention of every encoder shares: heads, masks of padded batches, and the activations of configurations."""
+"""What the attention of every encoder shares: heads, and masks of padded batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import mlx.core as mx
-import mlx.nn as nn
-
-Activation = Callable[[mx.array], mx.array]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": nn.gelu,
-    "gelu_python": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_fast": nn.gelu_approx,
-    "gelu_accurate": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
-    "gelu_python_tanh": nn.gelu_approx,
-    "quick_gelu": nn.gelu_fast_approx,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "mish": nn.mish,
-    "tanh": mx.tanh,
-    "sigmoid": mx.sigmoid,
-}
-"""transformers' names, of functions that act on each value by itself."""
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from rollout_server.models.encoders.attention import ACTIVATIONS, attend, split_heads, tokens_kept
+from rollout_server.models.encoders.activations import ACTIVATIONS
+from rollout_server.models.encoders.attention import attend, split_heads, tokens_kept
 
 BEHIND_PADDING = frozenset({"roberta", "xlm-roberta"})
 """Model types whose first position is the pad id + 1, and whose pad tokens have the position of the pad id."""

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rollout_server.models.encoders.attention import ACTIVATIONS, attend, split_heads, tokens_kept
+from rollout_server.models.encoders.activations import ACTIVATIONS
+from rollout_server.models.encoders.attention import attend, split_heads, tokens_kept
 from rollout_server.models.encoders.bert import Intermediate, Residual
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from rollout_server.models.encoders.attention import ACTIVATIONS, attend, split_heads, tokens_kept
+from rollout_server.models.encoders.activations import ACTIVATIONS
+from rollout_server.models.encoders.attention import attend, split_heads, tokens_kept
 
 EPSILON = 1e-12
 """transformers has it in the code, and not in config.json."""

@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rollout_server.models.encoders.attention import ACTIVATIONS, tokens_kept
+from rollout_server.models.encoders.activations import ACTIVATIONS
+from rollout_server.models.encoders.attention import tokens_kept
 from rollout_server.models.encoders.bert import BertBody
 from rollout_server.models.encoders.modernbert import ModernBertArgs
 

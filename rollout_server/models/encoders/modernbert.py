@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rollout_server.models.encoders.attention import ACTIVATIONS, attend, tokens_kept
+from rollout_server.models.encoders.activations import ACTIVATIONS
+from rollout_server.models.encoders.attention import attend, tokens_kept
 
 FULL, LOCAL = "full_attention", "sliding_attention"
 

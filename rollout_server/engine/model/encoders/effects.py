@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rollout_server.engine.model.checkpoint.meaning import Meaning, meaning_of
-from rollout_server.models.encoders.attention import ACTIVATIONS
+from rollout_server.models.encoders.activations import ACTIVATIONS
 from rollout_server.models.encoders.bert import BEHIND_PADDING
 from rollout_server.models.encoders.families import EncoderFamily
 from rollout_server.models.encoders.modernbert import FULL, LOCAL
