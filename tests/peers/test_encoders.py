@@ -16,7 +16,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 from adapters.formats.read import read_bundle
 from adapters.resident.slots import AdapterSlots
 from rollout_server.engine.messages.options import Task
-from rollout_server.engine.model.encoders.load import EncoderModel, read_encoder
+from rollout_server.engine.model.encoders.encoder import EncoderModel
+from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.pooling import Pooling
 from rollout_server.engine.model.encoders.reading import forward, read, results

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from rollout_server.engine.model.encoders.load import EncoderModel, read_encoder
+from rollout_server.engine.model.encoders.encoder import EncoderModel
+from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import tokenised
 from rollout_server.engine.model.encoders.reading import read
 from tests.peers.conftest import TOLERANCE

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from rollout_server.engine.model.encoders.load import EncoderModel, read_encoder
+from rollout_server.engine.model.encoders.encoder import EncoderModel
+from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage
 from tests.support.tiny_models import write_tokenizer
 
@@ -19,14 +20,15 @@ CHECKPOINTS = sorted(path.parent.relative_to(GOLDEN).as_posix() for path in GOLD
 
 
 def copied(checkpoint: str, directory: Path, *, without: Sequence[str] = (), **changed: Any) -> Path:
-    """A checkpoint with a tokenizer in `directory`, made if missing. `changed` are fields of config.json, None for one
-    that is taken away; `without` are tensors that are left out."""
+    """A checkpoint with a tokenizer in `directory`, made if missing, its values in float32. `changed` are fields of
+    config.json, None for one that is taken away; `without` are tensors that are left out."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = load_file(GOLDEN / checkpoint / "model.safetensors")
-    save_file({n: array for n, array in tensors.items() if n not in without}, directory / "model.safetensors")
+    kept = {name: array.astype(np.float32) for name, array in tensors.items() if name not in without}
+    save_file(kept, directory / "model.safetensors")
     config = json.loads((GOLDEN / checkpoint / "config.json").read_text()) | changed
-    kept = {name: value for name, value in config.items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(kept))
+    said = {name: value for name, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(said))
     write_tokenizer(directory)
     return directory
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.models.encoders.modernbert import LOCAL, Attention, ModernBertArgs
+from rollout_server.models.encoders.modernbert import LOCAL, WIDE, Attention, Blocks, ModernBertArgs, window
 from tests.support.golden_encoders import opened, passages
 from tests.support.numbers.bounds import Network, assert_near
 
@@ -52,7 +52,7 @@ def test_positions_are_turned_by_theta(tmp_path: Path) -> None:
     assert_near(found, np.concatenate(turned, axis=-1), NETWORK.of_logits(x, 30))
 
 
-@pytest.mark.parametrize("width", [3, REACH + 1, REACH + 2, 23, 48])
+@pytest.mark.parametrize("width", [3, REACH + 1, REACH + 2, WIDE * REACH - 1, WIDE * REACH, 23, 48])
 def test_a_local_layer_sees_its_window(width: int, tmp_path: Path) -> None:
     model = opened("modernbert/embed", tmp_path)
     layer = next(layer for kind, layer in zip(model.body._kinds, model.body.layers, strict=True) if kind == LOCAL)
@@ -66,7 +66,7 @@ def test_a_local_layer_sees_its_window(width: int, tmp_path: Path) -> None:
             scores = np.exp([float(q[head, i] @ k[head, j]) / 8**0.5 for j in seen])
             expected[i, head] = scores / scores.sum() @ qkv[seen, 2, head]
     wanted = np.array(layer.attn.Wo(mx.array(expected.reshape(1, width, 16).astype(np.float32))))
-    found = np.array(layer.attn(x, model.body._window(None, width)))
+    found = np.array(layer.attn(x, window(None, width, REACH)))
     assert_near(found, wanted, NETWORK.of_logits(wanted, width))
 
 
@@ -79,3 +79,19 @@ def test_padding_further_away_than_a_window_is_finite_and_changes_nothing(tmp_pa
     alone = np.array(model.body(mx.array([passage.ids])))[0]
     assert_near(states[0, :6], alone, NETWORK.of_logits(alone, 46))
     assert np.abs(states[1, :6] - alone).max() > 0.01
+
+
+@pytest.mark.parametrize("lengths", [None, [33, 1, 20], [17, 33, 32]])
+def test_blocks_give_what_a_mask_gives(lengths: list[int] | None) -> None:
+    width = 33
+    kept = None if lengths is None else mx.arange(width) < mx.array(lengths)[:, None]
+    q, k, v = (mx.random.normal((3, 2, width, 8), key=mx.random.key(seed)) for seed in range(3))
+    found = np.array(Blocks.of(kept, width, REACH)(q, k, v))
+    columns = np.arange(width)
+    away = np.abs(columns[:, None] - columns[None])
+    tokens = np.ones((3, width), bool) if kept is None else np.array(kept)
+    seen = (away <= REACH) & (tokens[:, None] | (away == 0))
+    scores = np.where(seen[:, None], np.array(q @ k.swapaxes(-1, -2)) / 8**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = (weights / weights.sum(axis=-1, keepdims=True)) @ np.array(v)
+    assert_near(found, expected.swapaxes(1, 2).reshape(3, width, 16), NETWORK.of_logits(expected, width))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from mlx.utils import tree_flatten, tree_map
 from transformers import AutoTokenizer
 
 from adapters.resident.model_layers import adaptable_layers
-from rollout_server.engine.messages.options import Task
 from rollout_server.engine.model.checkpoint.files import WEIGHTS, check_model, read_config
 from rollout_server.engine.model.checkpoint.meaning import Meaning, meaning_of
 from rollout_server.engine.model.encoders.architecture import Architecture, architecture_of
 from rollout_server.engine.model.encoders.effects import unserved
+from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.passages import Limits
 from rollout_server.engine.model.encoders.pooling import Pooling, read_pooling
+from rollout_server.engine.model.encoders.reading import padding_fault
 from rollout_server.errors import EngineUnavailable
 from rollout_server.models.encoders.heads import Headed
 from rollout_server.quoting import counted
@@ -31,33 +31,6 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeE
 REASON = 400
 """Characters shown of an error: MLX lists every parameter that is missing."""
 UNNAMED = re.compile(r"LABEL_\d+")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncoderModel:
-    """An encoder in memory."""
-
-    module: Any
-    """The body alone where the task is `embed`, else a `Headed`; parameters have the names of the checkpoint."""
-    tokenizer: Any
-    task: Task
-    labels: tuple[str | None, ...]
-    """One for each label, None where config.json only numbers it; empty for vectors."""
-    problem_type: str | None
-    limits: Limits
-    pad_id: int
-    width: int
-    """Of the body's states."""
-    pooling: Pooling
-    """Of vectors; of no meaning for other tasks."""
-    dtype: mx.Dtype
-    """Of the body; heads and pooling are float32."""
-    layers: dict[str, tuple[int, int]]
-    """Every layer an adapter may target: parameter path → (out features, in features)."""
-
-    @property
-    def body(self) -> Any:
-        return self.module.body if isinstance(self.module, Headed) else self.module
 
 
 def read_encoder(directory: Path) -> EncoderModel:
@@ -86,7 +59,7 @@ def read_encoder(directory: Path) -> EncoderModel:
     arguments = architecture.family.arguments_of(said.fields)
     longest = min(arguments.max_tokens, pooling.max_tokens or arguments.max_tokens)
     body = module.body if isinstance(module, Headed) else module
-    return EncoderModel(
+    model = EncoderModel(
         module,
         tokenizer,
         architecture.task,
@@ -99,6 +72,12 @@ def read_encoder(directory: Path) -> EncoderModel:
         _dtype(body),
         adaptable_layers(module),
     )
+    if (fault := padding_fault(model)) is not None:
+        raise EngineUnavailable(
+            f"This device reads sequences of the model at {directory} ({config['model_type']}) otherwise beside longer "
+            f"ones than by themselves: {fault}. Nothing could be relied on here."
+        )
+    return model
 
 
 def _module(directory: Path, architecture: Architecture, said: Meaning) -> tuple[nn.Module, int]:

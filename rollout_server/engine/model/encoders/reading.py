@@ -8,11 +8,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout_server.engine.model.encoders.load import EncoderModel
+from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.passages import Passage, groups, width_of
 from rollout_server.errors import NonFiniteLogits
 
 Values = NDArray[np.float32]
+SELF_TEST_LENGTHS = (3, 40, 9)
 
 
 def forward(model: EncoderModel, passages: Sequence[Passage], *, mixed: bool = False) -> mx.array:
@@ -54,3 +55,21 @@ def read(model: EncoderModel, passages: Sequence[Passage], budget: int) -> list[
                 raise result
             found[index] = result
     return [found[index] for index in range(len(passages))]
+
+
+def padding_fault(model: EncoderModel) -> str | None:
+    """What is wrong where sequences of three lengths in one forward are not what each is alone: half a sentence, or
+    None. Masks are what devices have computed wrongly before."""
+    lengths = [min(length, model.limits.max_tokens) for length in SELF_TEST_LENGTHS]
+    vocabulary = model.limits.vocabulary
+    given = [Passage(tuple((7 * i + 3 * length) % vocabulary for i in range(length))) for length in lengths]
+    together = results(model, forward(model, given), given)
+    for index, (passage, found) in enumerate(zip(given, together, strict=True)):
+        (alone,) = results(model, forward(model, [passage]), [passage])
+        if isinstance(found, NonFiniteLogits) or isinstance(alone, NonFiniteLogits):
+            return f"row {index} of three gives NaN or infinity"
+        gap, scale = float(np.abs(found - alone).max()), max(1.0, float(np.abs(alone).max()))
+        # float32 hardly depends on the batch's shape; the half precisions visibly do.
+        if gap > (1e-4 if model.dtype == mx.float32 else 0.05) * scale:
+            return f"row {index} of three differs by {gap:.2g} from itself alone"
+    return None

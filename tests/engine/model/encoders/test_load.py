@@ -32,7 +32,7 @@ def test_it_is_what_its_architecture_says(checkpoint: str, tmp_path: Path) -> No
     model = opened(checkpoint, tmp_path)
     assert model.task == checkpoint.rpartition("/")[2]
     assert model.labels == (() if model.task == "embed" else (None,) * 3)
-    assert model.dtype == (mx.float32 if mx.default_device() == mx.cpu else mx.float16)
+    assert model.dtype == mx.float32
     assert (model.width, model.limits.vocabulary) == (16, 320)
     assert not tree_flatten(model.module.trainable_parameters())
 
@@ -146,3 +146,16 @@ def test_a_directory_without_weights_or_tokenizer_says_so(tmp_path: Path) -> Non
 def test_decoders_are_no_encoders() -> None:
     assert is_encoder({"model_type": "deberta-v2"}) and not is_encoder({"model_type": "qwen3"})
     assert not is_encoder({})
+
+
+def test_a_body_in_bf16_keeps_its_dtype_where_the_device_has_it_and_its_head_is_float32(tmp_path: Path) -> None:
+    directory = copied("bert/classify", tmp_path)
+    tensors: dict[str, mx.array] = mx.load(str(directory / "model.safetensors"))  # type: ignore[assignment]
+    mx.save_safetensors(
+        str(directory / "model.safetensors"), {name: array.astype(mx.bfloat16) for name, array in tensors.items()}
+    )
+    model = read_encoder(directory)
+    assert model.dtype == (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
+    for part in model.module.parts:
+        assert {array.dtype for _, array in tree_flatten(part.parameters())} == {mx.float32}
+    assert len(model.module.parts) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from adapters.resident.slots import AdapterSlots
 from rollout_server.engine.model.encoders.passages import Passage
-from rollout_server.engine.model.encoders.reading import forward, read, results
+from rollout_server.engine.model.encoders.reading import forward, padding_fault, read, results
 from rollout_server.errors import NonFiniteLogits
+from rollout_server.models.encoders.heads import Headed
 from tests.support.adapter_files import make, merge
 from tests.support.golden_encoders import CHECKPOINTS, opened, passages
 from tests.support.numbers.bounds import Network, assert_near
@@ -72,3 +75,26 @@ def test_a_pad_token_inside_a_passage_is_a_token(tmp_path: Path) -> None:
     model = opened("bert/classify", tmp_path)
     plain, holed = Passage((9, 8, 7, 6)), Passage((9, 0, 7, 6))
     assert np.abs(read(model, [plain], 99)[0] - read(model, [holed], 99)[0]).max() > 0.01
+
+
+class WithoutMasks(Headed):
+    """A classifier that reads its padding, as on a device whose masks are wrong."""
+
+    def __init__(self, right: Headed) -> None:
+        super().__init__("body", right.body)
+        self._right = (right,)
+
+    @property
+    def body(self) -> Any:
+        return lambda ids, types, lengths, mixed: self["body"](ids, types, None)
+
+    def scores(self, states: mx.array, lengths: mx.array | None = None) -> mx.array:
+        return self._right[0].scores(states, lengths)
+
+
+@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
+def test_padding_that_is_read_is_found(checkpoint: str, tmp_path: Path) -> None:
+    model = opened(checkpoint, tmp_path)
+    assert padding_fault(model) is None
+    fault = padding_fault(replace(model, module=WithoutMasks(model.module)))
+    assert fault is not None and "from itself alone" in fault
