@@ -124,9 +124,18 @@ class ServerConfig(BaseSettings):
     """Names by which a server without keys may be called, besides addresses, this machine's own and `host`: those of a
     proxy or a service in front of it."""
 
-    max_batch: int = Field(default=64, ge=1)
-    """Rows that decode together."""
+    max_batch: int | None = Field(default=None, ge=1)
+    """Rows that decode together; `None`: what the device holds."""
+    prefill_tokens: int | None = Field(default=None, ge=1)
+    """Tokens read at most in one turn; `None`: what the device reads at its full speed."""
+    prefer: Literal["throughput", "latency"] = "throughput"
+    """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """Whose attention decode steps may use: what is right and fastest on this device, or MLX's own alone."""
+    warm: Literal["on", "off"] = "on"
+    """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
     kv_memory: Size | None = None
+    """Of keys and values; `None`: a share of what weights and adapters leave of the device."""
     kv_bits: KvBits = None
     """8 keeps keys and values in so many bits: more rows fit, and log-probabilities are those of what is kept."""
     prefix_cache: Literal["on", "off"] = "on"

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+import mlx.core as mx
+
 from adapters.placement import BASE_SET
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
@@ -21,12 +23,14 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.model.compiled import CompiledDecode
+from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.warm import WarmUp
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -47,26 +51,24 @@ def build_engine(
     mailbox: queue.SimpleQueue[Command],
     post: Callable[[list[Event]], None],
     show: Callable[[EngineStatus], None],
+    options: EngineOptions,
     *,
-    prefill_tokens: int,
-    prefix_cache: bool = True,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
     `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame = model.info, Blame()
-    eos = frozenset(info.eos_token_ids)
+    info, blame, traces = model.info, Blame(), Traces()
     changes: deque[PolicyCommand] = deque()
-    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
-    pause_state = PauseState(reports)
+    pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
     memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
     return Engine(
         mailbox,
@@ -81,7 +83,7 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=TurnBudget(most, clock, planned if model.compiles else lambda tokens: tokens),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -89,7 +91,18 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
+
+
+def warmed(
+    model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
+) -> None:
+    """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
+    meanwhile is that the engine shall stop."""
+    if model.compiles or mx.default_device() != mx.cpu:
+        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
+        warm_up.run(lambda: not mailbox.empty())
 
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
@@ -106,31 +119,41 @@ def batches_of(
     ledger: KVLedger,
     reports: Reports,
     blame: Blame,
+    traces: Traces,
 ) -> Batches:
-    """Rows of every parameter set; what their steps cost can be measured where they have columns."""
+    """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
+    the base."""
 
     def measured(width: int) -> StepCosts:
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger),
+        partial(batch_of, model, policies, prefix_reuse, ledger, traces),
         model.make_store(),
         ledger,
         reports,
         blame,
-        measured if model.info.cache == "slots" else None,
+        # Where each row reads its own columns, one bucket is as fast as several.
+        measured if model.info.cache == "slots" and model.attention.attend is None else None,
     )
 
 
 def batch_of(
-    model: ResidentModel, policies: PolicyTable, prefix_reuse: PrefixReuse, ledger: KVLedger, parameters: int
+    model: ResidentModel,
+    policies: PolicyTable,
+    prefix_reuse: PrefixReuse,
+    ledger: KVLedger,
+    traces: Traces,
+    parameters: int,
 ) -> Batch:
-    """An empty batch whose forwards run on a parameter set."""
+    """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
+    other sets go with their batch."""
     store, route = model.make_store(), policies.router(parameters)
     prefixes = None
     decode: Forward = model.forward
     if isinstance(store, PaddedKV):
-        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
+        own = traces if parameters == BASE_SET else Traces()
+        decode = CompiledDecode(model.forward, store, policies.routed, own) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
     # Copies of rows that left are made behind the step that was in flight then.
@@ -138,7 +161,7 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read),
+        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

@@ -51,7 +51,8 @@ IDLE_WAIT_S = 1.0
 
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
-    are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to."""
+    are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to,
+    and `prepare` does what is to be done before the first turn."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Engine:
         status: StatusBoard,
         blame: Blame,
         device_fault: Callable[[], str | None],
+        prepare: Callable[[], object],
     ) -> None:
         self._mailbox = mailbox
         self._post = post
@@ -97,6 +99,7 @@ class Engine:
         self._status = status
         self._blame = blame
         self._device_fault = device_fault
+        self._prepare = prepare
         self._releases: deque[Release] = deque()
         self._stopping = False
 
@@ -104,6 +107,7 @@ class Engine:
 
     def run(self) -> None:
         """Turns until a `Stop` arrives. An exception out of here means the engine is dead."""
+        self._prepare()
         self._batches.learn_costs()
         self._status.show()
         while not self._stopping:
@@ -161,6 +165,7 @@ class Engine:
             return
         self._batches.settle_and_release()
         self._batches.drop_cancelled()
+        self._preemption.let_grow()
         if self._batches.reading and share:
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
 

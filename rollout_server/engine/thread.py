@@ -51,15 +51,7 @@ class EngineThread(threading.Thread):
 
             model = load(self._options)
             policies = PolicyTable(model, self._options)
-            engine = build_engine(
-                model,
-                policies,
-                self._mailbox,
-                self._post,
-                self._show,
-                prefill_tokens=self._options.prefill_tokens,
-                prefix_cache=self._options.prefix_cache,
-            )
+            engine = build_engine(model, policies, self._mailbox, self._post, self._show, self._options)
             self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
             self.info, self.tokenizer = model.info, model.host_tokenizer
             engine.run()

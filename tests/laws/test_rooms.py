@@ -19,11 +19,13 @@ LEAST_LINES = 50
 
 # Modules under 50 lines, and why each stands alone.
 SMALL = {
+    "rollout_server/engine/model/attention/plain.py": "the oracle of a kernel, which stands beside it",
     "rollout_server/__main__.py": "`python -m rollout_server`",
     "rollout_server/commands/asking/sse_client.py": "shared by several commands",
     "rollout_server/commands/demo.py": "a command, named as it is typed",
     "rollout_server/commands/doctor.py": "a command, named as it is typed",
     "rollout_server/commands/download.py": "a command, named as it is typed",
+    "rollout_server/commands/terminal/engine_options.py": "a table",
     "rollout_server/commands/terminal/progress.py": "shared by several commands",
     "rollout_server/demo/launch.py": "a program that is started as a process of its own",
     "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",

@@ -15,25 +15,38 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.kv_cache.padded_layer import PaddedLayer, Window
+from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.sizes import HEADROOM, padded, round_up, row_bucket
+from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, round_up, row_bucket
 from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 
 
 class PaddedKV:
-    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
-    widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits."""
+    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` has few distinct
+    widths, and numbers of columns as far as there is room, for steps that are compiled for each. `packs` keeps keys and
+    values in 8 bits. `attend` computes what decode steps attend to, where the model is bound to ask for it
+    (`engine/model/attention/binding`); they then have one width, however long their rows are."""
 
     cuts = True
 
+    @property
+    def steps_overlap(self) -> bool:
+        return self.attend is not None
+
     def __init__(
-        self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False, packs: bool = False
+        self,
+        windows: Sequence[int | None],
+        max_rows: int,
+        *,
+        coarse: bool = False,
+        packs: bool = False,
+        attend: Attend | None = None,
     ) -> None:
         self.layers: list[Any] = [PaddedLayer(self, window, packs=packs) for window in windows]
         self._coarse = coarse
+        self.attend = attend
         self.capacity = 0
         self.columns = 0
         self.window: Window
@@ -61,9 +74,13 @@ class PaddedKV:
         return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
 
     def may_grow_to(self, width: int, cells: int) -> None:
-        if width + 1 > max(self.columns, self._ceiling) and self.capacity:
-            most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
+        if not self.capacity:
+            return
+        most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
+        if width + 1 > max(self.columns, self._ceiling):
             self._ceiling = max(self._ceiling, min(self._roomy(width + 1), most))
+        elif self._coarse and (few := few_columns(self._ceiling)) <= most:
+            self._ceiling = few
 
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)
@@ -76,7 +93,10 @@ class PaddedKV:
         elif capacity != self.capacity:
             self._resize(capacity, min(self.columns, self._ceiling))
         # A group whose KV was kept writes it all at once.
-        self._grow_columns(len(prompt.tokens) + 1 if prompt.kept is not None else 1)
+        if prompt.kept is not None:
+            self._grow_columns(len(prompt.tokens) + 1)
+        elif not self._coarse:  # Else it is not known yet how far they may.
+            self._grow_columns(1)
         own = self._holding(prompt)
         # What holds another's prompt is taken last.
         self._free.sort(key=lambda place: (place not in own, place in self._remains, place))
@@ -215,16 +235,14 @@ class PaddedKV:
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
         offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
-        self.window = self.decode_window(offset, min(spare, self._width(width)))
+        self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)))
 
     def decode_window(self, offset: mx.array, width: int) -> Window:
         """Every place in order, one new token each at its column `offset` int32 [capacity]."""
         return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width)
 
     def _width(self, needed: int) -> int:
-        """Columns to read. Four widths an octave where each is a trace of its own."""
-        step = max(COLUMN_BUCKET, 1 << max(0, needed.bit_length() - 3)) if self._coarse else COLUMN_BUCKET
-        return round_up(needed, step)
+        return few_widths(needed) if self._coarse else round_up(needed, COLUMN_BUCKET)
 
     @property
     def filled(self) -> bool:  # as from the first forward on
@@ -299,14 +317,16 @@ class PaddedKV:
     def _grown(self, needed: int) -> int:
         if needed <= self.columns:
             return self.columns
-        return round_up(max(needed, min(self._roomy(needed), self._ceiling)), COLUMN_BUCKET)
+        roomy = self._ceiling if self._coarse else min(self._roomy(needed), self._ceiling)
+        return round_up(max(needed, roomy), COLUMN_BUCKET)
 
     def _roomy(self, needed: int) -> int:
         """Half as much again, so that the copies of a row that grows token by token stay constant per token, and room
         to go on behind a prompt, whose rows would all be copied by their first step; where each shape is a trace of its
-        own, for all of a width that is read, and the spare column."""
-        most = max(needed + HEADROOM, self.columns * 3 // 2)
-        return round_up(self._width(most) + 1, COLUMN_BUCKET) if self._coarse else round_up(most, COLUMN_BUCKET)
+        own, one of few numbers."""
+        if self._coarse:
+            return few_columns(needed + HEADROOM)
+        return round_up(max(needed + HEADROOM, self.columns * 3 // 2), COLUMN_BUCKET)
 
     def _resize(self, capacity: int, columns: int) -> None:
         """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""

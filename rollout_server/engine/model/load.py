@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters
+from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -36,8 +36,9 @@ from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.sampling.sampler import warm_sampler
+from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
 
@@ -75,12 +76,13 @@ def load(options: EngineOptions) -> ResidentModel:
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(module, config)
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
-    kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
+    chosen = choose_store(module, vocabulary, options, compiles=compiles)
     context = _context_length(read, options.context_length)
     trunk, width = find_trunk(module, vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
+    weight_bytes = sum(array.nbytes for array in _arrays(module))
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -91,23 +93,25 @@ def load(options: EngineOptions) -> ResidentModel:
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
         parameters=_parameters(module),
-        weight_bytes=sum(array.nbytes for array in _arrays(module)),
+        weight_bytes=weight_bytes,
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
         no_versions=folded_factors(module),
-        kv_bytes_per_token=cell_bytes,
-        kv_bytes_per_row=cell_bytes * row_cells,
+        kv_bytes_per_token=chosen.cell_bytes,
+        kv_bytes_per_row=chosen.cell_bytes * chosen.row_cells,
         kv_bits=options.kv_bits,
-        kv_memory=options.kv_memory or default_kv_memory(),
-        cache=kind,
+        kv_memory=sizes.kv_memory.value,
+        cache=chosen.kind,
         embedding=read_embedding(path, config, width) if trunk else Embedding(),
-        max_batch=1 if kind == "serial" else options.max_batch,
+        max_batch=sizes.max_batch.value,
+        prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
     )
-    if not on_cpu:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+    filters = choose_filter_kernel(vocabulary, dtype)
+    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    ways = partial(chosen.make, sizes.max_batch.value), chosen.compiles, chosen.attention, kernel, trunk, filters
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(
@@ -138,17 +142,6 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
     ends |= {tokenizer.eos_token_id} - {None}
     # One outside the logits could never be sampled, and would be written out of bounds where it is banned.
     return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
-
-
-def default_kv_memory() -> int:
-    """A quarter of what the device may use, in bytes."""
-    info = mx.device_info()
-    # Metal says memory_size, CUDA total_memory, the CPU neither.
-    for name in ("memory_size", "total_memory"):
-        memory = info.get(name)
-        if isinstance(memory, int) and memory > 0:
-            return memory // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _to_float32(module: nn.Module) -> None:

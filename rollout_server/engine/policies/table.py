@@ -48,7 +48,13 @@ class PolicyTable:
         self.base = PolicyVersion(BASE, 0, info.digest)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
-            model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
+            model.module,
+            info.layers,
+            info.weights,
+            model.dtype,
+            options.weights_memory,
+            info.unfit,
+            model.adapter_kernel,
         )
         self._registry = Registry(options.keep_versions)
         self._prepared: PreparedBundle | None = None
@@ -147,6 +153,11 @@ class PolicyTable:
     def sets(self) -> tuple[int, ...]:
         """Numbers of the parameter sets that are there, besides the base's."""
         return self._resident.sets.numbers
+
+    @property
+    def limit(self) -> int | None:
+        """The most bytes that versions may take on the device."""
+        return self._resident.limit
 
     @property
     def routed(self) -> AdapterSlots:

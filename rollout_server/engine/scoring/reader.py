@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.batch.row import TopTokens
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
@@ -66,11 +67,16 @@ class Reader(Protocol):
 
 
 def measure(
-    logits: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any], most: int
+    logits: mx.array,
+    parts: Sequence[tuple[ScoredSequenceState, int]],
+    state: Sequence[Any],
+    most: int,
+    kernel: FilterKernel | None,
 ) -> None:
     """Reads the values of each part's next n inputs from logits [B, N, V] (row i is part i, its first n columns) and
     evaluates `state` with them. A sequence whose values are not numbers gets a fault. Does not count them as fed.
-    Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time."""
+    Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time. `kernel` filters what is drawn
+    again, as it did when it was drawn first."""
     width, vocabulary = logits.shape[1:]
     flat = logits.reshape(-1, vocabulary)
     mx.eval(flat, *state)
@@ -101,15 +107,24 @@ def measure(
             if wanted:
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
             sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
+    _replay(slices, parts, width, kernel)
+
+
+def _replay(
+    slices: Sequence[_Slice],
+    parts: Sequence[tuple[ScoredSequenceState, int]],
+    width: int,
+    kernel: FilterKernel | None,
+) -> None:
+    """Draws the tokens of the parts that are replayed once more, from slices of logits [B · `width`, V]."""
     token_ranges = [
         TokenRange(sequence.replay, row * width, sequence.next_input + 1 - len(sequence.replay.prompt_ids), n)
         for row, (sequence, n) in enumerate(parts)
         if sequence.replay is not None and sequence.fault is None
     ]
     for each in slices if token_ranges else ():
-        replay_tokens(
-            each.raw, [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
-        )
+        within = [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
+        replay_tokens(each.raw, within, kernel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

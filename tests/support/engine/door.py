@@ -19,6 +19,7 @@ from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
+from rollout_server.engine.model.compiled import Traces
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scheduling.idle_memory import Memory
@@ -80,10 +81,10 @@ class Door:
         return batch._decoder.in_flight
 
     @staticmethod
-    def traces(batch: Batch) -> int:
-        """Steps that the batch has compiled."""
+    def traces(batch: Batch) -> Traces:
+        """Steps that batches on this batch's parameter set have compiled."""
         compiled: Any = batch._decoder._forward
-        return len(compiled._traces)
+        return compiled.traces
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
