@@ -153,6 +153,8 @@ class ServerConfig(BaseSettings):
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
     """Bytes of any other request body."""
+    trace: Path | None = None
+    """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"
     shutdown_s: float = Field(default=10.0, gt=0)
     """Seconds that replies which are still being sent may take after the engine has stopped."""

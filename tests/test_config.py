@@ -55,6 +55,11 @@ def test_the_environment_is_read_and_code_wins(monkeypatch: pytest.MonkeyPatch) 
     assert "a-key" not in repr(config)
 
 
+def test_a_timeline_is_recorded_where_a_file_is_named() -> None:
+    assert engine_options(ServerConfig()).trace is None
+    assert engine_options(ServerConfig(trace=Path("turns.json"))).trace == "turns.json"
+
+
 def test_kv_is_kept_in_8_bits_or_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServerConfig().kv_bits is None
     assert engine_options(ServerConfig(kv_bits=8)).kv_bits == 8

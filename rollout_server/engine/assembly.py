@@ -16,6 +16,7 @@ from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
+from rollout_server.engine.batch.measured_reading import cells_of, readings
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -23,7 +24,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions, Prefer
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
@@ -43,6 +44,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.timeline import Timeline
 
 
 def build_engine(
@@ -55,16 +57,17 @@ def build_engine(
     *,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame, traces = model.info, Blame(), Traces()
+    `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
+    info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
@@ -83,7 +86,7 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(most, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=budget_of(model, policies, ledger, most, clock, options.prefer),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -91,6 +94,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        timeline=timeline,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
 
@@ -120,6 +124,7 @@ def batches_of(
     reports: Reports,
     blame: Blame,
     traces: Traces,
+    timeline: Timeline,
 ) -> Batches:
     """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
     the base."""
@@ -128,7 +133,7 @@ def batches_of(
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger, traces),
+        partial(batch_of, model, policies, prefix_reuse, ledger, traces, timeline),
         model.make_store(),
         ledger,
         reports,
@@ -138,12 +143,33 @@ def batches_of(
     )
 
 
+def budget_of(
+    model: ResidentModel,
+    policies: PolicyTable,
+    ledger: KVLedger,
+    most: int,
+    clock: Callable[[], float],
+    prefer: Prefer,
+) -> TurnBudget:
+    """What a turn reads, at most `most` tokens; what that costs can be measured where there is room for it."""
+
+    def measured(most: int) -> list[tuple[int, float]]:
+        longest = min(most, model.info.max_model_len)
+        if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
+            return []
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+
+    rounded = planned if model.compiles else lambda tokens: tokens
+    return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
+
+
 def batch_of(
     model: ResidentModel,
     policies: PolicyTable,
     prefix_reuse: PrefixReuse,
     ledger: KVLedger,
     traces: Traces,
+    timeline: Timeline,
     parameters: int,
 ) -> Batch:
     """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
@@ -161,10 +187,11 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel),
+        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel, timeline=timeline),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
         prefixes,
+        timeline=timeline,
     )

@@ -146,14 +146,15 @@ class Publisher:
         digest, name = publish.bundle.digest, publish.name
         began = time.perf_counter()
         await self._write(store.put, publish.bundle)
-        put_s = time.perf_counter() - began
+        put = time.perf_counter()
         try:
-            staged = await self._engine.publish(replace(publish, provisional=True))
+            before = (*publish.before, ("persist", began, put))
+            staged = await self._engine.publish(replace(publish, provisional=True, before=before))
         except RolloutError:
             await asyncio.to_thread(store.forget, digest)
             raise
         number = staged.version.number
-        began = time.perf_counter()
+        put_s, began = put - began, time.perf_counter()
         try:
             shown = self._shown(name)
             if shown is not None:
@@ -167,10 +168,11 @@ class Publisher:
             await self._settle(name, store, number)
             await asyncio.to_thread(store.forget, digest)
             raise
-        persist_s = put_s + time.perf_counter() - began
+        written = time.perf_counter()
+        persist_s = put_s + written - began
         try:
             # It is known now, so this stages nothing and looks at no condition again.
-            done = await self._engine.publish(publish)
+            done = await self._engine.publish(replace(publish, before=(("persist", began, written),)))
         finally:
             await self._settle(name, store)
         return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)

@@ -38,6 +38,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,
         keep_versions=config.keep_versions,
+        trace=None if config.trace is None else str(config.trace.expanduser()),
     )
 
 

@@ -55,8 +55,8 @@ SMALL = {
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
     "benchmarks/studies/expert_repeats.py": "one question to one product",
+    "benchmarks/studies/gpu/latency.py": "one question to a GPU",
     "benchmarks/sections/order.py": "a table",
-    "benchmarks/servers/compared.py": "a process of its own, or its start",
     "benchmarks/servers/peer_server.py": "a process of its own, or its start",
 }
 
@@ -78,7 +78,11 @@ PLAIN = (
     "rollout_server.engine.messages.status",
     "rollout_server.engine.requests.queue",
     "rollout_server.engine.scheduling.pause",
+    "rollout_server.engine.scheduling.latency",
+    "rollout_server.engine.scheduling.throughput",
     "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.engine.scheduling.turn_costs",
+    "rollout_server.engine.timeline",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )

@@ -22,6 +22,7 @@ from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.timeline import Timeline
 from rollout_server.text.detokenize import IncrementalText
 
 MOST_KEPT = 16
@@ -43,6 +44,8 @@ class Batch:
         tokenizer: Any,
         ledger: KVLedger,
         prefixes: BatchPrefixes | None = None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
@@ -57,6 +60,7 @@ class Batch:
         self._extent: tuple[int, int] | None = None
         self._prefixes = prefixes
         self._ledger = ledger
+        self._timeline = timeline
         self._most_leaving = MOST_KEPT if prefixes is not None else sys.maxsize
         self.prefilled = 0
         """Prompt tokens read since it was made."""
@@ -158,8 +162,11 @@ class Batch:
         ready = [joining.prompt for joining in self.joining if joining.prompt.looked_up or self._prefixes is None]
         lefts = [len(prompt.tokens) - prompt.prefilled for prompt in ready]
         if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
-            self.store.prefill(self._forward, chunks, self._route)
-            self.prefilled += sum(count for _, count in chunks)
+            tokens = sum(count for _, count in chunks)
+            with self._timeline.part("read") as part:
+                part.note(tokens=tokens, prompts=len(chunks))
+                self.store.prefill(self._forward, chunks, self._route)
+            self.prefilled += tokens
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -234,8 +241,10 @@ class Batch:
             self._changed()
             back.append(row)
 
-        self._recovering.prefill(budget, seat)
-        fed = before - self._recovering.unread
+        with self._timeline.part("recompute") as part:
+            self._recovering.prefill(budget, seat)
+            if fed := before - self._recovering.unread:
+                part.note(tokens=fed)
         self.prefilled += fed
         return back, budget - fed
 

@@ -21,6 +21,7 @@ from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import NonFiniteLogits
 
 
@@ -100,6 +101,8 @@ class Decoder:
         vocabulary: int,
         before_read: Callable[[], None] = lambda: None,
         filter_kernel: FilterKernel | None = None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._forward = forward
         self._store = store
@@ -107,6 +110,7 @@ class Decoder:
         self._eos = eos
         self._vocabulary = vocabulary
         self._before_read = before_read
+        self._timeline = timeline
         self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
@@ -131,18 +135,21 @@ class Decoder:
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
         the rows that got a token."""
-        pending = self._build(seats)
-        if pending is not None and self._inputs is not None and self._inputs.masked:
-            return self._step_masked(pending)
-        following = None if pending is None else self._draw(pending, None)
-        flying, self._dispatched = self._dispatched, None
-        overlaps = self._store.steps_overlap
-        if overlaps:
-            self._dispatch(following)
-        result = self._wait(flying)
-        if not overlaps:
-            self._dispatch(following)
-        return result.record(self._eos) if result else []
+        with self._timeline.part("step") as part:
+            pending = self._build(seats)
+            if pending is not None and self._inputs is not None:
+                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._store.capacity)
+                if self._inputs.masked:
+                    return self._step_masked(pending)
+            following = None if pending is None else self._draw(pending, None)
+            flying, self._dispatched = self._dispatched, None
+            overlaps = self._store.steps_overlap
+            if overlaps:
+                self._dispatch(following)
+            result = self._wait(flying)
+            if not overlaps:
+                self._dispatch(following)
+            return result.record(self._eos) if result else []
 
     def _dispatch(self, step: DispatchedStep | None) -> None:
         if step is not None:
@@ -205,5 +212,7 @@ class Decoder:
     def _wait(self, dispatched: DispatchedStep | None) -> StepResult | None:
         if dispatched is None:
             return None
-        self._before_read()
-        return dispatched.read()
+        with self._timeline.part("settle") as part:
+            part.note(rows=len(dispatched.rows))
+            self._before_read()
+            return dispatched.read()

@@ -159,6 +159,11 @@ class Row:
         return self.finish_reason is None
 
     @property
+    def streamed(self) -> bool:
+        """Whether somebody waits for each of its tokens."""
+        return self.running and self.group.request.wants.tokens_as_they_come
+
+    @property
     def wants_step(self) -> bool:
         """A length stop is known in advance and not dispatched."""
         return self.finish_reason is None and self.dispatched < self._most

@@ -201,12 +201,12 @@ class PaddedKV:
                 if pair is not None:
                     layer.fill(places, *pair)
         elif length and count > 1:
-            for layer in self.layers:
-                pair = layer.copy(places[0], length)
+            # All layers at once: a device that waits for the host is asked twice, not twice for each layer.
+            pairs = [layer.copy(places[0], length) for layer in self.layers]
+            mx.eval(pairs)
+            for layer, pair in zip(self.layers, pairs, strict=True):
                 if pair is not None:
-                    mx.eval(pair)
                     layer.fill(places[1:], *pair)
-                    mx.eval(layer.keys, layer.values)
         if keep and length and prompt.kept is None:
             prompt.kept = self.copy(places[0], length)
         self.evaluate()

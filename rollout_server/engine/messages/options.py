@@ -50,6 +50,8 @@ class EngineOptions:
     """Run the shapes of a first batch before the engine says that it is ready, where steps are compiled."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    trace: str | None = None
+    """A file to record a timeline of turns in."""
     attention: Literal["auto", "mlx"] = "auto"
     """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
 

@@ -25,6 +25,8 @@ class OpenRequest:
     open_rows: int
     deadline: float | None
     waiting_groups: int
+    streams: bool = False
+    """Somebody reads its tokens as they come."""
     produced: bool = False
     """Some row has at least one token, so the reply is a list of rows and not an error."""
     error: RolloutError | None = None
@@ -47,6 +49,8 @@ class RequestQueue:
     ) -> None:
         self.open_requests: dict[str, OpenRequest] = {}
         self.waiting_requests = 0
+        self.streams = 0
+        """Open requests of which somebody reads the tokens as they come."""
         self.crowded = False
         """The group at the head of the queue waits for KV memory."""
         self._waiting: deque[Group] = deque()
@@ -60,13 +64,24 @@ class RequestQueue:
     def submit(self, submit: Submit) -> OpenRequest:
         groups = tuple(Group(request) for request in submit.groups)
         rows = sum(group.request.n for group in groups)
-        open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
+        streams = any(group.request.wants.tokens_as_they_come for group in groups)
+        open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups), streams)
         self.open_requests[submit.id] = open_request
+        self.streams += streams
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         self._waiting.extend(groups)
         self.waiting_requests += 1
         return open_request
+
+    def startable(self, running: int) -> int:
+        """Samples that wait and that places are free for, given `running` rows, whatever memory says."""
+        free, found = self._max_rows - running, 0
+        for group in self._waiting:
+            if found >= free:
+                break
+            found += group.waiting
+        return max(0, min(found, free))
 
     def next_admission(self, running: int, fit: Callable[[Group, int], tuple[int, int] | None]) -> Admission | None:
         """What may start now, given `running` rows. `fit(group, count)` says in which batch `count` samples of a group
@@ -195,7 +210,9 @@ class RequestQueue:
         return self.close(id) if open_request.open_rows == 0 else None
 
     def close(self, id: str) -> OpenRequest:
-        return self.open_requests.pop(id)
+        closed = self.open_requests.pop(id)
+        self.streams -= closed.streams
+        return closed
 
     def overdue(self, now: float) -> list[OpenRequest]:
         """Requests whose time is over, the first of them first; told again until they are closed."""

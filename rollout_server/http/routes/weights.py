@@ -84,6 +84,7 @@ class WeightsController(Controller):
                 prepared=prepared,
                 mode=prepared.mode,
                 dequantize=options.dequantize == "true",
+                before=(("receive", began, received), ("validate", received, validated)),
             )
         )
         reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)

@@ -23,6 +23,7 @@ from rollout_server.engine.model.compiled import Traces
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.turn_costs import ReadingCosts
 from rollout_server.engine.scoring.job import ScoreJob
 from rollout_server.engine.scoring.queue import ScoringQueue
 
@@ -100,6 +101,15 @@ class Door:
     def tokens_read(self) -> int:
         """Prompt tokens and tokens that were scored, since the start."""
         return self.engine._budget.tokens
+
+    def learn_costs(self) -> None:
+        """Measures what steps and reading cost, as at the start of a server."""
+        self.batches.learn_costs()
+        self.engine._budget.learn_costs()
+
+    @property
+    def reading_costs(self) -> ReadingCosts:
+        return self.engine._budget._costs["prefill"]
 
     def take_commands(self) -> None:
         self.engine._take_commands()

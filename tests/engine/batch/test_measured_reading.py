@@ -1,0 +1,56 @@
+"""What reading costs is measured before the first turn: few chunks, within their memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from adapters.placement import BASE_SET
+from rollout_server.engine.batch.measured_reading import FIRST, GROWTH, cells_of, readings
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.messages.control import Stop
+from tests.support.engine.driver import Driver
+
+
+@pytest.mark.parametrize("most", [1, 5, FIRST, 200, 5000])
+def test_chunks_grow_to_the_most_there_is(base: Driver, most: int) -> None:
+    stores: list[PaddedKV] = []
+    lengths: list[int] = []
+
+    def make() -> PaddedKV:
+        stores.append(base.model.make_padded())
+        return stores[-1]
+
+    def forward(tokens: mx.array, layers: list[Any]) -> mx.array:
+        lengths.append(tokens.shape[1])
+        return base.model.forward(tokens, layers)
+
+    routed: list[Sequence[int]] = []
+
+    def route(slots: Sequence[int]) -> None:
+        routed.append(slots)
+        base.policies.router(BASE_SET)(slots)
+
+    found = readings(forward, make, route, most)
+    assert [tokens for tokens, _ in found] == sorted({tokens for tokens, _ in found})
+    assert all(0 < tokens <= most and seconds > 0 for tokens, seconds in found)
+    assert found[0][0] == min(most, FIRST) and all(b <= GROWTH * a for (a, _), (b, _) in itertools.pairwise(found))
+    assert max(lengths) == found[-1][0] and len(routed) == len(lengths)
+    assert stores[0].allocated_cells <= cells_of(most) + stores[0].capacity * 64
+
+
+def test_both_terms_are_known_before_the_first_turn(base: Driver) -> None:
+    assert not base.reading_costs.known
+    base.send(Stop())
+    base.engine.run()
+    assert base.reading_costs.known and base.reading_costs.of(100) > 0
+
+
+def test_nothing_is_measured_where_that_would_not_fit(base: Driver) -> None:
+    base.set_kv_limit(8)
+    base.learn_costs()
+    assert not base.reading_costs.known
