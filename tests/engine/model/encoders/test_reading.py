@@ -10,6 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from adapters.bundle import Content
+from adapters.prepare import prepare
+from adapters.resident.model_layers import replaceable_parameters
+from adapters.resident.residency import ResidentVersions
 from adapters.resident.slots import AdapterSlots
 from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.reading import forward, padding_fault, read, results
@@ -75,6 +79,40 @@ def test_a_pad_token_inside_a_passage_is_a_token(tmp_path: Path) -> None:
     model = opened("bert/classify", tmp_path)
     plain, holed = Passage((9, 8, 7, 6)), Passage((9, 0, 7, 6))
     assert np.abs(read(model, [plain], 99)[0] - read(model, [holed], 99)[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
+def test_an_adapter_may_change_the_embedding(checkpoint: str, tmp_path: Path) -> None:
+    model = opened(checkpoint, tmp_path)
+    bundle = make(model.layers, rank=3, targets=["word_embeddings", "tok_embeddings"])
+    merged, base = (opened(checkpoint, tmp_path) for _ in range(2))
+    merge(merged.module, bundle)
+    slots = AdapterSlots(model.module, model.layers, mx.float32)
+    given = passages(model, 30, 25)
+    slots.route([slots.stage(bundle), 0])
+    found = results(model, forward(model, given, mixed=True), given)
+    for ours, by, passage in zip(found, (merged, base), given, strict=True):
+        (theirs,) = read(by, [passage], 100)
+        assert_near(ours, theirs, 2 * NETWORK.of_logits(theirs, 30), checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
+def test_merged_versions_are_parameter_sets_as_elsewhere(checkpoint: str, tmp_path: Path) -> None:
+    model = opened(checkpoint, tmp_path)
+    bundle = make({path: shape for path, shape in model.layers.items() if "embed" not in path}, rank=3)
+    parameters = replaceable_parameters(model.module, model.layers, "float32")
+    versions = ResidentVersions(model.module, model.layers, parameters, mx.float32)
+    versions.stage(prepare(bundle, "float32", mode="merged", parameters=parameters), dequantize=False)
+    placement = versions.placement(Content(bundle.digest, "merged"))
+    merged, given = opened(checkpoint, tmp_path), passages(model, 30, 25)
+    merge(merged.module, bundle)
+    base = read(model, given, 100)
+    versions.route(placement.parameters, [placement.slot] * 2)
+    for ours, theirs in zip(read(model, given, 100), read(merged, given, 100), strict=True):
+        assert_near(ours, theirs, 2 * NETWORK.of_logits(theirs, 30), checkpoint)
+    versions.route(0, [0, 0])
+    for ours, theirs in zip(read(model, given, 100), base, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 class WithoutMasks(Headed):
