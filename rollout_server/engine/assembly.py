@@ -157,7 +157,7 @@ def budget_of(
         longest = min(most, model.info.max_model_len)
         if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
             return []
-        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
 
     rounded = planned if model.compiles else lambda tokens: tokens
     return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)

@@ -140,7 +140,7 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._begin_budget()
+        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
         self._admission.call_back()
         if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
@@ -162,21 +162,6 @@ class Engine:
         with part("share out"):
             self._share_out()
 
-    def _begin_budget(self) -> None:
-        batches, joining = self._batches, self._joining
-        paused = self._pause_state.paused
-        self._budget.begin(
-            rows=max(1, batches.size - joining) if batches.active else 0,
-            joining=joining,
-            idle=0 if paused else self._requests.startable(batches.size),
-            streamed=self._requests.streams > 0 and any(row.streamed for row in batches.rows),
-        )
-
-    @property
-    def _joining(self) -> int:
-        """Rows whose prompt is being read."""
-        return sum(joining.count for joining in self._batches.joining)
-
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
         if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
@@ -186,7 +171,7 @@ class Engine:
             wanting.append("prefill")
         if self._scoring.busy:
             wanting.append("scoring")
-        self._budget.divide(wanting, self._joining)
+        self._budget.divide(wanting, self._admission.joining)
 
     def _prefill(self) -> None:
         """The step in flight is read first, but only where groups that join are read or leave."""
@@ -218,7 +203,7 @@ class Engine:
                 part.note(tokens=self._budget.tokens - before)
 
     def _step(self) -> None:
-        joining = self._joining
+        joining = self._admission.joining
         if self._batches.active and self._budget.steps(rows=self._batches.size - joining, joining=joining):
             self._batches.step()
             self._batches.release(few=True)

@@ -64,9 +64,9 @@ class TurnBudget:
 
     def learn_costs(self) -> None:
         """Measures what reading costs, so that the first prompts are read in chunks that fit the device."""
-        for tokens, seconds in self._measure(self._most):
-            for costs in self._costs.values():
-                costs.learn(tokens, seconds)
+        readings = list(self._measure(self._most))
+        for costs in self._costs.values():
+            costs.begin(readings)
 
     def begin(self, *, rows: int, joining: int = 0, idle: int = 0, streamed: bool = False) -> None:
         """A turn begins, in which `rows` rows decode, some of them `streamed`: read as they come. `joining` rows wait
