@@ -15,10 +15,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -63,6 +63,10 @@ test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers and li
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
 	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)
+
+golden-encoders: $(PEERS_READY)  ## write tests/golden/encoders anew from torch (ARGS="bert deberta-v3")
+	$(PEERS)/bin/python -m tests.golden.encoders.make_golden $(ARGS)
+
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
 	@$(BIN)/python -c "import schemathesis" 2>/dev/null \
 		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \

@@ -14,6 +14,8 @@ KV_BUCKET = 32
 JOINED_KV_SPARE = 256
 """mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
+Task = Literal["generate", "classify", "token_classify", "embed"]
+"""What a model gives: tokens, label scores of a sequence, label scores of tokens, or vectors."""
 Prefer = Literal["throughput", "latency"]
 """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
 
