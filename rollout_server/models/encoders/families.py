@@ -28,7 +28,7 @@ from rollout_server.models.encoders.heads import (
 from rollout_server.models.encoders.modernbert import ModernBertArgs, ModernBertBody
 
 OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
-"""Of norms, in the first files that were published."""
+"""What the norms' parameters are called in the first files that were published."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Architecture:
 
 
 def is_encoder(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is that of an encoder, served or refused."""
+    """True where config.json is that of an encoder, served or refused."""
     return config.get("model_type") in ENCODERS
 
 

@@ -27,11 +27,11 @@ class EncoderModel:
     limits: Limits
     pad_id: int
     width: int
-    """Of the body's states."""
+    """Numbers in a state of the body."""
     pooling: Pooling
-    """Of vectors; of no meaning for other tasks."""
+    """How states become one vector; other tasks have no use for it."""
     dtype: mx.Dtype
-    """Of the body; heads and pooling are float32."""
+    """The body's; heads and pooling are float32."""
     layers: dict[str, tuple[int, int]]
     """Every layer an adapter may target: parameter path → (out features, in features)."""
 

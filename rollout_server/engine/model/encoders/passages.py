@@ -55,7 +55,7 @@ class Limits:
 
 
 def tokenised(tokenizer: Any, text: str, pair: str | None = None, *, token_types: int) -> Passage:
-    """Of a text, or of a pair by the tokenizer's own template, special tokens included. Types are kept where the model
+    """Tokenises a text, or a pair by the tokenizer's own template, special tokens included. Types are kept where the model
     has several and the tokenizer gives them: of most families it does not."""
     found = tokenizer(text, pair, add_special_tokens=True, truncation=False)
     types = tuple(found["token_type_ids"]) if token_types > 1 and "token_type_ids" in found else ()

@@ -33,7 +33,7 @@ def forward(model: EncoderModel, passages: Sequence[Passage], *, mixed: bool = F
 
 
 def results(model: EncoderModel, computed: mx.array, passages: Sequence[Passage]) -> list[Values | NonFiniteLogits]:
-    """Of each passage: [labels], [tokens, labels], or its vector; a fault where that is no finite number, which is told
+    """Each passage's [labels], [tokens, labels], or vector; a fault where that is no finite number, which is told
     to its owner and to nobody else's. Waits for the device."""
     values = np.array(computed, np.float32)
     found: list[Values | NonFiniteLogits] = []
