@@ -1,5 +1,5 @@
-"""Checks that an encoder's code computes what config.json says. Every field that transformers has for the family is one of
-three things: the code computes with it, it changes no number here, or it may only have some value."""
+"""Checks that an encoder's code computes what config.json says. Every field that transformers has for the family is
+one of three things: the code computes with it, it changes no number here, or it may only have some value."""
 
 from __future__ import annotations
 

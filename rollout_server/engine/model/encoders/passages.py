@@ -55,8 +55,8 @@ class Limits:
 
 
 def tokenised(tokenizer: Any, text: str, pair: str | None = None, *, token_types: int) -> Passage:
-    """Tokenises a text, or a pair by the tokenizer's own template, special tokens included. Types are kept where the model
-    has several and the tokenizer gives them: of most families it does not."""
+    """Tokenises a text, or a pair by the tokenizer's own template, special tokens included. Types are kept where the
+    model has several and the tokenizer gives them: of most families it does not."""
     found = tokenizer(text, pair, add_special_tokens=True, truncation=False)
     types = tuple(found["token_type_ids"]) if token_types > 1 and "token_type_ids" in found else ()
     return Passage(tuple(found["input_ids"]), types if any(types) else ())
