@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,10 @@ KV_BUCKET = 32
 JOINED_KV_SPARE = 256
 """mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
+Task = Literal["generate", "classify", "token_classify", "embed"]
+"""What a model gives: tokens, label scores of a sequence, label scores of tokens, or vectors."""
+Activation = Literal["sigmoid", "softmax", "none"]
+"""What makes probabilities of label scores, where those are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,19 @@ class ModelInfo:
     """Why no version can be served on this base, a half sentence; empty where versions can."""
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
+    task: Task = "generate"
+    labels: tuple[str | None, ...] = ()
+    """The names of what its head scores; None for one that has no name. Empty where there is no head."""
+    activation: Activation = "none"
+    pad_token_id: int | None = None
+    """By which the token is found that a sequence's head is read at."""
+
+    def head_position(self, tokens: Sequence[int]) -> int:
+        """Where a head is read that scores a whole sequence, as transformers does: at the rightmost token that is not
+        the pad token, at the first one if all of them are; at the last one where the model has no pad token."""
+        if self.pad_token_id is None:
+            return len(tokens) - 1
+        return next((at for at in range(len(tokens) - 1, -1, -1) if tokens[at] != self.pad_token_id), 0)
 
     def row_bytes(self, tokens: int) -> int:
         """KV memory of a row of so many tokens, bytes."""

@@ -35,6 +35,8 @@ from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_fa
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
+from rollout_server.engine.model.heads import Head
+from rollout_server.engine.model.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.sampler import warm_sampler
@@ -43,6 +45,7 @@ from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")
 SAMPLED_ROWS = 12
+EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
 REASON = 400
 """Characters shown of an error: mlx-lm lists every parameter that is missing."""
@@ -73,12 +76,13 @@ def load(options: EngineOptions) -> ResidentModel:
     module.freeze()
     mx.eval(module.parameters())
     dtype = _activation_dtype(module)
-    vocabulary = _vocabulary(module, config)
+    vocabulary = _vocabulary(read)
     compiles = not on_cpu if options.compile_decode is None else options.compile_decode
+    compiles = compiles and read.head is None  # What only reads has no decode steps.
     chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
     kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
     context = _context_length(read, options.context_length)
-    trunk, width = find_trunk(module, vocabulary) or ("", 0)
+    trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
     info = ModelInfo(
@@ -104,10 +108,14 @@ def load(options: EngineOptions) -> ResidentModel:
         embedding=read_embedding(path, config, width) if trunk else Embedding(),
         max_batch=1 if kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
+        pad_token_id=read.pad_token_id,
+        **scoring_of(read.kind, read.head, config),
     )
-    if not on_cpu:
+    if not on_cpu and read.head is None:
         warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk)
+    return ResidentModel(
+        module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk, read.head
+    )
 
 
 def _check_device(
@@ -186,8 +194,11 @@ def _parameters(module: nn.Module) -> int:
     return total + sum(array.size for array in _arrays(module))
 
 
-def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
-    """Width of the logits, which may exceed the tokenizer's vocabulary."""
+def _vocabulary(read: ReadModel) -> int:
+    """Width of the logits, which may exceed the tokenizer's vocabulary; rows of the embedding where there are none."""
+    module = read.module
+    if read.head is not None:
+        return max(shape[1] for shape in adaptable_layers(module).values() if place_of(shape) in EMBEDDINGS)
     logits = module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module))
     return int(logits.shape[-1])
 
@@ -221,17 +232,23 @@ class ReadModel:
     max_position_embeddings: int | None
     bounds: tuple[Bound, ...]
     """Up to how many tokens the module is what config.json means."""
+    kind: Kind
+    pad_token_id: int | None
+    head: Head | None = None
+    """What scores its hidden states; `module` ends there then."""
 
 
 def read_model(path: Path) -> ReadModel:
     """Raises `EngineUnavailable` with the file or the field at fault if the directory cannot be read, or would be
     another model here than it is in transformers."""
     config = read_config(path)
-    plan = _planned(path, config)
+    plan, kind = _planned(path, config), kind_of(config)
     check_model(path)
+    head = read_head(path, kind, config) if kind.scores else None
+    classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:
         module, understood = mlx_lm_utils.load_model(
-            path, model_config=plan.overrides, get_model_classes=classes_of(plan.family), trust_remote_code=False
+            path, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
         )
         mx.eval(module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module)))
         bounds = (*plan.bounds, *window_bounds(module, plan.said, plan.family))
@@ -242,8 +259,11 @@ def read_model(path: Path) -> ReadModel:
     if refusal is not None:
         raise EngineUnavailable(_refused(path, config, [refusal]))
     _check_template(path, host)
-    longest = plan.said.get("max_position_embeddings")
-    return ReadModel(module, understood, engine, host, longest if isinstance(longest, int) else None, bounds)
+    if head is not None:
+        check_width(path, module, head)
+    longest, pad = plan.said.get("max_position_embeddings"), plan.said.get("pad_token_id")
+    longest, pad = (number if isinstance(number, int) else None for number in (longest, pad))
+    return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, head)
 
 
 def _planned(path: Path, config: dict[str, Any]) -> Plan:

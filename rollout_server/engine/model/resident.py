@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.model.heads import Head
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +33,8 @@ class ResidentModel:
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
     trunk: str = ""
     """Path of the part of `module` that gives hidden states; empty if none does."""
+    head: Head | None = None
+    """What scores those states; `module` itself gives them then."""
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""

@@ -36,6 +36,7 @@ from rollout_server.engine.messages.versions import (
 )
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, version_of
+from rollout_server.engine.policies.scorers import Scorer, base_scorer, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
@@ -51,6 +52,7 @@ class PolicyTable:
             model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
         )
         self._registry = Registry(options.keep_versions)
+        self._base_scorer = base_scorer(info, model.head)
         self._prepared: PreparedBundle | None = None
         """Of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
@@ -64,11 +66,17 @@ class PolicyTable:
         if address.name != BASE or address.number or address.digest:
             self._resolve(address)
 
-    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, Placement]:
-        """The version an address means now and where it is, with one reference for each of `rows` rows.
+    def acquire(
+        self, address: PolicyAddress, rows: int, min_version: int | None, *, reads: bool = False
+    ) -> tuple[PolicyVersion, Placement]:
+        """The version an address means now and where it is, with one reference for each of `rows` rows. `reads`: only
+        hidden states of it are wanted.
 
-        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
+        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`, and `InvalidField` where the version has no output over
+        the vocabulary and more than hidden states are wanted."""
         entry = self._resolve(address)
+        if not reads and self.scores(entry):
+            raise samples_nothing(version_of(entry) if entry else self.base)
         if min_version is not None:
             self.require(address, min_version)
         if entry is None:
@@ -76,6 +84,22 @@ class PolicyTable:
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
         return version_of(entry), self._resident.placement(entry.content)
+
+    def scorer(self, address: PolicyAddress) -> Scorer:
+        """What gives label scores under this address now. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField`
+        where nothing does."""
+        entry = self._resolve(address)
+        if self._base_scorer is None:
+            raise scores_nothing(version_of(entry) if entry else self.base)
+        return self._base_scorer
+
+    def scores(self, entry: Entry | None) -> bool:
+        """Whether a version, None for the base, has a head in the place of an output over the vocabulary."""
+        return self._base_scorer is not None
+
+    def samples(self, name: str) -> bool:
+        """Whether the live version of a name can go on with rows that run on another."""
+        return not self.scores(self._registry.live(name) if name in self._registry.names else None)
 
     def placement(self, address: PolicyAddress) -> Placement:
         """Where a row of this address would run now; the base where there is nothing to run."""

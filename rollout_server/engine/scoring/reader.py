@@ -1,4 +1,5 @@
-"""Teacher-forced log-probabilities: what every reader promises, and what it does with logits and hidden states."""
+"""Teacher forcing, embeddings and label scores: what every reader promises, and what it does with logits and hidden
+states."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from rollout_server.engine.batch.row import TopTokens
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
+from rollout_server.engine.scoring.labels import LabelPart, score_states, score_tokens
 from rollout_server.engine.scoring.replay import TokenRange, replay_tokens
 from rollout_server.errors import NonFiniteLogits
 
@@ -74,9 +76,18 @@ def measure(
     width, vocabulary = logits.shape[1:]
     flat = logits.reshape(-1, vocabulary)
     mx.eval(flat, *state)
+    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
+    _blame(labelled, score_tokens(logits, _label_parts(labelled)), "scoring")
+    if len(labelled) < len(parts):
+        _measure(flat, parts, width, most)
+
+
+def _measure(flat: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], width: int, most: int) -> None:
+    vocabulary = flat.shape[-1]
     targets = np.zeros((len(parts), width), dtype=np.int32)
     for wanted_ids, (sequence, n) in zip(targets, parts, strict=True):
-        wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
+        if sequence.labels is None:
+            wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
     temperatures = np.repeat([sequence.job.temperature for sequence, _ in parts], width).astype(np.float32)
     step = max(1, -(-most // SLICES))
     slices = [_Slice(flat, start, min(start + step, len(flat)), temperatures) for start in range(0, len(flat), step)]
@@ -89,6 +100,8 @@ def measure(
         np.concatenate(column).reshape(*shape, *column[0].shape[1:]).tolist() for column in zip(*read, strict=True)
     )
     for row, (sequence, n) in enumerate(parts):
+        if sequence.labels is not None:
+            continue
         if any(math.isnan(value) for value in values[row][:n]):
             version = sequence.run.version
             sequence.fault = NonFiniteLogits(
@@ -145,13 +158,31 @@ class _Slice:
 
 
 def gather(hidden: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any]) -> None:
-    """`measure` for sequences that are embedded: hidden [B, N, width] instead of logits."""
-    pools = [(sequence.pool, n) for sequence, n in parts if sequence.pool is not None]
-    for (sequence, _), finite in zip(parts, pool(hidden, pools, state), strict=True):
-        if not finite:
+    """`measure` for sequences that are embedded or classified: hidden [B, N, width] instead of logits."""
+    pooled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.pool is not None]
+    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
+    if pooled:
+        own = hidden if len(pooled) == len(parts) else hidden[mx.array([row for row, _, _ in pooled])]
+        pools = [(sequence.pool, n) for _, sequence, n in pooled if sequence.pool is not None]
+        _blame(pooled, pool(own, pools, [] if labelled else state), "embedding")
+    if labelled:
+        _blame(labelled, score_states(hidden, _label_parts(labelled), state), "classifying")
+
+
+def _label_parts(members: Sequence[tuple[int, ScoredSequenceState, int]]) -> list[LabelPart]:
+    return [
+        LabelPart(sequence.labels, row, sequence.next_input, n)
+        for row, sequence, n in members
+        if sequence.labels is not None
+    ]
+
+
+def _blame(members: Sequence[tuple[int, ScoredSequenceState, int]], finite: Sequence[bool], doing: str) -> None:
+    for (_, sequence, _), fine in zip(members, finite, strict=True):
+        if not fine:
             version = sequence.run.version
             sequence.fault = NonFiniteLogits(
-                f"The model produced NaN or infinity while embedding under {version.name}@{version.number}."
+                f"The model produced NaN or infinity while {doing} under {version.name}@{version.number}."
             )
 
 

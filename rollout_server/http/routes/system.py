@@ -132,6 +132,8 @@ def cards(service: Service) -> list[dict[str, Any]]:
         "quantization": info.quantization,
         "kv_bits": info.kv_bits,
         "eos_token_ids": info.eos_token_ids,
+        "task": info.task,
+        "labels": info.labels,
     }
     found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((BASE, info.id))]
     for policy in service.policies():
