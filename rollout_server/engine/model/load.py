@@ -77,11 +77,9 @@ def load(options: EngineOptions) -> ResidentModel:
     mx.eval(module.parameters())
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(read)
-    compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    compiles = compiles and read.head is None  # What only reads has no decode steps.
+    wanted = not on_cpu if options.compile_decode is None else options.compile_decode
+    compiles = wanted and read.head is None  # What only reads has no decode steps.
     chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
-    kind, cell_bytes, row_cells = chosen.kind, chosen.cell_bytes, chosen.row_cells
-    context = _context_length(read, options.context_length)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
@@ -90,7 +88,7 @@ def load(options: EngineOptions) -> ResidentModel:
         digest=base_digest(path),
         model_type=str(config.get("model_type", "unknown")),
         vocab_size=vocabulary,
-        max_model_len=context,
+        max_model_len=_context_length(read, options.context_length),
         dtype=dtype_name,
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
@@ -100,13 +98,13 @@ def load(options: EngineOptions) -> ResidentModel:
         weights=replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
         no_versions=folded_factors(module),
-        kv_bytes_per_token=cell_bytes,
-        kv_bytes_per_row=cell_bytes * row_cells,
+        kv_bytes_per_token=chosen.cell_bytes,
+        kv_bytes_per_row=chosen.cell_bytes * chosen.row_cells,
         kv_bits=options.kv_bits,
         kv_memory=options.kv_memory or default_kv_memory(),
-        cache=kind,
+        cache=chosen.kind,
         embedding=read_embedding(path, config, width) if trunk else Embedding(),
-        max_batch=1 if kind == "serial" else options.max_batch,
+        max_batch=1 if chosen.kind == "serial" else options.max_batch,
         device=str(mx.default_device()),
         pad_token_id=read.pad_token_id,
         **scoring_of(read.kind, read.head, config),
