@@ -13,7 +13,7 @@ from litestar.connection import ASGIConnection
 
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.options import ModelInfo, Task
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
@@ -30,6 +30,8 @@ STATE_KEY = "service"
 ARRIVED = "arrived"
 """Key of the request's state: when it came, on time.monotonic()'s clock."""
 NAMES_SHOWN = 20
+SCORING: tuple[Task, ...] = ("classify", "token_classify")
+"""Tasks of what has a head."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,18 @@ class Service:
         if address.name == BASE:
             return self.base_version
         return next((policy.live for policy in self.policies() if policy.name == address.name), None)
+
+    def task(self, address: PolicyAddress) -> Task:
+        """What the model gives under this address. Raises `UnknownPolicy` for a name that is not there."""
+        if address.name != BASE:
+            self.policy(address.name)
+        return self.info.task
+
+    def scorer(self) -> PolicyAddress:
+        """The one model that scores, for a request that names none. Raises `InvalidField` unless there is just one."""
+        if self.info.task in SCORING:
+            return PolicyAddress(BASE)
+        raise InvalidField("No model that is served here scores labels: push one, and name it.", param="model")
 
     def policy_state(self, address: PolicyAddress) -> dict[str, Any]:
         """`{"name", "version", "digest"}` of the alias, as every native reply carries it."""

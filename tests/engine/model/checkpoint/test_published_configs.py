@@ -12,7 +12,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
 from rollout_server.engine.model.checkpoint.plan import Plan, plan_of
 from rollout_server.engine.model.checkpoint.windows import window_bounds
-from tests.engine.model.published_configs import PUBLISHED
+from tests.engine.model.checkpoint.published_configs import PUBLISHED
 
 NARROW = {"num_hidden_layers": 4, "vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16}
 NARROW |= {"num_experts": 4, "n_routed_experts": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
