@@ -11,8 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.load import read_model
 from tests.support import tiny_models
 
@@ -49,6 +52,32 @@ def random_head(labels: int, *, bias: bool = False, seed: int = 5, name: str = "
     generator = np.random.default_rng(seed)
     head = {f"{name}.weight": generator.normal(size=(labels, HIDDEN)).astype(np.float32) / HIDDEN**0.5}
     return head | ({f"{name}.bias": generator.normal(size=labels).astype(np.float32)} if bias else {})
+
+
+def reward_adapter(
+    info: ModelInfo,
+    seed: int = 1,
+    *,
+    labels: int = 1,
+    task_type: str = "SEQ_CLS",
+    head: Mapping[str, np.ndarray] | None = None,
+    **options: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(Tensors, adapter_config.json) as PEFT saves an adapter of this kind with its head; `options` are those of
+    `tiny_models.random_adapter`."""
+    tensors, config = tiny_models.random_adapter(info.layers, 4, seed, **options)
+    own = random_head(labels, bias=task_type == "TOKEN_CLS", seed=seed + 50) if head is None else head
+    saved = {f"base_model.model.{name}": array for name, array in own.items()}
+    return {**tensors, **saved}, {**config, "task_type": task_type, "modules_to_save": ["classifier", "score"]}
+
+
+def reward_bundle(info: ModelInfo, seed: int = 1, **options: Any) -> AdapterBundle:
+    return bundle(info, *reward_adapter(info, seed, **options))
+
+
+def bundle(info: ModelInfo, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterBundle:
+    """What the server makes of such a file."""
+    return read_bundle(save(dict(tensors)), config, layers=info.layers, parameters=info.weights, scoring=info.scoring)
 
 
 def states(directory: Path, tokens: Sequence[int]) -> np.ndarray:

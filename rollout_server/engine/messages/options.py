@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.spec import Scoring
+
 if TYPE_CHECKING:
-    from adapters.spec import Parameter, Place
+    from adapters.spec import HeadTask, Parameter, Place
 
 
 KV_BUCKET = 32
@@ -102,6 +104,12 @@ class ModelInfo:
     activation: Activation = "none"
     pad_token_id: int | None = None
     """By which the token is found that a sequence's head is read at."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """What a version's head has to fit."""
+        own: HeadTask | None = self.task if self.task in ("classify", "token_classify") else None
+        return Scoring(self.embedding.width, own)
 
     def head_position(self, tokens: Sequence[int]) -> int:
         """Where a head is read that scores a whole sequence, as transformers does: at the rightmost token that is not

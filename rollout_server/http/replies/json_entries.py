@@ -231,4 +231,6 @@ def version_status(status: VersionStatus) -> dict[str, Any]:
         "bytes": status.nbytes,
         "resident_bytes": status.resident_bytes,
         "created": status.created,
+        "task": status.task,
+        "labels": status.labels,
     }

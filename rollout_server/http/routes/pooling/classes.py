@@ -44,8 +44,7 @@ class ClassesController(Controller):
     )
     async def classify(self, data: JSONBody[ClassifyRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        asked = scoring_model(data.model, request, service)
-        asked.require("classify")
+        asked = scoring_model(data.model, request, service, ("classify",))
         header_id(request)
         sequences = await beside_client(
             request, len(await request.body()), lambda go_on: read_inputs(data, service, go_on)

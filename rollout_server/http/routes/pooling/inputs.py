@@ -46,17 +46,32 @@ class Asked:
             raise InvalidField(f"model {quoted(self.name)} does not do this; {other[self.task]}.", param="model")
 
 
-def asked_model(name: str | None, request: Request[Any, Any, Any], service: Service) -> Asked:
-    """Without a name, the one that scores."""
-    address = service.scorer() if name is None else service.address(name, request, param="model")
+def asked_model(
+    name: str | None,
+    request: Request[Any, Any, Any],
+    service: Service,
+    tasks: Sequence[Task] = SCORING,
+    labels: int | None = None,
+) -> Asked:
+    """Without a name the one for these tasks, with so many labels if that matters."""
+    if name is None:
+        address = service.scorer(*tasks, labels=labels)
+    else:
+        address = service.address(name, request, param="model")
     with renamed({"name": "model"}):
         return Asked(address, name or address.name, service.task(address))
 
 
-def scoring_model(name: str | None, request: Request[Any, Any, Any], service: Service) -> Asked:
-    """A model with a head. Raises `InvalidField` for one that has none."""
-    asked = asked_model(name, request, service)
-    asked.require(*SCORING)
+def scoring_model(
+    name: str | None,
+    request: Request[Any, Any, Any],
+    service: Service,
+    tasks: Sequence[Task] = SCORING,
+    labels: int | None = None,
+) -> Asked:
+    """A model for these tasks. Raises `InvalidField` for one that is for another."""
+    asked = asked_model(name, request, service, tasks, labels)
+    asked.require(*tasks)
     return asked
 
 

@@ -105,8 +105,7 @@ class RewardsController(Controller):
     )
     async def get_reward(self, data: JSONBody[GetRewardRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        asked = scoring_model(data.model, request, service)
-        asked.require("classify")
+        asked = scoring_model(data.model, request, service, ("classify",), 1)
         header_id(request)
         sequences = await beside_client(
             request, len(await request.body()), lambda go_on: read_texts(data.query, service, go_on)
