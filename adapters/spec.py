@@ -120,6 +120,10 @@ class Scoring:
     """What the base's own head scores; None for a base that generates."""
 
 
+NO_SCORING = Scoring()
+"""Of a base that no head can read."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """`modules` maps the base's parameter path of each adapted layer (without `.weight`) to its rank and scale."""

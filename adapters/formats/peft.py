@@ -25,6 +25,7 @@ from adapters.spec import (
     HEAD_MODULES,
     MAGNITUDE,
     MAX_RANK,
+    NO_SCORING,
     AdapterSpec,
     Kind,
     ModuleSpec,
@@ -76,7 +77,7 @@ def read(
     config: Mapping[str, Any],
     layers: Mapping[str, tuple[int, int]],
     parameters: Mapping[str, Parameter],
-    scoring: Scoring,
+    scoring: Scoring = NO_SCORING,
 ) -> Proposal:
     """What the file says about the layers of a base (path → (out, in)) and its parameters. Raises `AdapterUnreadable`
     where the configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""

@@ -11,11 +11,10 @@ from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.formats import mlx_lm, peft, whole_tensors
 from adapters.formats.fit import Proposal, faults
-from adapters.spec import Parameter, Scoring, experts_of, quoted
+from adapters.spec import NO_SCORING, Parameter, Scoring, experts_of, quoted
 from adapters.tensors import FileTensor, read_safetensors
 from adapters.wrappers import unwrapped, unwrapped_config
 
-NO_SCORING = Scoring()
 FORMATS = {"peft": peft, "mlx": mlx_lm}
 MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
 """Fields that only one of the formats has."""

@@ -15,6 +15,7 @@ from adapters.formats.fit import Proposal, twice
 from adapters.formats.heads import NO_HEAD, head_in, task_type_of
 from adapters.spec import (
     DENSE_KINDS,
+    NO_SCORING,
     TIED_HEAD,
     AdapterSpec,
     Kind,
@@ -43,7 +44,7 @@ def read(
     tensors: Mapping[str, FileTensor],
     config: Mapping[str, Any],
     parameters: Mapping[str, Parameter],
-    scoring: Scoring,
+    scoring: Scoring = NO_SCORING,
 ) -> Proposal:
     """Raises `AdapterUnsupported` for fields that would mean something else, `AdapterUnreadable` for wrong values.
 

@@ -31,7 +31,6 @@ SMALL = {
     "rollout_server/engine/blame.py": "plain, below every room that does a part of a turn",
     "rollout_server/engine/kv_cache/prompt.py": "plain, below whatever knows arrays",
     "rollout_server/engine/model/device.py": "one thing that the loop asks of the device",
-    "rollout_server/engine/policies/entries.py": "conversions between two vocabularies",
     "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
     "rollout_server/http/requests/spans.py": "one part of a request that several routes read",
