@@ -47,7 +47,9 @@ def adapted(
             if part is None:
                 continue
             value = torch.randn(parameter.shape, generator=generator)
-            if part[1] == "modules_to_save":
+            if ".score." in name:
+                value *= parameter.shape[-1] ** -0.5  # Nothing of the base's: transformers draws a new one.
+            elif part[1] == "modules_to_save":
                 value = parameter + 0.3 * parameter.std() * value
             elif part[1] == "lora_magnitude_vector":
                 value = parameter * (0.3 * value).exp()
@@ -84,6 +86,13 @@ def embeddings(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> di
         "last": np.stack([each[-1].numpy() for each in states]),
         "mean": np.stack([each.mean(0).numpy() for each in states]),
     }
+
+
+def scores(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """[sequences, labels] float32: what a classifier gives for each, read alone."""
+    with torch.no_grad():
+        found = [model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy() for ids in sequences]
+    return np.stack(found)
 
 
 def logprobs(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
