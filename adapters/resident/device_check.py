@@ -6,6 +6,8 @@ about the size of the values themselves, rounding by a thousandth of it: the bou
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.kernels.decode import MANY_ROWS, DecodeKernel, decode_kernel
 from adapters.resident.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
 from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
 from adapters.resident.model_layers import bare_layer, holder
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
+
+log = logging.getLogger("rollout_server.engine.model")
 
 RANKS = (3, 8)
 """Ranks of the two versions that are tried: one is narrower than the stack that holds it, and one is as wide."""
@@ -26,6 +31,12 @@ ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
 """Slots of the three rows: all different, which gathers, and all one, which does not."""
 LENGTHS = (1, 5, 130)
 """Tokens a row: a decode step, a short chunk and a longer one, since kernels are chosen by it."""
+TRIED_ROUTES = tuple((route, length) for length in LENGTHS for route in ROUTES)
+DECODED = tuple(
+    (route, 1) for route in (*ROUTES, (0, 1, 2) * 44, (1,) * 131, (2,) * MANY_ROWS, (2, 0, 2, 1) * MANY_ROWS)
+)
+"""What a kernel for decode steps is tried with: rows of one version and of several, few and many of them."""
+TIMED_ROWS, TIMED_AT_ONCE = 64, 50
 TRIED = 4
 """How many experts are tried, of however many there are."""
 BOUND: dict[mx.Dtype, float] = {mx.float32: 5e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
@@ -55,6 +66,49 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
         if fault is not None:
             faults[place] = f"in {path} ({shape[0]} × {shape[1]}, {_name(dtype)}): {fault}"
     return faults
+
+
+def choose_kernel(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: mx.Dtype) -> DecodeKernel | None:
+    """A kernel for the linear layers of a bare `model`, where it gives on all their shapes what plain products give and
+    takes less time than they do on this device."""
+    kernel = decode_kernel()
+    paths = {shape: path for path, shape in layers.items() if place_of(shape) == "linear"}
+    linear = [(shape, path, _layer_at(model, layers, path)) for shape, path in paths.items()]
+    if kernel is None or not linear:
+        return None
+    try:
+        for shape, path, layer in linear:
+            if (fault := _check(layer, shape, dtype, kernel, DECODED)) is not None:
+                log.warning("Adapters keep to plain products: by the kernel, in %s, %s.", path, fault)
+                return None
+        shape, _, layer = linear[0]
+        return kernel if _is_faster(kernel, layer, shape, dtype) else None
+    except (RuntimeError, ValueError) as error:
+        log.warning("Adapters keep to plain products: the kernel ends in %s: %s.", type(error).__name__, error)
+        return None
+
+
+def _is_faster(kernel: DecodeKernel, layer: Any, shape: tuple[int, int], dtype: mx.Dtype) -> bool:
+    stack = _Versions.make(shape, dtype, 1.0).stack
+    stack.select(2)
+    x = mx.zeros((TIMED_ROWS, 1, shape[1]), dtype)
+    adapted = AdaptedLinear(layer, stack)
+    plainly = _seconds(adapted, x)
+    stack.kernel = kernel
+    stack.select(2)
+    by_kernel = _seconds(adapted, x)
+    log.info("An adapted layer takes %.3f ms by the kernel, %.3f by plain products.", by_kernel * 1e3, plainly * 1e3)
+    return by_kernel < plainly
+
+
+def _seconds(layer: Callable[[mx.array], mx.array], x: mx.array) -> float:
+    """One of many at once, since one alone is mostly waited for; the fastest of some tries, after one that compiles."""
+    taken = []
+    for _ in range(4):
+        began = time.perf_counter()
+        mx.eval([layer(x) for _ in range(TIMED_AT_ONCE)])
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:]) / TIMED_AT_ONCE
 
 
 def _layer_at(model: nn.Module, layers: Mapping[str, tuple[int, int]], path: str) -> nn.Module:
@@ -98,30 +152,37 @@ class _Versions:
             self.stack.aim_rows(frozenset(route), mx.array(route, dtype=mx.uint32))
 
 
-def _check(layer: nn.Module, shape: tuple[int, int], dtype: mx.Dtype) -> str | None:
-    """A linear layer, an embedding or the head that shares its weight, which gives base(x) without an adapter."""
+def _check(
+    layer: nn.Module,
+    shape: tuple[int, int],
+    dtype: mx.Dtype,
+    kernel: DecodeKernel | None = None,
+    tried: tuple[tuple[tuple[int, ...], int], ...] = TRIED_ROUTES,
+) -> str | None:
+    """A linear layer, an embedding or the head that shares its weight, which gives base(x) without an adapter. `tried`
+    are slots of the rows, and how many tokens each has."""
     place, random = place_of(shape), np.random.default_rng(shape[0])
     table = place in ("embedding", "tied_embedding")
     base: Callable[[mx.array], mx.array] = layer.as_linear if place == "tied_head" else layer
     bias = _plain(layer["bias"]) if "bias" in layer else np.zeros(shape[0])
     versions: _Versions | None = None
-    for length in LENGTHS:
-        rows = len(ROUTES[0]), length
+    for route, length in tried:
+        rows = len(route), length
         if table:
             x = mx.array(random.integers(0, shape[1], rows).astype(np.int32))
         else:
             x = mx.array(random.standard_normal((*rows, shape[1]))).astype(dtype)
         plain = _plain(base(x)) - bias
         versions = versions or _Versions.make(shape, dtype, _size(plain))
+        versions.stack.kernel = kernel
         adapted = _adapted(layer, versions.stack, place)
-        for route in ROUTES:
-            versions.aim(route)
-            found = _plain(adapted(x))
-            for row, slot in enumerate(route):
-                inner = versions.a[slot].T[np.array(x[row])] if table else _plain(x[row]) @ versions.a[slot].T
-                expected = versions.gain[slot] * (plain[row] + inner @ versions.b[slot]) + bias
-                if (fault := _difference(found[row], expected, dtype)) is not None:
-                    return f"{_spoken(route, length)} {fault}"
+        versions.aim(route)
+        found = _plain(adapted(x))
+        for row, slot in enumerate(route):
+            inner = versions.a[slot].T[np.array(x[row])] if table else _plain(x[row]) @ versions.a[slot].T
+            expected = versions.gain[slot] * (plain[row] + inner @ versions.b[slot]) + bias
+            if (fault := _difference(found[row], expected, dtype)) is not None:
+                return f"{_spoken(route, length)} {fault}"
     return None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from adapters.kernels.decode import DecodeKernel
 from adapters.spec import experts_of
 
 RANK_BUCKET = 8
@@ -36,9 +37,24 @@ class SlotStack:
     a write copies the whole stack; `rest` drops the views that routing made.
     """
 
-    __slots__ = ("a", "b", "filled", "gain", "gained", "one_gain", "out", "pair", "rows", "scales")
+    __slots__ = (
+        "a",
+        "b",
+        "filled",
+        "gain",
+        "gained",
+        "kernel",
+        "one_gain",
+        "one_slot",
+        "out",
+        "pair",
+        "rows",
+        "scales",
+    )
 
-    def __init__(self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype) -> None:
+    def __init__(
+        self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype, kernel: DecodeKernel | None = None
+    ) -> None:
         out, width = layer
         self.a = mx.zeros((slots, *experts_of(layer), rank, width), dtype)
         """[slots, rank, in], zero where nothing was written; [slots, experts, rank, in] for stacked experts."""
@@ -57,8 +73,12 @@ class SlotStack:
         """Slot of each row, uint32 [batch], when rows differ."""
         self.one_gain: mx.array | None = None
         """[out], when all rows use one slot and it has a gain."""
+        self.one_slot: mx.array | None = None
+        """That slot, uint32 [1], where a kernel reads it."""
         self.scales = False
         """Whether any row in use has a gain."""
+        self.kernel = kernel
+        """What adds the products of a linear layer in one launch, where there is such a thing."""
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +159,7 @@ class SlotStack:
 
     def rest(self) -> None:
         """The layer is the bare base until it is aimed again."""
-        self.pair = self.rows = self.one_gain = None
+        self.pair = self.rows = self.one_gain = self.one_slot = None
         self.scales = False
 
     def select(self, slot: int) -> None:
@@ -154,6 +174,7 @@ class SlotStack:
                 # whatever the strides say: of matrices that were cut it would read those of other experts.
                 a, b = mx.contiguous(a), mx.contiguous(b)
             self.pair = a.swapaxes(-1, -2), b
+            self.one_slot = None if self.kernel is None else mx.array([slot], dtype=mx.uint32)
             if self.gain is not None and slot in self.gained:
                 self.one_gain = self.gain[slot]
                 self.scales = True
@@ -171,6 +192,10 @@ class SlotStack:
 
     def lent(self) -> tuple[str, list[mx.array]]:
         """What the layer reads as it is aimed: which fields, and their arrays."""
+        if self.kernel is not None and self.aimed:
+            slots = self.rows if self.one_slot is None else self.one_slot
+            stacks = self.arrays() if self.scales else [self.a, self.b]
+            return "kernel gain" if self.scales else "kernel", [*([] if slots is None else [slots]), *stacks]
         fields = ("one_gain",) if self.one_gain is not None else ()
         if self.pair is not None:
             return " ".join(("pair", *fields)), [*self.pair, *([] if self.one_gain is None else [self.one_gain])]
@@ -182,13 +207,31 @@ class SlotStack:
     def read(self, fields: str, arrays: list[mx.array]) -> list[mx.array]:
         """Reads these arrays instead, taken off the front; returns what it read before, for `read` to put back."""
         before = self.lent()[1]
-        if fields.startswith("pair"):
+        if fields.startswith("kernel"):
+            if self.one_slot is None:
+                self.rows = arrays.pop(0)
+            else:
+                self.one_slot = arrays.pop(0)
+            self.a, self.b = arrays.pop(0), arrays.pop(0)
+            self.gain = arrays.pop(0) if fields == "kernel gain" else self.gain
+        elif fields.startswith("pair"):
             self.pair = arrays.pop(0), arrays.pop(0)
             self.one_gain = arrays.pop(0) if self.one_gain is not None else None
         elif fields:
             self.rows, self.a, self.b = (arrays.pop(0) for _ in range(3))
             self.gain = arrays.pop(0) if fields == "rows gain" else self.gain
         return before
+
+    def decoded(self, x: mx.array, y: mx.array, bias: mx.array | None = None) -> mx.array | None:
+        """What `scaled(y + product(x)) + bias` comes to for a layer's y, in one launch; None where no kernel does it. A
+        bias only where `scales`. Only while `aimed`."""
+        slots = self.rows if self.one_slot is None else self.one_slot
+        width, rank = self.a.shape[-1], self.a.shape[-2]
+        if self.kernel is None or slots is None or not self.kernel.takes(x, width, rank, self.a.dtype):
+            return None
+        if slots.size not in (1, x.shape[0]) or y.dtype != self.a.dtype:
+            return None
+        return self.kernel(x, y, self.a, self.b, slots, self.gain if self.scales else None, bias)
 
     def product(self, x: mx.array) -> mx.array:
         """(x · A[row]) · B[row], [batch, …, out], for x [batch, …, in]. Only while `aimed`."""
@@ -276,8 +319,14 @@ class AdaptedLinear(nn.Module):
         if not stack.aimed:
             return base(x)
         if not stack.scales:
-            return base(x) + stack.product(x)
-        y = stack.scaled(_without_bias(base, x) + stack.product(x))
+            y = base(x)
+            found = stack.decoded(x, y)
+            return y + stack.product(x) if found is None else found
+        y = _without_bias(base, x)
+        found = stack.decoded(x, y, base.get("bias"))
+        if found is not None:
+            return found
+        y = stack.scaled(y + stack.product(x))
         return y + base["bias"] if "bias" in base else y
 
 

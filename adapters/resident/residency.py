@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from adapters.bundle import AdapterBundle, Content
 from adapters.errors import QuantisedBase, WeightsFull
+from adapters.kernels.decode import DecodeKernel
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
 from adapters.resident.parameter_sets import Build, NoRoom, ParameterSets
@@ -78,8 +79,9 @@ class ResidentVersions:
         dtype: mx.Dtype,
         limit: int | None = None,
         unfit: Mapping[Place, str] = MappingProxyType({}),
+        kernel: DecodeKernel | None = None,
     ) -> None:
-        self.slots = AdapterSlots(model, layers, dtype, unfit)
+        self.slots = AdapterSlots(model, layers, dtype, unfit, kernel)
         self.sets = ParameterSets(model, layers, parameters)
         self._limit = limit
         self._residents: dict[Content, _Resident] = {}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
+from adapters.kernels.decode import DecodeKernel
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.resident.dora_norms import RowNorms, Rows, TableRows
@@ -56,7 +57,8 @@ class _Resident:
 
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
-    `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused.
+    `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused. `kernel` is what
+    `device_check.choose_kernel` found for linear layers.
 
     Layers are wrapped when the first version that targets them is staged; the rest of the model stays as it was.
     """
@@ -67,9 +69,11 @@ class AdapterSlots:
         layers: Mapping[str, tuple[int, int]],
         dtype: mx.Dtype,
         unfit: Mapping[Place, str] = MappingProxyType({}),
+        kernel: DecodeKernel | None = None,
     ) -> None:
         self._model = model
         self._unfit = unfit
+        self._kernel = kernel
         self._layers = dict(layers)
         self._dtype = dtype
         self._dtype_name = str(dtype).removeprefix("mlx.core.")
@@ -320,7 +324,8 @@ class AdapterSlots:
     def _mount(self, path: str) -> SlotStack:
         place = place_of(self._layers[path])
         parent, name = holder(self._model, self._wrapped_path(path))
-        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype)
+        kernel = self._kernel if place_of(self._layers[path]) == "linear" else None
+        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype, kernel)
         if place == "linear":
             parent[name] = AdaptedLinear(parent[name], stack)
         elif place == "experts":

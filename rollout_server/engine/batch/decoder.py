@@ -1,7 +1,8 @@
 """Decode steps of one batch: the step in flight, and what the next one is computed and drawn with.
 
-One step ahead: step k+1 is built while step k runs and dispatched as soon as k was read; what k returned is recorded
-while k+1 runs. A stop token is therefore seen one step late, and its extra token is dropped.
+One step ahead: step k+1 is built while step k runs and dispatched as soon as k was read, or before that where steps
+may overlap; what k returned is recorded while k+1 runs. A stop token is therefore seen one step late, and its extra
+token is dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from rollout_server.engine.batch.row import Row, TopTokens
 from rollout_server.engine.batch.step_inputs import GrammarMasks, StepInputs, TokenCounts, inputs_of, prepare_rows
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
@@ -97,6 +99,7 @@ class Decoder:
         eos: frozenset[int],
         vocabulary: int,
         before_read: Callable[[], None] = lambda: None,
+        filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._store = store
@@ -104,6 +107,7 @@ class Decoder:
         self._eos = eos
         self._vocabulary = vocabulary
         self._before_read = before_read
+        self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
@@ -125,16 +129,25 @@ class Decoder:
         self._arrays = self._inputs = None
 
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
-        """Builds the next step, reads the one in flight, dispatches the next; returns the rows that got a token."""
+        """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
+        the rows that got a token."""
         pending = self._build(seats)
         if pending is not None and self._inputs is not None and self._inputs.masked:
             return self._step_masked(pending)
         following = None if pending is None else self._draw(pending, None)
-        result = self._read()
-        if following is not None:
-            mx.async_eval(following.sampled.arrays(), self._store.pending())
-            self._dispatched = following
+        flying, self._dispatched = self._dispatched, None
+        overlaps = self._store.steps_overlap
+        if overlaps:
+            self._dispatch(following)
+        result = self._wait(flying)
+        if not overlaps:
+            self._dispatch(following)
         return result.record(self._eos) if result else []
+
+    def _dispatch(self, step: DispatchedStep | None) -> None:
+        if step is not None:
+            mx.async_eval(step.sampled.arrays(), self._store.pending())
+            self._dispatched = step
 
     def _step_masked(self, pending: PendingStep) -> list[Row]:
         """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
@@ -182,11 +195,14 @@ class Decoder:
     def _prepare(self, seats: Mapping[int, Row], size: int) -> SamplerArrays:
         by_place = [seats.get(place) for place in range(size)]
         self._counts.seat(by_place)
-        return prepare_rows(by_place, self._vocabulary, self._eos)
+        return prepare_rows(by_place, self._vocabulary, self._eos, self._filter_kernel)
 
     def _read(self) -> StepResult | None:
         """Waits for the step in flight and copies its results to the host."""
         dispatched, self._dispatched = self._dispatched, None
+        return self._wait(dispatched)
+
+    def _wait(self, dispatched: DispatchedStep | None) -> StepResult | None:
         if dispatched is None:
             return None
         self._before_read()

@@ -136,6 +136,8 @@ class BatchPrefixes:
                 self._copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         if in_flight:
             mx.async_eval(self._copies)
+            if self._store.steps_overlap:
+                self._copies = []
         else:
             self.finish()
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.batch.row import Row
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
 from rollout_server.engine.sampling.logits_processors import count_tokens, ends_of
@@ -72,7 +73,9 @@ def inputs_of(seats: Mapping[int, Row], size: int) -> mx.array:
     return mx.array(ids, dtype=mx.int32)
 
 
-def prepare_rows(rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int]) -> SamplerArrays:
+def prepare_rows(
+    rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int], kernel: FilterKernel | None
+) -> SamplerArrays:
     """What the rows are sampled with, by place; at least one is there."""
     wants = [row.group.request.wants for row in rows if row is not None]
     return prepare(
@@ -81,6 +84,7 @@ def prepare_rows(rows: Sequence[Row | None], vocabulary: int, eos: frozenset[int
         entropy=any(want.entropy for want in wants),
         top_logprobs=max(want.top_logprobs for want in wants),
         eos=eos,
+        kernel=kernel,
     )
 
 

@@ -22,6 +22,7 @@ class MlxCacheKV:
     state of fixed size costs, counted in columns."""
 
     cuts = False
+    steps_overlap = False
 
     def __init__(self, make_caches: Callable[[], list[Any]], *, row_cells: int = 0, serial: bool = False) -> None:
         self.layers: list[Any] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.kv_cache.padded_layer import PaddedLayer, Window
+from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import HEADROOM, padded, round_up, row_bucket
@@ -25,15 +25,28 @@ from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 
 class PaddedKV:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
-    widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits."""
+    widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits. `attend` computes what decode
+    steps attend to, where the model is bound to ask for it (`engine/model/attention/binding`); they then have one
+    width, however long their rows are."""
 
     cuts = True
 
+    @property
+    def steps_overlap(self) -> bool:
+        return self.attend is not None
+
     def __init__(
-        self, windows: Sequence[int | None], max_rows: int, *, coarse: bool = False, packs: bool = False
+        self,
+        windows: Sequence[int | None],
+        max_rows: int,
+        *,
+        coarse: bool = False,
+        packs: bool = False,
+        attend: Attend | None = None,
     ) -> None:
         self.layers: list[Any] = [PaddedLayer(self, window, packs=packs) for window in windows]
         self._coarse = coarse
+        self.attend = attend
         self.capacity = 0
         self.columns = 0
         self.window: Window
@@ -215,7 +228,7 @@ class PaddedKV:
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
         offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
-        self.window = self.decode_window(offset, min(spare, self._width(width)))
+        self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)))
 
     def decode_window(self, offset: mx.array, width: int) -> Window:
         """Every place in order, one new token each at its column `offset` int32 [capacity]."""

@@ -37,6 +37,39 @@ class Window:
         return found
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeAttention:
+    """What one layer attends to in a decode step, every place in order."""
+
+    queries: mx.array
+    """[B, heads, 1, head size]."""
+    new_keys: mx.array
+    """[B, kv heads, 1, …] as they are kept; not written yet, and so `new_values`."""
+    new_values: mx.array
+    keys: mx.array
+    """[B, kv heads, columns, …] as they are kept; and so `values`."""
+    values: mx.array
+    offset: mx.array
+    """int32 [B], the column of each new token, up to which its row reads. The last column stands for no row."""
+    scale: float
+    window: int | None
+    """Columns that a token reads at most."""
+    sinks: mx.array | None
+    """[heads], logits that take part in the softmax and have no value."""
+    packings: tuple[Packing, Packing] | None
+    """Of keys and of values, where they are kept in 8 bits."""
+
+    @property
+    def group(self) -> int:
+        """Numbers that share a scale; 0 where nothing is packed."""
+        return 0 if self.packings is None else self.packings[0].group
+
+
+Attend = Callable[[DecodeAttention], tuple[mx.array, mx.array, mx.array]]
+"""Returns values [B, heads, 1, head size], and the arrays in which keys and values are kept, the new ones among them.
+Rows whose offset is the last column get zeros."""
+
+
 class KVLayout(Protocol):
     """What a layer reads of the store that it is one of."""
 
@@ -45,6 +78,8 @@ class KVLayout(Protocol):
     columns: int
     window: Window
     """Of the forward that is being built."""
+    attend: Attend | None
+    """How decode steps attend where the model's own attention is not what they use."""
 
 
 class PaddedLayer:
@@ -56,6 +91,7 @@ class PaddedLayer:
         self._packs = packs
         self._packings: tuple[Packing, Packing] | None = None
         """Of keys and of values, known from the first forward on."""
+        self._pending: _Pending | None = None
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -76,12 +112,44 @@ class PaddedLayer:
         if self.keys is None or self.values is None:
             self.keys, self.values = self._allocate(keys), self._allocate(values)
         window = self._layout.window
+        if self._layout.attend is not None and window.rows is None:
+            fetched = self.keys_and_values()
+            self._pending = _Pending(keys, values, *fetched)
+            return fetched
         for stored, new in ((self.keys, keys), (self.values, values)):
             if new.shape[2] == 1:
                 stored[window.places, :, window.columns[:, 0]] = new[:, :, 0]
             else:
                 stored[window.places[:, None], :, window.columns] = new.transpose(0, 2, 1, 3)
         return self.keys_and_values()
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array | None:
+        """Attends in the place of the model's own attention, from what `update_and_fetch` was given and returned. None
+        where that one is to do it. Raises RuntimeError where it would read what was never written, as of keys that
+        the model has changed since it fetched them."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        attend, window = self._layout.attend, self._layout.window
+        known = [size for size, array in window.masks.items() if array is mask]
+        if attend is None or keys is not pending.fetched_keys or values is not pending.fetched_values or not known:
+            raise RuntimeError("a layer attends to other keys, or under another mask, than it got from its cache")
+        if self.keys is None or self.values is None:
+            raise RuntimeError("a layer lost its keys and values between writing and reading them")
+        step = DecodeAttention(
+            queries, pending.keys, pending.values, self.keys, self.values,
+            window.offset, scale, known[0], sinks, self._packings,
+        )  # fmt: skip
+        found, self.keys, self.values = attend(step)
+        return found
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         window = self._layout.window
@@ -118,7 +186,7 @@ class PaddedLayer:
         whole array."""
         if self.keys is None or self.values is None:
             return None
-        return mx.contiguous(self.keys[place, :, :length]), mx.contiguous(self.values[place, :, :length])
+        return _copied(self.keys, place, 0, length), _copied(self.values, place, 0, length)
 
     def write(self, place: int, at: int, keys: mx.array, values: mx.array) -> None:
         """Writes keys and values [heads, length, head size] into the columns of a place from `at` on."""
@@ -132,11 +200,31 @@ class PaddedLayer:
         """Columns of a place as arrays of their own, not evaluated."""
         if self.keys is None or self.values is None:
             return None
-        return mx.contiguous(self.keys[place, :, start:end]), mx.contiguous(self.values[place, :, start:end])
+        return _copied(self.keys, place, start, end), _copied(self.values, place, start, end)
 
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
+
+
+def _copied(array: mx.array, place: int, start: int, end: int) -> mx.array:
+    """Columns of a place [heads, columns, …] as an array of its own, never a view: what `attend` writes into a place it
+    writes there for everybody."""
+    if array.shape[1] == 1:
+        # What is contiguous already would not be copied.
+        return mx.take(array[place], mx.arange(start, end, dtype=mx.int32), axis=1)
+    return mx.contiguous(array[place, :, start:end])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pending:
+    """Keys and values of a decode step that are written when they are attended to, and what the model got instead: the
+    kept ones, without them."""
+
+    keys: mx.array
+    values: mx.array
+    fetched_keys: mx.array
+    fetched_values: mx.array
 
 
 def picked(array: mx.array, rows: mx.array | None, width: int) -> mx.array:

@@ -22,6 +22,10 @@ class KVStore(Protocol):
     cuts: bool
     """A row's place holds its prompt's KV for as long as nobody else takes it, so that none need be kept beside it."""
 
+    @property
+    def steps_overlap(self) -> bool:
+        """Whether a step may be dispatched while the one before still runs, and nothing is copied that it reads."""
+
     def places(self, rows: int) -> int:
         """That a step computes for so many rows."""
 

@@ -49,6 +49,8 @@ class EngineOptions:
     """Trace decode steps; None: where the device is no CPU."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
 
 
 @dataclass(frozen=True, slots=True)

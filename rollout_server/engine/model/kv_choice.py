@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,12 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.attention.binding import bound, modules_of
+from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention, choose_attention
 from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.errors import EngineUnavailable
@@ -32,24 +36,26 @@ class ChosenStore:
     """Per row and column."""
     row_cells: int
     """Columns' worth that a row takes besides."""
-    make: Callable[[], KVStore]
+    make: Callable[..., KVStore]
     compiles: bool = False
+    attention: ChosenAttention = UNBOUND
 
 
-def choose_store(module: nn.Module, vocabulary: int, max_rows: int, compiles: bool, *, packs: bool) -> ChosenStore:
+def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, compiles: bool) -> ChosenStore:
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
-    time, and says so; decode steps are compiled only where they then pass the same test. Raises `EngineUnavailable`
-    where keys and values are to be kept in 8 bits and cannot be."""
+    time, and says so; decode steps are compiled, and attend by a kernel, only where they then pass the
+    same test. Raises `EngineUnavailable` where keys and values are to be kept in 8 bits and cannot be."""
     forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
     expected = [_alone(forward, module, row) for row in rows]
+    packs = options.kv_bits is not None
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        make = partial(PaddedKV, windows, max_rows)
+        make = partial(PaddedKV, windows, options.max_batch)
         found = _choose_padded(forward, make, rows, expected, compiles, packs=packs)
         if isinstance(found, ChosenStore):
-            return found
+            return _with_attention(found, module, rows, expected, wanted=options.attention == "auto")
         problem = found
     if packs:
         raise EngineUnavailable(
@@ -90,6 +96,26 @@ def _choose_padded(
             return ChosenStore("slots", cell, 0, partial(make, coarse=True), True)
         log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
     return ChosenStore("slots", cell, 0, make)
+
+
+def _with_attention(
+    chosen: ChosenStore, module: nn.Module, rows: Sequence[Sequence[int]], expected: Sequence[mx.array], *, wanted: bool
+) -> ChosenStore:
+    modules = modules_of(module)
+
+    def forward(tokens: mx.array, caches: list[Any]) -> mx.array:
+        with bound(modules):
+            logits: mx.array = module(tokens, cache=caches)
+        return logits
+
+    def trial(attend: Attend, *, traced: bool) -> str | None:
+        store = chosen.make(attend=attend)
+        traced = traced and chosen.compiles
+        decode = CompiledDecode(forward, store, Unrouted()) if traced and isinstance(store, PaddedKV) else None
+        return _self_test(forward, store, rows, expected, decode)
+
+    found = choose_attention(module, trial, wanted=wanted)
+    return replace(chosen, make=partial(chosen.make, attend=found.attend), attention=found)
 
 
 def _measure_caches(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> tuple[int, int]:

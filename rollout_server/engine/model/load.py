@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters
+from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -39,6 +39,7 @@ from rollout_server.engine.model.heads import Head
 from rollout_server.engine.model.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -70,16 +71,12 @@ def load(options: EngineOptions) -> ResidentModel:
     read = read_model(path)
     module, config = read.module, read.config
     on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
-        _to_float32(module)
-    module.eval()
-    module.freeze()
-    mx.eval(module.parameters())
+    _prepare(module, on_cpu=on_cpu)
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(read)
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
-    compiles = wanted and read.head is None  # What only reads has no decode steps.
-    chosen = choose_store(module, vocabulary, options.max_batch, compiles, packs=options.kv_bits is not None)
+    # What only reads has no decode steps.
+    chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
@@ -109,11 +106,12 @@ def load(options: EngineOptions) -> ResidentModel:
         pad_token_id=read.pad_token_id,
         **scoring_of(read.kind, read.head, config),
     )
+    filters = choose_filter_kernel(vocabulary, dtype)
     if not on_cpu and read.head is None:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch))
-    return ResidentModel(
-        module, read.tokenizer, read.host_tokenizer, dtype, info, chosen.make, chosen.compiles, trunk, read.head
-    )
+        warm_sampler(vocabulary, dtype, min(8, info.max_batch), filters)
+    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(
@@ -155,6 +153,14 @@ def default_kv_memory() -> int:
         if isinstance(memory, int) and memory > 0:
             return memory // 4
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _prepare(module: nn.Module, *, on_cpu: bool) -> None:
+    if on_cpu:
+        _to_float32(module)
+    module.eval()
+    module.freeze()
+    mx.eval(module.parameters())
 
 
 def _to_float32(module: nn.Module) -> None:

@@ -11,10 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from adapters.kernels.decode import DecodeKernel
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.model.attention.binding import bound
+from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
 from rollout_server.engine.model.heads import Head
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,14 +35,22 @@ class ResidentModel:
     make_store: Callable[[], KVStore]
     compiles: bool = False
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
+    attention: ChosenAttention = UNBOUND
+    """How decode steps attend."""
+    adapter_kernel: DecodeKernel | None = None
+    """What adds low-rank products in decode steps, where it is right and faster on this device."""
     trunk: str = ""
     """Path of the part of `module` that gives hidden states; empty if none does."""
+    filter_kernel: FilterKernel | None = None
+    """What rows are filtered by, where this device has a kernel for it."""
     head: Head | None = None
     """What scores those states; `module` itself gives them then."""
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
-        return self.module(tokens, cache=caches)
+        with bound(self.attention.modules):
+            logits: mx.array = self.module(tokens, cache=caches)
+        return logits
 
     def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""

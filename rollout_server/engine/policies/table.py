@@ -49,7 +49,13 @@ class PolicyTable:
         self.base = PolicyVersion(BASE, 0, info.digest)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
-            model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit
+            model.module,
+            info.layers,
+            info.weights,
+            model.dtype,
+            options.weights_memory,
+            info.unfit,
+            model.adapter_kernel,
         )
         self._registry = Registry(options.keep_versions)
         self._scorers = Scorers(info, model.head)

@@ -3,8 +3,8 @@
 A token stays if fewer than k are more probable, if the mass of the more probable ones is below top_p of what top-k
 left, and if it has at least min_p of the best one's probability. Tokens of one probability stay or go together. No
 search sorts the vocabulary: on the CPU halves are cut off (`descend`: 7 ms for 32 × 16,384, where sorting takes 40),
-on a GPU, where a partition is a sort, the number is found bit by bit (`bisect`). Both take the same time whatever the
-distribution, and neither leaves the device.
+on a GPU, where a partition is a sort, `filter_kernel` finds the number digit by digit, or, where that kernel cannot be
+used, `bisect` bit by bit. None takes more passes for one distribution than for another, and none leaves the device.
 """
 
 from __future__ import annotations
@@ -65,6 +65,29 @@ class Filters:
     min_p: mx.array | None
     """[R, 1], 0 where it is off."""
 
+    def keep(self, weights: mx.array, total: mx.array) -> mx.array:
+        """The weights, with 0 for those that do not stay. `weights` [R, V] are probabilities over that of the best
+        token, which is 1 then, and `total` [R, 1] their sums."""
+        return weights * (weights >= self.least(weights, total))
+
+    def least(self, weights: mx.array, total: mx.array) -> mx.array:
+        """The smallest weight that stays, float32 [R, 1]."""
+        search = descend if on_cpu() else bisect
+        found = mx.zeros((weights.shape[0], 1), dtype=mx.float32)
+        if self.ranked is not None:
+            found = self.ranked.put(found, search(self.ranked.of(weights), self.ranked.values, by_rank=True))
+        if self.share is not None:
+            share = self.share
+            theirs, least, mass = share.of(weights), share.of(found), share.of(total)
+            if self.share_of_ranked:
+                mass = _sum(theirs * (theirs >= least))
+            crossing = search(theirs, share.values * mass, by_rank=False)
+            found = share.put(found, mx.maximum(least, crossing))
+        if self.narrow is not None and self.narrow_p is not None:
+            few = _of_few(self.narrow.of(weights), self.narrow.values, self.narrow_p, self.candidates)
+            found = self.narrow.put(found, few)
+        return found if self.min_p is None else mx.maximum(found, self.min_p)
+
 
 def prepare_filters(rows: Sequence[SamplingParams | None], vocabulary: int, *, narrow: bool = True) -> Filters | None:
     """None if no row filters. `narrow=False` (a GPU) searches for every row in the same way."""
@@ -102,26 +125,6 @@ def row_subset(
         return None
     rows = None if len(chosen) == size else mx.array([place for place, _ in chosen], dtype=mx.int32)
     return RowSubset(rows, mx.array(list(values), dtype=dtype)[:, None])
-
-
-def threshold(weights: mx.array, total: mx.array, filters: Filters) -> mx.array:
-    """The smallest weight that stays, float32 [R, 1]. `weights` [R, V] are probabilities over that of the best token,
-    which is 1 then, and `total` [R, 1] their sums."""
-    search = descend if on_cpu() else bisect
-    found = mx.zeros((weights.shape[0], 1), dtype=mx.float32)
-    if filters.ranked is not None:
-        found = filters.ranked.put(found, search(filters.ranked.of(weights), filters.ranked.values, by_rank=True))
-    if filters.share is not None:
-        share = filters.share
-        theirs, least, mass = share.of(weights), share.of(found), share.of(total)
-        if filters.share_of_ranked:
-            mass = _sum(theirs * (theirs >= least))
-        crossing = search(theirs, share.values * mass, by_rank=False)
-        found = share.put(found, mx.maximum(least, crossing))
-    if filters.narrow is not None and filters.narrow_p is not None:
-        theirs = filters.narrow.of(weights)
-        found = filters.narrow.put(found, _of_few(theirs, filters.narrow.values, filters.narrow_p, filters.candidates))
-    return found if filters.min_p is None else mx.maximum(found, filters.min_p)
 
 
 def _sum(values: mx.array) -> mx.array:

@@ -5,6 +5,7 @@ Each has a form for the CPU, where MLX's own exp, row sums and partitions would 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import mlx.core as mx
 
@@ -43,6 +44,17 @@ def exponential(x: mx.array) -> mx.array:
         result = result * fraction + coefficient
     # Adds the integer part to the exponent bits.
     return (result.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32) - _TINY
+
+
+def exponentials_of(logits: mx.array, peak: mx.array) -> mx.array:
+    """exp(logits − peak), float32 [R, V], of logits [R, V] of any float dtype and the largest of each row [R, 1]."""
+    return exponential(logits.astype(mx.float32) - peak) if on_cpu() else _in_one_kernel(logits, peak)
+
+
+@partial(mx.compile, shapeless=True)
+def _in_one_kernel(logits: mx.array, peak: mx.array) -> mx.array:
+    """A GPU would write and read [R, V] twice more for the cast and the difference."""
+    return mx.exp(logits.astype(mx.float32) - peak)
 
 
 def block_size(vocabulary: int) -> int:

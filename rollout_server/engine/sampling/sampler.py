@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.sampling.filters import Filters, RowSubset, prepare_filters, threshold
+from rollout_server.engine.sampling.filter_kernel import FilterKernel, KernelFilters
+from rollout_server.engine.sampling.filters import Filters, RowSubset, prepare_filters
 from rollout_server.engine.sampling.logits_processors import (
     Bans,
     Bias,
@@ -29,7 +30,15 @@ from rollout_server.engine.sampling.logits_processors import (
     prepare_penalties,
     without,
 )
-from rollout_server.engine.sampling.numerics import FANOUT, block_sums, exponential, largest, on_cpu, peak_of, pyramid
+from rollout_server.engine.sampling.numerics import (
+    FANOUT,
+    block_sums,
+    exponentials_of,
+    largest,
+    on_cpu,
+    peak_of,
+    pyramid,
+)
 from rollout_server.rollout import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -62,7 +71,7 @@ class SamplerArrays:
     greedy: mx.array | None
     """bool [R]; None when no row is greedy."""
     all_greedy: bool
-    filters: Filters | None
+    filters: Filters | KernelFilters | None
     penalties: Penalties | None
     bias: Bias | None
     bans: Bans | None
@@ -77,19 +86,25 @@ def prepare(
     entropy: bool,
     top_logprobs: int,
     eos: frozenset[int] = frozenset(),
+    kernel: FilterKernel | None = None,
 ) -> SamplerArrays:
     """`None` marks a place without a row; it samples greedily and its result is thrown away. `eos` are the end tokens
-    that rows with `min_tokens` hold back."""
+    that rows with `min_tokens` hold back. `kernel` filters where this device has one."""
     temperatures = [0.0 if row is None else row.temperature for row in rows]
     greedy = np.array([t == 0 for t in temperatures])
     tempered = any(t not in (0.0, 1.0) for t in temperatures)
     column = [1.0 / t if t > 0 else 1.0 for t in temperatures]
     live_greedy = any(row is not None and row.temperature == 0 for row in rows)
+    filters: Filters | KernelFilters | None
+    if kernel is not None:
+        filters = kernel.prepare(rows, vocabulary)
+    else:
+        filters = prepare_filters(rows, vocabulary, narrow=on_cpu())
     return SamplerArrays(
         inverse_temperature=mx.array(column, dtype=mx.float32)[:, None] if tempered else None,
         greedy=mx.array(greedy) if live_greedy else None,
         all_greedy=bool(greedy.all()),
-        filters=prepare_filters(rows, vocabulary, narrow=on_cpu()),
+        filters=filters,
         penalties=prepare_penalties(rows),
         bias=prepare_bias(rows),
         bans=prepare_bans(rows, eos),
@@ -139,10 +154,10 @@ def sample(
     """logits [R, V] of any float dtype, uniform float32 [R, 5] → one token a row. `seen` is what `TokenCounts` holds,
     `banned` are (row, token) pairs that may not come, `mask` says of some rows which tokens may (`allowed_only`); they
     change the sampling distribution, not `logprobs`. Non-finite logits give non-finite logprobs."""
+    # Computed only where it is used: the logits may be half as large, and their order is the same.
     raw = logits.astype(mx.float32)
-    peak = peak_of(raw)
-    shifted = raw - peak
-    exponentials = exponential(shifted)
+    peak = peak_of(logits).astype(mx.float32)
+    exponentials = exponentials_of(logits, peak)
     # Subtracting the peak and the logarithm one after the other keeps the last bits that their sum would round away.
     levels = pyramid(exponentials)
     log_total = mx.log(mx.sum(levels[-1], axis=-1, keepdims=True))
@@ -154,20 +169,20 @@ def sample(
         sampling = mx.zeros(ids.shape, dtype=mx.float32)
         kept = mx.full(ids.shape, mx.nan)
     else:
-        ids, sampling, kept = _sample_rows(
-            shaped, (exponentials, levels, peak) if shaped is raw else None, masked, arrays, uniform
-        )
+        unshaped = shaped is raw
+        known = (exponentials, levels, peak) if unshaped else None
+        ids, sampling, kept = _sample_rows(logits if unshaped else shaped, known, masked, arrays, uniform)
         if arrays.greedy is not None and best is not None:
             ids = mx.where(arrays.greedy, best, ids)
             sampling = mx.where(arrays.greedy, 0.0, sampling)
             kept = mx.where(arrays.greedy, mx.nan, kept)
-    logprobs = (mx.take_along_axis(shifted, ids[:, None], axis=-1) - log_total)[:, 0]
+    logprobs = (_at(logits, ids) - peak - log_total)[:, 0]
     values = [logprobs, sampling, kept]
     if arrays.entropy:
-        values.append(entropy_of(shifted, exponentials, log_total))
+        values.append(entropy_of(raw - peak, exponentials, log_total))
     top_ids = top_logprobs = None
     if arrays.top_logprobs:
-        top_ids, top_logprobs = top_of(shifted, log_total, arrays.top_logprobs)
+        top_ids, top_logprobs = top_of(raw - peak, log_total, arrays.top_logprobs)
     return Sampled(ids, mx.stack(values), top_ids, top_logprobs)
 
 
@@ -190,6 +205,11 @@ def shape(
     return shaped
 
 
+def _at(values: mx.array, ids: mx.array) -> mx.array:
+    """One of each row [R, V] by ids [R], float32 [R, 1]."""
+    return mx.take_along_axis(values, ids[:, None], axis=-1).astype(mx.float32)
+
+
 def _best(shaped: mx.array, masked: RowSubset | None) -> mx.array:
     """The most probable token of each row, int32 [R]."""
     best = mx.argmax(shaped, axis=-1).astype(mx.int32)
@@ -203,14 +223,16 @@ def _sample_rows(
     arrays: SamplerArrays,
     uniform: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `known` are exponentials, their pyramid and the
-    peak of `shaped`, which serve as they are where every row has temperature 1; `masked` are the rows of `shaped` that
-    have a mask, under it."""
+    """ids int32 [R], sampling_logprobs and log_kept_mass float32 [R]. `shaped` are logits of any float dtype. `known`
+    are their exponentials, the pyramid of these and the peak, which serve as they are where every row has temperature
+    1; `masked` are the rows of `shaped` that have a mask, under it."""
     if known is None or arrays.inverse_temperature is not None:
+        # The largest stays the largest when all are multiplied by what is above 0, rounding included.
+        peak = peak_of(shaped) if known is None else known[2]
         if arrays.inverse_temperature is not None:
-            shaped = shaped * arrays.inverse_temperature
-        peak = peak_of(shaped)
-        weights = exponential(shaped - peak)
+            shaped = shaped.astype(mx.float32) * arrays.inverse_temperature
+            peak = peak * arrays.inverse_temperature
+        weights = exponentials_of(shaped, peak)
         levels = pyramid(weights)
     else:
         weights, levels, peak = known
@@ -220,15 +242,14 @@ def _sample_rows(
         if arrays.inverse_temperature is not None:
             theirs = theirs * masked.of(arrays.inverse_temperature)
         highest = peak_of(theirs)
-        weights = masked.put(weights + 0.0, exponential(theirs - highest))
+        weights = masked.put(weights + 0.0, exponentials_of(theirs, highest))
         levels, peak = pyramid(weights), masked.put(peak + 0.0, highest)
     everything = mx.sum(levels[-1], axis=-1, keepdims=True)
     if arrays.filters is not None:
-        weights = weights * (weights >= threshold(weights, everything, arrays.filters))
+        weights = arrays.filters.keep(weights, everything)
         levels = pyramid(weights)
     ids, total = _draw(levels, uniform)
-    chosen = mx.take_along_axis(shaped, ids[:, None], axis=-1)
-    sampling = (chosen - peak - mx.log(total))[:, 0]
+    sampling = (_at(shaped, ids) - peak - mx.log(total))[:, 0]
     kept = mx.zeros(ids.shape, dtype=mx.float32)
     if arrays.filters is not None:
         kept = mx.where(arrays.filters.filtered, mx.minimum(mx.log(total / everything), 0.0)[:, 0], kept)
@@ -249,7 +270,7 @@ def top_of(shifted: mx.array, log_total: mx.array, k: int) -> tuple[mx.array, mx
     return ids, values - log_total
 
 
-def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> None:
+def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int, kernel: FilterKernel | None = None) -> None:
     """Runs every kind of sampler once on `rows` rows of logits in the model's dtype."""
     logits = mx.zeros((rows, vocabulary), dtype=dtype)
     draws = mx.array(uniforms(range(rows), [0] * rows))
@@ -259,6 +280,7 @@ def warm_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> None:
             vocabulary,
             entropy=extras,
             top_logprobs=5 if extras else 0,
+            kernel=kernel,
         )
         mx.eval(sample(logits, arrays, draws).arrays())
 

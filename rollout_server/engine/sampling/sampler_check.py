@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
@@ -17,13 +18,14 @@ BORDER = 8
 Array = NDArray[np.float64]
 
 
-def check_sampler(vocabulary: int, dtype: mx.Dtype, rows: int) -> str | None:
-    """What the sampler computes wrongly for `rows` rows of logits in the model's dtype; None if all is well."""
+def check_sampler(vocabulary: int, dtype: mx.Dtype, rows: int, kernel: FilterKernel | None = None) -> str | None:
+    """What the sampler computes wrongly for `rows` rows of logits in the model's dtype; None if all is well. `kernel`
+    filters, if there is one."""
     every = _kinds()
     kinds = [every[row % len(every)] for row in range(max(rows, len(every)))]
     logits = mx.array(3 * np.random.default_rng(0).standard_normal((len(kinds), vocabulary))).astype(dtype)
     uniform = uniforms(range(len(kinds)), [7] * len(kinds))
-    arrays = prepare(kinds, vocabulary, entropy=True, top_logprobs=0)
+    arrays = prepare(kinds, vocabulary, entropy=True, top_logprobs=0, kernel=kernel)
     found = sample(logits, arrays, mx.array(uniform))
     mx.eval(found.arrays())
     ids, values = np.array(found.ids), np.array(found.values, dtype=np.float64)

@@ -15,6 +15,7 @@ from typing import Any
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Forward, Piece
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
 
@@ -60,9 +61,11 @@ class BatchedReader:
         apart: Callable[[Any], Hashable],
         chunk: int,
         hidden: Forward | None = None,
+        filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._hidden = hidden or forward
+        self._filter_kernel = filter_kernel
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
@@ -205,7 +208,7 @@ class BatchedReader:
             if of_states:
                 gather(out, read, self._rows.arrays())
             else:
-                measure(out, read, self._rows.arrays(), self._chunk)
+                measure(out, read, self._rows.arrays(), self._chunk, self._filter_kernel)
         else:
             self._rows.evaluate()
         for part, count in zip(parts, counts, strict=True):

@@ -24,13 +24,13 @@ from rollout_server.errors import EngineUnavailable, RolloutError
 def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
     """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
     info = model.info
-    hidden = model.hidden if model.trunk else None
+    hidden, kernel = model.hidden if model.trunk else None, model.filter_kernel
     chunk = logit_tokens(info.vocab_size, info.kv_memory)
     if info.cache != "slots":
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
-        return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden)
+        return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden, kernel)
 
-    return BatchedReader(model.forward, model.make_padded, policies.route_rows, policies.apart, chunk, hidden)
+    return BatchedReader(model.forward, model.make_padded, policies.route_rows, policies.apart, chunk, hidden, kernel)
 
 
 class ScoringQueue:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.batch.row import TopTokens
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
@@ -68,26 +69,34 @@ class Reader(Protocol):
 
 
 def measure(
-    logits: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any], most: int
+    logits: mx.array,
+    parts: Sequence[tuple[ScoredSequenceState, int]],
+    state: Sequence[Any],
+    most: int,
+    kernel: FilterKernel | None,
 ) -> None:
     """Reads the values of each part's next n inputs from logits [B, N, V] (row i is part i, its first n columns) and
     evaluates `state` with them. A sequence whose values are not numbers gets a fault. Does not count them as fed.
-    Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time."""
+    Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time. `kernel` filters what is drawn
+    again, as it did when it was drawn first."""
+    mx.eval(logits, *state)
+    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
+    if not labelled:
+        return _measure(logits, parts, most, kernel)
+    _blame(labelled, score_tokens(logits, _label_parts(labelled)), "scoring")
+    plain = [row for row, (sequence, _) in enumerate(parts) if sequence.labels is None]
+    if plain:
+        _measure(logits[mx.array(plain)], [parts[row] for row in plain], most, kernel)
+
+
+def _measure(
+    logits: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], most: int, kernel: FilterKernel | None
+) -> None:
     width, vocabulary = logits.shape[1:]
     flat = logits.reshape(-1, vocabulary)
-    mx.eval(flat, *state)
-    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
-    _blame(labelled, score_tokens(logits, _label_parts(labelled)), "scoring")
-    if len(labelled) < len(parts):
-        _measure(flat, parts, width, most)
-
-
-def _measure(flat: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], width: int, most: int) -> None:
-    vocabulary = flat.shape[-1]
     targets = np.zeros((len(parts), width), dtype=np.int32)
     for wanted_ids, (sequence, n) in zip(targets, parts, strict=True):
-        if sequence.labels is None:
-            wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
+        wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
     temperatures = np.repeat([sequence.job.temperature for sequence, _ in parts], width).astype(np.float32)
     step = max(1, -(-most // SLICES))
     slices = [_Slice(flat, start, min(start + step, len(flat)), temperatures) for start in range(0, len(flat), step)]
@@ -100,8 +109,6 @@ def _measure(flat: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], w
         np.concatenate(column).reshape(*shape, *column[0].shape[1:]).tolist() for column in zip(*read, strict=True)
     )
     for row, (sequence, n) in enumerate(parts):
-        if sequence.labels is not None:
-            continue
         if any(math.isnan(value) for value in values[row][:n]):
             version = sequence.run.version
             sequence.fault = NonFiniteLogits(
@@ -114,15 +121,24 @@ def _measure(flat: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], w
             if wanted:
                 top = tuple(zip(top_ids[row][at][:wanted], tops[row][at][:wanted], strict=True))
             sequence.keep(values[row][at], spread[row][at] if sequence.job.entropy else None, top)
+    _replay(slices, parts, width, kernel)
+
+
+def _replay(
+    slices: Sequence[_Slice],
+    parts: Sequence[tuple[ScoredSequenceState, int]],
+    width: int,
+    kernel: FilterKernel | None,
+) -> None:
+    """Draws the tokens of the parts that are replayed once more, from slices of logits [B · `width`, V]."""
     token_ranges = [
         TokenRange(sequence.replay, row * width, sequence.next_input + 1 - len(sequence.replay.prompt_ids), n)
         for row, (sequence, n) in enumerate(parts)
         if sequence.replay is not None and sequence.fault is None
     ]
     for each in slices if token_ranges else ():
-        replay_tokens(
-            each.raw, [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
-        )
+        within = [part for token_range in token_ranges if (part := token_range.within(each.start, each.end))]
+        replay_tokens(each.raw, within, kernel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ from itertools import chain
 import mlx.core as mx
 import numpy as np
 
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
 from rollout_server.engine.sampling.logits_processors import Pairs, allowed_only, count_tokens, ends_of
@@ -111,12 +112,16 @@ class _Inputs:
 
     @classmethod
     def of(
-        cls, work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int, mask: RowSubset | None = None
+        cls,
+        work: Sequence[tuple[RowReplay, Sequence[int]]],
+        vocabulary: int,
+        kernel: FilterKernel | None,
+        mask: RowSubset | None = None,
     ) -> _Inputs:
         """`mask` is what is known of the only row; else it is asked for."""
         params = [row.sampling for row, positions in work for _ in positions]
         every = [position for _, positions in work for position in positions]
-        arrays = prepare(params, vocabulary, entropy=False, top_logprobs=0, eos=work[0][0].eos)
+        arrays = prepare(params, vocabulary, entropy=False, top_logprobs=0, eos=work[0][0].eos, kernel=kernel)
         counted = [row.seen(positions, vocabulary) for row, positions in work if row.sampling.penalised]
         return cls(
             arrays,
@@ -146,8 +151,9 @@ def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> R
     return RowSubset(rows, mx.array(np.concatenate(words)))
 
 
-def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
-    """Draws the tokens of all stretches from float32 logits [N, V] and notes in each row its first difference."""
+def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange], kernel: FilterKernel | None = None) -> None:
+    """Draws the tokens of all stretches from float32 logits [N, V] and notes in each row its first difference.
+    `kernel` filters, if it did when they were drawn first."""
     work = [(token_range, positions) for token_range in token_ranges if (positions := token_range.positions)]
     if not work:
         return
@@ -155,7 +161,7 @@ def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
         token_range.at + position - token_range.first for token_range, positions in work for position in positions
     ]
     theirs = logits if places == list(range(len(logits))) else mx.take(logits, mx.array(places), axis=0)
-    inputs = _Inputs.of([(token_range.row, positions) for token_range, positions in work], logits.shape[-1])
+    inputs = _Inputs.of([(token_range.row, positions) for token_range, positions in work], logits.shape[-1], kernel)
     drawn = np.array(
         sample(theirs, inputs.arrays, inputs.uniform, inputs.banned, seen=inputs.seen, mask=inputs.mask).ids
     )
@@ -174,7 +180,7 @@ def replay_tokens(logits: mx.array, token_ranges: Sequence[TokenRange]) -> None:
 def _margin(logits: mx.array, row: RowReplay, position: int, mask: RowSubset | None) -> float | None:
     """See `RowReplay.margin`; logits [1, V] of the position and what the grammar says of it."""
     token, sampling = row.token_ids[position], row.sampling
-    inputs = _Inputs.of([(row, [position])], logits.shape[-1], mask)
+    inputs = _Inputs.of([(row, [position])], logits.shape[-1], None, mask)
     reshaped = shape(logits, inputs.arrays, inputs.seen, inputs.banned)
     shaped = np.array((reshaped if mask is None else allowed_only(reshaped, mask))[0], dtype=np.float64)
     short = float(shaped.max() - shaped[token])

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.kv_cache.store import Forward
+from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
 
@@ -31,9 +32,11 @@ class SequentialReader:
         chunk: int,
         row_cells: Callable[[int], int],
         hidden: Forward | None = None,
+        filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._hidden = hidden or forward
+        self._filter_kernel = filter_kernel
         self._make_caches = make_caches
         self._route = route
         self._chunk = chunk
@@ -99,7 +102,7 @@ class SequentialReader:
         state = [cache.state for cache in caches]
         if sequence.scoring:
             if not sequence.of_states:
-                measure(out, [(sequence, n)], state, self._chunk)
+                measure(out, [(sequence, n)], state, self._chunk, self._filter_kernel)
             else:
                 gather(out, [(sequence, n)], state)
         else:

@@ -11,13 +11,22 @@ import pytest
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout, Wants
 from tests.engine.batch.test_batch import MIXED, assert_same, assert_scored, tolerance
-from tests.support.engine.code_paths import Classes, Compiled, Preempted, PrefixHit, Settled, Way
+from tests.support.engine.code_paths import (
+    Classes,
+    Compiled,
+    OwnColumns,
+    OwnColumnsCompiled,
+    Preempted,
+    PrefixHit,
+    Settled,
+    Way,
+)
 from tests.support.engine.driver import Driver, prompts_of
 
 CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
 WAYS: list[tuple[str, type[Way]]] = [
-    *(("qwen3", way) for way in (Compiled, Settled, Preempted, PrefixHit, Classes)),
-    *(("gemma3_text", way) for way in (Preempted, PrefixHit)),
+    *(("qwen3", way) for way in (Compiled, OwnColumns, OwnColumnsCompiled, Settled, Preempted, PrefixHit, Classes)),
+    *(("gemma3_text", way) for way in (OwnColumns, Preempted, PrefixHit)),
     *(("granitemoehybrid", way) for way in (Settled, Preempted)),
     ("gemma2", Settled),
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rollout_server.engine.sampling.filters import NARROW, bisect, descend, prepare_filters, threshold
+from rollout_server.engine.sampling.filters import NARROW, bisect, descend, prepare_filters
 from rollout_server.engine.sampling.numerics import block_sums, largest, peak_of
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
@@ -90,7 +90,7 @@ def check(logits: NDArray[np.float32], params: list[SamplingParams], narrow: boo
     if filters is None:
         assert not any(row.filtered for row in params)
         return
-    found = np.array(threshold(given, block_sums(given).sum(axis=-1, keepdims=True), filters))
+    found = np.array(filters.least(given, block_sums(given).sum(axis=-1, keepdims=True)))
     for row, param in enumerate(params):
         stays = weights[row] >= found[row]
         if not param.filtered:

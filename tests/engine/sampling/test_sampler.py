@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from rollout_server.engine.sampling.numerics import exponential
+from rollout_server.engine.sampling.numerics import exponential, exponentials_of, peak_of
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
 from tests.support.numbers.bounds import of_softmax
@@ -219,3 +219,26 @@ def test_a_large_vocabulary_keeps_its_last_digits() -> None:
     values = np.array(out.values)
     np.testing.assert_allclose(values[0], raw[np.arange(4), np.array(out.ids)], atol=of_softmax(wide), rtol=0)
     np.testing.assert_allclose(values[3], -(np.exp(raw) * raw).sum(axis=1), atol=2 * of_softmax(wide), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3])
+def test_short_logits_are_sampled_as_their_float32(dtype: mx.Dtype, temperature: float) -> None:
+    """To the last bit: they are cast late, and the peak is found before."""
+    settings = ({}, {"top_p": 0.9}, {"top_k": 7, "min_p": 0.01}, {"logit_bias": ((3, 2.0),)})
+    params = [SamplingParams(max_tokens=1, temperature=temperature, **setting) for setting in settings]
+    logits = (5 * mx.random.normal((len(params), 5003), key=mx.random.key(3))).astype(dtype)
+    arrays, draws = prepare(params, 5003, entropy=True, top_logprobs=4), mx.array(uniforms(range(4), [2] * 4))
+    for one, other in zip(
+        sample(logits, arrays, draws).arrays(), sample(logits.astype(mx.float32), arrays, draws).arrays(), strict=True
+    ):
+        assert np.array_equal(np.array(one), np.array(other))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_exponentials_of_one_kernel_are_those_of_their_parts(dtype: mx.Dtype) -> None:
+    """To the last bit, on this device: the scorer computes them part by part."""
+    logits = (5 * mx.random.normal((3, 5003), key=mx.random.key(4))).astype(dtype)
+    peak = peak_of(logits).astype(mx.float32)
+    parts = exponential(logits.astype(mx.float32) - peak)
+    assert np.array_equal(np.array(exponentials_of(logits, peak)), np.array(parts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import pytest
 
 from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.batch.prefix_reuse import LEAST
+from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.attention.binding import modules_of
+from rollout_server.engine.model.attention.choice import ChosenAttention
+from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
@@ -48,12 +54,16 @@ class Way:
         return rows
 
 
+def compiled(path: Path) -> ResidentModel:
+    """The model at `path`, whose decode steps are traced."""
+    if mx.default_device() == mx.cpu and not shutil.which("g++"):
+        pytest.skip("MLX compiles for the CPU with g++")
+    return load(EngineOptions(str(path), path.name, max_batch=16, prefill_tokens=96, compile_decode=True))
+
+
 class Compiled(Way):
     def start(self, path: Path, model: ResidentModel) -> Driver:
-        if mx.default_device() == mx.cpu and not shutil.which("g++"):
-            pytest.skip("MLX compiles for the CPU with g++")
-        options = EngineOptions(str(path), path.name, max_batch=16, prefill_tokens=96, compile_decode=True)
-        return super().start(path, load(options))
+        return super().start(path, compiled(path))
 
     def __init__(self) -> None:
         self._traces = 0
@@ -63,6 +73,31 @@ class Compiled(Way):
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._traces > 0
+
+
+class OwnColumns(Way):
+    """Steps attend as the cache says, each row to its own columns, and are dispatched before the last one was read."""
+
+    def __init__(self) -> None:
+        self._attended = 0
+
+    def _attend(self, step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
+        self._attended += 1
+        return attend_plainly(step)
+
+    def start(self, path: Path, model: ResidentModel) -> Driver:
+        assert isinstance(model.make_store, partial)
+        attention = ChosenAttention(self._attend, modules_of(model.module), "a test")
+        make_store = partial(model.make_store, attend=self._attend)
+        return super().start(path, replace(model, make_store=make_store, attention=attention))
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return self._attended > 0
+
+
+class OwnColumnsCompiled(OwnColumns):
+    def start(self, path: Path, model: ResidentModel) -> Driver:
+        return super().start(path, compiled(path))
 
 
 class Settled(Way):
