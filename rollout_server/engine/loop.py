@@ -27,7 +27,7 @@ from rollout_server.engine.messages.control import (
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, Submit
-from rollout_server.engine.messages.scoring import Embed, Replay, Score
+from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score
 from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
@@ -267,7 +267,7 @@ class Engine:
                         # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
-                case Score() | Replay() | Embed():
+                case Score() | Replay() | Embed() | Classify():
                     if not self._pause_state.holds(command):
                         self._tasks.read(command)
                 case Pause():

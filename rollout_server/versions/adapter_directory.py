@@ -24,7 +24,9 @@ def read_adapter_directory(directory: Path, info: ModelInfo) -> PreparedBundle:
     config_path = directory / CONFIG_NAME
     try:
         config = json.loads(config_path.read_bytes()) if config_path.is_file() else None
-        bundle = read_bundle(weights.read_bytes(), config, layers=info.layers, parameters=info.weights)
+        bundle = read_bundle(
+            weights.read_bytes(), config, layers=info.layers, parameters=info.weights, scoring=info.scoring
+        )
         return prepare(bundle, info.dtype, parameters=info.weights)
     except AdapterError as error:
         raise from_adapters(error) from error

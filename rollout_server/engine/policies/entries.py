@@ -8,6 +8,7 @@ from adapters.versions.registry import Entry, Facts
 from rollout_server.engine.messages.versions import (
     Publish,
     RestoredVersion,
+    VersionStatus,
 )
 from rollout_server.rollout import PolicyVersion
 
@@ -17,7 +18,8 @@ def mode_of(command: Publish) -> Mode:
 
 
 def facts_of(bundle: AdapterBundle, mode: Mode) -> Facts:
-    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
+    own = bundle.spec
+    return Facts(own.kind, mode, bundle.rank, bundle.parts, bundle.nbytes, own.task, bundle.labels)
 
 
 def entry_of(name: str, version: RestoredVersion) -> Entry:
@@ -36,3 +38,22 @@ def entry_of(name: str, version: RestoredVersion) -> Entry:
 
 def version_of(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
+
+
+def status_of(entry: Entry, resident_bytes: int) -> VersionStatus:
+    facts = entry.facts
+    return VersionStatus(
+        version_of(entry),
+        facts.kind,
+        facts.mode,
+        facts.rank,
+        facts.modules,
+        entry.live,
+        entry.pinned,
+        entry.in_use,
+        facts.nbytes,
+        entry.created,
+        resident_bytes,
+        facts.task,
+        facts.labels,
+    )

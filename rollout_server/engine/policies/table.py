@@ -35,7 +35,8 @@ from rollout_server.engine.messages.versions import (
     VersionStatus,
 )
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, version_of
+from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, status_of, version_of
+from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
@@ -57,6 +58,7 @@ class PolicyTable:
             model.adapter_kernel,
         )
         self._registry = Registry(options.keep_versions)
+        self._scorers = Scorers(info, model.head)
         self._prepared: PreparedBundle | None = None
         """The bundle of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
@@ -70,11 +72,17 @@ class PolicyTable:
         if address.name != BASE or address.number or address.digest:
             self._resolve(address)
 
-    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, Placement]:
-        """The version an address means now and where it is, with one reference for each of `rows` rows.
+    def acquire(
+        self, address: PolicyAddress, rows: int, min_version: int | None, *, reads: bool = False
+    ) -> tuple[PolicyVersion, Placement]:
+        """The version an address means now and where it is, with one reference for each of `rows` rows. `reads`: only
+        hidden states of it are wanted.
 
-        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
+        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`, and `InvalidField` where the version has no output over
+        the vocabulary and more than hidden states are wanted."""
         entry = self._resolve(address)
+        if not reads and self.scores(entry):
+            raise samples_nothing(version_of(entry) if entry else self.base)
         if min_version is not None:
             self.require(address, min_version)
         if entry is None:
@@ -82,6 +90,25 @@ class PolicyTable:
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
         return version_of(entry), self._resident.placement(entry.content)
+
+    def scorer(self, address: PolicyAddress) -> Scorer:
+        """What gives label scores under this address now. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField`
+        where nothing does."""
+        entry = self._resolve(address)
+        found = self._scorers.base
+        if entry is not None:
+            found = self._scorers.of(entry.content, self._resident.bundle(entry.content))
+        if found is None:
+            raise scores_nothing(version_of(entry) if entry else self.base)
+        return found
+
+    def scores(self, entry: Entry | None) -> bool:
+        """Whether a version, None for the base, has a head in the place of an output over the vocabulary."""
+        return self._scorers.base is not None or (entry is not None and entry.facts.task is not None)
+
+    def samples(self, name: str) -> bool:
+        """Whether the live version of a name can go on with rows that run on another."""
+        return not self.scores(self._registry.live(name) if name in self._registry.names else None)
 
     def placement(self, address: PolicyAddress) -> Placement:
         """Where a row of this address would run now; the base where there is nothing to run."""
@@ -187,7 +214,7 @@ class PolicyTable:
     def _advance(self, command: Publish, settle: Callable[[], None], *, at_once: bool) -> bool:
         """Stages a bounded part of a push; whether nothing is left but what no row may run beside."""
         with as_ours(command.name):
-            self._registry.require(command.name, command.if_match)
+            self._require(command)
             prepared = self._ready(command)
             return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
 
@@ -226,7 +253,7 @@ class PolicyTable:
         bundle = command.bundle
         stage_s = 0.0
         if stages:
-            self._registry.require(command.name, command.if_match)
+            self._require(command)
             stage_s = self._stage(self._ready(command), dequantize=command.dequantize)
         staged = time.perf_counter()
         change = self._registry.publish(
@@ -241,6 +268,12 @@ class PolicyTable:
         )
         self._free(change.freed)
         return self._published(command.id, change, stage_s, time.perf_counter() - staged)
+
+    def _require(self, command: Publish) -> None:
+        """What a push can be refused with before anything is staged."""
+        self._registry.require(command.name, command.if_match)
+        known = command.name in self._registry.names
+        require_purpose(command.name, command.bundle, self._registry.versions(command.name) if known else ())
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
@@ -330,6 +363,7 @@ class PolicyTable:
     def _free(self, contents: Sequence[Content]) -> None:
         for content in contents:
             self._resident.release(content)
+        self._scorers.forget(contents)
         if contents:
             self._count_bytes()
 
@@ -367,17 +401,4 @@ class PolicyTable:
         )
 
     def _status(self, entry: Entry) -> VersionStatus:
-        facts = entry.facts
-        return VersionStatus(
-            version_of(entry),
-            facts.kind,
-            facts.mode,
-            facts.rank,
-            facts.modules,
-            entry.live,
-            entry.pinned,
-            entry.in_use,
-            facts.nbytes,
-            entry.created,
-            self._resident.size(entry.content),
-        )
+        return status_of(entry, self._resident.size(entry.content))

@@ -35,6 +35,17 @@ def json_response(content: Any, *, status_code: int = 200, headers: dict[str, st
     )
 
 
+def policy_headers(versions: Iterable[PolicyVersion]) -> dict[str, str]:
+    """`X-Policy: policy@7` and its digest; several versions, as a list, in the order they appear."""
+    distinct = list(dict.fromkeys(versions))
+    if not distinct:
+        return {}
+    return {
+        "x-policy": ", ".join(f"{version.name}@{version.number}" for version in distinct),
+        "x-policy-digest": ", ".join(version.digest for version in distinct),
+    }
+
+
 def rollout_entry(
     rollout: Rollout, *, request_id: str, prompt_id: str | None, returns: frozenset[str], text: str | None
 ) -> dict[str, Any]:
@@ -209,4 +220,6 @@ def version_status(status: VersionStatus) -> dict[str, Any]:
         "bytes": status.nbytes,
         "resident_bytes": status.resident_bytes,
         "created": status.created,
+        "task": status.task,
+        "labels": status.labels,
     }

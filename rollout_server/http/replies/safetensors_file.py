@@ -93,6 +93,21 @@ def rollouts_file(content: Mapping[str, Any]) -> bytes:
     return _file(arrays, metadata)
 
 
+def rewards_file(content: Mapping[str, Any]) -> bytes:
+    """The reply of `/v1/rewards` as a file: `scores` f32[R, L], NaN where only steps were read; with steps
+    `step_scores` f32[S, L] and `step_offsets` i64[R+1]; what else it says in `reply`."""
+    rewards: Entries = content["rewards"]
+    width = len(content["labels"])
+    none = [float("nan")] * width
+    arrays: Arrays = {"scores": np.array([entry["scores"] or none for entry in rewards], np.float32)}
+    if rewards[0]["steps"] is not None:
+        steps = [step for entry in rewards for step in entry["steps"]]
+        arrays["step_scores"] = np.array(steps, np.float32).reshape(-1, width)
+        arrays["step_offsets"] = _offsets([len(entry["steps"]) for entry in rewards])
+    rest = {"tokens": [entry["tokens"] for entry in rewards]}
+    return _file(arrays, {"reply": {**content, "rewards": rest}})
+
+
 def scores_file(content: Mapping[str, Any]) -> bytes:
     """The reply of `/v1/logprobs` as a file: `logprobs` and `entropy` f32[N], `offsets` i64[S+1], `top_ids` and
     `top_logprobs` [N, k]; the rest of each sequence stays in `reply`."""

@@ -180,7 +180,12 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
     `InvalidField` for options that do not go with what came."""
     options = upload.options
     bundle = read_bundle(
-        upload.weights.take(), upload.config, format=options.format, layers=info.layers, parameters=info.weights
+        upload.weights.take(),
+        upload.config,
+        format=options.format,
+        layers=info.layers,
+        parameters=info.weights,
+        scoring=info.scoring,
     )
     mode = options.mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:
