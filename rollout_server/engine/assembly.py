@@ -103,7 +103,7 @@ def warmed(
 ) -> None:
     """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
     meanwhile is that the engine shall stop."""
-    if model.compiles or mx.default_device() != mx.cpu:
+    if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
         warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
         warm_up.run(lambda: not mailbox.empty())
 

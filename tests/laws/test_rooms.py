@@ -35,7 +35,6 @@ SMALL = {
     "rollout_server/engine/model/device.py": "one thing that the loop asks of the device",
     "rollout_server/engine/model/encoders/encoder.py": "what loading makes and reading uses",
     "rollout_server/models/encoders/attention.py": "what the bodies of all encoders share",
-    "rollout_server/engine/policies/entries.py": "conversions between two vocabularies",
     "rollout_server/engine/sampling/margins.py": "plain, for replies as for the device's checks",
     "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",

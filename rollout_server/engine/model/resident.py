@@ -18,7 +18,7 @@ from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
-from rollout_server.engine.model.heads import Head
+from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 
 

@@ -88,7 +88,7 @@ class ScoredSequenceState:
 
     @property
     def of_states(self) -> bool:
-        """Whether values are made of hidden states, and not of logits."""
+        """True where values are made of hidden states, and not of logits."""
         return self.pool is not None or (self.labels is not None and self.labels.head is not None)
 
     @property
