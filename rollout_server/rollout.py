@@ -350,6 +350,21 @@ class RowError:
 
 
 @dataclass(frozen=True, slots=True)
+class RowReward:
+    """What a reward model gave a row under `version`; or, with `error`, why it gave nothing."""
+
+    scores: tuple[float, ...] = ()
+    """Of each label, as the head gives them."""
+    version: PolicyVersion | None = None
+    error: RowError | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The score of the only label; None where there are several."""
+        return self.scores[0] if len(self.scores) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """What a trainer stores. All per-token tuples have the length of `token_ids`; `None` means not asked for.
     Log-probabilities are natural logarithms in float32 precision."""
@@ -385,6 +400,8 @@ class Rollout:
     """How many of the prompt's tokens were not read again, since the prefix cache had their KV."""
     prefix: Prefix = NO_PREFIX
     """What `token_ids` begin with; `spans` tile the tokens behind it."""
+    reward: RowReward | None = None
+    """None unless the request names a reward model."""
 
     @property
     def sampled(self) -> int:

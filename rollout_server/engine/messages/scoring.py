@@ -97,6 +97,25 @@ class Classify:
     positions: tuple[tuple[int, ...], ...]
     """Places in each sequence, ascending. What stands behind the last one is not read."""
     label_token_ids: tuple[int, ...] = ()
+    held: str = ""
+    """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldScorer:
+    """Keeps what an address means now, for label scores that are asked for later, until it is let go."""
+
+    id: str
+    owner: str
+    """The request whose rows are scored; whatever ends it ends the reading for it too."""
+    policy: PolicyAddress
+
+
+@dataclass(frozen=True, slots=True)
+class LetScorerGo:
+    """Nothing more will be asked of what `HoldScorer` keeps under this id; unknown ones are ignored."""
+
+    id: str
 
 
 ScoringCommand = Score | Replay | Embed | Classify
@@ -145,3 +164,10 @@ class Classified:
     """The names of labels, None for one that has no name."""
     activation: Activation
     """What makes probabilities of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerHeld:
+    id: str
+    version: PolicyVersion
+    labels: tuple[str | None, ...]
