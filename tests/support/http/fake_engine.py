@@ -28,10 +28,8 @@ from rollout_server.engine.messages.scoring import (
     Score,
     Scored,
     ScoredSequence,
-    ScorerHeld,
 )
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
-from rollout_server.engine.open_requests import HeldScorer
 from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
@@ -206,10 +204,7 @@ class FakeEngine(FakeVersions):
         self.embeds: list[Embed] = []
         self.embedding = EMBEDDING
         self.classified: list[Classify] = []
-        self.held: list[str] = []
-        """Scorers that were not let go yet."""
         self.task: Task = "generate"
-        self.labels: tuple[str | None, ...] = ()
         self.replayed: list[RecordedRow] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
@@ -297,12 +292,7 @@ class FakeEngine(FakeVersions):
     # ---- verbs ----------------------------------------------------------------------------------------------------
 
     def submit(
-        self,
-        id: str,
-        groups: Sequence[RolloutRequest],
-        *,
-        deadline: float | None = None,
-        scorer: HeldScorer | None = None,
+        self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None, scorer: Any = None
     ) -> FakeSubscription:
         if self.refusal is not None:
             raise self.refusal
@@ -311,13 +301,6 @@ class FakeEngine(FakeVersions):
         self.submitted.append((id, tuple(groups), deadline))
         self.open[id] = FakeSubscription(id, self, groups)
         return self.open[id]
-
-    async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
-        if self.fault is not None:
-            raise self.fault
-        held = ScorerHeld(self.new_id("hold"), self._found(policy), self.labels)
-        self.held.append(held.id)
-        return HeldScorer(held, owner, self.new_id, self.classify, lambda scorer: self.held.remove(scorer.id))
 
     async def score(self, score: Score) -> Scored:
         self.scored.append(score)
