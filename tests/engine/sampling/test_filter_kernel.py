@@ -139,12 +139,12 @@ def test_where_no_sum_is_rounded_it_finds_what_both_searches_find(size: int) -> 
     given, total = mx.array(weights), weights.sum(axis=1, keepdims=True)
     for share in (2**-20, 0.25, 0.5, 0.96875):
         goal = mx.array(total * np.float32(share))
-        (limit,) = limits_of([SamplingParams(max_tokens=1, top_p=share)], size)[:1]
+        (limit,) = limits_of([SamplingParams(max_tokens=1, top_p=share)], size)
         least = np.array([[least_kept(row, limit)] for row in weights])
         for search in (descend, bisect):
             assert np.array_equal(np.array(search(given, goal, by_rank=False)), least)
     for rank in {1, size // 2, size - 1}:
-        (limit,) = limits_of([SamplingParams(max_tokens=1, top_k=rank)], size)[:1]
+        (limit,) = limits_of([SamplingParams(max_tokens=1, top_k=rank)], size)
         least = np.array([[least_kept(row, limit)] for row in weights])
         for search in (descend, bisect):
             assert np.array_equal(np.array(search(given, mx.full((6, 1), float(rank)), by_rank=True)), least)
