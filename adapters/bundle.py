@@ -14,7 +14,8 @@ The digest, which `trainer_client` computes without this package, is the SHA-256
    [rank, vocabulary]. A head that shares the embedding's weight is a module of its own, `lm_head`. A stack of
    experts is one module, with A [experts, rank, in] and B [experts, out, rank]. A dense tensor's NAME is the path of
    the base's parameter, `model.norm.weight`, and its shape that of the parameter; kinds `delta` and `full` have no
-   modules.
+   modules. A head's tensors are called as transformers calls them, `score.weight`. What a head is read for, a sequence
+   or tokens, is not in the digest: its numbers are the same.
 
 The text form is `sha256:` and 64 hex digits.
 """
@@ -60,8 +61,14 @@ class AdapterBundle:
 
     @property
     def parts(self) -> int:
-        """How many modules and whole tensors it has."""
-        return len(self.spec.modules) + len(self.spec.dense)
+        """How many modules, whole tensors and tensors of a head it has."""
+        return len(self.spec.modules) + len(self.spec.dense) + len(self.spec.head)
+
+    @property
+    def labels(self) -> int:
+        """How many its own head scores; 0 where it has none."""
+        weights = [name for name in self.spec.head if name.endswith(".weight")]
+        return int(self.tensors[weights[-1]].array.shape[0]) if weights else 0
 
     @property
     def delta_norm(self) -> float:

@@ -21,6 +21,11 @@ Mode = Literal["adapter", "merged"]
 Place = Literal["linear", "embedding", "tied_embedding", "tied_head", "experts"]
 """A linear layer, an embedding, one whose weight is also the head's, that head, or stacked experts."""
 
+HeadTask = Literal["classify", "token_classify"]
+"""What a head scores: whole sequences, or tokens."""
+HEAD_MODULES = ("score", "classifier")
+"""What transformers and PEFT call the module of a head."""
+
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
 MAX_RANK = 1 << 20
@@ -106,6 +111,20 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a base says to heads."""
+
+    width: int = 0
+    """Numbers in a hidden state; 0 where a head cannot read them."""
+    task: HeadTask | None = None
+    """What the base's own head scores; None for a base that generates."""
+
+
+NO_SCORING = Scoring()
+"""What a base says that no head can read."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """`modules` maps the base's parameter path of each adapted layer (without `.weight`) to its rank and scale."""
 
@@ -114,10 +133,15 @@ class AdapterSpec:
     dense: tuple[str, ...] = ()
     """Parameter paths (with `.weight`) of whole tensors: added to the base's for kind `delta`, else in their place,
     and there below the low-rank parts. The head that shares its weight is `lm_head.weight`."""
+    head: tuple[str, ...] = ()
+    """Names of the tensors that score labels in the place of the output layer, or of the base's own head."""
+    task: HeadTask | None = None
+    """What they score; None where there are none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "dense", tuple(sorted(self.dense)))
+        object.__setattr__(self, "head", tuple(sorted(self.head)))
 
     @property
     def modes(self) -> tuple[Mode, ...]:

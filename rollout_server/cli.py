@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, serve, top, weights
+from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, score, serve, top, weights
 
 COMMANDS = (
     serve.serve,
@@ -16,6 +16,7 @@ COMMANDS = (
     download.download,
     generate.generate,
     perplexity.perplexity,
+    score.score,
     top.top,
     bench.bench,
     doctor.doctor,

@@ -59,7 +59,7 @@ def parse_hosts(value: Any) -> Any:
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an IP address, and no name."""
+    """Returns whether `host` is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -68,7 +68,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine and nothing else. Another name may resolve to anything."""
+    """Returns whether `host` is this machine and nothing else. Another name may resolve to anything."""
     if host == "localhost":
         return True
     try:
@@ -135,7 +135,7 @@ class ServerConfig(BaseSettings):
     warm: Literal["on", "off"] = "on"
     """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
     kv_memory: Size | None = None
-    """Of keys and values; `None`: a share of what weights and adapters leave of the device."""
+    """Memory for keys and values; `None`: a share of what weights and adapters leave of the device."""
     kv_bits: KvBits = None
     """8 keeps keys and values in so many bits: more rows fit, and log-probabilities are those of what is kept."""
     prefix_cache: Literal["on", "off"] = "on"
@@ -177,7 +177,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def protected(self) -> bool:
-        """Whether any key is set."""
+        """True if any key is set."""
         return self.api_key is not None or self.admin_key is not None
 
     @property

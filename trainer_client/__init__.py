@@ -27,6 +27,7 @@ from trainer_client.errors import (
     TrainerClientError,
 )
 from trainer_client.retry import Retry
+from trainer_client.verbs.classes import Classes, Ranked, Rewards
 from trainer_client.verbs.control import PauseState
 from trainer_client.verbs.publishing import Deletion, ExportedAdapter
 from trainer_client.verbs.scoring import Divergence, Probed, Replayed
@@ -35,6 +36,7 @@ from trainer_client.wire.parsing import Scored
 __all__ = [
     "AsyncRolloutClient",
     "BadReply",
+    "Classes",
     "Deletion",
     "Denominator",
     "DigestMismatch",
@@ -47,8 +49,10 @@ __all__ = [
     "PolicyRef",
     "Probed",
     "PublishedVersion",
+    "Ranked",
     "Replayed",
     "Retry",
+    "Rewards",
     "Rollout",
     "RolloutBatch",
     "RolloutClient",

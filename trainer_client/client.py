@@ -20,7 +20,7 @@ import httpx
 
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.retry import Flow, Retry, Sleep, answering, sending, until_ready
-from trainer_client.verbs import control, publishing, sampling, scoring
+from trainer_client.verbs import classes, control, publishing, sampling, scoring
 from trainer_client.wire.call import Call, StreamCall
 from trainer_client.wire.replies import LineBuffer, Reply
 
@@ -175,6 +175,9 @@ class RolloutClient:
     logprobs = _blocking(scoring.logprobs)
     replay = _blocking(scoring.replay)
     probe = _blocking(scoring.probe)
+    rewards = _blocking(classes.rewards)
+    classify = _blocking(classes.classify)
+    rerank = _blocking(classes.rerank)
     completions = _blocking(sampling.completions)
     pause = _blocking(control.pause)
     resume = _blocking(control.resume)
@@ -284,6 +287,9 @@ class AsyncRolloutClient:
     logprobs = _awaited(scoring.logprobs)
     replay = _awaited(scoring.replay)
     probe = _awaited(scoring.probe)
+    rewards = _awaited(classes.rewards)
+    classify = _awaited(classes.classify)
+    rerank = _awaited(classes.rerank)
     completions = _awaited(sampling.completions)
     pause = _awaited(control.pause)
     resume = _awaited(control.resume)

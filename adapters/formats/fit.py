@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from adapters.errors import shown
 from adapters.faults import Fault
 from adapters.formats.bounded_regex import ends
+from adapters.formats.heads import NO_HEAD, HeadInFile
 from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted
 from adapters.tensors import STORAGE, FileTensor
 
@@ -42,6 +43,7 @@ class Proposal:
     """Parameter paths that the configuration says are among them."""
     promises: str = ""
     """How the configuration says that."""
+    head: HeadInFile = NO_HEAD
 
 
 def faults(
@@ -57,6 +59,9 @@ def faults(
     ]
     for path, tensor in sorted(proposal.dense.items()):
         found += _wrong_dense(path, tensor, parameters)
+    found += proposal.head.faults
+    for path, tensor in sorted(proposal.head.tensors.items()):
+        found += _wrong_values(tensor, proposal.head.shapes[path], "", "")
     if not proposal.spec.modules and proposal.spec.kind not in DENSE_KINDS:
         known = sorted({path.rsplit(".", 1)[-1] for path in layers})
         text = (
@@ -154,18 +159,17 @@ def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Paramet
 
 
 def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_because: str) -> Iterator[Fault]:
-    name = shown(tensor.name)
     if tensor.dtype not in STORAGE:
         yield unserved(tensor)
     if tensor.shape != expected:
-        what = f"has shape {_shape(tensor.shape)} but must be {_shape(expected)}"
+        name, what = shown(tensor.name), f"has shape {_shape(tensor.shape)} but must be {_shape(expected)}"
         yield Fault(
             f"{name} {what}{f': {why}' if why else ''}.",
             f"tensors have shapes that do not fit{f' ({all_because})' if all_because else ''}",
             f"{name} {what}",
         )
     elif tensor.readable and not tensor.read().finite():
-        what = "values that are not finite (NaN or infinity)"
+        name, what = shown(tensor.name), "values that are not finite (NaN or infinity)"
         yield Fault(f"{name} holds {what}.", f"tensors hold {what}", name)
 
 

@@ -213,6 +213,8 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
 
 def _unsayable(bundle: AdapterBundle) -> str | None:
     modules = bundle.spec.modules
+    if bundle.spec.head:
+        return "mlx-lm has no heads that score labels, and this adapter has one: use peft."
     if bundle.spec.dense:
         return "An mlx-lm adapter has no whole tensors beside low-rank ones, and this one does: use peft."
     if len({(module.rank, module.scale) for module in modules.values()}) != 1:

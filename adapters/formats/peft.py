@@ -16,17 +16,22 @@ from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.formats.bounded_regex import Patterns, PatternTable, ends
 from adapters.formats.fit import Proposal, stranger, twice
+from adapters.formats.heads import head_in, task_type_of
 from adapters.formats.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
 from adapters.formats.peft_names import EXPERT, Names, exported, names_in
 from adapters.formats.peft_saved_modules import EMBEDDINGS, is_head, refuse_half_tied, saved_by, unsaved, whole_tensors
 from adapters.spec import (
     DENSE_KINDS,
+    HEAD_MODULES,
     MAGNITUDE,
     MAX_RANK,
+    NO_SCORING,
     AdapterSpec,
+    Kind,
     ModuleSpec,
     Parameter,
     Place,
+    Scoring,
     fields_shown,
     lora_scale,
     place_of,
@@ -72,6 +77,7 @@ def read(
     config: Mapping[str, Any],
     layers: Mapping[str, tuple[int, int]],
     parameters: Mapping[str, Parameter],
+    scoring: Scoring = NO_SCORING,
 ) -> Proposal:
     """What the file says about the layers of a base (path → (out, in)) and its parameters. Raises `AdapterUnreadable`
     where the configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
@@ -86,18 +92,22 @@ def read(
     parts = {(names.base.get(name, name), part): tensor for (name, part), tensor in parts.items()} | stacks.tensors
     kept = _names(config, "modules_to_save") or frozenset()
     wanted = [kept] if isinstance(kept, str) else sorted(kept)
+    head = head_in(tensors, config, scoring)
     saved, met = saved_by(wanted, parameters)
-    whole = whole_tensors(tensors.keys() - thin.keys(), names, modules, saved, layers)
+    others = tensors.keys() - thin.keys() - head.names
+    whole = whole_tensors(others, names, modules, saved, layers)
     refuse_half_tied(whole, layers)
     dense = {path: tensors[name] for name, (path, _) in whole.items()}
+    known_heads = head.task is not None or scoring.task is not None
     strangers += [
-        *(stranger(name, _stranger(name)) for name in sorted(tensors.keys() - thin.keys() - whole.keys())),
+        *(stranger(name, _stranger(name)) for name in sorted(others - whole.keys())),
         *stacks.faults,
-        *unsaved(name for name in wanted if name not in met),
+        *unsaved(name for name in wanted if name not in met and not (known_heads and name in HEAD_MODULES)),
         *(twice(name, dense[path]) for name, (path, _) in whole.items() if dense[path] is not tensors[name]),
     ]
+    kind: Kind = "dora" if _flag(config, "use_dora") else "lora"
     return Proposal(
-        spec=AdapterSpec("dora" if _flag(config, "use_dora") else "lora", modules, tuple(dense)),
+        spec=AdapterSpec(kind, modules, tuple(dense), tuple(head.tensors), head.task),
         targets=f"target_modules = {quoted(config.get('target_modules'))}",
         tensors=parts,
         strangers=tuple(strangers),
@@ -106,6 +116,7 @@ def read(
         dense=dense,
         promised=saved,
         promises="modules_to_save names its module",
+        head=head,
     )
 
 
@@ -130,10 +141,11 @@ def refuse(config: Mapping[str, Any]) -> None:
         for field, value in config.items()
         if field not in MEANT and (value not in NEUTRAL[field] if field in NEUTRAL else value)
     ]
-    unknown = {field: config[field] for field in wrong if field not in REASONS}
-    rest = ("is no field", "leave it out") if len(unknown) == 1 else ("are no fields", "leave them out")
-    default = f"{fields_shown(unknown)} {rest[0]} of LoRA that is served: {rest[1]} or neutral."
-    refusals |= {field: REASONS.get(field, default) for field in wrong}
+    refusals |= {field: REASONS[field] for field in wrong if field in REASONS}
+    if unknown := {field: config[field] for field in wrong if field not in REASONS}:
+        rest = ("is no field", "leave it out") if len(unknown) == 1 else ("are no fields", "leave them out")
+        default = f"{fields_shown(unknown)} {rest[0]} of LoRA that is served: {rest[1]} or neutral."
+        refusals |= dict.fromkeys(unknown, default)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(TRAINED_BASE):
         refusals["init_lora_weights"] = (
@@ -337,9 +349,11 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     alphas = {path: module.scale * module.rank for path, module in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     saved = {path.rpartition(".")[0] for path in bundle.spec.dense} - modules.keys()
+    saved |= set(HEAD_MODULES) if bundle.spec.head else set()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        **task_type_of(bundle.spec),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
@@ -356,6 +370,9 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     tensors: dict[str, AdapterTensor] = {}
     for name, tensor in bundle.tensors.items():
         path, _, part = name.rpartition(".")
+        if name in bundle.spec.head:
+            tensors[f"base_model.model.{name}"] = tensor
+            continue
         if name in bundle.spec.dense:
             below = ".base_layer" if path in modules else ""
             tensors[f"base_model.model.{exported(path)}{below}.{part}"] = tensor

@@ -11,7 +11,7 @@ from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.formats import mlx_lm, peft, whole_tensors
 from adapters.formats.fit import Proposal, faults
-from adapters.spec import Parameter, experts_of, quoted
+from adapters.spec import NO_SCORING, Parameter, Scoring, experts_of, quoted
 from adapters.tensors import FileTensor, read_safetensors
 from adapters.wrappers import unwrapped, unwrapped_config
 
@@ -27,8 +27,10 @@ def read_bundle(
     format: str = "auto",
     layers: Mapping[str, tuple[int, int]],
     parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    scoring: Scoring = NO_SCORING,
 ) -> AdapterBundle:
-    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)) and `parameters`, and hash.
+    """Parse, convert to PEFT layout, check against the base's `layers` (path → (out, in)), `parameters` and `scoring`,
+    and hash.
 
     `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
     `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
@@ -44,7 +46,7 @@ def read_bundle(
         )
     if not tensors:
         raise AdapterUnreadable("The weights file holds no tensors.", field="weights")
-    reader, proposal = _propose(tensors, config, format, layers, parameters)
+    reader, proposal = _propose(tensors, config, format, layers, parameters, scoring)
     found = faults(proposal, layers, parameters)
     if found:
         raise AdapterDoesNotFit(found)
@@ -54,7 +56,7 @@ def read_bundle(
         else tensor.read()
         for (module, part), tensor in proposal.tensors.items()
     }
-    held |= {path: tensor.read() for path, tensor in proposal.dense.items()}
+    held |= {path: tensor.read() for path, tensor in (*proposal.dense.items(), *proposal.head.tensors.items())}
     return make_bundle(*reader.complete(proposal.spec, held))
 
 
@@ -64,6 +66,7 @@ def _propose(
     format: str,
     layers: Mapping[str, tuple[int, int]],
     parameters: Mapping[str, Parameter],
+    scoring: Scoring,
 ) -> tuple[Any, Proposal]:
     """(The reader of the file's format, what it says)."""
     _known(format)
@@ -73,13 +76,13 @@ def _propose(
             raise AdapterUnreadable(
                 f"The format was given as {format}, but these are whole tensors: leave it out.", field="format"
             )
-        return whole_tensors, whole_tensors.read(tensors, config, parameters)
+        return whole_tensors, whole_tensors.read(tensors, config, parameters, scoring)
     if config.get("kind", "lora") not in ("lora", None):
         reason = f"kind {quoted(config['kind'])} is not known: delta and full are, or send a LoRA adapter without it."
         raise AdapterUnsupported({"kind": reason})
     found = _format(format, config, tensors)
     if found == "peft":
-        return peft, peft.read(tensors, config, layers, parameters)
+        return peft, peft.read(tensors, config, layers, parameters, scoring)
     return mlx_lm, mlx_lm.read(tensors, config, layers)
 
 

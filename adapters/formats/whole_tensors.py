@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.formats.fit import Proposal, twice
-from adapters.spec import DENSE_KINDS, TIED_HEAD, AdapterSpec, Kind, Parameter, fields_shown, place_of, quoted
+from adapters.formats.heads import NO_HEAD, head_in, task_type_of
+from adapters.spec import (
+    DENSE_KINDS,
+    NO_SCORING,
+    TIED_HEAD,
+    AdapterSpec,
+    Kind,
+    Parameter,
+    Scoring,
+    fields_shown,
+    place_of,
+    quoted,
+)
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
 
 if TYPE_CHECKING:
@@ -28,7 +40,12 @@ def is_dense(config: Mapping[str, Any]) -> bool:
     return config.get("kind") in DENSE_KINDS or config.get("fine_tune_type") == "full"
 
 
-def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Proposal:
+def read(
+    tensors: Mapping[str, FileTensor],
+    config: Mapping[str, Any],
+    parameters: Mapping[str, Parameter],
+    scoring: Scoring = NO_SCORING,
+) -> Proposal:
     """Raises `AdapterUnsupported` for fields that would mean something else, `AdapterUnreadable` for wrong values.
 
     `lora_parameters` beside `fine_tune_type: full` is no such field: releases of mlx-lm before it wrote null there
@@ -40,15 +57,18 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
         _refuse(config)
     dense: dict[str, FileTensor] = {}
     strangers: list[Fault] = []
+    kind: Kind = "delta" if config.get("kind") == "delta" else "full"
+    head = head_in(tensors, config, scoring) if kind == "full" else NO_HEAD
     for name, tensor in sorted(tensors.items()):
+        if name in head.names:
+            continue
         path = name.removeprefix(PREFIX)
         if path in dense:
             strangers.append(twice(name, dense[path]))
         dense[path] = tensor
-    kind: Kind = "delta" if config.get("kind") == "delta" else "full"
     count = _count(config.get("num_layers")) if by_mlx and "kind" not in config else None
     return Proposal(
-        spec=AdapterSpec(kind, {}, tuple(dense)),
+        spec=AdapterSpec(kind, {}, tuple(dense), tuple(head.tensors), head.task),
         targets="",
         tensors={},
         strangers=tuple(strangers),
@@ -57,6 +77,7 @@ def read(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], parameter
         dense=dense,
         promised=_promised(count, parameters) if count is not None else (),
         promises=f"num_layers = {quoted(config.get('num_layers'))} says that it was trained",
+        head=head,
     )
 
 
@@ -130,6 +151,8 @@ def write_mlx(bundle: AdapterBundle, parameters: Mapping[str, Parameter], layers
                 f"kind {bundle.spec.kind}."
             }
         )
+    if bundle.spec.head:
+        raise AdapterUnsupported({"format": "mlx-lm has no heads that score labels: leave the format out."})
     tied = any(place_of(shape) == "tied_head" for shape in layers.values())
     foreign = [
         path for path in bundle.spec.dense if parameters[path].quantised or (tied and path == f"{TIED_HEAD}.weight")
@@ -153,5 +176,5 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     Raises `AdapterUnsupported` for a bundle with low-rank parts."""
     if bundle.spec.kind not in DENSE_KINDS:
         raise AdapterUnsupported({"format": "A low-rank adapter is exported as peft or mlx."})
-    config = {"kind": bundle.spec.kind}
+    config = {"kind": bundle.spec.kind, **task_type_of(bundle.spec)}
     return write_safetensors(bundle.tensors, {"format": "mlx", "adapter_config": json.dumps(config)}), config

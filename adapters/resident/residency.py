@@ -236,7 +236,8 @@ def _content(prepared: PreparedBundle) -> Content:
 
 
 def _has_set(prepared: PreparedBundle) -> bool:
-    return prepared.mode == "merged" or bool(prepared.dense)
+    # A version that is nothing but a head runs on the base's own parameters.
+    return bool(prepared.dense) or (prepared.mode == "merged" and bool(prepared.factors))
 
 
 def _has_slot(prepared: PreparedBundle) -> bool:

@@ -16,7 +16,8 @@ FORMAT = 1
 def pack(bundle: AdapterBundle) -> bytes:
     """One safetensors file: the bundle's own tensors under its own names, and what they mean in the metadata."""
     modules = {path: asdict(module) for path, module in bundle.spec.modules.items()}
-    spec = json.dumps({"kind": bundle.spec.kind, "modules": modules, "dense": bundle.spec.dense})
+    own = bundle.spec
+    spec = json.dumps({"kind": own.kind, "modules": modules, "dense": own.dense, "head": own.head, "task": own.task})
     return write_safetensors(bundle.tensors, {"format": str(FORMAT), "spec": spec})
 
 
@@ -28,5 +29,6 @@ def unpack(body: bytes) -> AdapterBundle:
     if not all(tensor.readable for tensor in files.values()):
         raise AdapterUnreadable("A tensor has a dtype that is not served.")
     tensors = {name: tensor.read() for name, tensor in files.items()}
-    # Files of earlier versions of this program have no dense tensors.
-    return make_bundle(AdapterSpec(spec["kind"], modules, tuple(spec.get("dense", ()))), tensors)
+    # Files of earlier versions of this program have no dense tensors, or no heads.
+    dense, head = (tuple(spec.get(name, ())) for name in ("dense", "head"))
+    return make_bundle(AdapterSpec(spec["kind"], modules, dense, head, spec.get("task")), tensors)

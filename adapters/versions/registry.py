@@ -15,7 +15,7 @@ from itertools import islice
 
 from adapters.bundle import Content
 from adapters.errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
-from adapters.spec import Mode
+from adapters.spec import HeadTask, Mode
 
 GONE_DIGESTS = 4096
 """Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
@@ -32,6 +32,9 @@ class Facts:
     rank: int
     modules: int
     nbytes: int
+    task: HeadTask | None = None
+    """What its own head scores; None where it has none."""
+    labels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

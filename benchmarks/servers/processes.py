@@ -37,7 +37,7 @@ class Served:
 
     @property
     def resident_mb(self) -> float:
-        """Of the process."""
+        """Memory of the process."""
         shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=True)
         return int(shown.stdout) / 1024
 

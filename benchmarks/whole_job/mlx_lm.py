@@ -41,7 +41,7 @@ class BatchGeneratorJob:
         self.prefill = min((8, self._rows), key=lambda size: self._run(small, 0, size))
 
     def seconds(self, number: int) -> float:
-        """Of step `number`, prefill included."""
+        """Seconds of step `number`, prefill included."""
         return self._run(self._job, number, self.prefill)
 
     def _run(self, job: Job, number: int, prefill: int) -> float:

@@ -72,7 +72,7 @@ def build_engine(
     tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
-    memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
+    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
     return Engine(
         mailbox,
         post,
@@ -90,7 +90,6 @@ def build_engine(
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
-        ledger=ledger,
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
@@ -104,7 +103,7 @@ def warmed(
 ) -> None:
     """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
     meanwhile is that the engine shall stop."""
-    if model.compiles or mx.default_device() != mx.cpu:
+    if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
         warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
         warm_up.run(lambda: not mailbox.empty())
 
@@ -112,7 +111,7 @@ def warmed(
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
     requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
-    ledger.register("prompts", lambda: requests.kept_cells)
+    ledger.register("prompts", requests.kept_cells)
     return requests
 
 
@@ -157,7 +156,7 @@ def budget_of(
         longest = min(most, model.info.max_model_len)
         if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
             return []
-        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest)
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
 
     rounded = planned if model.compiles else lambda tokens: tokens
     return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
@@ -182,12 +181,10 @@ def batch_of(
         decode = CompiledDecode(model.forward, store, policies.routed, own) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
-    # Copies of rows that left are made behind the step that was in flight then.
-    before_read = prefixes.finish if prefixes is not None else lambda: None
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel, timeline=timeline),
+        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

@@ -1,11 +1,12 @@
-"""Whether the model can take what a request asks for: what is wrong is said before it is queued."""
+"""Checks whether the model can take what a request asks for: what is wrong is said before it is queued."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.messages.scoring import Embed, Replay, Score, ScoringCommand
+from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score, ScoringCommand
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.rollout import RolloutRequest, tiling_fault
 
@@ -14,11 +15,25 @@ def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:
     """Raises `InvalidField` or `ContextExceeded`."""
     match request:
         case Score():
+            check_generates(info)
             _check_score(request, info)
         case Replay():
+            check_generates(info)
             _check_replay(request, info)
         case Embed():
             _check_embed(request, info)
+        case Classify():
+            _check_classify(request, info)
+
+
+def check_generates(info: ModelInfo) -> None:
+    """Raises `InvalidField` where the model has no output over the vocabulary."""
+    if info.task != "generate":
+        raise InvalidField(
+            f"{info.id} is served for the task {info.task} and has no output over the vocabulary, so that it samples "
+            "nothing and gives no log-probabilities: ask it on /classify, /pooling and /v1/rewards.",
+            param="policy",
+        )
 
 
 def _check_score(score: Score, info: ModelInfo) -> None:
@@ -56,8 +71,24 @@ def _check_embed(embed: Embed, info: ModelInfo) -> None:
         check_sequence(tokens, "input", info)
 
 
+def _check_classify(classify: Classify, info: ModelInfo) -> None:
+    if classify.label_token_ids:
+        check_generates(info)
+        check_ids(classify.label_token_ids, "label_token_ids", info)
+    for tokens, positions in zip(classify.sequences, classify.positions, strict=True):
+        check_sequence(tokens, "sequences", info)
+        ascending = all(before < after for before, after in itertools.pairwise(positions))
+        if not positions or not ascending or positions[0] < 0 or positions[-1] >= len(tokens):
+            raise InvalidField(
+                f"A sequence has {len(tokens)} tokens and is to be read at {list(positions[:4])}: positions lie within "
+                "it, each behind the one before.",
+                param="sequences",
+            )
+
+
 def check_group(group: RolloutRequest, info: ModelInfo) -> None:
     """What can be said of a group before the engine has it."""
+    check_generates(info)
     check_ids(group.prompt_ids, "prompt", info)
     check_ids(group.prefix.token_ids, "prefix", info)
     for token in group.sampling.stop_token_ids:

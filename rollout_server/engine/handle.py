@@ -36,7 +36,17 @@ from rollout_server.engine.messages.rollouts import (
     Submit,
     TokensSampled,
 )
-from rollout_server.engine.messages.scoring import Embed, Embedded, Replay, Replayed, Score, Scored, ScoringCommand
+from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
+    Embed,
+    Embedded,
+    Replay,
+    Replayed,
+    Score,
+    Scored,
+    ScoringCommand,
+)
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import (
     Activate,
@@ -135,7 +145,7 @@ class EngineHandle:
         return self._status
 
     async def ping(self, timeout_s: float) -> bool:
-        """Whether the engine thread answers between two turns within `timeout_s` seconds."""
+        """Returns whether the engine thread answers between two turns within `timeout_s` seconds."""
         if self.status.state != "ready":
             return False
         try:
@@ -204,6 +214,10 @@ class EngineHandle:
     async def embed(self, embed: Embed) -> Embedded:
         """Pooled hidden states of given tokens under a policy."""
         return await self._answered(embed)
+
+    async def classify(self, classify: Classify) -> Classified:
+        """Label scores of given tokens under a policy."""
+        return await self._answered(classify)
 
     async def _answered(self, command: ScoringCommand) -> Any:
         """What is no longer wanted is not read to its end."""

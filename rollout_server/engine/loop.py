@@ -15,7 +15,6 @@ from collections.abc import Callable
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.control import (
     Abort,
     Pause,
@@ -28,7 +27,7 @@ from rollout_server.engine.messages.control import (
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, Submit
-from rollout_server.engine.messages.scoring import Embed, Replay, Score
+from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score
 from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
@@ -75,7 +74,6 @@ class Engine:
         pause_state: PauseState,
         memory: Memory,
         prefix_reuse: PrefixReuse,
-        ledger: KVLedger,
         status: StatusBoard,
         blame: Blame,
         device_fault: Callable[[], str | None],
@@ -98,13 +96,11 @@ class Engine:
         self._pause_state = pause_state
         self._memory = memory
         self._prefix_reuse = prefix_reuse
-        self._ledger = ledger
         self._status = status
         self._blame = blame
         self._device_fault = device_fault
         self._timeline = timeline
         self._prepare = prepare
-        self._releases: deque[Release] = deque()
         self._stopping = False
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._begin_budget()
+        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
         self._admission.call_back()
         if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
@@ -160,22 +156,7 @@ class Engine:
             self._step()
         self._budget.end()
         with part("share out"):
-            self._share_out()
-
-    def _begin_budget(self) -> None:
-        batches, joining = self._batches, self._joining
-        paused = self._pause_state.paused
-        self._budget.begin(
-            rows=max(1, batches.size - joining) if batches.active else 0,
-            joining=joining,
-            idle=0 if paused else self._requests.startable(batches.size),
-            streamed=self._requests.streams > 0 and any(row.streamed for row in batches.rows),
-        )
-
-    @property
-    def _joining(self) -> int:
-        """Rows whose prompt is being read."""
-        return sum(joining.count for joining in self._batches.joining)
+            self._memory.share_out()
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
@@ -186,7 +167,7 @@ class Engine:
             wanting.append("prefill")
         if self._scoring.busy:
             wanting.append("scoring")
-        self._budget.divide(wanting, self._joining)
+        self._budget.divide(wanting, self._admission.joining)
 
     def _prefill(self) -> None:
         """The step in flight is read first, but only where groups that join are read or leave."""
@@ -218,7 +199,7 @@ class Engine:
                 part.note(tokens=self._budget.tokens - before)
 
     def _step(self) -> None:
-        joining = self._joining
+        joining = self._admission.joining
         if self._batches.active and self._budget.steps(rows=self._batches.size - joining, joining=joining):
             self._batches.step()
             self._batches.release(few=True)
@@ -227,19 +208,11 @@ class Engine:
         for group in self._reports.take_complete():
             self._tasks.score_rows(group)
 
-    def _share_out(self) -> None:
-        """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
-        held = self._batches.held_cells
-        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._prefix_reuse.cells, rows=held):
-            self._batches.drop_idle()
-        self._prefix_reuse.follow(self._policies.snapshot())
-        self._ledger.leave_rest(rows=held)
-
     def _give_back(self) -> None:
         """Memory that somebody asked for, and what an engine at rest does not need."""
-        while self._releases:
+        while self._memory.releases:
             self._batches.settle_and_release()
-            self._reports.add(self._memory.give_back(self._releases.popleft().id))
+            self._reports.add(self._memory.give_back())
         self._memory.rest(self._busy)
 
     def _tell(self) -> None:
@@ -252,7 +225,7 @@ class Engine:
 
     @property
     def _computing(self) -> bool:
-        """Whether anything is being sampled or scored."""
+        """True if anything is being sampled or scored."""
         batches = self._batches
         return bool(
             batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
@@ -260,8 +233,8 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        """Whether a turn has something to do."""
-        if self._changes or self._releases:
+        """True if a turn has something to do."""
+        if self._changes or self._memory.releases:
             return True
         if self._pause_state.paused:
             return self._computing and not self._pause_state.frozen
@@ -294,7 +267,7 @@ class Engine:
                         # A name that is being pushed may not be there yet.
                         if not self._changes:
                             self._policies.check(group.policy)
-                case Score() | Replay() | Embed():
+                case Score() | Replay() | Embed() | Classify():
                     if not self._pause_state.holds(command):
                         self._tasks.read(command)
                 case Pause():
@@ -310,7 +283,7 @@ class Engine:
                 case ResetPrefixCache():
                     self._reports.add(PrefixCacheReset(command.id, self._prefix_reuse.clear()))
                 case Release():
-                    self._releases.append(command)
+                    self._memory.releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
                 case Stop():
@@ -404,7 +377,7 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._requests.open_requests):
             self._reports.fail(id, error)
-        changes = [change.id for change in [*self._changes, *self._releases]]
+        changes = [change.id for change in [*self._changes, *self._memory.releases]]
         for id in self._scoring.own_requests + self._pause_state.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.

@@ -1,4 +1,5 @@
-"""A timeline of turns, in Chrome's trace format: where a turn's time went, to be looked at in Perfetto or chrome://tracing.
+"""A timeline of turns, in Chrome's trace format: where a turn's time went, to be looked at in Perfetto or
+chrome://tracing.
 
 Format: "Trace Event Format", JSON array of complete events (`ph` X, `ts` and `dur` in microseconds). The array may lack
 its end, so that a process that is killed leaves a file that opens. Plain Python; belongs to the engine's thread.
@@ -21,7 +22,7 @@ Stage = tuple[str, float, float]
 """What was done, from when to when, in seconds of `time.perf_counter`."""
 
 MOST_BYTES = 256 * 2**20
-"""Of one file: viewers open hardly more."""
+"""Size of one file: viewers open hardly more."""
 LEAST_S = 1e-5
 """A shorter part of which nothing is noted is left out: most turns have nothing to do in most parts."""
 TURNS, PUSHES = 1, 2
@@ -92,9 +93,9 @@ class Timeline:
         """Not written yet, each behind what lies inside it."""
         self._turns = 0
         self._first = 0
-        """Of the events that belong to the turn under way."""
+        """Where the events begin that belong to the turn under way."""
         self._busy = False
-        """Whether that turn did anything."""
+        """True if that turn did anything."""
         self._pushes: dict[str, float] = {}
         """When staging began, of pushes under way, by the command's id."""
         self._tracks: list[float] = []

@@ -32,6 +32,9 @@ from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
 from rollout_server.http.routes.openai.embeddings import EmbeddingsController
 from rollout_server.http.routes.pause import PauseController, PauseDoorsController
+from rollout_server.http.routes.pooling.classes import ClassesController
+from rollout_server.http.routes.pooling.pairs import PairsController
+from rollout_server.http.routes.pooling.rewards import RewardsController
 from rollout_server.http.routes.replay_and_probe import RecordedController
 from rollout_server.http.routes.rollouts import RolloutsController
 from rollout_server.http.routes.system import HealthController, MetricsController, ModelsController
@@ -81,6 +84,9 @@ CONTROLLERS = (
     CompletionsController,
     ChatController,
     EmbeddingsController,
+    ClassesController,
+    PairsController,
+    RewardsController,
     TokensController,
     ControlController,
     PrefixesController,

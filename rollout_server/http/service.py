@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,8 @@ from litestar.connection import ASGIConnection
 
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.messages.versions import PolicyStatus
+from rollout_server.engine.messages.options import ModelInfo, Task
+from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
@@ -30,6 +30,8 @@ STATE_KEY = "service"
 ARRIVED = "arrived"
 """Key of the request's state: when it came, on time.monotonic()'s clock."""
 NAMES_SHOWN = 20
+SCORING: tuple[Task, ...] = ("classify", "token_classify")
+"""Tasks of what has a head."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,31 @@ class Service:
         if address.name == BASE:
             return self.base_version
         return next((policy.live for policy in self.policies() if policy.name == address.name), None)
+
+    def task(self, address: PolicyAddress) -> Task:
+        """What the model gives under this address. Raises `UnknownPolicy` for a name that is not there."""
+        if address.name == BASE:
+            return self.info.task
+        policy = self.policy(address.name)
+        meant = [kept for kept in policy.versions if kept.version.number == address.number]
+        # All versions of a name have one task.
+        return next((kept.task for kept in meant or policy.versions if kept.task), None) or self.info.task
+
+    def scorer(self, *tasks: Task, labels: int | None = None) -> PolicyAddress:
+        """The one model of these tasks, with so many labels if that matters, for a request that names none. Raises
+        `InvalidField` unless there is just one."""
+        base = [(BASE, self.info.task, len(self.info.labels))]
+        live = [(name, kept.task, kept.labels) for name, kept in self._live() if kept.task is not None]
+        found = [name for name, task, count in base + live if task in tasks and labels in (None, count)]
+        if len(found) == 1:
+            return PolicyAddress(found[0])
+        if not found:
+            raise InvalidField("No model that is served here does this: push one, and name it.", param="model")
+        raise InvalidField(f"Several models do this ({self._some(found)}): say which by model.", param="model")
+
+    def _live(self) -> Iterator[tuple[str, VersionStatus]]:
+        for policy in self.policies():
+            yield from ((policy.name, kept) for kept in policy.versions if kept.live)
 
     def policy_state(self, address: PolicyAddress) -> dict[str, Any]:
         """`{"name", "version", "digest"}` of the alias, as every native reply carries it."""

@@ -17,7 +17,7 @@ CPU_ROWS, CPU_CHUNK = 64, 512
 LEAST_ROWS = 8
 CHUNKS = (512, 1024, 2048, 4096, 8192)
 ROW_TOKENS = 512
-"""Of a usual row, prompt and reply together. Longer ones find their room in the ledger, or wait."""
+"""Tokens of a usual row, prompt and reply together. Longer ones find their room in the ledger, or wait."""
 LAUNCHES_S = 0.005
 """What a forward of a GPU costs whatever it reads: the host's part of some hundreds of operations."""
 OPERATIONS_A_BYTE = 100

@@ -13,7 +13,7 @@ from rollout_server.machine.device_defaults import Device
 FIRST_BYTES, MOST_BYTES = 4 << 20, 1 << 30
 SECONDS = 0.05
 LONG_ENOUGH_S = 0.002
-"""Of one pass, after which launching it counts for little."""
+"""Seconds of one pass, after which launching it counts for little."""
 
 
 def this_device(clock: Callable[[], float] = time.perf_counter) -> Device:
@@ -52,7 +52,7 @@ def measure_bandwidth(most: int = MOST_BYTES, clock: Callable[[], float] = time.
 
 
 def _seconds(size: int, clock: Callable[[], float]) -> float:
-    """Of the second pass over so many bytes: the first one pays for the memory of its result."""
+    """Seconds that a second pass over so many bytes takes: the first one pays for the memory of its result."""
     numbers = mx.zeros((size // 4,), dtype=mx.float32)
     mx.eval(numbers)
     mx.eval(numbers + 1.0)

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
-    """`kv_bits` is 8 where keys and values are kept in so many bits, and null where as the model computed them."""
+    """`kv_bits` is 8 where keys and values are kept in so many bits, and null where as the model computed them.
+    `labels` are the names of what a head scores, null for one without a name; without a head there are none."""
 
     id: str
     object: Literal["model"]
@@ -21,6 +22,8 @@ class ModelCard(BaseModel):
     kv_bits: int | None
     eos_token_ids: list[int]
     digest: str
+    task: Literal["generate", "classify", "token_classify", "embed"]
+    labels: list[str | None]
 
 
 class ModelsReply(BaseModel):

@@ -115,6 +115,10 @@ class KeptVersion(BaseModel):
     bytes: int
     resident_bytes: int = Field(description="Device memory: its parameter set, and one slot of the stacks.")
     created: float = Field(description="Unix time, seconds.")
+    task: Literal["classify", "token_classify"] | None = Field(
+        description="What its own head scores; null where it has none, and does what the base does."
+    )
+    labels: int = Field(description="How many its own head scores.")
 
 
 class PinReply(KeptVersion):

@@ -1,4 +1,5 @@
-"""Changes to versions, in their order: on disk first where there is a state directory, then in the engine.
+"""What policies may be called, and changes to their versions: on disk first if there is a state directory, then in the
+engine.
 
 Without one a change is one engine command. With one, changes go one at a time: what the directory will say is written
 first, and only then does the engine do it, so a disk that fails changes nothing, and nothing is answered before it is
@@ -35,12 +36,22 @@ from rollout_server.engine.messages.versions import (
     RestoredVersion,
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 from rollout_server.versions import predicted_records
 
 log = logging.getLogger("rollout_server.http")
 
 T = TypeVar("T")
 C = TypeVar("C", Activate, Pin, Delete)
+
+
+def check_name(name: str, base_id: str) -> None:
+    """Raises `InvalidField` unless a policy may be called so."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidField(f"{quoted(name)} is not a policy name, which is {NAME_RULE}.", param="name")
+    if name in (BASE, base_id):
+        raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")
 
 
 class Publisher:
@@ -56,7 +67,7 @@ class Publisher:
 
     @property
     def restored(self) -> bool:
-        """Whether the versions of the state directory are there: before that, nothing can be said of any name."""
+        """True if the versions of the state directory are there: before that, nothing can be said of any name."""
         return self._restored
 
     async def close(self) -> None:

@@ -13,8 +13,8 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.model_source.model_files import resolve_model
-from rollout_server.versions.adapter_directory import check_name, read_adapter_directory
-from rollout_server.versions.publisher import Publisher
+from rollout_server.versions.adapter_directory import read_adapter_directory
+from rollout_server.versions.publisher import Publisher, check_name
 
 log = logging.getLogger("rollout_server.http")
 

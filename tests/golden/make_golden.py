@@ -1,5 +1,5 @@
-"""Writes the golden files: tiny models, PEFT adapters on them, and the log-probabilities and pooled hidden
-states that torch and PEFT give.
+"""Writes the golden files: tiny models, PEFT adapters on them, and the log-probabilities, pooled hidden states and
+label scores that torch and PEFT give.
 
 `make golden`, or `python -m tests.golden.make_golden [FAMILY…]` where torch and peft are installed. Weights are float16
 in the files and float32 in both computations: every value was rounded before it was used.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from tests.support import tiny_models
 from tests.support.peers import families, reference
@@ -52,6 +53,9 @@ EXTRA: dict[str, dict[str, dict[str, Any]]] = {
     "gpt_oss": {"experts": {"r": 3, "lora_alpha": 5, "target_modules": ["v_proj"], "target_parameters": EXPERTS}},
 }
 LENGTHS = (29, 13, 2)
+LABELS = 2
+WITHOUT_CLASSES = frozenset({"granite"})
+"""Families of which transformers has no classifier."""
 
 
 def main() -> None:
@@ -77,14 +81,35 @@ def write(family: str, scratch: Path, target: Path) -> None:
             options = {**options, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
         model = reference.adapted(scratch, grid=torch.float16, **options)
         model.save_pretrained(scratch / kind, save_embedding_layers=False)
-        config = json.loads((scratch / kind / "adapter_config.json").read_text())
-        config = {field: sorted(value) if isinstance(value, list) else value for field, value in config.items()}
-        metadata = {"adapter_config": json.dumps({**config, "base_model_name_or_path": None}, sort_keys=True)}
-        tensors = halved(load_file(scratch / kind / "adapter_model.safetensors"))
-        save_file(tensors, target / f"{kind}.safetensors", metadata=metadata)
+        save_adapter(scratch / kind, target / f"{kind}.safetensors")
         found[kind] = np.concatenate(reference.logprobs(model, prompts))
         found |= pooled(kind, model, prompts)
     save_file(found, target / "reference.safetensors")
+    if family not in WITHOUT_CLASSES:
+        write_heads(family, scratch, target, prompts)
+
+
+def write_heads(family: str, scratch: Path, target: Path, prompts: list[list[int]]) -> None:
+    """A reward adapter with its head, the scores that PEFT gives with it, and those of the bare model with its head."""
+    auto, options = AutoModelForSequenceClassification, dict(reference.KINDS["lora"])
+    if families.FAMILIES[family].experts:
+        options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = reference.adapted(scratch, grid=torch.float16, auto=auto, num_labels=LABELS, task_type="SEQ_CLS", **options)
+    model.save_pretrained(scratch / "reward", save_embedding_layers=False)
+    save_adapter(scratch / "reward", target / "reward.safetensors")
+    bare = families.load(scratch, auto, num_labels=LABELS)
+    head = load_file(scratch / "reward" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    bare.score.weight.data = torch.from_numpy(head)
+    found = {"reward": reference.scores(model, prompts), "bare": reference.scores(bare, prompts)}
+    save_file(found, target / "heads.safetensors")
+
+
+def save_adapter(saved: Path, target: Path) -> None:
+    """What PEFT left in a directory as one file."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config = {field: sorted(value) if isinstance(value, list) else value for field, value in config.items()}
+    metadata = {"adapter_config": json.dumps({**config, "base_model_name_or_path": None}, sort_keys=True)}
+    save_file(halved(load_file(saved / "adapter_model.safetensors")), target, metadata=metadata)
 
 
 def pooled(kind: str, model: torch.nn.Module, prompts: list[list[int]]) -> dict[str, np.ndarray]:

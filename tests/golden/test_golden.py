@@ -19,6 +19,9 @@ from tests.support.tiny_models import write_tokenizer
 
 HERE = Path(__file__).parent
 FAMILIES = sorted(path.parent.name for path in HERE.glob("*/reference.safetensors"))
+SCORED = sorted(path.parent.name for path in HERE.glob("*/heads.safetensors"))
+OTHERS = ("model", "reference", "heads", "reward")
+"""What is no adapter that samples."""
 Start = Callable[[str], Driver]
 
 
@@ -35,9 +38,7 @@ def start(tmp_path: Path) -> Start:
 
 
 def kinds(family: str) -> list[str]:
-    return sorted(
-        path.stem for path in (HERE / family).glob("*.safetensors") if path.stem not in ("model", "reference")
-    )
+    return sorted(path.stem for path in (HERE / family).glob("*.safetensors") if path.stem not in OTHERS)
 
 
 def config_of(family: str, kind: str) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def difference(driver: Driver, family: str, policy: str) -> float:
 
 def test_there_are_enough_of_them() -> None:
     assert len(FAMILIES) >= 8
+    assert len(SCORED) >= 10
     assert all({"lora", "rslora", "dora"} <= set(kinds(family)) for family in FAMILIES)
     assert sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file()) <= 3_000_000
 
@@ -92,6 +94,32 @@ def test_log_probabilities_are_those_of_peft(family: str, start: Start) -> None:
         push(driver, family, kind)
         assert difference(driver, family, kind) <= 1, kind
     assert difference(driver, family, "base") <= 1
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_label_scores_are_those_of_peft_and_of_transformers(family: str, start: Start, tmp_path: Path) -> None:
+    """A reward adapter on the bare base, and the base with that head as a model of its own."""
+    expected, reference = (
+        load_file(HERE / family / "heads.safetensors"),
+        load_file(HERE / family / "reference.safetensors"),
+    )
+    prompts = [p.tolist() for p in np.split(reference["prompts"], np.cumsum(reference["lengths"])[:-1])]
+    longest = reference["lengths"].max()
+    driver = start(family)
+    info = driver.model.info
+    content = (HERE / family / "reward.safetensors").read_bytes()
+    bundle = read_bundle(content, None, layers=info.layers, parameters=info.weights, scoring=info.scoring)
+    driver.push("reward", bundle)
+    found = np.concatenate(driver.classify(prompts, "reward", positions=[(len(own) - 1,) for own in prompts]))
+    assert_near(found, expected["reward"], GOLDEN.of_logits(expected["reward"], longest), "reward")
+    head = {name: bundle.tensors[name].float32() for name in bundle.spec.head}
+    weights = {n: v for n, v in load_file(tmp_path / "model.safetensors").items() if not n.startswith("lm_head")}
+    save_file({**weights, **head}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = np.concatenate(Driver.start(tmp_path).classify(prompts, positions=[(len(own) - 1,) for own in prompts]))
+    assert_near(found, expected["bare"], GOLDEN.of_logits(expected["bare"], longest), "bare")
 
 
 def test_a_scale_that_is_off_by_a_hundredth_is_seen(start: Start) -> None:

@@ -88,8 +88,8 @@ class Batch:
 
     @property
     def _extents(self) -> tuple[int, int]:
-        """Of the rows: the column of the longest one's next token (−1 without rows), and the most that one needs soon.
-        Kept from one step to the next, since each turn asks several times."""
+        """The column of the longest row's next token (−1 without rows), and the most columns that one needs soon. Kept
+        from one step to the next, since each turn asks several times."""
         if self._extent is None:
             rows = self.rows
             self._extent = (
@@ -122,7 +122,7 @@ class Batch:
 
     @property
     def reading(self) -> bool:
-        """Whether groups join, or rows come back."""
+        """True if groups join, or rows come back."""
         return bool(self.joining or self._recovering.rows)
 
     @property
@@ -218,7 +218,7 @@ class Batch:
         for place in gone:
             del self._seats[place]
         if self._prefixes is not None:
-            self._prefixes.keep_rows(gone, flying)
+            self._decoder.copy(self._prefixes.keep_rows(gone))
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)
@@ -312,7 +312,7 @@ class Batch:
 
     @property
     def must_settle(self) -> bool:
-        """Whether rows that ended wait for the step in flight, because others would move."""
+        """True if rows that ended wait for the step in flight, because others would move."""
         ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
         return self._decoder.in_flight and ended > 0 and self.store.moves_on_leave(ended)
 

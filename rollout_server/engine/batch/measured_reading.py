@@ -25,27 +25,33 @@ def cells_of(most: int) -> int:
 
 
 def readings(
-    forward: Forward, make_rows: Callable[[], PaddedKV], route: Callable[[Sequence[int]], None], most: int
+    forward: Forward,
+    make_rows: Callable[[], PaddedKV],
+    route: Callable[[Sequence[int]], None],
+    most: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[int, float]]:
-    """(tokens, seconds) of chunks of at most `most` tokens in one place: the fastest of `REPEATS` forwards of each
-    length, after one to warm up."""
+    """(tokens, seconds by `clock`) of chunks of at most `most` tokens in one place: the fastest of `REPEATS` forwards
+    of each length, after one to warm up."""
     rows, found = make_rows(), []
     rows.begin(Prompt((), 0), 1, min(most, LONGEST))
-    began, length = time.perf_counter(), min(FIRST, most)
+    began, length = clock(), min(FIRST, most)
     while True:
-        found.append((length, _seconds(forward, rows, route, length)))
+        found.append((length, _seconds(forward, rows, route, length, clock)))
         longer = min(GROWTH * length, planned(most), LONGEST)
-        if longer <= length or time.perf_counter() - began > ENOUGH_S:
+        if longer <= length or clock() - began > ENOUGH_S:
             return found
         length = longer
 
 
-def _seconds(forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], length: int) -> float:
+def _seconds(
+    forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], length: int, clock: Callable[[], float]
+) -> float:
     taken: list[float] = []
     while len(taken) <= REPEATS and (len(taken) < 2 or sum(taken) < ENOUGH_S / 2):
-        began = time.perf_counter()
+        began = clock()
         rows.read(forward, [Piece(0, 0, (0,) * length, 0)], route)
         rows.evaluate()
         mx.synchronize()
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return min(taken[1:])

@@ -18,7 +18,7 @@ import mlx.core as mx
 from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, round_up, row_bucket
+from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, row_bucket
 from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 
@@ -339,3 +339,7 @@ class PaddedKV:
             mx.eval([a for a in (layer.keys, layer.values) if a is not None])
         self._free.extend(range(self.capacity, capacity))
         self.capacity, self.columns = capacity, columns
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -13,16 +13,12 @@ HEADROOM = 64
 """Columns that a row must have room for besides what it fills."""
 
 
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 def row_bucket(rows: int, limit: int) -> int:
     """The number of places allocated for `rows` running rows."""
     for bucket in ROW_BUCKETS:
         if bucket >= rows:
             return min(bucket, max(limit, rows))
-    return round_up(rows, 512)
+    return -(-rows // 512) * 512
 
 
 def padded(count: int) -> int:
@@ -39,7 +35,8 @@ def few_columns(count: int) -> int:
 
 def few_widths(count: int) -> int:
     """The next of the few widths that are read then: four an octave, since each column that is read costs time."""
-    return round_up(count, max(COARSE_BUCKET, 1 << max(0, count.bit_length() - 3)))
+    step = max(COARSE_BUCKET, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def plan(lefts: Sequence[int], budget: int) -> list[tuple[int, int]]:

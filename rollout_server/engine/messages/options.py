@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.spec import Scoring
+
 if TYPE_CHECKING:
-    from adapters.spec import Parameter, Place
+    from adapters.spec import HeadTask, Parameter, Place
 
 
 KV_BUCKET = 32
@@ -14,8 +17,12 @@ KV_BUCKET = 32
 JOINED_KV_SPARE = 256
 """mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
+Task = Literal["generate", "classify", "token_classify", "embed"]
+"""What a model gives: tokens, label scores of a sequence, label scores of tokens, or vectors."""
 Prefer = Literal["throughput", "latency"]
 """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
+Activation = Literal["sigmoid", "softmax", "none"]
+"""What makes probabilities of label scores, where those are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,8 @@ class EngineOptions:
     trace: str | None = None
     """A file to record a timeline of turns in."""
     attention: Literal["auto", "mlx"] = "auto"
-    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
+    """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
+    own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ class ModelInfo:
     prefill_tokens: int = 512
     """Tokens read at most in one turn."""
     weight_bytes: int = 0
-    """Of the base, as it is in memory."""
+    """The base's weights as they are in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     kv_bits: int | None = None
@@ -103,6 +111,25 @@ class ModelInfo:
     """Why no version can be served on this base, a half sentence; empty where versions can."""
     weights: dict[str, Parameter] = field(default_factory=dict)
     """Every parameter that a version may add to or have one of its own for, by path."""
+    task: Task = "generate"
+    labels: tuple[str | None, ...] = ()
+    """The names of what its head scores; None for one that has no name. Empty where there is no head."""
+    activation: Activation = "none"
+    pad_token_id: int | None = None
+    """By which the token is found that a sequence's head is read at."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """What a version's head has to fit."""
+        own: HeadTask | None = self.task if self.task in ("classify", "token_classify") else None
+        return Scoring(self.embedding.width, own)
+
+    def head_position(self, tokens: Sequence[int]) -> int:
+        """Where a head is read that scores a whole sequence, as transformers does: at the rightmost token that is not
+        the pad token, at the first one if all of them are; at the last one where the model has no pad token."""
+        if self.pad_token_id is None:
+            return len(tokens) - 1
+        return next((at for at in range(len(tokens) - 1, -1, -1) if tokens[at] != self.pad_token_id), 0)
 
     def row_bytes(self, tokens: int) -> int:
         """KV memory of a row of so many tokens, bytes."""

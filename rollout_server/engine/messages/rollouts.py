@@ -17,7 +17,7 @@ from rollout_server.engine.messages.control import (
     Resume,
     Stop,
 )
-from rollout_server.engine.messages.scoring import Embedded, Replayed, Scored, ScoringCommand
+from rollout_server.engine.messages.scoring import Classified, Embedded, Replayed, Scored, ScoringCommand
 from rollout_server.engine.messages.versions import PolicyCommand, PolicyReply
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
@@ -81,6 +81,7 @@ Event = (
     | Scored
     | Replayed
     | Embedded
+    | Classified
     | PolicyReply
     | Paused
     | Released

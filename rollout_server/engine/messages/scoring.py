@@ -1,9 +1,10 @@
-"""Reading without sampling, across the border: teacher forcing, replay, embeddings."""
+"""Reading without sampling, across the border: teacher forcing, replay, embeddings, label scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rollout_server.engine.messages.options import Activation
 from rollout_server.rollout import (
     PolicyAddress,
     PolicyVersion,
@@ -85,7 +86,20 @@ class Embed:
     sequences: tuple[tuple[int, ...], ...]
 
 
-ScoringCommand = Score | Replay | Embed
+@dataclass(frozen=True, slots=True)
+class Classify:
+    """Label scores of given tokens at given positions, by the head that a policy has; or, with `label_token_ids`, the
+    log-probabilities of these tokens behind each position, which every decoder gives."""
+
+    id: str
+    policy: PolicyAddress
+    sequences: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    """Places in each sequence, ascending. What stands behind the last one is not read."""
+    label_token_ids: tuple[int, ...] = ()
+
+
+ScoringCommand = Score | Replay | Embed | Classify
 """Requests that are answered by reading alone: nothing is sampled."""
 
 
@@ -117,3 +131,17 @@ class Embedded:
     version: PolicyVersion
     vectors: tuple[bytes, ...]
     """Each `Embedding.width` little-endian float32, pooled and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """In the order of the request."""
+
+    id: str
+    version: PolicyVersion
+    scores: tuple[bytes, ...]
+    """Each [positions, labels] little-endian float32, as the head gives them."""
+    labels: tuple[str | None, ...]
+    """The names of labels, None for one that has no name."""
+    activation: Activation
+    """What makes probabilities of them."""

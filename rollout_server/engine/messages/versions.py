@@ -11,7 +11,7 @@ from rollout_server.rollout import PolicyVersion
 if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
     from adapters.prepare import PreparedBundle
-    from adapters.spec import Mode
+    from adapters.spec import HeadTask, Mode
     from rollout_server.engine.timeline import Stage
 
 # ---- commands -----------------------------------------------------------------------------------------------------
@@ -178,11 +178,15 @@ class VersionStatus:
     pinned: bool
     rows_in_use: int
     nbytes: int
-    """Of the file's tensors."""
+    """Size of the file's tensors."""
     created: float
     """Unix time, seconds."""
     resident_bytes: int = 0
     """Device memory that the version takes: its parameter set and one slot."""
+    task: HeadTask | None = None
+    """What its own head scores; None where it has none, and does what the base does."""
+    labels: int = 0
+    """How many its own head scores."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Routed(Protocol):
 
 
 class Unrouted:
-    """Of a model without adapter layers."""
+    """What a model without adapter layers has in the place of adapter slots."""
 
     def lent(self) -> tuple[Hashable, list[mx.array]]:
         return (), []

@@ -7,7 +7,7 @@ sentence-transformers writes them; a directory without them is pooled at its las
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,15 @@ FLAG = "pooling_mode_"
 def find_trunk(module: nn.Module, vocabulary: int) -> tuple[str, int] | None:
     """The path of the part that gives hidden states [B, N, width] after the final norm, and their width; None for a
     model that has no such part."""
+    for place in trunk_places(module):
+        width = _width(module, attrgetter(place)(module))
+        if width is not None and width != vocabulary:
+            return place, width
+    return None
+
+
+def trunk_places(module: nn.Module) -> Iterator[str]:
+    """Paths at which a part may be that gives hidden states after the final norm."""
     for place in PLACES:
         *above, _ = place.split(".")
         try:
@@ -47,14 +56,11 @@ def find_trunk(module: nn.Module, vocabulary: int) -> tuple[str, int] | None:
             continue
         # A norm beside it would come after it.
         if isinstance(trunk, nn.Module) and not any("norm" in name for name in owner.children()):
-            width = _width(module, trunk)
-            if width is not None and width != vocabulary:
-                return place, width
-    return None
+            yield place
 
 
 def _width(module: nn.Module, trunk: nn.Module) -> int | None:
-    """Of what the part returns, if that is one vector a token."""
+    """The width of what the part returns, if that is one vector a token."""
     tokens = mx.array([[0, 0]], dtype=mx.int32)
     try:
         hidden = trunk(tokens, cache=make_prompt_cache(module))

@@ -38,12 +38,15 @@ from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.tasks.heads import Head
+from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")
 SAMPLED_ROWS = 12
+EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
 REASON = 400
 """Characters shown of an error: mlx-lm lists every parameter that is missing."""
@@ -68,17 +71,13 @@ def load(options: EngineOptions) -> ResidentModel:
     read = read_model(path)
     module, config = read.module, read.config
     on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
-        _to_float32(module)
-    module.eval()
-    module.freeze()
-    mx.eval(module.parameters())
+    _prepare(module, on_cpu=on_cpu)
     dtype = _activation_dtype(module)
-    vocabulary = _vocabulary(module, config)
-    compiles = not on_cpu if options.compile_decode is None else options.compile_decode
-    chosen = choose_store(module, vocabulary, options, compiles=compiles)
-    context = _context_length(read, options.context_length)
-    trunk, width = find_trunk(module, vocabulary) or ("", 0)
+    vocabulary = _vocabulary(read)
+    wanted = not on_cpu if options.compile_decode is None else options.compile_decode
+    # What only reads has no decode steps.
+    chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
+    trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module))
@@ -88,7 +87,7 @@ def load(options: EngineOptions) -> ResidentModel:
         digest=base_digest(path),
         model_type=str(config.get("model_type", "unknown")),
         vocab_size=vocabulary,
-        max_model_len=context,
+        max_model_len=_context_length(read, options.context_length),
         dtype=dtype_name,
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
@@ -107,10 +106,13 @@ def load(options: EngineOptions) -> ResidentModel:
         max_batch=sizes.max_batch.value,
         prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
+        pad_token_id=read.pad_token_id,
+        **scoring_of(read.kind, read.head, config),
     )
     filters = choose_filter_kernel(vocabulary, dtype)
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
-    ways = partial(chosen.make, sizes.max_batch.value), chosen.compiles, chosen.attention, kernel, trunk, filters
+    make = partial(chosen.make, sizes.max_batch.value)
+    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
     return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
@@ -142,6 +144,14 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
     ends |= {tokenizer.eos_token_id} - {None}
     # One outside the logits could never be sampled, and would be written out of bounds where it is banned.
     return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
+
+
+def _prepare(module: nn.Module, *, on_cpu: bool) -> None:
+    if on_cpu:
+        _to_float32(module)
+    module.eval()
+    module.freeze()
+    mx.eval(module.parameters())
 
 
 def _to_float32(module: nn.Module) -> None:
@@ -179,8 +189,11 @@ def _parameters(module: nn.Module) -> int:
     return total + sum(array.size for array in _arrays(module))
 
 
-def _vocabulary(module: nn.Module, config: dict[str, Any]) -> int:
-    """Width of the logits, which may exceed the tokenizer's vocabulary."""
+def _vocabulary(read: ReadModel) -> int:
+    """Width of the logits, which may exceed the tokenizer's vocabulary; rows of the embedding where there are none."""
+    module = read.module
+    if read.head is not None:
+        return max(shape[1] for shape in adaptable_layers(module).values() if place_of(shape) in EMBEDDINGS)
     logits = module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module))
     return int(logits.shape[-1])
 
@@ -214,17 +227,23 @@ class ReadModel:
     max_position_embeddings: int | None
     bounds: tuple[Bound, ...]
     """Up to how many tokens the module is what config.json means."""
+    kind: Kind
+    pad_token_id: int | None
+    head: Head | None = None
+    """What scores its hidden states; `module` ends there then."""
 
 
 def read_model(path: Path) -> ReadModel:
     """Raises `EngineUnavailable` with the file or the field at fault if the directory cannot be read, or would be
     another model here than it is in transformers."""
     config = read_config(path)
-    plan = _planned(path, config)
+    plan, kind = _planned(path, config), kind_of(config)
     check_model(path)
+    head = read_head(path, kind, config) if kind.scores else None
+    classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:
         module, understood = mlx_lm_utils.load_model(
-            path, model_config=plan.overrides, get_model_classes=classes_of(plan.family), trust_remote_code=False
+            path, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
         )
         mx.eval(module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module)))
         bounds = (*plan.bounds, *window_bounds(module, plan.said, plan.family))
@@ -235,8 +254,11 @@ def read_model(path: Path) -> ReadModel:
     if refusal is not None:
         raise EngineUnavailable(_refused(path, config, [refusal]))
     _check_template(path, host)
-    longest = plan.said.get("max_position_embeddings")
-    return ReadModel(module, understood, engine, host, longest if isinstance(longest, int) else None, bounds)
+    if head is not None:
+        check_width(path, module, head)
+    longest, pad = plan.said.get("max_position_embeddings"), plan.said.get("pad_token_id")
+    longest, pad = (number if isinstance(number, int) else None for number in (longest, pad))
+    return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, head)
 
 
 def _planned(path: Path, config: dict[str, Any]) -> Plan:

@@ -47,5 +47,6 @@ def chosen_sizes(
 
 
 def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:
-    """Of the layers that every token goes through; the head is read at few tokens, and of the embedding one entry."""
+    """The widest of the layers that every token goes through; the head is read at few tokens, and of the embedding one
+    entry."""
     return max((max(shape) for shape in layers.values() if vocabulary not in shape), default=vocabulary)

@@ -38,12 +38,12 @@ log = logging.getLogger("rollout_server.engine.model")
 WARM_S = 30.0
 SAID_EVERY_S = 5.0
 USUAL_ROWS, USUAL_COLUMNS = 256, 416
-"""Of a batch's steps: what is run first."""
+"""The batch whose steps are run first."""
 MOST_TOKENS = 1024
-"""Of rows whose steps are run before."""
+"""The longest rows whose steps are run before."""
 USUAL_RANK = 16
 SHORTEST = 64
-"""Of the chunks that are read."""
+"""The shortest chunk that is read."""
 MOST_TRACES = TRACES * 3 // 4
 """More would push out those that were made first, and leave no room for what comes."""
 BITS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}

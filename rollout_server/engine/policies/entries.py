@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from adapters.bundle import AdapterBundle
+from collections.abc import Callable
+
+from adapters.bundle import AdapterBundle, Content
 from adapters.spec import Mode
-from adapters.versions.registry import Entry, Facts
+from adapters.versions.registry import Entry, Facts, Registry
 from rollout_server.engine.messages.versions import (
+    PolicyStatus,
     Publish,
     RestoredVersion,
+    VersionStatus,
 )
 from rollout_server.rollout import PolicyVersion
 
@@ -17,7 +21,8 @@ def mode_of(command: Publish) -> Mode:
 
 
 def facts_of(bundle: AdapterBundle, mode: Mode) -> Facts:
-    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
+    own = bundle.spec
+    return Facts(own.kind, mode, bundle.rank, bundle.parts, bundle.nbytes, own.task, bundle.labels)
 
 
 def entry_of(name: str, version: RestoredVersion) -> Entry:
@@ -36,3 +41,29 @@ def entry_of(name: str, version: RestoredVersion) -> Entry:
 
 def version_of(entry: Entry) -> PolicyVersion:
     return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
+
+
+def status_of(entry: Entry, resident_bytes: int) -> VersionStatus:
+    facts = entry.facts
+    return VersionStatus(
+        version_of(entry),
+        facts.kind,
+        facts.mode,
+        facts.rank,
+        facts.modules,
+        entry.live,
+        entry.pinned,
+        entry.in_use,
+        facts.nbytes,
+        entry.created,
+        resident_bytes,
+        facts.task,
+        facts.labels,
+    )
+
+
+def line_of(registry: Registry, name: str, size: Callable[[Content], int]) -> PolicyStatus:
+    """A name with all its kept versions; `size` gives what the content of one takes on the device, bytes."""
+    live = registry.live(name)
+    versions = tuple(status_of(entry, size(entry.content)) for entry in registry.versions(name))
+    return PolicyStatus(name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name))

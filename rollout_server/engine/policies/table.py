@@ -32,10 +32,10 @@ from rollout_server.engine.messages.versions import (
     Published,
     Restore,
     Restored,
-    VersionStatus,
 )
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, version_of
+from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
+from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
@@ -57,8 +57,9 @@ class PolicyTable:
             model.adapter_kernel,
         )
         self._registry = Registry(options.keep_versions)
+        self._scorers = Scorers(info, model.head)
         self._prepared: PreparedBundle | None = None
-        """Of the push that is under way, where nobody prepared it before."""
+        """The bundle of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = self.set_bytes = 0
         """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
@@ -70,11 +71,17 @@ class PolicyTable:
         if address.name != BASE or address.number or address.digest:
             self._resolve(address)
 
-    def acquire(self, address: PolicyAddress, rows: int, min_version: int | None) -> tuple[PolicyVersion, Placement]:
-        """The version an address means now and where it is, with one reference for each of `rows` rows.
+    def acquire(
+        self, address: PolicyAddress, rows: int, min_version: int | None, *, reads: bool = False
+    ) -> tuple[PolicyVersion, Placement]:
+        """The version an address means now and where it is, with one reference for each of `rows` rows. `reads`: only
+        hidden states of it are wanted.
 
-        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`."""
+        Raises `UnknownPolicy`, `VersionGone` or `StalePolicy`, and `InvalidField` where the version has no output over
+        the vocabulary and more than hidden states are wanted."""
         entry = self._resolve(address)
+        if not reads and self.scores(entry):
+            raise samples_nothing(version_of(entry) if entry else self.base)
         if min_version is not None:
             self.require(address, min_version)
         if entry is None:
@@ -82,6 +89,25 @@ class PolicyTable:
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
         return version_of(entry), self._resident.placement(entry.content)
+
+    def scorer(self, address: PolicyAddress) -> Scorer:
+        """What gives label scores under this address now. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField`
+        where nothing does."""
+        entry = self._resolve(address)
+        found = self._scorers.base
+        if entry is not None:
+            found = self._scorers.of(entry.content, self._resident.bundle(entry.content))
+        if found is None:
+            raise scores_nothing(version_of(entry) if entry else self.base)
+        return found
+
+    def scores(self, entry: Entry | None) -> bool:
+        """True where a version, None for the base, has a head in the place of an output over the vocabulary."""
+        return self._scorers.base is not None or (entry is not None and entry.facts.task is not None)
+
+    def samples(self, name: str) -> bool:
+        """True where the live version of a name can go on with rows that run on another."""
+        return not self.scores(self._registry.live(name) if name in self._registry.names else None)
 
     def placement(self, address: PolicyAddress) -> Placement:
         """Where a row of this address would run now; the base where there is nothing to run."""
@@ -103,7 +129,7 @@ class PolicyTable:
             raise error
 
     def behind(self, address: PolicyAddress, min_version: int) -> bool:
-        """Whether a name has not come as far as that, but still may."""
+        """Returns whether a name has not come as far as that, but still may."""
         alias = self.alias(address.name)
         return alias is not None and alias < min_version
 
@@ -179,7 +205,7 @@ class PolicyTable:
         return self._apply(command, stages=stages)
 
     def _stages(self, command: PolicyCommand) -> bool:
-        """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
+        """Returns whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
             return self._registry.same(command.name, command.bundle.digest, mode_of(command)) is None
         return isinstance(command, Restore)
@@ -187,7 +213,7 @@ class PolicyTable:
     def _advance(self, command: Publish, settle: Callable[[], None], *, at_once: bool) -> bool:
         """Stages a bounded part of a push; whether nothing is left but what no row may run beside."""
         with as_ours(command.name):
-            self._registry.require(command.name, command.if_match)
+            self._require(command)
             prepared = self._ready(command)
             return self._resident.advance(prepared, settle, dequantize=command.dequantize, at_once=at_once)
 
@@ -226,7 +252,7 @@ class PolicyTable:
         bundle = command.bundle
         stage_s = 0.0
         if stages:
-            self._registry.require(command.name, command.if_match)
+            self._require(command)
             stage_s = self._stage(self._ready(command), dequantize=command.dequantize)
         staged = time.perf_counter()
         change = self._registry.publish(
@@ -242,6 +268,12 @@ class PolicyTable:
         self._free(change.freed)
         return self._published(command.id, change, stage_s, time.perf_counter() - staged)
 
+    def _require(self, command: Publish) -> None:
+        """What a push can be refused with before anything is staged."""
+        self._registry.require(command.name, command.if_match)
+        known = command.name in self._registry.names
+        require_purpose(command.name, command.bundle, self._registry.versions(command.name) if known else ())
+
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
         if command.check_only:
@@ -254,7 +286,7 @@ class PolicyTable:
 
     def _pin(self, command: Pin) -> Pinned:
         change = self._registry.pin(command.name, command.number, command.pinned)
-        status = self._status(change.entry)
+        status = status_of(change.entry, self._resident.size(change.entry.content))
         self._free(change.freed)
         return Pinned(command.id, status)
 
@@ -330,6 +362,7 @@ class PolicyTable:
     def _free(self, contents: Sequence[Content]) -> None:
         for content in contents:
             self._resident.release(content)
+        self._scorers.forget(contents)
         if contents:
             self._count_bytes()
 
@@ -356,28 +389,5 @@ class PolicyTable:
     def snapshot(self) -> tuple[PolicyStatus, ...]:
         """All names and kept versions; made again only after a change, since it is asked for at every step."""
         if self._shown is None:
-            self._shown = tuple(self._line(name) for name in self._registry.names)
+            self._shown = tuple(line_of(self._registry, name, self._resident.size) for name in self._registry.names)
         return self._shown
-
-    def _line(self, name: str) -> PolicyStatus:
-        registry, live = self._registry, self._registry.live(name)
-        versions = tuple(self._status(entry) for entry in registry.versions(name))
-        return PolicyStatus(
-            name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name)
-        )
-
-    def _status(self, entry: Entry) -> VersionStatus:
-        facts = entry.facts
-        return VersionStatus(
-            version_of(entry),
-            facts.kind,
-            facts.mode,
-            facts.rank,
-            facts.modules,
-            entry.live,
-            entry.pinned,
-            entry.in_use,
-            facts.nbytes,
-            entry.created,
-            self._resident.size(entry.content),
-        )

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rollout_server.engine.batch.joining import Admission
+from rollout_server.engine.batch.joining import Admission, BatchKey
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.errors import RolloutError
@@ -55,7 +55,7 @@ class RequestQueue:
         """The group at the head of the queue waits for KV memory."""
         self._waiting: deque[Group] = deque()
         self._deadlines: list[tuple[float, str]] = []
-        """Of requests that have one, the soonest first."""
+        """(Deadline, id) of requests that have one, the soonest first."""
         self._held_for_version: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
@@ -83,7 +83,7 @@ class RequestQueue:
             found += group.waiting
         return max(0, min(found, free))
 
-    def next_admission(self, running: int, fit: Callable[[Group, int], tuple[int, int] | None]) -> Admission | None:
+    def next_admission(self, running: int, fit: Callable[[Group, int], BatchKey | None]) -> Admission | None:
         """What may start now, given `running` rows. `fit(group, count)` says in which batch `count` samples of a group
         could start, or None where KV memory has no room."""
         self.crowded = False
@@ -123,7 +123,6 @@ class RequestQueue:
             if group.prompt is not None and group.prompt.kept is not None and not group.joining:
                 yield group, len(group.prompt.tokens)
 
-    @property
     def kept_cells(self) -> int:
         """KV columns of prompts that are kept for samples that wait."""
         return sum(self._prompt_cells(tokens) for _, tokens in self._keeping)
@@ -134,7 +133,7 @@ class RequestQueue:
             group.prompt = None
 
     def heads(self, group: Group) -> bool:
-        """Whether a group still waits at the head of the queue."""
+        """Returns whether a group still waits at the head of the queue."""
         return bool(group.waiting and self._waiting and self._waiting[0] is group)
 
     # ---- waiting for a version --------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ class RequestQueue:
 
     @property
     def pressing(self) -> bool:
-        """Whether something waits that a step could let start."""
+        """True if something waits that a step could let start."""
         return bool(self._waiting)
 
     def rest(self, now: float, most: float) -> float:

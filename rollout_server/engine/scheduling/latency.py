@@ -40,7 +40,7 @@ class LatencyFirst:
         """Turns are skipped for what this one reads."""
 
     def admits(self, load: Load) -> bool:
-        """Whether rows may join."""
+        """Returns whether rows may join."""
         return True
 
     def divide(self, load: Load, wanting: Collection[Kind]) -> dict[Kind, int]:
@@ -72,7 +72,7 @@ class LatencyFirst:
         return min(self._most, max(least, costs.within(SELDOM * usual)))
 
     def steps(self, load: Load, reading: Reading | None) -> bool:
-        """Whether rows step now that the turn has read."""
+        """Returns whether rows step now that the turn has read."""
         return True
 
     def end(self, load: Load, reading: Reading | None, seconds: float) -> None:

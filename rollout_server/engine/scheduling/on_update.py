@@ -23,7 +23,7 @@ class VersionSwitcher:
         if not row.running or request.policy.name == BASE:
             return
         alias = self._policies.alias(request.policy.name)
-        if alias is None or alias == row.version.number:
+        if alias is None or alias == row.version.number or not self._policies.samples(request.policy.name):
             return
         stale = request.max_staleness is not None and alias - row.version.number > request.max_staleness
         # A pinned address stays where it is, but grows stale as any other.

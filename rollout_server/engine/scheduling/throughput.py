@@ -18,7 +18,7 @@ from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, Rea
 FIXED_SHARE = 0.05
 """The pass over the weights, of what a chunk costs, at most."""
 FEW = 1 / 32
-"""Of all rows: where no more are being read, the others go on meanwhile."""
+"""Share of all rows: where no more are being read, the others go on meanwhile."""
 STEP_EVERY = 8
 """Chunks that are read between two steps of rows that wait, at most."""
 LEAST = 64
@@ -45,7 +45,7 @@ class ThroughputFirst:
         self._served: Kind | None = None
 
     def admits(self, load: Load) -> bool:
-        """Whether rows may join."""
+        """Returns whether rows may join."""
         once = self._costs["prefill"].fixed
         if not load.rows or self._lost >= once or self._waited >= min(once / FIXED_SHARE, MOST_WAITED_S):
             self._open, self._lost, self._waited = True, 0.0, 0.0
@@ -70,7 +70,7 @@ class ThroughputFirst:
         return min(self._most, max(LEAST, int(filling))) if 0.0 < filling < self._most else self._most
 
     def steps(self, load: Load, reading: Reading | None) -> bool:
-        """Whether rows step now that the turn has read."""
+        """Returns whether rows step now that the turn has read."""
         if reading and reading.tokens and _waited_for(load) and self._unstepped + 1 < STEP_EVERY:
             self._unstepped += 1
             return False
@@ -90,5 +90,5 @@ class ThroughputFirst:
 
 
 def _waited_for(load: Load) -> bool:
-    """Whether so many are being read that the others wait for them."""
+    """Returns whether so many are being read that the others wait for them."""
     return load.joining > FEW * (load.rows + load.joining)

@@ -57,16 +57,16 @@ class TurnBudget:
         self._shares: dict[Kind, int] = {}
         self._began = 0.0
         self._reading: Reading | None = None
-        """Of this turn, the last where nothing decodes and both kinds read."""
+        """What this turn reads, the last where nothing decodes and both kinds read."""
         self._stepped = True
         self.tokens = 0
         """Read since it was made."""
 
     def learn_costs(self) -> None:
         """Measures what reading costs, so that the first prompts are read in chunks that fit the device."""
-        for tokens, seconds in self._measure(self._most):
-            for costs in self._costs.values():
-                costs.learn(tokens, seconds)
+        readings = list(self._measure(self._most))
+        for costs in self._costs.values():
+            costs.begin(readings)
 
     def begin(self, *, rows: int, joining: int = 0, idle: int = 0, streamed: bool = False) -> None:
         """A turn begins, in which `rows` rows decode, some of them `streamed`: read as they come. `joining` rows wait
@@ -76,7 +76,7 @@ class TurnBudget:
         self._began, self._reading, self._stepped, self._shares = self._clock(), None, True, {}
 
     def admits(self) -> bool:
-        """Whether rows may join in this turn."""
+        """Returns whether rows may join in this turn."""
         return self._rule.admits(self._load)
 
     def divide(self, wanting: Collection[Kind], joining: int = 0) -> None:
@@ -100,7 +100,7 @@ class TurnBudget:
         self.tokens += tokens
 
     def steps(self, *, rows: int, joining: int) -> bool:
-        """Whether rows step, now that the turn has read: `rows` are ready, `joining` are still being read."""
+        """Returns whether rows step, now that the turn has read: `rows` are ready, `joining` are still being read."""
         self._stepped = self._rule.steps(replace(self._load, rows=rows, joining=joining), self._reading)
         return self._stepped
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -17,7 +18,7 @@ Kind = Literal["prefill", "scoring"]
 RECENT = 48
 """Readings that are remembered."""
 OF_A_SIZE = 5
-"""Of one size; their median counts, so that one stall does not."""
+"""Measurements of one size; their median counts, so that one stall does not."""
 DOUBTED = 4.0
 """So many times the expected cost may be a shape that is computed for the first time, or a stall. It counts only where
 as many in a row as `BELIEVED` say the same."""
@@ -48,17 +49,19 @@ class Reading:
 
 
 class ReadingCosts:
-    """Seconds of a forward that reads n tokens: `fixed` + n × `per_token`, by least squares over the recent ones. Both
-    are 0 until something was read."""
+    """Seconds of a forward that reads n tokens: `fixed` + n × `per_token`, by least squares over the recent ones and
+    those of the start, as dear as the recent ones have become: readings of about one size, which is what full chunks
+    are, cannot tell the terms apart. Both are 0 until something was read."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._doubted: list[tuple[int, float]] = []
+        self._first: list[tuple[int, float]] = []
         self.fixed = self.per_token = 0.0
 
     @property
     def known(self) -> bool:
-        return bool(self._recent)
+        return bool(self._recent or self._first)
 
     def of(self, tokens: float) -> float:
         return self.fixed + self.per_token * tokens
@@ -73,6 +76,12 @@ class ReadingCosts:
         if not self.fixed:
             return 0.0
         return self.fixed * (1 / share - 1) / self.per_token if self.per_token else inf
+
+    def begin(self, readings: Iterable[tuple[int, float]]) -> None:
+        """What was measured at the start, (tokens, seconds) of several lengths."""
+        self._first = [(tokens, seconds) for tokens, seconds in readings if tokens > 0 and seconds > 0]
+        if self.known:
+            self._fit()
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A forward read so many tokens, in so many seconds."""
@@ -98,10 +107,10 @@ class ReadingCosts:
         points = [
             sorted(readings, key=lambda reading: reading[1])[(len(readings) - 1) // 2] for readings in sizes.values()
         ]
-        line = _line(points)
+        line = _line(points + self._first_as_now())
         if line is None:
             # Of one size only: nothing tells the terms apart, so that both have changed alike, as far as is known.
-            tokens, seconds = points[0]
+            tokens, seconds = points[0] if points else self._first[0]
             before = self.of(tokens)
             line = (
                 (self.fixed * seconds / before, self.per_token * seconds / before)
@@ -109,6 +118,13 @@ class ReadingCosts:
                 else (0.0, seconds / tokens)
             )
         self.fixed, self.per_token = line
+
+    def _first_as_now(self) -> list[tuple[int, float]]:
+        line = _line(self._first) if self._first else None
+        if line is None or not self._recent:
+            return self._first
+        dearer = statistics.median(seconds / (line[0] + line[1] * tokens) for tokens, seconds in self._recent)
+        return [(tokens, seconds * dearer) for tokens, seconds in self._first]
 
 
 def _line(points: list[tuple[int, float]]) -> tuple[float, float] | None:

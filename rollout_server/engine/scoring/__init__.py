@@ -1,1 +1,1 @@
-"""Reading without sampling: teacher forcing, replay and embeddings, beside rows that decode."""
+"""Reading without sampling: teacher forcing, replay, embeddings and label scores, beside rows that decode."""

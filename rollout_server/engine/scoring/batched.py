@@ -185,7 +185,7 @@ class BatchedReader:
             yield _Part(kind, prompt.places[0], prompt.prefilled, prompt.tokens, prompt.slot, left, None, prompt)
         for sequence in self._seated:
             slot = sequence.run.placement
-            kind = (sequence.scoring, sequence.scoring and sequence.pool is not None, self._apart(slot))
+            kind = (sequence.scoring, sequence.scoring and sequence.of_states, self._apart(slot))
             yield _Part(
                 kind, sequence.place, sequence.next_input, sequence.tokens, slot, sequence.left_alike, sequence, None
             )
@@ -194,18 +194,18 @@ class BatchedReader:
         """One forward over the next inputs of each part, at most `share` of them."""
         first = parts[0].sequence
         scoring = first is not None and first.scoring
-        pooled = scoring and first is not None and first.pool is not None
-        most = min(share, self._chunk // len(parts)) if scoring and not pooled else share
+        of_states = scoring and first is not None and first.of_states
+        most = min(share, self._chunk // len(parts)) if scoring and not of_states else share
         pieces = [
             Piece(part.place, part.at, part.tokens[part.at : part.at + min(most, part.left)], part.slot)
             for part in parts
         ]
-        out = self._rows.read(self._hidden if pooled else self._forward, pieces, self._route)
+        out = self._rows.read(self._hidden if of_states else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:
             sequences = [part.sequence for part in parts if part.sequence is not None]
             read = list(zip(sequences, counts, strict=True))
-            if pooled:
+            if of_states:
                 gather(out, read, self._rows.arrays())
             else:
                 measure(out, read, self._rows.arrays(), self._chunk, self._filter_kernel)

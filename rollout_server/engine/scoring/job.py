@@ -1,4 +1,4 @@
-"""What is scored or embedded: sequences as runs of inputs under versions, and how far each got.
+"""What is scored, embedded or classified: sequences as runs of inputs under versions, and how far each got.
 
 Input i of a sequence is its token i; reading it gives the distribution of token i + 1. The last token is no input,
 unless its hidden state is wanted.
@@ -17,6 +17,7 @@ from rollout_server.engine.batch.row import Group, TopTokens
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
+from rollout_server.engine.scoring.labels import LabelReading, alike
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
@@ -66,6 +67,8 @@ class ScoredSequenceState:
     """Its tokens, where they are drawn again as well."""
     pool: Pool | None = None
     """Its vector, where that is what is wanted: the last token is an input then, too."""
+    labels: LabelReading | None = None
+    """Its label scores, likewise."""
     logprobs: list[float | None] = field(default_factory=list)
     entropies: list[float | None] = field(default_factory=list)
     tops: list[TopTokens | None] = field(default_factory=list)
@@ -80,8 +83,13 @@ class ScoredSequenceState:
 
     @property
     def scoring(self) -> bool:
-        """Whether its next inputs give values, or only KV."""
+        """True if its next inputs give values, and not KV alone."""
         return self.next_input >= self.run.scored
+
+    @property
+    def of_states(self) -> bool:
+        """True where values are made of hidden states, and not of logits."""
+        return self.pool is not None or (self.labels is not None and self.labels.head is not None)
 
     @property
     def left_alike(self) -> int:
@@ -98,7 +106,7 @@ class ScoredSequenceState:
     @property
     def length(self) -> int:
         """KV columns it fills."""
-        return len(self.tokens) - (self.pool is None)
+        return len(self.tokens) - (self.pool is None and self.labels is None)
 
     def advance(self, count: int) -> None:
         """Counts `count` inputs of the current run as read."""
@@ -174,6 +182,25 @@ class ScoreJob:
         self.sequences.append(sequence)
         self.open += 1
         self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], placement), deque([sequence])))
+
+    def classify(
+        self, members: Sequence[tuple[tuple[int, ...], LabelReading]], version: PolicyVersion, placement: Any
+    ) -> None:
+        """Sequences whose label scores are read. Nothing is read behind the last position of one."""
+        tokens = [given[: reading.positions[-1] + 1] for given, reading in members]
+        readings = [reading for _, reading in members]
+        for indices, shared in alike(tokens, [reading.positions[0] for reading in readings]):
+            made = []
+            for index in indices:
+                reading = readings[index]
+                # A head costs only where it is applied; logits cost in every position of a forward.
+                scored = shared if reading.head is not None else reading.positions[0]
+                run = VersionRun(0, len(tokens[index]), scored, version, placement)
+                made.append(ScoredSequenceState(self, tokens[index], (), (run,), labels=reading))
+            self.sequences += made
+            prompt = tokens[indices[0]][: shared if len(made) > 1 else made[0].run.scored]
+            self.prefixes.append(SharedPrefix(Prompt(prompt, placement), deque(made)))
+        self.open += len(members)
 
     def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
         """A shared prefix of (tokens, start, spans with their placements) whose first `shared` inputs are the same."""

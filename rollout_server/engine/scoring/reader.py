@@ -1,4 +1,5 @@
-"""Teacher-forced log-probabilities: what every reader promises, and what it does with logits and hidden states."""
+"""Teacher forcing, embeddings and label scores: what every reader promises, and what it does with logits and hidden
+states."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.numerics import block_sums, exponential
 from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
+from rollout_server.engine.scoring.labels import LabelPart, score_states, score_tokens
 from rollout_server.engine.scoring.replay import TokenRange, replay_tokens
 from rollout_server.errors import NonFiniteLogits
 
@@ -77,9 +79,21 @@ def measure(
     evaluates `state` with them. A sequence whose values are not numbers gets a fault. Does not count them as fed.
     Copies are made of at most about `most` ÷ `SLICES` tokens' logits at a time. `kernel` filters what is drawn
     again, as it did when it was drawn first."""
+    mx.eval(logits, *state)
+    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
+    if not labelled:
+        return _measure(logits, parts, most, kernel)
+    _blame(labelled, score_tokens(logits, _label_parts(labelled)), "scoring")
+    plain = [row for row, (sequence, _) in enumerate(parts) if sequence.labels is None]
+    if plain:
+        _measure(logits[mx.array(plain)], [parts[row] for row in plain], most, kernel)
+
+
+def _measure(
+    logits: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], most: int, kernel: FilterKernel | None
+) -> None:
     width, vocabulary = logits.shape[1:]
     flat = logits.reshape(-1, vocabulary)
-    mx.eval(flat, *state)
     targets = np.zeros((len(parts), width), dtype=np.int32)
     for wanted_ids, (sequence, n) in zip(targets, parts, strict=True):
         wanted_ids[:n] = sequence.tokens[sequence.next_input + 1 : sequence.next_input + 1 + n]
@@ -144,7 +158,7 @@ class _Slice:
         return raw if (own == 1.0).all() else raw / mx.array(own)[:, None]
 
     def values(self, targets: np.ndarray, entropy: bool, k: int) -> tuple[np.ndarray, ...]:
-        """Of each row the target's log-probability, the entropy, and ids and log-probabilities of the k best; empty
+        """For each row the target's log-probability, the entropy, and ids and log-probabilities of the k best; empty
         where they are not wanted."""
         raw = self.raw
         shifted = raw - mx.max(raw, axis=-1, keepdims=True)
@@ -160,13 +174,31 @@ class _Slice:
 
 
 def gather(hidden: mx.array, parts: Sequence[tuple[ScoredSequenceState, int]], state: Sequence[Any]) -> None:
-    """`measure` for sequences that are embedded: hidden [B, N, width] instead of logits."""
-    pools = [(sequence.pool, n) for sequence, n in parts if sequence.pool is not None]
-    for (sequence, _), finite in zip(parts, pool(hidden, pools, state), strict=True):
-        if not finite:
+    """`measure` for sequences that are embedded or classified: hidden [B, N, width] instead of logits."""
+    pooled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.pool is not None]
+    labelled = [(row, sequence, n) for row, (sequence, n) in enumerate(parts) if sequence.labels is not None]
+    if pooled:
+        own = hidden if len(pooled) == len(parts) else hidden[mx.array([row for row, _, _ in pooled])]
+        pools = [(sequence.pool, n) for _, sequence, n in pooled if sequence.pool is not None]
+        _blame(pooled, pool(own, pools, [] if labelled else state), "embedding")
+    if labelled:
+        _blame(labelled, score_states(hidden, _label_parts(labelled), state), "classifying")
+
+
+def _label_parts(members: Sequence[tuple[int, ScoredSequenceState, int]]) -> list[LabelPart]:
+    return [
+        LabelPart(sequence.labels, row, sequence.next_input, n)
+        for row, sequence, n in members
+        if sequence.labels is not None
+    ]
+
+
+def _blame(members: Sequence[tuple[int, ScoredSequenceState, int]], finite: Sequence[bool], doing: str) -> None:
+    for (_, sequence, _), fine in zip(members, finite, strict=True):
+        if not fine:
             version = sequence.run.version
             sequence.fault = NonFiniteLogits(
-                f"The model produced NaN or infinity while embedding under {version.name}@{version.number}."
+                f"The model produced NaN or infinity while {doing} under {version.name}@{version.number}."
             )
 
 

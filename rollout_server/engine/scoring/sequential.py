@@ -44,7 +44,7 @@ class SequentialReader:
         self._prefix: SharedPrefix | None = None
         self._sequence: ScoredSequenceState | None = None
         self._caches: list[Any] | None = None
-        """Of the sequence; None while its shared prefix is being read."""
+        """KV of the sequence; None while its shared prefix is being read."""
 
     @property
     def size(self) -> int:
@@ -94,14 +94,14 @@ class SequentialReader:
             caches = self._make_caches()
             self._caches = caches
         n = min(budget, sequence.left_alike)
-        if sequence.scoring and sequence.pool is None:
+        if sequence.scoring and not sequence.of_states:
             n = min(n, self._chunk)
         self._route([sequence.run.placement])
         tokens = mx.array([sequence.tokens[sequence.next_input : sequence.next_input + n]], dtype=mx.int32)
-        out = (self._forward if sequence.pool is None else self._hidden)(tokens, caches)
+        out = (self._hidden if sequence.of_states else self._forward)(tokens, caches)
         state = [cache.state for cache in caches]
         if sequence.scoring:
-            if sequence.pool is None:
+            if not sequence.of_states:
                 measure(out, [(sequence, n)], state, self._chunk, self._filter_kernel)
             else:
                 gather(out, [(sequence, n)], state)

@@ -1,5 +1,5 @@
-"""What is scored for whom: a request's own sequences, rows that are drawn again, a group's prompt, and a group's rows
-under the base."""
+"""What is scored for whom: a request's own sequences and their labels, rows that are drawn again, a group's prompt, and
+a group's rows under the base."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
     Embed,
     Embedded,
     RecordedRow,
@@ -23,6 +25,7 @@ from rollout_server.engine.messages.scoring import (
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob
+from rollout_server.engine.scoring.labels import LabelReading
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError, UnknownPolicy
@@ -59,10 +62,30 @@ class ScoringTasks:
                 self.replay(request)
             case Embed():
                 self.embed(request)
+            case Classify():
+                self.classify(request)
+
+    def classify(self, request: Classify) -> None:
+        """Label scores. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy has nothing that
+        gives them, holding nothing."""
+        asked = request.label_token_ids
+        scorer = None if asked else self._policies.scorer(request.policy)
+        version, placement = self._policies.acquire(request.policy, 1, None, reads=not asked)
+        head = scorer.head if scorer else None
+        readings = [LabelReading(positions, head, asked) for positions in request.positions]
+
+        def finished(_: tuple[ScoredSequence, ...]) -> None:
+            names, activation = (scorer.labels, scorer.activation) if scorer else ((None,) * len(asked), "softmax")
+            scores = tuple(reading.scores for reading in readings)
+            self._reports.add(Classified(request.id, version, scores, names, activation))
+
+        job = ScoreJob(request.id, (version,), finished, lambda error: self._reports.fail(request.id, error))
+        job.classify(list(zip(request.sequences, readings, strict=True)), version, placement)
+        self._queue.add(job)
 
     def embed(self, embed: Embed) -> None:
         """Hidden states pooled. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
-        version, placement = self._policies.acquire(embed.policy, 1, None)
+        version, placement = self._policies.acquire(embed.policy, 1, None, reads=True)
 
         def finished(_: tuple[ScoredSequence, ...]) -> None:
             vectors = tuple(sequence.pool.vector for sequence in job.sequences if sequence.pool is not None)

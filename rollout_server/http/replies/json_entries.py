@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -32,6 +33,17 @@ def json_response(content: Any, *, status_code: int = 200, headers: dict[str, st
     return Response(
         content=msgspec.json.encode(content), status_code=status_code, headers=headers, media_type="application/json"
     )
+
+
+def policy_headers(versions: Iterable[PolicyVersion]) -> dict[str, str]:
+    """`X-Policy: policy@7` and its digest; several versions, as a list, in the order they appear."""
+    distinct = list(dict.fromkeys(versions))
+    if not distinct:
+        return {}
+    return {
+        "x-policy": ", ".join(f"{version.name}@{version.number}" for version in distinct),
+        "x-policy-digest": ", ".join(version.digest for version in distinct),
+    }
 
 
 def rollout_entry(
@@ -101,22 +113,10 @@ def given_span_entry(span: GivenSpan) -> dict[str, Any]:
 
 
 def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
-    return {
-        "max_tokens": sampling.max_tokens,
-        "min_tokens": sampling.min_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "stop": sampling.stop,
-        "stop_token_ids": sampling.stop_token_ids,
-        "ignore_eos": sampling.ignore_eos,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "logit_bias": {str(token): value for token, value in sampling.logit_bias},
-        "structured_outputs": structure_entry(sampling.constraint),
-    }
+    entry = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    entry["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
+    entry["structured_outputs"] = structure_entry(entry.pop("constraint"))
+    return entry
 
 
 def structure_entry(constraint: Constraint | None) -> dict[str, Any] | None:
@@ -162,8 +162,8 @@ def finite(value: float) -> float | None:
 
 
 def begins_turn(chat: Prompt | ChatRequest, sampling: SamplingParams) -> bool:
-    """Whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the template
-    writes it back. What a grammar asks for stays as it is."""
+    """Returns whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the
+    template writes it back. What a grammar asks for stays as it is."""
     opened = chat.messages is not None and chat.add_generation_prompt and not chat.continue_final_message
     return opened and sampling.constraint is None
 
@@ -220,4 +220,6 @@ def version_status(status: VersionStatus) -> dict[str, Any]:
         "bytes": status.nbytes,
         "resident_bytes": status.resident_bytes,
         "created": status.created,
+        "task": status.task,
+        "labels": status.labels,
     }

@@ -43,7 +43,8 @@ PER_TOKEN: Mapping[str, DTypeLike] = MappingProxyType(
 PER_ROW: Mapping[str, DTypeLike] = MappingProxyType(
     {"prompt_index": np.int32, "sample_index": np.int32, "seed": np.int64}
 )
-NO_VERSION = -1
+NO_VERSION = NO_TOKEN = -1
+"""Stands where there is none."""
 NOWHERE = (None, None, None)
 """Policy, digest and label of given text that came without versions."""
 KV_KINDS = (None, "carried", "recomputed")
@@ -90,6 +91,21 @@ def rollouts_file(content: Mapping[str, Any]) -> bytes:
     if any(row["text"] is not None for row in rows):
         metadata["texts"] = [row["text"] for row in rows]
     return _file(arrays, metadata)
+
+
+def rewards_file(content: Mapping[str, Any]) -> bytes:
+    """The reply of `/v1/rewards` as a file: `scores` f32[R, L], NaN where only steps were read; with steps
+    `step_scores` f32[S, L] and `step_offsets` i64[R+1]; what else it says in `reply`."""
+    rewards: Entries = content["rewards"]
+    width = len(content["labels"])
+    none = [float("nan")] * width
+    arrays: Arrays = {"scores": np.array([entry["scores"] or none for entry in rewards], np.float32)}
+    if rewards[0]["steps"] is not None:
+        steps = [step for entry in rewards for step in entry["steps"]]
+        arrays["step_scores"] = np.array(steps, np.float32).reshape(-1, width)
+        arrays["step_offsets"] = _offsets([len(entry["steps"]) for entry in rewards])
+    rest = {"tokens": [entry["tokens"] for entry in rewards]}
+    return _file(arrays, {"reply": {**content, "rewards": rest}})
 
 
 def scores_file(content: Mapping[str, Any]) -> bytes:
@@ -151,7 +167,7 @@ def _add_top(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None
     for index, top in enumerate(lists):
         if top is None:
             write_out(index, "top_logprobs")
-            parts.append(np.tile([NO_VERSION, np.nan], (len(rows[index]["logprobs"]), k, 1)))
+            parts.append(np.tile([NO_TOKEN, np.nan], (len(rows[index]["logprobs"]), k, 1)))
         else:
             parts.append(_pairs(top, k))
     both = np.concatenate(parts)
@@ -161,7 +177,7 @@ def _add_top(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None
 
 def _pairs(top: Sequence[Sequence[Sequence[float]] | None], k: int) -> NDArray[np.float64]:
     """[tokens, k, 2]; a position without, as the first of a sequence, has −1 and NaN."""
-    nothing = ((NO_VERSION, np.nan),) * k
+    nothing = ((NO_TOKEN, np.nan),) * k
     return np.array([nothing if pairs is None else pairs for pairs in top], np.float64).reshape(len(top), k, 2)
 
 

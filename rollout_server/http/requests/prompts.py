@@ -56,25 +56,30 @@ def how_many(prompt: str | Sequence[Any]) -> int:
 
 
 def prompts_of(
-    prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]], tokenizer: Any, *, param: str, bound: Bound
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]],
+    tokenizer: Any,
+    *,
+    param: str,
+    bound: Bound,
+    add_special_tokens: bool = True,
 ) -> list[tuple[PromptTokens, str]]:
     """The prompts of an OpenAI route with their places, in any of the four forms; `param` is the field they are in."""
     if isinstance(prompt, str):
-        return [_text(prompt, tokenizer, param, bound)]
+        return [_text(prompt, tokenizer, param, bound, add_special_tokens)]
     if not prompt or isinstance(prompt[0], int):
         return [(PromptTokens(some([id for id in prompt if isinstance(id, int)], param)), param)]
     found = []
     for index, item in enumerate(prompt):
         place = f"{param}[{index}]"
         if isinstance(item, str):
-            found.append(_text(item, tokenizer, place, bound))
+            found.append(_text(item, tokenizer, place, bound, add_special_tokens))
         elif isinstance(item, list):
             found.append((PromptTokens(some(item, place)), place))
     return found
 
 
-def _text(text: str, tokenizer: Any, place: str, bound: Bound) -> tuple[PromptTokens, str]:
-    ids = encode(tokenizer, text, add_special_tokens=True, param=place, bound=bound)
+def _text(text: str, tokenizer: Any, place: str, bound: Bound, add_special_tokens: bool) -> tuple[PromptTokens, str]:
+    ids = encode(tokenizer, text, add_special_tokens=add_special_tokens, param=place, bound=bound)
     return PromptTokens(ids, text), place
 
 

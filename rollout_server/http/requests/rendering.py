@@ -10,6 +10,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.quoting import shortened
 from rollout_server.schemas.messages import Message
 from rollout_server.schemas.openai.chat import ChatRequest
+from rollout_server.schemas.pooling.inputs import Conversation
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.schemas.vllm.tokenizer import TokenizeRequest
 from rollout_server.text.chat_format import ReplyFormat
@@ -17,7 +18,7 @@ from rollout_server.text.content_forms import TEMPLATE_FAULTS, content_form
 from rollout_server.text.long_texts import PIECE, Bound
 from rollout_server.text.tool_calls import read_arguments
 
-Chat = Prompt | ChatRequest | TokenizeRequest
+Chat = Prompt | ChatRequest | TokenizeRequest | Conversation
 
 TESTS_ARGUMENTS = re.compile(r"arguments\s+is\s+(?:not\s+)?(?:string|mapping)")
 REASON_SHOWN = 300
@@ -46,8 +47,9 @@ def render(chat: Chat, tokenizer: Any, *, param: str, bound: Bound) -> list[int]
 
 
 def opens_thinking(chat: ChatRequest, tokenizer: Any, format: ReplyFormat) -> bool:
-    """Whether the prompt ends inside of reasoning: by what the template writes behind the last message, where no mark
-    is of the messages' own making. A message of the assistant that is to be continued is the reply's own beginning."""
+    """Returns whether the prompt ends inside of reasoning: by what the template writes behind the last message, where
+    no mark is of the messages' own making. A message of the assistant that is to be continued is the reply's own
+    beginning."""
     if format.think_start is None or format.think_end is None:
         return False
     rows = _rows(chat, tokenizer, "", "messages")

@@ -9,6 +9,7 @@ from litestar import Controller, Request, Response, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
 
+from rollout_server.engine.messages.versions import VersionStatus
 from rollout_server.errors import EngineUnavailable, UnknownPolicy
 from rollout_server.http.auth import may_infer
 from rollout_server.http.metrics import CONTENT_TYPE
@@ -132,12 +133,22 @@ def cards(service: Service) -> list[dict[str, Any]]:
         "quantization": info.quantization,
         "kv_bits": info.kv_bits,
         "eos_token_ids": info.eos_token_ids,
+        "task": info.task,
+        "labels": info.labels,
     }
     found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((BASE, info.id))]
     for policy in service.policies():
+        own = {kept.version.number: shared | _gives(kept) for kept in policy.versions}
         if policy.live is not None:
-            found.append({"id": policy.name, **shared, "digest": policy.live.digest})
+            card = own.get(policy.live.number, shared)
+            found.append({"id": policy.name, **card, "digest": policy.live.digest})
         for kept in policy.versions:
             name = f"{policy.name}@{kept.version.number}"
-            found.append({"id": name, **shared, "created": int(kept.created), "digest": kept.version.digest})
+            card = {**own[kept.version.number], "created": int(kept.created)}
+            found.append({"id": name, **card, "digest": kept.version.digest})
     return found
+
+
+def _gives(kept: VersionStatus) -> dict[str, Any]:
+    """What a version with a head of its own gives; nothing where it does what the base does."""
+    return {} if kept.task is None else {"task": kept.task, "labels": [None] * kept.labels}

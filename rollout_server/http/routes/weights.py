@@ -37,7 +37,7 @@ from rollout_server.schemas.weights import (
     PoliciesReply,
     PushReply,
 )
-from rollout_server.versions.adapter_directory import check_name
+from rollout_server.versions.publisher import check_name
 
 MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 
@@ -180,7 +180,12 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
     `InvalidField` for options that do not go with what came."""
     options = upload.options
     bundle = read_bundle(
-        upload.weights.take(), upload.config, format=options.format, layers=info.layers, parameters=info.weights
+        upload.weights.take(),
+        upload.config,
+        format=options.format,
+        layers=info.layers,
+        parameters=info.weights,
+        scoring=info.scoring,
     )
     mode = options.mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:

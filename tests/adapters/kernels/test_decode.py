@@ -14,7 +14,7 @@ from adapters.kernels.decode import MANY_ROWS, MOST_RANK, DecodeKernel, decode_k
 from adapters.resident.layers import AdaptedLinear, SlotStack
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
-SHAPES = [(48, 64), (513, 72), (1024, 1032)]
+SHAPES = [(48, 1032), (513, 72), (1024, 64)]
 RANKS = {1: 4, 2: 16, 3: 11}
 """Of the versions in slots 1 to 3; those of slots 2 and 3 have gains where there are any."""
 

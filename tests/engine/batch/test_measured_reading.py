@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from adapters.placement import BASE_SET
 from rollout_server.engine.batch.measured_reading import FIRST, GROWTH, cells_of, readings
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.messages.control import Stop
+from rollout_server.engine.model.resident import ResidentModel
 from tests.support.engine.driver import Driver
 
 
@@ -43,14 +46,16 @@ def test_chunks_grow_to_the_most_there_is(base: Driver, most: int) -> None:
     assert stores[0].allocated_cells <= cells_of(most) + stores[0].capacity * 64
 
 
-def test_both_terms_are_known_before_the_first_turn(base: Driver) -> None:
-    assert not base.reading_costs.known
-    base.send(Stop())
-    base.engine.run()
-    assert base.reading_costs.known and base.reading_costs.of(100) > 0
+def test_both_terms_are_known_before_the_first_turn(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), clock=time.perf_counter)
+    assert not driver.reading_costs.known
+    driver.send(Stop())
+    driver.engine.run()
+    assert driver.reading_costs.known and driver.reading_costs.of(100) > 0
 
 
-def test_nothing_is_measured_where_that_would_not_fit(base: Driver) -> None:
-    base.set_kv_limit(8)
-    base.learn_costs()
-    assert not base.reading_costs.known
+def test_nothing_is_measured_where_that_would_not_fit(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), clock=time.perf_counter)
+    driver.set_kv_limit(8)
+    driver.learn_costs()
+    assert not driver.reading_costs.known

@@ -91,6 +91,18 @@ def test_where_all_have_one_size_both_terms_follow_alike() -> None:
     assert costs.of(100) == pytest.approx(0.4) and costs.fixed == pytest.approx(0.2)
 
 
+def test_full_chunks_that_vary_do_not_hide_what_a_pass_costs() -> None:
+    """All of about one size, by a clock that wavers: the start has seen other sizes. Also where all becomes dearer."""
+    noise, cost = np.random.default_rng(1), linear(0.001, 0.012)
+    costs = ReadingCosts()
+    costs.begin([(tokens, cost(tokens)) for tokens in (8, 128, 512)])
+    for times in (1.0, 3.0):
+        for tokens in noise.integers(200, 260, 3 * RECENT).tolist():
+            costs.learn(tokens, times * cost(tokens) * noise.uniform(0.8, 1.2))
+        assert costs.fixed == pytest.approx(0.012 * times, rel=0.3)
+        assert costs.per_token == pytest.approx(0.001 * times, rel=0.15)
+
+
 def test_what_fits_and_what_fills() -> None:
     costs = learnt(linear(0.001, 0.01))
     assert costs.within(0.11) == pytest.approx(100) and costs.within(0.005) == 0

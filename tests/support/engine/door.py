@@ -66,12 +66,12 @@ class Door:
 
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
-        self.engine._ledger.limit = cells
+        self.engine._memory._ledger.limit = cells
 
     @property
     def kv_used(self) -> int:
         """Columns that all who fill KV may come to fill soon."""
-        return self.engine._ledger.used()
+        return self.engine._memory._ledger.used()
 
     def set_max_rows(self, rows: int) -> None:
         self.requests._max_rows = rows

@@ -30,6 +30,8 @@ from rollout_server.engine.messages.rollouts import (
     TokensSampled,
 )
 from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
     Embed,
     Embedded,
     RecordedRow,
@@ -241,6 +243,41 @@ class Driver(Door):
             raise self.error(id)
         vectors = next(e for e in self.events if isinstance(e, Embedded) and e.id == id).vectors
         return np.stack([np.frombuffer(vector, "<f4") for vector in vectors])
+
+    def ask_classify(
+        self,
+        sequences: Sequence[Sequence[int]],
+        policy: str = "base",
+        *,
+        positions: Sequence[Sequence[int]] | None = None,
+        label_token_ids: Sequence[int] = (),
+    ) -> str:
+        """Sends sequences to be classified, by the rule of the pad token without `positions`; returns the id."""
+        self.count += 1
+        id = f"l{self.count}"
+        rule = self.model.info.head_position
+        where = positions if positions is not None else [(rule(tokens),) for tokens in sequences]
+        self.send(
+            Classify(
+                id,
+                PolicyAddress.parse(policy),
+                tuple(map(tuple, sequences)),
+                tuple(map(tuple, where)),
+                tuple(label_token_ids),
+            )
+        )
+        return id
+
+    def classified(self, id: str) -> list[np.ndarray]:
+        """Of each sequence, float32 [positions, labels]."""
+        self.until(lambda: self.error(id) or any(isinstance(e, Classified) and e.id == id for e in self.events))
+        if self.error(id):
+            raise self.error(id)
+        found = next(e for e in self.events if isinstance(e, Classified) and e.id == id)
+        return [np.frombuffer(scores, "<f4").reshape(-1, len(found.labels)) for scores in found.scores]
+
+    def classify(self, sequences: Sequence[Sequence[int]], policy: str = "base", **options: Any) -> list[np.ndarray]:
+        return self.classified(self.ask_classify(sequences, policy, **options))
 
     def embed(self, sequences: Sequence[Sequence[int]], policy: str = "base") -> np.ndarray:
         return self.embedded(self.ask_embed(sequences, policy))

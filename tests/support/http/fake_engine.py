@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from rollout_server.engine.messages.control import PrefixCacheReset, Released
-from rollout_server.engine.messages.options import Embedding, ModelInfo
+from rollout_server.engine.messages.options import Embedding, ModelInfo, Task
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
     Embed,
     Embedded,
     RecordedRow,
@@ -80,6 +82,11 @@ def sampling_logprob(token: int) -> float:
 def pooled(ids: Sequence[int]) -> list[float]:
     """A vector of `EMBEDDING.width`."""
     return [float(len(ids)), float(ids[-1]), 2.0, -1.0]
+
+
+def head_scores(token: int, labels: int) -> list[float]:
+    """What a head with so many labels gives at a token."""
+    return [0.01 * token / (label + 1) for label in range(labels)]
 
 
 def base_logprob(token: int) -> float:
@@ -196,6 +203,9 @@ class FakeEngine(FakeVersions):
         self.scored: list[Score] = []
         self.embeds: list[Embed] = []
         self.embedding = EMBEDDING
+        self.classified: list[Classify] = []
+        self.task: Task = "generate"
+        self.labels: tuple[str | None, ...] = ()
         self.replayed: list[RecordedRow] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
@@ -263,6 +273,9 @@ class FakeEngine(FakeVersions):
             max_batch=64,
             device="cpu",
             embedding=self.embedding,
+            task=self.task,
+            labels=self.labels,
+            pad_token_id=self._tokenizer.pad_token_id,
         )
 
     @property
@@ -318,6 +331,20 @@ class FakeEngine(FakeVersions):
             raise self.fault
         vectors = (np.array(pooled(ids), "<f4").tobytes() for ids in embed.sequences)
         return Embedded(embed.id, self._found(embed.policy), tuple(vectors))
+
+    async def classify(self, classify: Classify) -> Classified:
+        """Label j of a position scores its token, divided by j + 1; of tokens, their own log-probability."""
+        self.classified.append(classify)
+        if self.fault is not None:
+            raise self.fault
+        version = self._found(classify.policy)
+        asked, labels = classify.label_token_ids, self.labels
+        rows = []
+        for ids, positions in zip(classify.sequences, classify.positions, strict=True):
+            scores = [[logprob(token) for token in asked] or head_scores(ids[at], len(labels)) for at in positions]
+            rows.append(np.array(scores, "<f4").tobytes())
+        names = (None,) * len(asked) if asked else labels
+        return Classified(classify.id, version, tuple(rows), names, "softmax" if len(names) > 1 else "sigmoid")
 
     async def replay(self, replay: Replay) -> Replayed:
         """A row differs at its second token where it has one."""

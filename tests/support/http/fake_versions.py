@@ -134,7 +134,8 @@ class FakeVersions:
 
 
 def facts(bundle: AdapterBundle, mode: Mode) -> Facts:
-    return Facts(bundle.spec.kind, mode, bundle.rank, bundle.parts, bundle.nbytes)
+    own = bundle.spec
+    return Facts(own.kind, mode, bundle.rank, bundle.parts, bundle.nbytes, own.task, bundle.labels)
 
 
 def version(entry: Entry) -> PolicyVersion:
@@ -154,6 +155,8 @@ def status(entry: Entry) -> VersionStatus:
         entry.in_use,
         known.nbytes,
         entry.created,
+        task=known.task,
+        labels=known.labels,
     )
 
 

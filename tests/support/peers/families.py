@@ -100,25 +100,35 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(name: str, directory: Path, *, seed: int = 0, grid: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def build(
+    name: str,
+    directory: Path,
+    *,
+    seed: int = 0,
+    grid: torch.dtype = torch.float32,
+    auto: type = AutoModelForCausalLM,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Path:
     """Writes a model of the family, one of `FAMILIES` or another, and a tokenizer to `directory` as transformers saves
-    them, weights in float32 with values that `grid` represents exactly. Returns `directory`."""
+    them, weights in `dtype` with values that `grid` represents exactly. `auto` makes it of the configuration. Returns
+    `directory`."""
     family = FAMILIES.get(name, Family())
     directory.mkdir(parents=True, exist_ok=True)
     special = write_tokenizer(directory)
     ids = {"eos_token_id": special["<|end|>"], "pad_token_id": special["<|pad|>"]}
     # Configurations keep the dictionaries that they are given, and change them.
     config = AutoConfig.for_model(name, **deepcopy({**SHARED, **ids, **family.config, **overrides}))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
     randomise(model, seed, grid)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 
-def load(directory: Path) -> PreTrainedModel:
+def load(directory: Path, auto: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """The model of `build` in torch, float32, attention spelt out."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    how = {"dtype": torch.float32, "attn_implementation": "eager", **options}
+    return auto.from_pretrained(directory, **how).eval()  # type: ignore[attr-defined]
 
 
 def randomise(model: PreTrainedModel, seed: int, grid: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from tests.support.peers import families
 
@@ -24,11 +25,20 @@ STRENGTH = 0.4
 """‖ΔW · x‖ is about this much of ‖x‖."""
 
 
-def adapted(directory: Path, seed: int = 1, grid: torch.dtype = torch.float32, **options: Any) -> PeftModel:
-    """The family's model with a random adapter of these fields of `LoraConfig`, no part of it zero, and whole modules
-    beside it that are not the base's."""
+def adapted(
+    directory: Path,
+    seed: int = 1,
+    grid: torch.dtype = torch.float32,
+    *,
+    auto: type = AutoModelForCausalLM,
+    num_labels: int | None = None,
+    **options: Any,
+) -> PeftModel:
+    """The family's model, made by `auto`, with a random adapter of these fields of `LoraConfig`, no part of it zero,
+    and whole modules beside it that are not the base's."""
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
-    model = get_peft_model(families.load(directory), config)
+    of_labels = {} if num_labels is None else {"num_labels": num_labels}
+    model = get_peft_model(families.load(directory, auto, **of_labels), config)
     generator = torch.Generator().manual_seed(seed)
     scale = max(layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer))
     with torch.no_grad():
@@ -37,7 +47,9 @@ def adapted(directory: Path, seed: int = 1, grid: torch.dtype = torch.float32, *
             if part is None:
                 continue
             value = torch.randn(parameter.shape, generator=generator)
-            if part[1] == "modules_to_save":
+            if ".score." in name:
+                value *= parameter.shape[-1] ** -0.5  # Nothing of the base's: transformers draws a new one.
+            elif part[1] == "modules_to_save":
                 value = parameter + 0.3 * parameter.std() * value
             elif part[1] == "lora_magnitude_vector":
                 value = parameter * (0.3 * value).exp()
@@ -74,6 +86,13 @@ def embeddings(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> di
         "last": np.stack([each[-1].numpy() for each in states]),
         "mean": np.stack([each.mean(0).numpy() for each in states]),
     }
+
+
+def scores(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """[sequences, labels] float32: what a classifier gives for each, read alone."""
+    with torch.no_grad():
+        found = [model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy() for ids in sequences]
+    return np.stack(found)
 
 
 def logprobs(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapters.formats.read import read_bundle
-from adapters.spec import Parameter
+from adapters.spec import Parameter, Scoring
 from trainer_client.adapter.digest import adapter_digest
 from trainer_client.adapter.tensors import host_tensors, safetensors_body
 
@@ -217,3 +217,20 @@ def test_dense_tensors_have_the_name_of_the_parameter(kind: str) -> None:
         text = b'{"kind":"full","modules":{}}lm_head.weight F16 [10,8]\n' + head.tobytes()
         text += b"model.norm.weight F32 [8]\n" + bias.tobytes()
         assert adapter_digest(host, config) == "sha256:" + hashlib.sha256(text).hexdigest()
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_is_part_of_what_is_hashed(task_type: str) -> None:
+    """As PEFT saves a reward model: client and server agree, and another head is another version."""
+    config = peft_config(task_type=task_type, modules_to_save=["classifier", "score"])
+    scoring = Scoring(width=8)
+    digests = []
+    for value in (1.0, 2.0):
+        head = {"base_model.model.score.weight": np.full((2, 8), value, np.float32)}
+        tensors = as_peft() | head
+        bundle = read_bundle(
+            bytes(safetensors_body(host_tensors(tensors), config)), None, layers=LAYERS, scoring=scoring
+        )
+        assert digest(tensors, config) == bundle.digest
+        digests.append(bundle.digest)
+    assert digests[0] != digests[1] != digest(as_peft(), peft_config())

@@ -16,13 +16,13 @@ from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
-from rollout_server.http.replies.json_entries import json_response
+from rollout_server.http.replies.json_entries import json_response, policy_headers
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import how_many, prompts_of
 from rollout_server.http.requests.sampling import check_rows
-from rollout_server.http.routes.openai.jobs import OUR_WORDS, policy_headers
+from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted, quoted
@@ -48,7 +48,7 @@ class EmbeddingsController(Controller):
     )
     async def embed(self, data: JSONBody[EmbeddingsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        with renamed(OUR_WORDS):
+        with renamed(OPENAI_WORDS):
             address = service.address(data.model, request, param="model")
             header_id(request)
             sequences = await beside_client(

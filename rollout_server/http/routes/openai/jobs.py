@@ -14,13 +14,13 @@ from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
-from rollout_server.http.replies.json_entries import json_response, usage, weight_of
+from rollout_server.http.replies.json_entries import json_response, policy_headers, usage, weight_of
 from rollout_server.http.replies.streaming import SSE, SSE_DONE, chained, collect, opening, sse_event, stream
 from rollout_server.http.requests.json_body import beside
 from rollout_server.http.service import Service
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
 
-OUR_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})
+OPENAI_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})
 """The engine's names of fields → these routes'."""
 
 
@@ -82,7 +82,7 @@ async def chunks(
     choices: dict[tuple[int, int], Choice] = {}
     told: set[tuple[int, int]] = set()
     done: list[Rollout] = []
-    with renamed(OUR_WORDS):
+    with renamed(OPENAI_WORDS):
         async for event in chained(first, subscription):
             row = event.rollout if isinstance(event, RowFinished) else event
             place = (row.prompt_index, row.sample_index)
@@ -114,14 +114,3 @@ def versions_of(events: Sequence[TokensSampled | RowFinished]) -> Iterable[Polic
             yield event.version
         else:
             yield from (span.version for span in event.rollout.spans)
-
-
-def policy_headers(versions: Iterable[PolicyVersion]) -> dict[str, str]:
-    """`X-Policy: policy@7` and its digest; several versions, as a list, in the order they appear."""
-    distinct = list(dict.fromkeys(versions))
-    if not distinct:
-        return {}
-    return {
-        "x-policy": ", ".join(f"{version.name}@{version.number}" for version in distinct),
-        "x-policy-digest": ", ".join(version.digest for version in distinct),
-    }

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.utils import MODEL_REMAPPING
 
 from rollout_server.engine.model.checkpoint.plan import plan_of
-from tests.engine.model.config_coverage import as_saved, both, dropped
+from tests.engine.model.checkpoint.config_coverage import as_saved, both, dropped
 
 
 @pytest.mark.parametrize("kind", list(both()))

@@ -1,6 +1,7 @@
 """What becomes of every field of config.json, for each family that both transformers and mlx-lm know.
 
-`python -m tests.engine.model.config_coverage [FAMILY…]` lists the fields that the family's code does not read: mapped,
+`python -m tests.engine.model.checkpoint.config_coverage [FAMILY…]` lists the fields that the family's code does not
+read: mapped,
 checked or `DROPPED`; those below that change no number are left out. A test fails where one is dropped. Needs no torch.
 """
 

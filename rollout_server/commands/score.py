@@ -1,0 +1,111 @@
+"""`rollout-server score`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
+from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
+
+if TYPE_CHECKING:
+    from trainer_client import Rewards, RolloutClient
+
+SHOWN = 60
+"""Characters of a text that stand beside its score."""
+AT_ONCE = 256
+"""Sequences of one request."""
+
+
+def score(
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without them and --file, lines of standard input.")
+    ] = None,
+    policy: Annotated[str | None, option("Address of the reward model or classifier.", "the one that scores")] = None,
+    file: Annotated[
+        str | None,
+        option("A text in each line; of a .jsonl file text, messages, token ids or an object.", metavar="FILE"),
+    ] = None,
+    query: Annotated[str | None, option("Order the texts by how well they answer this.")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="What the model makes of its scores.")] = False,
+    url: Url = None,
+    model: Model = None,
+    revision: Revision = None,
+    adapters: Adapters = None,
+    json_output: Json = False,
+) -> None:
+    """Score texts with a reward model or a classifier, or order them with --query: by a running server, or with --model
+    by one started for it."""
+    with one_sentence():
+        asked = read_texts(texts or [], file)
+        with client_of(url, model, revision, adapters) as client:
+            if query is not None:
+                return rank(client, query, asked, policy, json_output=json_output)
+            found = [
+                client.rewards(part, model=policy, activation="model" if probabilities else "none")
+                for part in (asked[at : at + AT_ONCE] for at in range(0, len(asked), AT_ONCE))
+            ]
+        if json_output:
+            return print_json(as_json(found))
+        scores = [row for rewards in found for row in rewards.scores.tolist()]
+        for text, row in zip(asked, scores, strict=True):
+            typer.echo("\t".join([*(f"{value:.6g}" for value in row), shown(text)]))
+
+
+def read_texts(texts: list[str], file: str | None) -> list[Any]:
+    """What is to be scored. Raises ValueError where there is nothing, or two sources."""
+    if texts and file is not None:
+        raise ValueError("texts and --file are two sources: give one of the two")
+    if texts:
+        return list(texts)
+    raw = sys.stdin.read() if file in (None, "-") else Path(str(file)).expanduser().read_text("utf-8")
+    lines = [line for line in raw.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError("there is no text to score")
+    return [_entry(line, number) for number, line in enumerate(lines, 1)] if str(file).endswith(".jsonl") else lines
+
+
+def _entry(line: str, number: int) -> Any:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from None
+    if not isinstance(entry, str | list | dict) or not entry:
+        raise ValueError(f"line {number} is no text, no list of messages or token ids, and no object")
+    return entry
+
+
+def rank(client: RolloutClient, query: str, texts: list[Any], policy: str | None, *, json_output: bool) -> None:
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("--query orders texts, and the file holds something else")
+    ranked = client.rerank(query, texts, model=policy)
+    if json_output:
+        print_json({"results": [{"index": each.index, "relevance_score": each.score} for each in ranked]})
+        return
+    for each in ranked:
+        typer.echo(f"{each.score:.6g}\t{shown(texts[each.index])}")
+
+
+def as_json(found: list[Rewards]) -> dict[str, Any]:
+    """One object for all requests; a value is null where there are several labels."""
+    first = found[0]
+    scores = [row for rewards in found for row in rewards.scores.tolist()]
+    single = len(first.labels) == 1
+    return {
+        "rewards": [{"value": row[0] if single else None, "scores": row} for row in scores],
+        "labels": first.labels,
+        "policy": first.version.name,
+        "version": first.version.version,
+        "digest": first.version.digest,
+    }
+
+
+def shown(text: Any) -> str:
+    """One line of a terminal, whatever the text holds."""
+    line = " ".join(str(text).split())
+    line = "".join(letter if letter.isprintable() else "·" for letter in line)
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"

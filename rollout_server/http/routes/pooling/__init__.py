@@ -1,0 +1,1 @@
+"""Routes that read and sample nothing: classes, scores, ranks, rewards."""

@@ -1,0 +1,109 @@
+"""What a request gives to be scored, as token ids, and which model is to score it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Request
+
+from rollout_server.engine.messages.options import Task
+from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.http.problems import renamed
+from rollout_server.http.replies.leaving import GoOn
+from rollout_server.http.requests.prompts import how_many, prompts_of, some
+from rollout_server.http.requests.rendering import render
+from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.service import SCORING, Service
+from rollout_server.quoting import counted, quoted
+from rollout_server.rollout import PolicyAddress
+from rollout_server.schemas.pooling.inputs import PoolingInput, ScoringRequest
+from rollout_server.text.long_texts import Bound, CharacterBound
+
+CHARACTERS_OF_A_TOKEN = 16
+"""More than a token has in any language: so much of a text is tokenized before its end is cut out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The model that is to score, and what it gives."""
+
+    address: PolicyAddress
+    name: str
+    """As the request called it."""
+    task: Task
+
+    def require(self, *tasks: Task) -> None:
+        """Raises `InvalidField` unless the model's task is one of these."""
+        if self.task not in tasks:
+            other = {
+                "classify": "it scores whole sequences: ask /classify",
+                "token_classify": "it scores tokens: ask /pooling, or /v1/rewards with steps",
+                "embed": "it gives vectors: ask /v1/embeddings",
+                "generate": "it generates and has no head: name a reward model or a classifier",
+            }
+            raise InvalidField(f"model {quoted(self.name)} does not do this; {other[self.task]}.", param="model")
+
+
+def asked_model(
+    name: str | None,
+    request: Request[Any, Any, Any],
+    service: Service,
+    tasks: Sequence[Task] = SCORING,
+    labels: int | None = None,
+) -> Asked:
+    """Without a name the one for these tasks, with so many labels if that matters."""
+    if name is None:
+        address = service.scorer(*tasks, labels=labels)
+    else:
+        address = service.address(name, request, param="model")
+    with renamed({"name": "model"}):
+        return Asked(address, name or address.name, service.task(address))
+
+
+def scoring_model(
+    name: str | None,
+    request: Request[Any, Any, Any],
+    service: Service,
+    tasks: Sequence[Task] = SCORING,
+    labels: int | None = None,
+) -> Asked:
+    """A model for these tasks. Raises `InvalidField` for one that is for another."""
+    asked = asked_model(name, request, service, tasks, labels)
+    asked.require(*tasks)
+    return asked
+
+
+def read_inputs(data: PoolingInput, service: Service, go_on: GoOn) -> list[tuple[int, ...]]:
+    """Token ids of every input, checked; what is wrong is named by its place."""
+    bound = bound_of(data, service, go_on)
+    if data.input is None:
+        ids = some(render(data, service.tokenizer, param="", bound=bound), "messages")
+        return [fitted(ids, "messages", data, service)]
+    check_rows([how_many(data.input)], service.config.max_rows_per_request, ["input"])
+    special = data.add_special_tokens
+    found = prompts_of(data.input, service.tokenizer, param="input", bound=bound, add_special_tokens=special)
+    return [fitted(prompt.ids, place, data, service) for prompt, place in found]
+
+
+def bound_of(data: ScoringRequest, service: Service, go_on: GoOn) -> Bound:
+    """What is cut may be longer than what fits."""
+    if data.truncate_prompt_tokens is None:
+        return service.bound(go_on)
+    return CharacterBound(CHARACTERS_OF_A_TOKEN * max(service.info.max_model_len, 2**17))
+
+
+def fitted(ids: Sequence[int], place: str, data: ScoringRequest, service: Service) -> tuple[int, ...]:
+    """The ids, cut where the request says so; checked against vocabulary and context."""
+    service.check_ids(list(ids), place)
+    context, keep = service.info.max_model_len, data.truncate_prompt_tokens
+    if keep is not None:
+        ids = ids[-(context if keep == -1 else keep) :]
+    if len(ids) > context:
+        raise ContextExceeded(
+            f"{place} has {counted(len(ids), 'token')}; the context holds {context}: send less, or say by "
+            "truncate_prompt_tokens how many of the last ones are enough.",
+            param=place,
+        )
+    return tuple(ids)

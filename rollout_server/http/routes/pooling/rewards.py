@@ -1,0 +1,193 @@
+"""`POST /v1/rewards` and `POST /get_reward`: what a trainer asks of a reward model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+
+from rollout_server.errors import InvalidField
+from rollout_server.http.auth import may_infer
+from rollout_server.http.openapi import failures
+from rollout_server.http.replies.json_entries import json_response, policy_headers
+from rollout_server.http.replies.leaving import GoOn, beside_client
+from rollout_server.http.replies.safetensors_file import binary_response, rewards_file
+from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
+from rollout_server.http.requests.prompts import encode, some
+from rollout_server.http.requests.rendering import render
+from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
+from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
+from rollout_server.http.routes.pooling.steps import step_positions
+from rollout_server.http.routes.request_ids import header_id
+from rollout_server.http.service import Service, service_of
+from rollout_server.quoting import counted, quoted
+from rollout_server.schemas.pooling.rewards import (
+    GetRewardReply,
+    GetRewardRequest,
+    RewardsReply,
+    RewardsRequest,
+    SequenceToReward,
+)
+from rollout_server.text.long_texts import Bound
+
+Ids = tuple[int, ...]
+
+
+class RewardsController(Controller):
+    """Raw scores: a probability saturates, and a reward must not."""
+
+    path = "/"
+    guards = (may_infer,)
+    tags = ("pooling",)
+
+    @post(
+        "/v1/rewards",
+        before_request=read_json,
+        dto=StrictJson[RewardsRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Rewards of sequences, and of their steps",
+        description="What the head gives at the rightmost token that is not the pad token, and at `steps`; with "
+        "`label_token_ids` the log-probabilities of these tokens under any decoder. "
+        "`Accept: application/vnd.safetensors` gives one file of arrays.",
+        responses={200: ResponseSpec(RewardsReply, description="In the order of the request."), **failures()},
+    )
+    async def rewards(self, data: JSONBody[RewardsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        binary = wants_binary(request)
+        header_id(request)
+        if data.label_token_ids is not None:
+            service.check_ids(data.label_token_ids, "label_token_ids")
+            asked = asked_model(data.model or "base", request, service)
+        else:
+            asked = scoring_model(data.model, request, service)
+        whole = asked.task != "token_classify"
+        if not whole and data.steps is None:
+            raise InvalidField(f"model {quoted(asked.name)} scores tokens: say by steps which of them.", param="steps")
+        sequences = await beside_client(
+            request, len(await request.body()), lambda go_on: read_sequences(data.sequences, service, go_on)
+        )
+        steps = None if data.steps is None else step_positions(data.steps, sequences, service)
+        ends = [end_of(ids, service, data.label_token_ids is not None) for ids in sequences]
+        places = [
+            tuple(sorted({*(steps[index] if steps else ()), *((ends[index],) if whole else ())}))
+            for index in range(len(sequences))
+        ]
+        found = await labelled(request, service, asked.address, sequences, places, data.label_token_ids or ())
+        content = {
+            "rewards": entries_of(found, data, places, steps, ends if whole else None, sequences),
+            "labels": found.labels,
+            "policy": found.version.name,
+            "version": found.version.number,
+            "digest": found.version.digest,
+            "instance": service.instance,
+            "usage": usage_of(sequences),
+        }
+        encode_ = (lambda: binary_response(rewards_file(content))) if binary else lambda: json_response(content)
+        response = await beside(sum(map(len, places)), encode_)
+        response.headers.update(policy_headers([found.version]))
+        return response
+
+    @post(
+        "/get_reward",
+        before_request=read_json,
+        dto=StrictJson[GetRewardRequest],
+        return_dto=None,
+        status_code=200,
+        summary="Rewards of texts, for OpenRLHF",
+        description="Raw. Pad and end tokens around a text are taken off, and one end token is put behind it.",
+        responses={200: ResponseSpec(GetRewardReply, description="In the order of the request."), **failures()},
+    )
+    async def get_reward(self, data: JSONBody[GetRewardRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
+        service = service_of(request)
+        asked = scoring_model(data.model, request, service, ("classify",), 1)
+        header_id(request)
+        sequences = await beside_client(
+            request, len(await request.body()), lambda go_on: read_texts(data.query, service, go_on)
+        )
+        found = await labelled(request, service, asked.address, sequences)
+        if len(found.labels) != 1:
+            raise InvalidField(
+                f"model {quoted(asked.name)} scores {counted(len(found.labels), 'label')}, and a reward is one number.",
+                param="model",
+            )
+        content = {"rewards": [float(scores[0, 0]) for scores in found.scores]}
+        return json_response(content, headers=policy_headers([found.version]))
+
+
+def end_of(ids: Sequence[int], service: Service, decodes: bool) -> int:
+    """Where a whole sequence is scored: the next token is asked for behind the last one."""
+    return len(ids) - 1 if decodes else service.info.head_position(ids)
+
+
+def entries_of(
+    found: Labelled,
+    data: RewardsRequest,
+    places: Sequence[Ids],
+    steps: Sequence[Ids] | None,
+    ends: Sequence[int] | None,
+    sequences: Sequence[Ids],
+) -> list[dict[str, Any]]:
+    """A `Reward` for each sequence."""
+    entries = []
+    for index, scores in enumerate(found.probabilities(data.activation == "model")):
+        at = {position: row for row, position in enumerate(places[index])}
+        own = None if ends is None else scores[at[ends[index]]].tolist()
+        entries.append(
+            {
+                "value": own[0] if own is not None and len(own) == 1 else None,
+                "scores": own,
+                "steps": None if steps is None else _rows(scores, [at[position] for position in steps[index]]),
+                "tokens": len(sequences[index]),
+            }
+        )
+    return entries
+
+
+def _rows(scores: Scores, rows: list[int]) -> list[list[float]]:
+    return [scores[row].tolist() for row in rows]
+
+
+def read_sequences(sequences: Sequence[SequenceToReward], service: Service, go_on: GoOn) -> list[Ids]:
+    """Token ids of every sequence, checked; what is wrong is named by its place."""
+    check_rows([len(sequences)], service.config.max_rows_per_request, ["sequences"])
+    bound = service.bound(go_on)
+    found = []
+    for index, sequence in enumerate(sequences):
+        place = f"sequences[{index}]"
+        found.append(tuple(_ids(sequence, place, service, bound)))
+        bound.check_ids(found[-1], place)
+    return found
+
+
+def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound) -> list[int]:
+    if sequence.token_ids is not None:
+        inside = f"{place}.token_ids"
+        service.check_ids(sequence.token_ids, inside)
+        return some(sequence.token_ids, inside)
+    if sequence.text is not None:
+        special, inside = sequence.add_special_tokens, f"{place}.text"
+        return encode(
+            service.tokenizer, sequence.text, add_special_tokens=special, param=inside, bound=bound, place=place
+        )
+    return render(sequence, service.tokenizer, param=place, bound=bound)
+
+
+def read_texts(texts: Sequence[str], service: Service, go_on: GoOn) -> list[Ids]:
+    """As OpenRLHF's own server reads them."""
+    check_rows([len(texts)], service.config.max_rows_per_request, ["query"])
+    tokenizer, bound = service.tokenizer, service.bound(go_on)
+    end = tokenizer.eos_token or ""
+    around = [re.escape(token) for token in dict.fromkeys((tokenizer.pad_token, end)) if token]
+    edges = re.compile(rf"\A(?:{'|'.join(around)})+|(?:{'|'.join(around)})+\Z") if around else None
+    found = []
+    for index, text in enumerate(texts):
+        bare = edges.sub("", text) if edges else text
+        place = f"query[{index}]"
+        found.append(tuple(encode(tokenizer, bare + end, add_special_tokens=False, param=place, bound=bound)))
+    return found

@@ -1,0 +1,1 @@
+"""The bodies of routes that score, rank and pool."""

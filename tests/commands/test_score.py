@@ -1,0 +1,97 @@
+"""`score`: texts, files and queries, against what the routes say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from rollout_server.cli import app
+from tests.support import tiny_scorers
+from tests.support.live_server import LiveServer, live_server
+
+TEXTS = ["the cat", "a dog sat", "he \x1b[31mran"]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with live_server(tiny_scorers.build("llama", tmp_path_factory.mktemp("rm"))) as live:
+        yield live
+
+
+def score(*arguments: str, given: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["score", *arguments], input=given)
+
+
+def rewards(judge: LiveServer, sequences: list[Any], **fields: Any) -> list[float]:
+    reply = httpx.post(f"{judge.url}/v1/rewards", json={"sequences": sequences, **fields}, timeout=60)
+    return [entry["value"] for entry in reply.raise_for_status().json()["rewards"]]
+
+
+def test_texts_and_their_scores(judge: LiveServer) -> None:
+    expected = rewards(judge, [{"text": text} for text in TEXTS])
+    for done in (score(*TEXTS, "--url", judge.url), score("--url", judge.url, given="\n".join(TEXTS))):
+        assert done.exit_code == 0, done.output
+        lines = [line.split("\t") for line in done.stdout.splitlines()]
+        assert [float(value) for value, _ in lines] == pytest.approx(expected, rel=1e-5)
+        assert lines[0][1] == "the cat"
+        assert "\x1b" not in done.stdout
+
+
+def test_a_file_of_json_lines(judge: LiveServer, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    path = tmp_path / "many.jsonl"
+    path.write_text(
+        "\n".join(map(json.dumps, ["the cat", messages, [5, 6, 7], {"text": "a", "add_special_tokens": False}]))
+    )
+    done = score("--file", str(path), "--url", judge.url, "--probabilities", "--json")
+    found = json.loads(done.stdout)
+    sequences = [{"text": "the cat"}, {"messages": messages}, {"token_ids": [5, 6, 7]}, {"text": "a"}]
+    expected = rewards(judge, sequences, activation="model")
+    assert [entry["value"] for entry in found["rewards"]] == pytest.approx(expected, rel=1e-5)
+    assert (found["policy"], found["version"], found["labels"]) == ("base", 0, [None])
+
+
+def test_texts_in_the_order_of_a_query(judge: LiveServer) -> None:
+    body = {"query": "who sat", "documents": TEXTS}
+    reply = httpx.post(f"{judge.url}/rerank", json=body, timeout=60).raise_for_status().json()
+    found = json.loads(score(*TEXTS, "--query", "who sat", "--url", judge.url, "--json").stdout)
+    assert [entry["index"] for entry in found["results"]] == [entry["index"] for entry in reply["results"]]
+    first = score(*TEXTS, "--query", "who sat", "--url", judge.url).stdout.splitlines()[0]
+    assert float(first.split("\t")[0]) == pytest.approx(reply["results"][0]["relevance_score"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "says"),
+    [
+        (["a", "--file", "b"], None, "two sources"),
+        ([], "\n", "no text to score"),
+        (["a", "--policy", "nobody"], None, "no policy 'nobody'"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_sentence(
+    judge: LiveServer, arguments: list[str], given: str | None, says: str
+) -> None:
+    done = score(*arguments, "--url", judge.url, given=given)
+    assert done.exit_code == 1
+    assert says in done.output
+
+
+def test_lines_that_are_no_json(judge: LiveServer, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    for text, says in (("{", "line 1 is not JSON"), ('"a"\n5', "line 2 is no text")):
+        path.write_text(text)
+        assert says in score("--file", str(path), "--url", judge.url).output
+    path.write_text("[1, 2]")
+    assert "holds something else" in score("--file", str(path), "--query", "q", "--url", judge.url).output
+
+
+def test_a_decoder_scores_nothing(server: LiveServer) -> None:
+    done = score("a", "--policy", "base", "--url", server.url)
+    assert done.exit_code == 1
+    assert "generates" in done.output

@@ -1,0 +1,72 @@
+"""Which model is meant where several score, and what each is said to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from adapters.versions.registry import Facts
+from rollout_server.rollout import PolicyAddress
+from tests.support.http.fake_engine import FakeEngine
+
+Client = TestClient[Any]
+
+
+@pytest.fixture
+def engine(engine: FakeEngine) -> FakeEngine:
+    """A base that generates, a reward model, and a process reward model."""
+    engine.add("policy", 1)
+    for name, task, labels in (("rm", "classify", 1), ("prm", "token_classify", 2)):
+        facts = Facts("lora", "adapter", 2, 2, 64, task, labels)  # type: ignore[arg-type]
+        engine.registry.publish(name, f"sha256:{name:x<64}", facts, created=1.0)
+    engine.labels = (None,)
+    return engine
+
+
+def test_the_list_of_models_says_what_each_gives(client: Client) -> None:
+    cards = {card["id"]: (card["task"], card["labels"]) for card in client.get("/v1/models").json()["data"]}
+    assert cards["base"][0] == cards["policy"][0] == cards["policy@1"][0] == "generate"
+    assert cards["rm"] == cards["rm@1"] == ("classify", [None])
+    assert cards["prm"] == ("token_classify", [None, None])
+    versions = client.get("/v1/weights/rm").json()["versions"]
+    assert (versions[0]["task"], versions[0]["labels"]) == ("classify", 1)
+
+
+def test_a_reward_needs_no_name_where_only_one_model_gives_it(client: Client, engine: FakeEngine) -> None:
+    reply = client.post("/get_reward", json={"query": ["a"], "prompts": ["a"], "labels": ["b"]})
+    assert engine.classified[-1].policy == PolicyAddress("rm")
+    assert reply.headers["x-policy"] == "rm@1"
+
+
+def test_where_several_do_they_are_named(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    assert client.post("/classify", json={"input": [5]}).headers["x-policy"] == "rm@1"
+    error = problem(client.post("/pooling", json={"input": [5]}), 400, "invalid_field", "model")
+    assert "prm, rm" in error["message"]
+    facts = Facts("lora", "adapter", 2, 2, 64, "classify", 1)
+    engine.registry.publish("other", "sha256:" + "0" * 64, facts, created=1.0)
+    error = problem(client.post("/get_reward", json={"query": ["a"]}), 400, "invalid_field", "model")
+    assert "other, rm" in error["message"]
+    assert client.post("/get_reward", json={"query": ["a"], "model": "other"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/classify", "policy"),
+        ("/classify", "prm"),
+        ("/classify", "base"),
+        ("/v1/rewards", "policy"),
+        ("/rerank", "prm"),
+    ],
+)
+def test_a_model_that_does_not_do_this_is_refused_by_name(
+    client: Client, path: str, model: str, problem: Callable[..., Any]
+) -> None:
+    body: dict[str, Any] = {"/classify": {"input": [5]}, "/rerank": {"query": "a", "documents": ["b"]}}.get(
+        path, {"sequences": [{"token_ids": [5]}]}
+    )
+    error = problem(client.post(path, json={"model": model, **body}), 400, "invalid_field", "model")
+    assert f"'{model}'" in error["message"]
