@@ -14,7 +14,7 @@ from adapters.kernels.decode import MANY_ROWS, MOST_RANK, DecodeKernel, decode_k
 from adapters.resident.layers import AdaptedLinear, SlotStack
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
-SHAPES = [(48, 1032), (513, 72), (1024, 64)]
+SHAPES = [(48, 264), (513, 72), (1024, 64)]
 RANKS = {1: 4, 2: 16, 3: 11}
 """Of the versions in slots 1 to 3; those of slots 2 and 3 have gains where there are any."""
 
@@ -87,6 +87,13 @@ def test_rows_get_what_plain_products_give(
     stack = a_stack(shape, dtype, gains=gains)
     for slots in ([0], [1], [2, 2, 2], [0, 3, 1, 2, 0], [3] * MANY_ROWS, ([2, 0, 3] * MANY_ROWS)[: MANY_ROWS + 3]):
         assert_as_one_by_one(kernel, stack, base, slots, dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_inputs_that_the_warps_of_a_row_read_in_turns(kernel: DecodeKernel, dtype: mx.Dtype) -> None:
+    base = nn.Linear(2056, 48, bias=False)
+    base.set_dtype(dtype)
+    assert_as_one_by_one(kernel, a_stack((48, 2056), dtype, gains=False), base, [3, 0, 3, 2, 2], dtype)
 
 
 @pytest.mark.parametrize("rank", [8, 24, 32, MOST_RANK])
