@@ -15,10 +15,10 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -32,6 +32,9 @@ demo: $(READY)  ## train the embedded model against a real server: result.json a
 serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 	$(BIN)/rollout-server serve $(ARGS)
 
+# Wherever it is set, every process that a test starts would compile the sources anew, and pytest its tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Files of tests side by side.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
@@ -41,7 +44,7 @@ test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k s
 test-fast: $(READY)  ## a minute's worth of them: no server process, no kill, no forwards to compare
 	$(BIN)/python -m pytest -q -m "not server and not numeric and not long" $(SPREAD) $(ARGS)
 
-test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, the demo to its end
+test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
@@ -60,6 +63,10 @@ test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers and li
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
 	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)
+
+golden-encoders: $(PEERS_READY)  ## write tests/golden/encoders anew from torch (ARGS="bert deberta-v3")
+	$(PEERS)/bin/python -m tests.golden.encoders.make_golden $(ARGS)
+
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
 	@$(BIN)/python -c "import schemathesis" 2>/dev/null \
 		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \

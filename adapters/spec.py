@@ -115,13 +115,13 @@ class Scoring:
     """What a base says to heads."""
 
     width: int = 0
-    """Of its hidden states; 0 where a head cannot read them."""
+    """Numbers in a hidden state; 0 where a head cannot read them."""
     task: HeadTask | None = None
     """What the base's own head scores; None for a base that generates."""
 
 
 NO_SCORING = Scoring()
-"""Of a base that no head can read."""
+"""What a base says that no head can read."""
 
 
 @dataclass(frozen=True, slots=True)

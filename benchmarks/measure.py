@@ -82,13 +82,24 @@ def matmul_gflops(rows: int, inner: int = 2048, columns: int = 2048, repeats: in
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], unit: str, rounds: int) -> dict[str, Measured]:
     """Call each once to warm up, then `rounds` times in turns; what a call returns is its figure."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, call in contenders.items():
-            figure = call()
-            if number:
-                found[name].append(figure)
-        if number:
-            line = ", ".join(f"{name} {figures[-1]:.4g}" for name, figures in found.items())
-            print(f"  round {number}/{rounds}: {line} {unit}", file=sys.stderr, flush=True)
+    for call in contenders.values():
+        call()
+
+    def one(name: str) -> Callable[[int], Mapping[str, float]]:
+        return lambda number: {name: contenders[name]()}
+
+    return take_turns_with(list(map(one, contenders)), unit, rounds)
+
+
+def take_turns_with(
+    contenders: Sequence[Callable[[int], Mapping[str, float]]], unit: str, rounds: int
+) -> dict[str, Measured]:
+    """Call each with the number of the round, `rounds` times in turns; what a call returns are its figures, by name."""
+    found: dict[str, list[float]] = {}
+    for number in range(1, rounds + 1):
+        for call in contenders:
+            for name, figure in call(number).items():
+                found.setdefault(name, []).append(figure)
+        line = ", ".join(f"{name} {figures[-1]:.4g}" for name, figures in found.items())
+        print(f"  round {number}/{rounds}: {line} {unit}", file=sys.stderr, flush=True)
     return {name: Measured(name, unit, tuple(figures)) for name, figures in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -32,25 +33,23 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def widen_tokenizer(path: Path) -> None:
+def widen_tokenizer(path: Path, size: int = VOCAB_SIZE) -> None:
     """Give every id of the model a text, as real vocabularies do: mlx-lm's server cannot detokenise an id without one.
-    The special tokens keep their ids; the new tokens are pairs of symbols."""
+    The special tokens keep their ids; the new tokens are pairs of symbols, and behind them pairs with a third."""
     small = Tokenizer.from_file(str(path))
     vocabulary = small.get_vocab(with_added_tokens=True)
     merges = [
         tuple(pair) if isinstance(pair, list) else tuple(pair.split(" "))
         for pair in json.loads(path.read_text("utf-8"))["model"]["merges"]
     ]
-    number = len(vocabulary)
     alphabet = sorted(ByteLevel.alphabet(), key=lambda symbol: (not symbol.isalnum(), symbol))
-    for one in alphabet:
-        for other in alphabet:
-            if number == VOCAB_SIZE:
-                break
-            if one + other not in vocabulary:
-                vocabulary[one + other] = number
-                merges.append((one, other))
-                number += 1
+    pairs = [(one, other) for one in alphabet for other in alphabet]
+    for one, other in itertools.chain(pairs, ((one + other, third) for third in alphabet for one, other in pairs)):
+        if len(vocabulary) == size:
+            break
+        if one + other not in vocabulary:
+            vocabulary[one + other] = len(vocabulary)
+            merges.append((one, other))
     small.model = models.BPE(vocab=vocabulary, merges=merges)
     small.save(str(path))
 

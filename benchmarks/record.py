@@ -40,7 +40,7 @@ class Ratio:
     rounds: tuple[float, ...]
     asked: float | None = None
     at_most: bool = False
-    """Whether `asked` is an upper bound."""
+    """True if `asked` is an upper bound."""
 
     @property
     def median(self) -> float:

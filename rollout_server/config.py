@@ -59,7 +59,7 @@ def parse_hosts(value: Any) -> Any:
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an IP address, and no name."""
+    """Returns whether `host` is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -68,7 +68,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine and nothing else. Another name may resolve to anything."""
+    """Returns whether `host` is this machine and nothing else. Another name may resolve to anything."""
     if host == "localhost":
         return True
     try:
@@ -124,9 +124,18 @@ class ServerConfig(BaseSettings):
     """Names by which a server without keys may be called, besides addresses, this machine's own and `host`: those of a
     proxy or a service in front of it."""
 
-    max_batch: int = Field(default=64, ge=1)
-    """Rows that decode together."""
+    max_batch: int | None = Field(default=None, ge=1)
+    """Rows that decode together; `None`: what the device holds."""
+    prefill_tokens: int | None = Field(default=None, ge=1)
+    """Tokens read at most in one turn; `None`: what the device reads at its full speed."""
+    prefer: Literal["throughput", "latency"] = "throughput"
+    """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
+    attention: Literal["auto", "mlx"] = "auto"
+    """Whose attention decode steps may use: what is right and fastest on this device, or MLX's own alone."""
+    warm: Literal["on", "off"] = "on"
+    """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
     kv_memory: Size | None = None
+    """Memory for keys and values; `None`: a share of what weights and adapters leave of the device."""
     kv_bits: KvBits = None
     """8 keeps keys and values in so many bits: more rows fit, and log-probabilities are those of what is kept."""
     prefix_cache: Literal["on", "off"] = "on"
@@ -144,6 +153,8 @@ class ServerConfig(BaseSettings):
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
     """Bytes of any other request body."""
+    trace: Path | None = None
+    """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"
     shutdown_s: float = Field(default=10.0, gt=0)
     """Seconds that replies which are still being sent may take after the engine has stopped."""
@@ -166,7 +177,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def protected(self) -> bool:
-        """Whether any key is set."""
+        """True if any key is set."""
         return self.api_key is not None or self.admin_key is not None
 
     @property

@@ -35,7 +35,7 @@ class Grammar:
 
     @property
     def is_content(self) -> bool:
-        """Whether what it describes has no parts: JSON and choices may spell marks of reasoning and of calls, which
+        """True if what it describes has no parts: JSON and choices may spell marks of reasoning and of calls, which
         are text there; the others may write a whole turn."""
         return self.kind in (GrammarKind.JSON, GrammarKind.CHOICE)
 
@@ -57,7 +57,7 @@ class Follower(Protocol):
 
     @property
     def may_end(self) -> bool:
-        """Whether the text so far is one of the grammar's."""
+        """True if the text so far is one of the grammar's."""
 
     def check(self) -> None:
         """Notes a fault."""

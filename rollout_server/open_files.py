@@ -46,7 +46,7 @@ class OpenFiles:
 
     @property
     def few(self) -> bool:
-        """Whether there are so few that the log should say so."""
+        """True if there are so few that the log should say so."""
         return self.soft is not None and self.soft < PLENTY
 
     @property

@@ -115,13 +115,18 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether its logits depend on the tokens before."""
+        """True if its logits depend on the tokens before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def filters(self) -> tuple[str, ...]:
+        """The filters that can remove a token, by their fields; none of a greedy row."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0}
+        return tuple(name for name, value in off.items() if self.temperature > 0 and getattr(self, name) != value)
+
+    @property
     def filtered(self) -> bool:
-        """Whether any filter can remove a token."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return bool(self.filters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,7 @@ class PolicyAddress:
 
     @property
     def follows(self) -> bool:
-        """Whether what it means can change: a bare name of a pushed policy."""
+        """True if what it means can change: a bare name of a pushed policy."""
         return self.name != BASE and self.number is None and self.digest is None
 
     def __str__(self) -> str:

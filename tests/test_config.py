@@ -55,6 +55,11 @@ def test_the_environment_is_read_and_code_wins(monkeypatch: pytest.MonkeyPatch) 
     assert "a-key" not in repr(config)
 
 
+def test_a_timeline_is_recorded_where_a_file_is_named() -> None:
+    assert engine_options(ServerConfig()).trace is None
+    assert engine_options(ServerConfig(trace=Path("turns.json"))).trace == "turns.json"
+
+
 def test_kv_is_kept_in_8_bits_or_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServerConfig().kv_bits is None
     assert engine_options(ServerConfig(kv_bits=8)).kv_bits == 8
@@ -63,6 +68,39 @@ def test_kv_is_kept_in_8_bits_or_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
             ServerConfig(kv_bits=wrong)  # type: ignore[arg-type]
     monkeypatch.setenv("ROLLOUT_KV_BITS", "8")
     assert ServerConfig().kv_bits == 8
+
+
+def test_what_the_engine_is_started_with_follows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = engine_options(ServerConfig())
+    assert options.max_batch is options.prefill_tokens is options.kv_memory is None, "chosen for the device"
+    assert (options.prefer, options.attention, options.warm) == ("throughput", "auto", True)
+    for name, value in {
+        "MAX_BATCH": "48",
+        "PREFILL_TOKENS": "2048",
+        "PREFER": "latency",
+        "ATTENTION": "mlx",
+        "WARM": "off",
+    }.items():
+        monkeypatch.setenv(f"ROLLOUT_{name}", value)
+    options = engine_options(ServerConfig())
+    assert (options.max_batch, options.prefill_tokens) == (48, 2048)
+    assert (options.prefer, options.attention, options.warm) == ("latency", "mlx", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("max_batch", 0),
+        ("max_batch", "many"),
+        ("prefill_tokens", 0),
+        ("prefer", "both"),
+        ("attention", "mine"),
+        ("warm", "hot"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_name(name: str, wrong: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        ServerConfig(**{name: wrong})  # type: ignore[arg-type]
 
 
 def test_adapters_are_names_and_directories() -> None:

@@ -83,7 +83,7 @@ class ServerError(TrainerClientError):
         self.param = param
         """The field it is about, if any."""
         self.retryable = retryable
-        """Whether the same call can succeed later."""
+        """True if the same call can succeed later."""
         self.faults = faults
         self.retry_after_s = retry_after_s
         """Seconds the server asks to wait."""

@@ -159,18 +159,17 @@ def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Paramet
 
 
 def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_because: str) -> Iterator[Fault]:
-    name = shown(tensor.name)
     if tensor.dtype not in STORAGE:
         yield unserved(tensor)
     if tensor.shape != expected:
-        what = f"has shape {_shape(tensor.shape)} but must be {_shape(expected)}"
+        name, what = shown(tensor.name), f"has shape {_shape(tensor.shape)} but must be {_shape(expected)}"
         yield Fault(
             f"{name} {what}{f': {why}' if why else ''}.",
             f"tensors have shapes that do not fit{f' ({all_because})' if all_because else ''}",
             f"{name} {what}",
         )
     elif tensor.readable and not tensor.read().finite():
-        what = "values that are not finite (NaN or infinity)"
+        name, what = shown(tensor.name), "values that are not finite (NaN or infinity)"
         yield Fault(f"{name} holds {what}.", f"tensors hold {what}", name)
 
 

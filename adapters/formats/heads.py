@@ -32,7 +32,7 @@ class HeadInFile:
     shapes: Mapping[str, tuple[int, ...]]
     """What they have to be."""
     names: frozenset[str]
-    """Of the tensors, as the file has them."""
+    """The tensors', as the file has them."""
     faults: tuple[Fault, ...]
 
 

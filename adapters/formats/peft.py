@@ -141,10 +141,11 @@ def refuse(config: Mapping[str, Any]) -> None:
         for field, value in config.items()
         if field not in MEANT and (value not in NEUTRAL[field] if field in NEUTRAL else value)
     ]
-    unknown = {field: config[field] for field in wrong if field not in REASONS}
-    rest = ("is no field", "leave it out") if len(unknown) == 1 else ("are no fields", "leave them out")
-    default = f"{fields_shown(unknown)} {rest[0]} of LoRA that is served: {rest[1]} or neutral."
-    refusals |= {field: REASONS.get(field, default) for field in wrong}
+    refusals |= {field: REASONS[field] for field in wrong if field in REASONS}
+    if unknown := {field: config[field] for field in wrong if field not in REASONS}:
+        rest = ("is no field", "leave it out") if len(unknown) == 1 else ("are no fields", "leave them out")
+        default = f"{fields_shown(unknown)} {rest[0]} of LoRA that is served: {rest[1]} or neutral."
+        refusals |= dict.fromkeys(unknown, default)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(TRAINED_BASE):
         refusals["init_lora_weights"] = (

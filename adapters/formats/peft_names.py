@@ -106,6 +106,6 @@ def _blocks(layers: Mapping[str, tuple[int, int]], rules: list[tuple[re.Pattern[
 
 
 def _gpt_oss(parent: str, layers: Mapping[str, tuple[int, int]]) -> bool:
-    """Of the families that call a block `experts`, gpt-oss alone keeps it in `mlp` beside a linear `router`; its gate
-    and up take turns. The order in the others is not known here, so they are not served in this form."""
+    """Among the families that call a block `experts`, gpt-oss alone keeps it in `mlp` beside a linear `router`; its
+    gate and up take turns. The order in the others is not known here, so they are not served in this form."""
     return parent.endswith(".mlp") and f"{parent}.router" in layers

@@ -117,7 +117,8 @@ class DecodeKernel:
         self._kernels: dict[tuple[int, int, str, bool, bool], Callable[..., Any]] = {}
 
     def takes(self, x: mx.array, width: int, rank: int, dtype: mx.Dtype) -> bool:
-        """Whether it is written for x [rows, …, in] of this many inputs: one token a row, in the dtype of the stack."""
+        """Returns whether it is written for x [rows, …, in] of this many inputs: one token a row, in the dtype of the
+        stack."""
         one_token = x.size == x.shape[0] * width
         whole = width % _numbers(dtype) == 0 and rank % 8 == 0 and 0 < rank <= MOST_RANK
         return one_token and whole and x.dtype == dtype and dtype in (mx.float32, mx.bfloat16, mx.float16)

@@ -76,7 +76,7 @@ class SlotStack:
         self.one_slot: mx.array | None = None
         """That slot, uint32 [1], where a kernel reads it."""
         self.scales = False
-        """Whether any row in use has a gain."""
+        """True if any row in use has a gain."""
         self.kernel = kernel
         """What adds the products of a linear layer in one launch, where there is such a thing."""
 

@@ -255,8 +255,8 @@ def touched(prepared: PreparedBundle) -> Iterator[str]:
 
 
 def _parts_head(prepared: PreparedBundle, tied: str) -> bool:
-    """Whether the head that shares the embedding's weight no longer does: a low-rank part changes one of the two, and
-    a whole tensor in place of the embedding's takes the head along unless there is one for it."""
+    """Returns whether the head that shares the embedding's weight no longer does: a low-rank part changes one of the
+    two, and a whole tensor in place of the embedding's takes the head along unless there is one for it."""
     merged = prepared.bundle.spec.modules.keys() if prepared.mode == "merged" else set()
     return TIED_WEIGHT in prepared.dense or tied in merged or TIED_HEAD in merged
 

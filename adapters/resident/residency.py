@@ -83,7 +83,7 @@ class ResidentVersions:
     ) -> None:
         self.slots = AdapterSlots(model, layers, dtype, unfit, kernel)
         self.sets = ParameterSets(model, layers, parameters)
-        self._limit = limit
+        self.limit = limit
         self._residents: dict[Content, _Resident] = {}
         self._work: _Work | None = None
 
@@ -197,15 +197,15 @@ class ResidentVersions:
         if packed:
             raise QuantisedBase(packed)
         if _has_set(prepared):
-            if self._limit is not None:
+            if self.limit is not None:
                 self.slots.trim()  # What nobody uses must not be the reason to refuse.
-            room = None if self._limit is None else self._limit - self.nbytes
+            room = None if self.limit is None else self.limit - self.nbytes
             return _Work(prepared, build=self.sets.begin(prepared, room))
         return _Work(prepared, staging=self._begin_slot(prepared) if _has_slot(prepared) else None)
 
     def _begin_slot(self, prepared: PreparedBundle, parameters: int = BASE_SET) -> Staging:
         total = self.slots.nbytes_with(prepared.bundle) + self.sets.nbytes
-        if self._limit is not None and total > self._limit:
+        if self.limit is not None and total > self.limit:
             raise WeightsFull(f"with it all of them would take {total} bytes")
         self.sets.mount(parameters)
         return self.slots.begin(prepared)

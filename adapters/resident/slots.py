@@ -225,16 +225,16 @@ class AdapterSlots:
         self._select(wanted)
         self._routed = wanted
 
-    def lent(self) -> tuple[tuple[str, ...], list[mx.array]]:
-        """What the wrapped layers read as they are aimed now: which fields of each stack, and all their arrays. Hold
-        them no longer than a forward: a write copies a stack that somebody holds."""
-        lent = [stack.lent() for stack in self._stacks.values()]
-        return tuple(fields for fields, _ in lent), [array for _, arrays in lent for array in arrays]
+    def lent(self) -> tuple[tuple[tuple[str, str], ...], list[mx.array]]:
+        """What the wrapped layers read as they are aimed now: the path and the fields of each stack that they read, and
+        all their arrays. Hold them no longer than a forward: a write copies a stack that somebody holds."""
+        lent = [(path, *stack.lent()) for path, stack in self._stacks.items()]
+        return tuple((path, fields) for path, fields, _ in lent if fields), [a for *_, arrays in lent for a in arrays]
 
     @contextmanager
     def reading(self, arrays: Sequence[mx.array]) -> Iterator[None]:
         """Within it every stack reads these arrays, in the order of `lent`, as while a forward is traced."""
-        fields = self.lent()[0]
+        fields = [stack.lent()[0] for stack in self._stacks.values()]
         left, before = list(arrays), []
         for stack, names in zip(self._stacks.values(), fields, strict=True):
             before += stack.read(names, left)

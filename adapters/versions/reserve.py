@@ -11,7 +11,7 @@ BLOCK = 4096
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it failed for want of room."""
+    """Returns whether it failed for want of room."""
     return error.errno in FULL
 
 
@@ -33,7 +33,7 @@ class Reserve:
                 raise
 
     def give(self) -> bool:
-        """Whether there was any, which is free now."""
+        """Returns whether there was any, which is free now."""
         if os.fstat(self._descriptor).st_size == 0:
             return False
         os.ftruncate(self._descriptor, 0)

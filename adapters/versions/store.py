@@ -196,7 +196,7 @@ class StateStore:
             self._refill()
 
     def _written(self, record: NameRecord) -> bool:
-        """Whether there was room for it."""
+        """Returns whether there was room for it."""
         try:
             self.write(record)
         except OSError as error:
@@ -223,11 +223,11 @@ class StateStore:
             log.warning("There is no reserve in the state directory: %s", error)
 
     def says(self, record: NameRecord) -> bool:
-        """Whether this is on disk for certain, so that there is nothing to write."""
+        """Returns whether this is on disk for certain, so that there is nothing to write."""
         return self.records.get(record.name) == record and not self.doubts(record.name)
 
     def doubts(self, name: str) -> bool:
-        """Whether the file of a name may say something else than `records`, after a write that failed late."""
+        """Returns whether the file of a name may say something else than `records`, after a write that failed late."""
         return name in self._doubtful
 
     def sweep(self) -> None:

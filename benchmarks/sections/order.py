@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 SECTIONS = {
+    "step": "benchmarks.sections.server.step",
     "decode": "benchmarks.sections.engine.decode",
     "http": "benchmarks.sections.server.http",
     "staggered": "benchmarks.sections.engine.staggered",

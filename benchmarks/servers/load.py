@@ -80,14 +80,21 @@ async def _exchange(url: str, path: str, body: bytes) -> tuple[int, dict[str, st
         writer.close()
 
 
-async def drive(url: str, path: str, requests: Iterable[dict[str, Any]], clients: int) -> Drive:
-    """Send all requests from `clients` clients, each with one request open; each takes the next when it is answered."""
+async def drive(
+    url: str, path: str, requests: Iterable[dict[str, Any]], clients: int, *, apart_s: float = 0.0
+) -> Drive:
+    """Send all requests from `clients` clients, each with one request open; each takes the next when it is answered.
+    `apart_s` lies between two of them, for a server that lets only a few connections wait to be accepted."""
     bodies = [json.dumps(request).encode() for request in requests]
     waiting = iter(enumerate(bodies))
     answers: dict[int, Answer] = {}
+    gate = asyncio.Lock()
 
     async def client() -> None:
         for index, body in waiting:
+            if apart_s:
+                async with gate:
+                    await asyncio.sleep(apart_s)
             answers[index] = await post(url, path, body)
 
     began = time.perf_counter()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-START_S = 120.0
+START_S = 300.0
+"""Until a server is ready: a large model, on a device whose kernels are made at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Served:
 
     @property
     def resident_mb(self) -> float:
-        """Of the process."""
+        """Memory of the process."""
         shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=True)
         return int(shown.stdout) / 1024
 

@@ -1,4 +1,4 @@
-"""Whether mlx-lm's block of stacked experts gives one result for one input, however often it is asked.
+"""Asks whether mlx-lm's block of stacked experts gives one result for one input, however often it is asked.
 
 `python -m benchmarks.studies.expert_repeats [--repeats 200]` asks with few choices, which are taken as they come, and
 with many, which the block sorts by expert; it prints how many repeats differ from the first and by how much.

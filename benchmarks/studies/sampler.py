@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rollout_server.engine.sampling.filter_kernel import FilterKernel
 
 THREADS = (256, 512, 1024)
-"""Of a row, with which the kernel is measured."""
+"""Threads of a row, with which the kernel is measured."""
 Call = Callable[[], "list[mx.array]"]
 
 

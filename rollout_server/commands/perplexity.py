@@ -104,7 +104,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of `tokens` tokens under one version: the sum of their negative log-probabilities, nats."""
+    """The negative log-probabilities of `tokens` tokens under one version, summed; nats."""
 
     version: PolicyRef
     tokens: int

@@ -9,6 +9,19 @@ import typer
 
 from rollout_server.commands.asking.server_choice import Adapters
 from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
+from rollout_server.commands.terminal.engine_options import (
+    AdapterDir,
+    Attention,
+    KvBits,
+    KvMemory,
+    MaxBatch,
+    Prefer,
+    PrefillTokens,
+    PrefixCache,
+    StateDir,
+    Warm,
+    WeightsMemory,
+)
 
 
 def serve(
@@ -20,24 +33,23 @@ def serve(
     context_length: Annotated[int | None, option("Tokens of prompt and reply; at most the model's.")] = None,
     host: Annotated[str | None, option("Address to listen on; loopback unless keys are set.", "127.0.0.1")] = None,
     port: Annotated[int | None, option("Port to listen on; 0 takes a free one.", "8000")] = None,
-    max_batch: Annotated[int | None, option("Rows that decode together.", "64")] = None,
-    kv_memory: Annotated[str | None, option("Memory for keys and values, as 512MB or 2GiB.", metavar="SIZE")] = None,
-    kv_bits: Annotated[int | None, option("8 keeps keys and values in 8 bits, which log-probabilities show.")] = None,
-    prefix_cache: Annotated[
-        str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
-    ] = None,
-    weights_memory: Annotated[str | None, option("Device memory for versions.", metavar="SIZE")] = None,
+    max_batch: MaxBatch = None,
+    prefill_tokens: PrefillTokens = None,
+    prefer: Prefer = None,
+    attention: Attention = None,
+    warm: Warm = None,
+    kv_memory: KvMemory = None,
+    kv_bits: KvBits = None,
+    prefix_cache: PrefixCache = None,
+    weights_memory: WeightsMemory = None,
     max_queue: Annotated[int | None, option("Requests open at once; more are answered 429.", "4096")] = None,
     max_rows_per_request: Annotated[int | None, option("Rows of one request; more are answered 400.", "65536")] = None,
     keep_versions: Annotated[int | None, option("Newest versions kept of each name.", "8")] = None,
-    state_dir: Annotated[
-        str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
-    ] = None,
-    adapter_dir: Annotated[
-        str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")
-    ] = None,
+    state_dir: StateDir = None,
+    adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     allow_host: Annotated[
@@ -57,7 +69,6 @@ def serve(
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
-
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config)

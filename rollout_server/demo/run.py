@@ -25,7 +25,7 @@ START_S = 120.0
 STOP_S = 15.0
 """Longest wait for a process that was asked to end."""
 LOG_LINES = 20
-"""Of a log shown in an error."""
+"""How much of a log is shown in an error."""
 
 
 class DemoFailed(RuntimeError):

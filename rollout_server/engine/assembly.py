@@ -9,11 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+import mlx.core as mx
+
 from adapters.placement import BASE_SET
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
+from rollout_server.engine.batch.measured_reading import cells_of, readings
 from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -21,12 +24,14 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
+from rollout_server.engine.messages.options import EngineOptions, Prefer
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.model.compiled import CompiledDecode
+from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.warm import WarmUp
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -39,6 +44,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.timeline import Timeline
 
 
 def build_engine(
@@ -47,27 +53,26 @@ def build_engine(
     mailbox: queue.SimpleQueue[Command],
     post: Callable[[list[Event]], None],
     show: Callable[[EngineStatus], None],
+    options: EngineOptions,
     *,
-    prefill_tokens: int,
-    prefix_cache: bool = True,
     clock: Callable[[], float] = time.perf_counter,
     device_fault: Callable[[], str | None] = device_fault,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed."""
-    info, blame = model.info, Blame()
-    eos = frozenset(info.eos_token_ids)
+    `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
+    info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
-    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=prefix_cache and info.cache == "slots")
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
     scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, reports, eos, info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
-    pause_state = PauseState(reports)
-    memory = Memory(batches, policies, prefix_reuse, requests, scoring, info)
+    pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
+    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
     return Engine(
         mailbox,
         post,
@@ -81,21 +86,32 @@ def build_engine(
         tasks=tasks,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=TurnBudget(prefill_tokens, clock, planned if model.compiles else lambda tokens: tokens),
+        budget=budget_of(model, policies, ledger, most, clock, options.prefer),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
-        ledger=ledger,
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         blame=blame,
         device_fault=device_fault,
+        timeline=timeline,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
+
+
+def warmed(
+    model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
+) -> None:
+    """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
+    meanwhile is that the engine shall stop."""
+    if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
+        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
+        warm_up.run(lambda: not mailbox.empty())
 
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
     requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
-    ledger.register("prompts", lambda: requests.kept_cells)
+    ledger.register("prompts", requests.kept_cells)
     return requests
 
 
@@ -106,14 +122,17 @@ def batches_of(
     ledger: KVLedger,
     reports: Reports,
     blame: Blame,
+    traces: Traces,
+    timeline: Timeline,
 ) -> Batches:
-    """Rows of every parameter set; what their steps cost can be measured where they have columns."""
+    """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
+    the base."""
 
     def measured(width: int) -> StepCosts:
         return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
 
     return Batches(
-        partial(batch_of, model, policies, prefix_reuse, ledger),
+        partial(batch_of, model, policies, prefix_reuse, ledger, traces, timeline),
         model.make_store(),
         ledger,
         reports,
@@ -123,26 +142,53 @@ def batches_of(
     )
 
 
+def budget_of(
+    model: ResidentModel,
+    policies: PolicyTable,
+    ledger: KVLedger,
+    most: int,
+    clock: Callable[[], float],
+    prefer: Prefer,
+) -> TurnBudget:
+    """What a turn reads, at most `most` tokens; what that costs can be measured where there is room for it."""
+
+    def measured(most: int) -> list[tuple[int, float]]:
+        longest = min(most, model.info.max_model_len)
+        if model.info.cache != "slots" or not ledger.fits(cells_of(longest)):
+            return []
+        return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
+
+    rounded = planned if model.compiles else lambda tokens: tokens
+    return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
+
+
 def batch_of(
-    model: ResidentModel, policies: PolicyTable, prefix_reuse: PrefixReuse, ledger: KVLedger, parameters: int
+    model: ResidentModel,
+    policies: PolicyTable,
+    prefix_reuse: PrefixReuse,
+    ledger: KVLedger,
+    traces: Traces,
+    timeline: Timeline,
+    parameters: int,
 ) -> Batch:
-    """An empty batch whose forwards run on a parameter set."""
+    """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
+    other sets go with their batch."""
     store, route = model.make_store(), policies.router(parameters)
     prefixes = None
     decode: Forward = model.forward
     if isinstance(store, PaddedKV):
-        decode = CompiledDecode(model.forward, store, policies.routed) if model.compiles else decode
+        own = traces if parameters == BASE_SET else Traces()
+        decode = CompiledDecode(model.forward, store, policies.routed, own) if model.compiles else decode
         prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
-    # Copies of rows that left are made behind the step that was in flight then.
-    before_read = prefixes.finish if prefixes is not None else lambda: None
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, before_read, model.filter_kernel),
+        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
         prefixes,
+        timeline=timeline,
     )

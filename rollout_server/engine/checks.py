@@ -1,4 +1,4 @@
-"""Whether the model can take what a request asks for: what is wrong is said before it is queued."""
+"""Checks whether the model can take what a request asks for: what is wrong is said before it is queued."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class EngineHandle:
         return self._status
 
     async def ping(self, timeout_s: float) -> bool:
-        """Whether the engine thread answers between two turns within `timeout_s` seconds."""
+        """Returns whether the engine thread answers between two turns within `timeout_s` seconds."""
         if self.status.state != "ready":
             return False
         try:

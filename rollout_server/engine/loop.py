@@ -15,7 +15,6 @@ from collections.abc import Callable
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
-from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.control import (
     Abort,
     Pause,
@@ -29,7 +28,7 @@ from rollout_server.engine.messages.control import (
 )
 from rollout_server.engine.messages.rollouts import Command, Event, Submit
 from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score
-from rollout_server.engine.messages.versions import PolicyCommand
+from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -38,10 +37,12 @@ from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scheduling.on_update import VersionSwitcher
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
-from rollout_server.engine.scheduling.turn_budget import Kind, TurnBudget
+from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.engine.scheduling.turn_costs import Kind
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ IDLE_WAIT_S = 1.0
 
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
-    are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to."""
+    are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to,
+    and `prepare` does what is to be done before the first turn."""
 
     def __init__(
         self,
@@ -72,10 +74,11 @@ class Engine:
         pause_state: PauseState,
         memory: Memory,
         prefix_reuse: PrefixReuse,
-        ledger: KVLedger,
         status: StatusBoard,
         blame: Blame,
         device_fault: Callable[[], str | None],
+        timeline: Timeline,
+        prepare: Callable[[], object],
     ) -> None:
         self._mailbox = mailbox
         self._post = post
@@ -93,65 +96,78 @@ class Engine:
         self._pause_state = pause_state
         self._memory = memory
         self._prefix_reuse = prefix_reuse
-        self._ledger = ledger
         self._status = status
         self._blame = blame
         self._device_fault = device_fault
-        self._releases: deque[Release] = deque()
+        self._timeline = timeline
+        self._prepare = prepare
         self._stopping = False
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Turns until a `Stop` arrives. An exception out of here means the engine is dead."""
-        self._batches.learn_costs()
+        with self._timeline.part("warm"):
+            self._prepare()
+            self._batches.learn_costs()
+            self._budget.learn_costs()
         self._status.show()
         while not self._stopping:
             self.turn()
 
     def turn(self) -> None:
-        self._take_commands()
-        self._end_overdue()
-        try:
-            self._compute()
-        except Exception as error:  # the one place: whatever a step raises fails its rows by name
-            self._fail_step(error)
-        if self._reports.has_met:
-            self._reports.end_met(self._batches.rows, self._batches.joining)
-        self._pause_state.answer(self._computing)
-        self._tell()
+        with self._timeline.turn() as turn:
+            with self._timeline.part("take"):
+                self._take_commands()
+            self._end_overdue()
+            try:
+                self._compute()
+            except Exception as error:  # the one place: whatever a step raises fails its rows by name
+                turn.note(error=type(error).__name__)
+                self._fail_step(error)
+            if self._reports.has_met:
+                self._reports.end_met(self._batches.rows, self._batches.joining)
+            self._pause_state.answer(self._computing)
+            with self._timeline.part("tell"):
+                self._tell()
 
     def _compute(self) -> None:
         self._give_back()
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._budget.begin(decoding=self._batches.active, rows=self._batches.size)
+        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
         self._admission.call_back()
         if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
             return
-        self._admit()
-        self._prefill()
+        part = self._timeline.part
+        with part("admit"):
+            self._admit()
+        with part("prefill"):
+            self._prefill()
         # Behind the step in flight and before the next one: rows wait for it once, and are told of their tokens then.
         self._score()
-        self._preemption.make_room()
-        self._step()
+        with part("make room"):
+            self._preemption.make_room()
+        with part("decode"):
+            self._step()
         self._budget.end()
-        self._share_out()
+        with part("share out"):
+            self._memory.share_out()
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and not self._pause_state.paused:
+        if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
             wanting.append("prefill")
         if self._scoring.busy:
             wanting.append("scoring")
-        self._budget.divide(wanting)
+        self._budget.divide(wanting, self._admission.joining)
 
     def _prefill(self) -> None:
         """The step in flight is read first, but only where groups that join are read or leave."""
@@ -161,6 +177,7 @@ class Engine:
             return
         self._batches.settle_and_release()
         self._batches.drop_cancelled()
+        self._preemption.let_grow()
         if self._batches.reading and share:
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
 
@@ -176,10 +193,14 @@ class Engine:
         if share := self._budget.share("scoring"):
             crowded = self._requests.crowded or bool(self._batches.preempted)
             alone = not self._batches.size
-            self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
+            before = self._budget.tokens
+            with self._timeline.part("score") as part:
+                self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
+                part.note(tokens=self._budget.tokens - before)
 
     def _step(self) -> None:
-        if self._batches.active:
+        joining = self._admission.joining
+        if self._batches.active and self._budget.steps(rows=self._batches.size - joining, joining=joining):
             self._batches.step()
             self._batches.release(few=True)
         self._batches.rearrange()
@@ -187,19 +208,11 @@ class Engine:
         for group in self._reports.take_complete():
             self._tasks.score_rows(group)
 
-    def _share_out(self) -> None:
-        """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
-        held = self._batches.held_cells
-        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._prefix_reuse.cells, rows=held):
-            self._batches.drop_idle()
-        self._prefix_reuse.follow(self._policies.snapshot())
-        self._ledger.leave_rest(rows=held)
-
     def _give_back(self) -> None:
         """Memory that somebody asked for, and what an engine at rest does not need."""
-        while self._releases:
+        while self._memory.releases:
             self._batches.settle_and_release()
-            self._reports.add(self._memory.give_back(self._releases.popleft().id))
+            self._reports.add(self._memory.give_back())
         self._memory.rest(self._busy)
 
     def _tell(self) -> None:
@@ -212,7 +225,7 @@ class Engine:
 
     @property
     def _computing(self) -> bool:
-        """Whether anything is being sampled or scored."""
+        """True if anything is being sampled or scored."""
         batches = self._batches
         return bool(
             batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
@@ -220,8 +233,8 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        """Whether a turn has something to do."""
-        if self._changes or self._releases:
+        """True if a turn has something to do."""
+        if self._changes or self._memory.releases:
             return True
         if self._pause_state.paused:
             return self._computing and not self._pause_state.frozen
@@ -231,13 +244,19 @@ class Engine:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
         wait = 0.0 if self._busy else self._requests.rest(time.monotonic(), IDLE_WAIT_S)
         try:
-            command = self._mailbox.get(timeout=wait) if wait else self._mailbox.get_nowait()
+            command = self._rest(wait) if wait else self._mailbox.get_nowait()
             while True:
-                self._apply(command)
+                with self._timeline.part("apply") as part:
+                    part.note(command=type(command).__name__)
+                    self._apply(command)
                 self._tell()
                 command = self._mailbox.get_nowait()
         except queue.Empty:
             return
+
+    def _rest(self, seconds: float) -> Command:
+        with self._timeline.part("idle"):
+            return self._mailbox.get(timeout=seconds)
 
     def _apply(self, command: Command) -> None:
         try:
@@ -264,7 +283,7 @@ class Engine:
                 case ResetPrefixCache():
                     self._reports.add(PrefixCacheReset(command.id, self._prefix_reuse.clear()))
                 case Release():
-                    self._releases.append(command)
+                    self._memory.releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
                 case Stop():
@@ -280,8 +299,12 @@ class Engine:
         """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
             command = self._changes.popleft()
-            with self._blame(command):
-                if not self._change(command):
+            with self._timeline.part("change versions") as part, self._blame(command):
+                part.note(command=type(command).__name__, policy=command.name)
+                done = self._change(command)
+                if isinstance(command, Publish):
+                    self._timeline.push(command.id, command.name, command.before, part, done=done)
+                if not done:
                     self._changes.appendleft(command)
                     return
             for row in self._batches.rows:
@@ -354,7 +377,7 @@ class Engine:
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         for id in list(self._requests.open_requests):
             self._reports.fail(id, error)
-        changes = [change.id for change in [*self._changes, *self._releases]]
+        changes = [change.id for change in [*self._changes, *self._memory.releases]]
         for id in self._scoring.own_requests + self._pause_state.open_requests + changes:
             self._reports.fail(id, error)
         # Events first: the end of the state fails whatever is still open on the other side.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
 
@@ -49,20 +50,17 @@ class EngineThread(threading.Thread):
             from rollout_server.engine.policies.table import PolicyTable
             from rollout_server.engine.sampling.grammars import Grammars
 
-            model = load(self._options)
-            policies = PolicyTable(model, self._options)
-            engine = build_engine(
-                model,
-                policies,
-                self._mailbox,
-                self._post,
-                self._show,
-                prefill_tokens=self._options.prefill_tokens,
-                prefix_cache=self._options.prefix_cache,
-            )
-            self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
-            self.info, self.tokenizer = model.info, model.host_tokenizer
-            engine.run()
+            with Timeline(self._options.trace) as timeline:
+                with timeline.part("load") as part:
+                    part.note(model=self._options.model_id)
+                    model = load(self._options)
+                policies = PolicyTable(model, self._options)
+                engine = build_engine(
+                    model, policies, self._mailbox, self._post, self._show, self._options, timeline=timeline
+                )
+                self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
+                self.info, self.tokenizer = model.info, model.host_tokenizer
+                engine.run()
         except RolloutError as error:
             cause = error  # a sentence for the user; it needs no traceback
         finally:

@@ -52,8 +52,8 @@ def refusal(scope: HTTPScope, config: ServerConfig) -> RolloutError | None:
 
 
 def is_last(scope: HTTPScope) -> bool:
-    """Whether the connection ends with the reply: nobody knows where the next request would begin, or it is in the
-    way of others."""
+    """Returns whether the connection ends with the reply: nobody knows where the next request would begin, or it is in
+    the way of others."""
     return bool(scope.get("state", {}).get(CROWDED)) or _is_ambiguous(scope)
 
 

@@ -39,7 +39,7 @@ class BlasChoice:
 
     @property
     def missing(self) -> bool:
-        """Whether this machine would be faster with a library that was not found."""
+        """True if this machine would be faster with a library that was not found."""
         return self.fix is not None
 
     def __str__(self) -> str:

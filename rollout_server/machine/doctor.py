@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_server.machine.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
+from rollout_server.machine.device_defaults import USUAL_SHAPES, Device, DeviceDefaults, choose
 from rollout_server.open_files import OpenFiles, raise_limit
 
 MINIMUM_MLX = (0, 32)
@@ -49,9 +50,13 @@ class Report:
     versions: dict[str, str]
     blas: BlasChoice
     gflops: float | None
+    bandwidth: float | None
+    """GB/s that an elementwise operation reads and writes."""
     memory: dict[str, int]
     files: OpenFiles
     """As a server has them, which raises the limit as far as it may."""
+    defaults: dict[str, DeviceDefaults]
+    """What a server would choose here for models of usual shapes, by their names."""
     checks: tuple[Check, ...]
     advice: tuple[str, ...]
 
@@ -74,16 +79,20 @@ def examine() -> Report:
     if all(check.ok for check in checks):
         checks.append(check_import())
     device, name, gflops, memory = "none", "unknown", None, machine_memory()
+    bandwidth, defaults = None, dict[str, DeviceDefaults]()
     if all(check.ok for check in checks):
         # Lazy: an mlx that is too old or broken is reported, not imported.
         import mlx.core as mx
 
-        from rollout_server.machine import selftest
+        from rollout_server.machine import selftest, this_device
 
         device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
         info = mx.device_info()
         name = str(info.get("device_name", "unknown"))
         gflops = round(measure_gflops(), 1)
+        speed = this_device.measure_bandwidth()
+        bandwidth = round(speed / 1e9, 1)
+        defaults = usual_defaults(Device(this_device.device_memory(), speed, device == "cpu"))
         checks += run_checks(selftest.CHECKS)
         memory |= {f"device_{key}": int(value) for key, value in info.items() if key.endswith("size")}
         memory |= {"mlx_limit": mx.get_memory_limit(), "mlx_peak": mx.get_peak_memory()}
@@ -95,8 +104,10 @@ def examine() -> Report:
         versions=versions,
         blas=blas,
         gflops=gflops,
+        bandwidth=bandwidth,
         memory=memory,
         files=files,
+        defaults=defaults,
         checks=tuple(checks),
         advice=tuple(_advice(blas, versions, files)),
     )
@@ -171,6 +182,12 @@ def measure_gflops(side: int = PRODUCT_SIDE, seconds: float = PRODUCT_SECONDS) -
     return 2 * side**3 / min(times) / 1e9
 
 
+def usual_defaults(device: Device) -> dict[str, DeviceDefaults]:
+    """What `device_defaults.choose` says for usual models, those that the device holds."""
+    sizes = {name: shape.footprint(device) for name, shape in USUAL_SHAPES.items()}
+    return {name: choose(device, size) for name, size in sizes.items() if size.weights < device.memory}
+
+
 def machine_memory() -> dict[str, int]:
     """Physical memory of the machine and, on Linux, what is available of it."""
     memory = {"physical": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
@@ -203,9 +220,12 @@ def print_report(report: Report) -> None:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     table.add_row("BLAS", report.blas.reason.removeprefix("BLAS: "))
     if report.gflops is not None:
-        table.add_row("speed", f"{report.gflops:.1f} GFLOP/s, float32 product of {PRODUCT_SIDE} x {PRODUCT_SIDE}")
+        speed = f"{report.gflops:.1f} GFLOP/s, float32 product of {PRODUCT_SIDE} x {PRODUCT_SIDE}"
+        table.add_row("speed", speed + (f"; memory at {report.bandwidth:.1f} GB/s" if report.bandwidth else ""))
     table.add_row("memory", ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in report.memory.items()))
     table.add_row("files", str(report.files))
+    for name, chosen in report.defaults.items():
+        table.add_row("defaults", f"for {name}. {' '.join(chosen.sentences())}")
     for check in report.checks:
         table.add_row("[green]passed[/]" if check.ok else "[red]FAILED[/]", f"{check.name}: {check.detail}")
     for advice in report.advice:

@@ -48,7 +48,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> tuple[Path,
 
 
 def check_files(directory: Path, name: str) -> None:
-    """Whether what mlx-lm reads is there. Raises `InvalidField` that says what is there instead."""
+    """Returns whether what mlx-lm reads is there. Raises `InvalidField` that says what is there instead."""
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise InvalidField(

@@ -54,6 +54,21 @@ class Request(BaseModel):
         return kept
 
 
+class SamplingNumbers(Request):
+    """How to sample, on every route: what `rollout.SamplingParams` takes as it stands, under its name and within its
+    domains. What a reply says a row was sampled by has the same fields."""
+
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
+
+
 # Tags are put in angle brackets so that the place of an error can be written without them.
 ONE, MANY = "<one>", "<many>"
 

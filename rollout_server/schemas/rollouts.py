@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.quoting import quoted
@@ -15,6 +15,7 @@ from rollout_server.schemas.fields import (
     PolicyText,
     Request,
     RequestId,
+    SamplingNumbers,
     Seed,
     TokenIds,
     Whole,
@@ -27,21 +28,12 @@ from rollout_server.schemas.structured import EffectiveStructure, Structured
 SERVED_RETURNS = ("text", "sampling_logprobs", "entropy", "base_logprobs", "prompt_logprobs")
 
 
-class SamplingOptions(Structured):
+class SamplingOptions(SamplingNumbers, Structured):
     """How to sample; the domains of the numbers are those of `rollout.SamplingParams`."""
 
     max_tokens: Count | None = Field(default=None, description="What fits, if absent.")
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
     stop: OneOrMany = Field(default_factory=list, description="Up to 64 strings.")
     stop_token_ids: TokenIds = Field(default_factory=list)
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
     logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None
 
@@ -214,19 +206,15 @@ class RowTimings(BaseModel):
     decode: float
 
 
-class EffectiveSampling(BaseModel):
+_REQUIRED: dict[str, Any] = {name: (field.annotation, ...) for name, field in SamplingNumbers.model_fields.items()}
+_Numbers: Any = create_model("_Numbers", **_REQUIRED)
+"""The numbers of a request, each of them there: a reply leaves none out."""
+
+
+class EffectiveSampling(_Numbers):
     max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
     stop: list[str]
     stop_token_ids: list[int]
-    ignore_eos: bool
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
     logit_bias: dict[str, float]
     structured_outputs: EffectiveStructure | None
 

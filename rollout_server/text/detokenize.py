@@ -90,7 +90,7 @@ class IncrementalText:
 
     @property
     def pending(self) -> bool:
-        """Whether the last tokens wait for the rest of a character."""
+        """True if the last tokens wait for the rest of a character."""
         return bool(self._bytes)
 
     def tail(self, characters: int) -> str:

@@ -61,7 +61,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    """Whether containers are nested deeper than `levels`; looks at containers only, level by level."""
+    """Returns whether containers are nested deeper than `levels`; looks at containers only, level by level."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(levels):
         level = [inner for outer in level for inner in _containers(outer)]

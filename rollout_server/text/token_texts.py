@@ -41,7 +41,7 @@ class TokenTexts:
         kinds = decoder_kinds(tokenizer)
         self._alone = kinds is not None and kinds <= LOOK_NO_FURTHER
         self.each_byte = kinds is None or BYTE_FALLBACK in kinds
-        """Whether every byte of a broken character becomes a U+FFFD of its own, as with byte-fallback; else there is
+        """True if every byte of a broken character becomes a U+FFFD of its own, as with byte-fallback; else there is
         one for all that could still have become a character."""
         self._first: dict[int, str | bytes] = {}
         self._behind: dict[int, str | bytes] = {}

@@ -1,4 +1,4 @@
-"""Adapters that lie in a directory of this machine, and what a policy may be called."""
+"""Adapters that lie in a directory of this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from adapters.formats.read import read_bundle
 from adapters.prepare import PreparedBundle, prepare
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.errors import AdapterInvalid, InvalidField
-from rollout_server.quoting import quoted
-from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
+from rollout_server.errors import AdapterInvalid
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapters.safetensors")
@@ -34,11 +32,3 @@ def read_adapter_directory(directory: Path, info: ModelInfo) -> PreparedBundle:
         raise from_adapters(error) from error
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"{directory} cannot be read: {error}", param="adapter") from error
-
-
-def check_name(name: str, base_id: str) -> None:
-    """Whether a policy may be called so."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise InvalidField(f"{quoted(name)} is not a policy name, which is {NAME_RULE}.", param="name")
-    if name in (BASE, base_id):
-        raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")

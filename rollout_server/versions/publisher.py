@@ -1,4 +1,5 @@
-"""Changes to versions, in their order: on disk first where there is a state directory, then in the engine.
+"""What policies may be called, and changes to their versions: on disk first if there is a state directory, then in the
+engine.
 
 Without one a change is one engine command. With one, changes go one at a time: what the directory will say is written
 first, and only then does the engine do it, so a disk that fails changes nothing, and nothing is answered before it is
@@ -35,12 +36,22 @@ from rollout_server.engine.messages.versions import (
     RestoredVersion,
 )
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, StorageFailed
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 from rollout_server.versions import predicted_records
 
 log = logging.getLogger("rollout_server.http")
 
 T = TypeVar("T")
 C = TypeVar("C", Activate, Pin, Delete)
+
+
+def check_name(name: str, base_id: str) -> None:
+    """Raises `InvalidField` unless a policy may be called so."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidField(f"{quoted(name)} is not a policy name, which is {NAME_RULE}.", param="name")
+    if name in (BASE, base_id):
+        raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")
 
 
 class Publisher:
@@ -56,7 +67,7 @@ class Publisher:
 
     @property
     def restored(self) -> bool:
-        """Whether the versions of the state directory are there: before that, nothing can be said of any name."""
+        """True if the versions of the state directory are there: before that, nothing can be said of any name."""
         return self._restored
 
     async def close(self) -> None:
@@ -146,14 +157,15 @@ class Publisher:
         digest, name = publish.bundle.digest, publish.name
         began = time.perf_counter()
         await self._write(store.put, publish.bundle)
-        put_s = time.perf_counter() - began
+        put = time.perf_counter()
         try:
-            staged = await self._engine.publish(replace(publish, provisional=True))
+            before = (*publish.before, ("persist", began, put))
+            staged = await self._engine.publish(replace(publish, provisional=True, before=before))
         except RolloutError:
             await asyncio.to_thread(store.forget, digest)
             raise
         number = staged.version.number
-        began = time.perf_counter()
+        put_s, began = put - began, time.perf_counter()
         try:
             shown = self._shown(name)
             if shown is not None:
@@ -167,10 +179,11 @@ class Publisher:
             await self._settle(name, store, number)
             await asyncio.to_thread(store.forget, digest)
             raise
-        persist_s = put_s + time.perf_counter() - began
+        written = time.perf_counter()
+        persist_s = put_s + written - began
         try:
             # It is known now, so this stages nothing and looks at no condition again.
-            done = await self._engine.publish(publish)
+            done = await self._engine.publish(replace(publish, before=(("persist", began, written),)))
         finally:
             await self._settle(name, store)
         return replace(done, unchanged=staged.unchanged, stage_ms=staged.stage_ms, persist_ms=1e3 * persist_s)

@@ -13,8 +13,8 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.model_source.model_files import resolve_model
-from rollout_server.versions.adapter_directory import check_name, read_adapter_directory
-from rollout_server.versions.publisher import Publisher
+from rollout_server.versions.adapter_directory import read_adapter_directory
+from rollout_server.versions.publisher import Publisher, check_name
 
 log = logging.getLogger("rollout_server.http")
 
@@ -27,6 +27,10 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         model_id=config.served_model_name or name,
         context_length=config.context_length,
         max_batch=config.max_batch,
+        prefill_tokens=config.prefill_tokens,
+        prefer=config.prefer,
+        attention=config.attention,
+        warm=config.warm == "on",
         kv_memory=config.kv_memory,
         kv_bits=config.kv_bits,
         prefix_cache=config.prefix_cache == "on",
@@ -34,6 +38,7 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,
         keep_versions=config.keep_versions,
+        trace=None if config.trace is None else str(config.trace.expanduser()),
     )
 
 

@@ -41,6 +41,7 @@ def test_the_reward_rises_and_trainer_and_server_agree(settings: Settings) -> No
     assert all(step.push_ms is not None and step.push_ms > 0 for step in steps)
 
 
+@pytest.mark.long
 def test_without_a_learning_rate_the_reward_stays_flat(settings: Settings) -> None:
     steps = steps_of(replace(settings, policy="flat", steps=6, learning_rate=0.0))
     # Equal weights have one digest: pushing them again makes no new version.

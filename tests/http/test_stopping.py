@@ -107,8 +107,9 @@ def test_a_stream_that_goes_on_coming_does_not_hold_it_up(problem: Callable[...,
         assert {entry["level"] for entry in server.ended()} == {"info"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("pause_s", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("number", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.2)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_second_signal_leaves_no_traces(number: signal.Signals, pause_s: float) -> None:
     with fake_server() as server, connect(server.url) as hanging, connect(server.url) as sending:
         hanging.sendall(b"POST /v1/rollouts HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(HANGS) + HANGS)

@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,16 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def places(paths: Iterable[Path], breaks: Callable[[ast.AST], bool]) -> list[str]:
     """`file:line` of every syntax node that breaks a law."""
     found = []
     for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         found += [f"{name_of(path)}:{getattr(node, 'lineno', 1)}" for node in ast.walk(tree) if breaks(node)]
     return found
 
@@ -76,7 +82,7 @@ def places(paths: Iterable[Path], breaks: Callable[[ast.AST], bool]) -> list[str
 def imports(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """(`file:line`, full name of the module) of every import statement, wherever it stands."""
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             place = f"{name_of(path)}:{getattr(node, 'lineno', 1)}"
             if isinstance(node, ast.Import):
                 yield from ((place, alias.name) for alias in node.names)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,20 +40,26 @@ def run(code: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_trainer_loop_and_the_example_run_as_written() -> None:
-    """Only the port is another one, and the number of steps smaller."""
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Where the embedded model is served."""
+    with live_server(None) as server:
+        yield server.url
+
+
+def test_the_trainer_loop_and_the_example_run_as_written(url: str) -> None:
+    """Only the port is another one, and there are fewer steps of fewer prompts."""
     example = (ROOT / "examples" / "grpo_loop.py").read_text(encoding="utf-8")
-    with live_server(None) as server:
-        for code in (code_block(), example):
-            assert "range(30)" in code and "http://127.0.0.1:8000" in code
-            lines = run(code.replace("http://127.0.0.1:8000", server.url).replace("range(30)", "range(3)"))
-            assert len(lines) == 3
+    for code in (code_block(), example):
+        for written, instead in (("http://127.0.0.1:8000", url), ("range(30)", "range(3)"), ("range(32)", "range(4)")):
+            assert written in code
+            code = code.replace(written, instead)
+        assert len(run(code)) == 3
 
 
-def test_the_example_of_replay_and_probe_runs_as_written() -> None:
+def test_the_example_of_replay_and_probe_runs_as_written(url: str) -> None:
     example = (ROOT / "examples" / "check_rollouts.py").read_text(encoding="utf-8")
-    with live_server(None) as server:
-        *rows, probed = run(example.replace("http://127.0.0.1:8000", server.url))
+    *rows, probed = run(example.replace("http://127.0.0.1:8000", url))
     assert [line.split(": ")[1] for line in rows] == ["exact"] * 8
     assert probed.startswith("base@0: ") and float(probed.split("kl ")[1]) <= EMBEDDED.of_logprobs([], 100) ** 2 / 2
 

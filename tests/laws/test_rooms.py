@@ -25,6 +25,7 @@ SMALL = {
     "rollout_server/commands/demo.py": "a command, named as it is typed",
     "rollout_server/commands/doctor.py": "a command, named as it is typed",
     "rollout_server/commands/download.py": "a command, named as it is typed",
+    "rollout_server/commands/terminal/engine_options.py": "a table",
     "rollout_server/commands/terminal/progress.py": "shared by several commands",
     "rollout_server/demo/launch.py": "a program that is started as a process of its own",
     "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",
@@ -32,6 +33,9 @@ SMALL = {
     "rollout_server/engine/blame.py": "plain, below every room that does a part of a turn",
     "rollout_server/engine/kv_cache/prompt.py": "plain, below whatever knows arrays",
     "rollout_server/engine/model/device.py": "one thing that the loop asks of the device",
+    "rollout_server/engine/model/encoders/encoder.py": "what loading makes and reading uses",
+    "rollout_server/models/encoders/attention.py": "what the bodies of all encoders share",
+    "rollout_server/engine/sampling/margins.py": "plain, for replies as for the device's checks",
     "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
     "rollout_server/http/requests/spans.py": "one part of a request that several routes read",
@@ -53,8 +57,8 @@ SMALL = {
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
     "benchmarks/studies/expert_repeats.py": "one question to one product",
+    "benchmarks/studies/gpu/latency.py": "one question to a GPU",
     "benchmarks/sections/order.py": "a table",
-    "benchmarks/servers/compared.py": "a process of its own, or its start",
     "benchmarks/servers/peer_server.py": "a process of its own, or its start",
 }
 
@@ -75,8 +79,13 @@ PLAIN = (
     "rollout_server.engine.messages.rollouts",
     "rollout_server.engine.messages.status",
     "rollout_server.engine.requests.queue",
+    "rollout_server.engine.sampling.margins",
     "rollout_server.engine.scheduling.pause",
+    "rollout_server.engine.scheduling.latency",
+    "rollout_server.engine.scheduling.throughput",
     "rollout_server.engine.scheduling.turn_budget",
+    "rollout_server.engine.scheduling.turn_costs",
+    "rollout_server.engine.timeline",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )
@@ -167,12 +176,13 @@ def test_small_modules_have_a_reason() -> None:
     assert not SMALL.keys() - small, f"they have grown or gone: {sorted(SMALL.keys() - small)}"
 
 
-def test_no_docstring_goes_on_where_another_ended() -> None:
+def test_a_docstring_is_no_half_of_a_sentence() -> None:
+    """It neither goes on where another ended, nor hangs on a name, as "of its prompt" and "whether it runs" do."""
     found = []
     for path in modules(*PACKAGES).values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
-            if isinstance(text, str) and text.lower().startswith("and "):
+            if isinstance(text, str) and text.lower().startswith(("and ", "of ", "whether ")):
                 found.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
     assert not found, f"a docstring is a sentence of its own: {found}"
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from rollout_server.cli import app
 from rollout_server.machine import doctor, selftest
 from rollout_server.machine.blas import BlasChoice
+from rollout_server.machine.device_defaults import USUAL_SHAPES, Device
 
 
 @pytest.fixture
@@ -35,6 +36,8 @@ def test_json_is_one_object_with_everything(quick: None) -> None:
     assert report["versions"]["mlx"].startswith("0.32.")
     assert {check["name"] for check in report["checks"]} >= {name for name, _ in selftest.CHECKS}
     assert report["device"] in ("cpu", "gpu") and report["memory"]["physical"] > 2**30
+    assert report["bandwidth"] > 0
+    assert set(report["defaults"]["Qwen3-0.6B"]) == {"max_batch", "prefill_tokens", "kv_memory"}
     assert set(report["blas"]) == {"name", "path", "threads", "reason", "fix"}
 
 
@@ -43,7 +46,22 @@ def test_table_names_every_check(quick: None) -> None:
     assert done.exit_code == 0, done.output
     for name, _ in selftest.CHECKS:
         assert f"passed    {name}: " in done.stdout
-    assert "GFLOP/s" in done.stdout
+    assert "GFLOP/s" in done.stdout and " GB/s" in done.stdout
+
+
+def test_it_says_what_a_server_would_choose_here_and_why() -> None:
+    cpu, gpu = (doctor.usual_defaults(Device(80 * 2**30, 1.8e12, cpu=cpu)) for cpu in (True, False))
+    assert cpu.keys() == gpu.keys() == USUAL_SHAPES.keys()
+    assert {found.max_batch.value for found in cpu.values()} == {64}
+    assert gpu["Qwen3-0.6B"].max_batch.value > gpu["Llama-3.1-8B"].max_batch.value > 64
+    assert "Llama-3.1-8B" not in doctor.usual_defaults(Device(8 * 2**30, 1e11, cpu=False)), "it does not fit"
+
+
+def test_its_table_has_the_defaults(quick: None) -> None:
+    done = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"})
+    shown = " ".join(done.stdout.split())
+    for option in ("--max-batch is ", "--prefill-tokens is ", "--kv-memory is "):
+        assert "defaults for Qwen3-0.6B. " in shown and option in shown
 
 
 def test_corrupt_rows_fail_it(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 
 def is_array(value: object) -> bool:
-    """Whether it is an array of numpy (or its scalar), torch, MLX, JAX, or anything else that numpy can read."""
+    """Returns whether it is an array of numpy (or its scalar), torch, MLX, JAX, or anything else that numpy can
+    read."""
     return hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _is_mlx(value)
 
 

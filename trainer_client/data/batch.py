@@ -55,7 +55,7 @@ class RolloutBatch:
     instance: str | None = None
     """Version numbers are only comparable within one."""
     complete: bool = True
-    """Whether every row ended as `stop` or `length`."""
+    """True if every row ended as `stop` or `length`."""
     usage: Mapping[str, Any] = field(default_factory=dict)
     timings_ms: Mapping[str, Any] = field(default_factory=dict)
 

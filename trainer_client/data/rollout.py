@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from trainer_client.data.sampling_options import neutral_values
+
 LOGPROB_ARRAYS = ("logprobs", "sampling_logprobs", "log_kept_mass", "entropy", "base_logprobs")
 """Per-token float32 arrays, by their name on the wire; all but the first only when asked for."""
 
@@ -18,22 +20,6 @@ PER_TOKEN: Mapping[str, DTypeLike] = MappingProxyType(
 )
 """Every per-token array and its dtype; `top_ids` and `top_logprobs` besides have k values for each token."""
 
-_NEUTRAL: Mapping[str, Any] = MappingProxyType(
-    {
-        "temperature": 1,
-        "top_p": 1,
-        "top_k": 0,
-        "min_p": 0,
-        "min_tokens": 0,
-        "repetition_penalty": 1,
-        "presence_penalty": 0,
-        "frequency_penalty": 0,
-        "logit_bias": {},
-        "response_format": None,
-        "structured_outputs": None,
-    }
-)
-"""The value at which a sampling parameter leaves the model's distribution as it is."""
 NO_TOKEN = -1
 """Stands in `top_ids` where there is none."""
 
@@ -113,9 +99,10 @@ class Rollout:
     @property
     def modified_by(self) -> str | None:
         """The sampling parameters that make what was sampled differ from the model's own distribution, as text."""
+        neutral = neutral_values()
         changed = [
             f"{name}={value!r}"
             for name, value in self.sampling.items()
-            if name in _NEUTRAL and value is not None and value != _NEUTRAL[name]
+            if name in neutral and value is not None and value != neutral[name]
         ]
         return ", ".join(changed) or None

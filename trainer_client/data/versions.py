@@ -27,11 +27,11 @@ class PublishedVersion:
     digest: str
     label: str | None
     live: bool
-    """Whether the name now points here."""
+    """True if the name now points here."""
     unchanged: bool
     """The server held these weights already; nothing was staged."""
     verified: bool
-    """Whether the client computed the same digest itself; false where it cannot (see `adapter_digest`)."""
+    """True if the client computed the same digest itself; false where it cannot (see `adapter_digest`)."""
     instance: str
     kind: str | None = None
     mode: str | None = None

@@ -22,12 +22,14 @@ def models() -> Call[tuple[ServedModel, ...]]:
 
 
 def health() -> Call[bool]:
-    """Whether the server's engine lives and answers. Asked once; raises `ServerUnreachable` if nobody answers."""
+    """Returns whether the server's engine lives and answers. Asked once; raises `ServerUnreachable` if nobody
+    answers."""
     return _yes_or_no("/health")
 
 
 def ready() -> Call[bool]:
-    """Whether the server has its model and can sample. Asked once; raises `ServerUnreachable` if nobody answers."""
+    """Returns whether the server has its model and can sample. Asked once; raises `ServerUnreachable` if nobody
+    answers."""
     return _yes_or_no("/ready")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from trainer_client.data.arrays import is_array
 from trainer_client.data.batch import RolloutBatch
 from trainer_client.data.continuing import continued
 from trainer_client.data.rollout import Rollout
+from trainer_client.data.sampling_options import SamplingOptions
 from trainer_client.verbs.json_call import BINARY, Addressed, address, post
 from trainer_client.wire.call import Call, StreamCall
 from trainer_client.wire.parsing import parse_line, parse_reply
@@ -23,9 +24,8 @@ SPARE_S = 60.0
 """Seconds to wait for a reply beyond the server's own deadline."""
 
 
-class RolloutOptions(TypedDict, total=False):
-    """What `rollouts` and `stream_rollouts` take besides the prompts. Everything from `max_tokens` on is sent as a
-    sampling parameter; what is left out has the server's default, and what the server does not support it names."""
+class RolloutOptions(SamplingOptions, total=False):
+    """What `rollouts` and `stream_rollouts` take besides the prompts: sampling parameters, and these."""
 
     policy: Addressed
     """Default `base`. `NAME` is where the name points when a group starts; a pushed version pins exactly that one."""
@@ -48,25 +48,6 @@ class RolloutOptions(TypedDict, total=False):
     """`{"finished": k}`: a prompt is returned when k of its samples have finished, the others as `aborted`."""
     id: str
     """Names the request, for aborting it."""
-
-    max_tokens: int
-    """What fits, if absent."""
-    min_tokens: int
-    temperature: float
-    """Default 1.0; 0 is greedy."""
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    """Below 2⁵³; fresh entropy if absent."""
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[int | str, float]
-    """Token id → what is added to its logit, -100 to 100."""
 
 
 _REQUEST_FIELDS = frozenset(

@@ -1,6 +1,7 @@
-"""Section `fairness`: what rows that run wait for their next token while prompts are read and others are scored.
+"""Section `fairness`: what streamed rows wait for their next token while prompts are read and others are scored.
 
-`python -m benchmarks.sections.engine.fairness [--rounds 5] [--turns 60]` prints the same as one table.
+`python -m benchmarks.sections.engine.fairness [--rounds 5] [--turns 60] [--prefer latency]` prints the same as one
+table; with `--prefer latency` nobody streams, and the engine is told to treat rows as if somebody did.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from typing import TYPE_CHECKING
 
 from benchmarks.record import Measured, Ratio, Scale, Section
 from rollout_server.machine.blas import load_fast_blas
+from rollout_server.rollout import Wants
 
 if TYPE_CHECKING:
+    from rollout_server.engine.messages.options import Prefer
     from tests.support.engine.driver import Driver
 
 ROWS = (16, 2)
 LONG, SCORED, EMBEDDED = 3000, 1500, 700
 WHAT = (
     "The engine, driven turn by turn in this process: a turn gives every running row one token. 16 rows, and 2, with "
-    "prompts of 20 tokens decode; first nothing is read beside them, then prompts of 3,000 tokens, sequences of 1,500 "
-    "to score whole or, as base_logprobs are, from their middle on, texts of 700 to embed, or all together, more of "
-    "each as it ends. Turns of a round come right after each other, so that drift of the machine hits both; the first "
-    "turn beside each counts. The median is asked for; the 95th percentile and the longest are told."
+    "prompts of 20 tokens decode and are streamed, so that what is read beside them is bounded. First that is nothing, "
+    "then prompts of 3,000 tokens, sequences of 1,500 to score whole or, as base_logprobs are, from their middle on, "
+    "texts of 700 to embed, or all together, more of each as it ends. Turns of a round come right after each other, so "
+    "that drift of the machine hits both; the first turn beside each counts. The median is asked for; the 95th "
+    "percentile and the longest are told."
 )
 
 
@@ -70,20 +74,20 @@ def section(scale: Scale) -> Section:
     return Section("fairness", "Running rows beside what is read", WHAT, tuple(measured), tuple(ratios))
 
 
-def measure_all(rounds: int, turns: int) -> dict[str, list[Turns]]:
-    """Turns of each round, by what stood beside; one round to warm up."""
+def measure_all(rounds: int, turns: int, prefer: Prefer = "throughput") -> dict[str, list[Turns]]:
+    """Turns of each round, by what stood beside; one round to warm up. Rows stream unless latency is preferred."""
     from benchmarks.model import write_model
     from tests.support.engine.driver import Driver
 
     found: dict[str, list[Turns]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "qwen3-33m")
-        driver = Driver.start(path, clock=time.perf_counter, max_batch=32)
-        driver.batches.learn_costs()  # As at the start of a server.
+        driver = Driver.start(path, clock=time.perf_counter, max_batch=32, prefer=prefer)
+        driver.learn_costs()  # As at the start of a server.
         for number in range(rounds + 1):
             for rows in ROWS:
                 for name, ask in beside(driver, number).items():
-                    one = measure_one(driver, rows, turns, ask)
+                    one = measure_one(driver, rows, turns, ask, wants=Wants(tokens_as_they_come=prefer == "throughput"))
                     if number:
                         found.setdefault(f"{rows} rows, {name}", []).append(one)
             print(f"  round {number}/{rounds}", file=sys.stderr, flush=True)
@@ -112,11 +116,15 @@ def beside(driver: Driver, seed: int) -> Mapping[str, Callable[[], list[str]]]:
     }
 
 
-def measure_one(driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]]) -> Turns:
+def measure_one(
+    driver: Driver, rows: int, turns: int, ask: Callable[[], list[str]], *, wants: Wants | None = None
+) -> Turns:
+    """`wants` is what the running rows are asked for."""
     from tests.support.engine.driver import prompts_of
 
     vocabulary = driver.model.info.vocab_size
-    ids = [driver.submit(prompts_of([20] * rows, vocabulary), max_tokens=4 * turns + 200, ignore_eos=True)]
+    running = prompts_of([20] * rows, vocabulary)
+    ids = [driver.submit(running, wants=wants, max_tokens=4 * turns + 200, ignore_eos=True)]
     driver.until(lambda: len(driver.batches.rows) == rows)
     driver.turn(10)
     alone = [turn(driver) for _ in range(turns)]
@@ -157,12 +165,13 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, taken in turns")
     parser.add_argument("--turns", type=int, default=60, help="turns undisturbed, and as many beside")
+    parser.add_argument("--prefer", choices=("throughput", "latency"), default="throughput")
     options = parser.parse_args()
     if min(options.rounds, options.turns) < 1:
         parser.error("--rounds and --turns must be at least 1")
     print(load_fast_blas(), file=sys.stderr)
     print(f"{'beside':<24} {'undisturbed':>11} {'median':>7} {'p95':>6} {'longest':>8} {'read tok/s':>11}")
-    for name, rounds in measure_all(options.rounds, options.turns).items():
+    for name, rounds in measure_all(options.rounds, options.turns, options.prefer).items():
         alone = statistics.median(statistics.median(turns.alone) for turns in rounds)
         median, late, longest = (
             statistics.median(turns.times(call) for turns in rounds) for call in (statistics.median, p95, max)

@@ -83,14 +83,14 @@ async def replayed(handle: EngineHandle, rows: Sequence[Rollout]) -> list[Replay
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one model."""
+    """What one model gave."""
 
     rows: list[Rollout]
     found: list[ReplayedRow]
     sampled_per_s: float
     replayed_per_s: float
     alone: list[bool]
-    """Whether a row came again when sampled alone by its seed."""
+    """True if a row came again when sampled alone by its seed."""
 
     @property
     def exact(self) -> float:

@@ -47,7 +47,7 @@ def section(scale: Scale) -> Section:
 
 def started(path: Path, model: ResidentModel | None = None) -> Driver:
     driver = Driver.start(path, model, max_batch=64, prefill_tokens=8192)
-    driver.batches.learn_costs()  # As at the start of a server; the tests' driver says that there are none.
+    driver.learn_costs()  # As at the start of a server; the tests' driver says that there are none.
     return driver
 
 

@@ -16,7 +16,7 @@ class Evaluation:
     problems: tuple[Problem, ...]
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
-    """Whether the end token closed the answer."""
+    """True if the end token closed the answer."""
 
     @property
     def accuracy(self) -> float:

@@ -24,7 +24,7 @@ class Settings:
     """The name the adapter is pushed under."""
     rank: int = 16
     scale: float = 2.0
-    """Of the low-rank product: alpha / rank."""
+    """Factor of the low-rank product: alpha / rank."""
     prompts: int = 32
     samples: int = 8
     max_tokens: int = 16
@@ -32,6 +32,6 @@ class Settings:
     clip: float = 0.2
     """How far from 1 a probability ratio still counts."""
     max_norm: float = 1.0
-    """Of the gradient."""
+    """The largest norm of the gradient; a longer one is scaled down to it."""
     problems: int = 256
     """Held-out problems of the evaluation."""

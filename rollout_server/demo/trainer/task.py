@@ -121,7 +121,7 @@ def reward(problem: Problem, text: str, ended: bool) -> float:
 
 
 def lenient(problem: Problem, text: str) -> bool:
-    """Whether the text is the right sum in any style."""
+    """Returns whether the text is the right sum in any style."""
     return any(text == problem.answer(style) for style in Style)
 
 

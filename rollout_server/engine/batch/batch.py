@@ -22,6 +22,7 @@ from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.timeline import Timeline
 from rollout_server.text.detokenize import IncrementalText
 
 MOST_KEPT = 16
@@ -43,6 +44,8 @@ class Batch:
         tokenizer: Any,
         ledger: KVLedger,
         prefixes: BatchPrefixes | None = None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._recovering = Recoveries(forward, store, reroute)
         self._forward = forward
@@ -57,6 +60,7 @@ class Batch:
         self._extent: tuple[int, int] | None = None
         self._prefixes = prefixes
         self._ledger = ledger
+        self._timeline = timeline
         self._most_leaving = MOST_KEPT if prefixes is not None else sys.maxsize
         self.prefilled = 0
         """Prompt tokens read since it was made."""
@@ -84,8 +88,8 @@ class Batch:
 
     @property
     def _extents(self) -> tuple[int, int]:
-        """Of the rows: the column of the longest one's next token (−1 without rows), and the most that one needs soon.
-        Kept from one step to the next, since each turn asks several times."""
+        """The column of the longest row's next token (−1 without rows), and the most columns that one needs soon. Kept
+        from one step to the next, since each turn asks several times."""
         if self._extent is None:
             rows = self.rows
             self._extent = (
@@ -118,7 +122,7 @@ class Batch:
 
     @property
     def reading(self) -> bool:
-        """Whether groups join, or rows come back."""
+        """True if groups join, or rows come back."""
         return bool(self.joining or self._recovering.rows)
 
     @property
@@ -158,8 +162,11 @@ class Batch:
         ready = [joining.prompt for joining in self.joining if joining.prompt.looked_up or self._prefixes is None]
         lefts = [len(prompt.tokens) - prompt.prefilled for prompt in ready]
         if budget > 0 and (chunks := [(ready[index], count) for index, count in plan(lefts, budget)]):
-            self.store.prefill(self._forward, chunks, self._route)
-            self.prefilled += sum(count for _, count in chunks)
+            tokens = sum(count for _, count in chunks)
+            with self._timeline.part("read") as part:
+                part.note(tokens=tokens, prompts=len(chunks))
+                self.store.prefill(self._forward, chunks, self._route)
+            self.prefilled += tokens
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -211,7 +218,7 @@ class Batch:
         for place in gone:
             del self._seats[place]
         if self._prefixes is not None:
-            self._prefixes.keep_rows(gone, flying)
+            self._decoder.copy(self._prefixes.keep_rows(gone))
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)
@@ -234,8 +241,10 @@ class Batch:
             self._changed()
             back.append(row)
 
-        self._recovering.prefill(budget, seat)
-        fed = before - self._recovering.unread
+        with self._timeline.part("recompute") as part:
+            self._recovering.prefill(budget, seat)
+            if fed := before - self._recovering.unread:
+                part.note(tokens=fed)
         self.prefilled += fed
         return back, budget - fed
 
@@ -303,7 +312,7 @@ class Batch:
 
     @property
     def must_settle(self) -> bool:
-        """Whether rows that ended wait for the step in flight, because others would move."""
+        """True if rows that ended wait for the step in flight, because others would move."""
         ended = min(sum(not row.running for row in self._seats.values()), self._most_leaving)
         return self._decoder.in_flight and ended > 0 and self.store.moves_on_leave(ended)
 

@@ -57,10 +57,10 @@ class Batches:
 
     def __getitem__(self, parameters: int) -> Batch:
         """The first batch of a set. Raises `KeyError` where no row has run on this set lately."""
-        return self._batches[self._of(parameters)[0]] if self._of(parameters) else self._batches[parameters, 0]
+        return self._batches[self._of(parameters)[0]] if self._of(parameters) else self._batches[BatchKey(parameters)]
 
     def _of(self, parameters: int) -> list[BatchKey]:
-        return sorted(batch_key for batch_key in self._batches if batch_key[0] == parameters)
+        return sorted(batch_key for batch_key in self._batches if batch_key.parameters == parameters)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class Batches:
 
     @property
     def reading(self) -> bool:
-        """Whether groups join, or rows come back."""
+        """True if groups join, or rows come back."""
         return any(batch.reading for batch in self._batches.values())
 
     @property
@@ -119,7 +119,7 @@ class Batches:
     @property
     def sets(self) -> tuple[int, ...]:
         """Those that have a batch."""
-        return tuple(sorted({batch_key[0] for batch_key in self._batches}))
+        return tuple(sorted({batch_key.parameters for batch_key in self._batches}))
 
     def classes(self, parameters: int) -> int:
         """Batches of a set that have rows."""
@@ -158,13 +158,13 @@ class Batches:
             if key != batch_key:
                 self._drop(key)
         if batch_key not in self._batches:
-            self._batches[batch_key] = self._make(batch_key[0])
+            self._batches[batch_key] = self._make(batch_key.parameters)
         self._ledger.leave_rest(rows=self.cells(batch_key, count, length))
         return self._batches[batch_key]
 
     def keep(self, sets: Collection[int]) -> None:
         """Batches without rows whose set is not among these, or has others, give their KV back."""
-        for batch_key in self._batches.keys() - {FIRST, *((parameters, 0) for parameters in sets)}:
+        for batch_key in self._batches.keys() - {FIRST, *map(BatchKey, sets)}:
             if not self._holds(self._batches[batch_key]):
                 self._drop(batch_key)
 
@@ -242,7 +242,7 @@ class Batches:
         return fits
 
     def _fits(self, batch_key: BatchKey, row: Row) -> bool:
-        """Whether there is room for a row that comes from another batch."""
+        """Returns whether there is room for a row that comes from another batch."""
         return self._ledger.fits(rows=self.cells(batch_key, 1, row.columns_soon))
 
     # ---- memory at its limit --------------------------------------------------------------------------------------
@@ -310,11 +310,11 @@ class Batches:
     def key_for(self, parameters: int, count: int, width: int) -> BatchKey:
         """Where `count` rows that have `width` columns now would run on a set."""
         here = self._of(parameters)
-        busy = {batch_key[1]: self._batches[batch_key] for batch_key in here if self._batches[batch_key].size}
+        busy = {batch_key.bucket: self._batches[batch_key] for batch_key in here if self._batches[batch_key].size}
         if not busy:
-            return here[0] if here else (parameters, 0)
+            return here[0] if here else BatchKey(parameters)
         shapes = {number: Shape(batch.size, batch.width) for number, batch in busy.items()}
-        return parameters, self._buckets.choose(shapes, count, width)
+        return BatchKey(parameters, self._buckets.choose(shapes, count, width))
 
     def learn_costs(self) -> None:
         """Measures what steps cost, where the memory for it is there; while rows run they would all wait for it."""
@@ -327,9 +327,7 @@ class Batches:
         self._turns += 1
         if self._measure is None or self._turns % ARRANGED_EVERY:
             return
-        moves = [
-            move for parameters in {batch_key[0] for batch_key in self._batches} for move in self._moves(parameters)
-        ]
+        moves = [move for parameters in self.sets for move in self._moves(parameters)]
         if not moves:
             return
         self.settle_and_release()
@@ -347,16 +345,9 @@ class Batches:
         here = self._of(parameters)
         if any(self._batches[batch_key].joining for batch_key in here):
             return []
-        seated = [
-            (row, batch_key)
-            for batch_key in here
-            for row in self._batches[batch_key].rows
-            if row.running and not row.evicted
-        ]
-        found = self._buckets.moves([row.offset + 1 for row, _ in seated], [batch_key[1] for _, batch_key in seated])
-        return [
-            (row, (parameters, at)) for (row, batch_key), at in zip(seated, found, strict=True) if at != batch_key[1]
-        ]
+        rows = [(row, key) for key in here for row in self._batches[key].rows if row.running and not row.evicted]
+        found = self._buckets.moves([row.offset + 1 for row, _ in rows], [key.bucket for _, key in rows])
+        return [(row, BatchKey(parameters, at)) for (row, key), at in zip(rows, found, strict=True) if at != key.bucket]
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 

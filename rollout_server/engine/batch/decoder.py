@@ -21,6 +21,7 @@ from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
 from rollout_server.engine.sampling.sampler import Sampled, SamplerArrays, sample, uniforms
+from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import NonFiniteLogits
 
 
@@ -89,7 +90,7 @@ class Decoder:
     """Seats are rows by place; whoever changes them, or the number of places, calls `seats_changed`.
 
     `forward` computes the logits of one token of every place, `route(slots)` tells the adapter layers which slot each
-    place uses. `eos` are the model's end tokens. `before_read` is called before a step in flight is waited for."""
+    place uses. `eos` are the model's end tokens."""
 
     def __init__(
         self,
@@ -98,17 +99,19 @@ class Decoder:
         route: Callable[[Sequence[int]], None],
         eos: frozenset[int],
         vocabulary: int,
-        before_read: Callable[[], None] = lambda: None,
         filter_kernel: FilterKernel | None = None,
+        *,
+        timeline: Timeline,
     ) -> None:
         self._forward = forward
         self._store = store
         self._route = route
         self._eos = eos
         self._vocabulary = vocabulary
-        self._before_read = before_read
+        self._timeline = timeline
         self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
+        self._copies: list[mx.array] = []
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
         self._inputs: StepInputs | None = None
@@ -122,27 +125,39 @@ class Decoder:
         return self._dispatched is not None
 
     def computes(self, row: Row) -> bool:
-        """Whether the step in flight computes a row."""
+        """Returns whether the step in flight computes a row."""
         return self._dispatched is not None and row.last_step == self._dispatched.number
 
     def seats_changed(self) -> None:
         self._arrays = self._inputs = None
 
+    def copy(self, copies: list[mx.array]) -> None:
+        """Computes copies of KV: behind the step in flight, or at once without one. They are waited for with that step,
+        since a KV array that one of them still reads would be copied whole by the next write."""
+        if self._dispatched is None:
+            mx.eval(copies)
+        elif copies:
+            mx.async_eval(copies)
+            self._copies += [] if self._store.steps_overlap else copies
+
     def step(self, seats: Mapping[int, Row]) -> list[Row]:
         """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
         the rows that got a token."""
-        pending = self._build(seats)
-        if pending is not None and self._inputs is not None and self._inputs.masked:
-            return self._step_masked(pending)
-        following = None if pending is None else self._draw(pending, None)
-        flying, self._dispatched = self._dispatched, None
-        overlaps = self._store.steps_overlap
-        if overlaps:
-            self._dispatch(following)
-        result = self._wait(flying)
-        if not overlaps:
-            self._dispatch(following)
-        return result.record(self._eos) if result else []
+        with self._timeline.part("step") as part:
+            pending = self._build(seats)
+            if pending is not None and self._inputs is not None:
+                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._store.capacity)
+                if self._inputs.masked:
+                    return self._step_masked(pending)
+            following = None if pending is None else self._draw(pending, None)
+            flying, self._dispatched = self._dispatched, None
+            overlaps = self._store.steps_overlap
+            if overlaps:
+                self._dispatch(following)
+            result = self._wait(flying)
+            if not overlaps:
+                self._dispatch(following)
+            return result.record(self._eos) if result else []
 
     def _dispatch(self, step: DispatchedStep | None) -> None:
         if step is not None:
@@ -205,5 +220,9 @@ class Decoder:
     def _wait(self, dispatched: DispatchedStep | None) -> StepResult | None:
         if dispatched is None:
             return None
-        self._before_read()
-        return dispatched.read()
+        with self._timeline.part("settle") as part:
+            part.note(rows=len(dispatched.rows))
+            copies, self._copies = self._copies, []
+            if copies:
+                mx.eval(copies)
+            return dispatched.read()

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from adapters.placement import BASE_SET
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.prompt import Prompt
 
-BatchKey = tuple[int, int]
-"""Which batch: the parameter set, and the number of a length bucket."""
 
-FIRST: BatchKey = (BASE_SET, 0)
+class BatchKey(NamedTuple):
+    """Which batch; keys stand in this order."""
+
+    parameters: int
+    """The number of its parameter set."""
+    bucket: int = 0
+    """The number of its length bucket."""
+
+
+FIRST = BatchKey(BASE_SET)
 Age = tuple[float, int, int]
 
 
@@ -62,4 +69,4 @@ class Admission:
 
     group: Group
     count: int
-    key: tuple[int, int]
+    key: BatchKey

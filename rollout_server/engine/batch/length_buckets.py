@@ -64,7 +64,7 @@ class LengthBuckets:
         numbers = list(shapes)
         if self.costs is None:
             return numbers[0]
-        chosen = cheapest(list(shapes.values()), count, width, self.costs, self._places, may_open=True)
+        chosen = cheapest(list(shapes.values()), count, width, self.costs, may_open=True)
         if chosen < len(numbers):
             return numbers[chosen]
         return next(number for number in range(len(numbers) + 1) if number not in shapes)
@@ -75,18 +75,19 @@ class LengthBuckets:
         return list(buckets) if found is None else found
 
 
-def cheapest(
-    shapes: Sequence[Shape], count: int, width: int, costs: StepCosts, places: Places, *, may_open: bool
-) -> int:
-    """The class that `count` rows of `width` columns join at the least cost a step; `len(shapes)` for one more."""
+def cheapest(shapes: Sequence[Shape], count: int, width: int, costs: StepCosts, *, may_open: bool) -> int:
+    """The class that `count` rows of `width` columns join at the least cost a step; `len(shapes)` for one more, where
+    that makes all steps so much cheaper that rows would be moved for it. Places without a row are left out: others
+    follow to fill them, as where a batch is forming."""
 
     def more(shape: Shape) -> float:
-        before = costs.of(places(shape.rows), shape.width) if shape.rows else 0.0
-        return costs.of(places(shape.rows + count), max(shape.width, width)) - before
+        return costs.of(shape.rows + count, max(shape.width, width)) - costs.of(shape.rows, shape.width)
 
     added = [more(shape) for shape in shapes]
     if may_open and len(shapes) < MOST_BUCKETS:
-        added.append(costs.of(places(count), width))
+        now = sum(costs.of(shape.rows, shape.width) for shape in shapes)
+        if now + costs.of(count, width) <= WORTH * (now + min(added)):
+            return len(shapes)
     return added.index(min(added))
 
 

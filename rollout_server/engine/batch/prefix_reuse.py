@@ -97,7 +97,6 @@ class BatchPrefixes:
     def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse) -> None:
         self._store = store
         self._prefix_reuse = prefix_reuse
-        self._copies: list[mx.array] = []
 
     def enter(self, groups: Sequence[Group]) -> None:
         """Gives each joining prompt that nobody has looked up what there is of it. One that an earlier prompt will
@@ -121,9 +120,9 @@ class BatchPrefixes:
         if group.version is not None and prompt.tokens:
             mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
 
-    def keep_rows(self, ended: Mapping[int, Row], in_flight: bool) -> None:
-        """Stores the KV of rows that leave their places. While a step is `in_flight`, it is copied behind it; see
-        `finish`."""
+    def keep_rows(self, ended: Mapping[int, Row]) -> list[mx.array]:
+        """Stores the KV of rows that leave their places; returns the arrays to evaluate before the next write."""
+        copies: list[mx.array] = []
         for place, row in ended.items():
             key = key_of(row.version, row.placement)
             if row.error is not None:
@@ -133,23 +132,12 @@ class BatchPrefixes:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
-                self._copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
-        if in_flight:
-            mx.async_eval(self._copies)
-            if self._store.steps_overlap:
-                self._copies = []
-        else:
-            self.finish()
-
-    def finish(self) -> None:
-        """Waits for the copies: a KV array that one of them still reads would be copied whole by the next write."""
-        copies, self._copies = self._copies, []
-        if copies:
-            mx.eval(copies)
+                copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
+        return copies
 
 
 def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
-    """Whether at least half of a prompt is there once an earlier one was read."""
+    """Returns whether at least half of a prompt is there once an earlier one was read."""
     first = earlier.prompt
     if first is None or first.done or earlier.cancelled or earlier.version != later.version:
         return False

@@ -22,7 +22,8 @@ class Recovery:
 
 
 class Recoveries:
-    """Of one batch, oldest first. `route` aims the next forward at a placement of any parameter set."""
+    """Rows of one batch that are read again, oldest first. `route` aims the next forward at a placement of any
+    parameter set."""
 
     def __init__(self, forward: Forward, store: KVStore, route: Callable[[Placement], None]) -> None:
         self._forward = forward

@@ -56,7 +56,7 @@ class Group:
     cancelled: bool = False
     """Aborted before its rows were seated: its places are given back."""
     cached_tokens: int = 0
-    """Of its prompt, those whose KV was there from before."""
+    """Tokens of its prompt whose KV was there from before."""
 
     def __post_init__(self) -> None:
         self.unreferenced = self.request.wants.base_logprobs
@@ -159,13 +159,18 @@ class Row:
         return self.finish_reason is None
 
     @property
+    def streamed(self) -> bool:
+        """True if somebody waits for each of its tokens."""
+        return self.running and self.group.request.wants.tokens_as_they_come
+
+    @property
     def wants_step(self) -> bool:
         """A length stop is known in advance and not dispatched."""
         return self.finish_reason is None and self.dispatched < self._most
 
     @property
     def holds_prompt(self) -> bool:
-        """Whether its place begins with its group's prompt as the group's version reads it."""
+        """True if its place begins with its group's prompt as the group's version reads it."""
         if self.error is not None or self.evicted or self.recomputed:
             return False
         first = self.begun[0].version if self.begun else self.version
@@ -173,12 +178,12 @@ class Row:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether only another pass can say what the base thinks of its tokens; a row on the base knows."""
+        """True if only another pass can say what the base thinks of its tokens; a row on the base knows."""
         return self.sampled > 0 and self.version.number != 0
 
     @property
     def waits(self) -> bool:
-        """Whether values of it are still on their way."""
+        """True if values of it are still on their way."""
         prompt = self.group.unscored and self.error is None
         return prompt or (self.group.unreferenced and self.needs_reference)
 
@@ -212,7 +217,7 @@ class Row:
         return self._spans(self.dispatched)
 
     def _spans(self, count: int) -> list[Span]:
-        """Of the first `count` tokens."""
+        """The spans of the first `count` tokens."""
         ends = [*(begun.start for begun in self.begun[1:]), count]
         pairs = zip(self.begun, ends, strict=False)
         return [

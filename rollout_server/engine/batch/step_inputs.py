@@ -17,13 +17,13 @@ from rollout_server.errors import GrammarFault
 
 
 class StepInputs:
-    """Of (place, row) `rows` among `size` places. The rows know all of it; as arrays it moves on without a loop over
-    them. Places that take no part have seed and position 0."""
+    """Positions, seeds and slots of (place, row) `rows` among `size` places. The rows know all of it; as arrays it
+    moves on without a loop over them. Places that take no part have seed and position 0."""
 
     def __init__(self, rows: Sequence[tuple[int, Row]], size: int) -> None:
         self.rows = tuple(rows)
         self.masked = any(row.follower is not None for _, row in rows)
-        """Whether any of them has a grammar."""
+        """True if any of them has a grammar."""
         self._places = np.array([place for place, _ in rows], dtype=np.int64)
         self._idle = sorted(set(range(size)) - {place for place, _ in rows})
         self.seeds = np.zeros(size, dtype=np.uint64)

@@ -46,12 +46,13 @@ class KVLedger:
         return total
 
     def fits(self, extra: int = 0, *, wanted: bool = False, **instead: int) -> bool:
-        """Whether `extra` columns more fit; with `wanted`, beside the room that is kept for what cannot begin yet."""
+        """Returns whether `extra` columns more fit; with `wanted`, beside the room that is kept for what cannot begin
+        yet."""
         kept = sum(account.wanted() for account in self._accounts.values()) if wanted else 0
         return self.used(**instead) + kept + extra <= self.limit
 
     def fits_after_step(self) -> bool:
-        """Whether all arrays fit once the next step is done."""
+        """Returns whether all arrays fit once the next step is done."""
         return sum(account.after_step() for account in self._accounts.values()) <= self.limit
 
     def left_for(self, name: str) -> int:

@@ -18,16 +18,16 @@ import mlx.core as mx
 from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.sizes import HEADROOM, padded, round_up, row_bucket
+from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, row_bucket
 from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 
 
 class PaddedKV:
-    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` reads few distinct
-    widths, for steps that are compiled for each. `packs` keeps keys and values in 8 bits. `attend` computes what decode
-    steps attend to, where the model is bound to ask for it (`engine/model/attention/binding`); they then have one
-    width, however long their rows are."""
+    """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` has few distinct
+    widths, and numbers of columns as far as there is room, for steps that are compiled for each. `packs` keeps keys and
+    values in 8 bits. `attend` computes what decode steps attend to, where the model is bound to ask for it
+    (`engine/model/attention/binding`); they then have one width, however long their rows are."""
 
     cuts = True
 
@@ -74,9 +74,13 @@ class PaddedKV:
         return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
 
     def may_grow_to(self, width: int, cells: int) -> None:
-        if width + 1 > max(self.columns, self._ceiling) and self.capacity:
-            most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
+        if not self.capacity:
+            return
+        most = cells // self.capacity // COLUMN_BUCKET * COLUMN_BUCKET
+        if width + 1 > max(self.columns, self._ceiling):
             self._ceiling = max(self._ceiling, min(self._roomy(width + 1), most))
+        elif self._coarse and (few := few_columns(self._ceiling)) <= most:
+            self._ceiling = few
 
     def cells(self, count: int, columns: int) -> int:
         rows, width = self._plan(count, columns)
@@ -89,7 +93,10 @@ class PaddedKV:
         elif capacity != self.capacity:
             self._resize(capacity, min(self.columns, self._ceiling))
         # A group whose KV was kept writes it all at once.
-        self._grow_columns(len(prompt.tokens) + 1 if prompt.kept is not None else 1)
+        if prompt.kept is not None:
+            self._grow_columns(len(prompt.tokens) + 1)
+        elif not self._coarse:  # Else it is not known yet how far they may.
+            self._grow_columns(1)
         own = self._holding(prompt)
         # What holds another's prompt is taken last.
         self._free.sort(key=lambda place: (place not in own, place in self._remains, place))
@@ -194,12 +201,12 @@ class PaddedKV:
                 if pair is not None:
                     layer.fill(places, *pair)
         elif length and count > 1:
-            for layer in self.layers:
-                pair = layer.copy(places[0], length)
+            # All layers at once: a device that waits for the host is asked twice, not twice for each layer.
+            pairs = [layer.copy(places[0], length) for layer in self.layers]
+            mx.eval(pairs)
+            for layer, pair in zip(self.layers, pairs, strict=True):
                 if pair is not None:
-                    mx.eval(pair)
                     layer.fill(places[1:], *pair)
-                    mx.eval(layer.keys, layer.values)
         if keep and length and prompt.kept is None:
             prompt.kept = self.copy(places[0], length)
         self.evaluate()
@@ -235,9 +242,7 @@ class PaddedKV:
         return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width)
 
     def _width(self, needed: int) -> int:
-        """Columns to read. Four widths an octave where each is a trace of its own."""
-        step = max(COLUMN_BUCKET, 1 << max(0, needed.bit_length() - 3)) if self._coarse else COLUMN_BUCKET
-        return round_up(needed, step)
+        return few_widths(needed) if self._coarse else round_up(needed, COLUMN_BUCKET)
 
     @property
     def filled(self) -> bool:  # as from the first forward on
@@ -312,14 +317,16 @@ class PaddedKV:
     def _grown(self, needed: int) -> int:
         if needed <= self.columns:
             return self.columns
-        return round_up(max(needed, min(self._roomy(needed), self._ceiling)), COLUMN_BUCKET)
+        roomy = self._ceiling if self._coarse else min(self._roomy(needed), self._ceiling)
+        return round_up(max(needed, roomy), COLUMN_BUCKET)
 
     def _roomy(self, needed: int) -> int:
         """Half as much again, so that the copies of a row that grows token by token stay constant per token, and room
         to go on behind a prompt, whose rows would all be copied by their first step; where each shape is a trace of its
-        own, for all of a width that is read, and the spare column."""
-        most = max(needed + HEADROOM, self.columns * 3 // 2)
-        return round_up(self._width(most) + 1, COLUMN_BUCKET) if self._coarse else round_up(most, COLUMN_BUCKET)
+        own, one of few numbers."""
+        if self._coarse:
+            return few_columns(needed + HEADROOM)
+        return round_up(max(needed + HEADROOM, self.columns * 3 // 2), COLUMN_BUCKET)
 
     def _resize(self, capacity: int, columns: int) -> None:
         """Changes rows (only more) and columns, one layer after another, so that one layer is copied at a time."""
@@ -332,3 +339,7 @@ class PaddedKV:
             mx.eval([a for a in (layer.keys, layer.values) if a is not None])
         self._free.extend(range(self.capacity, capacity))
         self.capacity, self.columns = capacity, columns
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -57,7 +57,7 @@ class DecodeAttention:
     sinks: mx.array | None
     """[heads], logits that take part in the softmax and have no value."""
     packings: tuple[Packing, Packing] | None
-    """Of keys and of values, where they are kept in 8 bits."""
+    """Packings of keys and of values, where they are kept in 8 bits."""
 
     @property
     def group(self) -> int:
@@ -77,7 +77,7 @@ class KVLayout(Protocol):
     """Rows."""
     columns: int
     window: Window
-    """Of the forward that is being built."""
+    """What the forward that is being built reads and writes."""
     attend: Attend | None
     """How decode steps attend where the model's own attention is not what they use."""
 
@@ -90,7 +90,7 @@ class PaddedLayer:
         self._window_size = window_size
         self._packs = packs
         self._packings: tuple[Packing, Packing] | None = None
-        """Of keys and of values, known from the first forward on."""
+        """How keys and how values are packed, known from the first forward on."""
         self._pending: _Pending | None = None
         self.keys: mx.array | None = None
         self.values: mx.array | None = None

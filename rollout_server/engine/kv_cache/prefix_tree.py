@@ -16,7 +16,7 @@ import mlx.core as mx
 Pair = tuple[mx.array, mx.array]
 """Keys and values [heads, tokens, head size]."""
 Layers = list[Pair | None]
-"""Of each layer; None where a layer keeps no KV of its own."""
+"""One pair a layer; None where a layer keeps no KV of its own."""
 Key = tuple[Hashable, ...]
 """What KV was computed under."""
 

@@ -11,8 +11,8 @@ class Prompt:
     """A prompt on its way into the cache. Its last token is not among `tokens`: it is the first decode step's input."""
 
     tokens: tuple[int, ...]
-    slot: int
-    """Adapter slot its KV is computed under."""
+    slot: Any
+    """What its KV is computed under, as `route` takes it: an adapter slot, or where sets are read apart a placement."""
     prefilled: int = 0
     places: list[int] = field(default_factory=list)
     """Places reserved for its rows; the first one is prefilled, the others copied from it."""

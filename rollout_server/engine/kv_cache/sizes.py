@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rollout_server.engine.messages.options import KV_BUCKET
+
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+LEAST_COLUMNS, COARSE_BUCKET = 128, 64
+"""Columns below which no two numbers of them are worth a shape each, and by which widths differ at least."""
 HEADROOM = 64
 """Columns that a row must have room for besides what it fills."""
-
-
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 def row_bucket(rows: int, limit: int) -> int:
@@ -18,13 +18,25 @@ def row_bucket(rows: int, limit: int) -> int:
     for bucket in ROW_BUCKETS:
         if bucket >= rows:
             return min(bucket, max(limit, rows))
-    return round_up(rows, 512)
+    return -(-rows // 512) * 512
 
 
 def padded(count: int) -> int:
     """The next power of two, or three quarters of one: few distinct shapes, for devices that plan each at first use."""
     power = 1 << max(0, count - 1).bit_length()
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def few_columns(count: int) -> int:
+    """The next of the few numbers of columns that arrays have where each is a shape to be compiled for: two an octave,
+    and a bucket more for the spare column, so that a power of two of tokens does not take half as much again."""
+    return padded(max(count - KV_BUCKET, LEAST_COLUMNS)) + KV_BUCKET
+
+
+def few_widths(count: int) -> int:
+    """The next of the few widths that are read then: four an octave, since each column that is read costs time."""
+    step = max(COARSE_BUCKET, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def plan(lefts: Sequence[int], budget: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ class KVStore(Protocol):
 
     @property
     def steps_overlap(self) -> bool:
-        """Whether a step may be dispatched while the one before still runs, and nothing is copied that it reads."""
+        """True if a step may be dispatched while the one before still runs, and nothing is copied that it reads."""
 
     def places(self, rows: int) -> int:
         """That a step computes for so many rows."""
@@ -78,7 +78,7 @@ class KVStore(Protocol):
         for rows that move; see `moves_on_leave`."""
 
     def moves_on_leave(self, leaving: int) -> bool:
-        """Whether freeing `leaving` places now would move the rows that stay."""
+        """Returns whether freeing `leaving` places now would move the rows that stay."""
 
     def shrink(self, columns: int) -> dict[int, int] | None:
         """Gives back what rows of at most `columns` do not need; as `leave`. No step may be in flight."""

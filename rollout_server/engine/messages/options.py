@@ -19,6 +19,8 @@ JOINED_KV_SPARE = 256
 PoolingKind = Literal["last", "mean"]
 Task = Literal["generate", "classify", "token_classify", "embed"]
 """What a model gives: tokens, label scores of a sequence, label scores of tokens, or vectors."""
+Prefer = Literal["throughput", "latency"]
+"""What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
 Activation = Literal["sigmoid", "softmax", "none"]
 """What makes probabilities of label scores, where those are asked for."""
 
@@ -33,7 +35,7 @@ class EngineOptions:
     """What the base is called on the wire (Hub id, directory name or --served-model-name)."""
     context_length: int | None = None
     """At most the model's own; shorter saves nothing but bounds requests."""
-    max_batch: int = 64
+    max_batch: int | None = None
     """Rows that decode together."""
     kv_memory: int | None = None
     weights_memory: int | None = None
@@ -41,16 +43,23 @@ class EngineOptions:
     """Requests that may wait."""
     max_rows_per_request: int = 65536
     keep_versions: int = 8
-    prefill_tokens: int = 512
-    """Tokens read at most between two decode steps, of prompts and of what is scored; fewer while rows decode."""
+    prefill_tokens: int | None = None
+    """Tokens read at most in one turn, of prompts and of what is scored."""
+    prefer: Prefer = "throughput"
+    """`latency` reads beside rows as if each were read as it comes; under `throughput` only those are that stream."""
     prefix_cache: bool = True
     """Keep KV for later requests that begin with the same tokens."""
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
+    warm: bool = True
+    """Run the shapes of a first batch before the engine says that it is ready, where steps are compiled."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
+    trace: str | None = None
+    """A file to record a timeline of turns in."""
     attention: Literal["auto", "mlx"] = "auto"
-    """Of decode steps: a kernel in which each row reads its own columns, where it is right and faster; or MLX's own."""
+    """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
+    own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +96,10 @@ class ModelInfo:
     """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
     max_batch: int
     device: str
+    prefill_tokens: int = 512
+    """Tokens read at most in one turn."""
     weight_bytes: int = 0
-    """Of the base, as it is in memory."""
+    """The base's weights as they are in memory."""
     kv_bytes_per_row: int = 0
     """State of fixed size (recurrent layers), besides what its tokens take."""
     kv_bits: int | None = None

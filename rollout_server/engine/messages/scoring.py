@@ -95,7 +95,7 @@ class Classify:
     policy: PolicyAddress
     sequences: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
-    """Of each sequence, ascending. What stands behind the last one is not read."""
+    """Places in each sequence, ascending. What stands behind the last one is not read."""
     label_token_ids: tuple[int, ...] = ()
 
 

@@ -29,7 +29,7 @@ class MemoryStatus:
     kv_scored: int = 0
     """KV of what is being scored or embedded."""
     slots: int = 0
-    """Of adapters, free ones included."""
+    """Slots of adapters, free ones included."""
     sets: int = 0
     """Parameter sets beside the base."""
     active: int = 0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adapters.bundle import AdapterBundle
     from adapters.prepare import PreparedBundle
     from adapters.spec import HeadTask, Mode
+    from rollout_server.engine.timeline import Stage
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 
@@ -35,6 +36,8 @@ class Publish:
     """Quantised layers may be served unpacked."""
     provisional: bool = False
     """Only make the version: move no alias, change no label, free nothing. Published again, the rest is done."""
+    before: tuple[Stage, ...] = ()
+    """What was done before, for the timeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,7 @@ class VersionStatus:
     pinned: bool
     rows_in_use: int
     nbytes: int
-    """Of the file's tensors."""
+    """Size of the file's tensors."""
     created: float
     """Unix time, seconds."""
     resident_bytes: int = 0

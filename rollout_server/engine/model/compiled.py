@@ -11,8 +11,10 @@ what the rows' adapter slots are read from, so that a push needs no new trace.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -38,7 +40,7 @@ class Routed(Protocol):
 
 
 class Unrouted:
-    """Of a model without adapter layers."""
+    """What a model without adapter layers has in the place of adapter slots."""
 
     def lent(self) -> tuple[Hashable, list[mx.array]]:
         return (), []
@@ -47,52 +49,95 @@ class Unrouted:
         return nullcontext()
 
 
-class CompiledDecode:
-    """A `Forward` for decode steps over `store`; prefill and what cannot be traced go the plain way."""
+@dataclass(slots=True, eq=False)
+class Tracing:
+    """What a step sees of whoever runs it. It is no part of `Traces`, which hold the steps: a circle is not
+    freed at once, and a trace holds weights."""
 
-    def __init__(self, forward: Forward, store: PaddedKV, routed: Routed) -> None:
+    store: PaddedKV | None = None
+    made: int = 0
+    """How often a step was traced."""
+
+
+class Traces:
+    """Traced steps by what they were traced for. Batches of one parameter set may share them: a trace holds that set's
+    weights, and of a store only what a call gives it."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Trace] = OrderedDict()
+        self._tracing = Tracing()
+
+    @property
+    def made(self) -> int:
+        """How often a step was traced."""
+        return self._tracing.made
+
+    def get(self, key: Hashable, make: Callable[[Tracing], Trace]) -> Trace:
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make(self._tracing)
+            if len(self._kept) > TRACES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return found
+
+    @contextmanager
+    def running(self, store: PaddedKV) -> Iterator[None]:
+        """Within it a step that has to be traced is traced over this store."""
+        self._tracing.store = store
+        try:
+            yield
+        finally:
+            self._tracing.store = None
+
+
+class CompiledDecode:
+    """A `Forward` for decode steps over `store`; prefill and what cannot be traced go the plain way. `traces` are those
+    of the parameter set that is mounted then."""
+
+    def __init__(self, forward: Forward, store: PaddedKV, routed: Routed, traces: Traces | None = None) -> None:
         self._forward = forward
         self._store = store
         self._routed = routed
-        self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
+        self.traces = Traces() if traces is None else traces
 
     def __call__(self, tokens: mx.array, layers: list[Any]) -> mx.array:
         """tokens int32 [B, 1] → logits [B, 1, V], as the window of the store says."""
-        if not self._store.filled:
+        store = self._store
+        if not store.filled:
             return self._forward(tokens, layers)
-        key, adapters = self._routed.lent()
-        window = self._store.window
-        trace = self._trace((window.width, key), window.width)
-        state = self._store.give_arrays()
+        aimed, adapters = self._routed.lent()
+        width = store.window.width
+        # Other shapes, as of ranks, need no key: mx.compile traces anew where they change.
+        trace = self.traces.get((store.capacity, store.columns, width, aimed), partial(self._compiled, width))
+        offset, state = store.window.offset, store.give_arrays()
         try:
-            logits, state = trace(tokens, window.offset, state, adapters)
+            with self.traces.running(store):
+                logits, state = trace(tokens, offset, state, adapters)
         finally:
-            self._store.take_arrays(state)
+            store.take_arrays(state)
         return logits
 
-    def _trace(self, key: Hashable, width: int) -> Trace:
-        # Shapes need no key: mx.compile traces anew where they change.
-        found = self._traces.get(key)
-        if found is None:
-            found = self._traces[key] = mx.compile(self._step(width))
-            if len(self._traces) > TRACES:
-                self._traces.popitem(last=False)
-        self._traces.move_to_end(key)
-        return found
+    def _compiled(self, width: int, tracing: Tracing) -> Trace:
+        forward, routed = self._forward, self._routed
 
-    def _step(self, width: int) -> Trace:
         def step(
             tokens: mx.array, offset: mx.array, state: list[mx.array], adapters: list[mx.array]
         ) -> tuple[mx.array, list[mx.array]]:
-            window = self._store.window
-            self._store.window = self._store.decode_window(offset, width)
-            self._store.take_arrays(state)
+            # Python runs here only while the step is traced.
+            store = tracing.store
+            if store is None:
+                raise RuntimeError("A step is traced that nobody runs.")
+            tracing.made += 1
+            window = store.window
+            store.window = store.decode_window(offset, width)
+            store.take_arrays(state)
             try:
-                with self._routed.reading(adapters):
-                    logits = self._forward(tokens, self._store.layers)
+                with routed.reading(adapters):
+                    logits = forward(tokens, store.layers)
             finally:
-                state = self._store.give_arrays()
-                self._store.window = window
+                state = store.give_arrays()
+                store.window = window
             return logits, state
 
-        return step
+        return mx.compile(step)

@@ -1,5 +1,5 @@
-"""Whether the device still computes. After an access that a GPU does not survive every later call of the process fails
-as well, so that a batch which is rebuilt would fail its rows for ever."""
+"""Asks whether the device still computes. After an access that a GPU does not survive every later call of the process
+fails as well, so that a batch which is rebuilt would fail its rows for ever."""
 
 from __future__ import annotations
 

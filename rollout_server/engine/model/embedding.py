@@ -60,7 +60,7 @@ def trunk_places(module: nn.Module) -> Iterator[str]:
 
 
 def _width(module: nn.Module, trunk: nn.Module) -> int | None:
-    """Of what the part returns, if that is one vector a token."""
+    """The width of what the part returns, if that is one vector a token."""
     tokens = mx.array([[0, 0]], dtype=mx.int32)
     try:
         hidden = trunk(tokens, cache=make_prompt_cache(module))

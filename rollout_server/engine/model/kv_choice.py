@@ -37,6 +37,7 @@ class ChosenStore:
     row_cells: int
     """Columns' worth that a row takes besides."""
     make: Callable[..., KVStore]
+    """Empty rows, of which at most so many run."""
     compiles: bool = False
     attention: ChosenAttention = UNBOUND
 
@@ -52,7 +53,7 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     packs = options.kv_bits is not None
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
-        make = partial(PaddedKV, windows, options.max_batch)
+        make = partial(PaddedKV, windows)
         found = _choose_padded(forward, make, rows, expected, compiles, packs=packs)
         if isinstance(found, ChosenStore):
             return _with_attention(found, module, rows, expected, wanted=options.attention == "auto")
@@ -65,9 +66,9 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
     if (fault := _self_test(forward, MlxCacheKV(make_caches), rows, expected)) is None:
-        return ChosenStore("batch", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells))
+        return ChosenStore("batch", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells))
     log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    return ChosenStore("serial", cell, row_cells, lambda: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
+    return ChosenStore("serial", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
 
 
 def _choose_padded(
@@ -80,17 +81,17 @@ def _choose_padded(
     packs: bool,
 ) -> ChosenStore | str:
     """Slot caches, or why not. What is wrong in 8 bits alone shows once the same model has passed without."""
-    store = make()
+    store = make(len(rows))
     if (problem := _self_test(forward, store, rows, expected)) is not None:
         return problem
     if packs:
         make = partial(make, packs=True)
-        store = make()
+        store = make(len(rows))
         if (problem := _self_test(forward, store, rows, expected)) is not None:
             return problem
     cell = store.nbytes // (store.capacity * store.columns)
     if compiles:
-        store = make(coarse=True)
+        store = make(len(rows), coarse=True)
         problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
         if problem is None:
             return ChosenStore("slots", cell, 0, partial(make, coarse=True), True)
@@ -109,7 +110,7 @@ def _with_attention(
         return logits
 
     def trial(attend: Attend, *, traced: bool) -> str | None:
-        store = chosen.make(attend=attend)
+        store = chosen.make(len(rows), attend=attend)
         traced = traced and chosen.compiles
         decode = CompiledDecode(forward, store, Unrouted()) if traced and isinstance(store, PaddedKV) else None
         return _self_test(forward, store, rows, expected, decode)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_fa
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
-from rollout_server.engine.model.heads import Head
-from rollout_server.engine.model.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.tasks.heads import Head
+from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
-from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
 
@@ -80,6 +80,8 @@ def load(options: EngineOptions) -> ResidentModel:
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
+    weight_bytes = sum(array.nbytes for array in _arrays(module))
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -90,7 +92,7 @@ def load(options: EngineOptions) -> ResidentModel:
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
         parameters=_parameters(module),
-        weight_bytes=sum(array.nbytes for array in _arrays(module)),
+        weight_bytes=weight_bytes,
         layers=layers,
         weights=replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
@@ -98,19 +100,19 @@ def load(options: EngineOptions) -> ResidentModel:
         kv_bytes_per_token=chosen.cell_bytes,
         kv_bytes_per_row=chosen.cell_bytes * chosen.row_cells,
         kv_bits=options.kv_bits,
-        kv_memory=options.kv_memory or default_kv_memory(),
+        kv_memory=sizes.kv_memory.value,
         cache=chosen.kind,
         embedding=read_embedding(path, config, width) if trunk else Embedding(),
-        max_batch=1 if chosen.kind == "serial" else options.max_batch,
+        max_batch=sizes.max_batch.value,
+        prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
         pad_token_id=read.pad_token_id,
         **scoring_of(read.kind, read.head, config),
     )
     filters = choose_filter_kernel(vocabulary, dtype)
-    if not on_cpu and read.head is None:
-        warm_sampler(vocabulary, dtype, min(8, info.max_batch), filters)
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
-    ways = chosen.make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
+    make = partial(chosen.make, sizes.max_batch.value)
+    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
     return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
@@ -142,17 +144,6 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
     ends |= {tokenizer.eos_token_id} - {None}
     # One outside the logits could never be sampled, and would be written out of bounds where it is banned.
     return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
-
-
-def default_kv_memory() -> int:
-    """A quarter of what the device may use, in bytes."""
-    info = mx.device_info()
-    # Metal says memory_size, CUDA total_memory, the CPU neither.
-    for name in ("memory_size", "total_memory"):
-        memory = info.get(name)
-        if isinstance(memory, int) and memory > 0:
-            return memory // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _prepare(module: nn.Module, *, on_cpu: bool) -> None:

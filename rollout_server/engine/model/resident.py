@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -17,7 +18,7 @@ from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
-from rollout_server.engine.model.heads import Head
+from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 
 
@@ -48,7 +49,7 @@ class ResidentModel:
 
     def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
-        with bound(self.attention.modules):
+        with bound(self.attention.modules) if self.attention.modules else nullcontext():
             logits: mx.array = self.module(tokens, cache=caches)
         return logits
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from adapters.bundle import AdapterBundle
+from collections.abc import Callable
+
+from adapters.bundle import AdapterBundle, Content
 from adapters.spec import Mode
-from adapters.versions.registry import Entry, Facts
+from adapters.versions.registry import Entry, Facts, Registry
 from rollout_server.engine.messages.versions import (
+    PolicyStatus,
     Publish,
     RestoredVersion,
     VersionStatus,
@@ -57,3 +60,10 @@ def status_of(entry: Entry, resident_bytes: int) -> VersionStatus:
         facts.task,
         facts.labels,
     )
+
+
+def line_of(registry: Registry, name: str, size: Callable[[Content], int]) -> PolicyStatus:
+    """A name with all its kept versions; `size` gives what the content of one takes on the device, bytes."""
+    live = registry.live(name)
+    versions = tuple(status_of(entry, size(entry.content)) for entry in registry.versions(name))
+    return PolicyStatus(name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name))

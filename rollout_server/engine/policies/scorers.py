@@ -10,8 +10,8 @@ import mlx.core as mx
 from adapters.bundle import AdapterBundle, Content
 from adapters.versions.registry import Entry
 from rollout_server.engine.messages.options import Activation, ModelInfo
-from rollout_server.engine.model.heads import Head, head_of
-from rollout_server.engine.model.kinds import default_activation
+from rollout_server.engine.model.tasks.heads import Head, head_of
+from rollout_server.engine.model.tasks.kinds import default_activation
 from rollout_server.errors import Conflict, InvalidField
 from rollout_server.rollout import PolicyVersion
 

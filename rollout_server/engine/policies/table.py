@@ -32,10 +32,9 @@ from rollout_server.engine.messages.versions import (
     Published,
     Restore,
     Restored,
-    VersionStatus,
 )
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.policies.entries import entry_of, facts_of, mode_of, status_of, version_of
+from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
 from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
@@ -60,7 +59,7 @@ class PolicyTable:
         self._registry = Registry(options.keep_versions)
         self._scorers = Scorers(info, model.head)
         self._prepared: PreparedBundle | None = None
-        """Of the push that is under way, where nobody prepared it before."""
+        """The bundle of the push that is under way, where nobody prepared it before."""
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = self.set_bytes = 0
         """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
@@ -103,11 +102,11 @@ class PolicyTable:
         return found
 
     def scores(self, entry: Entry | None) -> bool:
-        """Whether a version, None for the base, has a head in the place of an output over the vocabulary."""
+        """True where a version, None for the base, has a head in the place of an output over the vocabulary."""
         return self._scorers.base is not None or (entry is not None and entry.facts.task is not None)
 
     def samples(self, name: str) -> bool:
-        """Whether the live version of a name can go on with rows that run on another."""
+        """True where the live version of a name can go on with rows that run on another."""
         return not self.scores(self._registry.live(name) if name in self._registry.names else None)
 
     def placement(self, address: PolicyAddress) -> Placement:
@@ -130,7 +129,7 @@ class PolicyTable:
             raise error
 
     def behind(self, address: PolicyAddress, min_version: int) -> bool:
-        """Whether a name has not come as far as that, but still may."""
+        """Returns whether a name has not come as far as that, but still may."""
         alias = self.alias(address.name)
         return alias is not None and alias < min_version
 
@@ -182,6 +181,11 @@ class PolicyTable:
         return self._resident.sets.numbers
 
     @property
+    def limit(self) -> int | None:
+        """The most bytes that versions may take on the device."""
+        return self._resident.limit
+
+    @property
     def routed(self) -> AdapterSlots:
         """What adapter layers read as they are routed now, for `compiled.CompiledDecode`."""
         return self._resident.slots
@@ -201,7 +205,7 @@ class PolicyTable:
         return self._apply(command, stages=stages)
 
     def _stages(self, command: PolicyCommand) -> bool:
-        """Whether a command will write into the slot arrays or the device's memory of parameter sets."""
+        """Returns whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
             return self._registry.same(command.name, command.bundle.digest, mode_of(command)) is None
         return isinstance(command, Restore)
@@ -282,7 +286,7 @@ class PolicyTable:
 
     def _pin(self, command: Pin) -> Pinned:
         change = self._registry.pin(command.name, command.number, command.pinned)
-        status = self._status(change.entry)
+        status = status_of(change.entry, self._resident.size(change.entry.content))
         self._free(change.freed)
         return Pinned(command.id, status)
 
@@ -385,15 +389,5 @@ class PolicyTable:
     def snapshot(self) -> tuple[PolicyStatus, ...]:
         """All names and kept versions; made again only after a change, since it is asked for at every step."""
         if self._shown is None:
-            self._shown = tuple(self._line(name) for name in self._registry.names)
+            self._shown = tuple(line_of(self._registry, name, self._resident.size) for name in self._registry.names)
         return self._shown
-
-    def _line(self, name: str) -> PolicyStatus:
-        registry, live = self._registry, self._registry.live(name)
-        versions = tuple(self._status(entry) for entry in registry.versions(name))
-        return PolicyStatus(
-            name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name)
-        )
-
-    def _status(self, entry: Entry) -> VersionStatus:
-        return status_of(entry, self._resident.size(entry.content))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rollout_server.engine.batch.joining import Admission
+from rollout_server.engine.batch.joining import Admission, BatchKey
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.errors import RolloutError
@@ -25,6 +25,8 @@ class OpenRequest:
     open_rows: int
     deadline: float | None
     waiting_groups: int
+    streams: bool = False
+    """Somebody reads its tokens as they come."""
     produced: bool = False
     """Some row has at least one token, so the reply is a list of rows and not an error."""
     error: RolloutError | None = None
@@ -47,11 +49,13 @@ class RequestQueue:
     ) -> None:
         self.open_requests: dict[str, OpenRequest] = {}
         self.waiting_requests = 0
+        self.streams = 0
+        """Open requests of which somebody reads the tokens as they come."""
         self.crowded = False
         """The group at the head of the queue waits for KV memory."""
         self._waiting: deque[Group] = deque()
         self._deadlines: list[tuple[float, str]] = []
-        """Of requests that have one, the soonest first."""
+        """(Deadline, id) of requests that have one, the soonest first."""
         self._held_for_version: dict[Group, float] = {}
         """Groups that wait for a version, and until when (time.monotonic())."""
         self._max_rows = max_rows
@@ -60,15 +64,26 @@ class RequestQueue:
     def submit(self, submit: Submit) -> OpenRequest:
         groups = tuple(Group(request) for request in submit.groups)
         rows = sum(group.request.n for group in groups)
-        open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups))
+        streams = any(group.request.wants.tokens_as_they_come for group in groups)
+        open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups), streams)
         self.open_requests[submit.id] = open_request
+        self.streams += streams
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         self._waiting.extend(groups)
         self.waiting_requests += 1
         return open_request
 
-    def next_admission(self, running: int, fit: Callable[[Group, int], tuple[int, int] | None]) -> Admission | None:
+    def startable(self, running: int) -> int:
+        """Samples that wait and that places are free for, given `running` rows, whatever memory says."""
+        free, found = self._max_rows - running, 0
+        for group in self._waiting:
+            if found >= free:
+                break
+            found += group.waiting
+        return max(0, min(found, free))
+
+    def next_admission(self, running: int, fit: Callable[[Group, int], BatchKey | None]) -> Admission | None:
         """What may start now, given `running` rows. `fit(group, count)` says in which batch `count` samples of a group
         could start, or None where KV memory has no room."""
         self.crowded = False
@@ -108,7 +123,6 @@ class RequestQueue:
             if group.prompt is not None and group.prompt.kept is not None and not group.joining:
                 yield group, len(group.prompt.tokens)
 
-    @property
     def kept_cells(self) -> int:
         """KV columns of prompts that are kept for samples that wait."""
         return sum(self._prompt_cells(tokens) for _, tokens in self._keeping)
@@ -119,7 +133,7 @@ class RequestQueue:
             group.prompt = None
 
     def heads(self, group: Group) -> bool:
-        """Whether a group still waits at the head of the queue."""
+        """Returns whether a group still waits at the head of the queue."""
         return bool(group.waiting and self._waiting and self._waiting[0] is group)
 
     # ---- waiting for a version --------------------------------------------------------------------------------------
@@ -143,7 +157,7 @@ class RequestQueue:
 
     @property
     def pressing(self) -> bool:
-        """Whether something waits that a step could let start."""
+        """True if something waits that a step could let start."""
         return bool(self._waiting)
 
     def rest(self, now: float, most: float) -> float:
@@ -195,7 +209,9 @@ class RequestQueue:
         return self.close(id) if open_request.open_rows == 0 else None
 
     def close(self, id: str) -> OpenRequest:
-        return self.open_requests.pop(id)
+        closed = self.open_requests.pop(id)
+        self.streams -= closed.streams
+        return closed
 
     def overdue(self, now: float) -> list[OpenRequest]:
         """Requests whose time is over, the first of them first; told again until they are closed."""

@@ -194,7 +194,7 @@ class Reports:
         ]
 
     def has_tokens(self, id: str, rows: Iterable[Row]) -> bool:
-        """Whether some row of a request, reported or among those that run, has sampled anything."""
+        """Returns whether some row of a request, reported or among those that run, has sampled anything."""
         open_request = self._queue.open_requests[id]
         held = [row for group in open_request.groups for row in group.withheld]
         running = [row for row in rows if row.group.request.id == id]
@@ -220,7 +220,7 @@ class Reports:
 
     @property
     def has_met(self) -> bool:
-        """Whether of some group enough samples have finished, so that `end_met` has something to do."""
+        """True if enough samples of some group have finished, so that `end_met` has something to do."""
         return bool(self._met)
 
     def end_met(self, rows: Collection[Row], joining: Collection[Joining]) -> None:

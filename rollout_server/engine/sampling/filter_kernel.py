@@ -28,11 +28,12 @@ from rollout_server.engine.sampling.filters import ONE_BITS
 from rollout_server.rollout import SamplingParams
 
 MOST_TOKENS = 1 << 18
-"""Of a row: their masses then add up to 62 bits at most."""
+"""Tokens that a row may have: their masses then add up to 62 bits at most."""
 THREADS = 512
 SHARE_BITS = 32
+TAKEN = frozenset({"top_k", "top_p", "min_p"})
 COLUMNS = 4
-"""Of the limits, uint32: top_k (0: off), P (0: off), the bits of min_p, nothing."""
+"""Numbers a row in the limits, uint32: top_k (0: off), P (0: off), the bits of min_p, nothing."""
 
 FUNCTIONS = """
 #define DIGITS 2048
@@ -272,6 +273,8 @@ class FilterKernel:
 
     launch: Launch
     threads: int = THREADS
+    taken: frozenset[str] = TAKEN
+    """The filters that its text has."""
 
     def __call__(self, weights: mx.array, limits: mx.array) -> tuple[mx.array, mx.array]:
         """float32 weights [R, V] and `limits_of` R rows → the weights with 0 for those that do not stay [R, V], and
@@ -286,6 +289,10 @@ class FilterKernel:
             output_dtypes=[mx.uint32, mx.uint32],
         )
         return kept.view(mx.float32), least.view(mx.float32)
+
+    def takes(self, rows: Sequence[SamplingParams | None]) -> bool:
+        """Returns whether it has every filter of some rows; `filters` has them all."""
+        return all(row is None or self.taken.issuperset(row.filters) for row in rows)
 
     def prepare(self, rows: Sequence[SamplingParams | None], vocabulary: int) -> KernelFilters | None:
         """None if no row filters."""

@@ -61,7 +61,7 @@ class Filters:
     share: RowSubset | None
     """top_p of rows that have one and are not narrow."""
     share_of_ranked: bool
-    """Whether some of those are among `ranked`."""
+    """True if some of those are among `ranked`."""
     min_p: mx.array | None
     """[R, 1], 0 where it is off."""
 

@@ -54,7 +54,7 @@ class CompiledGrammar:
         return free + follower.matcher.try_consume_tokens(list(token_ids[free:]))
 
     def follow(self, token_ids: Sequence[int]) -> GrammarFollower:
-        """Of a row that begins with these tokens."""
+        """The follower of a row that begins with these tokens."""
         follower = GrammarFollower(self.start.deep_copy(), self.grammar.after)
         for token in token_ids:
             follower.advance(token)
@@ -83,7 +83,7 @@ class GrammarFollower:
 
     @property
     def may_end(self) -> bool:
-        """Whether the text so far is one of the grammar's."""
+        """True if the text so far is one of the grammar's."""
         return not self.free and self.matcher.is_accepting()
 
     @property

@@ -1,5 +1,5 @@
-"""Whether this device filters by `filter_kernel`: only where the kernel is exact on it, and faster than MLX's own
-operations."""
+"""Chooses whether this device filters by `filter_kernel`: only where the kernel is exact on it, and faster than MLX's
+own operations."""
 
 from __future__ import annotations
 

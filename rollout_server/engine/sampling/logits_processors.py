@@ -91,7 +91,7 @@ class Penalties:
     presence: mx.array | None
     frequency: mx.array | None
     repeats: bool
-    """Whether any row has a repetition penalty."""
+    """True if any row has a repetition penalty."""
 
     def apply(self, logits: mx.array, seen: mx.array) -> mx.array:
         """float32 [R, V] and what `TokenCounts` holds of the penalised rows → [R, V], an array of its own."""
@@ -134,7 +134,7 @@ def count_tokens(prompt_ids: Sequence[int], token_ids: Sequence[int], vocabulary
 
 
 def allowed_only(logits: mx.array, mask: RowSubset) -> mx.array:
-    """Of logits [R, V] the rows that have a mask, uint32 [F, ⌈V/32⌉] → [F, V] with −inf where it has no bit: token t is
+    """The rows of logits [R, V] that have a mask, uint32 [F, ⌈V/32⌉] → [F, V] with −inf where it has no bit: token t is
     bit t mod 32 of word t // 32."""
     bits = (mask.values[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     allowed = bits.reshape(len(mask.values), -1)[:, : logits.shape[-1]] > 0

@@ -89,14 +89,15 @@ def prepare(
     kernel: FilterKernel | None = None,
 ) -> SamplerArrays:
     """`None` marks a place without a row; it samples greedily and its result is thrown away. `eos` are the end tokens
-    that rows with `min_tokens` hold back. `kernel` filters where this device has one."""
+    that rows with `min_tokens` hold back. `kernel` filters where this device has one that
+    knows their filters."""
     temperatures = [0.0 if row is None else row.temperature for row in rows]
     greedy = np.array([t == 0 for t in temperatures])
     tempered = any(t not in (0.0, 1.0) for t in temperatures)
     column = [1.0 / t if t > 0 else 1.0 for t in temperatures]
     live_greedy = any(row is not None and row.temperature == 0 for row in rows)
     filters: Filters | KernelFilters | None
-    if kernel is not None:
+    if kernel is not None and kernel.takes(rows):
         filters = kernel.prepare(rows, vocabulary)
     else:
         filters = prepare_filters(rows, vocabulary, narrow=on_cpu())

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
+from rollout_server.engine.sampling.margins import EXAMPLES, margins
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
@@ -15,14 +16,14 @@ BOUND = 1e-3
 """Nats. float32 sums over a vocabulary are off by 1e-5; a wrong row, a wrong filter or a wrong order by a tenth."""
 BORDER = 8
 """One draw in so many may be another than numpy's: a uniform can fall between two roundings of one boundary."""
+KINDS = (SamplingParams(max_tokens=1), SamplingParams(max_tokens=1, temperature=0.0), *EXAMPLES)
 Array = NDArray[np.float64]
 
 
 def check_sampler(vocabulary: int, dtype: mx.Dtype, rows: int, kernel: FilterKernel | None = None) -> str | None:
     """What the sampler computes wrongly for `rows` rows of logits in the model's dtype; None if all is well. `kernel`
     filters, if there is one."""
-    every = _kinds()
-    kinds = [every[row % len(every)] for row in range(max(rows, len(every)))]
+    kinds = [KINDS[row % len(KINDS)] for row in range(max(rows, len(KINDS)))]
     logits = mx.array(3 * np.random.default_rng(0).standard_normal((len(kinds), vocabulary))).astype(dtype)
     uniform = uniforms(range(len(kinds)), [7] * len(kinds))
     arrays = prepare(kinds, vocabulary, entropy=True, top_logprobs=0, kernel=kernel)
@@ -46,17 +47,6 @@ def check_sampler(vocabulary: int, dtype: mx.Dtype, rows: int, kernel: FilterKer
     return None
 
 
-def _kinds() -> tuple[SamplingParams, ...]:
-    return (
-        SamplingParams(max_tokens=1),
-        SamplingParams(max_tokens=1, temperature=0.0),
-        SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9),
-        SamplingParams(max_tokens=1, temperature=1.3, top_k=20),
-        SamplingParams(max_tokens=1, min_p=0.05),
-        SamplingParams(max_tokens=1, temperature=0.8, top_k=40, top_p=0.8, min_p=0.02),
-    )
-
-
 def _one(raw: Array, params: SamplingParams, uniform: Array, token: int) -> tuple[int, Array, float]:
     """(The token to draw, [log-probability, sampling log-probability, log kept mass, entropy] of `token`, how much a
     token on the border of the kept set would change them), from one row's logits."""
@@ -66,25 +56,13 @@ def _one(raw: Array, params: SamplingParams, uniform: Array, token: int) -> tupl
         return int(np.argmax(raw)), np.array([logprobs[token], 0.0, np.nan, entropy]), 0.0
     weights = np.exp((raw - np.max(raw)) / params.temperature)
     probabilities = weights / weights.sum()
-    least = _least_kept(probabilities, params)
+    ordered = np.sort(probabilities)[::-1]
+    least = float(ordered[margins(ordered, params) >= 0][-1]) * (1 - 1e-9)
     kept = np.where(probabilities >= least, probabilities, 0.0)
     mass = kept.sum()
     sampling = np.log(probabilities[token]) - np.log(mass)
     values = np.array([logprobs[token], sampling, np.log(mass), entropy])
     return _draw(kept, uniform), values, float(least / mass)
-
-
-def _least_kept(probabilities: Array, params: SamplingParams) -> float:
-    """The smallest probability that top-k, top-p and min-p, each on the renormalised result of the one before, keep."""
-    ordered = np.sort(probabilities)[::-1]
-    if params.top_k:
-        ordered = ordered[: params.top_k]
-    if params.top_p < 1:
-        running = np.cumsum(ordered) / ordered.sum()
-        ordered = ordered[: int(np.argmax(running >= params.top_p)) + 1]
-    if params.min_p:
-        ordered = ordered[ordered >= params.min_p * ordered[0]]
-    return float(ordered[-1]) * (1 - 1e-9)
 
 
 def _draw(weights: Array, uniform: Array) -> int:

@@ -14,6 +14,7 @@ from rollout_server.engine.messages.versions import PolicyCommand
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
+from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.errors import RolloutError, StalePolicy
 
@@ -40,6 +41,21 @@ class AdmissionControl:
         self._tasks = tasks
         self._changes = changes
         self._blame = blame
+
+    @property
+    def joining(self) -> int:
+        """Rows whose prompt is being read."""
+        return sum(joining.count for joining in self._batches.joining)
+
+    def begin_turn(self, budget: TurnBudget, *, paused: bool) -> None:
+        """Tells the budget what decodes, what joins, and what could."""
+        batches, queue = self._batches, self._queue
+        budget.begin(
+            rows=max(1, batches.size - self.joining) if batches.active else 0,
+            joining=self.joining,
+            idle=0 if paused else queue.startable(batches.size),
+            streamed=queue.streams > 0 and any(row.streamed for row in batches.rows),
+        )
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""

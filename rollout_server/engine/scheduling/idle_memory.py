@@ -1,15 +1,18 @@
-"""What the engine's memory is made of, and giving back what nobody uses: most users train on the same machine."""
+"""What the engine's memory is made of, who comes first, and giving back what nobody uses: most users train on the same
+machine."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 import mlx.core as mx
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
-from rollout_server.engine.messages.control import Released
+from rollout_server.engine.kv_cache.ledger import KVLedger
+from rollout_server.engine.messages.control import Release, Released
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policies.table import PolicyTable
@@ -30,6 +33,7 @@ class Memory:
         batches: Batches,
         policies: PolicyTable,
         prefix_reuse: PrefixReuse,
+        ledger: KVLedger,
         queue: RequestQueue,
         scoring: ScoringQueue,
         info: ModelInfo,
@@ -37,6 +41,9 @@ class Memory:
     ) -> None:
         self._batches = batches
         self._prefix_reuse = prefix_reuse
+        self._ledger = ledger
+        self.releases: deque[Release] = deque()
+        """Commands that ask for memory and are not answered yet."""
         self._policies = policies
         self._queue = queue
         self._scoring = scoring
@@ -57,9 +64,18 @@ class Memory:
             # What is kept for later requests stays: the next turn of a conversation may be a minute away.
             self._shrink()
 
-    def give_back(self, id: str) -> Released:
-        """KV that no row needs and what MLX keeps of freed arrays go back to the system; no step may be in flight.
-        What is in use stays, and everything grows again on demand."""
+    def share_out(self) -> None:
+        """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
+        held = self._batches.held_cells
+        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._prefix_reuse.cells, rows=held):
+            self._batches.drop_idle()
+        self._prefix_reuse.follow(self._policies.snapshot())
+        self._ledger.leave_rest(rows=held)
+
+    def give_back(self) -> Released:
+        """Answers the first of `releases`: KV that no row needs and what MLX keeps of freed arrays go back to the
+        system; no step may be in flight. What is in use stays, and everything grows again on demand."""
+        id = self.releases.popleft().id
         before, held = mx.get_active_memory() + mx.get_cache_memory(), self._batches.nbytes
         kept = self._prefix_reuse.clear()
         self._policies.trim()
@@ -91,7 +107,7 @@ class Memory:
             kv_held=self._batches.nbytes,
             kv_filled=self._batches.filled_cells * info.kv_bytes_per_token,
             kv_kept=self._prefix_reuse.status.nbytes,
-            kv_prompts=self._queue.kept_cells * info.kv_bytes_per_token,
+            kv_prompts=self._queue.kept_cells() * info.kv_bytes_per_token,
             kv_scored=self._scoring.nbytes,
             slots=self._policies.slot_bytes,
             sets=self._policies.set_bytes,

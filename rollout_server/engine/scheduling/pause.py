@@ -1,4 +1,4 @@
-"""Whether new work waits and running rows stand still. Plain Python; knows neither arrays nor threads."""
+"""Decides whether new work waits and running rows stand still. Plain Python; knows neither arrays nor threads."""
 
 from __future__ import annotations
 

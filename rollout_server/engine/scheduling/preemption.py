@@ -34,9 +34,7 @@ class Preemption:
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
         then rows give theirs up, the newest first. The oldest row never does."""
-        if not self._queue.crowded and not self._batches.preempted:
-            # A quarter stays free for whoever comes, and for what is kept for later requests.
-            self._batches.may_grow_to((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
+        self.let_grow()
         if self._ledger.fits_after_step():
             return
         self._batches.drop_idle()
@@ -63,6 +61,12 @@ class Preemption:
                 self._batches.unjoin(user.joining)
                 self._queue.put_back(user.joining.group, user.joining.count)
         self._batches.shrink()
+
+    def let_grow(self) -> None:
+        """Before arrays may have to grow: they may grow by more than they need, where nobody waits for the room."""
+        if not self._queue.crowded and not self._batches.preempted:
+            # A quarter stays free for whoever comes, and for what is kept for later requests.
+            self._batches.may_grow_to((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
 
     def resume(self) -> bool:
         """Lets rows that stepped aside come back, the oldest first; whether none is left."""

@@ -1,146 +1,116 @@
 """How many tokens a turn may read beside its decode step: prompts, and what is scored, draw from one budget.
 
-While rows decode, a turn that reads may take twice as long as one that reads nothing, so that their tokens come at
-least half as fast as undisturbed; when both kinds have something to read they do so in turn. Every forward is a pass
-over the weights, for a few tokens nearly as long as for many: where no chunk worth a pass fits into a turn, a larger
-one is read in one turn and nothing in the next ones. When nothing decodes, all of `most` is theirs.
+Two rules divide it. Rows of which somebody reads the tokens as they come are kept going by `latency`; otherwise
+`throughput` has all rows done soonest, unless the other is preferred. Both go by the same measured costs.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Collection
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Protocol
 
-from rollout_server.engine.kv_cache.sizes import row_bucket
+from rollout_server.engine.messages.options import Prefer
+from rollout_server.engine.scheduling.latency import LatencyFirst
+from rollout_server.engine.scheduling.throughput import ThroughputFirst
+from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, ReadingCosts, UndisturbedTurns
 
-Kind = Literal["prefill", "scoring"]
-FIRST, DECENT, LEAST = 32, 24, 8
-"""Tokens: where the search begins, what is worth a pass over the weights, and what a turn that reads reads at least."""
-EVERY_TURN, SELDOM = 0.9, 1.25
-"""Target cost of prefill or scoring, in turns that only decode: where it runs in every turn, and where turns are
-skipped to pay for it."""
-MOST_OWED = 4
-"""The most turns that are skipped for one reading. A stall adds many, and says nothing of the next reading."""
-LOOK_EVERY, FIRST_LOOK = 8, 2
-"""How many turns read between two that only decode, which show what a turn costs undisturbed; and before the first."""
-UNDISTURBED = 5
-"""How many undisturbed turns are remembered; their median counts."""
+
+class Rule(Protocol):
+    """What a turn does; see `ThroughputFirst` and `LatencyFirst`."""
+
+    def admits(self, load: Load) -> bool: ...
+
+    def divide(self, load: Load, wanting: Collection[Kind]) -> dict[Kind, int]: ...
+
+    def steps(self, load: Load, reading: Reading | None) -> bool: ...
+
+    def end(self, load: Load, reading: Reading | None, seconds: float) -> None: ...
 
 
 class TurnBudget:
-    """`clock` gives seconds. `round_down` takes a number of tokens to one that the device has planned for."""
+    """`most` are the tokens of a turn, `clock` gives seconds. `round_down` takes a number of tokens to one that the
+    device has planned for. `measure(most)` reads a few chunks of at most `most` tokens and says (tokens, seconds) of
+    each."""
 
     def __init__(
         self,
         most: int,
         clock: Callable[[], float] = time.perf_counter,
         round_down: Callable[[int], int] = lambda tokens: tokens,
+        *,
+        prefer: Prefer = "throughput",
+        measure: Callable[[int], Iterable[tuple[int, float]]] = lambda most: (),
     ) -> None:
         self._most = most
-        self._least, self._first, self._decent = (min(tokens, most) for tokens in (LEAST, FIRST, DECENT))
         self._clock = clock
         self._round_down = round_down
-        self._chunks: dict[Kind, float] = {}
-        self._seldom: set[Kind] = set()
-        """Kinds of which nothing decent fits into one turn."""
-        self._tried: dict[Kind, int] = {}
-        """How often that was found since rows began to decode: each time it takes larger chunks to try again."""
-        self._undisturbed: dict[int, deque[float]] = {}
-        """By rows, since more of them take longer."""
-        self._rows = 0
-        self._latest = 0
-        self._decoding = False
-        self._wanting: frozenset[Kind] = frozenset()
-        self._served: Kind | None = None
-        self._owed = 0.0
-        """Turns to leave out."""
-        self._since = 0
+        self._prefer = prefer
+        self._measure = measure
+        self._costs: dict[Kind, ReadingCosts] = {"prefill": ReadingCosts(), "scoring": ReadingCosts()}
+        self._undisturbed = UndisturbedTurns()
+        self._latency = LatencyFirst(self._costs, most)
+        self._throughput = ThroughputFirst(self._costs, most)
+        self._rule: Rule = self._throughput
+        self._load = Load(0)
+        self._shares: dict[Kind, int] = {}
         self._began = 0.0
-        self._read: tuple[Kind, int, int] | None = None
-        """In this turn: what, of how many tokens at most, how many."""
+        self._reading: Reading | None = None
+        """What this turn reads, the last where nothing decodes and both kinds read."""
+        self._stepped = True
         self.tokens = 0
         """Read since it was made."""
 
-    def begin(self, *, decoding: bool, rows: int = 1) -> None:
-        """A turn begins, in which `rows` rows decode or none does."""
-        self._decoding, self._rows = decoding, row_bucket(rows, rows)
-        self._began, self._read = self._clock(), None
+    def learn_costs(self) -> None:
+        """Measures what reading costs, so that the first prompts are read in chunks that fit the device."""
+        readings = list(self._measure(self._most))
+        for costs in self._costs.values():
+            costs.begin(readings)
 
-    def divide(self, wanting: Collection[Kind]) -> None:
-        """Decides who may read in this turn, of those who have something to read."""
-        self._wanting = frozenset(wanting)
-        if not self._decoding:
-            self._owed = 0.0
-            self._tried.clear()
-        elif self._wanting and self._leaves_out():
-            self._wanting = frozenset()
-        elif len(self._wanting) > 1:
-            self._wanting = frozenset(sorted(self._wanting - {self._served})[:1])
-        self._served = min(self._wanting, default=self._served)
+    def begin(self, *, rows: int, joining: int = 0, idle: int = 0, streamed: bool = False) -> None:
+        """A turn begins, in which `rows` rows decode, some of them `streamed`: read as they come. `joining` rows wait
+        for their prompt to be read, `idle` more could join."""
+        self._rule = self._latency if streamed or self._prefer == "latency" else self._throughput
+        self._load = Load(rows, self._undisturbed.of(rows), joining, idle)
+        self._began, self._reading, self._stepped, self._shares = self._clock(), None, True, {}
 
-    def _leaves_out(self) -> bool:
-        if self._owed >= 1.0:
-            self._owed -= 1.0
-            return True
-        usual = self._usual
-        return usual != 0 and self._since >= (FIRST_LOOK if usual is None else LOOK_EVERY)
+    def admits(self) -> bool:
+        """Returns whether rows may join in this turn."""
+        return self._rule.admits(self._load)
 
-    @property
-    def _usual(self) -> float | None:
-        """Seconds of an undisturbed turn; None before there was one."""
-        turns = self._undisturbed.get(self._rows) or self._undisturbed.get(self._latest)
-        return statistics.median(turns) if turns else None
+    def divide(self, wanting: Collection[Kind], joining: int = 0) -> None:
+        """Decides who may read in this turn, of those who have something to read, now that it is known who joins."""
+        self._load = replace(self._load, joining=joining)
+        self._shares = self._rule.divide(self._load, wanting)
 
     def share(self, kind: Kind) -> int:
         """Tokens that `kind` may read in this turn."""
-        if kind not in self._wanting:
-            return 0
-        if not self._decoding:
-            return max(1, self._most // len(self._wanting))
-        return max(1, min(self._most, self._round_down(int(self._chunk(kind)))))
+        share = self._shares.get(kind, 0)
+        return max(1, min(self._most, self._round_down(share))) if share else 0
 
     def measure(self, kind: Kind, read: Callable[[], int]) -> None:
-        """Runs `read`, which returns how many tokens it read; what that costs is seen at the end of the turn."""
-        share = self.share(kind)
-        self._read = (kind, share, 0)
+        """Runs `read`, which returns how many tokens it read."""
+        began = self._clock()
+        # What fails has read as well: the turn is no undisturbed one.
+        self._reading = Reading(kind, self.share(kind), 0, 0.0)
         tokens = read()
-        self._read = (kind, share, tokens)
+        self._reading = Reading(kind, self.share(kind), tokens, self._clock() - began)
+        self._costs[kind].learn(tokens, self._reading.seconds)
         self.tokens += tokens
+
+    def steps(self, *, rows: int, joining: int) -> bool:
+        """Returns whether rows step, now that the turn has read: `rows` are ready, `joining` are still being read."""
+        self._stepped = self._rule.steps(replace(self._load, rows=rows, joining=joining), self._reading)
+        return self._stepped
 
     def end(self) -> None:
         """The turn is over."""
-        if not self._decoding:
+        if not self._load.rows:
             return
         seconds = self._clock() - self._began
-        if self._read is None:
-            self._undisturbed.setdefault(self._rows, deque(maxlen=UNDISTURBED)).append(seconds)
-            self._latest, self._since = self._rows, 0
-            return
-        self._since += 1
-        usual = self._usual
-        if usual:
-            self._learn(*self._read, max(0.0, seconds / usual - 1.0))
-
-    def _learn(self, kind: Kind, share: int, tokens: int, added: float) -> None:
-        """`added` is in undisturbed turns."""
-        if added > 1.0 or kind in self._seldom:
-            self._owed += min(added, MOST_OWED)
-        # A few tokens say little of how long many take.
-        if not tokens or 2 * tokens < share:
-            return
-        goal = SELDOM if kind in self._seldom else EVERY_TURN
-        ratio = goal * tokens / (added * share) if added else 2.0
-        chunk = self._chunk(kind) * min(2.0, max(0.5, ratio)) ** 0.5
-        tried = self._tried.get(kind, 0)
-        if chunk < self._decent and kind not in self._seldom:
-            self._seldom.add(kind)
-            self._tried[kind] = tried + 1
-        elif chunk > 2 * self._decent << tried:
-            self._seldom.discard(kind)
-        self._chunks[kind] = min(float(self._most), max(float(self._least), chunk))
-
-    def _chunk(self, kind: Kind) -> float:
-        return self._chunks.get(kind, float(self._first))
+        if self._reading is None and self._stepped:
+            self._undisturbed.learn(self._load.rows, seconds)
+        if self._load.usual is None:
+            self._load = replace(self._load, usual=self._undisturbed.of(self._load.rows))
+        self._rule.end(self._load, self._reading, seconds)

@@ -83,12 +83,12 @@ class ScoredSequenceState:
 
     @property
     def scoring(self) -> bool:
-        """Whether its next inputs give values, or only KV."""
+        """True if its next inputs give values, and not KV alone."""
         return self.next_input >= self.run.scored
 
     @property
     def of_states(self) -> bool:
-        """Whether values are made of hidden states, and not of logits."""
+        """True where values are made of hidden states, and not of logits."""
         return self.pool is not None or (self.labels is not None and self.labels.head is not None)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from rollout_server.engine.model.heads import Head
+from rollout_server.engine.model.tasks.heads import Head
 
 WORTH = 64
 """Tokens from which on it pays to read a beginning apart from the rest."""

@@ -51,7 +51,7 @@ class ScoringQueue:
     @property
     def cells(self) -> int:
         """KV columns it may come to fill."""
-        return self._reader.cells
+        return self._reader.cells if self._jobs else 0
 
     @property
     def nbytes(self) -> int:

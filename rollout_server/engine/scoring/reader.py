@@ -158,7 +158,7 @@ class _Slice:
         return raw if (own == 1.0).all() else raw / mx.array(own)[:, None]
 
     def values(self, targets: np.ndarray, entropy: bool, k: int) -> tuple[np.ndarray, ...]:
-        """Of each row the target's log-probability, the entropy, and ids and log-probabilities of the k best; empty
+        """For each row the target's log-probability, the entropy, and ids and log-probabilities of the k best; empty
         where they are not wanted."""
         raw = self.raw
         shifted = raw - mx.max(raw, axis=-1, keepdims=True)

@@ -15,6 +15,7 @@ from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.grammars import MaskFiller, hold_back
 from rollout_server.engine.sampling.logits_processors import Pairs, allowed_only, count_tokens, ends_of
+from rollout_server.engine.sampling.margins import margins
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import SamplerArrays, prepare, sample, shape, uniforms
 from rollout_server.grammar import Follower
@@ -43,7 +44,7 @@ class RowReplay:
     largest. None where it could not come at all."""
 
     follower: Follower | None = None
-    """Of a row with a grammar: where in it the tokens up to the last masked position lead."""
+    """Where in the grammar, if there is one, the tokens up to the last masked position lead."""
     followed: int = 0
 
     def masks(self, positions: Sequence[int], vocabulary: int) -> np.ndarray:
@@ -102,7 +103,7 @@ class TokenRange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
-    """Of one call of the sampler."""
+    """What one call of the sampler is given."""
 
     arrays: SamplerArrays
     uniform: mx.array
@@ -142,7 +143,7 @@ class _Inputs:
 
 
 def _mask(work: Sequence[tuple[RowReplay, Sequence[int]]], vocabulary: int) -> RowSubset | None:
-    """Of the rows that have a grammar."""
+    """The masks of rows that have a grammar."""
     constrained = [row.sampling.constraint is not None for row, positions in work for _ in positions]
     if not any(constrained):
         return None
@@ -191,7 +192,7 @@ def _margin(logits: mx.array, row: RowReplay, position: int, mask: RowSubset | N
     weights = np.exp((shaped - shaped.max()) / sampling.temperature)
     uniform = np.array(inputs.uniform[0], dtype=np.float64)
     order = np.argsort(-weights, kind="stable")
-    slack = _slack(weights[order], sampling)
+    slack = margins(weights[order], sampling)
     count = max(1, int(np.argmax(slack < 0)) if (slack < 0).any() else len(slack))
     found = [_distance(np.isin(np.arange(len(weights)), order[:count]) * weights, uniform, token)]
     # Where a filter's edge lies so close, one token more or less may have stayed, or the next for the last.
@@ -208,24 +209,6 @@ def _margin(logits: mx.array, row: RowReplay, position: int, mask: RowSubset | N
     if math.isfinite(nearest):
         return nearest
     return abs(float(slack[int(np.flatnonzero(order == token)[0])])) if weights[token] > 0 else None
-
-
-def _slack(ordered: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-    """By how much each of descending weights [V] stays (negative: is removed): nats for top-k and min-p, mass for
-    top-p, the least of them; infinite without filters."""
-    slack = np.full(len(ordered), np.inf)
-    logs = np.log(np.maximum(ordered, 1e-300))
-    mass, k = ordered.sum(), sampling.top_k
-    if 0 < k < len(ordered):
-        slack[:k] = logs[:k] - logs[k]
-        # Tied with the last one that stays, it stays.
-        slack[k:] = np.where(ordered[k:] == ordered[k - 1], 0.0, np.minimum(logs[k:] - logs[k - 1], -1e-300))
-        mass = ordered[:k].sum()
-    if sampling.top_p < 1:
-        slack = np.minimum(slack, sampling.top_p - (np.cumsum(ordered) - ordered) / mass)
-    if sampling.min_p > 0:
-        slack = np.minimum(slack, logs - math.log(sampling.min_p))
-    return slack
 
 
 def _distance(weights: np.ndarray, uniform: np.ndarray, token: int) -> float:

@@ -44,7 +44,7 @@ class SequentialReader:
         self._prefix: SharedPrefix | None = None
         self._sequence: ScoredSequenceState | None = None
         self._caches: list[Any] | None = None
-        """Of the sequence; None while its shared prefix is being read."""
+        """KV of the sequence; None while its shared prefix is being read."""
 
     @property
     def size(self) -> int:

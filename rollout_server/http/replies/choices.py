@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
+from rollout_server.engine.sampling.margins import margins
 from rollout_server.http.replies.json_entries import error_entry, finite, rollout_text, span_entry
 from rollout_server.http.requests.prompts import PromptTokens
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, SamplingParams
@@ -228,30 +230,27 @@ class Choice:
         raise NotImplementedError
 
     def told(self, piece: Piece, *, token_ids: bool) -> bool:
-        """Whether the piece holds tokens, for a client that asked for them."""
+        """Returns whether the piece holds tokens, for a client that asked for them."""
         return bool(piece.token_ids) and (token_ids or self._reading.top_logprobs is not None)
 
 
 def processed_top(
     top: Sequence[tuple[int, float]], *, logprob: float, sampling_logprob: float, sampling: SamplingParams
 ) -> list[tuple[int, float]]:
-    """(id, log-probability) under temperature, top-k, top-p and min-p, best first, without the tokens they removed.
+    """(id, log-probability) under temperature and filters, best first, without the tokens that the filters removed.
 
     `top` are the most probable of the unmodified distribution; `logprob` and `sampling_logprob` are the sampled
-    token's, whose difference is the normaliser. Every filter keeps a prefix of the ranking, and what is kept sums to
-    one: so the prefix ends where the sum is reached. A greedy row leaves one token, of probability one.
+    token's, whose difference is the normaliser. Every filter keeps a prefix of the ranking. It ends where `margins`
+    says so, or where what is kept sums to one: only that tells of a filter that needs the whole vocabulary. A greedy
+    row leaves one token, of probability one.
     """
     if sampling.temperature == 0:
         return [(id, 0.0) for id, _ in top[:1]]
-    shift = sampling_logprob - logprob / sampling.temperature
-    kept: list[tuple[int, float]] = []
-    mass = 0.0
-    for id, value in top[: sampling.top_k or None]:
-        processed = value / sampling.temperature + shift
-        if sampling.min_p > 0 and kept and processed < kept[0][1] + math.log(sampling.min_p):
-            break
-        if sampling.filtered and mass >= ALL:
-            break
-        kept.append((id, processed))
-        mass += math.exp(processed)
-    return kept
+    processed = np.array([value for _, value in top]) / sampling.temperature + (
+        sampling_logprob - logprob / sampling.temperature
+    )
+    if sampling.filtered and len(top):
+        weights = np.exp(processed)
+        stays = (margins(weights, sampling, whole=False) >= 0) & (np.cumsum(weights) - weights < ALL)
+        processed = processed[: np.count_nonzero(stays)]
+    return [(id, value) for (id, _), value in zip(top, processed.tolist(), strict=False)]

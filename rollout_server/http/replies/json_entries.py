@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -112,22 +113,10 @@ def given_span_entry(span: GivenSpan) -> dict[str, Any]:
 
 
 def sampling_entry(sampling: SamplingParams) -> dict[str, Any]:
-    return {
-        "max_tokens": sampling.max_tokens,
-        "min_tokens": sampling.min_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "stop": sampling.stop,
-        "stop_token_ids": sampling.stop_token_ids,
-        "ignore_eos": sampling.ignore_eos,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "logit_bias": {str(token): value for token, value in sampling.logit_bias},
-        "structured_outputs": structure_entry(sampling.constraint),
-    }
+    entry = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    entry["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
+    entry["structured_outputs"] = structure_entry(entry.pop("constraint"))
+    return entry
 
 
 def structure_entry(constraint: Constraint | None) -> dict[str, Any] | None:
@@ -173,8 +162,8 @@ def finite(value: float) -> float | None:
 
 
 def begins_turn(chat: Prompt | ChatRequest, sampling: SamplingParams) -> bool:
-    """Whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the template
-    writes it back. What a grammar asks for stays as it is."""
+    """Returns whether the text is a turn that the chat template opened: the tokenizer may trim its start, and the
+    template writes it back. What a grammar asks for stays as it is."""
     opened = chat.messages is not None and chat.add_generation_prompt and not chat.continue_final_message
     return opened and sampling.constraint is None
 

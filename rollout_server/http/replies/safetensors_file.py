@@ -43,7 +43,8 @@ PER_TOKEN: Mapping[str, DTypeLike] = MappingProxyType(
 PER_ROW: Mapping[str, DTypeLike] = MappingProxyType(
     {"prompt_index": np.int32, "sample_index": np.int32, "seed": np.int64}
 )
-NO_VERSION = -1
+NO_VERSION = NO_TOKEN = -1
+"""Stands where there is none."""
 NOWHERE = (None, None, None)
 """Policy, digest and label of given text that came without versions."""
 KV_KINDS = (None, "carried", "recomputed")
@@ -166,7 +167,7 @@ def _add_top(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None
     for index, top in enumerate(lists):
         if top is None:
             write_out(index, "top_logprobs")
-            parts.append(np.tile([NO_VERSION, np.nan], (len(rows[index]["logprobs"]), k, 1)))
+            parts.append(np.tile([NO_TOKEN, np.nan], (len(rows[index]["logprobs"]), k, 1)))
         else:
             parts.append(_pairs(top, k))
     both = np.concatenate(parts)
@@ -176,7 +177,7 @@ def _add_top(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None
 
 def _pairs(top: Sequence[Sequence[Sequence[float]] | None], k: int) -> NDArray[np.float64]:
     """[tokens, k, 2]; a position without, as the first of a sequence, has −1 and NaN."""
-    nothing = ((NO_VERSION, np.nan),) * k
+    nothing = ((NO_TOKEN, np.nan),) * k
     return np.array([nothing if pairs is None else pairs for pairs in top], np.float64).reshape(len(top), k, 2)
 
 

@@ -30,8 +30,8 @@ QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 def wants_binary(request: Request[Any, Any, Any], *, stream: bool = False) -> bool:
-    """Whether the reply is to be safetensors: where it is named in `Accept` and JSON is not liked better. A stream is
-    JSON in any case; who accepts nothing but safetensors is told so."""
+    """Returns whether the reply is to be safetensors: where it is named in `Accept` and JSON is not liked better. A
+    stream is JSON in any case; who accepts nothing but safetensors is told so."""
     liked = _accepted(request.headers.get("accept", ""))
     json_liked = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
     binary_liked = liked.get(SAFETENSORS, 0.0)
@@ -78,10 +78,9 @@ async def chunks(request: Request[Any, Any, Any], limit: int, option: str) -> As
         raise UnsupportedMedia(
             f"Bodies are read as they are, not with Content-Encoding {quoted(encoding)}.", param="Content-Encoding"
         )
-    too_large = BodyTooLarge(f"The body is larger than the {limit} bytes that {option} allows.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise too_large
+        raise _too_large(limit, option)
     read = 0
     while True:
         message = await request.receive()
@@ -89,11 +88,15 @@ async def chunks(request: Request[Any, Any, Any], limit: int, option: str) -> As
             raise BadBody("The connection was closed before the body was complete.")
         read += len(message["body"])
         if read > limit:
-            raise too_large
+            raise _too_large(limit, option)
         if message["body"]:
             yield message["body"]
         if not message.get("more_body", False):
             return
+
+
+def _too_large(limit: int, option: str) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than the {limit} bytes that {option} allows.")
 
 
 class WholeRequest(Request[Any, Any, Any]):

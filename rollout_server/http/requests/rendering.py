@@ -47,8 +47,9 @@ def render(chat: Chat, tokenizer: Any, *, param: str, bound: Bound) -> list[int]
 
 
 def opens_thinking(chat: ChatRequest, tokenizer: Any, format: ReplyFormat) -> bool:
-    """Whether the prompt ends inside of reasoning: by what the template writes behind the last message, where no mark
-    is of the messages' own making. A message of the assistant that is to be continued is the reply's own beginning."""
+    """Returns whether the prompt ends inside of reasoning: by what the template writes behind the last message, where
+    no mark is of the messages' own making. A message of the assistant that is to be continued is the reply's own
+    beginning."""
     if format.think_start is None or format.think_end is None:
         return False
     rows = _rows(chat, tokenizer, "", "messages")

@@ -9,7 +9,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.grammar import Constraint
 from rollout_server.quoting import quoted
 from rollout_server.rollout import MAX_SEED, SamplingParams, row_seed
-from rollout_server.schemas.fields import stops
+from rollout_server.schemas.fields import SamplingNumbers, stops
 from rollout_server.schemas.openai.options import OpenAIRequest
 from rollout_server.schemas.rollouts import SamplingOptions
 
@@ -22,18 +22,10 @@ def sampling_params(
     Raises `InvalidField` whose field has `prefix` in front, the place of the options in the request."""
     try:
         return SamplingParams(
+            **{name: getattr(options, name) for name in SamplingNumbers.model_fields},
             max_tokens=max_tokens,
-            min_tokens=options.min_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            min_p=options.min_p,
             stop=stops(options.stop),
             stop_token_ids=tuple(options.stop_token_ids),
-            ignore_eos=options.ignore_eos,
-            presence_penalty=options.presence_penalty,
-            frequency_penalty=options.frequency_penalty,
-            repetition_penalty=options.repetition_penalty,
             logit_bias=tuple(sorted((int(token), value) for token, value in options.logit_bias.items())),
             constraint=constraint,
         )

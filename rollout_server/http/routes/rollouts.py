@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from litestar import Controller, Request, Response, post
@@ -45,8 +44,7 @@ from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsReque
 from rollout_server.text.long_texts import Bound
 
 MAX_TOKENS = "sampling.max_tokens"
-OUR_WORDS: Mapping[str, str] = MappingProxyType({"max_tokens": MAX_TOKENS})
-"""The engine's names of fields → this route's."""
+"""This route's name of the engine's `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class Job:
         return sum(len(group.given_ids) for group in self.groups)
 
     def is_complete(self, rollouts: Sequence[Rollout]) -> bool:
-        """Whether of every prompt as many rows finished as were waited for."""
+        """Returns whether as many rows of every prompt finished as were waited for."""
         finished = Counter(rollout.prompt_index for rollout in rollouts if is_complete([rollout]))
         return all(finished[group.prompt_index] >= (group.return_when or group.n) for group in self.groups)
 
@@ -106,7 +104,7 @@ class RolloutsController(Controller):
         weight += extra_weight(data.sampling)
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
-        with renamed(OUR_WORDS):
+        with renamed({"max_tokens": MAX_TOKENS}):
             subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
             if data.stream:
                 first = await opening(request, subscription)

@@ -37,7 +37,7 @@ from rollout_server.schemas.weights import (
     PoliciesReply,
     PushReply,
 )
-from rollout_server.versions.adapter_directory import check_name
+from rollout_server.versions.publisher import check_name
 
 MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 
@@ -84,6 +84,7 @@ class WeightsController(Controller):
                 prepared=prepared,
                 mode=prepared.mode,
                 dequantize=options.dequantize == "true",
+                before=(("receive", began, received), ("validate", received, validated)),
             )
         )
         reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)

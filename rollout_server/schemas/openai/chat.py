@@ -112,7 +112,7 @@ class ChatRequest(OpenAIRequest, Conversation):
 
     @property
     def must_call(self) -> bool:
-        """Whether the reply has to be calls of tools."""
+        """True if the reply has to be calls of tools."""
         return self.tool_choice == "required" or self.called_name is not None
 
     @property

@@ -7,7 +7,16 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import Count, LogitBias, OneOrMany, PolicyText, Request, Seed, TokenIds
+from rollout_server.schemas.fields import (
+    Count,
+    LogitBias,
+    OneOrMany,
+    PolicyText,
+    Request,
+    SamplingNumbers,
+    Seed,
+    TokenIds,
+)
 from rollout_server.schemas.rollouts import ErrorInRow, SpanReply
 from rollout_server.schemas.structured import Structured
 
@@ -18,24 +27,15 @@ class StreamOptions(Request):
     include_usage: bool = False
 
 
-class OpenAIRequest(Structured):
+class OpenAIRequest(SamplingNumbers, Structured):
     later: ClassVar = {"user": ()}
 
     model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
     n: Count = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = Field(default=1.0, description="Counts the prompt too.")
     logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None
     stop: OneOrMany = Field(default_factory=list, description="Up to 64 strings.")
     stop_token_ids: TokenIds = Field(default_factory=list)
-    ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

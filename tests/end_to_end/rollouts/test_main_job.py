@@ -35,6 +35,15 @@ def server(model: Path) -> Iterator[LiveServer]:
         yield live
 
 
+@pytest.fixture(scope="module")
+def narrow(model: Path) -> Iterator[LiveServer]:
+    """A server that takes little at once: three requests, one row, and 100 kB."""
+    with live_server(
+        model, "--max-queue", "3", "--max-batch", "1", "--max-body", "100KB", "--max-upload", "200KB"
+    ) as live:
+        yield live
+
+
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[RolloutClient]:
     with RolloutClient(server.url) as client:
@@ -116,7 +125,7 @@ def test_echo_gives_the_scorer_s_numbers(server: LiveServer, client: RolloutClie
 
 def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClient, model: Path) -> None:
     client.push("moving", *adapter(model, 11))
-    options: dict[str, Any] = {"policy": "moving", "max_tokens": 1500, "ignore_eos": True, "seed": 1}
+    options: dict[str, Any] = {"policy": "moving", "max_tokens": 800, "ignore_eos": True, "seed": 1}
 
     def long(on_update: str) -> RolloutBatch:
         with RolloutClient(client._connection.url) as own:
@@ -195,15 +204,13 @@ def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: LiveSe
                 assert np.max(np.abs(client.logprobs(batch, policy=name).logprobs - batch.logprobs)) <= 5e-5
 
 
-def test_a_full_queue_says_so_and_loses_nothing(model: Path) -> None:
-    with live_server(model, "--max-queue", "3", "--max-batch", "1") as live:
+def test_a_full_queue_says_so_and_loses_nothing(narrow: LiveServer) -> None:
+    async def run() -> list[Any]:
+        async with AsyncRolloutClient(narrow.url, retry=Retry(attempts=1)) as client:
+            calls = [client.rollouts([[3, k]], policy="base", max_tokens=60) for k in range(12)]
+            return await asyncio.gather(*calls, return_exceptions=True)
 
-        async def run() -> list[Any]:
-            async with AsyncRolloutClient(live.url, retry=Retry(attempts=1)) as client:
-                calls = [client.rollouts([[3, k]], policy="base", max_tokens=60) for k in range(12)]
-                return await asyncio.gather(*calls, return_exceptions=True)
-
-        results = asyncio.run(run())
+    results = asyncio.run(run())
     full = [r for r in results if isinstance(r, QueueFull)]
     assert full and all(error.status == 429 and error.retryable for error in full)
     answered = [r for r in results if isinstance(r, RolloutBatch)]
@@ -337,21 +344,20 @@ def test_broken_bodies(body: bytes, kind: str, status: int, server: LiveServer) 
     assert reply.json()["error"]["code"]
 
 
-def test_a_body_over_the_limit_is_413(model: Path) -> None:
-    with live_server(model, "--max-body", "100KB", "--max-upload", "200KB") as live:
-        big = {"policy": "base", "prompts": [{"token_ids": [1] * 100_000}]}
-        reply = httpx.post(f"{live.url}/v1/rollouts", json=big)
-        assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
-        reply = httpx.post(
-            f"{live.url}/v1/weights",
-            params={"name": "big"},
-            content=bytes(300_000),
-            headers={"content-type": "application/octet-stream"},
-        )
-        assert reply.status_code == 413
-        with RolloutClient(live.url) as client:
-            assert client.weights() == [] or not list(client.weights())
-            assert len(sample(client, "base")) == 6
+def test_a_body_over_the_limit_is_413(narrow: LiveServer) -> None:
+    big = {"policy": "base", "prompts": [{"token_ids": [1] * 100_000}]}
+    reply = httpx.post(f"{narrow.url}/v1/rollouts", json=big)
+    assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
+    reply = httpx.post(
+        f"{narrow.url}/v1/weights",
+        params={"name": "big"},
+        content=bytes(300_000),
+        headers={"content-type": "application/octet-stream"},
+    )
+    assert reply.status_code == 413
+    with RolloutClient(narrow.url) as client:
+        assert client.weights() == [] or not list(client.weights())
+        assert len(client.rollouts(PROMPTS, policy="base", max_tokens=12)) == 3
 
 
 def test_a_nan_row_is_an_error_by_name_and_the_server_goes_on(client: RolloutClient, model: Path) -> None:

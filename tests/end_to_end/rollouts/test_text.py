@@ -174,7 +174,7 @@ def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[st
     """Nearly uniform over the vocabulary: bytes that are no characters, stops among them, prompts that end anywhere."""
     generator = random.Random(5)
     broken = 0
-    for trial in range(40):
+    for trial in range(14):
         ids = [generator.randrange(len(served.tokenizer)) for _ in range(generator.randrange(1, 9))]
         prompt = generator.choice([ids, "x = ", "é", "the cat"])
         asked = {"prompt": prompt, "temperature": 50.0, "n": 3, "seed": trial, "max_tokens": generator.randrange(1, 20)}
@@ -189,7 +189,7 @@ def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[st
             if not asked["echo"] and choice["finish_reason"] == "length":
                 assert not any(stop in choice["text"] for stop in asked["stop"])
             broken += REPLACEMENT in choice["text"]
-    assert broken > 5 or served is servers["metaspace"]
+    assert broken > 2 or served is servers["metaspace"]
 
 
 def check_arrays(choice: dict[str, Any], *, echo: bool) -> None:

@@ -14,6 +14,7 @@ from tests.support import tiny_models
 from tests.support.live_server import LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError
 
+pytestmark = pytest.mark.long  # Two or three servers each, which are killed.
 KB = 140
 
 

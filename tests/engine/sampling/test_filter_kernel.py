@@ -19,6 +19,7 @@ from rollout_server.engine.sampling.filter_kernel import (
     METAL,
     METAL_PLACE,
     FilterKernel,
+    KernelFilters,
     build_kernel,
     least_kept,
     limits_of,
@@ -121,6 +122,14 @@ def test_any_rows_keep_what_the_definition_says(
 @pytest.mark.parametrize("kind", ["numpy", "CUDA's text", "the GPU"])
 def test_a_large_vocabulary(kind: str, kernel_of: Callable[..., FilterKernel]) -> None:
     assert kernel_fault(kernel_of(kind), trial_rows(151_936)) is None
+
+
+def test_rows_with_a_filter_that_the_kernel_has_not_are_filtered_without_it() -> None:
+    kernel = FilterKernel(FilterPasses(), 8, frozenset({"top_k", "top_p"}))
+    greedy, plain = SamplingParams(max_tokens=1, temperature=0, min_p=0.1), SamplingParams(max_tokens=1, top_k=5)
+    for rows, takes in (([plain, None, greedy], True), ([plain, SamplingParams(max_tokens=1, min_p=0.1)], False)):
+        arrays = prepare(rows, 301, entropy=False, top_logprobs=0, kernel=kernel)
+        assert isinstance(arrays.filters, KernelFilters) is takes and arrays.filters is not None
 
 
 @pytest.mark.parametrize("threads", [3, 64])

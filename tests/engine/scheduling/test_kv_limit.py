@@ -80,7 +80,7 @@ def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: P
             driver.abort(dice.choice(ids))
     driver.until(lambda: all(driver.over(id) or driver.is_scored(id) for id in ids), 2000)
     faults = [driver.error(id) for id in ids if driver.error(id) and "ended" not in str(driver.error(id))]
-    assert not faults and driver.requests.kept_cells == 0
+    assert not faults and driver.requests.kept_cells() == 0
 
 
 @pytest.mark.parametrize("cells", [4 * 256, 1 * 256], ids=["four rows", "one row"])

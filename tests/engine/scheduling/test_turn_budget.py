@@ -1,10 +1,8 @@
-"""What a turn may read, measured by a clock that the tests hold."""
+"""How the two rules share a turn, and what an engine makes of that."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,163 +11,22 @@ import pytest
 
 from rollout_server.engine.kv_cache.sizes import padded, plan, planned
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.scheduling.turn_budget import FIRST, LEAST, Kind, TurnBudget
+from rollout_server.engine.scheduling.latency import FIRST
+from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.rollout import Wants
 from tests.support.engine.door import wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
+from tests.support.engine.turn_clock import TurnClock
 from tests.support.numbers.bounds import TINY, assert_near
 
 
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def turn(
-        self, budget: TurnBudget, step: float, cost: Callable[[int], float], *wanting: Kind, rows: int = 8
-    ) -> dict[Kind, int]:
-        """One turn whose step takes so long, and reading n tokens cost(n); what each kind read."""
-        budget.begin(decoding=True, rows=rows)
-        budget.divide(wanting)
-        read: dict[Kind, int] = {}
-        for kind in wanting:
-            if share := budget.share(kind):
-                budget.measure(kind, lambda kind=kind, share=share: self._read(read, kind, share, cost))  # type: ignore[misc]
-        self.now += step
-        budget.end()
-        return read
-
-    def _read(self, read: dict[Kind, int], kind: Kind, share: int, cost: Callable[[int], float]) -> int:
-        self.now += cost(share)
-        read[kind] = share
-        return share
-
-
-def linear(seconds: float, fixed: float = 0.0) -> Callable[[int], float]:
-    return lambda tokens: fixed + tokens * seconds
-
-
-def turns_of(
-    clock: Clock, budget: TurnBudget, step: float, cost: Callable[[int], float], *wanting: Kind, count: int = 80
-) -> list[tuple[int, float]]:
-    """Tokens read in each of so many turns, and how long it took."""
-    found = []
-    for _ in range(count):
-        began = clock.now
-        read = clock.turn(budget, step, cost, *wanting)
-        found.append((sum(read.values()), clock.now - began))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("step", "cost", "least"),
-    [
-        (0.05, linear(0.0015), 28),
-        # A GPU: the weights are read whatever the number of tokens.
-        (0.008, linear(0.00002, fixed=0.004), 150),
-        (0.05, linear(1e-6), 400),
-    ],
-)
-def test_what_fits_is_read_in_every_turn(step: float, cost: Callable[[int], float], least: int) -> None:
-    clock = Clock()
-    budget = TurnBudget(512, clock)
-    turns_of(clock, budget, step, cost, "prefill", count=60)
-    found = turns_of(clock, budget, step, cost, "prefill")
-    assert sum(tokens > 0 for tokens, _ in found) >= 0.85 * len(found)
-    assert all(seconds <= 2.02 * step for _, seconds in found)
-    assert all(tokens >= least for tokens, _ in found if tokens)
-
-
-@pytest.mark.parametrize(
-    ("step", "cost", "bound"),
-    [
-        (0.035, linear(0.0007, fixed=0.028), 2.4),
-        # A pass alone takes as long as a step.
-        (0.01, linear(0.00001, fixed=0.01), 2.4),
-        # The least there is takes much longer than a step.
-        (0.01, linear(0.005), 5.1),
-    ],
-)
-def test_what_does_not_fit_is_read_seldom(step: float, cost: Callable[[int], float], bound: float) -> None:
-    clock = Clock()
-    budget = TurnBudget(512, clock)
-    turns_of(clock, budget, step, cost, "prefill", count=400)
-    found = turns_of(clock, budget, step, cost, "prefill")
-    seconds = [seconds for _, seconds in found]
-    assert statistics.median(seconds) <= 2 * step and statistics.mean(seconds) <= 2 * step
-    assert max(seconds) <= bound * step
-    # It gets on as fast as with the few tokens that would fit, or faster.
-    fits = max((n for n in range(LEAST, 513) if cost(n) <= step), default=LEAST)
-    assert sum(tokens for tokens, _ in found) / sum(seconds) >= 0.9 * fits / (step + cost(fits)) / 2
-
-
-def test_the_measure_is_the_undisturbed_turn_not_the_one_beside_reading() -> None:
-    """A turn that reads costs more than the step and the reading: the step in flight is waited for first."""
-    clock = Clock()
-    budget = TurnBudget(512, clock)
-    found = turns_of(clock, budget, 0.05, linear(0.001, fixed=0.015), "prefill", count=160)[80:]
-    assert all(seconds <= 0.101 for _, seconds in found)
-
-
-def test_one_slow_turn_decides_nothing() -> None:
-    clock, cost = Clock(), linear(0.001)
-    budget = TurnBudget(512, clock)
-    turns_of(clock, budget, 0.05, cost, "prefill")
-    (stalled, _), *after = turns_of(clock, budget, 3.0, cost, "prefill", count=1) + turns_of(
-        clock, budget, 0.05, cost, "prefill", count=20
-    )
-    read = [tokens for tokens, _ in after if tokens]
-    assert min(read) >= 0.7 * stalled and read[-1] == pytest.approx(stalled, rel=0.1)
-    assert [tokens for tokens, _ in after[:6]].count(0) <= 5
-
-
-def test_a_slower_step_leaves_more_and_a_faster_one_less() -> None:
-    clock, cost = Clock(), linear(0.001)
-    budget = TurnBudget(512, clock)
-    for step in (0.05, 0.1, 0.04):
-        turns_of(clock, budget, step, cost, "prefill", count=150)
-        read = [tokens for tokens, _ in turns_of(clock, budget, step, cost, "prefill", count=9) if tokens]
-        assert read[-1] == pytest.approx(step * 950, rel=0.1)
-
-
-def test_fewer_rows_have_an_undisturbed_turn_of_their_own() -> None:
-    clock, cost = Clock(), linear(0.001)
-    budget = TurnBudget(512, clock)
-    for rows, step in ((32, 0.1), (4, 0.03)):
-        for _ in range(3):
-            clock.turn(budget, step, cost, rows=rows)
-    for _ in range(60):
-        clock.turn(budget, 0.1, cost, "prefill", rows=32)
-    found = [clock.turn(budget, 0.03, cost, "prefill", rows=4).get("prefill", 0) for _ in range(40)]
-    assert max(found[-8:]) <= 46 and sum(n == 0 for n in found[:12]) >= 3
-
-
-def test_two_kinds_take_turns_while_rows_decode() -> None:
-    clock, cost = Clock(), linear(0.001)
-    budget = TurnBudget(512, clock)
-    clock.turn(budget, 0.05, cost)
-    served = [tuple(clock.turn(budget, 0.05, cost, "prefill", "scoring")) for _ in range(6)]
-    assert served == [("prefill",), ("scoring",)] * 3
-    # Whoever is alone reads every turn, but for those that show what is undisturbed.
-    alone = [tuple(clock.turn(budget, 0.05, cost, "scoring")) for _ in range(9)]
-    assert set(alone) == {("scoring",), ()} and alone.count(()) <= 2
-
-
 def test_everything_may_be_read_when_nothing_decodes() -> None:
-    budget = TurnBudget(512, Clock())
-    budget.begin(decoding=False)
+    budget = TurnBudget(512, TurnClock())
+    budget.begin(rows=0)
     budget.divide(["prefill"])
     assert (budget.share("prefill"), budget.share("scoring")) == (512, 0)
     budget.divide(["prefill", "scoring"])
     assert (budget.share("prefill"), budget.share("scoring")) == (256, 256)
-
-
-def test_a_small_budget_is_the_most_there_is() -> None:
-    clock = Clock()
-    budget = TurnBudget(5, clock)
-    for cost in (linear(1e-6), linear(1.0)):
-        assert {tokens for tokens, _ in turns_of(clock, budget, 0.05, cost, "prefill")} == {0, 5}
 
 
 def test_sizes_are_those_that_were_planned() -> None:
@@ -208,10 +65,22 @@ def test_chunks_are_padded_little() -> None:
 # ---- in the engine ------------------------------------------------------------------------------------------------
 
 
-def test_rows_decode_while_a_long_prompt_is_read(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
-    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=512)
+@pytest.mark.parametrize(
+    ("options", "wants", "kept_going"),
+    [
+        ({"prefer": "latency"}, Wants(), True),
+        ({}, Wants(tokens_as_they_come=True), True),
+        ({}, Wants(), False),
+    ],
+    ids=["latency", "a stream", "throughput"],
+)
+def test_rows_decode_while_a_long_prompt_is_read(
+    options: dict[str, Any], wants: Wants, kept_going: bool, bare_model: Callable[[str], ResidentModel], qwen: Path
+) -> None:
+    """Where somebody reads them as they come; otherwise they wait for the rows that are to join them."""
+    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=512, **options)
     short, long = prompts_of([20, 600], 286)
-    first = driver.submit([short], n=4, max_tokens=60, ignore_eos=True)
+    first = driver.submit([short], n=4, max_tokens=60, ignore_eos=True, wants=wants)
     driver.turn(4)
     second = driver.submit([long], max_tokens=4, ignore_eos=True)
     batch: Any = driver.batches
@@ -220,12 +89,32 @@ def test_rows_decode_while_a_long_prompt_is_read(bare_model: Callable[[str], Res
         fed, steps = batch.prefilled, driver.status.steps
         driver.turn()
         progress.append((batch.prefilled - fed, driver.status.steps - steps))
-    assert max(fed for fed, _ in progress) == FIRST and all(steps for _, steps in progress[:-3])
+    if kept_going:
+        assert max(fed for fed, _ in progress) == FIRST and all(steps for _, steps in progress[:-3])
+    else:
+        # The second chunk is the last one, and the row steps with the others in its turn.
+        assert progress[:2] == [(512, 0), (87, 1)]
     driver.finish(first)
+    alone = Driver.start(qwen, bare_model("qwen3")).generate([short], n=4, max_tokens=60, ignore_eos=True)
+    assert [row.token_ids for row in driver.rollouts(first)] == [row.token_ids for row in alone]
+
+
+def test_streams_count_for_as_long_as_their_rows_run(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=2)
+    wants, (one, other) = Wants(tokens_as_they_come=True), prompts_of([20, 30], 286)
+    ids = [driver.submit([one], max_tokens=8, ignore_eos=True, wants=wants) for _ in range(3)]
+    plain = driver.submit([other], n=2, max_tokens=8, ignore_eos=True)
+    driver.abort(driver.submit([other], max_tokens=8, wants=wants))
+    # What begins alike is read once: the second row joins a turn later.
+    driver.turn(2)
+    assert driver.requests.streams == 3 and sum(row.streamed for row in driver.batches.rows) == 2
+    driver.finish(*ids)
+    assert driver.requests.streams == 0 and not any(row.streamed for row in driver.batches.rows)
+    driver.finish(plain)
 
 
 def test_prompts_and_scores_share_a_turn(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
-    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=64)
+    driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=64, prefer="latency")
     short, long, given = prompts_of([20, 500, 500], 286)
     first = driver.submit([short], n=4, max_tokens=80, ignore_eos=True)
     driver.turn(4)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.margins import margins
 from rollout_server.engine.sampling.numerics import FANOUT, MOST
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
-from rollout_server.engine.scoring.replay import RowReplay, TokenRange, _slack, replay_tokens
+from rollout_server.engine.scoring.replay import RowReplay, TokenRange, replay_tokens
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
 from tests.engine.scoring.test_reader import slow
@@ -153,7 +154,7 @@ def test_a_filter_s_edge_explains_a_difference(sampling: dict[str, Any]) -> None
         params = SamplingParams(max_tokens=1, **sampling)
         weights = np.exp(np.float64(logits) - logits.max())
         ordered = np.argsort(-weights)
-        slack = _slack(weights[ordered], params)
+        slack = margins(weights[ordered], params)
         count = int((slack >= 0).sum())
         # what the sampler keeps is what the slack says
         arrays = prepare([params], 64, entropy=False, top_logprobs=0)

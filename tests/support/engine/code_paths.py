@@ -69,7 +69,7 @@ class Compiled(Way):
         self._traces = 0
 
     def after_turn(self, driver: Driver) -> None:
-        self._traces = max(self._traces, driver.traces(driver.batch(0)))
+        self._traces = max(self._traces, driver.traces(driver.batch(0)).made)
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._traces > 0

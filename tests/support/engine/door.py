@@ -19,9 +19,11 @@ from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
+from rollout_server.engine.model.compiled import Traces
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.turn_costs import ReadingCosts
 from rollout_server.engine.scoring.job import ScoreJob
 from rollout_server.engine.scoring.queue import ScoringQueue
 
@@ -64,12 +66,12 @@ class Door:
 
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
-        self.engine._ledger.limit = cells
+        self.engine._memory._ledger.limit = cells
 
     @property
     def kv_used(self) -> int:
         """Columns that all who fill KV may come to fill soon."""
-        return self.engine._ledger.used()
+        return self.engine._memory._ledger.used()
 
     def set_max_rows(self, rows: int) -> None:
         self.requests._max_rows = rows
@@ -80,10 +82,10 @@ class Door:
         return batch._decoder.in_flight
 
     @staticmethod
-    def traces(batch: Batch) -> int:
-        """Steps that the batch has compiled."""
+    def traces(batch: Batch) -> Traces:
+        """Steps that batches on this batch's parameter set have compiled."""
         compiled: Any = batch._decoder._forward
-        return len(compiled._traces)
+        return compiled.traces
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,15 @@ class Door:
     def tokens_read(self) -> int:
         """Prompt tokens and tokens that were scored, since the start."""
         return self.engine._budget.tokens
+
+    def learn_costs(self) -> None:
+        """Measures what steps and reading cost, as at the start of a server."""
+        self.batches.learn_costs()
+        self.engine._budget.learn_costs()
+
+    @property
+    def reading_costs(self) -> ReadingCosts:
+        return self.engine._budget._costs["prefill"]
 
     def take_commands(self) -> None:
         self.engine._take_commands()

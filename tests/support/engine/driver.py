@@ -95,7 +95,7 @@ class Driver(Door):
         `device` says what is wrong with the device."""
         chosen = EngineOptions(str(path), path.name, **options)
         if model is not None and "max_batch" in options:
-            rows = min(chosen.max_batch, 1 if model.info.cache == "serial" else chosen.max_batch)
+            rows = 1 if model.info.cache == "serial" else options["max_batch"]
             model = replace(model, info=replace(model.info, max_batch=rows))
         model = model or load(chosen)
         mailbox = Mailbox()
@@ -106,8 +106,7 @@ class Driver(Door):
             mailbox,
             events.extend,
             lambda status: setattr(driver, "status", status),
-            prefill_tokens=chosen.prefill_tokens,
-            prefix_cache=chosen.prefix_cache,
+            chosen,
             clock=clock,
             device_fault=device,
         )

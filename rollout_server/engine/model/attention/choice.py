@@ -1,5 +1,5 @@
-"""Whether a kernel attends in this model's decode steps on this device: only where it gives what plain operations give,
-for every kind of layer that the model has, and takes less time than the model's own attention."""
+"""Chooses whether a kernel attends in this model's decode steps on this device: only where it gives what plain
+operations give, for every kind of layer that the model has, and takes less time than the model's own attention."""
 
 from __future__ import annotations
 

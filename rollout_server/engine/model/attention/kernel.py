@@ -28,7 +28,7 @@ FILLED = 512
 LEAST_PART, MOST_PARTS = 128, 32
 """Columns of a part, and parts of a row."""
 SHARED_FLOATS = 4096
-"""Of one block's shared memory, so that two of them fit into Metal's 32 KiB."""
+"""Floats in one block's shared memory, so that two of them fit into Metal's 32 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Geometry:
     """What a kernel is compiled for."""
 
     width: int
-    """Of a head."""
+    """Numbers of a head."""
     heads: int
     kv_heads: int
     dtype: str
-    """Of the queries, and of kept numbers that are not packed."""
+    """The dtype of the queries, and of kept numbers that are not packed."""
     group: int
     """Numbers that share a scale where they are packed in 8 bits; 0 where they are not."""
     window: int

@@ -126,7 +126,7 @@ def unserved(raw: Mapping[str, Any], said: Meaning, family: Family) -> Iterator[
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether the value, or every one of a list, is one of these."""
+    """Returns whether the value, or every one of a list, is one of these."""
     if any(_same(value, each) for each in values):
         return True
     return isinstance(value, list) and all(any(_same(each, other) for other in values) for each in value)

@@ -39,7 +39,7 @@ class Family:
     calls: frozenset[str]
     """Names of functions and classes that the source mentions."""
     nested: bool
-    """Whether that part is `text_config`, and not config.json itself."""
+    """True if that part is `text_config`, and not config.json itself."""
     outer: frozenset[str] = frozenset()
     """Fields of the class around it, if there is one."""
 

@@ -49,7 +49,7 @@ class Meaning:
 
 
 def meaning_of(config: Mapping[str, Any]) -> Meaning:
-    """Of the whole of config.json."""
+    """The meaning of a whole config.json."""
     raw = plain(copy.deepcopy(dict(config)))
     kind = raw.get("model_type")
     if kind in CONFIG_MAPPING:
@@ -116,8 +116,8 @@ def _settled(maker: type[PreTrainedConfig], raw: dict[str, Any]) -> PreTrainedCo
 
 
 def _turns_parts(settled: type[PreTrainedConfig]) -> bool:
-    """Whether the model beside this configuration looks at which part of a head is turned. Its source is read, and not
-    imported, as it needs torch."""
+    """Returns whether the model beside this configuration looks at which part of a head is turned. Its source is read,
+    and not imported, as it needs torch."""
     found = find_spec(settled.__module__.replace(".configuration_", ".modeling_"))
     path = Path(found.origin) if found is not None and found.origin else None
     return path is None or not path.is_file() or PART in path.read_text("utf-8")

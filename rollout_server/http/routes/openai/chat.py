@@ -22,7 +22,7 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import room
 from rollout_server.http.requests.rendering import opens_thinking, render, template_source
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, respond
+from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, respond
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
@@ -175,7 +175,7 @@ class ChatController(Controller):
     )
     async def complete(self, data: JSONBody[ChatRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         service = service_of(request)
-        with renamed({**OUR_WORDS, "max_tokens": data.limit_name}):
+        with renamed({**OPENAI_WORDS, "max_tokens": data.limit_name}):
             weight = len(await request.body()) + data.n + extra_weight(data, compiles=data.must_call)
             job = await beside(weight, lambda: plan(data, request, service))
             return await respond(job, request, service)

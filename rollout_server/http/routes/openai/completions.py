@@ -24,7 +24,7 @@ from rollout_server.http.requests.grammars import constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import PromptTokens, how_many, prompts_of, room
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.routes.openai.jobs import OUR_WORDS, Job, last_events, respond
+from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, last_events, respond
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted
@@ -134,7 +134,7 @@ class CompletionsController(Controller):
         responses={200: ResponseSpec(CompletionsReply, description="n choices of every prompt."), **failures()},
     )
     async def complete(self, data: JSONBody[CompletionsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
-        with renamed(OUR_WORDS):
+        with renamed(OPENAI_WORDS):
             return await answer(data, request, service_of(request))
 
 

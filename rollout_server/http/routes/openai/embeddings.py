@@ -22,7 +22,7 @@ from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.prompts import how_many, prompts_of
 from rollout_server.http.requests.sampling import check_rows
-from rollout_server.http.routes.openai.jobs import OUR_WORDS
+from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted, quoted
@@ -48,7 +48,7 @@ class EmbeddingsController(Controller):
     )
     async def embed(self, data: JSONBody[EmbeddingsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        with renamed(OUR_WORDS):
+        with renamed(OPENAI_WORDS):
             address = service.address(data.model, request, param="model")
             header_id(request)
             sequences = await beside_client(

@@ -20,7 +20,7 @@ from rollout_server.http.requests.json_body import beside
 from rollout_server.http.service import Service
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
 
-OUR_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})
+OPENAI_WORDS: Mapping[str, str] = MappingProxyType({"policy": "model"})
 """The engine's names of fields → these routes'."""
 
 
@@ -82,7 +82,7 @@ async def chunks(
     choices: dict[tuple[int, int], Choice] = {}
     told: set[tuple[int, int]] = set()
     done: list[Rollout] = []
-    with renamed(OUR_WORDS):
+    with renamed(OPENAI_WORDS):
         async for event in chained(first, subscription):
             row = event.rollout if isinstance(event, RowFinished) else event
             place = (row.prompt_index, row.sample_index)

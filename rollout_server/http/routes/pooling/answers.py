@@ -82,7 +82,7 @@ async def embedded(
 
 
 def unit_vectors(vectors: Scores) -> Scores:
-    """Of length 1; a zero vector stays zero."""
+    """Scaled to length 1; a zero vector stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 

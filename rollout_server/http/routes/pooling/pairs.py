@@ -34,7 +34,7 @@ from rollout_server.schemas.pooling.pairs import (
 )
 
 MOST_DOCUMENTS = 4096
-"""Of one request: more are a data set, to be sent in parts."""
+"""In one request: more are a data set, to be sent in parts."""
 Pair = tuple[tuple[str, str], tuple[str, str]]
 """Two texts, each with its place in the request."""
 Ids = tuple[int, ...]

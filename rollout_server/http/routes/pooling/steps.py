@@ -13,7 +13,7 @@ from rollout_server.schemas.pooling.inputs import Steps
 
 
 def step_positions(steps: Steps, sequences: Sequence[Sequence[int]], service: Service) -> list[tuple[int, ...]]:
-    """Of each sequence, ascending. Raises `InvalidField` for what cannot be a place of it."""
+    """Places in each sequence, ascending. Raises `InvalidField` for what cannot be a place of it."""
     if steps.positions is not None:
         return _given(steps.positions, sequences)
     if steps.token_id is not None:

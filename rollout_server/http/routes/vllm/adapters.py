@@ -28,9 +28,10 @@ from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import quoted
 from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
-from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, check_name, read_adapter_directory
+from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, read_adapter_directory
+from rollout_server.versions.publisher import check_name
 
-OUR_WORDS: Mapping[str, str] = MappingProxyType(
+LORA_WORDS: Mapping[str, str] = MappingProxyType(
     {"name": "lora_name", "policy": "lora_name", "adapter": "lora_path", "weights": "lora_path", "config": "lora_path"}
 )
 """Names of fields elsewhere → these routes'."""
@@ -61,7 +62,7 @@ class LoraDoorsController(Controller):
     async def load(self, data: JSONBody[LoadLoraRequest], request: Request[Any, Any, Any]) -> Response[str]:
         service = service_of(request)
         folder = adapter_folder(service)
-        with renamed(OUR_WORDS):
+        with renamed(LORA_WORDS):
             check_name(data.lora_name, service.info.id)
             if not data.load_inplace and has_versions(service, data.lora_name):
                 raise InvalidField(
@@ -110,7 +111,7 @@ class LoraDoorsController(Controller):
         adapter_folder(service)
         if not has_versions(service, data.lora_name):
             raise NotFound(f"The lora adapter {quoted(data.lora_name)} cannot be found.", param="lora_name")
-        with renamed(OUR_WORDS):
+        with renamed(LORA_WORDS):
             await service.publisher.delete(Delete(service.engine.new_id("delete"), data.lora_name, None))
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' removed successfully.",

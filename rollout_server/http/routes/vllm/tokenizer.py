@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from litestar import Controller, Request, Response, get, post
@@ -27,8 +25,6 @@ from rollout_server.schemas.vllm.tokenizer import (
 )
 from rollout_server.text.long_texts import CharacterBound
 
-OUR_WORDS: Mapping[str, str] = MappingProxyType({"name": "model"})
-"""The service's names of fields → these routes'."""
 MOST_CHARACTERS = 2_097_152
 """A text may have at least so many characters: whatever the context, a file may be counted."""
 CHARACTERS_OF_A_TOKEN = 16
@@ -101,7 +97,7 @@ def check_model(model: str | None, request: Request[Any, Any, Any], service: Ser
     if model is not None:
         address = service.address(model, request, param="model")
         if address.name != BASE:
-            with renamed(OUR_WORDS):
+            with renamed({"name": "model"}):
                 service.policy(address.name)
 
 

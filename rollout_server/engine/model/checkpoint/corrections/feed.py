@@ -59,7 +59,7 @@ class Feed(nn.Module):
 
 
 def _is_made_of(feed: nn.Module, function: Callable[[mx.array], mx.array]) -> bool:
-    """Whether the layer computes what `Feed` does with the same activation."""
+    """Returns whether the layer computes what `Feed` does with the same activation."""
     children = list(feed.children().values())
     if len(children) not in (2, 3) or not all(isinstance(c, nn.Linear | nn.QuantizedLinear) for c in children):
         return False

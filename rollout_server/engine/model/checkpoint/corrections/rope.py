@@ -21,11 +21,11 @@ LONG = ("longrope", "su")
 KNOWN = PLAIN | {"dynamic", "linear", "llama3", "proportional", *YARN, *LONG}
 """Types that `frequencies` has."""
 WHOLE = "mscale_all_dim"
-"""Of YaRN in latent attention: it scales the attention itself, so the class has to be told."""
+"""The field of YaRN in latent attention: it scales the attention itself, so the class has to be told."""
 
 
 def is_nested(rope: Mapping[str, Any]) -> bool:
-    """Whether the parameters are given for each kind of layer."""
+    """Returns whether the parameters are given for each kind of layer."""
     return any(isinstance(value, dict) for value in rope.values())
 
 

@@ -29,7 +29,7 @@ class Head:
 
     @property
     def width(self) -> int:
-        """Of the hidden states that it reads."""
+        """Numbers in a hidden state that it reads."""
         return int(self.layers[0][0].shape[1])
 
     @property
@@ -64,7 +64,7 @@ def head_of(tensors: Mapping[str, mx.array]) -> Head | None:
 
 
 def _chained(layers: tuple[tuple[mx.array, mx.array | None], ...]) -> bool:
-    """Whether shapes follow from each other."""
+    """True where each layer takes what the one before gives."""
     if any(weight.ndim != 2 for weight, _ in layers):
         return False
     if any(bias is not None and bias.shape != weight.shape[:1] for weight, bias in layers):

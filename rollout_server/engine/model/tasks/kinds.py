@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rollout_server.engine.messages.options import Activation, Task
 from rollout_server.engine.model.checkpoint.files import WEIGHTS
 from rollout_server.engine.model.embedding import trunk_places
-from rollout_server.engine.model.heads import HEADS, Head, head_of
+from rollout_server.engine.model.tasks.heads import HEADS, Head, head_of
 from rollout_server.errors import EngineUnavailable
 from rollout_server.quoting import quoted
 
@@ -47,7 +47,7 @@ class Kind:
 
     @property
     def scores(self) -> bool:
-        """Whether it has a head of its own and no output layer over the vocabulary."""
+        """True where it has a head of its own and no output layer over the vocabulary."""
         return self.task in ("classify", "token_classify")
 
 
@@ -106,7 +106,7 @@ def check_width(directory: Path, module: nn.Module, head: Head) -> None:
 
 
 def is_head(name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to its head."""
+    """True where a checkpoint's tensor belongs to its head."""
     return name.partition(".")[0] in HEADS
 
 

@@ -1,0 +1,28 @@
+"""Options of `serve` that say how the engine uses its device, and in which directories versions are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from rollout_server.commands.terminal.command_options import option
+
+MaxBatch = Annotated[int | None, option("Rows that decode together; as many as the device holds.")]
+PrefillTokens = Annotated[int | None, option("Most tokens read in a turn; as many as suit the device.")]
+Prefer = Annotated[
+    str | None,
+    option("Whole batches done soonest, or no row waiting long.", "throughput", metavar="throughput|latency"),
+]
+Attention = Annotated[
+    str | None, option("The attention found right and fastest here, or MLX's own.", "auto", metavar="auto|mlx")
+]
+Warm = Annotated[str | None, option("Run a first batch's shapes before serving, on a GPU.", "on", metavar="on|off")]
+KvMemory = Annotated[str | None, option("Memory for keys and values, as 512MB or 2GiB.", metavar="SIZE")]
+KvBits = Annotated[int | None, option("8 keeps keys and values in 8 bits, which log-probabilities show.")]
+PrefixCache = Annotated[
+    str | None, option("Keep KV for later requests with the same beginning.", "on", metavar="on|off")
+]
+WeightsMemory = Annotated[str | None, option("Device memory for versions.", metavar="SIZE")]
+StateDir = Annotated[
+    str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
+]
+AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")]

@@ -1,0 +1,52 @@
+"""The sizes that a model is served with on this device: how many rows, how large a chunk, and how much KV memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.kv_choice import ChosenStore
+from rollout_server.machine.device_defaults import ACTIVATIONS, ADAPTERS, LOGITS, DeviceDefaults, Footprint, choose
+from rollout_server.machine.this_device import this_device
+
+log = logging.getLogger("rollout_server.engine.model")
+
+
+def chosen_sizes(
+    options: EngineOptions,
+    store: ChosenStore,
+    layers: Mapping[str, tuple[int, int]],
+    vocabulary: int,
+    dtype: mx.Dtype,
+    weight_bytes: int,
+) -> DeviceDefaults:
+    """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
+    `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
+    served one row at a time, whatever was asked for."""
+    footprint = Footprint(
+        weights=weight_bytes,
+        kv_token=store.cell_bytes,
+        activations_token=ACTIVATIONS * _widest(layers, vocabulary) * dtype.size,
+        logits_row=LOGITS * vocabulary,
+        adapters=options.weights_memory or weight_bytes // ADAPTERS,
+        kv_row=store.cell_bytes * store.row_cells,
+    )
+    sizes = choose(
+        this_device(),
+        footprint,
+        max_batch=1 if store.kind == "serial" else options.max_batch,
+        prefill_tokens=options.prefill_tokens,
+        kv_memory=options.kv_memory,
+    )
+    for sentence in sizes.sentences():
+        log.info("%s", sentence)
+    return sizes
+
+
+def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:
+    """The widest of the layers that every token goes through; the head is read at few tokens, and of the embedding one
+    entry."""
+    return max((max(shape) for shape in layers.values() if vocabulary not in shape), default=vocabulary)

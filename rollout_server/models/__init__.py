@@ -1,0 +1,1 @@
+"""Model files that mlx-lm lacks; they know MLX and mlx-lm only."""

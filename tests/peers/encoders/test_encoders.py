@@ -1,0 +1,96 @@
+"""Every encoder against transformers in float32, with checkpoints exactly as transformers writes them: alone, together,
+with LoRA and DoRA on every linear layer, and the buckets of DeBERTa's distances."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+from adapters.formats.read import read_bundle
+from adapters.resident.slots import AdapterSlots
+from rollout_server.engine.messages.options import Task
+from rollout_server.engine.model.encoders.encoder import EncoderModel
+from rollout_server.engine.model.encoders.load import read_encoder
+from rollout_server.engine.model.encoders.passages import Passage
+from rollout_server.engine.model.encoders.pooling import Pooling
+from rollout_server.engine.model.encoders.reading import forward, read, results
+from rollout_server.models.encoders.deberta_v2 import log_bucket
+from tests.peers.conftest import TOLERANCE
+from tests.support.peers import encoders
+
+LENGTHS = (1, 2, 7, 33, 40, 64, 97, 128)
+TASKS: tuple[Task, ...] = ("classify", "token_classify", "embed")
+
+
+def opened(directory: Path) -> EncoderModel:
+    return replace(read_encoder(directory), pooling=Pooling(("mean",), normalise=False))
+
+
+def wanted(model: torch.nn.Module, task: Task, given: list[Passage]) -> list[np.ndarray]:
+    values = encoders.computed(model, task, given)
+    return [each.mean(axis=0) for each in values] if task == "embed" else values
+
+
+def furthest(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", list(encoders.ENCODERS))
+def test_numbers_are_those_of_transformers(name: str, task: Task, tmp_path: Path) -> None:
+    model = opened(encoders.build(name, task, tmp_path))
+    given = encoders.passages(LENGTHS, types=model.limits.token_types, pad=model.pad_id)
+    theirs = wanted(encoders.load(tmp_path, task), task, given)
+    assert furthest(read(model, given, 4096), theirs) <= TOLERANCE
+    assert furthest([read(model, [passage], 1)[0] for passage in given], theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v3"])
+def test_weights_saved_as_bf16_are_read_as_they_are(name: str, tmp_path: Path) -> None:
+    encoders.build(name, "classify", tmp_path, grid=torch.bfloat16, saved=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    model = opened(tmp_path)
+    given = encoders.passages(LENGTHS, types=model.limits.token_types)
+    assert (
+        furthest(read(model, given, 512), wanted(encoders.load(tmp_path, "classify"), "classify", given)) <= TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "deberta-v3"])
+def test_adapters_give_what_they_give_in_peft(name: str, kind: encoders.Kind, tmp_path: Path) -> None:
+    """Pushed as PEFT saved them; rows of two versions and of the base share a forward."""
+    model = opened(encoders.build(name, "classify", tmp_path / "base"))
+    slots = AdapterSlots(model.module, model.layers, mx.float32)
+    peers, staged = [encoders.load(tmp_path / "base", "classify")], [0]
+    for seed in (1, 2):
+        peers.append(encoders.adapted(tmp_path / "base", "classify", kind, seed))
+        peers[-1].save_pretrained(tmp_path / str(seed))
+        config = json.loads((tmp_path / str(seed) / "adapter_config.json").read_text())
+        content = (tmp_path / str(seed) / "adapter_model.safetensors").read_bytes()
+        staged.append(slots.stage(read_bundle(content, config, layers=model.layers)))
+    given = encoders.passages((40, 33, 37, 40, 36), types=model.limits.token_types)
+    which = [0, 1, 2, 1, 0]
+    theirs = [wanted(peers[at], "classify", [passage])[0] for at, passage in zip(which, given, strict=True)]
+    base = [wanted(peers[0], "classify", [passage])[0] for passage in given]
+    slots.route([staged[at] for at in which])
+    mixed = results(model, forward(model, given, mixed=True), given)
+    assert furthest(mixed, theirs) <= TOLERANCE < furthest(theirs, base)
+    slots.route([staged[1]] * len(given))
+    assert furthest(read(model, given, 4096), wanted(peers[1], "classify", given)) <= TOLERANCE
+
+
+def test_distances_fall_into_the_buckets_of_transformers() -> None:
+    distances = np.arange(-2048, 2049)
+    for buckets in (8, 16, 32, 64, 256, 512):
+        for largest in (buckets // 2 + 2, 33, 140, 512, 1024, 4097):
+            if (largest - 1) / (buckets // 2) > 1:
+                theirs = make_log_bucket_position(torch.tensor(distances), buckets, largest).long().numpy()
+                np.testing.assert_array_equal(log_bucket(distances, buckets, largest), theirs, f"{buckets}, {largest}")
