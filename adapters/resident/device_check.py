@@ -43,7 +43,7 @@ TRIED = 4
 COMPARED = 4096
 """Outputs up to which all are compared. Of more, as a head has them, the device computes all, and some are compared."""
 ENDS, BORDERS, OTHERS = 64, 256, 512
-"""Of so many: the first ones and the last ones, pairs on both sides of a multiple of `TILE`, and any others."""
+"""How many of them: the first ones and the last ones, pairs on both sides of a multiple of `TILE`, and any others."""
 TILE = 128
 """Outputs: what a kernel computes together begins and ends at multiples of it, or of a part of it."""
 BOUND: dict[mx.Dtype, float] = {mx.float32: 5e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
