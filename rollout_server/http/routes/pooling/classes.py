@@ -111,6 +111,9 @@ async def classified(
         asked.require("classify")
         found = await labelled(request, service, asked.address, sequences)
         return found.version, [scores[0].tolist() for scores in found.probabilities(data.activates)]
+    if service.info.encoder:
+        # Its head reads more than the states of one token.
+        asked.require("token_classify")
     every = [tuple(range(len(ids))) for ids in sequences]
     places = every if data.steps is None else step_positions(data.steps, sequences, service)
     found = await labelled(request, service, asked.address, sequences, places)

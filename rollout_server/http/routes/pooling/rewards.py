@@ -179,15 +179,16 @@ def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound)
 
 
 def read_texts(texts: Sequence[str], service: Service, go_on: GoOn) -> list[Ids]:
-    """As OpenRLHF's own server reads them."""
+    """As OpenRLHF's own server reads them; an encoder's tokenizer puts its special tokens around them."""
     check_rows([len(texts)], service.config.max_rows_per_request, ["query"])
     tokenizer, bound = service.tokenizer, service.bound(go_on)
-    end = tokenizer.eos_token or ""
-    around = [re.escape(token) for token in dict.fromkeys((tokenizer.pad_token, end)) if token]
+    whole = service.info.encoder
+    end = "" if whole else tokenizer.eos_token or ""
+    around = [re.escape(token) for token in dict.fromkeys((tokenizer.pad_token, tokenizer.eos_token)) if token]
     edges = re.compile(rf"\A(?:{'|'.join(around)})+|(?:{'|'.join(around)})+\Z") if around else None
     found = []
     for index, text in enumerate(texts):
         bare = edges.sub("", text) if edges else text
         place = f"query[{index}]"
-        found.append(tuple(encode(tokenizer, bare + end, add_special_tokens=False, param=place, bound=bound)))
+        found.append(tuple(encode(tokenizer, bare + end, add_special_tokens=whole, param=place, bound=bound)))
     return found
