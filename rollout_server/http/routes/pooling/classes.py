@@ -75,7 +75,7 @@ class ClassesController(Controller):
     )
     async def pooling(self, data: JSONBody[PoolingRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        asked = asked_model(data.model, request, service)
+        asked = asked_model(data.model, request, service, (*SCORING, "embed"))
         own = "embed" if asked.task == "generate" else asked.task
         task = data.task or (own if data.steps is None else "token_classify")
         header_id(request)

@@ -70,7 +70,7 @@ class PairsController(Controller):
         header_id(request)
         if data.label_token_ids is not None:
             return await token_scores(data, request, service)
-        asked = asked_model(data.model, request, service, ("classify",))
+        asked = asked_model(data.model, request, service, ("classify", "embed"))
         pairs = pairs_of(data)
         version, scores, read = await scored(data, pairs, request, service, asked)
         entries = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
@@ -89,7 +89,7 @@ class PairsController(Controller):
     async def rerank(self, data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
         header_id(request)
-        asked = asked_model(data.model, request, service, ("classify",))
+        asked = asked_model(data.model, request, service, ("classify", "embed"))
         check_count(len(data.documents), "documents")
         query = (data.query, "query")
         pairs = [(query, (text, f"documents[{index}]")) for index, text in enumerate(data.texts)]
