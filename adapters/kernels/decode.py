@@ -8,12 +8,21 @@ that one version, many and the base are the same launch; what a row gets does no
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 
-from adapters.kernels.text import INDICES, NUMBERS, Device, compile_kernel, constants, macros, own_device
+from adapters.kernels.text import (
+    CONSTANT,
+    INDICES,
+    NUMBERS,
+    Compiler,
+    Device,
+    Launch,
+    compile_kernel,
+    constants,
+    macros,
+    own_device,
+)
 
 WARPS = 8
 MANY_ROWS = 128
@@ -26,7 +35,7 @@ MOST_RANK = 128
 
 BODY = string.Template(
     """
-  const int thread = $thread, lane = thread % 32, warp = thread / 32;
+  const int tid = $thread, lane = tid % 32, warp = tid / 32;
   const int count = x_shape[0], width = x_shape[1], outs = y_shape[1], rank = a_shape[1], stride = b_shape[2];
   const int first = $block_y * ROWS;
   const int from = $block_x * OUTPUTS;
@@ -64,13 +73,13 @@ BODY = string.Template(
     }
   }
   BARRIER();
-  for (int at = thread; at < ROWS * rank; at += 32 * WARPS) {
+  for (int at = tid; at < ROWS * rank; at += 32 * WARPS) {
     float total = 0.0f;
     for (int part = 0; part < SHARED_BY; ++part) total += inner[part][at / rank][at % rank];
     inner[0][at / rank][at % rank] = total;
   }
   BARRIER();
-  for (int column = from + thread; column < from + OUTPUTS && column < outs; column += 32 * WARPS) {
+  for (int column = from + tid; column < from + OUTPUTS && column < outs; column += 32 * WARPS) {
     float added[ROWS];
     for (int r = 0; r < ROWS; ++r) added[r] = 0.0f;
     if (alike) {
@@ -112,15 +121,17 @@ BIAS = """
 class DecodeKernel:
     """Compiled when it is first needed, once for layers of every shape."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._kernels: dict[tuple[int, int, str, bool, bool], Callable[..., Any]] = {}
+    def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
+        self._device, self._compiler = device, compiler
+        self._kernels: dict[tuple[int, int, str, bool, bool], Launch] = {}
 
     def takes(self, x: mx.array, width: int, rank: int, dtype: mx.Dtype) -> bool:
         """Returns whether it is written for x [rows, …, in] of this many inputs: one token a row, in the dtype of the
         stack."""
         one_token = x.size == x.shape[0] * width
         whole = width % _numbers(dtype) == 0 and rank % 8 == 0 and 0 < rank <= MOST_RANK
+        # No vector is read from an array in Metal's constant space.
+        whole = whole and x.size >= CONSTANT
         return one_token and whole and x.dtype == dtype and dtype in (mx.float32, mx.bfloat16, mx.float16)
 
     def __call__(
@@ -144,7 +155,7 @@ class DecodeKernel:
         if kind not in self._kernels:
             self._kernels[kind] = self._make(*kind)
         optional = [array for array in (gain, bias) if array is not None]
-        outputs: list[mx.array] = self._kernels[kind](
+        outputs = self._kernels[kind](
             inputs=[x.reshape(count, -1), y.reshape(count, out), a, b, rows, *optional],
             template=[("T", y.dtype)],
             grid=(-(-out // OUTPUTS) * 32 * WARPS, -(-count // (WARPS // sharing)), 1),
@@ -154,12 +165,12 @@ class DecodeKernel:
         )
         return outputs[0].reshape(y.shape)
 
-    def _make(self, tile: int, sharing: int, dtype: str, scaled: bool, biased: bool) -> Callable[..., Any]:
+    def _make(self, tile: int, sharing: int, dtype: str, scaled: bool, biased: bool) -> Launch:
         given = constants(
             SHARED_BY=sharing, ROWS=WARPS // sharing, WARPS=WARPS, OUTPUTS=OUTPUTS, MOST_RANK=MOST_RANK, TILE=tile,
             VEC=4 if dtype == "float32" else 8,
         )  # fmt: skip
-        return compile_kernel(
+        return self._compiler(
             self._device,
             f"low_rank_{dtype}",
             ["x", "y", "a", "b", "rows", *(["gain"] if scaled else []), *(["bias"] if biased else [])],

@@ -42,7 +42,10 @@ class Part:
 
 
 def parts_of(text: str) -> list[Part]:
-    """What lies in no other slice of the track of turns: turns, and the load. The file may lack its end."""
+    """What lies in no other slice of the track of turns: turns, and the load. The file may lack its end, or be empty
+    until the engine has done something."""
+    if not text.strip():
+        return []
     events = json.loads(text if text.rstrip().endswith("]") else text + "]")
     tracks = {each["args"]["name"]: each["tid"] for each in events if each["name"] == "thread_name"}
     slices = [event for event in events if event["ph"] == "X" and event["tid"] == tracks["turns"]]
@@ -99,7 +102,8 @@ def tables(parts: Sequence[Part]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.timeline", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    print("\n".join(tables(parts_of(parser.parse_args().file.read_text("utf-8")))))
+    found = parts_of(parser.parse_args().file.read_text("utf-8"))
+    print("\n".join(tables(found)) if found else "There is no turn in the file yet.")
     return 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from litestar import Request
@@ -32,6 +33,16 @@ ARRIVED = "arrived"
 NAMES_SHOWN = 20
 SCORING: tuple[Task, ...] = ("classify", "token_classify")
 """Tasks of what has a head."""
+
+_WHAT: Mapping[Task, str] = MappingProxyType(
+    {
+        "generate": "generates",
+        "classify": "gives a label score to a sequence",
+        "token_classify": "gives label scores to tokens",
+        "embed": "gives vectors",
+    }
+)
+"""What a model of a task does, as a sentence says it."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +165,14 @@ class Service:
         if len(found) == 1:
             return PolicyAddress(found[0])
         if not found:
-            raise InvalidField("No model that is served here does this: push one, and name it.", param="model")
-        raise InvalidField(f"Several models do this ({self._some(found)}): say which by model.", param="model")
+            raise InvalidField(
+                f"No model that is served here {_WHAT[tasks[0]]}: push an adapter with such a head (PEFT's SEQ_CLS or "
+                "TOKEN_CLS), or start a server on such a model.",
+                param="model",
+            )
+        raise InvalidField(
+            f"Several models here can answer this ({self._some(found)}): say which by model.", param="model"
+        )
 
     def _live(self) -> Iterator[tuple[str, VersionStatus]]:
         for policy in self.policies():

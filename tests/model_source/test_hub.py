@@ -190,7 +190,7 @@ def test_progress_is_a_line_now_and_then(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rollout_server.model_source.hub.LINE_S", 0.0)
-    with caplog.at_level(logging.INFO, logger="rollout_server.model_source.hub"):
+    with caplog.at_level(logging.INFO, logger="rollout_server.hub"):
         progress = progress_of(OPEN, made := [])
         progress(total=3, desc="Fetching 3 files").update(3)
         bar = progress(total=4_000_000, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download")

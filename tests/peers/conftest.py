@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +89,12 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directory = families.build(family, tmp_path_factory.mktemp(family))
     generator = np.random.default_rng(3)
     prompts = [generator.integers(0, tiny_models.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
-    table = request.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
+    table = request.config.stash.setdefault(DIFFERENCES, {})
 
     def note(family: str, column: str, value: float) -> None:
-        table[family][column] = max(value, table[family].get(column, 0.0))
+        # A module that ran before may have put the table there, for other families.
+        row = table.setdefault(family, {})
+        row[column] = max(value, row.get(column, 0.0))
 
     with live_server(directory, "--keep-versions", "64") as live, RolloutClient(live.url) as client:
         yield Peer(family, directory, live.url, client, prompts, note)

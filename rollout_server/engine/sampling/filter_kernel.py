@@ -16,14 +16,14 @@ sums of top_p (2e-6 of the whole; here it is 2⁻²⁶). `least_kept` says the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from adapters.kernels.text import INDICES, Compiler, Device, Launch, compile_kernel, macros
 from rollout_server.engine.sampling.filters import ONE_BITS
 from rollout_server.rollout import SamplingParams
 
@@ -36,6 +36,7 @@ COLUMNS = 4
 """Numbers a row in the limits, uint32: top_k (0: off), P (0: off), the bits of min_p, nothing."""
 
 FUNCTIONS = """
+typedef unsigned int U32;
 #define DIGITS 2048
 #define GROUP 32
 #define ONE 0x3F800000u
@@ -52,13 +53,13 @@ struct RowTally {
 };
 
 // NaN is the largest weight; what is negative weighs nothing.
-FUNCTION U32 key_of(U32 bits) {
+FN U32 key_of(U32 bits) {
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return ONE;
   return bits >> 31 ? 0u : (bits < ONE ? bits : ONE);
 }
 
 // floor(weight * 2^44) in units of its own exponent, at most 24 bits: below 2^-21 the unit is 1.
-FUNCTION U32 mass_of(U32 key) {
+FN U32 mass_of(U32 key) {
   const U32 below = 127u - (key >> 23);
   const U32 lost = below < 21u ? 0u : below - 21u;
   return ((key & 0x7FFFFFu) | 0x800000u) >> (lost < 31u ? lost : 31u);
@@ -66,14 +67,14 @@ FUNCTION U32 mass_of(U32 key) {
 
 // Weights with one digit have one exponent, and so one unit.
 template <bool RANK, int SHIFT, int WIDTH>
-FUNCTION U64 tallied(LOCAL RowTally& tally, U32 prefix, int digit) {
+FN U64 tallied(IN_SHARED RowTally& tally, U32 prefix, int digit) {
   const U64 sum = ((U64)LOAD(tally.high[digit]) << 32) + LOAD(tally.low[digit]);
   const U32 below = 127u - ((((prefix << WIDTH) | (U32)digit) << SHIFT) >> 23);
   return RANK || below >= 21u ? sum : sum << (21u - below);
 }
 
 template <bool RANK, int SHIFT, int WIDTH>
-FUNCTION void tally_weight(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefix) {
+FN void tally_weight(IN_SHARED RowTally& tally, U32 bits, U32 least, U32 prefix) {
   const U32 key = key_of(bits);
   if (key == 0u || key < least || (key >> (SHIFT + WIDTH)) != prefix) return;
   const U32 digit = (key >> SHIFT) & ((1u << WIDTH) - 1u);
@@ -87,16 +88,16 @@ FUNCTION void tally_weight(LOCAL RowTally& tally, U32 bits, U32 least, U32 prefi
 }
 
 template <bool RANK, int SHIFT, int WIDTH, int VOCABULARY, int THREADS>
-FUNCTION void tally_row(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 least, U32 prefix) {
+FN void tally_row(IN_SHARED RowTally& tally, const DEVICE U32* row, int tid, U32 least, U32 prefix) {
   if (VOCABULARY % 4 != 0) {
-    for (int at = thread; at < VOCABULARY; at += THREADS) {
+    for (int at = tid; at < VOCABULARY; at += THREADS) {
       tally_weight<RANK, SHIFT, WIDTH>(tally, row[at], least, prefix);
     }
     return;
   }
   // Four loads of each thread are under way at once; 0 weighs nothing.
-  const GLOBAL uint4* fours = (const GLOBAL uint4*)row;
-  for (int start = thread; start < VOCABULARY / 4; start += 4 * THREADS) {
+  const DEVICE uint4* fours = (const DEVICE uint4*)row;
+  for (int start = tid; start < VOCABULARY / 4; start += 4 * THREADS) {
     uint4 read[4];
     for (int turn = 0; turn < 4; turn++) {
       const int at = start + turn * THREADS;
@@ -114,7 +115,7 @@ FUNCTION void tally_row(LOCAL RowTally& tally, const GLOBAL U32* row, int thread
 
 // Where the goal is known, or is to be known from all that was tallied. One thread runs it.
 template <bool RANK, int SHIFT, int WIDTH>
-FUNCTION void step_into_digit(LOCAL RowTally& tally, U32 wanted) {
+FN void step_into_digit(IN_SHARED RowTally& tally, U32 wanted) {
   const int count = (1 << WIDTH) / GROUP;
   if (SHIFT + WIDTH == 30) {
     U64 total = 0;
@@ -142,16 +143,16 @@ FUNCTION void step_into_digit(LOCAL RowTally& tally, U32 wanted) {
 }
 
 template <bool RANK, int SHIFT, int WIDTH, int VOCABULARY, int THREADS>
-FUNCTION void read_digits(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
+FN void read_digits(IN_SHARED RowTally& tally, const DEVICE U32* row, int tid, U32 wanted, U32 least) {
   const U32 prefix = SHIFT + WIDTH == 30 ? 0u : tally.prefix;
-  for (int digit = thread; digit < 1 << WIDTH; digit += THREADS) {
+  for (int digit = tid; digit < 1 << WIDTH; digit += THREADS) {
     STORE(tally.low[digit], 0u);
     STORE(tally.high[digit], 0u);
   }
-  BARRIER;
-  tally_row<RANK, SHIFT, WIDTH, VOCABULARY, THREADS>(tally, row, thread, least, prefix);
-  BARRIER;
-  for (int group = thread; group < (1 << WIDTH) / GROUP; group += THREADS) {
+  BARRIER();
+  tally_row<RANK, SHIFT, WIDTH, VOCABULARY, THREADS>(tally, row, tid, least, prefix);
+  BARRIER();
+  for (int group = tid; group < (1 << WIDTH) / GROUP; group += THREADS) {
     U64 sum = 0;
     // Each begins at another digit, so that threads do not wait for one bank of memory.
     for (int turn = 0; turn < GROUP; turn++) {
@@ -159,112 +160,86 @@ FUNCTION void read_digits(LOCAL RowTally& tally, const GLOBAL U32* row, int thre
     }
     tally.groups[group] = sum;
   }
-  BARRIER;
-  if (thread == 0) step_into_digit<RANK, SHIFT, WIDTH>(tally, wanted);
-  BARRIER;
+  BARRIER();
+  if (tid == 0) step_into_digit<RANK, SHIFT, WIDTH>(tally, wanted);
+  BARRIER();
 }
 
 // The largest key down to which the weights come to what is wanted: so many, or that share of all from `least` on.
 template <bool RANK, int VOCABULARY, int THREADS>
-FUNCTION U32 find_edge(LOCAL RowTally& tally, const GLOBAL U32* row, int thread, U32 wanted, U32 least) {
-  read_digits<RANK, 19, 11, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
+FN U32 find_edge(IN_SHARED RowTally& tally, const DEVICE U32* row, int tid, U32 wanted, U32 least) {
+  read_digits<RANK, 19, 11, VOCABULARY, THREADS>(tally, row, tid, wanted, least);
   if (tally.goal == 0) return 0u;
-  read_digits<RANK, 9, 10, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
-  read_digits<RANK, 0, 9, VOCABULARY, THREADS>(tally, row, thread, wanted, least);
+  read_digits<RANK, 9, 10, VOCABULARY, THREADS>(tally, row, tid, wanted, least);
+  read_digits<RANK, 0, 9, VOCABULARY, THREADS>(tally, row, tid, wanted, least);
   return tally.prefix;
 }
 
 // What `weights * (weights >= edge)` is.
-FUNCTION U32 kept_of(U32 bits, U32 edge) {
+FN U32 kept_of(U32 bits, U32 edge) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u || bits >= edge ? bits : 0u;
 }
 """
 
-BODY = """
-  const int thread = (int)THREAD;
-  const U64 place = ROW;
+BODY = string.Template(
+    """
+  const int tid = $thread;
+  const U64 place = $block_x;
   SHARED RowTally tally;
-  const GLOBAL U32* row = weights + place * VOCABULARY;
-  GLOBAL U32* result = kept + place * VOCABULARY;
+  const DEVICE U32* row = weights + place * VOCABULARY;
+  DEVICE U32* result = kept + place * VOCABULARY;
   const U32 rank = limits[4 * place];
   const U32 share = limits[4 * place + 1];
   const U32 floor_bits = limits[4 * place + 2];
-  if (thread == 0) STORE(tally.strange, 0u);
+  if (tid == 0) STORE(tally.strange, 0u);
   U32 edge = 0u;
-  if (rank != 0u) edge = find_edge<true, VOCABULARY, THREADS>(tally, row, thread, rank, 0u);
+  if (rank != 0u) edge = find_edge<true, VOCABULARY, THREADS>(tally, row, tid, rank, 0u);
   if (share != 0u) {
-    const U32 crossing = find_edge<false, VOCABULARY, THREADS>(tally, row, thread, share, edge);
+    const U32 crossing = find_edge<false, VOCABULARY, THREADS>(tally, row, tid, share, edge);
     edge = crossing > edge ? crossing : edge;
     // A share of what is no number is reached nowhere.
     if (LOAD(tally.strange) != 0u) edge = ONE;
   }
   if (floor_bits > edge) edge = floor_bits;
-  if (thread == 0) least[place] = edge;
+  if (tid == 0) least[place] = edge;
   if (VOCABULARY % 4 != 0) {
-    for (int at = thread; at < VOCABULARY; at += THREADS) result[at] = kept_of(row[at], edge);
+    for (int at = tid; at < VOCABULARY; at += THREADS) result[at] = kept_of(row[at], edge);
   } else {
-    for (int at = thread; at < VOCABULARY / 4; at += THREADS) {
-      uint4 four = ((const GLOBAL uint4*)row)[at];
+    for (int at = tid; at < VOCABULARY / 4; at += THREADS) {
+      uint4 four = ((const DEVICE uint4*)row)[at];
       four.x = kept_of(four.x, edge);
       four.y = kept_of(four.y, edge);
       four.z = kept_of(four.z, edge);
       four.w = kept_of(four.w, edge);
-      ((GLOBAL uint4*)result)[at] = four;
+      ((DEVICE uint4*)result)[at] = four;
     }
   }
 """
+)
 
-CUDA = """
-#define U32 unsigned int
+COUNTERS: dict[Device, str] = {
+    "cuda": """
 #define U64 unsigned long long
 #define COUNTER unsigned int
-#define FUNCTION __device__ __forceinline__
-#define SHARED __shared__
-#define LOCAL
-#define GLOBAL
-#define BARRIER __syncthreads()
 #define ADD(cell, value) atomicAdd(&(cell), value)
 #define LOAD(cell) (cell)
 #define STORE(cell, value) (cell) = (value)
-#define THREAD threadIdx.x
-#define ROW blockIdx.x
-"""
-
-METAL = """
-#define U32 uint
+""",
+    "metal": """
 #define U64 ulong
 #define COUNTER metal::atomic_uint
-#define FUNCTION inline
-#define SHARED threadgroup
-#define LOCAL threadgroup
-#define GLOBAL device
-#define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
 #define ADD(cell, value) metal::atomic_fetch_add_explicit(&(cell), value, metal::memory_order_relaxed)
 #define LOAD(cell) metal::atomic_load_explicit(&(cell), metal::memory_order_relaxed)
 #define STORE(cell, value) metal::atomic_store_explicit(&(cell), value, metal::memory_order_relaxed)
-#define THREAD at_thread.x
-#define ROW at_row.x
-"""
-
-METAL_PLACE = """
-  const uint3 at_thread = thread_position_in_threadgroup;
-  const uint3 at_row = threadgroup_position_in_grid;
-"""
-"""MLX passes what it finds by its full name here."""
-
-Launch = Callable[..., Sequence[mx.array]]
-"""What `mx.fast.cuda_kernel` and `mx.fast.metal_kernel` return."""
+""",
+}
 
 
-def build_kernel() -> Launch:
-    """The kernel of this device's GPU; its text is compiled when it first runs. Raises RuntimeError without a GPU."""
-    on_cuda = mx.cuda.is_available()
-    header, source = (CUDA + FUNCTIONS, BODY) if on_cuda else (METAL + FUNCTIONS, METAL_PLACE + BODY)
-    # MLX keeps what it compiled for CUDA on disk under its name alone: another text needs another one.
-    name = f"row_filters_{sha256((header + source).encode()).hexdigest()[:16]}"
-    make: Any = mx.fast.cuda_kernel if on_cuda else mx.fast.metal_kernel
-    launch: Launch = make(name, ["weights", "limits"], ["kept", "least"], source, header)
-    return launch
+def build_kernel(device: Device, compiler: Compiler = compile_kernel) -> Launch:
+    """Its text is compiled when it first runs. Raises RuntimeError where MLX has no such GPU."""
+    body = BODY.substitute(INDICES[device])
+    header = macros(device) + COUNTERS[device] + FUNCTIONS
+    return compiler(device, "row_filters", ["weights", "limits"], ["kept", "least"], body, header)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,7 +284,7 @@ class KernelFilters:
     filtered: mx.array
     """bool [R]."""
     limits: mx.array
-    """uint32 [at least R, 4], see `COLUMNS`."""
+    """uint32 [R, 4], see `COLUMNS`."""
     kernel: FilterKernel
 
     def keep(self, weights: mx.array, total: mx.array) -> mx.array:
@@ -318,9 +293,8 @@ class KernelFilters:
 
 
 def limits_of(rows: Sequence[SamplingParams | None], vocabulary: int) -> np.ndarray:
-    """uint32 [at least R, 4], zeros for rows that do not filter."""
-    # Metal holds arrays of less than eight elements elsewhere, and compiles the kernel anew when that changes.
-    limits = np.zeros((max(2, len(rows)), COLUMNS), dtype=np.uint32)
+    """uint32 [R, 4], zeros for rows that do not filter."""
+    limits = np.zeros((len(rows), COLUMNS), dtype=np.uint32)
     for place, row in enumerate(rows):
         if row is not None and row.filtered:
             limits[place, 0] = row.top_k if row.top_k < vocabulary else 0

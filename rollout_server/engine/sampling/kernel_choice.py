@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from adapters.kernels.text import Launch, own_device
 from rollout_server.engine.sampling.filter_kernel import (
     MOST_TOKENS,
     FilterKernel,
-    Launch,
     build_kernel,
     least_kept,
     limits_of,
@@ -35,7 +35,8 @@ SHOWN = 300
 def choose_filter_kernel(vocabulary: int, dtype: mx.Dtype) -> FilterKernel | None:
     """The kernel for this device and a model of this vocabulary whose logits have this dtype; None where MLX's own
     operations find what stays, as on a CPU. The log says which it is and why."""
-    return None if on_cpu() else proven(build_kernel, vocabulary, dtype)
+    device = own_device()
+    return None if device is None else proven(lambda: build_kernel(device), vocabulary, dtype)
 
 
 def proven(

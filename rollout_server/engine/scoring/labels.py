@@ -78,12 +78,15 @@ def score_states(hidden: mx.array, parts: Sequence[LabelPart], state: Sequence[A
 def score_tokens(logits: mx.array, parts: Sequence[LabelPart]) -> list[bool]:
     """The log-probabilities of each part's tokens in logits [B, N, V] where they are wanted, in float32."""
     finite = [True] * len(parts)
+    found: list[tuple[int, list[int], mx.array]] = []
     for index, part in enumerate(parts):
-        columns = part.reading.columns(part.begin, part.count)
-        if columns:
+        if columns := part.reading.columns(part.begin, part.count):
             raw = logits[part.row, mx.array(columns)].astype(mx.float32)
             chosen = raw[:, mx.array(part.reading.token_ids)] - mx.logsumexp(raw, axis=-1, keepdims=True)
-            _hand_out(np.array(chosen), [(part, columns, index)], finite)
+            found.append((index, columns, chosen))
+    mx.eval([chosen for _, _, chosen in found])
+    for index, columns, chosen in found:
+        _hand_out(np.array(chosen), [(parts[index], columns, index)], finite)
     return finite
 
 

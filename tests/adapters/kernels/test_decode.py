@@ -1,33 +1,40 @@
-"""The kernel for adapters in decode steps against plain products, wherever there is a device that it is written for."""
+"""The kernel for adapters in decode steps against plain products: on this machine's GPU where it has one, and its text
+for CUDA and Metal by the processor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
-from adapters.kernels.decode import MANY_ROWS, DecodeKernel, decode_kernel
+from adapters.kernels.decode import MANY_ROWS, MOST_RANK, DecodeKernel, decode_kernel
 from adapters.resident.layers import AdaptedLinear, SlotStack
+from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
-SHAPES = [(48, 64), (513, 72), (1024, 1032)]
+SHAPES = [(48, 264), (513, 72), (1024, 64)]
 RANKS = {1: 4, 2: 16, 3: 11}
 """Of the versions in slots 1 to 3; those of slots 2 and 3 have gains where there are any."""
 
 
-@pytest.fixture(scope="module")
-def kernel() -> DecodeKernel:
+@pytest.fixture(scope="module", params=["the GPU", *TEXTS])
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecodeKernel:
+    if request.param in TEXTS:
+        return DecodeKernel(TEXTS[request.param], host_compiler(tmp_path_factory.mktemp("kernels")))
     found = decode_kernel()
     if found is None:
-        pytest.skip("no kernel is written for a CPU")
+        pytest.skip("There is no GPU.")
     return found
 
 
-def a_stack(shape: tuple[int, int], dtype: mx.Dtype, *, gains: bool) -> SlotStack:
+def a_stack(shape: tuple[int, int], dtype: mx.Dtype, *, gains: bool, ranks: Mapping[int, int] = RANKS) -> SlotStack:
     out, width = shape
     mx.random.seed(out)
     stack = SlotStack(4, 0, shape, dtype)
-    stack.reserve(4, max(RANKS.values()))
-    for slot, rank in RANKS.items():
+    stack.reserve(4, max(ranks.values()))
+    for slot, rank in ranks.items():
         a = mx.random.normal((rank, width)) * width**-0.5
         gain = mx.random.uniform(0.5, 1.5, (out,)).astype(dtype) if gains and slot > 1 else None
         stack.write(slot, a.astype(dtype), mx.random.normal((rank, out)).astype(dtype), gain)
@@ -42,6 +49,32 @@ def aimed(stack: SlotStack, slots: list[int]) -> None:
         stack.aim_rows(frozenset(slots), mx.array(slots, dtype=mx.uint32))
 
 
+def one_by_one(base: nn.Linear, stack: SlotStack, slots: list[int], x: mx.array) -> np.ndarray:
+    """Each row by products of its own, in float64."""
+
+    def wide(array: mx.array) -> np.ndarray:
+        return np.array(array.astype(mx.float32), dtype=np.float64)
+
+    a, b, weight, given = wide(stack.a), wide(stack.b)[..., : stack.out], wide(base.weight), wide(x)
+    gain = np.ones((4, stack.out)) if stack.gain is None else wide(stack.gain)
+    bias = wide(base.bias) if "bias" in base else 0.0
+    added = np.stack([(a[slot] @ row) @ b[slot] for slot, row in zip(slots, given[:, 0], strict=True)])
+    return (gain[slots] * (given[:, 0] @ weight.T + added) + bias)[:, None]
+
+
+def assert_as_one_by_one(
+    kernel: DecodeKernel, stack: SlotStack, base: nn.Linear, slots: list[int], dtype: mx.Dtype
+) -> None:
+    stack.kernel = kernel
+    aimed(stack, slots)
+    x = mx.random.normal((len(slots), 1, base.weight.shape[1])).astype(dtype)
+    found, expected = AdaptedLinear(base, stack)(x), one_by_one(base, stack, slots, x)
+    assert found.dtype == dtype and found.shape == expected.shape
+    # The layer's own product is rounded before the kernel adds to it, and a GPU may multiply float32 in TF32.
+    bound = 8 * max(mx.finfo(dtype).eps, 2**-11 if dtype == mx.float32 else 0.0) * np.max(np.abs(expected))
+    assert np.max(np.abs(np.array(found.astype(mx.float32)) - expected)) <= bound
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("gains", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
@@ -52,19 +85,31 @@ def test_rows_get_what_plain_products_give(
     base = nn.Linear(shape[1], shape[0], bias=bias)
     base.set_dtype(dtype)
     stack = a_stack(shape, dtype, gains=gains)
-    layer = AdaptedLinear(base, stack)
-    for slots in ([1], [2, 2, 2], [0, 3, 1, 2, 0], [3] * MANY_ROWS, [2, 0, 3] * MANY_ROWS):
-        x = mx.random.normal((len(slots), 1, shape[1])).astype(dtype)
-        stack.kernel = None
-        aimed(stack, slots)
-        expected = layer(x).astype(mx.float32)
-        stack.kernel = kernel
-        aimed(stack, slots)
-        found = layer(x)
-        assert found.dtype == dtype and found.shape == expected.shape
-        # Plain products round after each of four operations, and a GPU may multiply float32 in TF32.
-        bound = 8 * max(mx.finfo(dtype).eps, 2**-11 if dtype == mx.float32 else 0.0) * float(mx.max(mx.abs(expected)))
-        assert float(mx.max(mx.abs(found.astype(mx.float32) - expected))) <= bound
+    for slots in ([0], [1], [2, 2, 2], [0, 3, 1, 2, 0], [3] * MANY_ROWS, ([2, 0, 3] * MANY_ROWS)[: MANY_ROWS + 3]):
+        assert_as_one_by_one(kernel, stack, base, slots, dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_inputs_that_the_warps_of_a_row_read_in_turns(kernel: DecodeKernel, dtype: mx.Dtype) -> None:
+    base = nn.Linear(2056, 48, bias=False)
+    base.set_dtype(dtype)
+    assert_as_one_by_one(kernel, a_stack((48, 2056), dtype, gains=False), base, [3, 0, 3, 2, 2], dtype)
+
+
+@pytest.mark.parametrize("rank", [8, 24, 32, MOST_RANK])
+def test_ranks_are_read_in_tiles(kernel: DecodeKernel, rank: int) -> None:
+    base = nn.Linear(72, 48, bias=False)
+    stack = a_stack((48, 72), mx.float32, gains=False, ranks={1: rank, 3: rank - 5})
+    for slots in ([1, 0, 3, 1, 1], [3] * 9):
+        assert_as_one_by_one(kernel, stack, base, slots, mx.float32)
+
+
+def test_a_row_of_four_inputs_is_left_to_plain_products(kernel: DecodeKernel) -> None:
+    """Metal keeps so few numbers where no vector is read from."""
+    base = nn.Linear(4, 48, bias=False)
+    stack = a_stack((48, 4), mx.float32, gains=False)
+    assert_as_one_by_one(kernel, stack, base, [1], mx.float32)
+    assert_as_one_by_one(kernel, stack, base, [1, 2], mx.float32)
 
 
 def test_a_row_does_not_depend_on_the_others(kernel: DecodeKernel) -> None:

@@ -98,7 +98,8 @@ def test_embeddings_share_a_forward_and_the_turn(base: Driver, qwen: Path) -> No
         return hidden(ids, caches)
 
     reader._hidden = noted
-    (prompt, long) = prompts_of([20, 900], 286)
+    # It is read in more turns than the rows have tokens, and they get one in each of them.
+    (prompt, long) = prompts_of([20, 48 * 30], 286)
     expected = base.generate([prompt], n=2, seed=3, max_tokens=20, ignore_eos=True)
     rows = driver.submit([prompt], n=2, seed=3, max_tokens=20, ignore_eos=True)
     driver.until(lambda: driver.status.running == 2)

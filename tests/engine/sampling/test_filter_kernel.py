@@ -4,7 +4,6 @@ itself where there is a GPU, against its definition to the last bit and against 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adapters.kernels.text import own_device
 from rollout_server.engine.sampling.filter_kernel import (
-    BODY,
-    CUDA,
-    FUNCTIONS,
-    METAL,
-    METAL_PLACE,
     FilterKernel,
     KernelFilters,
     build_kernel,
@@ -26,13 +21,13 @@ from rollout_server.engine.sampling.filter_kernel import (
 )
 from rollout_server.engine.sampling.filters import ONE_BITS, bisect, descend, prepare_filters
 from rollout_server.engine.sampling.kernel_choice import kernel_fault, trial_rows
-from rollout_server.engine.sampling.numerics import block_sums, on_cpu
+from rollout_server.engine.sampling.numerics import block_sums
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.rollout import SamplingParams
 from tests.engine.sampling.test_filters import MIXED, ROUNDING, limits, logits_of
-from tests.support.numbers import host_kernels
 from tests.support.numbers.filter_passes import FilterPasses
+from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 KINDS = ["numpy", "CUDA's text", "Metal's text", "the GPU"]
 
@@ -40,24 +35,17 @@ KINDS = ["numpy", "CUDA's text", "Metal's text", "the GPU"]
 @pytest.fixture(scope="session")
 def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FilterKernel]:
     """Kernels by what runs them; compiled once."""
-    made: dict[str, Any] = {}
-    texts = {
-        "CUDA's text": (CUDA + FUNCTIONS, BODY, host_kernels.CUDA),
-        "Metal's text": (METAL + FUNCTIONS, METAL_PLACE + BODY, host_kernels.METAL),
-    }
+    folder = tmp_path_factory.mktemp("kernels")
 
     def kernel(kind: str, threads: int = 8) -> FilterKernel:
         if kind == "the GPU":
-            if on_cpu():
+            device = own_device()
+            if device is None:
                 pytest.skip("There is no GPU.")
-            return FilterKernel(build_kernel())
+            return FilterKernel(build_kernel(device))
         if kind == "numpy":
             return FilterKernel(FilterPasses(), threads)
-        if host_kernels.COMPILER is None:
-            pytest.skip("There is no g++ to compile it.")
-        if kind not in made:
-            made[kind] = host_kernels.HostKernel(*texts[kind], tmp_path_factory.mktemp("kernels"))
-        return FilterKernel(made[kind], threads)
+        return FilterKernel(build_kernel(TEXTS[kind], host_compiler(folder)), threads)
 
     return kernel
 
@@ -165,12 +153,12 @@ def test_where_no_sum_is_rounded_it_finds_what_both_searches_find(size: int) -> 
     given, total = mx.array(weights), weights.sum(axis=1, keepdims=True)
     for share in (2**-20, 0.25, 0.5, 0.96875):
         goal = mx.array(total * np.float32(share))
-        (limit,) = limits_of([SamplingParams(max_tokens=1, top_p=share)], size)[:1]
+        (limit,) = limits_of([SamplingParams(max_tokens=1, top_p=share)], size)
         least = np.array([[least_kept(row, limit)] for row in weights])
         for search in (descend, bisect):
             assert np.array_equal(np.array(search(given, goal, by_rank=False)), least)
     for rank in {1, size // 2, size - 1}:
-        (limit,) = limits_of([SamplingParams(max_tokens=1, top_k=rank)], size)[:1]
+        (limit,) = limits_of([SamplingParams(max_tokens=1, top_k=rank)], size)
         least = np.array([[least_kept(row, limit)] for row in weights])
         for search in (descend, bisect):
             assert np.array_equal(np.array(search(given, mx.full((6, 1), float(rank)), by_rank=True)), least)
@@ -215,11 +203,3 @@ def test_a_batch_is_sampled_as_without_the_kernel(kind: str, kernel_of: Callable
 
 def test_rows_that_do_not_filter_need_no_kernel() -> None:
     assert FilterKernel(FilterPasses()).prepare([None, SamplingParams(max_tokens=1)], 300) is None
-
-
-def test_what_the_compiler_says_of_a_wrong_text_is_not_lost(tmp_path: Path) -> None:
-    if host_kernels.COMPILER is None:
-        pytest.skip("There is no g++ to compile it.")
-    wrong = host_kernels.HostKernel(CUDA + FUNCTIONS, BODY + "nonsense", host_kernels.CUDA, tmp_path)
-    with pytest.raises(RuntimeError, match="nonsense"):
-        filtered(FilterKernel(wrong), *random_rows(12, 2, seed=1))

@@ -12,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from adapters.kernels.text import Device, Launch
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.sampling.filter_kernel import MOST_TOKENS, FilterKernel, Launch, build_kernel
+from rollout_server.engine.sampling.filter_kernel import MOST_TOKENS, FilterKernel, build_kernel
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel, proven
 from rollout_server.engine.sampling.numerics import on_cpu
 from tests.engine.scoring.test_replay import mixed_rows
@@ -88,11 +89,12 @@ def test_one_that_is_wrong_or_cannot_be_compiled_is_not_used(launch: Launch, why
     assert said().startswith("Rows are filtered by MLX's own operations: ") and why in said() and len(said()) < 500
 
 
-def test_where_there_is_no_gpu_a_kernel_ends_no_start(said: Callable[[], str]) -> None:
+@pytest.mark.parametrize("device", ["cuda", "metal"])
+def test_where_there_is_no_gpu_a_kernel_ends_no_start(device: Device, said: Callable[[], str]) -> None:
     if not on_cpu():
         pytest.skip("There is a GPU.")
     assert choose_filter_kernel(VOCABULARY, mx.float32) is None
-    assert proven(build_kernel, VOCABULARY, mx.float32) is None
+    assert proven(lambda: build_kernel(device), VOCABULARY, mx.float32) is None
     assert "does not run here" in said() and "back-end" in said()
 
 

@@ -1,127 +1,211 @@
 """Kernels for a GPU, run by this machine's processor: their own text, compiled by g++ behind headers that say what the
-words of CUDA or of Metal mean here. The threads of a block are threads, which meet at real barriers, so a missing one
-is a race here as it is there."""
+words of CUDA or of Metal mean here (`host_cuda.h`, `host_metal.h`).
+
+Threads and blocks go on in any order that their barriers and shuffles allow (`host_block.cpp`), and what was not
+written is NaN: a result that depends on an order, on a number outside an array or on what nobody wrote comes out wrong
+here. Threads that wait for others in vain, vectors read where none may begin, and indices beyond an array's end are
+errors. What this does not see: two threads that add to one number at once without saying so, in CUDA's text. Metal
+gives such numbers a type of their own."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-COMPILER = which("g++")
+from adapters.kernels.text import CONSTANT, Device
 
-CUDA = """
-#define __device__
-#define __forceinline__ inline
-#define __shared__ static
-struct Place { unsigned x, y, z; };
-thread_local Place threadIdx, blockIdx;
-static void __syncthreads() { meeting->arrive_and_wait(); }
-static unsigned atomicAdd(unsigned* cell, unsigned value) { return __atomic_fetch_add(cell, value, __ATOMIC_RELAXED); }
-#define PLACES threadIdx = {thread, 0, 0}; blockIdx = {row, 0, 0};
-"""
-
-METAL = """
-#define ulong unsigned long long
-#define device
-#define threadgroup
-namespace metal {
-using std::atomic_uint, std::memory_order_relaxed, std::atomic_fetch_add_explicit, std::atomic_load_explicit,
-    std::atomic_store_explicit;
-enum class mem_flags { mem_threadgroup };
-static void threadgroup_barrier(mem_flags) { meeting->arrive_and_wait(); }
-}
-struct uint3 { uint x, y, z; };
-thread_local uint3 thread_position_in_threadgroup, threadgroup_position_in_grid;
-#define PLACES thread_position_in_threadgroup = {thread, 0, 0}; threadgroup_position_in_grid = {row, 0, 0};
-"""
+TEXTS: dict[str, Device] = {"CUDA's text": "cuda", "Metal's text": "metal"}
+COMPILER = which("g++") if sys.platform == "linux" else None
+"""Other systems' libraries do not let one thread be many; a Mac has a GPU of its own."""
+OPTIONS = ("-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
+CHECKS = ("-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=bounds,alignment", "-pedantic-errors")
+LANGUAGE = {"cuda": "-std=c++17", "metal": "-std=c++14"}
+HERE = Path(__file__).parent
+NAMES = {mx.float32: "float", mx.float16: "float16", mx.bfloat16: "bfloat16", mx.uint32: "unsigned", mx.int32: "int"}
+MOST_SHARED = {"cuda": 48 * 1024, "metal": 32 * 1024}
+"""Bytes of a block's shared memory."""
+FENCE = 1 << 16
+"""Bytes before and behind an array, which nobody may write."""
 
 AROUND = """
-#include <atomic>
-#include <barrier>
-#include <thread>
-#include <vector>
-struct uint4 {{ unsigned x, y, z, w; }};
-static std::barrier<>* meeting;
-{words}
+#include "host_words.h"
+#include "host_{device}.h"
 {header}
 #undef SHARED
-#define SHARED static
-static void kernel({parameters}) {{
-{constants}
+#define SHARED SHARED_MEMORY
+static void whole({parameters}) {{
+{template}
 {source}
 }}
-extern "C" void run({parameters}, unsigned rows, unsigned threads) {{
-  std::barrier<> together(threads);
-  meeting = &together;
-  std::vector<std::thread> block;
-  for (unsigned thread = 0; thread < threads; thread++)
-    block.emplace_back([=, &together] {{
-      for (unsigned row = 0; row < rows; row++) {{
-        PLACES
-        kernel({arguments});
-        together.arrive_and_wait();  // The next block has the same shared memory.
-      }}
-    }});
-  for (auto& each : block) each.join();
+static void of_thread(void** given) {{
+  whole({arguments});
+}}
+extern "C" __attribute__((visibility("default")))
+const char* run(void** given, const unsigned* blocks, unsigned threads, unsigned most_shared) {{
+  if (__stop_shared_memory - __start_shared_memory > most_shared) return "its shared memory is too large";
+  return run_blocks(of_thread, given, blocks, threads, __start_shared_memory, __stop_shared_memory);
 }}
 """
+
+
+def host_compiler(folder: Path) -> HostCompiler:
+    """Skips the test where nothing can be compiled, and where arrays are a GPU's, which runs kernels itself."""
+    if COMPILER is None or mx.default_device() != mx.cpu:
+        pytest.skip("There is no g++ on Linux here, or a GPU.")
+    return HostCompiler(folder)
+
+
+@dataclass(frozen=True)
+class HostCompiler:
+    """Called as `adapters.kernels.text.compile_kernel`. What it compiled stays in a folder of its own."""
+
+    folder: Path
+
+    def __call__(
+        self, device: Device, name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, header: str
+    ) -> HostKernel:
+        return HostKernel(device, tuple(inputs), tuple(outputs), source, header, self.folder)
+
+
+class FencedArray:
+    """An array's bytes between fences, at a multiple of 16 as on a GPU. What nobody gave is NaN, but for the fences of
+    what a kernel writes: NaN that was read outside one array is seen where it is written outside another."""
+
+    def __init__(self, nbytes: int, given: np.ndarray | None = None) -> None:
+        self._fence = 0xA5 if given is None else 0xFF
+        self._all = np.full(nbytes + 2 * FENCE + 16, self._fence, dtype=np.uint8)
+        begin = FENCE + -(self._all.ctypes.data + FENCE) % 16
+        self._fences = self._all[:begin], self._all[begin + nbytes :]
+        self.bytes = self._all[begin : begin + nbytes]
+        self.bytes[:] = 0xFF if given is None else given.reshape(-1).view(np.uint8)
+
+    @property
+    def whole(self) -> bool:
+        return all((fence == self._fence).all() for fence in self._fences)
 
 
 @dataclass(frozen=True)
 class HostKernel:
-    """Called as what `mx.fast.cuda_kernel` returns, for arrays of uint32; compiled once for each template in a folder
-    of its own. Raises RuntimeError with what the compiler says."""
+    """Called as what `mx.fast.cuda_kernel` returns. It computes at once, and leaves in an input what the kernel writes
+    there. Raises RuntimeError with what the compiler says of its text, or with what goes wrong while it runs."""
 
-    header: str
+    device: Device
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     source: str
-    words: str
+    header: str
     folder: Path
 
     def __call__(
         self,
         *,
         inputs: Sequence[mx.array],
-        template: Sequence[tuple[str, int]],
+        template: Sequence[tuple[str, int | mx.Dtype]],
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        given = [np.ascontiguousarray(np.array(array)) for array in inputs]
-        found = [np.empty(shape, dtype=np.uint32) for shape in output_shapes]
-        library = self._library(template)
-        library.run(
-            *[ctypes.c_void_p(array.ctypes.data) for array in (*given, *found)],
-            ctypes.c_uint(grid[0] // threadgroup[0]),
+        if threadgroup[1:] != (1, 1) or grid[0] % threadgroup[0]:
+            raise RuntimeError(f"A grid of {grid} threads is not made of whole rows of {threadgroup}.")
+        own = [memory_of(array) for array in inputs]
+        read = [FencedArray(array.nbytes, np.ascontiguousarray(array)) for array in own]
+        kinds = list(zip(output_shapes, output_dtypes, strict=True))
+        written = [FencedArray(int(np.prod(shape)) * dtype.size) for shape, dtype in kinds]
+        shapes = [np.array(array.shape, dtype=np.int32) for array in inputs]
+        given = [each.bytes.ctypes.data for each in (*read, *written)] + [shape.ctypes.data for shape in shapes]
+        fault = self._library(inputs, output_dtypes, template).run(
+            (ctypes.c_void_p * len(given))(*given),
+            (ctypes.c_uint * 3)(grid[0] // threadgroup[0], *grid[1:]),
             ctypes.c_uint(threadgroup[0]),
+            ctypes.c_uint(MOST_SHARED[self.device]),
         )
-        return [mx.array(array) for array in found]
+        if fault is not None:
+            raise RuntimeError(fault.decode())
+        names = (*self.inputs, *self.outputs)
+        for name, each in zip(names, (*read, *written), strict=True):
+            if not each.whole:
+                raise RuntimeError(f"it writes outside {name}")
+        for array, each in zip(own, read, strict=True):
+            # MLX gives kernels a copy of what is not contiguous, and what is written there is lost.
+            if array.flags.c_contiguous:
+                array.reshape(-1).view(np.uint8)[:] = each.bytes
+        return [
+            mx.array(each.bytes.view(np.uint16 if dtype.size == 2 else np.uint32).reshape(shape)).view(dtype)
+            for each, (shape, dtype) in zip(written, kinds, strict=True)
+        ]
 
-    def _library(self, template: Sequence[tuple[str, int]]) -> Any:
-        built = self.folder / ("_".join(str(value) for _, value in template) + ".so")
+    def _library(
+        self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype], template: Sequence[tuple[str, int | mx.Dtype]]
+    ) -> Any:
+        text = self._text(inputs, outputs, template)
+        built = self.folder / f"{sha256(text.encode()).hexdigest()[:16]}.so"
         if not built.exists():
-            names = ("weights", "limits", "kept", "least")
-            kinds = ("const unsigned*", "const unsigned*", "unsigned*", "unsigned*")
-            text = AROUND.format(
-                words=self.words,
-                header=self.header,
-                parameters=", ".join(f"{kind} {name}" for kind, name in zip(kinds, names, strict=True)),
-                constants="\n".join(f"  constexpr int {name} = {value};" for name, value in template),
-                source=self.source,
-                arguments=", ".join(names),
-            )
             written = built.with_suffix(".cpp")
             written.write_text(text)
-            command = [str(COMPILER), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-            done = subprocess.run([*command, "-o", str(built), str(written)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-        return ctypes.CDLL(str(built))
+            around = self.folder / "host_block.o"
+            if not around.exists():
+                compiled([*OPTIONS, "-std=c++17", "-c", str(HERE / "host_block.cpp"), "-o", str(around)])
+            object_file = str(built.with_suffix(".o"))
+            language = [LANGUAGE[self.device], *CHECKS, "-I", str(HERE)]
+            compiled([*OPTIONS, *language, "-c", str(written), "-o", object_file])
+            compiled(["-shared", object_file, str(around), "-o", str(built)])
+        library = ctypes.CDLL(str(built))
+        library.run.restype = ctypes.c_char_p
+        return library
+
+    def _text(
+        self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype], template: Sequence[tuple[str, int | mx.Dtype]]
+    ) -> str:
+        """As MLX writes it around a body: an input's shape is there if the body names it."""
+        parameters, arguments = [], []
+        for at, (name, array) in enumerate(zip(self.inputs, inputs, strict=True)):
+            small = self.device == "metal" and array.size < CONSTANT
+            kind = f"const {NAMES[array.dtype]}*"
+            parameters.append(f"{f'Small<{NAMES[array.dtype]}>' if small else kind} {name}")
+            arguments.append(f"{f'Small<{NAMES[array.dtype]}>' if small else ''}(({kind})given[{at}])")
+            if f"{name}_shape" in self.source and array.ndim:
+                parameters.append(f"const int* {name}_shape")
+                arguments.append(f"(const int*)given[{len(inputs) + len(outputs) + at}]")
+        for at, (name, dtype) in enumerate(zip(self.outputs, outputs, strict=True), len(inputs)):
+            parameters.append(f"{NAMES[dtype]}* {name}")
+            arguments.append(f"({NAMES[dtype]}*)given[{at}]")
+        return AROUND.format(
+            device=self.device,
+            header=self.header,
+            parameters=", ".join(parameters),
+            template="\n".join(
+                f"  typedef {NAMES[value]} {name};"
+                if isinstance(value, mx.Dtype)
+                else f"  constexpr int {name} = {value};"
+                for name, value in template
+            ),
+            source=self.source,
+            arguments=", ".join(arguments),
+        )
+
+
+def memory_of(array: mx.array) -> np.ndarray:
+    """The array's own memory, with bfloat16, which numpy lacks, as uint16."""
+    seen = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(array, seen)
+    return np.asarray(memoryview(seen))
+
+
+def compiled(command: Sequence[str]) -> None:
+    # What it says is told in English whatever the terminal speaks.
+    done = subprocess.run([str(COMPILER), *command], capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)

@@ -6,13 +6,12 @@ neither a mask nor a width is needed, so that a step keeps its shape while rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
-from adapters.kernels.text import Device, compile_kernel, constants, own_device
+from adapters.kernels.text import Compiler, Device, Launch, compile_kernel, constants, own_device
 from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.model.attention.source import attend_body, header, join_body
 
@@ -111,9 +110,9 @@ class RowKernel:
     """Attends by kernels, each compiled when it is first needed. It is an `Attend` of `kv_cache.padded_layer`: the new
     token's keys and values are written into the kept arrays, which stay the same arrays."""
 
-    def __init__(self, device: Device) -> None:
-        self._device: Device = device
-        self._kernels: dict[tuple[Geometry, Part], Callable[..., Any]] = {}
+    def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
+        self._device, self._compiler = device, compiler
+        self._kernels: dict[tuple[Geometry, Part], Launch] = {}
 
     def __call__(self, step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
         """Returns values [B, heads, 1, head size] in the dtype of the queries, and the arrays in which keys and values
@@ -147,7 +146,7 @@ class RowKernel:
     ) -> mx.array:
         if (geometry, part) not in self._kernels:
             self._kernels[geometry, part] = self._make(geometry, part)
-        outputs: list[mx.array] = self._kernels[geometry, part](
+        outputs = self._kernels[geometry, part](
             inputs=inputs,
             template=[("T", dtype)],
             grid=(blocks[0] * threads, *blocks[1:]),
@@ -157,14 +156,14 @@ class RowKernel:
         )
         return outputs[0]
 
-    def _make(self, geometry: Geometry, part: Part) -> Callable[..., Any]:
+    def _make(self, geometry: Geometry, part: Part) -> Launch:
         sinks = geometry.sinks and part != "part"
         names = ["partial"] if part == "join" else [*STEP_INPUTS]
         if part == "join":
             body = join_body(self._device, sinks=sinks)
         else:
             body = attend_body(self._device, packed=geometry.group > 0, split=part == "part", sinks=sinks)
-        return compile_kernel(
+        return self._compiler(
             self._device,
             f"row_attention_{part}",
             [*names, *(["sinks"] if sinks else [])],

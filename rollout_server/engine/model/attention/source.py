@@ -44,8 +44,8 @@ READ = {
 
 ATTEND = string.Template(
     """
-  const int thread = $thread;
-  const int lane = thread % 32, warp = thread / 32;
+  const int tid = $thread;
+  const int lane = tid % 32, warp = tid / 32;
   const int pos = lane % LANES, sub = lane / LANES;
   const int row = $block_y, part = $block_z, parts = $blocks_z;
   const int kv_head = $block_x / CHUNKS, first = ($block_x % CHUNKS) * GQ;
@@ -62,7 +62,7 @@ ATTEND = string.Template(
   DEVICE unsigned int* all_k = (DEVICE unsigned int*)keys + (size_t)(row * KV_HEADS + kv_head) * columns * WORDS;
   DEVICE unsigned int* all_v = (DEVICE unsigned int*)values + (size_t)(row * KV_HEADS + kv_head) * columns * WORDS;
   if (live && part == 0 && first == 0) {
-    for (int word = thread; word < WORDS; word += 32 * WARPS) {
+    for (int word = tid; word < WORDS; word += 32 * WARPS) {
       all_k[(size_t)own * WORDS + word] = new_k[word];
       all_v[(size_t)own * WORDS + word] = new_v[word];
     }
@@ -164,7 +164,7 @@ ATTEND = string.Template(
     }
   }
   BARRIER();
-  for (int at = thread; at < GQ * WIDTH; at += 32 * WARPS) {
+  for (int at = tid; at < GQ * WIDTH; at += 32 * WARPS) {
     const int g = at / WIDTH, d = at % WIDTH;
     if (first + g >= SHARED_BY) continue;
     const int head = kv_head * SHARED_BY + first + g;

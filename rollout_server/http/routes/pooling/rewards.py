@@ -88,8 +88,8 @@ class RewardsController(Controller):
             "instance": service.instance,
             "usage": usage_of(sequences),
         }
-        encode_ = (lambda: binary_response(rewards_file(content))) if binary else lambda: json_response(content)
-        response = await beside(sum(map(len, places)), encode_)
+        written = (lambda: binary_response(rewards_file(content))) if binary else lambda: json_response(content)
+        response = await beside(sum(map(len, places)), written)
         response.headers.update(policy_headers([found.version]))
         return response
 

@@ -1,4 +1,5 @@
-"""The decode kernel against plain operations, wherever there is a device that it is written for."""
+"""The decode kernel against plain operations: on this machine's GPU where it has one, and its text for CUDA and Metal
+by the processor."""
 
 from __future__ import annotations
 
@@ -12,15 +13,18 @@ from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.model.attention.kernel import WIDTHS, RowKernel, geometry_of, row_kernel
 from rollout_server.engine.model.attention.plain import attend_plainly
+from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 HEADS = {(16, 8): 128, (8, 1): 64, (7, 1): 64, (4, 4): 80, (12, 2): 128}
 
 
-@pytest.fixture(scope="module")
-def kernel() -> RowKernel:
+@pytest.fixture(scope="module", params=["the GPU", *TEXTS])
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowKernel:
+    if request.param in TEXTS:
+        return RowKernel(TEXTS[request.param], host_compiler(tmp_path_factory.mktemp("kernels")))
     found = row_kernel()
     if found is None:
-        pytest.skip("no kernel is written for a CPU")
+        pytest.skip("There is no GPU.")
     return found
 
 
