@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.model.encoders.reading import forward, results
 from rollout_server.engine.model.encoders.resident import ResidentEncoder
 from rollout_server.engine.policies.table import PolicyTable
+from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import EngineFault, EngineUnavailable, InvalidField, NonFiniteLogits, RolloutError
@@ -59,7 +61,7 @@ class Answers:
 
 class EncoderEngine:
     """Lives on one thread. `post` carries events out and `show` replaces the status snapshot; both are thread-safe.
-    `device_fault` says what is wrong with the device, after a forward that failed."""
+    `device_fault` says what is wrong with the device, after a forward that failed; `clock` is in seconds."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class EncoderEngine:
         *,
         device_fault: Callable[[], str | None],
         timeline: Timeline,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._encoder = encoder
         self._policies = policies
@@ -79,12 +82,15 @@ class EncoderEngine:
         self._show = show
         self._device_fault = device_fault
         self._timeline = timeline
+        self._clock = clock
         self._jobs = EncodingQueue(encoder.info.prefill_tokens, encoder.info.max_model_len)
         self._answers = Answers()
         self._pause_state = PauseState(self._answers)
         self._changes: deque[PolicyCommand] = deque()
         self._blame = Blame()
         self._steps = 0
+        self._read_at: float | None = None
+        """When the last forward ended; None where nothing is left of it."""
         self._stopping = False
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -113,6 +119,10 @@ class EncoderEngine:
         if group is not None:
             with self._blame(group):
                 self._read(group)
+        elif self._read_at is not None and self._clock() - self._read_at >= IDLE_S:
+            # Most users train on the same device.
+            mx.clear_cache()
+            self._read_at = None
 
     def _read(self, group: ForwardGroup) -> None:
         """One forward: versions on the same weights share it, row by row."""
@@ -123,6 +133,7 @@ class EncoderEngine:
             found = results(model, forward(model, passages, mixed=mixed), passages)
             part.note(tokens=sum(len(passage.ids) for passage in passages))
         self._steps += 1
+        self._read_at = self._clock()
         for (job, index), values in zip(group.entries, found, strict=True):
             if isinstance(values, NonFiniteLogits):
                 self._end(job, values)

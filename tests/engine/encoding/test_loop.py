@@ -22,6 +22,7 @@ from rollout_server.engine.messages.versions import Delete, Deleted
 from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.reading import read
 from rollout_server.engine.model.encoders.resident import ResidentEncoder, load_encoder
+from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.errors import EngineFault, EngineUnavailable
 from rollout_server.rollout import BASE
 from tests.support.adapter_files import merge
@@ -181,9 +182,7 @@ class OnFire:
 
 def failing(place: Path, device: str | None = None) -> Driven:
     encoder = load_encoder(EngineOptions(str(copied("bert/embed", place)), "tiny"))
-    driven = Driven(encoder, device)
-    object.__setattr__(encoder, "model", replace(encoder.model, module=OnFire(encoder.module)))
-    return driven
+    return Driven(encoder, device, OnFire(encoder.module))
 
 
 def test_a_forward_that_fails_takes_down_its_own_requests_alone(tmp_path: Path) -> None:
@@ -222,3 +221,19 @@ def test_memory_is_given_back(tmp_path: Path) -> None:
     (event,) = driven.ask(Release("r"))
     assert isinstance(event, Released) and event.nbytes > 0 and event.kv_bytes == 0
     assert driven.status.memory.weights == driven.encoder.info.weight_bytes > 0
+
+
+def test_an_engine_at_rest_keeps_nothing_of_freed_arrays(tmp_path: Path) -> None:
+    driven = opened_engine(tmp_path)
+    driven.ask(classify("a", SEQUENCES))
+    assert mx.get_cache_memory() > 0
+    driven.ask(Ping("soon"))
+    assert mx.get_cache_memory() > 0
+    driven.now += IDLE_S
+    driven.ask(Ping("later"))
+    assert mx.get_cache_memory() == 0
+
+
+def test_options_of_keys_and_values_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="--kv-bits"):
+        opened_engine(tmp_path, kv_bits=8)

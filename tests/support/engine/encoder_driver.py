@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,25 @@ class Mailbox(queue.SimpleQueue[Command]):
 class Driven:
     """An engine whose turns are those of the test."""
 
-    def __init__(self, encoder: ResidentEncoder, device: str | None = None, **options: Any) -> None:
+    def __init__(self, encoder: ResidentEncoder, device: str | None = None, module: Any = None, **options: Any) -> None:
+        """`device` is what is wrong with the device; `module` reads in the place of the encoder's own."""
         self.encoder, self.mailbox, self.events = encoder, Mailbox(), list[Event]()
         self.shown = [EngineStatus("starting")]
         policies = PolicyTable(encoder, EngineOptions("", "tiny", **options))
         post, show = self.events.extend, self.shown.append
         timeline, fault = Timeline(), lambda: device
-        self.engine = EncoderEngine(encoder, policies, self.mailbox, post, show, device_fault=fault, timeline=timeline)
+        self.now = 0.0
+        reads = encoder if module is None else replace(encoder, model=replace(encoder.model, module=module))
+        self.engine = EncoderEngine(
+            reads,
+            policies,
+            self.mailbox,
+            post,
+            show,
+            device_fault=fault,
+            timeline=timeline,
+            clock=lambda: self.now,
+        )
 
     @property
     def status(self) -> EngineStatus:

@@ -20,6 +20,7 @@ from rollout_server.engine.model.encoders.architecture import is_encoder
 from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.tasks.kinds import activation_of
+from rollout_server.errors import EngineUnavailable
 from rollout_server.machine.device_defaults import ACTIVATIONS, ADAPTERS, Footprint, choose
 from rollout_server.machine.this_device import this_device
 
@@ -62,6 +63,7 @@ def holds_encoder(directory: Path) -> bool:
 def load_encoder(options: EngineOptions) -> ResidentEncoder:
     """Raises `EngineUnavailable` with the cause if the directory holds no encoder that is served."""
     directory = Path(options.model_path)
+    _check_options(options)
     model, config = read_encoder(directory), read_config(directory)
     arrays: list[tuple[str, mx.array]] = tree_flatten(model.module.parameters())  # type: ignore[assignment]
     dtype = str(model.dtype).removeprefix("mlx.core.")
@@ -103,6 +105,14 @@ def load_encoder(options: EngineOptions) -> ResidentEncoder:
     )
     host = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return ResidentEncoder(replace(model, pooling=replace(pooling, normalise=False)), host, info)
+
+
+def _check_options(options: EngineOptions) -> None:
+    """Raises `EngineUnavailable` for what would change numbers of a decoder and means nothing here."""
+    if options.kv_bits is not None:
+        raise EngineUnavailable("--kv-bits is of keys and values, and an encoder keeps none: leave the option out.")
+    if options.kv_memory is not None or options.max_batch is not None:
+        log.warning("--kv-memory and --max-batch are of rows that decode: an encoder has none, and reads neither.")
 
 
 def _chunk(model: EncoderModel, weight_bytes: int, options: EngineOptions) -> int:
