@@ -177,7 +177,7 @@ class Choice:
         piece = self._end(whole, rollout.finish_reason, [span_entry(span) for span in rollout.spans])
         piece.stop_reason = rollout.stop_reason
         if piece.rollout is not None and rollout.error is not None:
-            piece.rollout["error"] = error_entry(rollout)
+            piece.rollout["error"] = error_entry(rollout.error)
         return piece
 
     def finish_unasked(self) -> Piece:
