@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.grammar import Constraint
@@ -303,37 +301,6 @@ class SpanAddress:
     kv: str | None = None
 
 
-class Stretch(Protocol):
-    """Whatever covers tokens `start` to `end` (excluded)."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def end(self) -> int: ...
-
-
-def gap_fault(spans: Sequence[Stretch], length: int) -> str | None:
-    """What keeps spans from covering each of `length` tokens once, in order; None if nothing."""
-    at = 0
-    for index, span in enumerate(spans):
-        if span.start != at or span.end <= span.start:
-            return f"span {index} covers {span.start} to {span.end}, where one that starts at {at} is needed"
-        at = span.end
-    if at != length:
-        return f"the spans end at {at}, but {counted(length, 'token')} are to be covered"
-    return None
-
-
-def tiling_fault(spans: Sequence[SpanAddress], length: int) -> str | None:
-    """What keeps spans from saying, for each of `length` tokens, under what it is to be read; None if nothing."""
-    if fault := gap_fault(spans, length):
-        return fault
-    if spans and spans[0].kv == CARRIED:
-        return "span 0 carries KV on, but nothing says under what that was read; let a span of that version stand first"
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Milliseconds a row spent waiting, in prefill (its group's), and in decode."""
@@ -347,6 +314,21 @@ class Timings:
 class RowError:
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowReward:
+    """What a reward model gave a row under `version`; or, with `error`, why it gave nothing."""
+
+    scores: tuple[float, ...] = ()
+    """Scores of each label, as the head gives them."""
+    version: PolicyVersion | None = None
+    error: RowError | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The score of the only label; None where there are several."""
+        return self.scores[0] if len(self.scores) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +367,8 @@ class Rollout:
     """How many of the prompt's tokens were not read again, since the prefix cache had their KV."""
     prefix: Prefix = NO_PREFIX
     """What `token_ids` begin with; `spans` tile the tokens behind it."""
+    reward: RowReward | None = None
+    """None unless the request names a reward model."""
 
     @property
     def sampled(self) -> int:

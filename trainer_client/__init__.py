@@ -16,7 +16,7 @@ from trainer_client.client import AsyncRolloutClient, RolloutClient
 from trainer_client.data.advantages import Denominator, group_advantages, truncated_importance_weights
 from trainer_client.data.batch import RolloutBatch
 from trainer_client.data.continuing import continued, rejoined
-from trainer_client.data.rollout import Rollout, RowFault, Span
+from trainer_client.data.rollout import Rollout, RowFault, RowReward, Span
 from trainer_client.data.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion, ServedModel
 from trainer_client.errors import (
     BadReply,
@@ -57,6 +57,7 @@ __all__ = [
     "RolloutBatch",
     "RolloutClient",
     "RowFault",
+    "RowReward",
     "Scored",
     "ServedModel",
     "ServerError",

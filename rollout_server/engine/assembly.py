@@ -32,6 +32,7 @@ from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.warm import WarmUp
+from rollout_server.engine.policies.held_scorers import HeldScorers
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -68,8 +69,8 @@ def build_engine(
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
-    scoring = ScoringQueue(make_reader(model, policies), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
+    scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
+    tasks = ScoringTasks(scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
@@ -84,6 +85,7 @@ def build_engine(
         batches=batches,
         scoring=scoring,
         tasks=tasks,
+        held=held,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
         budget=budget_of(model, policies, ledger, most, clock, options.prefer),

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score, ScoringCommand
+from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.errors import ContextExceeded, InvalidField
-from rollout_server.rollout import RolloutRequest, tiling_fault
+from rollout_server.rollout import RolloutRequest
 
 
 def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:

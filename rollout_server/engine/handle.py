@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from rollout_server.engine.checks import check_generates, check_group, check_scoring
@@ -41,6 +41,8 @@ from rollout_server.engine.messages.scoring import (
     Classify,
     Embed,
     Embedded,
+    HoldScorer,
+    LetScorerGo,
     Replay,
     Replayed,
     Score,
@@ -62,48 +64,13 @@ from rollout_server.engine.messages.versions import (
     Restore,
     Restored,
 )
+from rollout_server.engine.open_requests import HeldScorer, Subscription
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
 from rollout_server.grammar import Constraint, Grammar
-from rollout_server.rollout import RolloutRequest
+from rollout_server.rollout import PolicyAddress, RolloutRequest
 
 T = TypeVar("T")
-
-
-class Subscription:
-    """The events of one request: an async iterator of `TokensSampled` and `RowFinished` that ends when every row was
-    reported, or raises the request's error. Leaving early should `abort`."""
-
-    def __init__(self, id: str, handle: EngineHandle) -> None:
-        self.id = id
-        self._handle = handle
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ended = False
-
-    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
-        return self
-
-    async def __anext__(self) -> TokensSampled | RowFinished:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        match event:
-            case TokensSampled() | RowFinished():
-                return event
-            case RequestFailed(error=error):
-                self._ended = True
-                raise error
-            case _:
-                self._ended = True
-                raise StopAsyncIteration
-
-    def abort(self, reason: str = "disconnect") -> None:
-        """Ends what is left of the request; its rows are still reported. Does nothing once the request is over."""
-        if not self._ended:
-            self._handle.abort_subscription(self, reason)
-
-    def deliver(self, event: Event) -> None:
-        self._events.put_nowait(event)
 
 
 class EngineHandle:
@@ -112,6 +79,8 @@ class EngineHandle:
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._subscriptions: dict[str, Subscription] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._scorers: dict[str, HeldScorer] = {}
+        """By the request whose rows they score."""
         self._numbers = itertools.count()
         self._status = EngineStatus("starting")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -179,16 +148,23 @@ class EngineHandle:
 
     # ---- verbs ----------------------------------------------------------------------------------------------------
 
-    def submit(self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None) -> Subscription:
-        """Queues the groups of one request, all or none. `deadline` is on time.monotonic()'s clock.
+    def submit(
+        self,
+        id: str,
+        groups: Sequence[RolloutRequest],
+        *,
+        deadline: float | None = None,
+        scorer: HeldScorer | None = None,
+    ) -> Subscription:
+        """Queues the groups of one request, all or none. `deadline` is on time.monotonic()'s clock; `scorer` is what
+        was held for it.
 
         Raises `QueueFull`, `ContextExceeded`, `InvalidField` or `Conflict` at once. An unknown or freed policy comes
         as the subscription's first event."""
         self._require_ready()
         if not groups:
             raise InvalidField("The request has no prompts.", param="prompts")
-        if id in self._subscriptions:
-            raise Conflict(f"A request with id {id!r} is still open; choose another id.", param="id")
+        self._require_free(id, scorer)
         self._require_room()
         rows = sum(group.n for group in groups)
         if rows > self._options.max_rows_per_request:
@@ -199,10 +175,35 @@ class EngineHandle:
             )
         for group in groups:
             check_group(group, self.info)
-        subscription = Subscription(id, self)
+        subscription = Subscription(id, self.abort_subscription)
         self._subscriptions[id] = subscription
         self._mailbox.put(Submit(id, tuple(groups), deadline))
         return subscription
+
+    async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
+        """Keeps the version that an address means now, to score rows of the request `owner`, which is submitted next.
+        Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy scores nothing."""
+        self._require_ready()
+        self._require_free(owner, None)
+        self._require_room()
+        command = HoldScorer(self.new_id("hold"), owner, policy)
+        try:
+            held = await self._ask(command)
+            self._require_free(owner, None)
+        except (asyncio.CancelledError, Conflict):
+            self._mailbox.put(LetScorerGo(command.id))
+            raise
+        scorer = HeldScorer(held, owner, self.new_id, self._row_scored, self._let_go)
+        self._scorers[owner] = scorer
+        return scorer
+
+    def _let_go(self, scorer: HeldScorer) -> None:
+        del self._scorers[scorer.owner]
+        self._mailbox.put(LetScorerGo(scorer.id))
+
+    async def _row_scored(self, classify: Classify) -> Classified:
+        """Belongs to a request that was accepted, so there is room for it."""
+        return await self._answered(classify, accepted=True)
 
     async def score(self, score: Score) -> Scored:
         """Log-probabilities of given tokens under a policy."""
@@ -220,10 +221,11 @@ class EngineHandle:
         """Label scores of given tokens under a policy."""
         return await self._answered(classify)
 
-    async def _answered(self, command: ScoringCommand) -> Any:
+    async def _answered(self, command: ScoringCommand, *, accepted: bool = False) -> Any:
         """What is no longer wanted is not read to its end."""
         self._require_ready()
-        self._require_room()
+        if not accepted:
+            self._require_room()
         check_scoring(command, self.info)
         try:
             return await self._ask(command)
@@ -283,7 +285,7 @@ class EngineHandle:
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
-        found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions)
+        found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions or id in self._scorers)
         if found:
             self._mailbox.put(Abort(found, reason))
         return found
@@ -300,6 +302,11 @@ class EngineHandle:
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}; try again in a moment.")
 
+    def _require_free(self, id: str, scorer: HeldScorer | None) -> None:
+        """Rows of a request may be scored when all of them have ended: it is open until then."""
+        if id in self._subscriptions or self._scorers.get(id) is not scorer:
+            raise Conflict(f"A request with id {id!r} is still open; choose another id.", param="id")
+
     def _require_room(self) -> None:
         if len(self._subscriptions) + len(self._replies) >= self._options.max_queue:
             raise QueueFull(f"As many requests are open as --max-queue allows ({self._options.max_queue}); try again.")
@@ -307,7 +314,7 @@ class EngineHandle:
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, command: PolicyCommand | ScoringCommand | Pause | Resume | Release | ResetPrefixCache | Ping
+        self, command: PolicyCommand | ScoringCommand | HoldScorer | Pause | Resume | Release | ResetPrefixCache | Ping
     ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()

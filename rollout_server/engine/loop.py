@@ -27,8 +27,9 @@ from rollout_server.engine.messages.control import (
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, Submit
-from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score
+from rollout_server.engine.messages.scoring import Classify, Embed, HoldScorer, LetScorerGo, Replay, Score
 from rollout_server.engine.messages.versions import PolicyCommand, Publish
+from rollout_server.engine.policies.held_scorers import HeldScorers
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
@@ -68,6 +69,7 @@ class Engine:
         batches: Batches,
         scoring: ScoringQueue,
         tasks: ScoringTasks,
+        held: HeldScorers,
         preemption: Preemption,
         switcher: VersionSwitcher,
         budget: TurnBudget,
@@ -90,6 +92,7 @@ class Engine:
         self._batches = batches
         self._scoring = scoring
         self._tasks = tasks
+        self._held = held
         self._preemption = preemption
         self._switcher = switcher
         self._budget = budget
@@ -125,7 +128,7 @@ class Engine:
                 self._fail_step(error)
             if self._reports.has_met:
                 self._reports.end_met(self._batches.rows, self._batches.joining)
-            self._pause_state.answer(self._computing)
+            self._pause_state.answer(self._computing or self._held.outlive(self._requests.open_requests))
             with self._timeline.part("tell"):
                 self._tell()
 
@@ -268,6 +271,10 @@ class Engine:
                 case Score() | Replay() | Embed() | Classify():
                     if not self._pause_state.holds(command):
                         self._tasks.read(command)
+                case HoldScorer():
+                    self._reports.add(self._held.hold(command))
+                case LetScorerGo():
+                    self._held.let_go(command.id)
                 case Pause():
                     self._pause_state.pause(command)
                     for id in self._reports.begun if command.mode == "abort" else ():

@@ -50,6 +50,14 @@ class Metrics:
             "rollout_push_bytes", "Bytes of adapters in accepted pushes.", registry=self._registry
         )
 
+        self._rewards = Histogram(
+            "rollout_reward_seconds",
+            "Seconds from the end of a row until its reward was there, or had failed.",
+            ("outcome",),
+            buckets=REQUEST_BUCKETS,
+            registry=self._registry,
+        )
+
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """`route` is the template of the path; None where there is no such route."""
         method = method if method in METHODS else "other"
@@ -60,6 +68,10 @@ class Metrics:
         for phase, milliseconds in timings_ms.items():
             self._pushes.labels(phase).observe(milliseconds / 1e3)
         self._push_bytes.inc(nbytes)
+
+    def reward(self, seconds: float, *, scored: bool) -> None:
+        """Counts the reward of a row that has ended, or its failure."""
+        self._rewards.labels("scored" if scored else "failed").observe(seconds)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

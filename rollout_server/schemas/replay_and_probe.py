@@ -42,6 +42,7 @@ class RecordedRollout(Request):
     error: Any = None
     text: Any = None
     timings_ms: Any = None
+    reward: Any = None
 
     @model_validator(mode="after")
     def _as_long_as_its_tokens(self) -> RecordedRollout:

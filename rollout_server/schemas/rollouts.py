@@ -62,6 +62,21 @@ class ReturnWhen(Request):
     finished: Count
 
 
+class RewardOptions(Request):
+    """A reward model that scores every row when it has finished, while others are still sampled."""
+
+    model: PolicyText = Field(description="A version that scores whole sequences: NAME, NAME@7 or NAME@sha256:…")
+    reads: Literal["messages", "text", "token_ids"] = Field(
+        default="token_ids",
+        alias="as",
+        description="What it reads: the ids of prompt and row as they are; the text of both, tokenized anew; or the "
+        "conversation with the row as the assistant's turn, rendered without a generation prompt.",
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = Field(
+        default=None, description="A row whose reward takes longer, from its end on, is returned without it."
+    )
+
+
 class Prompt(Request):
     """Exactly one of `token_ids`, `text` and `messages`."""
 
@@ -140,7 +155,12 @@ class RolloutsRequest(Request):
         description="A prompt is returned when so many of its samples have stopped or reached their length; the others "
         "end as `aborted` with what they have.",
     )
-    stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes.")
+    reward: RewardOptions | None = Field(
+        default=None,
+        description="Each rollout gets its `reward`. The version that `model` means when the request comes scores all "
+        "of it. A reward that fails or is late costs no rollout.",
+    )
+    stream: bool = Field(default=False, description="NDJSON: a line per rollout when it finishes, or has its reward.")
 
     @field_validator("returns")
     @classmethod
@@ -198,6 +218,20 @@ class ErrorInRow(BaseModel):
     message: str
 
 
+class RewardOfRow(BaseModel):
+    """`scores` are those of each label, raw; `value` is that of the only one, and null where there are several."""
+
+    value: float | None
+    scores: list[float]
+    model: PolicyState
+
+
+class RewardFault(BaseModel):
+    """Why a row has no reward."""
+
+    error: ErrorInRow
+
+
 class RowTimings(BaseModel):
     """Milliseconds."""
 
@@ -247,6 +281,7 @@ class RolloutReply(BaseModel):
     sampling: EffectiveSampling
     text: str | None
     timings_ms: RowTimings
+    reward: RewardOfRow | RewardFault | None = Field(description="Null unless the request names a reward model.")
 
 
 class PromptTokensDetails(BaseModel):

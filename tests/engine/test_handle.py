@@ -13,8 +13,11 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import RowFinished
 from rollout_server.engine.messages.scoring import Score
+from rollout_server.engine.messages.versions import Publish
+from rollout_server.engine.open_requests import HeldScorer
 from rollout_server.errors import Conflict, ContextExceeded, EngineUnavailable, InvalidField, QueueFull, UnknownPolicy
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
+from tests.support.tiny_scorers import reward_bundle
 
 
 def group(
@@ -162,6 +165,43 @@ def test_what_cannot_be_scored_is_refused_at_the_door(qwen: Path) -> None:
                 await score((1, 2), temperature=temperature)
         await score((1, vocabulary - 1, 3), 2)
         await score((1,) * longest, longest - 1)
+        await handle.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_is_open_until_its_scorer_was_let_go(qwen: Path) -> None:
+    async def run() -> None:
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", max_queue=2))
+        handle.start()
+        await handle.wait_ready()
+        rm = PolicyAddress("rm")
+        with pytest.raises(UnknownPolicy):
+            await handle.hold("r", rm)
+        await handle.publish(Publish("p", "rm", reward_bundle(handle.info)))
+        scorer, other = await asyncio.gather(handle.hold("r", rm), handle.hold("r", rm), return_exceptions=True)
+        assert isinstance(scorer, HeldScorer) and isinstance(other, Conflict)
+        with pytest.raises(Conflict):
+            handle.submit("r", [renamed(group(), "r")])
+        events = [e async for e in handle.submit("r", [renamed(group(), "r")], scorer=scorer)]
+        assert len(events) == 1
+        scores = await asyncio.gather(*(scorer.scores([1, 2, k], 2) for k in range(5)))
+        assert all(len(own) == 1 for own in scores), "more than --max-queue: the request was accepted"
+        with pytest.raises(ContextExceeded):
+            await scorer.scores([1] * 4096, 0)
+        reading = asyncio.ensure_future(scorer.scores([1] * 2000, 1999))
+        await asyncio.sleep(0)
+        assert handle.abort(["r", "nobody"]) == ("r",)
+        with pytest.raises(EngineUnavailable, match="abort"):
+            await reading
+        scorer.let_go()
+        scorer.let_go()
+        assert handle.abort(["r"]) == ()
+        assert len([e async for e in handle.submit("r", [renamed(group(), "r")])]) == 1
+        await handle.ping(10)
+        assert [version.rows_in_use for line in handle.status.policies for version in line.versions] == [0]
+        with pytest.raises(EngineUnavailable):
+            await scorer.scores([1, 2], 1)
         await handle.close()
 
     asyncio.run(run())

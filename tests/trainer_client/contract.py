@@ -44,6 +44,7 @@ def row(prompt: int = 0, sample: int = 0, tokens: tuple[int, ...] = (5, 6, 2), *
         "sampling": {"max_tokens": 8, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0},
         "text": "ab",
         "timings_ms": {"queued": 0.1, "prefill": 0.2, "decode": 0.3},
+        "reward": None,
         **fields,
     }
 

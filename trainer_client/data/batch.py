@@ -50,6 +50,11 @@ class RolloutBatch:
     """[N, k]; −1 = none"""
     top_logprobs: NDArray[np.float32] | None = None
     """[N, k]"""
+    rewards: NDArray[np.float32] | None = None
+    """[R]: what the reward model gave each row; NaN where that failed, or where it scores several labels. None unless
+    one was named; `rollouts[r].reward` says why there is none."""
+    reward_scores: NDArray[np.float32] | None = None
+    """[R, L]: scores of each label, NaN = none."""
     policy: PolicyRef | None = None
     """Where the alias pointed when the reply was made; None if nowhere, and for rows that came one by one."""
     instance: str | None = None
@@ -80,6 +85,7 @@ class RolloutBatch:
             sample_index=np.array([row.sample_index for row in rows], np.int32),
             seeds=np.array([row.seed for row in rows], np.int64),
             **kept,
+            **_rewards(rows),
             **about,
         )
 
@@ -214,6 +220,18 @@ def _join(rows: Sequence[Rollout], name: str, dtype: DTypeLike) -> NDArray[Any] 
         np.full(len(row.token_ids), np.nan) if part is None else part for row, part in zip(rows, parts, strict=True)
     )
     return np.concatenate([np.zeros(0, dtype), *filled], dtype=dtype, casting="same_kind")
+
+
+def _rewards(rows: Sequence[Rollout]) -> dict[str, Any]:
+    """Both arrays of rewards; neither where no row has one."""
+    rewards = [row.reward for row in rows]
+    scores = [() if reward is None else reward.scores for reward in rewards]
+    if all(reward is None for reward in rewards):
+        return {}
+    labels = max(map(len, scores))
+    table = np.array([own or (np.nan,) * labels for own in scores], np.float32).reshape(len(rows), labels)
+    values = table[:, 0] if labels == 1 else np.full(len(rows), np.nan, np.float32)
+    return {"rewards": values, "reward_scores": table}
 
 
 def _join_top(rows: Sequence[Rollout]) -> dict[str, NDArray[Any] | None]:

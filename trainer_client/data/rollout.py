@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trainer_client.data.sampling_options import neutral_values
+from trainer_client.data.versions import PolicyRef
 
 LOGPROB_ARRAYS = ("logprobs", "sampling_logprobs", "log_kept_mass", "entropy", "base_logprobs")
 """Per-token float32 arrays, by their name on the wire; all but the first only when asked for."""
@@ -45,6 +46,22 @@ class RowFault:
 
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReward:
+    """What a reward model gave a row, or with `error` why it gave nothing."""
+
+    scores: tuple[float, ...] = ()
+    """Scores of each label, raw; empty with `error`."""
+    version: PolicyRef | None = None
+    """What scored it."""
+    error: RowFault | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The score of the only label; None where there are several, or none."""
+        return self.scores[0] if len(self.scores) == 1 else None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -90,6 +107,8 @@ class Rollout:
     id: str | None
     """The row's own name: the request's id, prompt and sample."""
     error: RowFault | None
+    reward: RowReward | None = None
+    """None unless a reward model was named."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Effective sampling parameters."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)

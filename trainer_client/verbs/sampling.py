@@ -46,6 +46,9 @@ class RolloutOptions(SamplingOptions, total=False):
     """What is not done after so many seconds ends as `aborted`."""
     return_when: Mapping[str, int]
     """`{"finished": k}`: a prompt is returned when k of its samples have finished, the others as `aborted`."""
+    reward: Addressed | Mapping[str, Any]
+    """The reward model that scores every row when it has ended: its name or a pushed version; or with more to say
+    `{"model": …, "as": "text", "timeout_s": 5}`, where `as` is `token_ids` (default), `text` or `messages`."""
     id: str
     """Names the request, for aborting it."""
 
@@ -105,6 +108,7 @@ def _rollouts_body(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     policy = given.pop("policy", "base")
     returns = given.pop("returns", ("text", "sampling_logprobs"))
+    reward = given.pop("reward", None)
     request = {name: given.pop(name) for name in list(given) if name in _REQUEST_FIELDS}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
@@ -114,8 +118,15 @@ def _rollouts_body(
         "return": list(returns),
         "sampling": given,
         **request,
+        **({} if reward is None else {"reward": _reward(reward)}),
         **({"stream": True} if stream else {}),
     }
+
+
+def _reward(reward: Addressed | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(reward, Mapping):
+        return {"model": address(reward)}
+    return {**reward, "model": address(reward["model"])} if "model" in reward else dict(reward)
 
 
 def _prompt(prompt: Prompt) -> Mapping[str, Any]:

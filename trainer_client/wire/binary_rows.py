@@ -14,9 +14,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trainer_client.data.rollout import PER_TOKEN, Rollout, Span
+from trainer_client.data.rollout import PER_TOKEN, Rollout, RowReward, Span
+from trainer_client.data.versions import PolicyRef
 from trainer_client.errors import BadReply
-from trainer_client.wire.json_rows import row_fields
+from trainer_client.wire.json_rows import reward_model, row_fields
 from trainer_client.wire.replies import need, parse_json
 from trainer_client.wire.safetensors_file import read_container
 
@@ -86,6 +87,12 @@ class BinaryRows(Sequence[Rollout]):
             self.per_token["top_ids"] = top_ids
             self.per_token["top_logprobs"] = file.array("top_logprobs", np.float32, top_ids.shape)
         self.per_row = {name: file.array(name, dtype, (count,)) for name, dtype in _PER_ROW.items()}
+        self.rewards: dict[str, Any] = {}
+        """`rewards` and `reward_scores` of a batch, where they were asked for."""
+        rewards = file.array("reward", np.float32, (count,), required=False)
+        if rewards is not None:
+            scores = file.array("reward_scores", np.float32, (count, None))
+            self.rewards = {"rewards": rewards, "reward_scores": scores}
         self._check_prompts()
         self._check_spans()
         self.reply: Mapping[str, Any] = file.json("reply") or {}
@@ -160,6 +167,7 @@ class BinaryRows(Sequence[Rollout]):
             "id": self._ids[at],
             "prompt_id": self._names_of_prompts[group],
             "error": None,
+            "reward": self._reward(at),
             "sampling": self._sampling[at],
             "timings_ms": {name: column[at] for name, column in self._timings.items()},
         }
@@ -168,6 +176,12 @@ class BinaryRows(Sequence[Rollout]):
         if "prompt_logprobs" in written:
             overriding["prompt_logprobs"] = overriding.get("prompt_logprobs")
         return Rollout(**{**fields, **overriding})
+
+    def _reward(self, at: int) -> RowReward | None:
+        """A row without one says why where it is written out."""
+        if not self.rewards or self._reward_model is None:
+            return None
+        return RowReward(scores=tuple(self.rewards["reward_scores"][at].tolist()), version=self._reward_model)
 
     def _spans(self, at: int) -> tuple[Span, ...]:
         spans = []
@@ -253,6 +267,11 @@ class BinaryRows(Sequence[Rollout]):
     def _timings(self) -> dict[str, list[float]]:
         timings = need(self._about, "timings_ms", dict)
         return {name: _as_long(column, len(self), name) for name, column in timings.items()}
+
+    @cached_property
+    def _reward_model(self) -> PolicyRef | None:
+        model = self._about.get("reward_model")
+        return None if model is None else reward_model(model, "reply")
 
     @cached_property
     def _written(self) -> Mapping[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from trainer_client.data.rollout import NO_TOKEN, PER_TOKEN, Rollout, RowFault, Span
+from trainer_client.data.rollout import NO_TOKEN, PER_TOKEN, Rollout, RowFault, RowReward, Span
+from trainer_client.data.versions import PolicyRef
 from trainer_client.errors import BadReply
 from trainer_client.wire.replies import need, need_objects
 
@@ -58,6 +59,8 @@ def row_fields(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
             fields["top_ids"], fields["top_logprobs"] = top_of(value, where)
         elif name == "versions":
             fields["spans"] = tuple(span_of(span, where) for span in need_objects(entry, name, where))
+        elif name == "reward":
+            fields[name] = None if value is None else reward_of(value, where)
         elif name == "error":
             fields[name] = RowFault(str(value.get("code")), str(value.get("message"))) if value else None
         else:
@@ -85,6 +88,22 @@ def top_of(top: list[Any] | None, where: str) -> tuple[Any, Any]:
     except (TypeError, ValueError) as error:
         raise BadReply(f"The server's {where} has top_logprobs that are not pairs of numbers: {error}.") from error
     return np.ascontiguousarray(both[..., 0], np.int32), np.ascontiguousarray(both[..., 1], np.float32)
+
+
+def reward_of(reward: Any, where: str) -> RowReward:
+    """What a row's `reward` says."""
+    if not isinstance(reward, Mapping):
+        raise BadReply(f"The server's {where} has a reward that is no object.")
+    if error := reward.get("error"):
+        return RowReward(error=RowFault(str(error.get("code")), str(error.get("message"))))
+    scores = values_of(need(reward, "scores", list, where), "reward scores", np.float64, where)
+    return RowReward(scores=tuple(scores.tolist()), version=reward_model(need(reward, "model", dict, where), where))
+
+
+def reward_model(model: Mapping[str, Any], where: str) -> PolicyRef:
+    return PolicyRef(
+        need(model, "name", str, where), need(model, "version", int, where), need(model, "digest", str, where)
+    )
 
 
 def span_of(span: Mapping[str, Any], where: str) -> Span:

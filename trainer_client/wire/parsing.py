@@ -68,6 +68,7 @@ def parse_reply(reply: Reply) -> RolloutBatch:
                 sample_index=rows.per_row["sample_index"],
                 seeds=rows.per_row["seed"],
                 **arrays,
+                **rows.rewards,
                 **_about(rows.reply),
             )
         case other:

@@ -26,7 +26,7 @@ from rollout_server.engine.messages.control import (
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
-from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score
+from rollout_server.engine.messages.scoring import Classify, Embed, HoldScorer, LetScorerGo, Replay, Score
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.model.encoders.reading import forward, results
@@ -203,7 +203,7 @@ class EncoderEngine:
                     if not self._pause_state.holds(command):
                         version, placement = self._policies.acquire(command.policy, 1, None, reads=True)
                         self._jobs.add(EncodingJob(command, version, placement))
-                case Submit() | Score() | Replay():
+                case Submit() | Score() | Replay() | HoldScorer():
                     raise InvalidField("An encoder generates nothing, and gives no log-probabilities.", param="policy")
                 case Pause():
                     self._pause_state.pause(command)
@@ -221,6 +221,8 @@ class EncoderEngine:
                     self._answers.add(self._released(command))
                 case Ping():
                     self._answers.add(Pong(command.id))
+                case LetScorerGo():
+                    pass  # No version is held here, and unknown ones are ignored.
                 case Stop():
                     self._stopping = True
                 case _:

@@ -17,7 +17,16 @@ from rollout_server.engine.messages.control import (
     Resume,
     Stop,
 )
-from rollout_server.engine.messages.scoring import Classified, Embedded, Replayed, Scored, ScoringCommand
+from rollout_server.engine.messages.scoring import (
+    Classified,
+    Embedded,
+    HoldScorer,
+    LetScorerGo,
+    Replayed,
+    Scored,
+    ScorerHeld,
+    ScoringCommand,
+)
 from rollout_server.engine.messages.versions import PolicyCommand, PolicyReply
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
@@ -33,7 +42,20 @@ class Submit:
     """time.monotonic() at which what is left ends as `aborted` with stop_reason `timeout`."""
 
 
-Command = Submit | ScoringCommand | PolicyCommand | Abort | Pause | Resume | Release | ResetPrefixCache | Ping | Stop
+Command = (
+    Submit
+    | ScoringCommand
+    | HoldScorer
+    | LetScorerGo
+    | PolicyCommand
+    | Abort
+    | Pause
+    | Resume
+    | Release
+    | ResetPrefixCache
+    | Ping
+    | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +104,7 @@ Event = (
     | Replayed
     | Embedded
     | Classified
+    | ScorerHeld
     | PolicyReply
     | Paused
     | Released

@@ -98,7 +98,26 @@ class Classify:
     """Places in each sequence, ascending. What stands behind the last one is not read."""
     label_token_ids: tuple[int, ...] = ()
     types: tuple[tuple[int, ...], ...] = ()
-    """Token types of each sequence, as many as it has tokens; empty where all of them are 0. Of encoders only."""
+    """Token types of each sequence, as many as it has tokens; empty where all of them are 0."""
+    held: str = ""
+    """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldScorer:
+    """Keeps what an address means now, for label scores that are asked for later, until it is let go."""
+
+    id: str
+    owner: str
+    """The request whose rows are scored; whatever ends it ends the reading for it too."""
+    policy: PolicyAddress
+
+
+@dataclass(frozen=True, slots=True)
+class LetScorerGo:
+    """Nothing more will be asked of what `HoldScorer` keeps under this id; unknown ones are ignored."""
+
+    id: str
 
 
 ScoringCommand = Score | Replay | Embed | Classify
@@ -147,3 +166,10 @@ class Classified:
     """The names of labels, None for one that has no name."""
     activation: Activation
     """What makes probabilities of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerHeld:
+    id: str
+    version: PolicyVersion
+    labels: tuple[str | None, ...]

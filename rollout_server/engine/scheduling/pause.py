@@ -6,7 +6,7 @@ from typing import Protocol
 
 from rollout_server.engine.messages.control import Pause, Paused, PauseMode, Resume
 from rollout_server.engine.messages.rollouts import Event
-from rollout_server.engine.messages.scoring import ScoringCommand
+from rollout_server.engine.messages.scoring import Classify, ScoringCommand
 from rollout_server.errors import EngineUnavailable, RolloutError
 
 
@@ -49,10 +49,12 @@ class PauseState:
         return held
 
     def holds(self, score: ScoringCommand) -> bool:
-        """Takes a request that is nothing but reading if it has to wait; rows wait in the scheduler."""
-        if self.paused:
+        """Takes a request that is nothing but reading if it has to wait; rows wait in the scheduler. What scores a row
+        that has run is no new work."""
+        waits = self.paused and not (isinstance(score, Classify) and score.held)
+        if waits:
             self._held.append(score)
-        return self.paused
+        return waits
 
     def end(self, id: str, reason: str) -> None:
         """Ends a request that is held here, if it is."""

@@ -165,6 +165,8 @@ class ScoreJob:
     top_logprobs: int = 0
     group: Group | None = None
     """The group it scores something of; None for a request of its own."""
+    owner: str = ""
+    """The request whose end is its end too, if it scores a row of one."""
     sequences: list[ScoredSequenceState] = field(default_factory=list)
     prefixes: deque[SharedPrefix] = field(default_factory=deque)
     """Those with sequences that are not in the reader yet."""

@@ -132,7 +132,7 @@ class ScoringQueue:
 
     def end(self, id: str, reason: str) -> None:
         """Ends the jobs of a request. Rows that are held for its values are reported without them, by others."""
-        for job in [job for job in self._jobs if job.id == id]:
+        for job in [job for job in self._jobs if id in (job.id, job.owner)]:
             self._reader.drop(job)
             self._close(job)
             if job.group is None:

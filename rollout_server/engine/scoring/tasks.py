@@ -22,6 +22,8 @@ from rollout_server.engine.messages.scoring import (
     ScoredSequence,
     ScoringCommand,
 )
+from rollout_server.engine.policies.held_scorers import HeldScorers
+from rollout_server.engine.policies.scorers import Scorer
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob
@@ -43,6 +45,7 @@ class ScoringTasks:
         self,
         queue: ScoringQueue,
         policies: PolicyTable,
+        held: HeldScorers,
         reports: Reports,
         eos: frozenset[int],
         pooling: PoolingKind,
@@ -51,6 +54,7 @@ class ScoringTasks:
         self._pooling = pooling
         self._queue = queue
         self._policies = policies
+        self._held = held
         self._reports = reports
 
     def read(self, request: ScoringCommand) -> None:
@@ -68,9 +72,14 @@ class ScoringTasks:
     def classify(self, request: Classify) -> None:
         """Label scores. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy has nothing that
         gives them, holding nothing."""
-        asked = request.label_token_ids
-        scorer = None if asked else self._policies.scorer(request.policy)
-        version, placement = self._policies.acquire(request.policy, 1, None, reads=not asked)
+        asked, owner = request.label_token_ids, ""
+        scorer: Scorer | None
+        if request.held:
+            held = self._held.again(request.held)
+            scorer, version, placement, owner = held.scorer, held.version, held.placement, held.owner
+        else:
+            scorer = None if asked else self._policies.scorer(request.policy)
+            version, placement = self._policies.acquire(request.policy, 1, None, reads=not asked)
         head = scorer.head if scorer else None
         readings = [LabelReading(positions, head, asked) for positions in request.positions]
 
@@ -79,7 +88,9 @@ class ScoringTasks:
             scores = tuple(reading.scores for reading in readings)
             self._reports.add(Classified(request.id, version, scores, names, activation))
 
-        job = ScoreJob(request.id, (version,), finished, lambda error: self._reports.fail(request.id, error))
+        job = ScoreJob(
+            request.id, (version,), finished, lambda error: self._reports.fail(request.id, error), owner=owner
+        )
         job.classify(list(zip(request.sequences, readings, strict=True)), version, placement)
         self._queue.add(job)
 

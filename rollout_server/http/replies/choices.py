@@ -12,7 +12,7 @@ from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.sampling.margins import margins
 from rollout_server.http.replies.json_entries import error_entry, finite, rollout_text, span_entry
-from rollout_server.http.requests.prompts import PromptTokens
+from rollout_server.http.requests.tokens.prompts import PromptTokens
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, SamplingParams
 from rollout_server.schemas.openai.options import LogprobsMode
 from rollout_server.text.detokenize import IncrementalText, special_ids
@@ -177,7 +177,7 @@ class Choice:
         piece = self._end(whole, rollout.finish_reason, [span_entry(span) for span in rollout.spans])
         piece.stop_reason = rollout.stop_reason
         if piece.rollout is not None and rollout.error is not None:
-            piece.rollout["error"] = error_entry(rollout)
+            piece.rollout["error"] = error_entry(rollout.error)
         return piece
 
     def finish_unasked(self) -> Piece:

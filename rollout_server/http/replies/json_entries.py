@@ -20,6 +20,8 @@ from rollout_server.rollout import (
     PolicyVersion,
     Rollout,
     RolloutRequest,
+    RowError,
+    RowReward,
     SamplingParams,
     Span,
 )
@@ -69,7 +71,7 @@ def rollout_entry(
         "versions": [*map(given_span_entry, rollout.prefix.spans), *map(span_entry, rollout.spans)],
         "finish_reason": rollout.finish_reason,
         "stop_reason": rollout.stop_reason,
-        "error": error_entry(rollout),
+        "error": error_entry(rollout.error),
         "seed": rollout.seed,
         "sampling": sampling_entry(rollout.sampling),
         "text": text,
@@ -78,11 +80,22 @@ def rollout_entry(
             "prefill": round(rollout.timings.prefill_ms, 3),
             "decode": round(rollout.timings.decode_ms, 3),
         },
+        "reward": reward_entry(rollout.reward),
     }
 
 
-def error_entry(rollout: Rollout) -> dict[str, str] | None:
-    return {"code": rollout.error.code, "message": rollout.error.message} if rollout.error else None
+def error_entry(error: RowError | None) -> dict[str, str] | None:
+    return {"code": error.code, "message": error.message} if error else None
+
+
+def reward_entry(reward: RowReward | None) -> dict[str, Any] | None:
+    """The scores and what gave them, or why there are none."""
+    if reward is None:
+        return None
+    if (version := reward.version) is None:
+        return {"error": error_entry(reward.error)}
+    model = {"name": version.name, "version": version.number, "digest": version.digest}
+    return {"value": reward.value, "scores": reward.scores, "model": model}
 
 
 def version_entry(version: PolicyVersion) -> dict[str, Any]:

@@ -6,7 +6,7 @@ much as many of its tokens. What the arrays cannot say of a row (a null array wh
 one number) is written out for that row under `reply.rollouts.rows`, and overrides them.
 
     reply = the JSON reply, with rollouts = {"sampling": [distinct…], "sampling_of": [R], "timings_ms": {name: [R]},
-    "rows": {"row": {field: value}}}
+    "reward_model": what scored them, if rewards were asked for, "rows": {"row": {field: value}}}
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KV_KINDS = (None, "carried", "recomputed")
 FINISH_REASONS = tuple(reason.value for reason in FinishReason)
 PLACED = frozenset(
     {*PER_TOKEN, *PER_ROW, "finish_reason", "prompt_token_ids", "prompt_logprobs", "top_logprobs", "versions"}
-    | {"id", "prompt_id", "stop_reason", "text", "sampling", "timings_ms"}
+    | {"id", "prompt_id", "stop_reason", "text", "sampling", "timings_ms", "reward"}
 )
 """Fields of a Rollout with a place of their own; others are written out where they are not null."""
 
@@ -77,6 +77,7 @@ def rollouts_file(content: Mapping[str, Any]) -> bytes:
     arrays["finish_reason"] = np.array([FINISH_REASONS.index(row["finish_reason"]) for row in rows], np.uint8)
     prompt_ids = _add_prompts(arrays, rows, write_out)
     policies = _add_spans(arrays, rows, write_out)
+    reward_model = _add_rewards(arrays, rows, write_out)
     for index, row in enumerate(rows):
         for field in row.keys() - PLACED:
             if row[field] is not None:
@@ -86,7 +87,7 @@ def rollouts_file(content: Mapping[str, Any]) -> bytes:
         "prompt_ids": prompt_ids,
         "stop_reasons": [row["stop_reason"] for row in rows],
         "policies": policies,
-        "reply": {**content, "rollouts": {**_columns(rows), "rows": written}},
+        "reply": {**content, "rollouts": {**_columns(rows), **reward_model, "rows": written}},
     }
     if any(row["text"] is not None for row in rows):
         metadata["texts"] = [row["text"] for row in rows]
@@ -239,6 +240,26 @@ def _add_spans(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], No
     for number, (policy, digest, label) in table.items():
         policies.setdefault(policy, {})[str(number)] = {"digest": digest, "label": label}
     return policies
+
+
+def _add_rewards(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None]) -> dict[str, Any]:
+    """`reward` f32[R] and `reward_scores` f32[R, L], NaN for none; returns what gave them, by its field. A row without
+    says why where it is written out."""
+    rewards = [row["reward"] for row in rows]
+    if not any(rewards):
+        return {}
+    scores = [reward.get("scores") if reward else None for reward in rewards]
+    labels = max((len(own) for own in scores if own is not None), default=0)
+    models = [reward["model"] for reward in rewards if reward and "model" in reward]
+    for index, reward in enumerate(rewards):
+        if not reward or "error" in reward or reward["model"] != models[0]:
+            write_out(index, "reward")
+    values = [reward.get("value") if reward else None for reward in rewards]
+    none = (np.nan,) * labels
+    arrays["reward"] = np.array(values, np.float32)
+    matrix = np.array([none if own is None else own for own in scores], np.float32)
+    arrays["reward_scores"] = matrix.reshape(len(rows), labels)
+    return {"reward_model": models[0] if models else None}
 
 
 # ---- what is no array ---------------------------------------------------------------------------------------------

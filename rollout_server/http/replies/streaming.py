@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from litestar import Request
 from litestar.background_tasks import BackgroundTask
 from litestar.response import Stream
 
-from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import BadBody, RolloutError
 from rollout_server.http.problems import body_of, error_of_row
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, RowError, Timings
 
 T = TypeVar("T")
+
+
+class RowEvents(Protocol):
+    """The events of a request: a `Subscription`, or one whose rows wait for something."""
+
+    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]: ...
+
+    def abort(self, reason: str = "disconnect") -> None: ...
+
 
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
@@ -49,7 +57,7 @@ async def while_connected(request: Request[Any, Any, Any], work: Awaitable[T]) -
 
 
 async def collect(
-    request: Request[Any, Any, Any], subscription: Subscription, groups: Sequence[RolloutRequest]
+    request: Request[Any, Any, Any], subscription: RowEvents, groups: Sequence[RolloutRequest]
 ) -> list[Rollout]:
     """Every row of the request, by prompt, then sample. An error is raised only if no row produced anything; else the
     rows that are missing are reported with it."""
@@ -69,7 +77,7 @@ async def collect(
     return rollouts
 
 
-async def _gather(subscription: Subscription, rows: dict[tuple[int, int], Rollout]) -> None:
+async def _gather(subscription: RowEvents, rows: dict[tuple[int, int], Rollout]) -> None:
     async for event in subscription:
         if isinstance(event, RowFinished):
             rows[event.rollout.prompt_index, event.rollout.sample_index] = event.rollout
@@ -111,7 +119,7 @@ def _produced(event: TokensSampled | RowFinished) -> bool:
     return isinstance(event, TokensSampled) or event.rollout.error is None or event.rollout.sampled > 0
 
 
-async def opening(request: Request[Any, Any, Any], subscription: Subscription) -> list[TokensSampled | RowFinished]:
+async def opening(request: Request[Any, Any, Any], subscription: RowEvents) -> list[TokensSampled | RowFinished]:
     """Events up to the first that shows a row at work, so that a request of which nothing ran answers with a status
     of its own."""
     events: list[TokensSampled | RowFinished] = []
@@ -132,7 +140,7 @@ async def opening(request: Request[Any, Any, Any], subscription: Subscription) -
 
 
 async def chained(
-    first: Sequence[TokensSampled | RowFinished], subscription: Subscription
+    first: Sequence[TokensSampled | RowFinished], subscription: RowEvents
 ) -> AsyncIterator[TokensSampled | RowFinished]:
     """The events of the opening, then the others."""
     for event in first:
@@ -162,7 +170,7 @@ def stream(
     lines: AsyncIterator[bytes],
     *,
     media_type: str,
-    subscription: Subscription | None = None,
+    subscription: RowEvents | None = None,
     headers: dict[str, str] | None = None,
 ) -> Stream:
     """A streamed reply. However it ends, the request behind it ends too."""

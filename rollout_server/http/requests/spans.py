@@ -6,9 +6,10 @@ from typing import Any
 
 from litestar import Request
 
+from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.http.service import Service
-from rollout_server.rollout import SpanAddress, tiling_fault
+from rollout_server.rollout import SpanAddress
 from rollout_server.schemas.logprobs import SequenceToScore
 from rollout_server.schemas.spans import SpanToRead
 

@@ -11,6 +11,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.engine.messages.scoring import RecordedRow, Replay, Score, Scored
+from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
@@ -25,7 +26,7 @@ from rollout_server.http.requests.spans import read_span
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted
-from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress, tiling_fault
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress
 from rollout_server.schemas.replay_and_probe import (
     ProbeReply,
     ProbeRequest,

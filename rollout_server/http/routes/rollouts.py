@@ -12,9 +12,8 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
-from rollout_server.errors import InvalidField
+from rollout_server.errors import InvalidField, RolloutError
 from rollout_server.grammar import Constraint
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import LinesOperation, failures
@@ -29,13 +28,16 @@ from rollout_server.http.replies.json_entries import (
     weight_of,
 )
 from rollout_server.http.replies.leaving import GoOn, beside_client
+from rollout_server.http.replies.reward_reading import RowReader
+from rollout_server.http.replies.row_rewards import Patience, Reading, RewardedRows
 from rollout_server.http.replies.safetensors_file import binary_response, rollouts_file
-from rollout_server.http.replies.streaming import NDJSON, chained, collect, ndjson_line, opening, stream
+from rollout_server.http.replies.streaming import NDJSON, RowEvents, chained, collect, ndjson_line, opening, stream
 from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.requests.prefixes import check_room, read_prefix
-from rollout_server.http.requests.prompts import room, tokens_of
+from rollout_server.http.requests.rewards import MODEL, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
+from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.quoting import counted, quoted
@@ -55,6 +57,7 @@ class Job:
     data: RolloutsRequest
     address: PolicyAddress
     groups: list[RolloutRequest]
+    reward_model: PolicyAddress | None
     service: Service
     began: float
 
@@ -105,12 +108,30 @@ class RolloutsController(Controller):
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
-            subscription = service.engine.submit(job.id, job.groups, deadline=deadline)
+            subscription = await submitted(job, deadline)
             if data.stream:
                 first = await opening(request, subscription)
                 return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
             rollouts = await collect(request, subscription, job.groups)
         return await beside(weight_of(rollouts), lambda: reply(job, rollouts, binary=binary))
+
+
+async def submitted(job: Job, deadline: float | None) -> RowEvents:
+    """The events of the job's rows, which come with their rewards where it names a model for them. That one is held
+    before anything runs, so that one version scores them all."""
+    service, options = job.service, job.data.reward
+    if options is None or job.reward_model is None:
+        return service.engine.submit(job.id, job.groups, deadline=deadline)
+    with renamed({"policy": MODEL}):
+        scorer = await service.engine.hold(job.id, job.reward_model)
+    try:
+        events = service.engine.submit(job.id, job.groups, deadline=deadline, scorer=scorer)
+    except RolloutError:
+        scorer.let_go()
+        raise
+    reader = RowReader(options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound())
+    reading = Reading(reader.ids, service.info.head_position)
+    return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
 def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[bytes]:
@@ -130,7 +151,7 @@ def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[by
 
 
 async def lines(
-    job: Job, first: Sequence[TokensSampled | RowFinished], subscription: Subscription
+    job: Job, first: Sequence[TokensSampled | RowFinished], subscription: RowEvents
 ) -> AsyncIterator[bytes]:
     """A line per rollout when it finishes, then the one that says that these were all."""
     done: list[Rollout] = []
@@ -144,6 +165,7 @@ async def lines(
 def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service, go_on: GoOn) -> Job:
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
     began = request.scope["state"][ARRIVED]
+    scores = reward_model(data, request, service)
     address = service.address(data.policy, request, param="policy")
     if data.on_update != "finish" and not address.follows:
         raise InvalidField(
@@ -189,7 +211,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 continues=not begins_turn(prompt, sampling),
             )
         )
-    return Job(id, data, address, groups, service, began)
+    return Job(id, data, address, groups, scores, service, began)
 
 
 def plan_row(

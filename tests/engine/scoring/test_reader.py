@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from rollout_server.engine.messages.scoring import ScoredSequence
+from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scoring import reader as score_module
 from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
-from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants, tiling_fault
+from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
 

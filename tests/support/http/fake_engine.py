@@ -205,7 +205,6 @@ class FakeEngine(FakeVersions):
         self.embedding = EMBEDDING
         self.classified: list[Classify] = []
         self.task: Task = "generate"
-        self.labels: tuple[str | None, ...] = ()
         self.replayed: list[RecordedRow] = []
         self.aborted: list[tuple[str, str]] = []
         self.open: dict[str, FakeSubscription] = {}
@@ -292,7 +291,9 @@ class FakeEngine(FakeVersions):
 
     # ---- verbs ----------------------------------------------------------------------------------------------------
 
-    def submit(self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None) -> FakeSubscription:
+    def submit(
+        self, id: str, groups: Sequence[RolloutRequest], *, deadline: float | None = None, scorer: Any = None
+    ) -> FakeSubscription:
         if self.refusal is not None:
             raise self.refusal
         if id in self.open:

@@ -8,6 +8,7 @@ from adapters.bundle import AdapterBundle
 from adapters.spec import Mode
 from adapters.versions.registry import Change, Entry, Facts, Registry
 from rollout_server.adapter_errors import as_ours
+from rollout_server.engine.messages.scoring import Classified, Classify, ScorerHeld
 from rollout_server.engine.messages.versions import (
     Activate,
     Delete,
@@ -23,7 +24,8 @@ from rollout_server.engine.messages.versions import (
     Restored,
     VersionStatus,
 )
-from rollout_server.rollout import BASE, PolicyVersion
+from rollout_server.engine.open_requests import HeldScorer
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 BASE_DIGEST = "sha256:" + "b" * 64
 FACTS = Facts("lora", "adapter", 2, 2, 64)
@@ -34,6 +36,9 @@ class FakeVersions:
         self.registry = Registry(keep_versions)
         self.published: list[Publish] = []
         self.restored: list[Restore] = []
+        self.labels: tuple[str | None, ...] = ()
+        self.held: list[str] = []
+        """Scorers that were not let go yet."""
         self._bundles: dict[str, AdapterBundle] = {}
 
     # ---- what the engine's handle does ------------------------------------------------------------------------------
@@ -79,6 +84,19 @@ class FakeVersions:
         with as_ours():
             entry = self.registry.resolve(export.name, export.number)
         return Exported(export.id, version(entry), self._bundles[entry.digest])
+
+    async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
+        held = ScorerHeld(self.new_id("hold"), self.find(policy.name, policy.number, policy.digest), self.labels)
+        self.held.append(held.id)
+        return HeldScorer(
+            held, owner, self.new_id, lambda asked: self.classify(asked), lambda scorer: self.held.remove(scorer.id)
+        )
+
+    def new_id(self, kind: str) -> str:
+        raise NotImplementedError
+
+    async def classify(self, classify: Classify) -> Classified:
+        raise NotImplementedError
 
     async def restore(self, restore: Restore) -> Restored:
         self.restored.append(restore)

@@ -20,9 +20,9 @@ from rollout_server.http.replies.json_entries import json_response, policy_heade
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
-from rollout_server.http.requests.prompts import how_many, prompts_of
 from rollout_server.http.requests.sampling import check_rows
-from rollout_server.http.requests.truncation import bound_of, read_text
+from rollout_server.http.requests.tokens.prompts import how_many, prompts_of
+from rollout_server.http.requests.tokens.truncation import bound_of, read_text
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from litestar import Request, Response
 
-from rollout_server.engine.handle import Subscription
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
+from rollout_server.engine.open_requests import Subscription
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.replies.json_entries import json_response, policy_headers, usage, weight_of

@@ -12,10 +12,10 @@ from rollout_server.engine.messages.options import Task
 from rollout_server.errors import InvalidField
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.leaving import GoOn
-from rollout_server.http.requests.prompts import how_many, prompts_of, some
-from rollout_server.http.requests.rendering import render
 from rollout_server.http.requests.sampling import check_rows
-from rollout_server.http.requests.truncation import bound_of, fitted, read_text
+from rollout_server.http.requests.tokens.prompts import how_many, prompts_of, some
+from rollout_server.http.requests.tokens.rendering import render
+from rollout_server.http.requests.tokens.truncation import bound_of, fitted, read_text
 from rollout_server.http.service import SCORING, Service
 from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress

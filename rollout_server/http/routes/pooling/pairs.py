@@ -17,8 +17,8 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, read_json
-from rollout_server.http.requests.prompts import PromptTokens, encode, some
-from rollout_server.http.requests.truncation import bound_of, fitted, fitted_text, read_text
+from rollout_server.http.requests.tokens.prompts import PromptTokens, encode, some
+from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fitted_text, read_text
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model
 from rollout_server.http.routes.request_ids import header_id

@@ -17,9 +17,9 @@ from rollout_server.http.replies.json_entries import json_response, policy_heade
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.safetensors_file import binary_response, rewards_file
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.requests.prompts import encode, some
-from rollout_server.http.requests.rendering import render
 from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.requests.tokens.prompts import encode, some
+from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions

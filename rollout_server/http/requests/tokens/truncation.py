@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rollout_server.errors import ContextExceeded, InvalidField
-from rollout_server.http.requests.prompts import PromptTokens, some
+from rollout_server.http.requests.tokens.prompts import PromptTokens, some
 from rollout_server.http.service import Service
 from rollout_server.quoting import counted
 from rollout_server.text.long_texts import Bound, CharacterBound

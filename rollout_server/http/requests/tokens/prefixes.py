@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rollout_server.engine.messages.spans import gap_fault
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.service import Service
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import NO_PREFIX, GivenSpan, Prefix, gap_fault
+from rollout_server.rollout import NO_PREFIX, GivenSpan, Prefix
 from rollout_server.schemas.rollouts import PrefixFields
 
 

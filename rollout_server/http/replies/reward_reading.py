@@ -1,0 +1,66 @@
+"""What a reward model reads of a row: its ids, its text tokenized anew, or the conversation that it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rollout_server.http.replies.json_entries import rollout_text
+from rollout_server.http.requests.tokens.prompts import encode
+from rollout_server.http.requests.tokens.rendering import render
+from rollout_server.rollout import Rollout, RolloutRequest
+from rollout_server.schemas.messages import Message, TextPart
+from rollout_server.schemas.rollouts import Prompt
+from rollout_server.text.long_texts import Bound
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """`prompts` and `groups` are those of the request, in its order."""
+
+    reads: Literal["messages", "text", "token_ids"]
+    prompts: Sequence[Prompt]
+    groups: Sequence[RolloutRequest]
+    tokenizer: Any
+    bound: Bound
+
+    def ids(self, rollout: Rollout) -> Sequence[int]:
+        """Raises `InvalidField` where the chat template refuses, and `ContextExceeded` for what is too long."""
+        if self.reads == "token_ids":
+            return rollout.prompt_ids + rollout.token_ids
+        prompt, group = self.prompts[rollout.prompt_index], self.groups[rollout.prompt_index]
+        text = rollout_text(rollout, self.tokenizer, group)
+        place = f"prompts[{rollout.prompt_index}]"
+        if self.reads == "text":
+            return self._of_text(prompt, rollout, text, place)
+        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound)
+
+    def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
+        """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
+        given, special = prompt.text, prompt.add_special_tokens
+        if given is None:
+            ids = list(rollout.prompt_ids)
+            given, special = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False), False
+        return encode(
+            self.tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
+        )
+
+
+def conversation(prompt: Prompt, text: str) -> Prompt:
+    """The messages of a prompt with a row's text as the assistant's turn, or as the end of the turn that it continues;
+    no generation prompt follows."""
+    messages = list(prompt.messages or ())
+    if prompt.continue_final_message and messages:
+        last = messages.pop()
+        reply = last.model_copy(update={"content": _continued(last.content, text)})
+    else:
+        reply = Message(role="assistant", content=text)
+    changes = {"messages": [*messages, reply], "add_generation_prompt": False, "continue_final_message": False}
+    return prompt.model_copy(update=changes)
+
+
+def _continued(content: str | list[TextPart] | None, text: str) -> str | list[TextPart]:
+    if isinstance(content, list):
+        return [*content, TextPart(type="text", text=text)]
+    return (content or "") + text

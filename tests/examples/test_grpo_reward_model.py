@@ -1,0 +1,28 @@
+"""The example with a learned reward, as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.live_server import LiveServer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(600)
+def test_the_policy_learns_what_the_reward_model_was_taught(live: LiveServer, tmp_path: Path) -> None:
+    command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "12"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ran.stdout)]
+    steps = [tuple(map(float, own)) for own in re.findall(r"reward ([\d.]+)  right ([\d.]+)", ran.stdout)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert len(steps) == 12
+    for curve in zip(*steps, strict=True):
+        assert sum(curve[-3:]) > sum(curve[:3]), "the reward rises, and so does what it stands for"
