@@ -118,6 +118,8 @@ class Scoring:
     """Numbers in a hidden state; 0 where a head cannot read them."""
     task: HeadTask | None = None
     """What the base's own head scores; None for a base that generates."""
+    whole: bool = False
+    """The base's head is parameters like its others, so that a version's tensors take their place by name."""
 
 
 NO_SCORING = Scoring()

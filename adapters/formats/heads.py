@@ -42,6 +42,8 @@ NO_HEAD = HeadInFile(None, {}, {}, frozenset(), ())
 def head_in(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], scoring: Scoring) -> HeadInFile:
     """The head that a file brings for a base. A base that generates takes one where `task_type` says what it is for."""
     asked = TASK_TYPES.get(str(config.get("task_type")))
+    if scoring.whole:
+        return _of_whole(asked, str(config.get("task_type")), scoring)
     found = {name: match for name in tensors if (match := NAME.fullmatch(name))}
     task = asked or (scoring.task if found else None)
     if task is None:
@@ -66,6 +68,15 @@ def head_in(tensors: Mapping[str, FileTensor], config: Mapping[str, Any], scorin
         )
         return HeadInFile(task, own, as_they_are, names, (fault,))
     return HeadInFile(task, own, shapes, names, ())
+
+
+def _of_whole(asked: HeadTask | None, named: str, scoring: Scoring) -> HeadInFile:
+    """A version has the base's task where the base's head is parameters like its others."""
+    if asked in (None, scoring.task):
+        return NO_HEAD
+    given = scoring.task or "vectors"
+    fault = Fault(f"task_type is {named}, and this base is for {given}, of which a version changes nothing.")
+    return HeadInFile(None, {}, {}, frozenset(), (fault,))
 
 
 def task_type_of(spec: AdapterSpec) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,6 +23,14 @@ class Blame:
         yield
         # Only where nothing was raised: whoever deals with a failure asks what it belongs to.
         del self._stack[depth:]
+
+    def attempt(self, compute: Callable[[], None]) -> Exception | None:
+        """Does what a turn computes, and returns whatever it raised: it fails by name what is to blame."""
+        try:
+            compute()
+        except Exception as error:  # the one place
+            return error
+        return None
 
     def __iter__(self) -> Iterator[object]:
         return iter(self._stack)

@@ -30,9 +30,10 @@ def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:
 def check_generates(info: ModelInfo) -> None:
     """Raises `InvalidField` where the model has no output over the vocabulary."""
     if info.task != "generate":
+        vectors, labels = "/v1/embeddings, /pooling, /score and /rerank", "/classify, /pooling and /v1/rewards"
         raise InvalidField(
             f"{info.id} is served for the task {info.task} and has no output over the vocabulary, so that it samples "
-            "nothing and gives no log-probabilities: ask it on /classify, /pooling and /v1/rewards.",
+            f"nothing and gives no log-probabilities: ask it on {vectors if info.task == 'embed' else labels}.",
             param="policy",
         )
 
@@ -76,6 +77,8 @@ def _check_classify(classify: Classify, info: ModelInfo) -> None:
     if classify.label_token_ids:
         check_generates(info)
         check_ids(classify.label_token_ids, "label_token_ids", info)
+    if classify.types:
+        _check_types(classify, info)
     for tokens, positions in zip(classify.sequences, classify.positions, strict=True):
         check_sequence(tokens, "sequences", info)
         ascending = all(before < after for before, after in itertools.pairwise(positions))
@@ -83,6 +86,21 @@ def _check_classify(classify: Classify, info: ModelInfo) -> None:
             raise InvalidField(
                 f"A sequence has {len(tokens)} tokens and is to be read at {list(positions[:4])}: positions lie within "
                 "it, each behind the one before.",
+                param="sequences",
+            )
+        if info.encoder and info.task == "classify" and positions != (info.head_position(tokens),):
+            raise InvalidField(
+                f"{info.id} scores a sequence whole, and no token of it: leave positions and steps out.", param="steps"
+            )
+
+
+def _check_types(classify: Classify, info: ModelInfo) -> None:
+    """Types index a table."""
+    for tokens, types in zip(classify.sequences, classify.types, strict=True):
+        if types and (len(types) != len(tokens) or not 0 <= min(types) <= max(types) < max(info.token_types, 1)):
+            raise InvalidField(
+                f"A sequence has {len(tokens)} tokens and {len(types)} token types: as many have to be there, each "
+                f"below the {info.token_types} that this model knows.",
                 param="sequences",
             )
 

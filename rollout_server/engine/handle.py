@@ -13,7 +13,7 @@ import queue
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from rollout_server.engine.checks import check_group, check_scoring
+from rollout_server.engine.checks import check_generates, check_group, check_scoring
 from rollout_server.engine.messages.control import (
     Abort,
     Pause,
@@ -134,6 +134,7 @@ class EngineHandle:
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
         """See `Grammars.compile`; on any thread."""
+        check_generates(self.info)
         return self._loaded(self._thread.grammars).compile(grammar, param)
 
     def _loaded(self, part: T | None) -> T:

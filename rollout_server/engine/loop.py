@@ -123,9 +123,7 @@ class Engine:
             with self._timeline.part("take"):
                 self._take_commands()
             self._end_overdue()
-            try:
-                self._compute()
-            except Exception as error:  # the one place: whatever a step raises fails its rows by name
+            if (error := self._blame.attempt(self._compute)) is not None:
                 turn.note(error=type(error).__name__)
                 self._fail_step(error)
             if self._reports.has_met:
@@ -352,7 +350,7 @@ class Engine:
                 f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server "
                 "again; with --state-dir it serves the versions that it had."
             ) from error
-        log.exception("A step failed; its rows fail by name and the batch is rebuilt.")
+        log.error("A step failed; its rows fail by name and the batch is rebuilt.", exc_info=error)
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
         if self._blame.of(ScoringQueue):
             self._scoring.fail(fault)

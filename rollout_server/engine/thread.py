@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
@@ -16,12 +17,13 @@ from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
 
 if TYPE_CHECKING:
+    from rollout_server.engine.encoding.loop import EncoderEngine
     from rollout_server.engine.loop import Engine
     from rollout_server.engine.sampling.grammars import Grammars
 
 
 class EngineThread(threading.Thread):
-    """`info`, `tokenizer` and `grammars` are set before the status says ready."""
+    """`info`, `tokenizer` and `grammars` are set before the status says ready; an encoder has no grammars."""
 
     def __init__(
         self,
@@ -40,26 +42,16 @@ class EngineThread(threading.Thread):
         self._show = show
 
     def run(self) -> None:
-        engine: Engine | None = None
+        engine: Engine | EncoderEngine | None = None
         cause: BaseException | None = None
         try:
             import_mlx_lm()
             # Imported here so that the event loop's side needs no MLX before the model's thread does.
-            from rollout_server.engine.assembly import build_engine
-            from rollout_server.engine.model.load import load
-            from rollout_server.engine.policies.table import PolicyTable
-            from rollout_server.engine.sampling.grammars import Grammars
+            from rollout_server.engine.model.encoders.resident import holds_encoder
 
             with Timeline(self._options.trace) as timeline:
-                with timeline.part("load") as part:
-                    part.note(model=self._options.model_id)
-                    model = load(self._options)
-                policies = PolicyTable(model, self._options)
-                engine = build_engine(
-                    model, policies, self._mailbox, self._post, self._show, self._options, timeline=timeline
-                )
-                self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
-                self.info, self.tokenizer = model.info, model.host_tokenizer
+                encodes = holds_encoder(Path(self._options.model_path))
+                engine = self._encoder(timeline) if encodes else self._decoder(timeline)
                 engine.run()
         except RolloutError as error:
             cause = error  # a sentence for the user; it needs no traceback
@@ -67,7 +59,40 @@ class EngineThread(threading.Thread):
             self._end(engine, cause or sys.exception())
             clear_streams()
 
-    def _end(self, engine: Engine | None, cause: BaseException | None) -> None:
+    def _decoder(self, timeline: Timeline) -> Engine:
+        """The engine of a model that reads token after token."""
+        from rollout_server.engine.assembly import build_engine
+        from rollout_server.engine.model.load import load
+        from rollout_server.engine.policies.table import PolicyTable
+        from rollout_server.engine.sampling.grammars import Grammars
+
+        with timeline.part("load") as part:
+            part.note(model=self._options.model_id)
+            model = load(self._options)
+        policies, options = PolicyTable(model, self._options), self._options
+        engine = build_engine(model, policies, self._mailbox, self._post, self._show, options, timeline=timeline)
+        self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
+        self.info, self.tokenizer = model.info, model.host_tokenizer
+        return engine
+
+    def _encoder(self, timeline: Timeline) -> EncoderEngine:
+        """The engine of one that reads sequences whole, behind the same messages."""
+        from rollout_server.engine.encoding.loop import EncoderEngine
+        from rollout_server.engine.model.device import device_fault
+        from rollout_server.engine.model.encoders.resident import load_encoder
+        from rollout_server.engine.policies.table import PolicyTable
+
+        with timeline.part("load") as part:
+            part.note(model=self._options.model_id)
+            model = load_encoder(self._options)
+        policies, fault = PolicyTable(model, self._options), device_fault
+        engine = EncoderEngine(
+            model, policies, self._mailbox, self._post, self._show, device_fault=fault, timeline=timeline
+        )
+        self.info, self.tokenizer = model.info, model.host_tokenizer
+        return engine
+
+    def _end(self, engine: Engine | EncoderEngine | None, cause: BaseException | None) -> None:
         """Whatever ends the thread, nobody waits for ever: all that is open fails by name."""
         if cause is None and engine is not None:
             engine.stop()

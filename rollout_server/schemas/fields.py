@@ -117,3 +117,13 @@ def stops(value: str | list[str]) -> tuple[str, ...]:
 def exactly_one(*names: str) -> dict[str, Any]:
     """For the JSON schema of a body that has one of these fields."""
     return {"oneOf": [{"required": [name]} for name in names]}
+
+
+def _some_left(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("truncation", "is 0, which leaves nothing to read")
+    return value
+
+
+LastTokens = Annotated[int, Field(ge=-1), AfterValidator(_some_left)]
+"""How many of the last tokens are kept; -1 means what the context holds."""

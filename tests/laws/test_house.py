@@ -19,7 +19,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager"}
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
-CATCHES_EVERYTHING = ("rollout_server/engine/loop.py", "rollout_server/text/tool_calls.py")
+CATCHES_EVERYTHING = ("rollout_server/engine/blame.py", "rollout_server/text/tool_calls.py")
 """Around a step, whose rows fail by name whatever it raises, and around mlx-lm's parsers of what a model wrote."""
 DOOR = "tests/support/engine/door.py"
 NOT_OURS = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.load import read_encoder
@@ -31,6 +32,32 @@ def copied(checkpoint: str, directory: Path, *, without: Sequence[str] = (), **c
     (directory / "config.json").write_text(json.dumps(said))
     write_tokenizer(directory)
     return directory
+
+
+def with_template(directory: Path) -> Path:
+    """Its tokenizer puts special tokens around a text and between those of a pair, and tells them apart by types."""
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    first, last = ((name, tokenizer.token_to_id(name)) for name in ("<|user|>", "<|end|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first[0]} $A {last[0]}",
+        pair=f"{first[0]} $A {last[0]} $B:1 {last[0]}:1",
+        special_tokens=[first, last],
+    )
+    tokenizer.save(str(path))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def cross_encoder(directory: Path) -> Path:
+    """A model with one label that reads pairs: the first label of a golden one."""
+    copied("bert/classify", directory, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    tensors = load_file(directory / "model.safetensors")
+    head = {name: array[:1] for name, array in tensors.items() if name.startswith("classifier.")}
+    save_file({**tensors, **head}, directory / "model.safetensors")
+    return with_template(directory)
 
 
 def opened(checkpoint: str, directory: Path, **changed: Any) -> EncoderModel:

@@ -8,7 +8,7 @@ import pytest
 
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.http.replies.choices import ChoiceOptions, Echo
-from rollout_server.http.requests.prompts import PromptTokens
+from rollout_server.http.requests.tokens.prompts import PromptTokens
 from rollout_server.text.detokenize import IncrementalText
 from rollout_server.text.token_strings import TokenStrings
 from rollout_server.text.token_texts import byte_level_alphabet

@@ -17,6 +17,7 @@ KV_BUCKET = 32
 JOINED_KV_SPARE = 256
 """mlx-lm's own caches allocate up to so many columns more than they hold."""
 PoolingKind = Literal["last", "mean"]
+"""What a decoder's states are pooled by; an encoder's files say how it pools."""
 Task = Literal["generate", "classify", "token_classify", "embed"]
 """What a model gives: tokens, label scores of a sequence, label scores of tokens, or vectors."""
 Prefer = Literal["throughput", "latency"]
@@ -93,7 +94,7 @@ class ModelInfo:
     kv_bytes_per_token: int
     kv_memory: int
     cache: str
-    """`slots`, `batch` (mlx-lm's batch caches) or `serial` (one row at a time)."""
+    """`slots`, `batch` (mlx-lm's batch caches), `serial` (one row at a time), or `none` of an encoder."""
     max_batch: int
     device: str
     prefill_tokens: int = 512
@@ -117,12 +118,16 @@ class ModelInfo:
     activation: Activation = "none"
     pad_token_id: int | None = None
     """By which the token is found that a sequence's head is read at."""
+    encoder: bool = False
+    """It reads sequences whole, each token with those behind it: it has no KV, and its head is part of it."""
+    token_types: int = 0
+    """How many types of tokens an encoder knows, by which it tells the texts of a pair apart."""
 
     @property
     def scoring(self) -> Scoring:
         """What a version's head has to fit."""
         own: HeadTask | None = self.task if self.task in ("classify", "token_classify") else None
-        return Scoring(self.embedding.width, own)
+        return Scoring(self.embedding.width, own, whole=self.encoder)
 
     def head_position(self, tokens: Sequence[int]) -> int:
         """Where a head is read that scores a whole sequence, as transformers does: at the rightmost token that is not

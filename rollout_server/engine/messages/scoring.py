@@ -97,6 +97,8 @@ class Classify:
     positions: tuple[tuple[int, ...], ...]
     """Places in each sequence, ascending. What stands behind the last one is not read."""
     label_token_ids: tuple[int, ...] = ()
+    types: tuple[tuple[int, ...], ...] = ()
+    """Token types of each sequence, as many as it has tokens; empty where all of them are 0."""
     held: str = ""
     """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
 

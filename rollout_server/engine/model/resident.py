@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,25 @@ from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
+
+
+class VersionedModel(Protocol):
+    """What versions are staged on: a decoder, or an encoder."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def adapter_kernel(self) -> DecodeKernel | None: ...
+
+    @property
+    def head(self) -> Head | None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,7 +33,7 @@ from rollout_server.engine.messages.versions import (
     Restore,
     Restored,
 )
-from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.resident import VersionedModel
 from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
 from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
@@ -43,7 +43,7 @@ from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 class PolicyTable:
     """The registry of versions and what holds their weights. `base` is version 0 and never freed."""
 
-    def __init__(self, model: ResidentModel, options: EngineOptions) -> None:
+    def __init__(self, model: VersionedModel, options: EngineOptions) -> None:
         info = model.info
         self.base = PolicyVersion(BASE, 0, info.digest)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions

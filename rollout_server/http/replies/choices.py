@@ -12,7 +12,7 @@ from rollout_server.engine.messages.rollouts import TokensSampled
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.sampling.margins import margins
 from rollout_server.http.replies.json_entries import error_entry, finite, rollout_text, span_entry
-from rollout_server.http.requests.prompts import PromptTokens
+from rollout_server.http.requests.tokens.prompts import PromptTokens
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, SamplingParams
 from rollout_server.schemas.openai.options import LogprobsMode
 from rollout_server.text.detokenize import IncrementalText, special_ids

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rollout_server.http.replies.json_entries import rollout_text
-from rollout_server.http.requests.prompts import encode
-from rollout_server.http.requests.rendering import render
+from rollout_server.http.requests.tokens.prompts import encode
+from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.rollout import Rollout, RolloutRequest
 from rollout_server.schemas.messages import Message, TextPart
 from rollout_server.schemas.rollouts import Prompt

@@ -34,10 +34,10 @@ from rollout_server.http.replies.safetensors_file import binary_response, rollou
 from rollout_server.http.replies.streaming import NDJSON, RowEvents, chained, collect, ndjson_line, opening, stream
 from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.requests.prefixes import check_room, read_prefix
-from rollout_server.http.requests.prompts import room, tokens_of
 from rollout_server.http.requests.rewards import MODEL, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
+from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.quoting import counted, quoted

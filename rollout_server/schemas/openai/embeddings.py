@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from rollout_server.schemas.fields import Count, PolicyText, Request
+from rollout_server.schemas.fields import Count, LastTokens, PolicyText, Request
 from rollout_server.schemas.openai.completions import PromptForm
 
 
@@ -18,6 +18,10 @@ class EmbeddingsRequest(Request):
     )
     dimensions: Count | None = Field(
         default=None, description="Keeps so many of the first numbers, brought to length 1 again."
+    )
+    truncate_prompt_tokens: LastTokens | None = Field(
+        default=None,
+        description="Keeps so many of the last tokens, -1 what the context holds. Without it too long is a 400.",
     )
     user: str | None = Field(default=None, description="The caller's own mark; changes nothing.")
 

@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rollout_server.schemas.fields import PolicyText, Request, TokenIds, exactly_one
+from rollout_server.schemas.fields import LastTokens, PolicyText, Request, TokenIds, exactly_one
 from rollout_server.schemas.messages import Messages
 from rollout_server.schemas.openai.completions import PromptForm
 
-LastTokens = Annotated[int, Field(ge=-1)]
 CONVERSATION = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
@@ -50,10 +49,6 @@ class ScoringRequest(Request):
     def _one_activation(self) -> ScoringRequest:
         if None not in (self.use_activation, self.activation) and self.use_activation != self.activation:
             raise PydanticCustomError("twofold", "contradicts use_activation", {"field": "activation"})
-        if self.truncate_prompt_tokens == 0:
-            raise PydanticCustomError(
-                "truncation", "is 0, which leaves nothing to read", {"field": "truncate_prompt_tokens"}
-            )
         return self
 
     @property

@@ -15,14 +15,16 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 from adapters.formats.read import read_bundle
 from adapters.resident.slots import AdapterSlots
-from rollout_server.engine.messages.options import Task
+from rollout_server.engine.messages.options import EngineOptions, Task
 from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.pooling import Pooling
 from rollout_server.engine.model.encoders.reading import forward, read, results
+from rollout_server.engine.model.encoders.resident import load_encoder
 from rollout_server.models.encoders.deberta_v2 import log_bucket
 from tests.peers.conftest import TOLERANCE
+from tests.support.engine.encoder_driver import Driven, classify, numbers
 from tests.support.peers import encoders
 
 LENGTHS = (1, 2, 7, 33, 40, 64, 97, 128)
@@ -85,6 +87,26 @@ def test_adapters_give_what_they_give_in_peft(name: str, kind: encoders.Kind, tm
     assert furthest(mixed, theirs) <= TOLERANCE < furthest(theirs, base)
     slots.route([staged[1]] * len(given))
     assert furthest(read(model, given, 4096), wanted(peers[1], "classify", given)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "deberta-v3"])
+def test_a_classifier_that_peft_trained_comes_with_its_adapter(name: str, tmp_path: Path) -> None:
+    """Saved for SEQ_CLS, pushed and asked beside the base, which goes on with its own."""
+    base = encoders.build(name, "classify", tmp_path / "base")
+    peer = encoders.adapted(base, "classify", "lora", 1, ["query", "q_lin", "Wqkv", "query_proj"], task_type="SEQ_CLS")
+    peer.save_pretrained(tmp_path / "adapter")
+    driven = Driven(load_encoder(EngineOptions(str(base), "tiny")))
+    info = driven.encoder.info
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    content = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    bundle = read_bundle(content, config, layers=info.layers, parameters=info.weights, scoring=info.scoring)
+    driven.push("rm", bundle)
+    given = encoders.passages((40, 33, 7))
+    sequences = [passage.ids for passage in given]
+    own, before = driven.ask(classify("own", sequences, "rm"), classify("base", sequences))
+    for event, model in ((own, peer), (before, encoders.load(base, "classify"))):
+        assert furthest([rows[0] for rows in numbers(event, 3)], wanted(model, "classify", given)) <= TOLERANCE
+    assert furthest(numbers(own, 3), numbers(before, 3)) > 0.01
 
 
 def test_distances_fall_into_the_buckets_of_transformers() -> None:

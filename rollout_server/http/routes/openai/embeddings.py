@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: pooled hidden states of the resident decoder, under any version."""
+"""`POST /v1/embeddings`: pooled hidden states of the resident model, under any version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from litestar.params import JSONBody
 
 from rollout_server.engine.messages.options import Embedding
 from rollout_server.engine.messages.scoring import Embed, Embedded
-from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
@@ -20,12 +20,13 @@ from rollout_server.http.replies.json_entries import json_response, policy_heade
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
-from rollout_server.http.requests.prompts import how_many, prompts_of
 from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.requests.tokens.prompts import how_many, prompts_of
+from rollout_server.http.requests.tokens.truncation import bound_of, read_text
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
-from rollout_server.quoting import counted, quoted
+from rollout_server.quoting import quoted
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply, EmbeddingsRequest
 
 
@@ -42,8 +43,8 @@ class EmbeddingsController(Controller):
         return_dto=None,
         status_code=200,
         summary="Embed texts",
-        description="Hidden states after the final norm, pooled as the model's sentence-transformers files say: at the "
-        "last token where there are none.",
+        description="Hidden states after the final norm, pooled as the model's sentence-transformers files say; where "
+        "there are none, at the last token of a decoder, and by the mean of an encoder's.",
         responses={200: ResponseSpec(EmbeddingsReply, description="A vector for each input."), **failures()},
     )
     async def embed(self, data: JSONBody[EmbeddingsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -62,7 +63,7 @@ class EmbeddingsController(Controller):
 
 def read_inputs(data: EmbeddingsRequest, service: Service, go_on: GoOn) -> tuple[tuple[int, ...], ...]:
     """Token ids of every input, checked; what is wrong is named by its place."""
-    how, context = service.info.embedding, service.info.max_model_len
+    how = service.info.embedding
     if how.refusal:
         raise InvalidField(how.refusal, param="model")
     if data.dimensions is not None and data.dimensions > how.width:
@@ -71,14 +72,9 @@ def read_inputs(data: EmbeddingsRequest, service: Service, go_on: GoOn) -> tuple
             param="dimensions",
         )
     check_rows([how_many(data.input)], service.config.max_rows_per_request, ["input"])
-    found = prompts_of(data.input, service.tokenizer, param="input", bound=service.bound(go_on))
-    for prompt, place in found:
-        service.check_ids(prompt.ids, place)
-        if len(prompt.ids) > context:
-            raise ContextExceeded(
-                f"{place} has {counted(len(prompt.ids), 'token')}; the context holds {context}.", param=place
-            )
-    return tuple(tuple(prompt.ids) for prompt, _ in found)
+    bound = bound_of(data, service, go_on)
+    found = prompts_of(data.input, service.tokenizer, param="input", bound=bound)
+    return tuple(read_text(prompt, place, data, service) for prompt, place in found)
 
 
 def reply(

@@ -46,8 +46,10 @@ async def labelled(
     sequences: Sequence[tuple[int, ...]],
     positions: Sequence[tuple[int, ...]] | None = None,
     label_token_ids: Sequence[int] = (),
+    types: Sequence[tuple[int, ...]] = (),
 ) -> Labelled:
-    """Scores at `positions`, or where a whole sequence's head is read. A sequence without positions is not read."""
+    """Scores at `positions`, or where a whole sequence's head is read. A sequence without positions is not read.
+    `types` are of the tokens of each sequence, where the texts of pairs are told apart by them."""
     places = positions if positions is not None else [(service.info.head_position(ids),) for ids in sequences]
     wanted = [index for index, own in enumerate(places) if own]
     # One is read in any case, so that the reply can say what it was asked under.
@@ -58,6 +60,7 @@ async def labelled(
         tuple(sequences[index] for index in read),
         tuple(places[index] or (0,) for index in read),
         tuple(label_token_ids),
+        tuple(types[index] for index in read) if any(types) else (),
     )
     with renamed(OUR_WORDS):
         classified = await while_connected(request, service.engine.classify(classify))

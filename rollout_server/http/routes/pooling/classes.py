@@ -75,7 +75,7 @@ class ClassesController(Controller):
     )
     async def pooling(self, data: JSONBody[PoolingRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        asked = asked_model(data.model, request, service)
+        asked = asked_model(data.model, request, service, (*SCORING, "embed"))
         own = "embed" if asked.task == "generate" else asked.task
         task = data.task or (own if data.steps is None else "token_classify")
         header_id(request)
@@ -111,6 +111,9 @@ async def classified(
         asked.require("classify")
         found = await labelled(request, service, asked.address, sequences)
         return found.version, [scores[0].tolist() for scores in found.probabilities(data.activates)]
+    if service.info.encoder:
+        # Its head reads more than the states of one token.
+        asked.require("token_classify")
     every = [tuple(range(len(ids))) for ids in sequences]
     places = every if data.steps is None else step_positions(data.steps, sequences, service)
     found = await labelled(request, service, asked.address, sequences, places)

@@ -9,20 +9,17 @@ from typing import Any
 from litestar import Request
 
 from rollout_server.engine.messages.options import Task
-from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.errors import InvalidField
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.leaving import GoOn
-from rollout_server.http.requests.prompts import how_many, prompts_of, some
-from rollout_server.http.requests.rendering import render
 from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.requests.tokens.prompts import how_many, prompts_of, some
+from rollout_server.http.requests.tokens.rendering import render
+from rollout_server.http.requests.tokens.truncation import bound_of, fitted, read_text
 from rollout_server.http.service import SCORING, Service
-from rollout_server.quoting import counted, quoted
+from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress
-from rollout_server.schemas.pooling.inputs import PoolingInput, ScoringRequest
-from rollout_server.text.long_texts import Bound, CharacterBound
-
-CHARACTERS_OF_A_TOKEN = 16
-"""More than a token has in any language: so much of a text is tokenized before its end is cut out."""
+from rollout_server.schemas.pooling.inputs import PoolingInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +81,4 @@ def read_inputs(data: PoolingInput, service: Service, go_on: GoOn) -> list[tuple
     check_rows([how_many(data.input)], service.config.max_rows_per_request, ["input"])
     special = data.add_special_tokens
     found = prompts_of(data.input, service.tokenizer, param="input", bound=bound, add_special_tokens=special)
-    return [fitted(prompt.ids, place, data, service) for prompt, place in found]
-
-
-def bound_of(data: ScoringRequest, service: Service, go_on: GoOn) -> Bound:
-    """What is cut may be longer than what fits."""
-    if data.truncate_prompt_tokens is None:
-        return service.bound(go_on)
-    return CharacterBound(CHARACTERS_OF_A_TOKEN * max(service.info.max_model_len, 2**17))
-
-
-def fitted(ids: Sequence[int], place: str, data: ScoringRequest, service: Service) -> tuple[int, ...]:
-    """The ids, cut where the request says so; checked against vocabulary and context."""
-    service.check_ids(list(ids), place)
-    context, keep = service.info.max_model_len, data.truncate_prompt_tokens
-    if keep is not None:
-        ids = ids[-(context if keep == -1 else keep) :]
-    if len(ids) > context:
-        raise ContextExceeded(
-            f"{place} has {counted(len(ids), 'token')}; the context holds {context}: send less, or say by "
-            "truncate_prompt_tokens how many of the last ones are enough.",
-            param=place,
-        )
-    return tuple(ids)
+    return [read_text(prompt, place, data, service, special=special) for prompt, place in found]

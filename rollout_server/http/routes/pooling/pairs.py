@@ -17,9 +17,10 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, read_json
-from rollout_server.http.requests.prompts import encode, some
+from rollout_server.http.requests.tokens.prompts import PromptTokens, encode, some
+from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fitted_text, read_text
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
-from rollout_server.http.routes.pooling.inputs import Asked, asked_model, bound_of, fitted
+from rollout_server.http.routes.pooling.inputs import Asked, asked_model
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import counted, quoted
@@ -69,7 +70,7 @@ class PairsController(Controller):
         header_id(request)
         if data.label_token_ids is not None:
             return await token_scores(data, request, service)
-        asked = asked_model(data.model, request, service, ("classify",))
+        asked = asked_model(data.model, request, service, ("classify", "embed"))
         pairs = pairs_of(data)
         version, scores, read = await scored(data, pairs, request, service, asked)
         entries = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
@@ -88,7 +89,7 @@ class PairsController(Controller):
     async def rerank(self, data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
         header_id(request)
-        asked = asked_model(data.model, request, service, ("classify",))
+        asked = asked_model(data.model, request, service, ("classify", "embed"))
         check_count(len(data.documents), "documents")
         query = (data.query, "query")
         pairs = [(query, (text, f"documents[{index}]")) for index, text in enumerate(data.texts)]
@@ -149,8 +150,9 @@ async def scored(
     asked.require("classify", "generate", "embed")
     weight = len(await request.body())
     if asked.task == "classify":
-        sequences = await beside_client(request, weight, lambda go_on: joined(data, pairs, service, go_on))
-        found = await labelled(request, service, asked.address, sequences)
+        read = await beside_client(request, weight, lambda go_on: joined(data, pairs, service, go_on))
+        sequences, types = [ids for ids, _ in read], [kinds for _, kinds in read]
+        found = await labelled(request, service, asked.address, sequences, types=types)
         if len(found.labels) != 1:
             raise InvalidField(
                 f"model {quoted(asked.name)} scores {counted(len(found.labels), 'label')}, and only one can be an "
@@ -165,23 +167,24 @@ async def scored(
     return version, [float(np.dot(vectors[one], vectors[other])) for one, other in pairs], sequences
 
 
-def joined(data: ScoringRequest, pairs: Sequence[Pair], service: Service, go_on: GoOn) -> list[Ids]:
-    """Both texts of each pair in one sequence, as the tokenizer joins pairs."""
+def joined(data: ScoringRequest, pairs: Sequence[Pair], service: Service, go_on: GoOn) -> list[tuple[Ids, Ids]]:
+    """Both texts of each pair in one sequence, as the tokenizer joins pairs, and the types of its tokens."""
     bound, tokenizer = bound_of(data, service, go_on), service.tokenizer
     found = []
     for (one, place), (other, where) in pairs:
         for text, at in ((one, place), (other, where)):
             bound.check(tokenizer, text, at)
-        found.append(fitted(some(tokenizer(one, other)["input_ids"], where), where, data, service))
+        found.append(fitted_text(one, other, where, data, service))
     return found
 
 
 def alone(data: ScoringRequest, texts: Sequence[tuple[str, str]], service: Service, go_on: GoOn) -> list[Ids]:
     bound, tokenizer = bound_of(data, service, go_on), service.tokenizer
-    return [
-        fitted(encode(tokenizer, text, add_special_tokens=True, param=place, bound=bound), place, data, service)
-        for text, place in texts
-    ]
+    found = []
+    for text, place in texts:
+        ids = encode(tokenizer, text, add_special_tokens=True, param=place, bound=bound)
+        found.append(read_text(PromptTokens(ids, text), place, data, service))
+    return found
 
 
 # ---- tokens as labels ---------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from rollout_server.http.replies.json_entries import json_response, policy_heade
 from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.safetensors_file import binary_response, rewards_file
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.requests.prompts import encode, some
-from rollout_server.http.requests.rendering import render
 from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.requests.tokens.prompts import encode, some
+from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
@@ -179,15 +179,16 @@ def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound)
 
 
 def read_texts(texts: Sequence[str], service: Service, go_on: GoOn) -> list[Ids]:
-    """As OpenRLHF's own server reads them."""
+    """As OpenRLHF's own server reads them; an encoder's tokenizer puts its special tokens around them."""
     check_rows([len(texts)], service.config.max_rows_per_request, ["query"])
     tokenizer, bound = service.tokenizer, service.bound(go_on)
-    end = tokenizer.eos_token or ""
-    around = [re.escape(token) for token in dict.fromkeys((tokenizer.pad_token, end)) if token]
+    whole = service.info.encoder
+    end = "" if whole else tokenizer.eos_token or ""
+    around = [re.escape(token) for token in dict.fromkeys((tokenizer.pad_token, tokenizer.eos_token)) if token]
     edges = re.compile(rf"\A(?:{'|'.join(around)})+|(?:{'|'.join(around)})+\Z") if around else None
     found = []
     for index, text in enumerate(texts):
         bare = edges.sub("", text) if edges else text
         place = f"query[{index}]"
-        found.append(tuple(encode(tokenizer, bare + end, add_special_tokens=False, param=place, bound=bound)))
+        found.append(tuple(encode(tokenizer, bare + end, add_special_tokens=whole, param=place, bound=bound)))
     return found

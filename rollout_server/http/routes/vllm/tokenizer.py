@@ -13,7 +13,7 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, beside, no_query, read_json
-from rollout_server.http.requests.rendering import render
+from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.service import Service, service_of
 from rollout_server.rollout import BASE
 from rollout_server.schemas.vllm.tokenizer import (

@@ -85,7 +85,8 @@ def test_a_version_is_addressed_and_named(client: Client, engine: FakeEngine) ->
         ({"dimensions": 0}, "invalid_field", "dimensions"),
         ({"dimensions": 5}, "invalid_field", "dimensions"),
         ({"encoding_format": "int8"}, "invalid_field", "encoding_format"),
-        ({"truncate_prompt_tokens": 5}, "invalid_field", "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 0}, "invalid_field", "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "invalid_field", "truncate_prompt_tokens"),
         ({"user": 5}, "invalid_field", "user"),
     ],
 )

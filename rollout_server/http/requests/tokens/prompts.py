@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.errors import ContextExceeded, InvalidField
-from rollout_server.http.requests.rendering import render
+from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.text.long_texts import Bound

@@ -1,0 +1,144 @@
+"""Requests to an encoder, and which of their sequences share a forward: first come, first served, with whatever is of
+the same width and runs on the same weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.placement import Placement
+from rollout_server.engine.messages.options import Activation
+from rollout_server.engine.messages.scoring import Classified, Classify, Embed, Embedded
+from rollout_server.engine.model.encoders.passages import Passage, width_of
+from rollout_server.rollout import PolicyVersion
+
+
+@dataclass(slots=True, eq=False)
+class EncodingJob:
+    """A request under the version that its policy meant when it came."""
+
+    command: Classify | Embed
+    version: PolicyVersion
+    placement: Placement
+    passages: tuple[Passage, ...] = ()
+    found: dict[int, bytes] = field(default_factory=dict)
+    """Little-endian float32 of each sequence that has been read."""
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        types = self.command.types if isinstance(self.command, Classify) else ()
+        every = types or ((),) * len(self.command.sequences)
+        self.passages = tuple(map(Passage, self.command.sequences, every))
+
+    @property
+    def id(self) -> str:
+        return self.command.id
+
+    @property
+    def complete(self) -> bool:
+        return len(self.found) == len(self.passages)
+
+    def keep(self, index: int, values: NDArray[np.float32]) -> None:
+        """What was read of a sequence: a vector, [labels], or [tokens, labels] of which positions are wanted."""
+        if isinstance(self.command, Classify) and values.ndim == 2:
+            values = values[list(self.command.positions[index])]
+        self.found[index] = values.astype("<f4").tobytes()
+
+    def reply(self, labels: tuple[str | None, ...], activation: Activation) -> Classified | Embedded:
+        values = tuple(self.found[index] for index in range(len(self.passages)))
+        if isinstance(self.command, Classify):
+            return Classified(self.id, self.version, values, labels, activation)
+        return Embedded(self.id, self.version, values)
+
+
+Entry = tuple[EncodingJob, int]
+"""A sequence that is to be read: its request, and its index there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardGroup:
+    """The sequences of one forward."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        return tuple(job.passages[index] for job, index in self.entries)
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        return tuple(job.placement for job, _ in self.entries)
+
+    @property
+    def jobs(self) -> tuple[EncodingJob, ...]:
+        """Whose they are, each once."""
+        return tuple(dict.fromkeys(job for job, _ in self.entries))
+
+
+Bucket = tuple[int, int]
+"""What sequences of one forward have in common: the parameter set, and the width to which they are padded."""
+
+
+class EncodingQueue:
+    """`budget` is how many tokens one forward reads at most, padding included, where more than one sequence is in it;
+    `longest` is the widest that a sequence may be."""
+
+    def __init__(self, budget: int, longest: int) -> None:
+        self._budget = budget
+        self._longest = longest
+        self._open: dict[str, EncodingJob] = {}
+        self._order: dict[EncodingJob, int] = {}
+        self._came = 0
+        self._unread: dict[Bucket, deque[Entry]] = {}
+
+    @property
+    def jobs(self) -> tuple[EncodingJob, ...]:
+        """Requests that are not answered, in the order in which they came."""
+        return tuple(self._open.values())
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._open)
+
+    def add(self, job: EncodingJob) -> None:
+        self._open[job.id] = job
+        self._order[job] = self._came
+        self._came += 1
+        for index, passage in enumerate(job.passages):
+            bucket = job.placement.parameters, self._width(passage)
+            self._unread.setdefault(bucket, deque()).append((job, index))
+
+    def _width(self, passage: Passage) -> int:
+        return min(width_of(len(passage.ids)), self._longest)
+
+    def take(self) -> ForwardGroup | None:
+        """What the next forward reads: the widest of the request that came first, and what goes with them."""
+        for bucket in list(self._unread):
+            self._drop_ended(bucket)
+        if not self._unread:
+            return None
+        bucket = min(self._unread, key=lambda bucket: (self._order[self._unread[bucket][0][0]], -bucket[1]))
+        most, found = max(1, self._budget // bucket[1]), list[Entry]()
+        while len(found) < most and bucket in self._unread:
+            found.append(self._unread[bucket].popleft())
+            self._drop_ended(bucket)
+        return ForwardGroup(tuple(found))
+
+    def _drop_ended(self, bucket: Bucket) -> None:
+        """Leaves a sequence that is wanted at the front of a bucket, or no bucket."""
+        entries = self._unread[bucket]
+        while entries and entries[0][0].ended:
+            entries.popleft()
+        if not entries:
+            del self._unread[bucket]
+
+    def close(self, job: EncodingJob) -> None:
+        """It is answered: nothing more of it is read."""
+        job.ended = True
+        del self._open[job.id], self._order[job]
+
+    def find(self, id: str) -> EncodingJob | None:
+        return self._open.get(id)
