@@ -88,7 +88,8 @@ def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) 
     (tmp_path / "back" / "adapter_config.json").write_text(config)
     with live_server(model, *state) as live, RolloutClient(live.url) as client:
         after = client.rewards(SEQUENCES, model="rm")
-        np.testing.assert_array_equal(after.values, found.values)
+        # Chunks follow from what reading costs, which each start measures: sums are cut elsewhere.
+        assert_near(after.values, found.values, TINY.of_logits(wanted, 80))
         assert after.version == found.version
         assert client.push("rm", tmp_path / "back").unchanged
         cards = {card["id"]: card["task"] for card in httpx.get(f"{live.url}/v1/models").json()["data"]}
