@@ -28,7 +28,7 @@ class Blame:
         """Does what a turn computes, and returns whatever it raised: it fails by name what is to blame."""
         try:
             compute()
-        except Exception as error:  # the one place
+        except Exception as error:  # The one place: a thread that ended here would answer nobody.
             return error
         return None
 

@@ -7,10 +7,10 @@ sentence-transformers writes them; a directory without them is pooled at its las
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,7 @@ PLACES = (
 )
 """What mlx-lm calls it, the layers of a vision model in front."""
 
+T = TypeVar("T")
 UNFIT = (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError)
 """What a model class raises that is called in a way it was not written for."""
 MODULES, POOLING = "modules.json", "1_Pooling"
@@ -75,7 +76,7 @@ def read_embedding(directory: Path, config: Mapping[str, Any], width: int) -> Em
     """`config` is the model's config.json; `width` that of its hidden states."""
     try:
         _require_causal(config)
-        pooling, normalise = _read(directory)
+        pooling, normalise = read_modules(directory, _pooling, _no_module)
     except _Refused as error:
         return Embedding(width=width, refusal=str(error))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,6 +91,10 @@ class _Refused(Exception):
     """A sentence for whoever asks for embeddings."""
 
 
+def _no_module(kind: str) -> _Refused:
+    return _Refused(f"{MODULES} of this model has a module of type {kind}, which is not supported.")
+
+
 def _require_causal(config: Mapping[str, Any]) -> None:
     for part in (config, config.get("text_config") or {}):
         if part.get("is_causal") is False or part.get("use_bidirectional_attention"):
@@ -98,21 +103,24 @@ def _require_causal(config: Mapping[str, Any]) -> None:
             )
 
 
-def _read(directory: Path) -> tuple[PoolingKind, bool]:
-    """How to pool, and whether to normalise."""
+def read_modules(
+    directory: Path, pooling_of: Callable[[Path], T], refused: Callable[[str], Exception]
+) -> tuple[T, bool]:
+    """The pooling that a directory of sentence-transformers names, as `pooling_of` reads its folder, and whether
+    vectors are normalised. Raises what `refused` makes of the type of a module that is neither."""
     if not (directory / MODULES).is_file():
-        return _pooling(directory / POOLING), True
-    pooling, normalise = _pooling(directory / POOLING), False
+        return pooling_of(directory / POOLING), True
+    pooling, normalise = pooling_of(directory / POOLING), False
     for module in json.loads((directory / MODULES).read_text(encoding="utf-8")):
         match str(module["type"]).rpartition(".")[-1]:
             case "Transformer":
                 continue
             case "Pooling":
-                pooling = _pooling(directory / str(module["path"]))
+                pooling = pooling_of(directory / str(module["path"]))
             case "Normalize":
                 normalise = True
             case other:
-                raise _Refused(f"{MODULES} of this model has a module of type {other}, which is not supported.")
+                raise refused(other)
     return pooling, normalise
 
 

@@ -34,6 +34,7 @@ class Headed(nn.Module):
         return [part for name, part in self.children().items() if name != self._trunk and isinstance(part, nn.Module)]
 
     def scores(self, states: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """Each head has its own."""
         raise NotImplementedError
 
     def __call__(

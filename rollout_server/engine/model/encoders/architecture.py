@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.messages.options import Task
-from rollout_server.engine.model.encoders.pooling import MODULES
+from rollout_server.engine.model.embedding import MODULES
 from rollout_server.errors import EngineUnavailable
 from rollout_server.models.encoders.families import ENCODERS, EncoderFamily
 from rollout_server.quoting import quoted

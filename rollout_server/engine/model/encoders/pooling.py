@@ -13,18 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from rollout_server.engine.model.embedding import MODULES, read_modules
 from rollout_server.errors import EngineUnavailable
 from rollout_server.models.encoders.attention import tokens_kept
 from rollout_server.quoting import quoted
 
 log = logging.getLogger(__name__)
 
-MODULES, POOLING, SENTENCE, PROMPTS = (
-    "modules.json",
-    "1_Pooling",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
+SENTENCE, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -88,19 +84,11 @@ def _read(directory: Path) -> Pooling:
         raise EngineUnavailable(f"{directory / SENTENCE} says do_lower_case, and text is tokenised here as it comes.")
     if (prompt := _object(directory / PROMPTS).get("default_prompt_name")) is not None:
         log.warning("%s has a default prompt, %s: it is not put before a text here.", directory, quoted(prompt))
-    if not (directory / MODULES).is_file():
-        return Pooling(_modes(directory / POOLING), max_tokens=longest)
-    modes, normalise = _modes(directory / POOLING), False
-    for module in json.loads((directory / MODULES).read_text(encoding="utf-8")):
-        match str(module["type"]).rpartition(".")[-1]:
-            case "Transformer":
-                continue
-            case "Pooling":
-                modes = _modes(directory / str(module["path"]))
-            case "Normalize":
-                normalise = True
-            case other:
-                raise EngineUnavailable(f"{directory / MODULES} has a module of type {other}, which is not served.")
+
+    def refused(kind: str) -> EngineUnavailable:
+        return EngineUnavailable(f"{directory / MODULES} has a module of type {kind}, which is not served.")
+
+    modes, normalise = read_modules(directory, _modes, refused)
     return Pooling(modes, normalise, longest)
 
 
