@@ -19,14 +19,18 @@ from rollout_server.engine.messages.options import JOINED_KV_SPARE
 
 class MlxCacheKV:
     """The methods of `store.KVStore`. A place is the row's current index in the batch. `row_cells` is what a row's
-    state of fixed size costs, counted in columns."""
+    state of fixed size costs, counted in columns. `snapshots` says that a copy of a row's caches is all there is of
+    its state, so that it may be kept."""
 
     cuts = False
     steps_overlap = False
 
-    def __init__(self, make_caches: Callable[[], list[Any]], *, row_cells: int = 0, serial: bool = False) -> None:
+    def __init__(
+        self, make_caches: Callable[[], list[Any]], *, row_cells: int = 0, serial: bool = False, snapshots: bool = False
+    ) -> None:
         self.layers: list[Any] = []
         self.capacity = 0
+        self.snapshots = snapshots
         self._make_caches = make_caches
         self._row_cells = row_cells
         self._reserved = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of
 from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
@@ -65,10 +67,13 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     if windows is not None:
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (fault := _self_test(forward, MlxCacheKV(make_caches), rows, expected)) is None:
-        return ChosenStore("batch", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells))
-    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    return ChosenStore("serial", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
+    if (lost := _copies_fault(forward, make_caches, rows, expected)) is not None:
+        log.warning("The state of this model cannot be kept for later requests (%s): each prompt is read whole.", lost)
+    fault = _self_test(forward, MlxCacheKV(make_caches), rows, expected)
+    if fault is not None:
+        log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
+    kept = partial(MlxCacheKV, make_caches, row_cells=row_cells, serial=fault is not None, snapshots=lost is None)
+    return ChosenStore("batch" if fault is None else "serial", cell, row_cells, lambda _: kept())
 
 
 def _choose_padded(
@@ -177,19 +182,57 @@ def _self_test(
         mx.eval(logits)
     except UNFIT as error:
         return f"{type(error).__name__}: {error}"
+    return _gap(logits[mx.array(places)], expected, store_dtype(store))
+
+
+def _gap(logits: mx.array, expected: Sequence[mx.array], dtype: mx.Dtype) -> str | None:
+    """Which row is not what it is alone, where that is more than what `dtype` rounds away."""
     scale = max(float(mx.max(mx.abs(row))) for row in expected)
     # float32 hardly depends on the batch's shape; the half precisions visibly do, and 8 bits move every number.
-    tolerance = 1e-4 * max(1.0, scale) if store_dtype(store) == mx.float32 else 0.05 * max(1.0, scale)
-    for index, (place, alone) in enumerate(zip(places, expected, strict=True)):
-        gap = float(mx.max(mx.abs(logits[place] - alone)))
+    tolerance = 1e-4 * max(1.0, scale) if dtype == mx.float32 else 0.05 * max(1.0, scale)
+    for index, (found, alone) in enumerate(zip(logits, expected, strict=True)):
+        gap = float(mx.max(mx.abs(found - alone)))
         if not gap <= tolerance:
             return f"row {index} of three differs by {gap:.2g} from itself alone"
     return None
 
 
+def _copies_fault(
+    forward: Forward,
+    make_caches: Callable[[], list[Any]],
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+) -> str | None:
+    """Keeps the state behind half of each row, reads something else on, and then the rest of the row, twice, from what
+    was kept: where that is not the row alone, state is elsewhere too, or what was given away is written to."""
+    snapshots, ends, dtype = Snapshots(), [], mx.float32
+    snapshots.fit(sys.maxsize)
+    try:
+        for row in rows:
+            caches, half = make_caches(), len(row) // 2
+            forward(mx.array([row[:half]], dtype=mx.int32), caches)
+            snapshots.insert((), tuple(row[:half]), lambda caches=caches: caches)  # type: ignore[misc]
+            mx.eval(forward(mx.array([row[::-1]], dtype=mx.int32), caches))
+            for _ in range(2):
+                again = snapshots.find((), tuple(row)).caches or []
+                end = forward(mx.array([row[half:]], dtype=mx.int32), again)[0, -1].astype(mx.float32)
+                mx.eval(end)
+                ends.append(end)
+                dtype = _dtype_of(again)
+    except UNFIT as error:
+        return f"{type(error).__name__}: {error}"
+    return _gap(mx.stack(ends[::2]), expected, dtype) or _gap(mx.stack(ends[1::2]), expected, dtype)
+
+
 def store_dtype(store: KVStore) -> mx.Dtype:
-    for layer in store.layers:
+    return _dtype_of(store.layers)
+
+
+def _dtype_of(layers: Sequence[Any]) -> mx.Dtype:
+    for layer in layers:
         keys = getattr(layer, "keys", None)
         if keys is not None:
             return keys.dtype
-    return mx.float32
+    # A recurrent layer may keep its state in float32 and the inputs of a convolution as the model computes them.
+    halves = [array.dtype for array in arrays_of(layers) if array.dtype in (mx.bfloat16, mx.float16)]
+    return halves[0] if halves else mx.float32
