@@ -14,7 +14,7 @@ import pytest
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
-from tests.engine.batch.test_batch import JOINED, tolerance
+from tests.engine.batch.test_batch import tolerance
 from tests.engine.batch.test_prefix_reuse import assert_all_same, pair
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
@@ -22,11 +22,13 @@ from tests.support.numbers.bounds import TINY, assert_near
 
 Models = Callable[[str], ResidentModel]
 Paths = Callable[[str], Path]
+KINDS = ["mamba2", "granitemoehybrid", "falcon_h1", "xlstm"]
+"""States alone, beside keys and values, both in one layer, and of this project."""
 END = 286
 """The id that ends a message of the tiny models, one above what `prompts_of` draws from."""
 
 
-@pytest.mark.parametrize("family", [*JOINED, "gemma2"])
+@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Paths) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -114,7 +116,7 @@ def rows_of_uneven_ends(driver: Driver) -> list[Rollout]:
     return [driver.rollouts(id)[0] for id in ids]
 
 
-@pytest.mark.parametrize("family", [*JOINED, "gemma2"])
+@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
 def test_rows_that_end_beside_others_leave_the_state_they_have(
     family: str, bare_model: Models, model_path: Paths
 ) -> None:
@@ -189,7 +191,7 @@ def test_what_failed_is_forgotten(model_path: Paths) -> None:
     assert driver.status.prefix.nbytes == 0
 
 
-@pytest.mark.parametrize("family", JOINED)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("seed", range(2))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""

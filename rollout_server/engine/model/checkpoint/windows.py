@@ -31,7 +31,7 @@ def window_bounds(module: nn.Module, said: Meaning, family: Family) -> tuple[Bou
     where = "every layer" if len(differ) == len(wanted) else f"{len(differ)} of {len(wanted)} layers"
     named = "attention_chunk_size" if tokens == said.get("attention_chunk_size") else "sliding_window"
     return (
-        Bound(tokens, f"config.json and mlx-lm's {family.name} differ in the {named} of {where} beyond these tokens"),
+        Bound(tokens, f"config.json and {family.code} differ in the {named} of {where} beyond these tokens"),
     )
 
 
