@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
+from rollout_server.engine.kv_cache.mlx_caches import PADDED_WIDTH, MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of
+from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
 from rollout_server.engine.kv_cache.store import Forward, KVStore
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
@@ -29,6 +29,7 @@ from rollout_server.errors import EngineUnavailable
 log = logging.getLogger("rollout_server.engine.model")
 
 SELF_TEST_LENGTHS = (3, 9, 6)
+PADDED_LENGTHS = (PADDED_WIDTH, 2, PADDED_WIDTH // 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +73,11 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     fault = _self_test(forward, MlxCacheKV(make_caches), rows, expected)
     if fault is not None:
         log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    kept = partial(MlxCacheKV, make_caches, row_cells=row_cells, serial=fault is not None, snapshots=lost is None)
+    unpadded = fault or _padding_fault(forward, make_caches, vocabulary)
+    if fault is None and unpadded is not None:
+        log.info("Prompts of this model are read one at a time (%s).", unpadded)
+    ways = {"serial": fault is not None, "snapshots": lost is None, "pads": unpadded is None}
+    kept = partial(MlxCacheKV, make_caches, row_cells=row_cells, **ways)
     return ChosenStore("batch" if fault is None else "serial", cell, row_cells, lambda _: kept())
 
 
@@ -195,6 +200,45 @@ def _gap(logits: mx.array, expected: Sequence[mx.array], dtype: mx.Dtype) -> str
         if not gap <= tolerance:
             return f"row {index} of three differs by {gap:.2g} from itself alone"
     return None
+
+
+def _padding_fault(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
+    """Reads a long, a middling and a short prompt together, whole and in two parts, padded with one token and with
+    another. Where the class looks at lengths, each leaves the state that it leaves alone, and exactly the same with
+    both. States show what logits of half precision hide."""
+    rows = [tuple((7 * i + 3 * length) % vocabulary for i in range(length)) for length in PADDED_LENGTHS]
+    try:
+        expected = [_states(forward, MlxCacheKV(make_caches), [row], 1)[0] for row in rows]
+        for parts in (1, 2):
+            found = [
+                _states(forward, MlxCacheKV(make_caches, pads=True, padding=padding), rows, parts)
+                for padding in (0, vocabulary // 2)
+            ]
+            for one, other, alone in zip(*found, expected, strict=True):
+                if not all(bool(mx.array_equal(*pair)) for pair in zip(one, other, strict=True)):
+                    return "what pads a prompt changes it"
+                if not all(_alike(*pair) for pair in zip(one, alone, strict=True)):
+                    return "a prompt that is padded leaves another state"
+    except UNFIT as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _states(forward: Forward, store: MlxCacheKV, rows: Sequence[tuple[int, ...]], parts: int) -> list[list[mx.array]]:
+    """What each row leaves behind in its caches, read in so many parts."""
+    prompts = [Prompt(row, 0) for row in rows]
+    for prompt in prompts:
+        store.begin(prompt, 1, len(prompt.tokens))
+    for left in range(parts, 0, -1):
+        store.prefill(forward, [(p, (len(p.tokens) - p.prefilled) // left) for p in prompts], lambda slots: None)
+    return [arrays_of([compact(cache) for cache in prompt.kept or ()]) for prompt in prompts]
+
+
+def _alike(found: mx.array, expected: mx.array) -> bool:
+    if not mx.issubdtype(expected.dtype, mx.floating):
+        return bool(mx.array_equal(found, expected))
+    gap, scale = mx.max(mx.abs(found - expected)), mx.max(mx.abs(expected))
+    return bool(gap <= (1e-4 if expected.dtype == mx.float32 else 0.05) * scale)
 
 
 def _copies_fault(
