@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.models.recurrent.lstm import EMBEDDING, HEAD
+from rollout_server.models.recurrent.lstm import EMBEDDING, HEAD, parameter_name
 
 OF_TORCH = re.compile(r"(weight|bias)_(ih|hh)_l(\d+)")
 
@@ -63,6 +63,13 @@ def file_names(state: Mapping[str, Any], *, embedding: str, lstm: str, head: str
     if absent := [module for tensor, module in missing.items() if tensor not in found]:
         raise ValueError(f"Nothing in this state dict is of {' or '.join(absent)}.")
     return found
+
+
+def pushed_names(state: Mapping[str, Any], *, embedding: str, lstm: str, head: str) -> dict[str, Any]:
+    """The tensors of a torch module, or changes of them, under the names that a version gives them whose configuration
+    has the kind `full` or `delta`. Raises `ValueError` as `convert` does."""
+    named = file_names(state, embedding=embedding, lstm=lstm, head=head)
+    return {parameter_name(name): value for name, value in named.items()}
 
 
 def config_of(weights: Mapping[str, Any]) -> dict[str, Any]:

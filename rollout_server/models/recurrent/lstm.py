@@ -55,19 +55,19 @@ class LSTMLayer(nn.Module):
         self.hh = nn.Linear(hidden, 4 * hidden, bias=bias)
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
-        """x [B, N, width] → [B, N, hidden]. The cache holds the last output and the cell, [B, hidden]. Positions beyond
-        a row's length leave its state as it is."""
+        """x [B, N, width] → [B, N, hidden]. The cache holds the last output and, in float32, the cell, [B, hidden].
+        Positions beyond a row's length leave its state as it is."""
         given = self.ih(x)
         size = given.shape[-1] // 4
         h, c = (cache[0], cache[1]) if cache is not None else (None, None)
         if h is None or c is None:
-            h = c = mx.zeros((x.shape[0], size), given.dtype)
+            h, c = mx.zeros((x.shape[0], size), given.dtype), mx.zeros((x.shape[0], size))
         mask = cache.make_mask(x.shape[1]) if cache is not None else None
         outputs = []
         for at in range(x.shape[1]):
             i, f, g, o = mx.split(given[:, at] + self.hh(h[:, None])[:, 0], 4, axis=-1)
             cell = mx.sigmoid(f) * c + mx.sigmoid(i) * mx.tanh(g)
-            output = mx.sigmoid(o) * mx.tanh(cell)
+            output = (mx.sigmoid(o) * mx.tanh(cell)).astype(h.dtype)
             if mask is not None:
                 own = mask[:, at, None]
                 cell, output = mx.where(own, cell, c), mx.where(own, output, h)
@@ -119,7 +119,12 @@ class Model(nn.Module):
         return [ArraysCache(2) for _ in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        found = {IN_FILE.sub(r"\1.\3.\2", name): value for name, value in weights.items()}
+        found = {parameter_name(name): value for name, value in weights.items()}
         if self.args.tie_word_embeddings:
             found.pop(f"{HEAD}.weight", None)
         return found
+
+
+def parameter_name(name: str) -> str:
+    """What a tensor of a file is called among the model's parameters."""
+    return IN_FILE.sub(r"\1.\3.\2", name)

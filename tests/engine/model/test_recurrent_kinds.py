@@ -103,11 +103,15 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
+OURS: dict[str, dict[str, Any]] = {"lstm": {}, "xlstm": {"num_heads": 2, "ffn_proj_factor": 1.5}}
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OURS])
 def test_what_a_class_does_is_found_out(family: str, dtype: mx.Dtype) -> None:
-    looks, fields = FAMILIES[family]
-    module = importlib.import_module(f"mlx_lm.models.{family}")
+    looks, fields = FAMILIES[family] if family in FAMILIES else (True, OURS[family])
+    package = "mlx_lm.models" if family in FAMILIES else "rollout_server.models.recurrent"
+    module = importlib.import_module(f"{package}.{family}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict({**SHARED, **fields, "model_type": family}))
     model.update(tree_map(lambda array: array + 0.1 * mx.random.normal(array.shape), model.parameters()))

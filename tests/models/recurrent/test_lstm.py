@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from safetensors.numpy import load_file
 
 from rollout_server.errors import EngineUnavailable
-from rollout_server.models.recurrent.from_torch import config_of, convert, file_names, main
+from rollout_server.models.recurrent.from_torch import config_of, convert, file_names, main, pushed_names
 from rollout_server.models.recurrent.lstm import Model, ModelArgs
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
@@ -68,6 +68,8 @@ def test_tensors_of_a_file_have_the_names_and_layout_of_torch(tmp_path: Path) ->
     state = load_file(GOLDEN)
     found = file_names(state, **NAMES)
     assert np.array_equal(found["model.layers.1.weight_hh"], state["rnn.weight_hh_l1"])
+    pushed = pushed_names(state, **NAMES)
+    assert np.array_equal(pushed["model.layers.1.hh.weight"], state["rnn.weight_hh_l1"])
     assert config_of(found) == {
         "architectures": ["LSTMForCausalLM"],
         "model_type": "lstm",
