@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from rollout_server.engine.kv_cache.mlx_caches import PADDED_WIDTH, MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
@@ -73,7 +73,7 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     fault = _self_test(forward, MlxCacheKV(make_caches), rows, expected)
     if fault is not None:
         log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    unpadded = fault or _padding_fault(forward, make_caches, vocabulary)
+    unpadded = fault or _merging_costs(make_caches) or padding_fault(forward, make_caches, vocabulary)
     if fault is None and unpadded is not None:
         log.info("Prompts of this model are read one at a time (%s).", unpadded)
     ways = {"serial": fault is not None, "snapshots": lost is None, "pads": unpadded is None}
@@ -203,7 +203,13 @@ def _gap(logits: mx.array, expected: Sequence[mx.array], dtype: mx.Dtype) -> str
     return None
 
 
-def _padding_fault(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
+def _merging_costs(make_caches: Callable[[], list[Any]]) -> str | None:
+    """Hybrid models read short prompts no faster together on a CPU, some at two thirds of the speed (docs/figures.md)."""
+    hybrid = any(type(cache) is not ArraysCache for cache in make_caches())
+    return "merging keys and values costs a CPU more" if hybrid and mx.default_device() == mx.cpu else None
+
+
+def padding_fault(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
     """Reads a long, a middling and a short prompt together, whole and in two parts, padded with one token and with
     another. Where the class looks at lengths, each leaves the state that it leaves alone, and exactly the same with
     both. States show what logits of half precision hide."""
