@@ -9,7 +9,7 @@ from types import CodeType, FunctionType
 
 import pytest
 
-PROCESSES = frozenset({"live_server", "subprocess", "Popen"})
+PROCESSES = frozenset({"live_server", "server_here", "subprocess", "Popen"})
 BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "relative", "of_softmax"})
 """The names of tests/support/numbers/bounds.py."""
 FOLLOWED = ("tests.", "rollout_server.demo.")

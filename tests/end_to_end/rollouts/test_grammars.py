@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.http.routes.openai.test_chat_tools import TEMPLATE
 from tests.support import tiny_models
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 
 SCHEMAS = 200
 NAMES = ("a", "size", "the name", "ключ", 'q"\\', "items", "on", "x_1")
@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     tokenizer.add_tokens([AddedToken("<tool_call>", special=True)], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
-    with live_server(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+    with server_here(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
 
 
