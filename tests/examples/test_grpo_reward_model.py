@@ -14,6 +14,7 @@ from tests.support.live_server import Server
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_policy_learns_what_the_reward_model_was_taught(live: Server, tmp_path: Path) -> None:
     command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "8"]

@@ -67,7 +67,9 @@ def logits_of(vocabulary: int, seed: int = 0) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal(vocabulary) * 2.5).astype(np.float32)
 
 
-@pytest.mark.parametrize("vocabulary", [100, 301, 512, 2100])
+@pytest.mark.parametrize(
+    "vocabulary", [301, *(pytest.param(size, marks=pytest.mark.long) for size in (100, 512, 2100))]
+)
 def test_drawn_frequencies_match_the_exact_distribution(vocabulary: int) -> None:
     """All settings share each batch, as rows of different requests do. One, two and three levels of blocks; the last
     block of 301 and of 2,100 is not full."""
@@ -86,6 +88,7 @@ def test_drawn_frequencies_match_the_exact_distribution(vocabulary: int) -> None
         assert p > 1e-4 / (2 * len(params)), (name, p)
 
 
+@pytest.mark.long
 def test_the_tail_is_drawn_as_often_as_it_should_be() -> None:
     """A hundred thousand tokens that together have 2 % of the mass: one float32 uniform could not reach them all."""
     vocabulary, rows = 131_072, 64
