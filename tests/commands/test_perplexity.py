@@ -82,6 +82,7 @@ def test_it_is_that_of_plain_forwards(server: Server, model: Path, text: Path, w
     assert found["bits_per_byte"] == pytest.approx(nll * tokens / math.log(2) / len(TEXT.encode()), rel=within)
 
 
+@pytest.mark.long
 def test_a_text_longer_than_a_request_may_have_is_tokenized_in_parts(server: Server, model: Path) -> None:
     """What this tokenizer makes of lines does not reach across their ends, so the parts are the whole."""
     lines = "".join(f"{n} and {n + 1} make {2 * n + 1}, naïvely\n" for n in range(MOST_CHARACTERS // 24))

@@ -25,3 +25,12 @@ def corners(*axes: Sequence[Any], together: int = 1) -> list[Any]:
         )
         for case in cases
     ]
+
+
+def some_long(cases: Sequence[Any], *kept: Any) -> list[Any]:
+    """The cases of a list, for `parametrize`: all but those that are kept are marked `long`. A case of several names is
+    a tuple."""
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+        for case in cases
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.laws.grids import corners
+from tests.laws.grids import corners, some_long
 
 AXES: list[list[Any]] = [["a", "b", "c", "d"], [1, 2, 3], [None, {}], [True, False]]
 
@@ -22,3 +22,9 @@ def test_every_value_is_met_and_nothing_is_lost(together: int) -> None:
         met = [[case[place] for place in places] for case in chosen]
         assert all(list(wanted) in met for wanted in product(*(AXES[place] for place in places)))
     assert len(chosen) == {1: 4, 4: 48}.get(together, len(chosen)) and (together == 4 or len(chosen) < 48)
+
+
+def test_what_is_not_kept_is_long() -> None:
+    kept, left, several = some_long(["a", "b", (1, 2)], "a")
+    assert kept == "a" and left.values == ("b",) and several.values == (1, 2)
+    assert all([mark.name for mark in case.marks] == ["long"] for case in (left, several))

@@ -13,6 +13,7 @@ from scipy.stats import chi2
 from rollout_server.engine.sampling.numerics import exponential, exponentials_of, peak_of
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.rollout import SamplingParams
+from tests.laws.grids import some_long
 from tests.support.numbers.bounds import of_softmax
 
 DRAWS = 24_000
@@ -67,9 +68,7 @@ def logits_of(vocabulary: int, seed: int = 0) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal(vocabulary) * 2.5).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "vocabulary", [301, *(pytest.param(size, marks=pytest.mark.long) for size in (100, 512, 2100))]
-)
+@pytest.mark.parametrize("vocabulary", some_long([100, 301, 512, 2100], 301))
 def test_drawn_frequencies_match_the_exact_distribution(vocabulary: int) -> None:
     """All settings share each batch, as rows of different requests do. One, two and three levels of blocks; the last
     block of 301 and of 2,100 is not full."""
