@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.openai_sdk.routes import Answer, arguments, resource, streamed, whole
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 ALPHABETS = ("abc 0123+=\n", "äéïøß", "你好世界", "😀👩‍🚀🏳️‍🌈", "नमस्ते", "שלום", "e\u0301\u200d\u00ad\ufffd")
 BATCH = 25
@@ -40,9 +40,7 @@ def check(answers: list[Answer], expected: list[Answer], tokenizer: Any) -> int:
     ],
     ids=["greedy", "bytes", "chat"],
 )
-def test_500_prompts(
-    live: LiveServer, tokenizer: Any, route: str, count: int, fields: dict[str, Any], broad: bool
-) -> None:
+def test_500_prompts(live: Server, tokenizer: Any, route: str, count: int, fields: dict[str, Any], broad: bool) -> None:
     texts = prompts(count, seed=count)
     groups: list[Any] = texts if route == "chat" else [texts[at : at + BATCH] for at in range(0, count, BATCH)]
 
