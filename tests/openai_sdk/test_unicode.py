@@ -33,10 +33,10 @@ def check(answers: list[Answer], expected: list[Answer], tokenizer: Any) -> int:
 @pytest.mark.parametrize(
     ("route", "count", "fields", "broad"),
     [
-        ("completions", 300, {"temperature": 0}, False),
+        pytest.param("completions", 300, {"temperature": 0}, False, marks=pytest.mark.long),
         # Nearly uniform over the vocabulary: broken characters, whole ones, and such that go on in the next token.
         ("completions", 100, {"temperature": 20.0}, True),
-        ("chat", 100, {"temperature": 20.0}, True),
+        pytest.param("chat", 100, {"temperature": 20.0}, True, marks=pytest.mark.long),
     ],
     ids=["greedy", "bytes", "chat"],
 )

@@ -41,7 +41,7 @@ def watched(driver: Driver, *ids: str) -> int:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.long),
         pytest.param({"top_p": 0.9, "temperature": 1.2}, marks=pytest.mark.long),
         {"presence_penalty": 0.7, "repetition_penalty": 1.2},
         pytest.param({"stop": ("ab", "e")}, marks=pytest.mark.long),
