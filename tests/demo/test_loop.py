@@ -53,12 +53,13 @@ def test_without_a_learning_rate_the_reward_stays_flat(settings: Settings) -> No
     assert max(step.max_abs_gap for step in steps) <= GAP_LIMIT
 
 
+@pytest.mark.long
 def test_without_pushing_the_gap_shows_it(settings: Settings) -> None:
-    steps = steps_of(replace(settings, policy="forgotten", steps=3, learning_rate=1e-3, push=False))
+    steps = steps_of(replace(settings, policy="forgotten", steps=5, learning_rate=1e-3, push=False))
     assert steps[0].max_abs_gap <= GAP_LIMIT
     assert steps[-1].max_abs_gap > 1e-2
     assert steps[-1].mean_abs_ratio_minus_one > 1e-3
-    assert [step.push_ms is None for step in steps] == [False, True, True]
+    assert [step.push_ms is None for step in steps] == [False, True, True, True, True]
 
 
 def test_rollouts_of_another_version_are_refused(settings: Settings) -> None:

@@ -119,6 +119,7 @@ def test_without_matplotlib_the_picture_is_left_out(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "reward.png").exists()
 
 
+@pytest.mark.long
 def test_a_demo_that_is_told_to_stop_takes_its_server_along(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from rollout_server.demo.run import ending_in_order, serving\n"
