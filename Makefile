@@ -41,10 +41,10 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(or $(ARGS),-m "not long" $(SPREAD))
 
-test-fast: $(READY)  ## a minute's worth of them: no server process, no kill, no forwards to compare
-	$(BIN)/python -m pytest -q -m "not server and not numeric and not long" $(SPREAD) $(ARGS)
+test-fast: $(READY)  ## a minute's worth of them: no server, no kill, no model that is loaded
+	$(BIN)/python -m pytest -q -m "not server and not model and not numeric and not long" $(SPREAD) $(ARGS)
 
-test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end
+test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end, grids to their corners
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
