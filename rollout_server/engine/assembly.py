@@ -69,7 +69,8 @@ def build_engine(
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
-    scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
+    reader = make_reader(model, policies, prefix_reuse)
+    scoring, held = ScoringQueue(reader, policies, ledger, blame), HeldScorers(policies)
     tasks = ScoringTasks(scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens

@@ -1,5 +1,5 @@
-"""Requests to an encoder, and which of their sequences share a forward: requests take turns, so that a small one does not
-wait for a large one to end, and what is of the same width and runs on the same weights goes along."""
+"""Requests to an encoder, and which of their sequences share a forward: requests take turns, so that a small one does
+not wait for a large one to end, and what is of the same width and runs on the same weights goes along."""
 
 from __future__ import annotations
 
