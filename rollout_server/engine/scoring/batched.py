@@ -172,7 +172,7 @@ class BatchedReader:
     def _leave(self, sequences: Sequence[ScoredSequenceState], places: Sequence[int], scrub: Sequence[int]) -> None:
         self._seated = [sequence for sequence in self._seated if sequence not in sequences]
         if not self._held:
-            self._rows = self._make_rows()
+            self._empty()
             return
         moved = self._rows.leave(places, scrub) if places else None
         if moved is None:
@@ -183,7 +183,13 @@ class BatchedReader:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
 
     def reset(self) -> None:
-        self._joining, self._seated, self._kept, self._rows = [], [], [], self._make_rows()
+        self._joining, self._seated, self._kept = [], [], []
+        self._empty()
+
+    def _empty(self) -> None:
+        # A store and its layers know each other: until a collector looks for such circles, the arrays would stay.
+        self._rows.give_arrays()
+        self._rows = self._make_rows()
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
