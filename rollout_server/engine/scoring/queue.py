@@ -9,6 +9,7 @@ can wait for the other for ever.
 from __future__ import annotations
 
 from collections import deque
+from typing import Literal
 
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
@@ -50,6 +51,11 @@ class ScoringQueue:
     @property
     def busy(self) -> bool:
         return bool(self._jobs)
+
+    @property
+    def kind(self) -> Literal["scoring", "rewards"]:
+        """What it is to be read, for the turn's budget: only rewards of calls, or what somebody waits for, too."""
+        return "rewards" if self._jobs and all(job.owner for job in self._jobs) else "scoring"
 
     @property
     def cells(self) -> int:
