@@ -58,7 +58,7 @@ $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(PEERS) default peers
 	@touch $@
 
-test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers and litellm, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
+test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers, litellm and cohere, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
 	$(PEERS)/bin/python -m pytest -q tests/peers $(ARGS)
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")

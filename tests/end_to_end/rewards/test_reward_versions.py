@@ -77,6 +77,10 @@ def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) 
             client.rewards(SEQUENCES, model="policy")
         with pytest.raises(ServerError, match="policy@1 is for the task generate"):
             client.push("policy", reward)
+        narrow = tiny_scorers.reward_adapter(info, head={"score.weight": np.zeros((1, 60), np.float32)})
+        with pytest.raises(ServerError, match=r"score.weight has shape \[1, 60\]") as refused:
+            client.push("narrow", *narrow)
+        assert refused.value.status == 422
         exported = httpx.get(f"{live.url}/v1/weights/rm/1/export", params={"format": "peft"}).raise_for_status().content
         assert httpx.get(f"{live.url}/v1/weights/rm/1/export", params={"format": "mlx"}).status_code == 409
     assert "base_model.model.score.weight" in load(exported)

@@ -19,7 +19,8 @@ from tests.support.live_server import Server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient, ServerError
 
-PROMPTS = [[5, 6, 7, 9, 8], [9, 9, 4], list(range(10, 50))]
+PROMPTS = [[5, 6, 7, 9, 8], [9, 9, 4], list(range(10, 110))]
+"""The last one is long enough to be read once for all of its rows."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def client(live: Server, info: ModelInfo) -> Iterator[RolloutClient]:
 
 
 def within(scores: np.ndarray) -> Any:
-    return TINY.of_logits(scores, 128)
+    return TINY.of_logits(scores, 160)
 
 
 def in_use(live: Server) -> dict[str, int]:

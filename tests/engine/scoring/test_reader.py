@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +187,19 @@ def test_scoring_stays_inside_the_kv_memory_of_the_rows(bare_model: Callable[[st
         largest = max(largest, scoring.size)
     assert largest > 1 and len(driver.rollouts(rows)) == 10
     assert driver.scoring.cells == 0 and scoring._rows.nbytes == 0
+
+
+def test_what_was_scored_is_freed_at_once(base: Driver) -> None:
+    """And not when somebody looks for objects that know each other."""
+    id = base.ask_score(prompts_of([200] * 4, 286))
+    gc.disable()
+    try:
+        base.until(lambda: base.reader.nbytes > 0)
+        held = [weakref.ref(array) for array in base.reader._rows.arrays()]
+        base.scored(id)
+        assert held and {array() for array in held} == {None}
+    finally:
+        gc.enable()
 
 
 def test_a_sequence_larger_than_the_memory_is_scored_all_the_same(
