@@ -22,7 +22,7 @@ from tests.support.numbers.bounds import TINY, assert_near
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]
 # Not qwen3_next: a tiny random one amplifies the last bits of a product by 50, whatever the cache.
-JOINED = ["mamba2", "granitemoehybrid", "falcon_h1"]
+JOINED = ["mamba2", "granitemoehybrid", "falcon_h1", "xlstm", "lstm"]
 
 
 def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
