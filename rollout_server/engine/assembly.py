@@ -67,9 +67,9 @@ def build_engine(
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
     ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
     requests = requests_of(model, ledger)
-    reports = Reports(requests, policies)
+    reports, held = Reports(requests, policies), HeldScorers(policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
-    scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
+    scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens

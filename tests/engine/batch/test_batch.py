@@ -14,6 +14,7 @@ from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
+from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -49,7 +50,7 @@ def assert_scored(row: Rollout, score: ScoredSequence, within: float) -> None:
         assert_near([v for _, v in mine], [v for _, v in theirs], within)
 
 
-@pytest.mark.parametrize("family", SLOTS + JOINED)
+@pytest.mark.parametrize("family", some_long(SLOTS + JOINED, "qwen3", "gemma3_text", "gpt_oss", "granitemoehybrid"))
 def test_32_rows_of_mixed_lengths_equal_each_alone(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
@@ -271,7 +272,7 @@ def test_a_long_row_is_admitted_after_many_short_ones(bare_model: Callable[[str]
     assert driver.batch(0).store.nbytes <= small.info.kv_memory
 
 
-@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+@pytest.mark.parametrize("family", some_long(["mamba2", "falcon_h1"], "mamba2"))
 def test_joined_rows_stay_inside_the_kv_memory(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
