@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from examples.recurrent.lstm_rollouts import END, make, train
+from examples.lstm_rollouts import END, make, train
 from tests.support.live_server import live_server
 
 

@@ -204,7 +204,7 @@ def _gap(logits: mx.array, expected: Sequence[mx.array], dtype: mx.Dtype) -> str
 
 
 def _merging_costs(make_caches: Callable[[], list[Any]]) -> str | None:
-    """Hybrid models read short prompts no faster together on a CPU, some at two thirds of the speed (docs/figures.md)."""
+    """A CPU reads short prompts of hybrid models no faster together, of some at two thirds of the speed."""
     hybrid = any(type(cache) is not ArraysCache for cache in make_caches())
     return "merging keys and values costs a CPU more" if hybrid and mx.default_device() == mx.cpu else None
 

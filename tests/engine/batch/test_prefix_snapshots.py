@@ -16,6 +16,7 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.engine.batch.test_batch import tolerance
 from tests.engine.batch.test_prefix_reuse import assert_all_same, pair
+from tests.laws.grids import corners
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -213,8 +214,7 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     assert_all_same(rows, expected, max(TINY.of_row(row) for row in expected))
 
 
-@pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "family"), corners(range(2), KINDS))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""
     model = bare_model(family)

@@ -1,8 +1,8 @@
 """A policy that is an LSTM: written to a directory, served, and taught by policy gradient, pushed whole at each step.
 
-    python examples/recurrent/lstm_rollouts.py make /tmp/lstm          # a random model that writes letters
+    python examples/lstm_rollouts.py make /tmp/lstm          # a random model that writes letters
     rollout-server serve --model /tmp/lstm                   # in another terminal
-    python examples/recurrent/lstm_rollouts.py train /tmp/lstm         # its letters come to follow the alphabet
+    python examples/lstm_rollouts.py train /tmp/lstm         # its letters come to follow the alphabet
 
 An LSTM of torch becomes such a directory by `python -m rollout_server.models.recurrent.from_torch`. The gradient may be
 torch's too: `pushed_names` of that module gives a state dict the names of a push.
