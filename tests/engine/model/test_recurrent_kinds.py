@@ -88,6 +88,20 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
             "num_experts_per_tok": 1,
         },
     ),
+    "qwen3_5": (
+        True,
+        {
+            "text_config": {
+                **SHARED,
+                "model_type": "qwen3_5_text",
+                "full_attention_interval": 2,
+                "linear_num_value_heads": 4,
+                "linear_num_key_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+            }
+        },
+    ),
     # Its convolution looks at lengths, and its state does not.
     "nemotron_h": (
         False,
@@ -105,6 +119,7 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
+HYBRIDS = ("lfm2", "qwen3_5")
 OURS: dict[str, dict[str, Any]] = {"lstm": {}, "xlstm": {"num_heads": 2, "ffn_proj_factor": 1.5}}
 
 
@@ -123,7 +138,7 @@ def test_what_a_class_does_is_found_out(family: str, dtype: mx.Dtype) -> None:
     assert chosen.kind == "batch" and isinstance(store, MlxCacheKV)
     assert store.snapshots
     fault = padding_fault(lambda tokens, caches: model(tokens, cache=caches), model.make_cache, VOCABULARY)
-    assert (fault is None) is looks and (store.pads is looks or family == "lfm2")
+    assert (fault is None) is looks and (store.pads is looks or family in HYBRIDS)
 
 
 @pytest.mark.parametrize("family", [*JOINED, "qwen3_next"])
