@@ -39,14 +39,15 @@ def entry_of(name: str, version: RestoredVersion) -> Entry:
     )
 
 
-def version_of(entry: Entry) -> PolicyVersion:
-    return PolicyVersion(entry.name, entry.number, entry.digest, entry.label)
+def version_of(entry: Entry, resident: str) -> PolicyVersion:
+    """`resident` is the model that it is a version of, as `EngineOptions` has it."""
+    return PolicyVersion(entry.name, entry.number, entry.digest, entry.label, resident)
 
 
-def status_of(entry: Entry, resident_bytes: int) -> VersionStatus:
+def status_of(entry: Entry, resident: str, resident_bytes: int) -> VersionStatus:
     facts = entry.facts
     return VersionStatus(
-        version_of(entry),
+        version_of(entry, resident),
         facts.kind,
         facts.mode,
         facts.rank,
@@ -62,8 +63,10 @@ def status_of(entry: Entry, resident_bytes: int) -> VersionStatus:
     )
 
 
-def line_of(registry: Registry, name: str, size: Callable[[Content], int]) -> PolicyStatus:
+def line_of(registry: Registry, name: str, resident: str, size: Callable[[Content], int]) -> PolicyStatus:
     """A name with all its kept versions; `size` gives what the content of one takes on the device, bytes."""
     live = registry.live(name)
-    versions = tuple(status_of(entry, size(entry.content)) for entry in registry.versions(name))
-    return PolicyStatus(name, version_of(live) if live else None, versions, registry.last(name), registry.gone(name))
+    versions = tuple(status_of(entry, resident, size(entry.content)) for entry in registry.versions(name))
+    return PolicyStatus(
+        name, version_of(live, resident) if live else None, versions, registry.last(name), registry.gone(name)
+    )

@@ -29,7 +29,6 @@ from rollout_server.http.service import Service, service_of
 from rollout_server.quoting import quoted
 from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, read_adapter_directory
-from rollout_server.versions.publisher import check_name
 
 LORA_WORDS: Mapping[str, str] = MappingProxyType(
     {"name": "lora_name", "policy": "lora_name", "adapter": "lora_path", "weights": "lora_path", "config": "lora_path"}
@@ -63,7 +62,7 @@ class LoraDoorsController(Controller):
         service = service_of(request)
         folder = adapter_folder(service)
         with renamed(LORA_WORDS):
-            check_name(data.lora_name, service.info.id)
+            service.publisher.check_name(data.lora_name)
             if not data.load_inplace and has_versions(service, data.lora_name):
                 raise InvalidField(
                     f"The lora adapter {quoted(data.lora_name)} has already been loaded. If you want to load the "
@@ -87,7 +86,7 @@ class LoraDoorsController(Controller):
             "activate": published.activate_ms,
             **({} if published.persist_ms is None else {"persist": published.persist_ms}),
         }
-        service.metrics.push(timings, prepared.bundle.nbytes)
+        service.metrics.push(timings, prepared.bundle.nbytes, service.name)
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' added successfully.", status_code=200, media_type=MediaType.TEXT
         )
