@@ -78,10 +78,15 @@ class Residents:
             f"Several models can answer this here ({some_of(names)}): say which by model.", param="model"
         )
 
+    @property
+    def living(self) -> tuple[EngineHandle, ...]:
+        """The engines that have not died; that of the base where all have, to say why."""
+        found = tuple(service.engine for service in self.every if service.engine.status.state != "dead")
+        return found or (self.base.engine,)
+
     async def each(self, ask: Callable[[EngineHandle], Coroutine[Any, Any, T]]) -> list[T]:
         """Asks every engine that lives, all at once; what one of them fails with is raised when all have answered."""
-        living = [service.engine for service in self.every if service.engine.status.state != "dead"]
-        found = await asyncio.gather(*map(ask, living or [self.base.engine]), return_exceptions=True)
+        found = await asyncio.gather(*map(ask, self.living), return_exceptions=True)
         done = []
         for result in found:
             if isinstance(result, BaseException):

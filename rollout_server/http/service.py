@@ -147,7 +147,7 @@ class Service:
         """What a request's `policy` or `model` means. A bare name's version is remembered for the body of an error; a
         pinned one is whatever the address says."""
         info = self.info
-        text = self._without_resident(text, param)
+        text = self.own_part(text, param)
         if text == info.id or text.startswith(f"{info.id}@"):
             # The base's id need not look like a name: a Hub id has a slash.
             address = PolicyAddress.parse(BASE + text[len(info.id) :], param=param)
@@ -167,7 +167,7 @@ class Service:
             request.scope["state"][RESOLVED] = alias
         return address
 
-    def _without_resident(self, text: str, param: str) -> str:
+    def own_part(self, text: str, param: str) -> str:
         """An address as this model's own engine knows it. Raises `InvalidField` for one of another model."""
         if (own := resident_in(text, "" if self.resident else self.info.id, self.residents)) != self.resident:
             raise InvalidField(

@@ -77,8 +77,8 @@ def _beside(config: ServerConfig, base: EngineOptions, name: str, model: str) ->
 
 
 def _sharing(config: ServerConfig, every: Sequence[EngineOptions]) -> tuple[EngineOptions, ...]:
-    """The same with what each may take of the memory. Imported here: one model alone needs to ask nothing of the device
-    before its engine does."""
+    """The options with what each model may take of the memory."""
+    # One model alone asks nothing of the device before its engine does.
     from rollout_server.engine.model.footprints import footprint_of, memory_of_device
 
     footprints = [footprint_of(Path(options.model_path)) for options in every]

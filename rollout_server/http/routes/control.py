@@ -83,6 +83,7 @@ class ControlController(Controller):
         responses={200: ResponseSpec(ReleaseReply, description="Bytes that were given back."), **failures()},
     )
     async def release(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        released = await residents_of(request).each(lambda engine: engine.release())
+        # One after the other: what is freed is seen in the memory of the whole process.
+        released = [await engine.release() for engine in residents_of(request).living]
         freed, kv = (sum(getattr(each, what) for each in released) for what in ("nbytes", "kv_bytes"))
         return json_response({"released_bytes": freed, "kv_bytes": kv})

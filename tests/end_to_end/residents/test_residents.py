@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from typer.testing import CliRunner
 
+from rollout_server.cli import app
 from rollout_server.config import ServerConfig
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
@@ -222,6 +225,46 @@ def test_a_version_of_another_model_scores_too(several: Asking, other: ModelInfo
         client.delete_policy("other/judge")
 
 
+def test_commands_know_every_model(several: Asking, models: Models, tmp_path: Path) -> None:
+    directory = tiny_models.save_adapter(tmp_path / "adapter", *adapter(models, 8))
+    runner, url = CliRunner(), ("--url", several.url)
+    pushed = runner.invoke(app, ["push", str(directory), "--name", "other/typed", *url])
+    assert pushed.stdout.startswith("other/typed@1 live: ")
+    assert "other/typed@1" in runner.invoke(app, ["weights", "list", "--model", "other", *url]).stdout
+    said = json.loads(runner.invoke(app, ["top", "--interval", "0.1", "--json", *url]).stdout)
+    assert [model["model"] for model in said["models"]] == list(KINDS)
+    assert "other/typed" in [line["name"] for line in said["policies"]]
+    shown = runner.invoke(app, ["top", "--interval", "0.1", "--once", *url], env={"COLUMNS": "200"}).stdout
+    assert "enc: ready, 0 rows running" in shown
+    assert runner.invoke(app, ["weights", "delete", "other/typed", "--all", *url]).exit_code == 0
+
+
+def test_a_start_that_cannot_be_is_one_sentence(models: Models) -> None:
+    other = f"other={models.beside['other']}"
+    for options, sentence in (
+        (
+            ("--also", other, "--memory", "1MiB"),
+            r"The models need 1\.2 MiB together \(base .*, other .*--memory is 1\.0 MiB",
+        ),
+        (("--also", other, "--also", other), r"--also \(ROLLOUT_ALSO\): 'other' names two models"),
+        (("--also", "first=/nowhere"), "--also calls a model 'first', and the model of --model is called 'first'"),
+        (("--also", "rm=/nowhere"), "--also rm=/nowhere: There is no directory /nowhere"),
+    ):
+        refused = CliRunner().invoke(app, ["serve", "--model", str(models.base), "--port", "0", *options])
+        assert refused.exit_code == 1 and re.search(f"rollout-server: {sentence}", refused.stderr), refused.stderr
+
+
+def test_an_adapter_directory_serves_every_model(models: Models, tmp_path: Path) -> None:
+    tiny_models.save_adapter(tmp_path / "one", *adapter(models, 9))
+    with served(models.config(adapter_dir=tmp_path)) as url:
+        asking = Asking(url)
+        loaded = {"lora_name": "other/one", "lora_path": "one"}
+        assert asking.http.post("/v1/load_lora_adapter", json=loaded).status_code == 200
+        assert asking.rollouts("other/one")[0]["versions"][0]["policy"] == "other/one"
+        assert asking.http.post("/v1/unload_lora_adapter", json={"lora_name": "other/one"}).status_code == 200
+        assert asking.refused(404, "/v1/weights/one?model=other", "GET")["code"] == "unknown_policy"
+
+
 def test_counts_are_told_by_model(several: Asking) -> None:
     before = {model["model"]: model for model in several.http.get("/health").json()["models"]}
     several.rollouts("other")
@@ -269,11 +312,13 @@ def test_a_dead_one_does_not_stop_the_others(models: Models, monkeypatch: pytest
 
 
 def test_each_keeps_its_versions_over_a_restart(models: Models, tmp_path: Path) -> None:
-    config = models.config(state_dir=tmp_path / "state")
+    given = tiny_models.save_adapter(tmp_path / "given", *adapter(models, 7))
+    config = models.config(state_dir=tmp_path / "state", adapters=(("other/given", given),))
     base = tiny_models.linear_layers(models.base)
     with served(config) as url, RolloutClient(url) as client:
         first = client.push("p", *tiny_models.random_adapter(base, 4, 1))
         second = client.push("p", *adapter(models, 2), model="other")
+        assert [line.name for line in client.weights("other")] == ["other/given", "other/p"]
         before = Asking(url).rollouts("p"), Asking(url).rollouts("other/p")
     assert (tmp_path / "state" / "models" / "other" / "policies").is_dir()
     with served(config) as url, RolloutClient(url) as client:
