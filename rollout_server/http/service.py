@@ -137,7 +137,7 @@ class Service:
         for policy in self.policies():
             if policy.name == name:
                 return policy
-        known = some_of(self._names()) or "none was pushed yet"
+        known = some_of([*self.residents, *self._names()]) or "none was pushed yet"
         raise UnknownPolicy(f"There is no policy {quoted(self.called(name))} (known: {known}).", param="name")
 
     def _names(self) -> list[str]:

@@ -57,7 +57,8 @@ def engines(config: ServerConfig) -> tuple[EngineOptions, ...]:
     others = [_beside(config, base, name, model) for name, model in config.also]
     if not others and config.memory is None:
         return (base,)
-    return _sharing(config, (base, *others))
+    models = (BASE, *(other.resident for other in others)) if others else ()
+    return _sharing(config, [replace(options, models=models) for options in (base, *others)])
 
 
 def _beside(config: ServerConfig, base: EngineOptions, name: str, model: str) -> EngineOptions:

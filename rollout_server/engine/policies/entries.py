@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from adapters.bundle import AdapterBundle, Content
+from adapters.errors import UnknownName
 from adapters.spec import Mode
 from adapters.versions.registry import Entry, Facts, Registry
 from rollout_server.engine.messages.versions import (
@@ -61,6 +63,17 @@ def status_of(entry: Entry, resident: str, resident_bytes: int) -> VersionStatus
         facts.task,
         facts.labels,
     )
+
+
+@contextmanager
+def naming(models: Sequence[str]) -> Iterator[None]:
+    """Where there are several models, what is asked for may have been one of them: `UnknownName` says what there is."""
+    try:
+        yield
+    except UnknownName as error:
+        if not models:
+            raise
+        raise UnknownName(f"{error.message} The models here are {', '.join(models)}.") from error
 
 
 def line_of(registry: Registry, name: str, resident: str, size: Callable[[Content], int]) -> PolicyStatus:

@@ -34,7 +34,7 @@ from rollout_server.engine.messages.versions import (
     Restored,
 )
 from rollout_server.engine.model.resident import VersionedModel
-from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
+from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, naming, status_of, version_of
 from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
@@ -45,7 +45,7 @@ class PolicyTable:
 
     def __init__(self, model: VersionedModel, options: EngineOptions) -> None:
         info = model.info
-        self._model = options.resident
+        self._model, self._models = options.resident, options.models
         self.base = PolicyVersion(BASE, 0, info.digest, resident=self._model)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
@@ -382,7 +382,7 @@ class PolicyTable:
             if wrong:
                 raise UnknownPolicy(f"The base has only version 0 ({self.base.digest}), not {address}.", param="policy")
             return None
-        with as_ours():
+        with as_ours(), naming(self._models):
             return self._registry.resolve(address.name, address.number, address.digest)
 
     # ---- status ---------------------------------------------------------------------------------------------------

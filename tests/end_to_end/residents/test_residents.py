@@ -186,7 +186,11 @@ def test_what_is_not_there_is_refused_by_name(several: Asking) -> None:
     for policy in ("nobody/p", "nobody/p@3"):
         error = several.refused(404, "/v1/rollouts", policy=policy, **body)
         assert "base, other, rm, enc" in error["message"] and error["param"] == "policy"
-    assert several.refused(404, "/v1/rollouts", policy="other/nobody", **body)["code"] == "unknown_policy"
+    for policy in ("nobody", "other/nobody@2"):
+        error = several.refused(404, "/v1/rollouts", policy=policy, **body)
+        assert error["message"].startswith("There is no policy 'nobody'; push weights under this name first.")
+        assert error["message"].endswith(" The models here are base, other, rm, enc.")
+        assert (error["code"], error["param"]) == ("unknown_policy", "policy")
     assert "rm" in several.refused(400, "/v1/rollouts", policy="rm", **body)["message"]
     assert "other" in several.refused(400, "/classify", model="other", input="the cat")["message"]
     error = several.refused(404, "/v1/weights?model=nobody", "GET")
