@@ -112,6 +112,7 @@ class Residents:
         """Raises `EngineUnavailable` unless the engine's thread answers within so many seconds."""
         self.check(service)
         if not await service.engine.ping(within_s):
+            self.check(service)  # It may have died since, and says why.
             raise EngineUnavailable(self._about(service, f"The engine thread did not answer within {within_s:g} s."))
 
     def _about(self, service: Service, fault: str) -> str:

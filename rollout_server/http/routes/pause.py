@@ -108,13 +108,13 @@ class PauseDoorsController(Controller):
         responses={200: ResponseSpec(IsPausedReply, description="The answer in vLLM's form."), **failures()},
     )
     async def is_paused(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        engines = [service.engine for service in residents_of(request).every]
-        return json_response({"is_paused": any(engine.status.paused is not None for engine in engines)})
+        paused = state(residents_of(request))["paused"]
+        return json_response({"is_paused": paused})
 
 
 def state(residents: Residents) -> dict[str, Any]:
     """All models are paused together; requests and rows are those of all."""
-    every = [service.engine.status for service in residents.every]
+    every = [engine.status for engine in residents.living]
     mode = next((status.paused for status in every if status.paused is not None), None)
     return {
         "paused": mode is not None,

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rollout_server.engine.model.load import load as load_model
 from rollout_server.http.server import served
 from tests.support import tiny_models, tiny_scorers
 from tests.support.golden_encoders import cross_encoder
+from tests.support.live_server import until
 from tests.support.numbers.bounds import TINY, Network, assert_near
 from trainer_client import RolloutClient, ServerError
 
@@ -286,20 +288,43 @@ def test_counts_are_told_by_model(several: Asking) -> None:
     assert several.http.post("/v1/resume").json()["paused"] is False
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_one_does_not_stop_the_others(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def dying(model: str) -> Iterator[None]:
+    """The next turn of a model's engine is its last."""
     turn = Engine.turn
 
-    def dying(self: Engine) -> None:
-        if threading.current_thread().name == "engine other":
+    def last(self: Engine) -> None:
+        if threading.current_thread().name == f"engine {model}":
             raise MemoryError("no memory left")
         turn(self)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "turn", last)
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reward_model_that_dies_costs_no_rollout(models: Models) -> None:
+    with served(models.config()) as url, ThreadPoolExecutor(1) as pool:
+        asking = Asking(url)
+        asking.ask("/v1/pause", mode="wait")
+        call = pool.submit(Asking(url).rollouts, "base", reward={"model": "rm", "as": "text"})
+        until(lambda: asking.http.get("/health").json()["models"][0]["waiting"])
+        with dying("rm"):
+            until(lambda: asking.http.get("/health").status_code == 503)
+        assert asking.http.post("/v1/resume").json()["paused"] is False
+        rows = call.result()
+        assert [len(row["token_ids"]) for row in rows] == [SAMPLING["max_tokens"]] * 3
+        assert {row["reward"]["error"]["code"] for row in rows} == {"engine_unavailable"}
+        assert "The model rm: " in asking.refused(503, "/health", "GET")["message"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_one_does_not_stop_the_others(models: Models) -> None:
     with served(models.config()) as url:
         asking = Asking(url)
         before = asking.numbers("base", "generate"), asking.numbers("rm", "classify")
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "turn", dying)
+        with dying("other"):
             error = asking.refused(503, "/v1/rollouts", policy="other", prompts=[PROMPT], sampling=SAMPLING)
             assert "no memory left" in error["message"]
         health = asking.refused(503, "/health", "GET")["message"]
