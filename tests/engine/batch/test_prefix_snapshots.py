@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.engine.batch.test_batch import tolerance
 from tests.engine.batch.test_prefix_reuse import assert_all_same, pair
-from tests.laws.grids import corners
+from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -29,7 +30,7 @@ END = 286
 """The id that ends a message of the tiny models, one above what `prompts_of` draws from."""
 
 
-@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Paths) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -46,7 +47,7 @@ def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Pa
     assert off.status.prefix.on is False and off.status.prefix.nbytes == 0
 
 
-@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+@pytest.mark.parametrize("family", some_long(["mamba2", "qwen3_next"], "mamba2"))
 def test_the_second_turn_of_a_long_conversation_reads_what_is_new(
     family: str, bare_model: Models, model_path: Paths
 ) -> None:
@@ -117,7 +118,7 @@ def rows_of_uneven_ends(driver: Driver) -> list[Rollout]:
     return [driver.rollouts(id)[0] for id in ids]
 
 
-@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
 def test_rows_that_end_beside_others_leave_the_state_they_have(
     family: str, bare_model: Models, model_path: Paths
 ) -> None:
@@ -214,7 +215,7 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     assert_all_same(rows, expected, max(TINY.of_row(row) for row in expected))
 
 
-@pytest.mark.parametrize(("seed", "family"), corners(range(2), KINDS))
+@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0]), (1, KINDS[-1])))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""
     model = bare_model(family)
