@@ -21,6 +21,7 @@ from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants
+from tests.laws.grids import corners
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
 
@@ -259,8 +260,7 @@ def switched(driver: Driver, kind: str = "peft") -> Rollout:
     return row
 
 
-@pytest.mark.parametrize("path", [lambda driver: driver, slow], ids=["batched", "one at a time"])
-@pytest.mark.parametrize("kind", ["peft", "dora"])
+@pytest.mark.parametrize(("kind", "path"), corners(["peft", "dora"], [lambda driver: driver, slow]))
 def test_a_switched_row_is_checked_through_its_spans(
     driver: Driver, kind: str, path: Callable[[Driver], Driver]
 ) -> None:
