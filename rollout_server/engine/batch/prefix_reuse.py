@@ -94,11 +94,17 @@ class PrefixReuse:
         """What stands between a batch's places and what is kept; None where nothing is. Messages end with `ends`."""
         if not self.on:
             return None
-        if isinstance(self._cache, PrefixCache) and isinstance(store, PaddedKV):
-            return BatchPrefixes(store, self, self._cache)
+        if isinstance(store, PaddedKV) and (columns := self.of_columns(store)) is not None:
+            return columns
         if isinstance(self._cache, Snapshots) and isinstance(store, MlxCacheKV):
             return BatchSnapshots(store, self, self._cache, ends)
         raise RuntimeError("What is kept for later is not of the kind that this batch computes with.")
+
+    def of_columns(self, store: PaddedKV) -> BatchPrefixes | None:
+        """What stands between places with columns and what is kept, whoever reads in them; None where nothing is."""
+        if not self.on or not isinstance(self._cache, PrefixCache):
+            return None
+        return BatchPrefixes(store, self, self._cache)
 
     def keeps(self, key: Key) -> bool:
         """Returns whether what was computed under a key may be kept."""
@@ -144,17 +150,15 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._cache.find(key_of(group.version, group.placement), prompt.tokens, LEAST):
-                self._store.paste(prompt, segments)
-                if not group.prefilled_at:
-                    group.cached_tokens = prompt.prefilled
+            if self.paste(prompt, key_of(group.version, group.placement)) and not group.prefilled_at:
+                group.cached_tokens = prompt.prefilled
 
     def keep_read(self, groups: Sequence[Group]) -> bool:
         return False
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         if group.version is not None and prompt.tokens:
-            mx.eval(self._keep(place, key_of(group.version, group.placement), prompt.tokens))
+            mx.eval(self.keep(place, key_of(group.version, group.placement), prompt.tokens))
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         copies: list[mx.array] = []
@@ -167,10 +171,16 @@ class BatchPrefixes:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
-                copies += self._keep(place, key, tokens, (len(request.given_ids),))
+                copies += self.keep(place, key, tokens, (len(request.given_ids),))
         return copies
 
-    def _keep(self, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()) -> list[mx.array]:
+    def paste(self, prompt: Prompt, key: Key) -> bool:
+        """Gives a prompt what there is of it; returns whether that is anything."""
+        if segments := self._cache.find(key, prompt.tokens, LEAST):
+            self._store.paste(prompt, segments)
+        return bool(segments)
+
+    def keep(self, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()) -> list[mx.array]:
         """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
         if not self._prefix_reuse.keeps(key):
             return []

@@ -69,20 +69,21 @@ class BatchedReader:
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,
-        prefixes: PrefixReuse,
+        prefix_reuse: PrefixReuse,
         hidden: Forward | None = None,
         filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._hidden = hidden or forward
         self._filter_kernel = filter_kernel
-        self._prefixes = prefixes
+        self._prefix_reuse = prefix_reuse
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
         self._chunk = chunk
         self.limit = min(MOST_SEQUENCES, self._chunk)
         self._rows = make_rows()
+        self._prefixes = prefix_reuse.of_columns(self._rows)
         self._joining: list[_Joining] = []
         self._seated: list[ScoredSequenceState] = []
         self._kept: list[SharedPrefix] = []
@@ -129,14 +130,15 @@ class BatchedReader:
         sequences = [prefix.waiting.popleft() for _ in range(count)]
         prefix.joining = True
         self._joining.append(_Joining(prefix, sequences))
-        if (key := sequences[0].job.key) is not None and prefix.prompt.tokens and prefix.prompt.kept is None:
-            self._rows.paste(prefix.prompt, self._prefixes.find(key, prefix.prompt.tokens))
+        key, prompt = sequences[0].job.key, prefix.prompt
+        if self._prefixes is not None and key is not None and prompt.tokens and prompt.kept is None:
+            self._prefixes.paste(prompt, key)
         self._kept = [kept for kept in self._kept if kept is not prefix] + [prefix] * bool(prefix.waiting)
 
     def awaits(self, prefix: SharedPrefix) -> bool:
         """Once, so that nobody waits for one after another where there is no room to keep any."""
         key = prefix.waiting[0].job.key
-        if key is None or not self._prefixes.on:
+        if key is None or self._prefixes is None:
             return False
         for joining in self._joining:
             first = prefix.awaited in (None, joining.prompt)
@@ -150,8 +152,8 @@ class BatchedReader:
         for joining in [joining for joining in self._joining if joining.prompt.done]:
             keep = bool(joining.prefix.waiting)
             places = self._rows.seat(joining.prompt, len(joining.sequences), keep)
-            if (key := joining.key) is not None and joining.prompt.tokens:
-                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.tokens))
+            if self._prefixes is not None and joining.key is not None and joining.prompt.tokens:
+                mx.eval(self._prefixes.keep(places[0], joining.key, joining.prompt.tokens))
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:
@@ -190,6 +192,7 @@ class BatchedReader:
         # A store and its layers know each other: until a collector looks for such circles, the arrays would stay.
         self._rows.give_arrays()
         self._rows = self._make_rows()
+        self._prefixes = self._prefix_reuse.of_columns(self._rows)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -210,7 +213,7 @@ class BatchedReader:
         for sequence in ended:
             if sequence.fault is not None and sequence.job.key is not None:
                 # Nobody knows since when its numbers were not finite.
-                self._prefixes.forget(sequence.job.key)
+                self._prefix_reuse.forget(sequence.job.key)
         self._leave(ended, [sequence.place for sequence in ended], faulty)
         return ended
 
