@@ -69,21 +69,20 @@ class BatchedReader:
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,
-        prefix_reuse: PrefixReuse,
+        prefixes: PrefixReuse,
         hidden: Forward | None = None,
         filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._hidden = hidden or forward
         self._filter_kernel = filter_kernel
-        self._prefix_reuse = prefix_reuse
+        self._prefixes = prefixes
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
         self._chunk = chunk
         self.limit = min(MOST_SEQUENCES, self._chunk)
         self._rows = make_rows()
-        self._prefixes = prefix_reuse.of_columns(self._rows)
         self._joining: list[_Joining] = []
         self._seated: list[ScoredSequenceState] = []
         self._kept: list[SharedPrefix] = []
@@ -131,14 +130,15 @@ class BatchedReader:
         prefix.joining = True
         self._joining.append(_Joining(prefix, sequences))
         key, prompt = sequences[0].job.key, prefix.prompt
-        if self._prefixes is not None and key is not None and prompt.tokens and prompt.kept is None:
-            self._prefixes.paste(prompt, key)
+        unknown = bool(prompt.tokens) and prompt.kept is None
+        if key is not None and unknown and (segments := self._prefixes.find(key, prompt.tokens)):
+            self._rows.paste(prompt, segments)
         self._kept = [kept for kept in self._kept if kept is not prefix] + [prefix] * bool(prefix.waiting)
 
     def awaits(self, prefix: SharedPrefix) -> bool:
         """Once, so that nobody waits for one after another where there is no room to keep any."""
         key = prefix.waiting[0].job.key
-        if key is None or self._prefixes is None:
+        if key is None or not self._prefixes.on:
             return False
         for joining in self._joining:
             first = prefix.awaited in (None, joining.prompt)
@@ -152,8 +152,8 @@ class BatchedReader:
         for joining in [joining for joining in self._joining if joining.prompt.done]:
             keep = bool(joining.prefix.waiting)
             places = self._rows.seat(joining.prompt, len(joining.sequences), keep)
-            if self._prefixes is not None and joining.key is not None and joining.prompt.tokens:
-                mx.eval(self._prefixes.keep(places[0], joining.key, joining.prompt.tokens))
+            if (key := joining.key) is not None and joining.prompt.tokens:
+                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.tokens))
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:
@@ -192,7 +192,6 @@ class BatchedReader:
         # A store and its layers know each other: until a collector looks for such circles, the arrays would stay.
         self._rows.give_arrays()
         self._rows = self._make_rows()
-        self._prefixes = self._prefix_reuse.of_columns(self._rows)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -213,7 +212,7 @@ class BatchedReader:
         for sequence in ended:
             if sequence.fault is not None and sequence.job.key is not None:
                 # Nobody knows since when its numbers were not finite.
-                self._prefix_reuse.forget(sequence.job.key)
+                self._prefixes.forget(sequence.job.key)
         self._leave(ended, [sequence.place for sequence in ended], faulty)
         return ended
 
