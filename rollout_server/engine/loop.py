@@ -54,7 +54,7 @@ IDLE_WAIT_S = 1.0
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
     are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to,
-    and `prepare` does what is to be done before the first turn."""
+    `prepare` does what is to be done before the first turn, and `clock` is the one of deadlines, in seconds."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Engine:
         device_fault: Callable[[], str | None],
         timeline: Timeline,
         prepare: Callable[[], object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mailbox = mailbox
         self._post = post
@@ -95,12 +96,11 @@ class Engine:
         self._held = held
         self._preemption = preemption
         self._switcher = switcher
-        self._budget = budget
+        self._budget, self._clock = budget, clock
         self._pause_state = pause_state
         self._memory = memory
         self._prefix_reuse = prefix_reuse
-        self._status = status
-        self._blame = blame
+        self._status, self._blame = status, blame
         self._device_fault = device_fault
         self._timeline = timeline
         self._prepare = prepare
@@ -243,7 +243,7 @@ class Engine:
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
-        wait = 0.0 if self._busy else self._requests.rest(time.monotonic(), IDLE_WAIT_S)
+        wait = 0.0 if self._busy else self._requests.rest(self._clock(), IDLE_WAIT_S)
         try:
             command = self._rest(wait) if wait else self._mailbox.get_nowait()
             while True:
@@ -333,7 +333,7 @@ class Engine:
     # ---- endings --------------------------------------------------------------------------------------------------
 
     def _end_overdue(self) -> None:
-        for open_request in self._requests.overdue(time.monotonic()):
+        for open_request in self._requests.overdue(self._clock()):
             self._end_request(open_request.id, "timeout")
 
     def _end_request(self, id: str, reason: str) -> None:

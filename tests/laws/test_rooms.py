@@ -48,6 +48,7 @@ SMALL = {
     "rollout_server/schemas/vllm/adapters.py": "the bodies of one route",
     "rollout_server/text/token_strings.py": "one way from ids to text",
     "rollout_server/versions/adapter_directory.py": "one way in which versions come in",
+    "adapters/versions/retention.py": "a rule that the registry keeps and the state directory foretells",
     "adapters/placement.py": "plain, below whatever knows arrays",
     "adapters/versions/packed.py": "one part of what survives a crash",
     "rollout_server/engine/model/checkpoint/corrections/grouped.py": "one correction of what a module computes",
@@ -88,6 +89,7 @@ PLAIN = (
     "rollout_server.engine.scheduling.turn_budget",
     "rollout_server.engine.scheduling.turn_costs",
     "rollout_server.engine.timeline",
+    "rollout_server.fleet.codec.frames",
     "rollout_server.text.stop_strings",
     "rollout_server.text.detokenize",
 )

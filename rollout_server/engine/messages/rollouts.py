@@ -81,6 +81,15 @@ class RowFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted:
+    """A group left the queue on this version (only where `EngineOptions.tell_admissions`)."""
+
+    id: str
+    prompt_index: int
+    version: PolicyVersion
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDone:
     """Terminal: every row of the request was reported."""
 
@@ -98,6 +107,7 @@ class RequestFailed:
 Event = (
     TokensSampled
     | RowFinished
+    | Admitted
     | RequestDone
     | RequestFailed
     | Scored
