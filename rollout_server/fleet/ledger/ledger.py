@@ -83,14 +83,17 @@ class Ledger:
         """Its engine's thread has answered."""
         self.replicas[id].heard_at = now
 
-    def fence(self, id: str) -> None:
-        """Takes a replica out before anybody is told of what it has not done."""
-        replica = self.replicas[id]
+    def fence(self, *ids: str) -> None:
+        """Takes replicas out before anybody is told of what they have not done."""
+        for replica in (self.replicas[id] for id in ids):
+            self._fence(replica)
+        self._dispatch()
+
+    def _fence(self, replica: Replica) -> None:
         if replica.state is ReplicaState.LIVE:
             replica.state = ReplicaState.FENCED
         self._take_back(replica)
-        self._waits_no_longer(id)
-        self._dispatch()
+        self._waits_no_longer(replica.id)
 
     def lost(self, id: str) -> None:
         """Its link is closed: nothing more comes from there."""
@@ -118,16 +121,15 @@ class Ledger:
 
     def tick(self, now: float) -> None:
         """Fences who is late, ends who is silent."""
-        for change in list(self._changes.values()):
-            # Where nobody has done it yet, all may be busy, and whoever is silent is ended below.
-            if change.deadline <= now and len(change.waiting) < change.asked:
-                for id in sorted(change.waiting):
-                    self.fence(id)
-        for replica in self.in_state(*KEPT_EVEN):
-            if now - replica.heard_at > self._silent_s:
-                self.fence(replica.id)
-                self._actions.append(End(replica.id, f"its engine did not answer for {self._silent_s:g} s"))
-                replica.heard_at = now
+        silent = [replica for replica in self.in_state(*KEPT_EVEN) if now - replica.heard_at > self._silent_s]
+        # Where nobody has done it yet, all may be busy: then only whoever is silent is taken out.
+        late = [c for c in self._changes.values() if c.deadline <= now and len(c.waiting) < c.asked]
+        out = {replica.id for replica in silent}.union(*(change.waiting for change in late))
+        if out:
+            self.fence(*sorted(out))
+        for replica in silent:
+            self._actions.append(End(replica.id, f"its engine did not answer for {self._silent_s:g} s"))
+            replica.heard_at = now
 
     # ---- versions ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +229,8 @@ class Ledger:
         if change.phase == "stage":
             return change.version in replica.held or change.version not in self.kept
         name, number = change.version
-        return replica.live.get(name) == number or self.live.get(name) != number
+        # A name may have moved on since, or be gone.
+        return name not in self.live or replica.live.get(name) in (number, self.live[name])
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
