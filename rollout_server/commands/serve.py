@@ -49,6 +49,10 @@ def serve(
     adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    replicas: Annotated[
+        int | None, option("Engines in processes of their own behind this address; on CUDA a GPU each.")
+    ] = None,
+    min_replicas: Annotated[int | None, option("Fewer live ones: not ready, and no version changes.", "1")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,

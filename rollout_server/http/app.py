@@ -44,7 +44,7 @@ from rollout_server.http.routes.vllm.tokenizer import TokensController
 from rollout_server.http.routes.weights import AliasController, WeightsController
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.versions.publisher import Publisher
-from rollout_server.versions.startup import Startup, engine_options, open_state
+from rollout_server.versions.startup import Startup, make_handle, open_state
 
 
 class Application(Litestar):
@@ -107,7 +107,7 @@ CONTROLLERS = (
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
-    handle = engine or EngineHandle(engine_options(config))
+    handle = engine or make_handle(config)
     store = open_state(config)
     publisher = Publisher(handle, store, config.keep_versions)
     service = Service(

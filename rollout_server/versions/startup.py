@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from adapters.versions.store import StateStore, StoreError
-from rollout_server.config import ServerConfig
+from rollout_server.config import GpuSettings, ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
+from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.machine.gpus import gpus_for
 from rollout_server.model_source.model_files import resolve_model
 from rollout_server.versions.adapter_directory import read_adapter_directory
 from rollout_server.versions.publisher import Publisher, check_name
@@ -40,6 +43,17 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         keep_versions=config.keep_versions,
         trace=None if config.trace is None else str(config.trace.expanduser()),
     )
+
+
+def make_handle(config: ServerConfig) -> EngineHandle:
+    """The handle of one engine in this process, or of a fleet of engines in others."""
+    options = engine_options(config)
+    if config.replicas is None:
+        return EngineHandle(options)
+    fleet = FleetOptions(
+        config.replicas, config.min_replicas, config.replica_timeout_s, gpus_for(config.replicas, GpuSettings().names)
+    )
+    return EngineHandle(options, partial(Fleet, fleet))
 
 
 def open_state(config: ServerConfig) -> StateStore | None:
@@ -111,6 +125,9 @@ class Startup:
         status = self._engine.status
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
+        live = sum(replica.state == "live" for replica in status.replicas)
+        if live < status.fewest:
+            raise EngineUnavailable(f"{live} replicas are live, and at least {status.fewest} have to be.")
         if self._task is None or not self._task.done():
             raise EngineUnavailable("Kept versions and configured adapters are still being loaded.")
 

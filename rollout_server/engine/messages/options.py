@@ -58,6 +58,8 @@ class EngineOptions:
     attention: Literal["auto", "mlx"] = "auto"
     """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
     own."""
+    sharing: int = 1
+    """How many engines share the device: each has room for its part of the memory."""
     tell_admissions: bool = False
     """Say of every group under which version it was admitted."""
 
