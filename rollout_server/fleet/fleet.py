@@ -156,6 +156,8 @@ class Fleet:
         self._over()
 
     def _over(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
         self._show()
         self._ended.set()
 

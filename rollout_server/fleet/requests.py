@@ -165,6 +165,7 @@ class FleetRequests:
             self._report(opened, group, self._unsampled(group, samples, reason=group.ended))
         else:
             error = ReplicaLost(f"The row was lost: {reason}.")
+            opened.error = opened.error or error
             self._report(opened, group, self._unsampled(group, samples, error=error))
         self._close_group(opened, group)
 
@@ -195,8 +196,9 @@ class FleetRequests:
                     self._report(opened, group, [told])
             case RequestDone() | RequestFailed():
                 left = tuple(sorted(attempt.missing))
-                if isinstance(event, RequestFailed) and left:
-                    group.error, group.rowless = event.error, left
+                if isinstance(event, RequestFailed):
+                    opened.error = opened.error or event.error
+                    group.error, group.rowless = (event.error, left) if left else (None, ())
                 attempt.work.missing.difference_update(left)
                 self._ledger.over(number)
                 self._close_group(opened, group)
@@ -216,19 +218,10 @@ class FleetRequests:
         for row in rows:
             opened.reported = True
             opened.produced = opened.produced or row.sampled > 0
-            if row.error is not None:
-                opened.error = opened.error or self._error_of(row)
             group.finished += row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
             if group.held is not None:
                 self._versions.let_go(group.held, 1)
         self._post([RowFinished(opened.id, row) for row in rows])
-
-    @staticmethod
-    def _error_of(row: Rollout) -> RolloutError:
-        error = row.error
-        told = ReplicaLost(error.message if error else "")
-        told.code = error.code if error else told.code
-        return told
 
     def _close_group(self, opened: OpenRequest, group: OpenGroup) -> None:
         if group.work not in self._groups or group.work.missing:
@@ -243,7 +236,7 @@ class FleetRequests:
         del self._open[opened.id]
         bare = [group for group in opened.groups if group.error is not None]
         if bare and not opened.reported:
-            self._post([RequestFailed(opened.id, bare[0].error)] if bare[0].error else [])
+            self._post([RequestFailed(opened.id, error) for error in [bare[0].error] if error])
             return
         for group in bare:
             late = isinstance(group.error, NeverAdmitted | EngineUnavailable)
