@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rollout_server.engine.checks import check_generates, check_group, check_scoring
 from rollout_server.engine.messages.control import (
     Abort,
+    Leave,
     Pause,
     PauseMode,
     Ping,
@@ -64,8 +65,9 @@ from rollout_server.engine.messages.versions import (
 )
 from rollout_server.engine.open_requests import HeldScorer, Subscription
 from rollout_server.engine.thread import EngineThread, MakeRunner, Runner
-from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
+from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, NotFound, QueueFull
 from rollout_server.grammar import Constraint, Grammar
+from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress, RolloutRequest
 
 T = TypeVar("T")
@@ -282,6 +284,13 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(Release(self.new_id("release")))
 
+    async def leave(self, replica: str, *, at_once: bool) -> None:
+        """Lets a replica of a fleet go. Raises `NotFound`."""
+        self._require_ready()
+        if all(known.id != replica for known in self.status.replicas):
+            raise NotFound(f"There is no replica {quoted(replica)}; GET /v1/fleet lists what there is.", param="id")
+        await self._ask(Leave(self.new_id("leave"), replica, at_once))
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
         found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions or id in self._scorers)
@@ -313,7 +322,16 @@ class EngineHandle:
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, command: PolicyCommand | ScoringCommand | HoldScorer | Pause | Resume | Release | ResetPrefixCache | Ping
+        self,
+        command: PolicyCommand
+        | ScoringCommand
+        | HoldScorer
+        | Pause
+        | Resume
+        | Release
+        | ResetPrefixCache
+        | Leave
+        | Ping,
     ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()

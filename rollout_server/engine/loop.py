@@ -16,7 +16,9 @@ from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.messages.control import (
+    NO_FLEET,
     Abort,
+    Leave,
     Pause,
     Ping,
     Pong,
@@ -44,7 +46,7 @@ from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, NotFound, RolloutError
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +293,8 @@ class Engine:
                     self._memory.releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
+                case Leave():
+                    raise NotFound(NO_FLEET)
                 case Stop():
                     self._stopping = True
                 case _:

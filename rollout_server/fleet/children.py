@@ -86,9 +86,12 @@ class Children:
         if child.link is not None:
             child.link.kill()
 
-    def leave(self, id: str) -> None:
-        """It is not started again. Raises `KeyError` for one that is not there."""
-        self._children[id].leaving = True
+    def leave(self, id: str) -> bool:
+        """It is not started again; returns whether it is there."""
+        child = self._children.get(id)
+        if child is not None:
+            child.leaving = True
+        return child is not None
 
     def kill(self) -> None:
         self._stopping = True

@@ -11,13 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rollout_server.engine.messages.control import Abort, Pause, Ping, Pong, Release, ResetPrefixCache, Resume, Stop
+from rollout_server.engine.messages.control import (
+    Abort,
+    Leave,
+    Leaving,
+    Pause,
+    Ping,
+    Pong,
+    Release,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
 from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, ScoringCommand
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
-from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Flip, Lose, ReplicaState, Settle, Stage
@@ -107,6 +118,8 @@ class Fleet:
             case Ping(id=id):
                 if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:
                     self._post([Pong(id)])
+            case Leave():
+                self._leave(command)
             case Stop():
                 self._begin(self._stop())
             case _ if isinstance(command, get_args(ScoringCommand)):
@@ -238,17 +251,17 @@ class Fleet:
         elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):
             self._children.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
 
-    def drain(self, id: str) -> None:
-        """Gives a replica no more rows, and ends it when it has none. Raises `KeyError`."""
-        self._children.leave(id)
-        self._ledger.drain(id)
-        self._act()
+    def _leave(self, leave: Leave) -> None:
+        """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere."""
+        if not self._children.leave(leave.replica):
+            self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
+            return
+        if leave.at_once or leave.replica not in self._ledger.replicas:
+            self._children.end(leave.replica, "it was removed")
+        else:
+            self._ledger.drain(leave.replica)
         self._show()
-
-    def remove(self, id: str) -> None:
-        """Ends a replica at once; its rows are drawn again elsewhere. Raises `KeyError`."""
-        self._children.leave(id)
-        self._children.end(id, "it was removed")
+        self._post([Leaving(leave.id, leave.replica)])
 
     # ---- what the ledger wants --------------------------------------------------------------------------------------
 

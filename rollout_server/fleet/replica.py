@@ -175,7 +175,7 @@ class Replica:
             os._exit(1)
 
     def _write(self) -> None:
-        told_at = 0.0
+        told_at, introduced = 0.0, False
         while True:
             try:
                 item = self._out.get(timeout=STATUS_S)
@@ -185,7 +185,8 @@ class Replica:
                 self._link.shutdown(socket.SHUT_WR)
                 return
             messages = item if isinstance(item, list) else [item]
-            if self._status is not self._told and time.monotonic() - told_at >= STATUS_S:
+            introduced = introduced or any(isinstance(message, Ready) for message in messages)
+            if introduced and self._status is not self._told and time.monotonic() - told_at >= STATUS_S:
                 # What is kept of versions is the controller's to tell.
                 self._told, told_at = self._status, time.monotonic()
                 messages = [*messages, replace(self._told, policies=())]

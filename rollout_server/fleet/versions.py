@@ -238,6 +238,7 @@ class FleetVersions:
 
     async def _activate(self, command: Activate) -> Published:
         began = self._clock()
+        self._require_enough()
         if command.check_only:
             entry = self._registry.resolve(command.name, command.number)
             self._registry.require(command.name, command.if_match)

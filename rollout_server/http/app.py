@@ -27,6 +27,7 @@ from rollout_server.http.problems import to_response
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.routes.control import ControlController, PrefixesController
+from rollout_server.http.routes.fleet import FleetController
 from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
@@ -98,6 +99,7 @@ CONTROLLERS = (
     WeightsController,
     AliasController,
     VersionController,
+    FleetController,
     ModelsController,
     HealthController,
     MetricsController,

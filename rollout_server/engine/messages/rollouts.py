@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from rollout_server.engine.messages.control import (
     Abort,
+    Leave,
+    Leaving,
     Pause,
     Paused,
     Ping,
@@ -53,6 +55,7 @@ Command = (
     | Resume
     | Release
     | ResetPrefixCache
+    | Leave
     | Ping
     | Stop
 )
@@ -119,5 +122,6 @@ Event = (
     | Paused
     | Released
     | PrefixCacheReset
+    | Leaving
     | Pong
 )

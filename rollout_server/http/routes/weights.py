@@ -105,7 +105,10 @@ class WeightsController(Controller):
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_of(request)
-        policies = [policy_entry(policy) for policy in sorted(service.policies(), key=lambda policy: policy.name)]
+        replicas = service.engine.status.replicas
+        policies = [
+            policy_entry(policy, replicas) for policy in sorted(service.policies(), key=lambda policy: policy.name)
+        ]
         return json_response({"policies": policies, "base": service.base, "instance": service.instance})
 
     @get(
@@ -244,4 +247,5 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
-    return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
+    policy = policy_entry(service.policy(name), service.engine.status.replicas)
+    return policy | {"base": service.base, "instance": service.instance}

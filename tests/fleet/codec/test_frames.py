@@ -146,6 +146,7 @@ EXAMPLES: tuple[Any, ...] = (
     control.Release("m"),
     control.ResetPrefixCache("k"),
     control.Ping("i"),
+    control.Leave("l", "local-1", True),
     control.Stop(),
     rollouts.TokensSampled("r", 0, 1, VERSION, (5,), (-0.5,), (-0.25,), (((5, -0.5), (6, -1.0)),)),
     rollouts.RowFinished("r", ROLLOUT),
@@ -164,6 +165,7 @@ EXAMPLES: tuple[Any, ...] = (
     control.Released("m", 100, 50),
     control.PrefixCacheReset("k", 64),
     control.Pong("i"),
+    control.Leaving("l", "local-1"),
     status.EngineStatus("ready", policies=(versions.PolicyStatus("trained", VERSION, (STATUS,), 9, ("sha256:00",)),)),
     options.EngineOptions("/models/tiny", "tiny", kv_memory=2**33, keep_versions=None, tell_admissions=True),
 )  # fmt: skip
