@@ -7,19 +7,8 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import (
-    bench,
-    demo,
-    doctor,
-    download,
-    fleet,
-    generate,
-    perplexity,
-    score,
-    serve,
-    top,
-    weights,
-)
+from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, score, serve, top
+from rollout_server.commands.running import fleet, weights
 
 COMMANDS = (
     serve.serve,

@@ -53,6 +53,8 @@ class OpenRequest:
     deadline: float | None
     groups: list[OpenGroup] = field(default_factory=list)
     open_groups: int = 0
+    begun: bool = False
+    """Some group was admitted."""
     produced: bool = False
     """Some row has a token, so the reply is a list of rows and not an error."""
     reported: bool = False
@@ -82,7 +84,7 @@ class FleetRequests:
     @property
     def waiting(self) -> int:
         """Requests of which no group was admitted yet."""
-        return sum(all(group.work.admitted is None for group in request.groups) for request in self._open.values())
+        return sum(not request.begun for request in self._open.values())
 
     def submit(self, submit: Submit) -> None:
         try:
@@ -104,8 +106,7 @@ class FleetRequests:
             group = OpenGroup(request, work)
             opened.groups.append(group)
             self._groups[work] = (opened, group)
-        for group in opened.groups:
-            self._ledger.submit(group.work)
+        self._ledger.submit(*(group.work for group in opened.groups))
 
     def abort(self, id: str, reason: str) -> None:
         """Ends what is left of a request; its rows are reported with what they have."""
@@ -184,6 +185,7 @@ class FleetRequests:
         opened, group = self._groups[attempt.work]
         match event:
             case Admitted(version=version):
+                opened.begun = True
                 self._ledger.admitted(number, (version.name, version.number))
                 if group.held is None and self._versions.hold(version, len(attempt.missing)):
                     group.held = version

@@ -18,7 +18,7 @@ class FleetReplica:
     """`joining`, `restoring`, `live`, `draining`, `fenced` or `dead`."""
     device: str | None
     pid: int | None
-    """Of its process, where that runs on the server's machine."""
+    """The process's id, where it runs on the server's machine."""
     rows: int
     """Rows that it was given and has not reported."""
     versions_staged: int

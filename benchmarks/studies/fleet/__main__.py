@@ -35,7 +35,7 @@ from tests.support.tiny_models import random_adapter
 
 GROUPS, SAMPLES, PROMPT, TOKENS = 8, 8, 64, 64
 RANK = 96
-"""Of the adapter that is pushed: about 20 MB on all layers of this model."""
+"""The rank of the adapter that is pushed: about 20 MB on all layers of this model."""
 PUSHES = 4
 
 

@@ -64,7 +64,7 @@ class ReplicaStatus:
     device: str | None
     """None until it is known."""
     pid: int | None
-    """Of its process, where that is one of this machine's."""
+    """The process's id, where it is one of this machine's."""
     rows: int
     """Rows that it was given and has not reported."""
     versions_staged: int

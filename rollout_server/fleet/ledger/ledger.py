@@ -12,7 +12,7 @@ Pure: a method is an event, `take` gives the actions that follow, and time is wh
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from rollout_server.fleet.ledger.placement import place
@@ -54,7 +54,7 @@ class Ledger:
         """Versions that every replica shall have."""
         self.live: dict[str, int] = {}
         """Where every replica's aliases shall be."""
-        self.waiting: deque[Work] = deque()
+        self.waiting: OrderedDict[Work, None] = OrderedDict()
         """Work that no replica has room for."""
         self._changes: dict[int, Change] = {}
         self._attempts: dict[int, Attempt] = {}
@@ -234,14 +234,15 @@ class Ledger:
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
-    def submit(self, work: Work) -> None:
-        self.waiting.append(work)
+    def submit(self, *works: Work) -> None:
+        """Groups, in the order in which they are to begin."""
+        self.waiting.update(dict.fromkeys(works))
         self._dispatch()
 
     def abort(self, work: Work) -> None:
         """Nothing more of it is wanted. What runs is told so, and reports what it has."""
         if work in self.waiting:
-            self.waiting.remove(work)
+            del self.waiting[work]
             self._actions.append(Lose(work, tuple(sorted(work.missing)), "aborted"))
             work.missing.clear()
         elif work.attempt is not None:
@@ -257,6 +258,7 @@ class Ledger:
         if attempt is not None:
             attempt.admitted = True
             attempt.work.admitted = attempt.work.admitted or version
+            self._count(attempt, attempt.work.counted)
 
     def row(self, number: int, sample: int) -> bool:
         """A sample has ended; returns whether it is to be delivered: once, and from the attempt that counts."""
@@ -264,6 +266,7 @@ class Ledger:
         if attempt is None or sample not in attempt.missing:
             return False
         attempt.work.missing.discard(sample)
+        self._count(attempt, attempt.work.counted)
         return True
 
     def over(self, number: int) -> None:
@@ -274,7 +277,12 @@ class Ledger:
             self._drained(self.replicas[attempt.replica])
             self._dispatch()
 
+    def _count(self, attempt: Attempt, rows: int) -> None:
+        self.replicas[attempt.replica].rows += rows - attempt.counted
+        attempt.counted = rows
+
     def _forget(self, attempt: Attempt) -> None:
+        self._count(attempt, 0)
         self._attempts.pop(attempt.number, None)
         self.replicas[attempt.replica].attempts.pop(attempt.number, None)
         if attempt.work.attempt is attempt:
@@ -286,7 +294,7 @@ class Ledger:
         for attempt in back:
             self._forget(attempt)
             self._actions.append(Cancel(replica.id, attempt.number))
-        self.waiting.extendleft(attempt.work for attempt in reversed(back))
+        self._wait_first(attempt.work for attempt in back)
 
     def _draw_again(self, attempts: list[Attempt]) -> None:
         back: list[Work] = []
@@ -304,7 +312,13 @@ class Ledger:
                 if work.switches and moved:
                     work.admitted = None
                 back.append(work)
-        self.waiting.extendleft(reversed(back))
+        self._wait_first(back)
+
+    def _wait_first(self, works: Iterable[Work]) -> None:
+        """They came before all that waits."""
+        for work in reversed(list(works)):
+            self.waiting[work] = None
+            self.waiting.move_to_end(work, last=False)
 
     def _lose(self, work: Work, reason: str) -> None:
         self._actions.append(Lose(work, tuple(sorted(work.missing)), reason))
@@ -312,12 +326,14 @@ class Ledger:
 
     def _dispatch(self) -> None:
         """First come, first served: what does not fit yet lets nothing pass."""
-        while self.waiting and (replica := place(self.waiting[0], self.in_state(ReplicaState.LIVE))):
-            work = self.waiting.popleft()
+        live = self.in_state(ReplicaState.LIVE)
+        while self.waiting and (replica := place(next(iter(self.waiting)), live)):
+            work, _ = self.waiting.popitem(last=False)
             attempt = Attempt(
                 next(self._numbers), replica.id, work, tuple(sorted(work.missing)), pinned=self._pin(work)
             )
             work.attempt = self._attempts[attempt.number] = replica.attempts[attempt.number] = attempt
+            self._count(attempt, work.counted)
             self._actions.append(Dispatch(attempt))
 
     def _pin(self, work: Work) -> Version | None:

@@ -15,16 +15,14 @@ BUSIER, ROWS_BUSIER = 1.5, 8
 
 def place(work: Work, candidates: Sequence[Replica]) -> Replica | None:
     """The replica for a group among those that may get rows; None where none has room, so that it waits its turn."""
-    loads = {replica.id: replica.rows for replica in candidates}
-    wanted = work.weight * len(work.missing)
-    free = [replica for replica in candidates if not loads[replica.id] or loads[replica.id] + wanted <= replica.room]
+    free = [replica for replica in candidates if not replica.rows or replica.rows + work.counted <= replica.room]
     if not free:
         return None
     blocks = hashes(work.name, work.prompt)
-    least = min(free, key=lambda replica: loads[replica.id])
+    least = min(free, key=lambda replica: replica.rows)
     known = {replica.id: replica.prefixes.length(blocks) for replica in free}
-    best = max(free, key=lambda replica: (known[replica.id], -loads[replica.id]))
-    bound = BUSIER * loads[least.id] + ROWS_BUSIER
-    chosen = best if known[best.id] >= KNOWN_SHARE * len(work.prompt) and loads[best.id] <= bound else least
+    best = max(free, key=lambda replica: (known[replica.id], -replica.rows))
+    bound = BUSIER * least.rows + ROWS_BUSIER
+    chosen = best if known[best.id] >= KNOWN_SHARE * len(work.prompt) and best.rows <= bound else least
     chosen.prefixes.add(blocks)
     return chosen

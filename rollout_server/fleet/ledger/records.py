@@ -51,11 +51,8 @@ class Replica:
     """Where its aliases are, as far as it said so."""
     attempts: dict[int, Attempt] = field(default_factory=dict)
     prefixes: KnownPrefixes = field(default_factory=KnownPrefixes)
-
-    @property
-    def rows(self) -> int:
-        """Rows that it was given and has not reported."""
-        return sum(attempt.work.weight * len(attempt.missing) for attempt in self.attempts.values())
+    rows: int = 0
+    """Rows that it was given and has not reported; those that only wait for a version are not counted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +61,7 @@ class Work:
 
     key: Hashable
     name: str
-    """Of its policy."""
+    """The policy's."""
     prompt: tuple[int, ...]
     samples: int
     waits: bool = False
@@ -85,9 +82,9 @@ class Work:
         self.missing = set(range(self.samples))
 
     @property
-    def weight(self) -> int:
-        """What each of its rows counts: one, unless it only waits."""
-        return 0 if self.waits and self.admitted is None else 1
+    def counted(self) -> int:
+        """How many rows it takes: those that are missing, unless it only waits."""
+        return 0 if self.waits and self.admitted is None else len(self.missing)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +97,8 @@ class Attempt:
     samples: tuple[int, ...]
     pinned: Version | None
     admitted: bool = False
+    counted: int = 0
+    """Rows of it that its replica's count has."""
 
     @property
     def missing(self) -> set[int]:

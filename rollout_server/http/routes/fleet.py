@@ -14,7 +14,7 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import no_query
 from rollout_server.http.service import service_of
-from rollout_server.schemas.fleet import FleetReply, LeaveReply
+from rollout_server.schemas.system import FleetReply, LeaveReply
 
 
 class FleetController(Controller):
