@@ -76,13 +76,14 @@ class Replica:
             return 2
         share_cores(hello.cores)
         self._engine = engine = EngineThread(hello.options, self._post, self._show)
-        threading.Thread(target=self._write, name="link", daemon=True).start()
+        writer = threading.Thread(target=self._write, name="link", daemon=True)
+        writer.start()
         engine.start()
         self._settled.wait()
         if engine.info is None:
             self._out.put(CannotStart(EngineUnavailable(self._status.fault or "The model could not be loaded.")))
             self._out.put(None)
-            engine.join()
+            writer.join(STOP_S)
             return 1
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
         self._out.put(Ready(described(engine.info), os.getpid(), versions))
@@ -93,6 +94,7 @@ class Replica:
         engine.put(Stop())
         engine.join(STOP_S)
         self._out.put(None)
+        writer.join(STOP_S)
         return 0
 
     # ---- in ---------------------------------------------------------------------------------------------------------

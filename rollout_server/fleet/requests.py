@@ -238,6 +238,9 @@ class FleetRequests:
         del self._open[opened.id]
         bare = [group for group in opened.groups if group.error is not None]
         if bare and not opened.reported:
+            for group in bare:
+                if group.held is not None:
+                    self._versions.let_go(group.held, len(group.rowless))
             self._post([RequestFailed(opened.id, error) for error in [bare[0].error] if error])
             return
         for group in bare:
