@@ -14,6 +14,7 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.machine.blas import cuda_build
 from rollout_server.machine.gpus import gpus_for
 from rollout_server.model_source.model_files import resolve_model
 from rollout_server.versions.adapter_directory import read_adapter_directory
@@ -50,9 +51,9 @@ def make_handle(config: ServerConfig) -> EngineHandle:
     options = engine_options(config)
     if config.replicas is None:
         return EngineHandle(options)
-    fleet = FleetOptions(
-        config.replicas, config.min_replicas, config.replica_timeout_s, gpus_for(config.replicas, GpuSettings().names)
-    )
+    # Elsewhere than on CUDA all share the one device that there is.
+    gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
+    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s, gpus)
     return EngineHandle(options, partial(Fleet, fleet))
 
 
