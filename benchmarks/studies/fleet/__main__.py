@@ -20,18 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save
-
-from adapters.formats.read import read_bundle
-from benchmarks.model import random_prompts, write_model
-from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.messages.rollouts import RowFinished
-from rollout_server.engine.messages.versions import Publish
-from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.machine.blas import load_fast_blas
-from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
-from tests.support.tiny_models import random_adapter
+
+BLAS = load_fast_blas()
+
+from safetensors.numpy import save  # noqa: E402
+
+from adapters.formats.read import read_bundle  # noqa: E402
+from benchmarks.model import random_prompts, write_model  # noqa: E402
+from rollout_server.engine.handle import EngineHandle  # noqa: E402
+from rollout_server.engine.messages.options import EngineOptions  # noqa: E402
+from rollout_server.engine.messages.rollouts import RowFinished  # noqa: E402
+from rollout_server.engine.messages.versions import Publish  # noqa: E402
+from rollout_server.fleet.fleet import Fleet, FleetOptions  # noqa: E402
+from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams  # noqa: E402
+from tests.support.tiny_models import random_adapter  # noqa: E402
 
 GROUPS, SAMPLES, PROMPT, TOKENS = 8, 8, 64, 64
 RANK = 96
@@ -45,7 +48,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, nargs="*", default=[2, 4], help="fleets that are pushed to")
     parser.add_argument("--json", action="store_true", help="print one object")
     given = parser.parse_args()
-    print(load_fast_blas(), file=sys.stderr)
+    print(BLAS, file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory:
         figures = asyncio.run(measure(write_model(Path(directory)), given.rounds, given.replicas))
     if given.json:
