@@ -166,6 +166,7 @@ class Fleet:
     async def _stop(self) -> None:
         self._state = "stopping"
         await self._children.stop()
+        self._requests.stop()
         self._over()
 
     def _over(self) -> None:
@@ -218,8 +219,8 @@ class Fleet:
         self._show()
 
     def left(self, id: str) -> None:
-        """Its link is closed."""
-        if id in self._ledger.replicas:
+        """Its link is closed. Where all are told to stop, nothing is drawn again."""
+        if id in self._ledger.replicas and self._state != "stopping":
             self._ledger.lost(id)
             self._act()
             self._readings.lost(id)

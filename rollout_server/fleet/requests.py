@@ -130,6 +130,13 @@ class FleetRequests:
                     group.ended = group.ended or "timeout"
                     self._ledger.abort(group.work)
 
+    def stop(self) -> None:
+        """Requests of which some row has tokens are answered with what there is; the others have nothing."""
+        for opened in [opened for opened in self._open.values() if opened.produced]:
+            for group in [group for group in opened.groups if group.work.missing]:
+                group.ended = group.ended or "stopping"
+                self.lose(group.work, tuple(sorted(group.work.missing)), "stopping")
+
     # ---- to replicas ------------------------------------------------------------------------------------------------
 
     def dispatch(self, attempt: Attempt) -> None:
