@@ -37,6 +37,10 @@ from rollout_server.fleet.wire import DropVersion, FlipAlias, StageVersion
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 
+ONE_MODEL = ""
+"""A fleet serves one base: its policies have no model's name before them."""
+
+
 class FleetVersions:
     """Belongs to the event loop; changes are made one at a time. `act` has the ledger's actions done, `send` carries a
     message to a replica, `fewest` replicas have to be live for a change."""
@@ -72,7 +76,7 @@ class FleetVersions:
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> tuple[PolicyStatus, ...]:
-        return tuple(line_of(self._registry, name, self._size) for name in self._registry.names)
+        return tuple(line_of(self._registry, name, self._size, ONE_MODEL) for name in self._registry.names)
 
     def _size(self, content: Content) -> int:
         told = self._told.get(content)
@@ -164,14 +168,16 @@ class FleetVersions:
                         return await self._activate(command)
                     case Pin():
                         change = self._registry.pin(command.name, command.number, command.pinned)
-                        status = status_of(change.entry, self._size(change.entry.content))
+                        status = status_of(change.entry, self._size(change.entry.content), ONE_MODEL)
                         self._free()
                         return Pinned(command.id, status)
                     case Delete():
                         return self._delete(command)
                     case Export():
                         entry = self._registry.resolve(command.name, command.number)
-                        return Exported(command.id, version_of(entry), self._bundles[entry.name, entry.number][0])
+                        return Exported(
+                            command.id, version_of(entry, ONE_MODEL), self._bundles[entry.name, entry.number][0]
+                        )
                     case Restore():
                         return await self._restore(command)
 
@@ -289,7 +295,7 @@ class FleetVersions:
         told = self._told.get(entry.content)
         return Published(
             id,
-            version_of(entry),
+            version_of(entry, ONE_MODEL),
             entry.live,
             change.unchanged,
             1e3 * stage_s,

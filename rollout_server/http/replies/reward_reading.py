@@ -24,7 +24,13 @@ class RowReader:
     prompts: Sequence[Prompt]
     groups: Sequence[RolloutRequest]
     tokenizer: Any
+    """The policy's, by which rows become text."""
+    own_tokenizer: Any
+    """The reward model's, by which it reads."""
+    same_ids: bool
+    """True where ids mean the same to both."""
     bound: Bound
+    """What fits the reward model."""
     _beginnings: dict[int, Sequence[int]] = field(default_factory=dict)
     """What a prompt is without any reply, by its place; it is tokenized once for all of its rows."""
 
@@ -37,7 +43,7 @@ class RowReader:
         place = f"prompts[{rollout.prompt_index}]"
         if self.reads == "text":
             return self._of_text(prompt, rollout, text, place)
-        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound)
+        return render(conversation(prompt, text), self.own_tokenizer, param=place, bound=self.bound)
 
     def shared(self, rollout: Rollout, ids: Sequence[int]) -> int:
         """How many of a row's `ids` are of its prompt, which other rows have as well."""
@@ -53,19 +59,21 @@ class RowReader:
         try:
             if self.reads == "text":
                 return self._of_text(prompt, rollout, "", place)
-            return render(prompt, self.tokenizer, param=place, bound=self.bound)
+            return render(prompt, self.own_tokenizer, param=place, bound=self.bound)
         except RolloutError:
             # A template may want a reply: then the prompt is read with each row.
             return ()
 
     def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
-        """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
-        given, special = prompt.text, prompt.add_special_tokens
+        """A prompt that came as ids or messages is read with its special tokens, and gets no others; a reward model of
+        another tokenizer reads it without them, and with its own."""
+        given, special, other = prompt.text, prompt.add_special_tokens, not self.same_ids
         if given is None:
             ids = list(rollout.prompt_ids)
-            given, special = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False), False
+            given = self.tokenizer.decode(ids, skip_special_tokens=other, clean_up_tokenization_spaces=False)
+            special = other
         return encode(
-            self.tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
+            self.own_tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
         )
 
 
