@@ -36,7 +36,6 @@ from rollout_server.fleet.ledger.records import ReplicaState, Version
 from rollout_server.fleet.wire import DropVersion, FlipAlias, StageVersion
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
-
 ONE_MODEL = ""
 """A fleet serves one base: its policies have no model's name before them."""
 
@@ -76,7 +75,7 @@ class FleetVersions:
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> tuple[PolicyStatus, ...]:
-        return tuple(line_of(self._registry, name, self._size, ONE_MODEL) for name in self._registry.names)
+        return tuple(line_of(self._registry, name, ONE_MODEL, self._size) for name in self._registry.names)
 
     def _size(self, content: Content) -> int:
         told = self._told.get(content)
@@ -168,7 +167,7 @@ class FleetVersions:
                         return await self._activate(command)
                     case Pin():
                         change = self._registry.pin(command.name, command.number, command.pinned)
-                        status = status_of(change.entry, self._size(change.entry.content), ONE_MODEL)
+                        status = status_of(change.entry, ONE_MODEL, self._size(change.entry.content))
                         self._free()
                         return Pinned(command.id, status)
                     case Delete():
