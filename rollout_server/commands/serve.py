@@ -11,15 +11,18 @@ from rollout_server.commands.asking.server_choice import Adapters
 from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
 from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
+    AllowHost,
     Also,
     Attention,
     KvBits,
     KvMemory,
     MaxBatch,
     Memory,
+    MinReplicas,
     Prefer,
     PrefillTokens,
     PrefixCache,
+    Replicas,
     StateDir,
     Warm,
     WeightsMemory,
@@ -53,12 +56,12 @@ def serve(
     adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    replicas: Replicas = None,
+    min_replicas: MinReplicas = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[
-        list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
-    ] = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 

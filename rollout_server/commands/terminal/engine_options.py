@@ -34,3 +34,6 @@ StateDir = Annotated[
     str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
 ]
 AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")]
+Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
+MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
+AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]
