@@ -153,6 +153,8 @@ class ServerConfig(BaseSettings):
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
     """Bytes of any other request body."""
+    page: Literal["on", "off"] = "on"
+    """Serve the live page at /, which shows rows, versions and the latest rollouts to whoever has a key."""
     trace: Path | None = None
     """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"

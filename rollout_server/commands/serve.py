@@ -49,6 +49,7 @@ def serve(
     adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,

@@ -17,6 +17,7 @@ from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.messages.control import (
     Abort,
+    LookAtRows,
     Pause,
     Ping,
     Pong,
@@ -291,6 +292,8 @@ class Engine:
                     self._memory.releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
+                case LookAtRows():
+                    self._reports.add(self._status.rows(command.id))
                 case Stop():
                     self._stopping = True
                 case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -22,7 +23,9 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.middleware import courteous
+from rollout_server.http.observing.observer import Observer
 from rollout_server.http.openapi import ExactJsonPlugin
+from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.problems import to_response
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
@@ -31,6 +34,7 @@ from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
 from rollout_server.http.routes.openai.embeddings import EmbeddingsController
+from rollout_server.http.routes.page import PageController
 from rollout_server.http.routes.pause import PauseController, PauseDoorsController
 from rollout_server.http.routes.pooling.classes import ClassesController
 from rollout_server.http.routes.pooling.pairs import PairsController
@@ -115,6 +119,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         engine=handle,
         publisher=publisher,
         metrics=Metrics(handle),
+        observer=Observer(lambda: handle.status, keep=config.page == "on"),
         instance=store.instance if store else secrets.token_hex(8),
         startup=Startup(config, handle, publisher),
         created=int(time.time()),
@@ -124,8 +129,8 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         return running(service)
 
     return Application(
-        route_handlers=CONTROLLERS,
-        state=State({STATE_KEY: service}, deep_copy=False),
+        route_handlers=(*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS,
+        state=State({STATE_KEY: service, FRAMES_KEY: Frames(service)}, deep_copy=False),
         lifespan=[lifespan],
         exception_handlers={
             RolloutError: to_response,
@@ -156,9 +161,12 @@ async def running(service: Service) -> AsyncIterator[None]:
     """The engine runs inside; the server answers while the model is loading."""
     service.engine.start()
     startup = service.startup.begin()
+    sampling = asyncio.create_task(service.observer.sample_for_ever()) if service.config.page == "on" else None
     try:
         yield
     finally:
+        if sampling is not None:
+            sampling.cancel()
         await service.engine.close()
         startup.cancel()
         await service.publisher.close()

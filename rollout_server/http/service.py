@@ -18,6 +18,7 @@ from rollout_server.engine.messages.options import ModelInfo, Task
 from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
+from rollout_server.http.observing.observer import Observer
 from rollout_server.http.problems import RESOLVED
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
@@ -53,6 +54,7 @@ class Service:
     engine: EngineHandle
     publisher: Publisher = field(repr=False)
     metrics: Metrics = field(repr=False)
+    observer: Observer = field(repr=False)
     instance: str
     """Version numbers are comparable only within one instance. It is new at each start, unless a state directory has
     one."""

@@ -15,6 +15,7 @@ from rollout_server.engine.blame import Blame
 from rollout_server.engine.encoding.queue import EncodingJob, EncodingQueue, ForwardGroup
 from rollout_server.engine.messages.control import (
     Abort,
+    LookAtRows,
     Pause,
     Ping,
     Pong,
@@ -23,6 +24,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
@@ -221,6 +223,8 @@ class EncoderEngine:
                     self._answers.add(self._released(command))
                 case Ping():
                     self._answers.add(Pong(command.id))
+                case LookAtRows():
+                    self._answers.add(RowsSeen(command.id, (), 0))
                 case LetScorerGo():
                     pass  # No version is held here, and unknown ones are ignored.
                 case Stop():

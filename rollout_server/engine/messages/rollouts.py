@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rollout_server.engine.messages.control import (
     Abort,
+    LookAtRows,
     Pause,
     Paused,
     Ping,
@@ -15,6 +16,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
     Stop,
 )
 from rollout_server.engine.messages.scoring import (
@@ -54,6 +56,7 @@ Command = (
     | Release
     | ResetPrefixCache
     | Ping
+    | LookAtRows
     | Stop
 )
 
@@ -110,4 +113,5 @@ Event = (
     | Released
     | PrefixCacheReset
     | Pong
+    | RowsSeen
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.engine.messages.control import PrefixCacheReset, Released
+from rollout_server.engine.messages.control import PrefixCacheReset, Released, RowSeen, RowsSeen
 from rollout_server.engine.messages.options import Embedding, ModelInfo, Task
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.scoring import (
@@ -211,6 +211,8 @@ class FakeEngine(FakeVersions):
         self.life: list[str] = []
         self.paused: str | None = None
         self.drained: list[bool] = []
+        self.seen: list[RowSeen] = []
+        """Rows that are told to whoever looks."""
         self._tokenizer = tokenizer
         self._count = 0
 
@@ -365,6 +367,9 @@ class FakeEngine(FakeVersions):
         if spans is None:
             return (Span(self._found(score.policy), 0, count),)
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
+
+    async def rows(self) -> RowsSeen:
+        return RowsSeen(self.new_id("rows"), tuple(self.seen), len(self.seen))
 
     async def reset_prefix_cache(self) -> PrefixCacheReset:
         if self.fault is not None:
