@@ -16,7 +16,6 @@ from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
 
-
 ROWS_TOLD = 512
 """Rows that are told of one by one; a picture of more is no picture."""
 

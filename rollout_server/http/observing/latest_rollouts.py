@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from rollout_server.rollout import Rollout
 
@@ -40,8 +41,7 @@ class Kept:
         """Means of the log-probabilities of at most `STRIP` runs of sampled tokens, in their order."""
         own = self.rollout.logprobs[len(self.rollout.prefix) :]
         ends = [len(own) * at // STRIP for at in range(STRIP + 1)] if len(own) > STRIP else list(range(len(own) + 1))
-        pairs = zip(ends[:-1], ends[1:], strict=True)
-        return tuple(round(sum(own[start:end]) / (end - start), 3) for start, end in pairs)
+        return tuple(round(sum(own[start:end]) / (end - start), 3) for start, end in pairwise(ends))
 
 
 class LatestRollouts:

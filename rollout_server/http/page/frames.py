@@ -28,7 +28,7 @@ LOOK_S = 2.0
 """How long the engine's thread may take to show its rows, between two steps; then a frame shows none."""
 MOST_POLICIES = 32
 MOST_VERSIONS = 32
-"""Of a policy; the newest are shown."""
+"""How many of a policy are shown; the newest."""
 
 
 class Frames:
@@ -40,10 +40,10 @@ class Frames:
         self._made = float("-inf")
         self._frame: dict[str, Any] = {}
 
-    async def frame(self) -> Mapping[str, Any]:
-        """How things stand now, or stood a moment ago."""
+    async def frame(self, *, fresh: bool = False) -> Mapping[str, Any]:
+        """How things stand now, or unless it has to be `fresh`, how they stood a moment ago."""
         async with self._lock:
-            if time.monotonic() - self._made >= FRESH_S:
+            if fresh or time.monotonic() - self._made >= FRESH_S:
                 self._frame = await self._make()
                 self._made = time.monotonic()
             return self._frame
@@ -52,7 +52,7 @@ class Frames:
         """A frame with what went before."""
         observer = self._service.observer
         return {
-            **await self.frame(),
+            **await self.frame(fresh=True),
             "history": list(observer.samples),
             "moves": [move._asdict() for move in observer.moves],
             "fields": Sample._fields,

@@ -212,7 +212,6 @@ class FakeEngine(FakeVersions):
         self.paused: str | None = None
         self.drained: list[bool] = []
         self.seen: list[RowSeen] = []
-        """Rows that are told to whoever looks."""
         self._tokenizer = tokenizer
         self._count = 0
 
@@ -369,7 +368,7 @@ class FakeEngine(FakeVersions):
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
 
     async def rows(self) -> RowsSeen:
-        return RowsSeen(self.new_id("rows"), tuple(self.seen), len(self.seen))
+        return RowsSeen("rows", tuple(self.seen), len(self.seen))
 
     async def reset_prefix_cache(self) -> PrefixCacheReset:
         if self.fault is not None:

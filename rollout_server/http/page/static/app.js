@@ -3,7 +3,7 @@
 import { charts, Samples } from "./charts.js";
 import { Compare } from "./compare.js";
 import { Server } from "./connection.js";
-import { byId, say } from "./dom.js";
+import { byId, device, say } from "./dom.js";
 import { Rollouts } from "./rollouts.js";
 import { showRows } from "./rows.js";
 import { Versions } from "./versions.js";
@@ -107,7 +107,7 @@ function show(frame) {
   byId("state").title = frame.fault ?? "";
   byId("paused").hidden = !frame.paused;
   say(byId("paused"), `paused: ${frame.paused}`);
-  say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${frame.base.device}` : "The model is loading.");
+  say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${device(frame.base.device)}` : "The model is loading.");
   say(byId("instance"), `instance ${frame.instance}`);
   byId("key").hidden = !frame.keys.inference;
   showRows(frame.rows);

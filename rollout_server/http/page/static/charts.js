@@ -5,6 +5,7 @@ import { bytes, clock, count, h, say, svg } from "./dom.js";
 const WIDTH = 600;
 const HEIGHT = 120;
 const MOST = 600;
+const LEAST = 120;
 
 /** Samples as they come, without their repeats. */
 export class Samples {
@@ -22,6 +23,11 @@ export class Samples {
     if (this.rows.length && row[0] <= this.rows.at(-1)[0]) return;
     this.rows.push(row);
     if (this.rows.length > MOST) this.rows.shift();
+  }
+
+  /** Places on the axis of time: a young server's line begins in the middle of one. */
+  get places() {
+    return Math.max(LEAST, this.rows.length);
   }
 
   get times() {
@@ -45,9 +51,10 @@ export class Samples {
 }
 
 class Chart {
-  /** `series`: [{name, of(samples)}]; the first is filled. `top(samples)` is the axis' end, where it is known. */
-  constructor(title, unit, format, series, top) {
-    Object.assign(this, { title, format, series, top });
+  /** `series`: [{name, of(samples)}]; the first is filled. `unit(samples)` is what the number counts. */
+  constructor(title, unit, format, series) {
+    Object.assign(this, { title, unit, format, series });
+    this.counts = h("span", { class: "unit" });
     this.value = h("strong", { class: "value" }, "–");
     this.paths = series.map((one, at) => svg("path", { class: `line line-${at}` }));
     this.area = svg("path", { class: "area" });
@@ -60,7 +67,7 @@ class Chart {
       "figure",
       { class: "tile" },
       h("figcaption", {}, h("span", { class: "title" }, title), ...keys),
-      h("p", { class: "number" }, this.value, " ", h("span", { class: "unit" }, unit)),
+      h("p", { class: "number" }, this.value, " ", this.counts),
       h("div", { class: "plot" }, this.most, this.picture),
       this.said,
     );
@@ -72,10 +79,12 @@ class Chart {
     this.times = samples.times;
     this.values = this.series.map((one) => one.of(samples));
     const peak = Math.max(0, ...this.values.flat());
-    const top = this.top?.(samples) || peak * 1.1 || 1;
-    this.values.forEach((values, at) => this.paths[at].setAttribute("d", line(values, top)));
+    const top = peak * 1.1 || 1;
+    this.places = samples.places;
+    this.values.forEach((values, at) => this.paths[at].setAttribute("d", this.line(values, top)));
     const first = this.values[0];
-    this.area.setAttribute("d", first.length > 1 ? `${line(first, top)}L${WIDTH},${HEIGHT}L${place(0, first.length)},${HEIGHT}Z` : "");
+    this.area.setAttribute("d", first.length > 1 ? `${this.line(first, top)}L${WIDTH},${HEIGHT}L${this.place(0)},${HEIGHT}Z` : "");
+    say(this.counts, this.unit(samples));
     const now = first.at(-1) ?? 0;
     say(this.value, this.format(now));
     say(this.most, this.format(top));
@@ -88,13 +97,22 @@ class Chart {
     const count = this.times?.length ?? 0;
     if (!count) return;
     const share = (event.clientX - box.left) / box.width;
-    const at = Math.max(0, Math.min(count - 1, Math.round(share * (MOST - 1)) - (MOST - count)));
-    const x = place(at, count);
+    const at = Math.max(0, Math.min(count - 1, Math.round(share * (this.places - 1)) - (this.places - count)));
+    const x = this.place(at);
     this.cursor.setAttribute("x1", x);
     this.cursor.setAttribute("x2", x);
     this.over = true;
     const parts = this.series.map((one, index) => `${one.name} ${this.format(this.values[index][at])}`);
     say(this.said, `${clock(this.times[at])} · ${parts.join(" · ")}`);
+  }
+
+  /** The newest sample is at the right edge. */
+  place(at) {
+    return (((this.places - this.times.length + at) / (this.places - 1)) * WIDTH).toFixed(1);
+  }
+
+  line(values, top) {
+    return values.map((value, at) => `${at ? "L" : "M"}${this.place(at)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 6)).toFixed(1)}`).join("");
   }
 
   leave() {
@@ -105,28 +123,18 @@ class Chart {
   }
 }
 
-/** The newest sample is at the right edge, so that a young server's line grows from there. */
-const place = (at, length) => (((MOST - length + at) / (MOST - 1)) * WIDTH).toFixed(1);
-const line = (values, top) => values.map((value, at) => `${at ? "L" : "M"}${place(at, values.length)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 6)).toFixed(1)}`).join("");
-
 export function charts(parent) {
   const found = [
-    new Chart("Throughput", "tokens/s", count, [{ name: "sampled", of: (samples) => samples.rate("tokens") }]),
-    new Chart("Rows", "running", count, [
+    new Chart("Throughput", () => "tokens/s", count, [{ name: "sampled", of: (samples) => samples.rate("tokens") }]),
+    new Chart("Rows", () => "running", count, [
       { name: "running", of: (samples) => samples.of("running") },
       { name: "requests waiting", of: (samples) => samples.of("waiting") },
       { name: "preempted", of: (samples) => samples.of("preempted") },
     ]),
-    new Chart(
-      "KV memory",
-      "filled by rows",
-      bytes,
-      [
-        { name: "rows", of: (samples) => samples.of("kv_filled") },
-        { name: "prefix cache", of: (samples) => samples.of("kv_kept") },
-      ],
-      (samples) => samples.of("kv_limit").at(-1),
-    ),
+    new Chart("KV memory", (samples) => `filled by rows, of ${bytes(samples.of("kv_limit").at(-1) ?? 0)}`, bytes, [
+      { name: "rows", of: (samples) => samples.of("kv_filled") },
+      { name: "prefix cache", of: (samples) => samples.of("kv_kept") },
+    ]),
   ];
   parent.append(...found.map((chart) => chart.element));
   return found;

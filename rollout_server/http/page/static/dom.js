@@ -61,6 +61,9 @@ export const fixed = (value, digits = 3) => (value === null || value === undefin
 export const milliseconds = (value) => (value < 1 ? `${value.toFixed(2)} ms` : value < 1000 ? `${value.toFixed(1)} ms` : `${(value / 1000).toFixed(2)} s`);
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
 
+/** MLX's word for a device is `Device(gpu, 0)`. */
+export const device = (name) => name.replace(/^Device\((\w+), \d+\)$/, "$1");
+
 // ---- versions ----------------------------------------------------------------------------------------------------------
 
 /** A version's hue: the golden angle keeps neighbours apart, and names begin at places of their own. */

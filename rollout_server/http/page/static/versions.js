@@ -1,6 +1,6 @@
 // Versions: when which was live, what each is, what it has sampled, and what can be done with it.
 
-import { address, byId, bytes, clock, coloured, count, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
+import { address, byId, bytes, clock, coloured, count, device as deviceName, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
 import { bar } from "./tokens.js";
 
 const PHASES = ["receive", "validate", "stage", "persist", "activate"];
@@ -98,7 +98,7 @@ function factsOf(version) {
   ];
   if (version.base) {
     const { id, digest, dtype, device } = version.base;
-    return [["model", id], ["digest", digest.slice(0, 19)], ["runs as", `${dtype} on ${device}`], ...means];
+    return [["model", id], ["digest", digest.slice(0, 19)], ["runs as", `${dtype} on ${deviceName(device)}`], ...means];
   }
   return [
     ["digest", version.digest.slice(0, 19), version.digest],
