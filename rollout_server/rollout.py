@@ -308,6 +308,8 @@ class Timings:
     queued_ms: float
     prefill_ms: float
     decode_ms: float
+    first_token_ms: float | None = None
+    """From its arrival to the first token that it sampled; None if it sampled none."""
 
 
 @dataclass(frozen=True, slots=True)

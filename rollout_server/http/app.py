@@ -114,12 +114,13 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     handle = engine or EngineHandle(engine_options(config))
     store = open_state(config)
     publisher = Publisher(handle, store, config.keep_versions)
+    metrics = Metrics(handle)
     service = Service(
         config=config,
         engine=handle,
         publisher=publisher,
-        metrics=Metrics(handle),
-        observer=Observer(lambda: handle.status, keep=config.page == "on"),
+        metrics=metrics,
+        observer=Observer(lambda: handle.status, metrics.rows, keep=config.page == "on"),
         instance=store.instance if store else secrets.token_hex(8),
         startup=Startup(config, handle, publisher),
         created=int(time.time()),

@@ -12,6 +12,7 @@ from typing import cast
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
 from rollout_server.errors import EngineUnavailable
+from rollout_server.http.problems import REFUSED
 from rollout_server.http.service import ARRIVED
 from rollout_server.quoting import shortened
 
@@ -22,8 +23,8 @@ DRAIN_S = 5.0
 PATH_SHOWN = 200
 
 
-Observe = Callable[[str, str | None, int, float], None]
-"""A function that is told of every exchange: method, template of the path, status, seconds."""
+Observe = Callable[[str, str | None, int, float, str | None], None]
+"""A function that is told of every exchange: method, template of the path, status, seconds, code of the error."""
 
 
 async def courteous(
@@ -41,7 +42,8 @@ async def courteous(
         await app(inner, cast("Receive", exchange.receive), exchange.send)
     finally:
         seconds = time.perf_counter() - began
-        observe(scope["method"], scope.get("path_template"), exchange.status, seconds)
+        refused = inner["state"].get(REFUSED)
+        observe(scope["method"], scope.get("path_template"), exchange.status, seconds, refused)
         fields = {
             "method": method,
             "path": shortened(scope["path"], PATH_SHOWN),

@@ -117,6 +117,6 @@ class Browser:
         import base64
 
         shot = self.driver.execute_cdp_cmd(
-            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, **clip}
+            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": bool(clip), **clip}
         )
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -78,8 +78,12 @@ def test_nothing_is_cut_off_where_it_is_narrow(page: Browser, client: RolloutCli
     assert beyond == []
 
 
-def test_the_keyboard_reaches_everything_in_the_order_of_the_page(page: Browser, push: Push) -> None:
+def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
+    page: Browser, client: RolloutClient, push: Push
+) -> None:
     push("keys", 1), push("keys", 2)
+    client.rollouts(["1+1="], policy="keys", n=1, max_tokens=4)
+    page.until(lambda: page.all("#rollout .token"))
     page.until(lambda: "live" in page.text("[data-version='keys@2'] .badges"))
     seen: list[str] = []
     unseen: list[str] = []

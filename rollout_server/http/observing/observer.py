@@ -16,6 +16,7 @@ from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.http.observing.latest_rollouts import LatestRollouts
+from rollout_server.http.observing.row_metrics import RowMetrics
 from rollout_server.http.observing.version_totals import VersionTable
 from rollout_server.rollout import BASE, Rollout
 
@@ -66,12 +67,22 @@ class PushSeen:
 
 
 class Observer:
-    """One per application. `status` gives the engine's snapshot; with `keep` False no rollout is kept."""
+    """One for each model. `status` gives its engine's snapshot; rows are told to `metrics` under the name `model`. With
+    `keep` False no rollout is kept."""
 
     def __init__(
-        self, status: Callable[[], EngineStatus], *, keep: bool = True, clock: Callable[[], float] = time.time
+        self,
+        status: Callable[[], EngineStatus],
+        metrics: RowMetrics,
+        model: str = BASE,
+        *,
+        keep: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = VersionTable()
+        metrics.follow(model, self.versions)
+        self._metrics = metrics
+        self._model = model
         self.rollouts = LatestRollouts(clock=clock)
         self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
         self.moves: deque[Move] = deque(maxlen=MOST_MOVES)
@@ -92,7 +103,10 @@ class Observer:
         name = rollout.spans[-1].version.name if rollout.spans else BASE
         policies = self._status().policies
         live = next((policy.live for policy in policies if policy.name == name), None)
-        self.versions.add(rollout, live.number if live else None)
+        newest = live.number if live else 0
+        self.versions.add(rollout, newest)
+        oldest = min((span.version.number for span in rollout.spans), default=newest)
+        self._metrics.ended(self._model, rollout, max(0, newest - oldest))
         if self._keep and rollout.sampled:
             self.rollouts.add(request_id, rollout)
 

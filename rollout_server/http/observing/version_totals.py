@@ -70,8 +70,9 @@ class VersionTable:
     def of(self, name: str, number: int) -> VersionTotals | None:
         return self._totals.get((name, number))
 
-    def add(self, rollout: Rollout, live: int | None) -> None:
-        """Counts a row that has ended; `live` is the number that its policy's name points to now."""
+    def add(self, rollout: Rollout, live: int) -> None:
+        """Counts a row that has ended; `live` is the number that its policy's name points to now, 0 for
+        none."""
         for span in rollout.spans:
             _add_span(self._found(span.version), rollout, span)
         if not rollout.spans:
@@ -80,7 +81,7 @@ class VersionTable:
         last.rows += 1
         last.row_tokens += rollout.sampled
         last.finish_reasons[str(rollout.finish_reason)] += 1
-        last.staleness += max(0, (live or 0) - last.version.number)
+        last.staleness += max(0, live - last.version.number)
 
     def _found(self, version: PolicyVersion) -> VersionTotals:
         key = (version.name, version.number)

@@ -117,7 +117,14 @@ class MetricsController(Controller):
         },
     )
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
+        service = service_of(request)
+        return Response(service.metrics.text(lambda model: name_of(service, model)), media_type=CONTENT_TYPE)
+
+
+def name_of(service: Service, model: str) -> str:
+    """What requests call a model that is `model` in the labels of metrics: the base has an id once it is loaded."""
+    loaded = service.engine.status.state not in ("starting", "dead")
+    return service.engine.info.id if model == BASE and loaded else model
 
 
 def cards(service: Service) -> list[dict[str, Any]]:

@@ -59,8 +59,11 @@ export class Versions {
     const parent = byId("timeline");
     const end = frame.now[0];
     const start = Math.min(end - 60, frame.started, ...this.moves.map((move) => move.time));
+    // A move is seen up to a second late; where a push made it, the push says when it was.
+    const pushed = (move) => versions.find((version) => version.name === move.name && version.version === move.number && Math.abs(move.time - version.created) < 2);
+    const moves = this.moves.map((move) => ({ ...move, time: pushed(move)?.created ?? move.time }));
     const at = (time) => `${((100 * (Math.max(start, time) - start)) / (end - start)).toFixed(2)}%`;
-    const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: this.moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
+    const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
     parent.hidden = !lanes.length;
     follow(parent, lanes, (lane) => lane.name, makeLane);
   }
