@@ -11,6 +11,7 @@ from typing import cast
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
+from rollout_server import logs
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.problems import REFUSED
 from rollout_server.http.service import ARRIVED
@@ -37,18 +38,21 @@ async def courteous(
     exchange = _Exchange(scope, receive, send, stopping)
     method = scope["method"]
     inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
-    inner.setdefault("state", {})[ARRIVED] = time.monotonic()
+    state = inner.setdefault("state", {})
+    state[ARRIVED] = time.monotonic()
+    logs.about(state)
     try:
         await app(inner, cast("Receive", exchange.receive), exchange.send)
     finally:
         seconds = time.perf_counter() - began
-        refused = inner["state"].get(REFUSED)
+        refused = state.get(REFUSED)
         observe(scope["method"], scope.get("path_template"), exchange.status, seconds, refused)
         fields = {
             "method": method,
             "path": shortened(scope["path"], PATH_SHOWN),
             "status": exchange.status,
             "ms": round(1e3 * seconds, 1),
+            **({} if refused is None else {"code": refused}),
         }
         log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
 

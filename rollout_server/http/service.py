@@ -20,6 +20,7 @@ from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.observing.observer import Observer
 from rollout_server.http.problems import RESOLVED
+from rollout_server.logs import POLICY, VERSION
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
 from rollout_server.text.chat_format import ReplyFormat
@@ -134,8 +135,13 @@ class Service:
                 )
             address = PolicyAddress(BASE)
         bare = address.number is None and address.digest is None
-        if bare and (alias := self.alias(address)) is not None:
-            request.scope["state"][RESOLVED] = alias
+        alias = self.alias(address)
+        state = request.scope["state"]
+        state[POLICY] = address.name
+        if bare and alias is not None:
+            state |= {RESOLVED: alias, VERSION: alias.number}
+        elif address.number is not None:
+            state[VERSION] = address.number
         return address
 
     def _is_base(self, address: PolicyAddress) -> bool:

@@ -60,6 +60,7 @@ class Browser:
         """The viewport, in CSS pixels; windows have a least width, viewports do not."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
 
     def prefer(self, scheme: str) -> None:
         """Lets the system be `light` or `dark`."""
