@@ -91,12 +91,12 @@ class Browser:
         self.run("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
-    def until(self, reached: Callable[[], Any]) -> Any:
+    def until(self, reached: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
         """The first true value of `reached()`; elements may be replaced while it looks."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.wait import WebDriverWait
 
-        wait = WebDriverWait(self.driver, PATIENCE_S, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        wait = WebDriverWait(self.driver, patience_s, 0.05, ignored_exceptions=[StaleElementReferenceException])
         return wait.until(lambda _: reached())
 
     def complaints(self) -> list[str]:

@@ -19,6 +19,8 @@ from trainer_client import RolloutClient, TrainerClientError
 
 PLACE = Path(__file__).parents[2] / "docs" / "pictures"
 STEPS = 8
+TRAINING_S = 400.0
+"""How long any stage of it may take, on a machine that does ten other things."""
 WIDTH, HEIGHT = 1280, 860
 NEVER = 1
 """The demo's end token: its answers are over in ten tokens."""
@@ -59,8 +61,8 @@ def long_rows(url: str) -> Iterator[None]:
 def take(url: str, trainer: threading.Thread) -> None:
     with browser(width=WIDTH, height=HEIGHT) as page:
         page.open(url)
-        page.until(lambda: len(page.all(".card")) >= 5)
-        page.until(lambda: page.all("#rows .cell") and page.all("#rollouts li"))
+        page.until(lambda: len(page.all(".card")) >= 5, TRAINING_S)
+        page.until(lambda: page.all("#rows .cell") and page.all("#rollouts li"), TRAINING_S)
         for scheme in ("light", "dark"):
             page.prefer(scheme)
             page.picture(PLACE / f"page-{scheme}.png")
@@ -84,7 +86,7 @@ def switched(page: Browser) -> None:
         "[...document.querySelectorAll('#rollouts li')].find(of_two)?.click();"
         "return document.querySelector('#rollout .mark') !== null"
     )
-    page.until(lambda: page.run(choose))
+    page.until(lambda: page.run(choose), TRAINING_S)
     page.run(
         "document.querySelector('#rollout .token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
     )

@@ -114,6 +114,7 @@ function show(frame) {
   versions.show(frame);
   rollouts.show(frame);
   compare.show(frame);
+  if (!document.documentElement.dataset.frames) performance.mark("first-frame");
   document.documentElement.dataset.frames = String(Number(document.documentElement.dataset.frames ?? 0) + 1);
 }
 
