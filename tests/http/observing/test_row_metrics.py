@@ -18,7 +18,7 @@ from tests.http.test_metrics import read, value
 from tests.support.http.fake_engine import FakeEngine, Row, logprob
 
 Client = TestClient[Any]
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "rollout-server.json"
+DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana" / "rollout-server.json"
 BASE = {"model": "base"}
 VLLM = {"model_name": "org/tiny", "engine": "0"}
 
