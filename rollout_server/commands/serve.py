@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Annotated
 
 import typer
@@ -70,6 +71,23 @@ def serve(
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        from rollout_server.http.server import announce
         from rollout_server.http.server import serve as serve_http
 
-        serve_http(config)
+        def ready(url: str) -> None:
+            announce(url)
+            greet(url, page=config.page == "on")
+
+        serve_http(config, ready=ready)
+
+
+def greet(url: str, *, page: bool) -> None:
+    """Says where to look, and three things to try from another terminal."""
+    lines = [f"  page    {url}/"] if page else []
+    lines += [
+        f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',
+        f"  push    rollout-server push DIR --name policy --url {url}",
+        f"  watch   rollout-server top --url {url}",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
