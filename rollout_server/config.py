@@ -158,6 +158,8 @@ class ServerConfig(BaseSettings):
     trace: Path | None = None
     """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"
+    otel: Literal["on", "off"] = "off"
+    """Trace requests by way of OpenTelemetry, whose packages the extra `otel` brings."""
     shutdown_s: float = Field(default=10.0, gt=0)
     """Seconds that replies which are still being sent may take after the engine has stopped."""
 

@@ -153,13 +153,14 @@ def test_help_and_push_start_without_mlx() -> None:
 def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Options are read before help is shown: one that does not exist would be refused."""
     greet("http://127.0.0.1:8000", page=True)
-    page, *commands = capsys.readouterr().out.splitlines()
+    ready, page, *commands = capsys.readouterr().out.splitlines()
+    assert ready == "rollout-server is ready at http://127.0.0.1:8000"
     assert page.split() == ["page", "http://127.0.0.1:8000/"] and len(commands) == 3
     for line in commands:
         program, *arguments = shlex.split(line)[1:]
         assert program == "rollout-server" and run(*arguments, "--help").exit_code == 0, line
     greet("http://127.0.0.1:8000", page=False)
-    assert capsys.readouterr().out.splitlines() == commands
+    assert capsys.readouterr().out.splitlines() == [ready, *commands]
 
 
 def test_a_shell_can_complete_the_commands() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -53,6 +54,7 @@ def serve(
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
+    otel: Annotated[str | None, option("Trace requests (extra `otel`).", "off", metavar="on|off")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     allow_host: Annotated[
         list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
@@ -71,18 +73,16 @@ def serve(
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
-        from rollout_server.http.server import announce
         from rollout_server.http.server import serve as serve_http
 
-        def ready(url: str) -> None:
-            announce(url)
-            greet(url, page=config.page == "on")
-
-        serve_http(config, ready=ready)
+        serve_http(config, ready=partial(greet, page=config.page == "on"))
 
 
 def greet(url: str, *, page: bool) -> None:
-    """Says where to look, and three things to try from another terminal."""
+    """Says that the server is ready, where to look, and three things to try from another terminal."""
+    from rollout_server.http.server import announce
+
+    announce(url)
     lines = [f"  page    {url}/"] if page else []
     lines += [
         f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',

@@ -24,6 +24,7 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.middleware import courteous
 from rollout_server.http.observing.observer import Observer
+from rollout_server.http.observing.tracing import tracing
 from rollout_server.http.openapi import ExactJsonPlugin
 from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.problems import to_response
@@ -142,6 +143,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         request_class=WholeRequest,
         request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
         openapi_config=document(),
+        plugins=tracing(on=config.otel == "on"),
         logging_config=None,
     )
 

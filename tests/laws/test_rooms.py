@@ -37,6 +37,7 @@ SMALL = {
     "rollout_server/engine/model/encoders/encoder.py": "what loading makes and reading uses",
     "rollout_server/models/encoders/attention.py": "what the bodies of all encoders share",
     "rollout_server/engine/sampling/margins.py": "plain, for replies as for the device's checks",
+    "rollout_server/http/observing/tracing.py": "an extra that most servers do without",
     "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
     "rollout_server/http/requests/rewards.py": "one part of a request, below the route that reads it",
