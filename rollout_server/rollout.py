@@ -127,6 +127,12 @@ class SamplingParams:
         return bool(self.filters)
 
 
+def called(name: str, resident: str) -> str:
+    """The address of a policy among several models: NAME, or RESIDENT/NAME; a resident's base has its own name."""
+    own = resident if name == BASE else f"{resident}/{name}"
+    return own if resident else name
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyVersion:
     """One immutable state of a policy. `number` grows by one per name; the base is number 0 with the base's digest."""
@@ -136,6 +142,16 @@ class PolicyVersion:
     digest: str
     """`sha256:` and 64 hex digits."""
     label: str | None = None
+    resident: str = ""
+    """The resident whose version it is; empty for the model of --model."""
+
+    @property
+    def called(self) -> str:
+        """What requests call its policy."""
+        return called(self.name, self.resident)
+
+    def __str__(self) -> str:
+        return f"{self.called}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

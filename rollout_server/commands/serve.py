@@ -13,10 +13,12 @@ from rollout_server.commands.asking.server_choice import Adapters
 from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
 from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
+    Also,
     Attention,
     KvBits,
     KvMemory,
     MaxBatch,
+    Memory,
     Prefer,
     PrefillTokens,
     PrefixCache,
@@ -29,6 +31,7 @@ from rollout_server.commands.terminal.engine_options import (
 def serve(
     ctx: typer.Context,
     model: Annotated[str | None, option("Directory or Hub id; without it the embedded demo model.")] = None,
+    also: Also = None,
     adapters: Adapters = None,
     served_model_name: Annotated[str | None, option("What the base is called, besides `base`.")] = None,
     revision: Annotated[str | None, option("Branch, tag or commit of a Hub id.")] = None,
@@ -40,6 +43,7 @@ def serve(
     prefer: Prefer = None,
     attention: Attention = None,
     warm: Warm = None,
+    memory: Memory = None,
     kv_memory: KvMemory = None,
     kv_bits: KvBits = None,
     prefix_cache: PrefixCache = None,
@@ -60,7 +64,7 @@ def serve(
         list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
     ] = None,
 ) -> None:
-    """Serve one base model: rollouts, completions, log-probabilities, weights.
+    """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""

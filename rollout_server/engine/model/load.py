@@ -35,6 +35,7 @@ from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_fa
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
+from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
@@ -82,6 +83,7 @@ def load(options: EngineOptions) -> ResidentModel:
     unfit = _check_device(module, layers, vocabulary, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
+    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),

@@ -23,7 +23,13 @@ class RowReader:
     prompts: Sequence[Prompt]
     groups: Sequence[RolloutRequest]
     tokenizer: Any
+    """The policy's, by which rows become text."""
+    own_tokenizer: Any
+    """The reward model's, by which it reads."""
+    same_ids: bool
+    """True where ids mean the same to both."""
     bound: Bound
+    """What fits the reward model."""
 
     def ids(self, rollout: Rollout) -> Sequence[int]:
         """Raises `InvalidField` where the chat template refuses, and `ContextExceeded` for what is too long."""
@@ -34,16 +40,18 @@ class RowReader:
         place = f"prompts[{rollout.prompt_index}]"
         if self.reads == "text":
             return self._of_text(prompt, rollout, text, place)
-        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound)
+        return render(conversation(prompt, text), self.own_tokenizer, param=place, bound=self.bound)
 
     def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
-        """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
-        given, special = prompt.text, prompt.add_special_tokens
+        """A prompt that came as ids or messages is read with its special tokens, and gets no others; a reward model of
+        another tokenizer reads it without them, and with its own."""
+        given, special, other = prompt.text, prompt.add_special_tokens, not self.same_ids
         if given is None:
             ids = list(rollout.prompt_ids)
-            given, special = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False), False
+            given = self.tokenizer.decode(ids, skip_special_tokens=other, clean_up_tokenization_spaces=False)
+            special = other
         return encode(
-            self.tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
+            self.own_tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
         )
 
 

@@ -14,13 +14,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from rollout_server.http.observing.version_totals import MOST_VERSIONS
 from rollout_server.http.observing.vllm_names import ALIASES
 from rollout_server.rollout import FinishReason
-from tests.http.test_metrics import read, value
+from tests.http.test_metrics import Samples, read
 from tests.support.http.fake_engine import FakeEngine, Row, logprob
 
 Client = TestClient[Any]
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana" / "rollout-server.json"
 BASE = {"model": "base"}
 VLLM = {"model_name": "org/tiny", "engine": "0"}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
 
 
 def sample(client: Client, policy: str = "base", **fields: Any) -> None:
@@ -96,13 +100,13 @@ def test_what_vllm_has_too_has_its_names(client: Client, engine: FakeEngine) -> 
     sample(client, n=2)
     samples = read(client)
     for alias, ours in (
-        ("vllm:num_requests_running", value(samples, "rollout_rows_running")),
-        ("vllm:num_requests_waiting", value(samples, "rollout_requests_waiting")),
-        ("vllm:num_preemptions_total", value(samples, "rollout_preemptions_total")),
-        ("vllm:generation_tokens_total", value(samples, "rollout_tokens_total")),
+        ("vllm:num_requests_running", value(samples, "rollout_rows_running", **BASE)),
+        ("vllm:num_requests_waiting", value(samples, "rollout_requests_waiting", **BASE)),
+        ("vllm:num_preemptions_total", value(samples, "rollout_preemptions_total", **BASE)),
+        ("vllm:generation_tokens_total", value(samples, "rollout_tokens_total", **BASE)),
         ("vllm:prompt_tokens_total", 3),
         ("vllm:prefix_cache_hits_total", 700),
-        ("vllm:prefix_cache_queries_total", value(samples, "rollout_prefix_asked_tokens_total")),
+        ("vllm:prefix_cache_queries_total", value(samples, "rollout_prefix_asked_tokens_total", **BASE)),
         ("vllm:time_to_first_token_seconds_count", 2),
         ("vllm:request_prefill_time_seconds_sum", 2 * 0.002),
         ("vllm:e2e_request_latency_seconds_sum", 2 * 0.006),
