@@ -136,7 +136,7 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
     reads, prompts, same_ids = options.reads, job.data.prompts, job.reward_model.same_ids
     tokenizers = service.tokenizer, judge.tokenizer
     reader = RowReader(reads, prompts, job.groups, *tokenizers, same_ids, judge.bound())
-    reading = Reading(reader.ids, judge.info.head_position)
+    reading = Reading(reader.ids, judge.info.head_position, reader.shared)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
