@@ -14,13 +14,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from rollout_server.http.observing.version_totals import MOST_VERSIONS
 from rollout_server.http.observing.vllm_names import ALIASES
 from rollout_server.rollout import FinishReason
-from tests.http.test_metrics import read, value
+from tests.http.test_metrics import Samples, read
 from tests.support.http.fake_engine import FakeEngine, Row, logprob
 
 Client = TestClient[Any]
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana" / "rollout-server.json"
 BASE = {"model": "base"}
 VLLM = {"model_name": "org/tiny", "engine": "0"}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
 
 
 def sample(client: Client, policy: str = "base", **fields: Any) -> None:
