@@ -69,11 +69,14 @@ class HeldScorer:
         self._let_go = let_go
         self._gone = False
 
-    async def scores(self, tokens: Sequence[int], position: int) -> tuple[float, ...]:
-        """The head's scores of its labels at a position of a sequence, raw float32. Raises what a sequence can be
-        refused with, and `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
+    async def scores(self, tokens: Sequence[int], position: int, shared: int = 0) -> tuple[float, ...]:
+        """The head's scores of its labels at a position of a sequence, raw float32. Its `shared` first tokens, which
+        other rows begin with as well, are read once for all of them. Raises what a sequence can be refused with, and
+        `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
         address = PolicyAddress(self.version.name, number=self.version.number)
-        classify = Classify(self._new_id("reward"), address, (tuple(tokens),), ((position,),), held=self.id)
+        classify = Classify(
+            self._new_id("reward"), address, (tuple(tokens),), ((position,),), held=self.id, shared=shared
+        )
         classified = await self._ask(classify)
         return tuple(np.frombuffer(classified.scores[0], "<f4").tolist())
 

@@ -20,8 +20,15 @@ class Prompt:
     """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
     looked_up: bool = False
     """Whatever there was of it from before is in its place."""
+    stops: tuple[int, ...] = ()
+    """Numbers of tokens, the fewest first, behind which reading stops, since the state there is to be kept."""
     owner: object = None
     """Whose samples begin with it: a place that one of them has left still holds it."""
+
+    @property
+    def ahead(self) -> int:
+        """Tokens up to where reading stops next."""
+        return next((stop for stop in self.stops if stop > self.prefilled), len(self.tokens)) - self.prefilled
 
     @property
     def done(self) -> bool:

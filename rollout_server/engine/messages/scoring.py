@@ -101,6 +101,9 @@ class Classify:
     """Token types of each sequence, as many as it has tokens; empty where all of them are 0."""
     held: str = ""
     """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
+    shared: int = 0
+    """How many of its first tokens each sequence has in common with others that will be sent later; what was read of
+    them is kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from rollout_server.engine.batch.row import Group, TopTokens
+from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.engine.scoring.labels import LabelReading, alike
+from rollout_server.engine.scoring.labels import WORTH, LabelReading, alike
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
@@ -140,6 +141,8 @@ class SharedPrefix:
     """Sequences that are not in the reader yet."""
     joining: bool = False
     """In the reader, its prompt not read yet."""
+    awaited: Prompt | None = None
+    """The prompt of another job that it has waited for, to have its KV."""
 
     @property
     def length(self) -> int:
@@ -167,6 +170,8 @@ class ScoreJob:
     """The group it scores something of; None for a request of its own."""
     owner: str = ""
     """The request whose end is its end too, if it scores a row of one."""
+    key: Key | None = None
+    """What the KV of its prompts is kept under for other jobs; None where none will come for it."""
     sequences: list[ScoredSequenceState] = field(default_factory=list)
     prefixes: deque[SharedPrefix] = field(default_factory=deque)
     """Those with sequences that are not in the reader yet."""
@@ -186,21 +191,28 @@ class ScoreJob:
         self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], placement), deque([sequence])))
 
     def classify(
-        self, members: Sequence[tuple[tuple[int, ...], LabelReading]], version: PolicyVersion, placement: Any
+        self,
+        members: Sequence[tuple[tuple[int, ...], LabelReading]],
+        version: PolicyVersion,
+        placement: Any,
+        shared: int = 0,
     ) -> None:
-        """Sequences whose label scores are read. Nothing is read behind the last position of one."""
+        """Sequences whose label scores are read. Nothing is read behind the last position of one. With their `shared`
+        first tokens, sequences of other jobs begin as well."""
         tokens = [given[: reading.positions[-1] + 1] for given, reading in members]
         readings = [reading for _, reading in members]
-        for indices, shared in alike(tokens, [reading.positions[0] for reading in readings]):
+        for indices, together in alike(tokens, [reading.positions[0] for reading in readings]):
+            if len(indices) == 1 and shared >= WORTH:
+                together = min(shared, readings[indices[0]].positions[0])
             made = []
             for index in indices:
                 reading = readings[index]
                 # A head costs only where it is applied; logits cost in every position of a forward.
-                scored = shared if reading.head is not None else reading.positions[0]
+                scored = together if reading.head is not None else reading.positions[0]
                 run = VersionRun(0, len(tokens[index]), scored, version, placement)
                 made.append(ScoredSequenceState(self, tokens[index], (), (run,), labels=reading))
             self.sequences += made
-            prompt = tokens[indices[0]][: shared if len(made) > 1 else made[0].run.scored]
+            prompt = tokens[indices[0]][: together if len(made) > 1 else made[0].run.scored]
             self.prefixes.append(SharedPrefix(Prompt(prompt, placement), deque(made)))
         self.open += len(members)
 

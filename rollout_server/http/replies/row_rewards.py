@@ -31,6 +31,8 @@ class Reading:
     """What it reads of a row. Raises `RolloutError` where that cannot be read."""
     position: Callable[[Sequence[int]], int]
     """Where in it the head is applied."""
+    shared: Callable[[Rollout, Sequence[int]], int] = lambda *_: 0
+    """How many tokens of it the other rows of its prompt begin with as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,13 @@ class RewardedRows:
 
     async def _scores(self, rollout: Rollout) -> tuple[float, ...]:
         reading = self._reading
-        ids = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), lambda: reading.ids(rollout))
-        return await self._scorer.scores(ids, reading.position(ids))
+
+        def read() -> tuple[Sequence[int], int]:
+            ids = reading.ids(rollout)
+            return ids, reading.shared(rollout, ids)
+
+        ids, shared = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), read)
+        return await self._scorer.scores(ids, reading.position(ids), shared)
 
     async def _within(self, limit: float | None, work: Awaitable[tuple[float, ...]]) -> tuple[float, ...] | None:
         """None where it takes longer; it is ended then."""

@@ -130,7 +130,7 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
         scorer.let_go()
         raise
     reader = RowReader(options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound())
-    reading = Reading(reader.ids, service.info.head_position)
+    reading = Reading(reader.ids, service.info.head_position, reader.shared)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
