@@ -14,7 +14,7 @@ from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Rece
 from rollout_server import logs
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.problems import REFUSED
-from rollout_server.http.service import ARRIVED
+from rollout_server.http.service import ARRIVED, ASKED
 from rollout_server.quoting import shortened
 
 log = logging.getLogger("rollout_server.access")
@@ -39,7 +39,7 @@ async def courteous(
     method = scope["method"]
     inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
     state = inner.setdefault("state", {})
-    state[ARRIVED] = time.monotonic()
+    state |= {ARRIVED: time.monotonic(), ASKED: method}
     logs.about(state)
     try:
         await app(inner, cast("Receive", exchange.receive), exchange.send)

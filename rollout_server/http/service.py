@@ -32,6 +32,8 @@ from rollout_server.versions.startup import Startup
 STATE_KEY = "service"
 ARRIVED = "arrived"
 """Key of the request's state: when it came, on time.monotonic()'s clock."""
+ASKED = "method"
+"""Key of the request's state: its method, since routes see a GET where HEAD was asked for."""
 NAMES_SHOWN = 20
 SCORING: tuple[Task, ...] = ("classify", "token_classify")
 """Tasks of what has a head."""

@@ -53,7 +53,7 @@ def test_it_follows_a_push(page: Browser, push: Push) -> None:
 
 def test_it_shades_a_rollout(page: Browser, client: RolloutClient) -> None:
     """A token's shade is its surprise, up to the end of the scale; its numbers are those of the reply."""
-    batch = client.rollouts(["12+30="], policy="base", n=1, max_tokens=24, temperature=2.0, ignore_eos=True)
+    batch = client.rollouts(["12+30="], policy="base", n=1, max_tokens=24, temperature=2.0, ignore_eos=True, seed=7)
     ids, logprobs = batch.token_ids.tolist(), batch.logprobs.tolist()
     page.until(lambda: len(page.all("#rollout .token")) == len(ids))
     heats = page.run(
@@ -62,10 +62,10 @@ def test_it_shades_a_rollout(page: Browser, client: RolloutClient) -> None:
     assert [float(heat) for heat in heats] == pytest.approx(
         [min(1, -value / MOST_NATS) for value in logprobs], abs=6e-4
     )
-    shades = page.run(
-        "return [...document.querySelectorAll('#rollout .token')].map(t => getComputedStyle(t).backgroundColor)"
-    )
-    assert len(set(shades)) > 3, "shades are drawn"
+    drawn = "return [...document.querySelectorAll('#rollout .token')].map(t => getComputedStyle(t).backgroundColor)"
+    shades = dict(zip(page.run(drawn), map(float, heats), strict=True))
+    darkest = max(shades, key=lambda colour: float(colour.rpartition("/")[2].strip(" )")))
+    assert len(shades) > 1 and shades[darkest] == max(map(float, heats)), "the most surprising is the darkest"
     page.run(
         "document.querySelector('#rollout .token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
     )

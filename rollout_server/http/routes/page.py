@@ -6,7 +6,6 @@ from typing import Any
 
 from litestar import Controller, Request, Response, get
 from litestar.params import FromPath
-from litestar.response import Stream
 
 from rollout_server.errors import NotFound
 from rollout_server.http.auth import may_infer
@@ -16,7 +15,7 @@ from rollout_server.http.page.rollout_view import rollout_view
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.replies.streaming import SSE, stream
 from rollout_server.http.requests.json_body import beside, no_query
-from rollout_server.http.service import service_of
+from rollout_server.http.service import ASKED, service_of
 from rollout_server.quoting import quoted
 
 PRIVATE = {"cache-control": "no-store"}
@@ -42,7 +41,9 @@ class PageController(Controller):
         return json_response(await frames_of(request).opening(), headers=PRIVATE)
 
     @get("/page/events", before_request=no_query, guards=[may_infer], summary="A frame a second, as events")
-    async def events(self, request: Request[Any, Any, Any]) -> Stream:
+    async def events(self, request: Request[Any, Any, Any]) -> Response[Any]:
+        if request.scope["state"].get(ASKED) == "HEAD":
+            return Response(b"", media_type=SSE)  # its end would be waited for
         return stream(frames_of(request).stream(), media_type=SSE)
 
     @get(

@@ -173,3 +173,13 @@ def test_a_dead_engine_is_shown_dead(client: Client, engine: FakeEngine) -> None
     engine.state = "dead"
     said = frame(client)
     assert said["state"] == "dead" and said["fault"] and said["rows"]["count"] == 0
+
+
+def test_head_of_an_endless_stream_ends(client: Client) -> None:
+    response = client.head("/page/events")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+
+
+def test_the_page_is_no_part_of_the_api_s_document(client: Client) -> None:
+    paths = client.get("/schema/openapi.json").json()["paths"]
+    assert "/v1/rollouts" in paths and not [path for path in paths if path == "/" or path.startswith("/page")]
