@@ -49,6 +49,7 @@ SMALL = {
     "rollout_server/text/token_strings.py": "one way from ids to text",
     "rollout_server/versions/adapter_directory.py": "one way in which versions come in",
     "adapters/placement.py": "plain, below whatever knows arrays",
+    "adapters/resident/layers/embedding.py": "one kind of layer, beside the others",
     "adapters/versions/packed.py": "one part of what survives a crash",
     "rollout_server/engine/model/checkpoint/corrections/grouped.py": "one correction of what a module computes",
     "adapters/versions/reserve.py": "one part of what survives a crash",

@@ -17,7 +17,7 @@ from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
-from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, common
+from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, Segment, common
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Caches, Found, Snapshots
 from rollout_server.engine.kv_cache.store import KVStore
@@ -97,10 +97,23 @@ class PrefixReuse:
         if not self.on:
             return None
         if isinstance(self._cache, PrefixCache) and isinstance(store, PaddedKV):
-            return BatchPrefixes(store, self, self._cache)
+            return BatchPrefixes(store, self)
         if isinstance(self._cache, Snapshots) and isinstance(store, MlxCacheKV):
             return BatchSnapshots(store, self, self._cache, ends)
         raise RuntimeError("What is kept for later is not of the kind that this batch computes with.")
+
+    def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
+        """The columns that there are of a prompt; none where state is kept whole."""
+        return self._cache.find(key, tokens, LEAST) if isinstance(self._cache, PrefixCache) else []
+
+    def keep(
+        self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
+    ) -> list[mx.array]:
+        """The columns that a place holds for `tokens`, as far as they are not there yet; returns the arrays to
+        evaluate."""
+        if not isinstance(self._cache, PrefixCache) or not self.keeps(key):
+            return []
+        return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
 
     def keeps(self, key: Key) -> bool:
         """Returns whether what was computed under a key may be kept."""
@@ -131,10 +144,9 @@ class Prefixes(Protocol):
 class BatchPrefixes:
     """The methods of `Prefixes`, for places with columns."""
 
-    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse, cache: PrefixCache) -> None:
+    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse) -> None:
         self._store = store
         self._prefix_reuse = prefix_reuse
-        self._cache = cache
 
     def enter(self, groups: Sequence[Group]) -> None:
         for index, group in enumerate(groups):
@@ -146,7 +158,7 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._cache.find(key_of(group.version, group.placement), prompt.tokens, LEAST):
+            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.tokens):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled
@@ -156,7 +168,7 @@ class BatchPrefixes:
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         if group.version is not None and prompt.tokens:
-            mx.eval(self._keep(place, key_of(group.version, group.placement), prompt.tokens))
+            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         copies: list[mx.array] = []
@@ -169,14 +181,8 @@ class BatchPrefixes:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
-                copies += self._keep(place, key, tokens, (len(request.given_ids),))
+                copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         return copies
-
-    def _keep(self, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()) -> list[mx.array]:
-        """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
-        if not self._prefix_reuse.keeps(key):
-            return []
-        return self._cache.insert(key, tokens, lambda start, end: self._store.cut(place, start, end), ends)
 
 
 class BatchSnapshots:
