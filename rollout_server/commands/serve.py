@@ -13,6 +13,7 @@ from rollout_server.commands.asking.server_choice import Adapters
 from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
 from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
+    AllowHost,
     Also,
     Attention,
     KvBits,
@@ -60,9 +61,7 @@ def serve(
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     otel: Annotated[str | None, option("Trace requests (extra `otel`).", "off", metavar="on|off")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[
-        list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
-    ] = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 

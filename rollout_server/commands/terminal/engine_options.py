@@ -1,4 +1,4 @@
-"""Options of `serve` that say how the engine uses its device, and in which directories versions are."""
+"""Options of `serve`: how the engine uses its device, in which directories versions are, which names it answers to."""
 
 from __future__ import annotations
 
@@ -34,3 +34,4 @@ StateDir = Annotated[
     str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
 ]
 AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")]
+AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]
