@@ -1,4 +1,4 @@
-"""Options of `serve` that say how the engine uses its device, and in which directories versions are."""
+"""Options of `serve`: how the engine uses its device, in which directories versions are, which names it answers to."""
 
 from __future__ import annotations
 
