@@ -16,6 +16,7 @@ from rollout_server.engine.messages.control import (
     Leave,
     Leaving,
     Pause,
+    LookAtRows,
     Ping,
     Pong,
     Release,
@@ -113,7 +114,7 @@ class Fleet:
                 for id in ids:
                     self._requests.abort(id, reason)
                     self._readings.abort(id, reason)
-            case Pause() | Resume() | Release() | ResetPrefixCache():
+            case Pause() | Resume() | Release() | ResetPrefixCache() | LookAtRows():
                 self._readings.order(command)
             case Ping(id=id):
                 if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:
