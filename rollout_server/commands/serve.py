@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from rollout_server.commands.terminal.engine_options import (
     Warm,
     WeightsMemory,
 )
+
+if TYPE_CHECKING:
+    from rollout_server.config import ServerConfig
 
 
 def serve(
@@ -73,16 +76,21 @@ def serve(
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
     given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
     with one_sentence():
-        blas = load_blas()
-        config = configure(given)
-
-        from rollout_server import logs
-
-        logs.configure(config.log_format)
-        log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        config = _configured(given)
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on"))
+
+
+def _configured(given: dict[str, Any]) -> ServerConfig:
+    """The configuration; the first line of the log, in its format, says what multiplies here."""
+    blas = load_blas()
+    config = configure(given)
+    from rollout_server import logs
+
+    logs.configure(config.log_format)
+    log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+    return config
 
 
 def greet(url: str, *, page: bool) -> None:

@@ -7,7 +7,16 @@ from typing import get_args
 
 from adapters.bundle import AdapterBundle
 from adapters.spec import Mode
-from rollout_server.engine.messages.control import Abort, LookAtRows, Pause, Ping, Release, ResetPrefixCache, Resume, Stop
+from rollout_server.engine.messages.control import (
+    Abort,
+    LookAtRows,
+    Pause,
+    Ping,
+    Release,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Event, Submit
 from rollout_server.engine.messages.scoring import Classify, Embed, HoldScorer, LetScorerGo, Replay, Score

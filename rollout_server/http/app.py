@@ -31,14 +31,14 @@ from rollout_server.http.problems import to_response
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
-from rollout_server.http.routes.control import ControlController, PrefixesController
-from rollout_server.http.routes.fleet import FleetController
 from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
 from rollout_server.http.routes.openai.embeddings import EmbeddingsController
-from rollout_server.http.routes.page import PageController
-from rollout_server.http.routes.pause import PauseController, PauseDoorsController
+from rollout_server.http.routes.operating.control import ControlController, PrefixesController
+from rollout_server.http.routes.operating.fleet import FleetController
+from rollout_server.http.routes.operating.page import PageController
+from rollout_server.http.routes.operating.pause import PauseController, PauseDoorsController
 from rollout_server.http.routes.pooling.classes import ClassesController
 from rollout_server.http.routes.pooling.pairs import PairsController
 from rollout_server.http.routes.pooling.rewards import RewardsController

@@ -112,51 +112,55 @@ def test_an_adapter_that_does_not_fit_keeps_the_server_from_being_ready(
         assert client.get("/health").status_code == 200
 
 
+PATHS = {
+    "/v1/rollouts",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    *(f"{prefix}/classify" for prefix in ("", "/v1")),
+    *(f"{prefix}/score" for prefix in ("", "/v1")),
+    *(f"{prefix}/rerank" for prefix in ("", "/v1", "/v2")),
+    "/pooling",
+    "/get_reward",
+    "/v1/rewards",
+    "/v1/logprobs",
+    "/v1/replay",
+    "/v1/probe",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/abort",
+    "/v1/release",
+    "/reset_prefix_cache",
+    "/v1/pause",
+    "/v1/resume",
+    "/pause",
+    "/resume",
+    "/is_paused",
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/v1/weights",
+    "/v1/weights/{name}",
+    "/v1/weights/{name}/activate",
+    "/v1/weights/{name}/{version}",
+    "/v1/weights/{name}/{version}/export",
+    "/v1/fleet",
+    "/v1/fleet/{id}",
+    "/v1/fleet/{id}/drain",
+    "/v1/models",
+    "/v1/models/{model}",
+    "/health",
+    "/ready",
+    "/metrics",
+}
+"""Of every route, the page's aside."""
+
+
 def test_the_schema_is_served_offline_and_knows_every_route(client: Client) -> None:
     for path in ("/schema", "/schema/openapi.json"):
         schema = client.get(path).json()
         assert schema["openapi"].startswith("3.1")
-    assert set(schema["paths"]) == {
-        "/v1/rollouts",
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/embeddings",
-        *(f"{prefix}/classify" for prefix in ("", "/v1")),
-        *(f"{prefix}/score" for prefix in ("", "/v1")),
-        *(f"{prefix}/rerank" for prefix in ("", "/v1", "/v2")),
-        "/pooling",
-        "/get_reward",
-        "/v1/rewards",
-        "/v1/logprobs",
-        "/v1/replay",
-        "/v1/probe",
-        "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/v1/abort",
-        "/v1/release",
-        "/reset_prefix_cache",
-        "/v1/pause",
-        "/v1/resume",
-        "/pause",
-        "/resume",
-        "/is_paused",
-        "/tokenize",
-        "/detokenize",
-        "/tokenizer_info",
-        "/v1/weights",
-        "/v1/weights/{name}",
-        "/v1/weights/{name}/activate",
-        "/v1/weights/{name}/{version}",
-        "/v1/weights/{name}/{version}/export",
-        "/v1/fleet",
-        "/v1/fleet/{id}",
-        "/v1/fleet/{id}/drain",
-        "/v1/models",
-        "/v1/models/{model}",
-        "/health",
-        "/ready",
-        "/metrics",
-    }
+    assert set(schema["paths"]) == PATHS
     body = schema["paths"]["/v1/rollouts"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     properties = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[-1]]["properties"]
     assert {"policy", "prompts", "n", "sampling", "return", "stream"} <= set(properties)
