@@ -51,6 +51,8 @@ IMPORTS = {
 
 # Public parts of pydantic and of litestar that live in distributions of their own.
 COMPANIONS = {"pydantic_core", "msgspec"}
+CALLED = {"PIL": "pillow"}
+"""Modules with another name than what is installed."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -183,7 +185,7 @@ def test_what_is_imported_is_declared() -> None:
     strange = [
         f"{place} imports {module}"
         for place, module in imports(sources(*PACKAGES))
-        if top(module) not in known and top(module).lower().replace("_", "-") not in declared
+        if top(module) not in known and CALLED.get(top(module), top(module)).lower().replace("_", "-") not in declared
     ]
     assert not strange, f"declare it in pyproject.toml: {strange}"
 

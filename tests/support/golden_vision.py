@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
+from rollout_server.engine.model.vision.load import settled
 from rollout_server.models.vision.family import Features, VisionFamily
 from tests.support.tiny_models import write_tokenizer
 
@@ -102,6 +103,11 @@ def copied(family: str, directory: Path, **changed: Any) -> Path:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family]))
     return directory
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """config.json with transformers' defaults, as towers are made from it."""
+    return settled(json.loads((GOLDEN / family / "config.json").read_text()))
 
 
 @dataclass(frozen=True)

@@ -86,12 +86,20 @@ KINDS: Mapping[str, VisionKind] = MappingProxyType(
 """By config.json's `model_type`."""
 PIXTRAL = VisionKind(pixtral, _PROJECTED)
 """`llava` whose tower is Pixtral's."""
+TOWERS: Mapping[str, Mapping[str, VisionKind]] = MappingProxyType(
+    {
+        "llava": {"clip_vision_model": KINDS["llava"], "pixtral": PIXTRAL},
+        "gemma3": {"siglip_vision_model": KINDS["gemma3"]},
+        "mistral3": {"pixtral": KINDS["mistral3"]},
+    }
+)
+"""By the `model_type` of `vision_config`, where a model may have one of several."""
 
 
 def kind_of(config: Mapping[str, Any]) -> VisionKind | None:
-    """None where no tower of this model type is known, and for a text model cut out of a larger one."""
-    fields = config.get("vision_config")
+    """None where no such tower of this model type is known, and for a text model cut out of a larger one."""
+    fields, kind = config.get("vision_config"), str(config.get("model_type"))
     if not isinstance(fields, Mapping):
         return None
-    kind = str(config.get("model_type"))
-    return PIXTRAL if kind == "llava" and fields.get("model_type") == "pixtral" else KINDS.get(kind)
+    inner = fields.get("model_type")
+    return TOWERS[kind].get(str(inner)) if kind in TOWERS and inner is not None else KINDS.get(kind)

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from rollout_server.models.vision.family import Features, Grid
 from rollout_server.models.vision.vit import SiglipTower, side
@@ -21,15 +20,6 @@ def idefics3(config: Mapping[str, Any]) -> TiledVision:
     if patches % factor:
         raise ValueError(f"scale_factor {factor} does not divide the {patches} patches along a tile's side")
     return TiledVision(TiledTower(config), config["image_token_id"], (patches // factor) ** 2)
-
-
-def nearest(count: int) -> np.ndarray:
-    """int [count]: which of so many learned positions each patch of a full side takes. As float32 rounds fractions, a
-    few take the one before their own; the models were trained so."""
-    step = np.float32(1.0) / np.float32(count)
-    places = np.minimum(np.arange(count, dtype=np.float32) * step, np.float32(1.0 - 1e-6))
-    borders = np.arange(1 / count, 1.0, 1 / count).astype(np.float32)
-    return np.searchsorted(borders, places, side="right")
 
 
 class Projection(nn.Module):
@@ -56,14 +46,14 @@ class Connector(nn.Module):
 class TiledTower(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self._side = side(config["vision_config"])
         self.vision_model = SiglipTower(config["vision_config"])
         self.connector = Connector(config)
 
     def __call__(self, tiles: mx.array) -> mx.array:
-        along = nearest(self._side)
-        positions = mx.array((along[:, None] * self._side + along).ravel())
-        return self.connector(self.vision_model(tiles, positions))
+        """[tiles, channels, side, side] → [tiles, tokens, hidden]. A tile is full, so that each patch has the position
+        of its number. transformers comes to it through fractions in float32, which lead elsewhere for some sides that
+        no published model has: of 26, 27 and 32 patches along a side they do not."""
+        return self.connector(self.vision_model(tiles))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,9 +26,9 @@ class Patches(nn.Linear):
     """A convolution whose steps are as wide as its kernel: a product over each patch."""
 
     def __init__(self, fields: Mapping[str, Any], *, bias: bool) -> None:
-        self_size = fields["patch_size"]
-        super().__init__(fields["num_channels"] * self_size**2, fields["hidden_size"], bias=bias)
-        self._size = self_size
+        size = fields["patch_size"]
+        super().__init__(fields["num_channels"] * size**2, fields["hidden_size"], bias=bias)
+        self._size = size
 
     def __call__(self, pixels: mx.array) -> mx.array:
         return super().__call__(cut(pixels.astype(self.weight.dtype), self._size))
@@ -102,11 +102,9 @@ class SiglipEmbeddings(nn.Module):
         self.patch_embedding = Patches(fields, bias=True)
         self.position_embedding = nn.Embedding(side(fields) ** 2, fields["hidden_size"])
 
-    def __call__(self, pixels: mx.array, positions: mx.array | None = None) -> mx.array:
-        """[B, channels, rows, columns] → [B, patches, hidden], with the position of each patch where it is not its
-        number."""
-        learned = self.position_embedding.weight if positions is None else self.position_embedding(positions)
-        return self.patch_embedding(pixels) + learned
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """[B, channels, rows, columns] → [B, patches, hidden]."""
+        return self.patch_embedding(pixels) + self.position_embedding.weight
 
 
 class SiglipTower(nn.Module):
@@ -116,8 +114,8 @@ class SiglipTower(nn.Module):
         self.encoder = Layers(fields)
         self.post_layernorm = norm(fields)
 
-    def __call__(self, pixels: mx.array, positions: mx.array | None = None) -> mx.array:
-        *_, last = self.encoder.states(self.embeddings(pixels, positions))
+    def __call__(self, pixels: mx.array) -> mx.array:
+        *_, last = self.encoder.states(self.embeddings(pixels))
         return self.post_layernorm(last)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from rollout_server.text.pictures.decode import decoded
-from tests.support.picture_files import READABLE, UNREADABLE, drawn, mutated, rotated, saved
+from tests.support.pictures.files import READABLE, UNREADABLE, drawn, mutated, rotated, saved
 
 LIMIT = 1_000_000
 

@@ -45,7 +45,8 @@ def read_vision(directory: Path, config: Mapping[str, Any]) -> VisionFamily | No
         return None
     try:
         family = kind.make(settled(config))
-        family.tower.load_weights(list(kind.named(weights, family).items()), strict=True)
+        named = kind.named(_unpacked(weights, config), family)
+        family.tower.load_weights(list(named.items()), strict=True)
         _place(family)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
@@ -76,6 +77,23 @@ def _weights(directory: Path, kind: VisionKind) -> dict[str, mx.array]:
     for path in sorted(directory.glob(WEIGHTS)):
         tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]  # A safetensors file is a dictionary.
         found |= {name: array for name, array in tensors.items() if kind.holds(name)}
+    return found
+
+
+def _unpacked(weights: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """Layers that mlx-vlm packs, as products of whole numbers would gain a tower little and cost its precision."""
+    packing = config.get("quantization") or {}
+    found = dict(weights)
+    for name in [name for name in weights if name.endswith(".scales")]:
+        layer = name.removesuffix(".scales")
+        own = packing.get(layer)
+        said = {key: (own if isinstance(own, Mapping) else packing).get(key) for key in ("group_size", "bits", "mode")}
+        parts = [found.pop(f"{layer}.{part}", None) for part in ("weight", "scales", "biases")]
+        if parts[0] is None or parts[1] is None:
+            raise ValueError(f"{layer} is packed, and a part of it is missing")
+        found[f"{layer}.weight"] = mx.dequantize(
+            parts[0], parts[1], parts[2], said["group_size"], said["bits"], said["mode"] or "affine"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ from rollout_server.engine.model.vision.load import read_vision
 from rollout_server.engine.model.vision.reader import ModelPictures, read_pictures
 from rollout_server.models.vision.family import VisionFamily
 from tests.support.golden_vision import FAMILIES, MARKS, SPECIAL, copied
-from tests.support.picture_files import READABLE, UNREADABLE, drawn, saved
+from tests.support.pictures.files import READABLE, UNREADABLE, drawn, saved
 
 LIMIT = 1_000_000
 NAMES = {
