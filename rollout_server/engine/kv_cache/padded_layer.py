@@ -22,6 +22,10 @@ class Window:
     offset: mx.array
     columns: mx.array
     width: int
+    rotary: mx.array | None = None
+    """What turns queries and keys, where it is not their column: int32 [B] or [3, B, N], see `seen.rotary_of`."""
+    blocks: mx.array | None = None
+    """int32 [2, B, N]: columns that a token reads besides those before it, from and to."""
     masks: dict[int | None, mx.array] = field(default_factory=dict)
 
     def mask(self, window_size: int | None) -> mx.array:
@@ -33,6 +37,9 @@ class Window:
             found = column <= position
             if window_size is not None:
                 found = found & (column > position - window_size)
+            if self.blocks is not None:
+                begin, end = self.blocks[:, :, None, :, None]
+                found = found | ((column >= begin) & (column < end))
             self.masks[window_size] = found
         return found
 
@@ -97,7 +104,9 @@ class PaddedLayer:
 
     @property
     def offset(self) -> mx.array:
-        return self._layout.window.offset
+        """What models turn queries and keys by, and nothing else."""
+        window = self._layout.window
+        return window.offset if window.rotary is None else window.rotary
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         return self._layout.window.mask(window_size or self._window_size)
