@@ -25,7 +25,8 @@ class Window:
     rotary: mx.array | None = None
     """What turns queries and keys, where it is not their column: int32 [B] or [3, B, N], see `seen.rotary_of`."""
     blocks: mx.array | None = None
-    """int32 [2, B, N]: columns that a token reads besides those before it, from and to."""
+    """int32 [2, B, N]: columns that a token reads besides those before it, from and to, as far as they are within its
+    window."""
     masks: dict[int | None, mx.array] = field(default_factory=dict)
 
     def mask(self, window_size: int | None) -> mx.array:
@@ -35,11 +36,11 @@ class Window:
             position = self.columns[:, None, :, None]
             column = mx.arange(self.width, dtype=mx.int32)
             found = column <= position
-            if window_size is not None:
-                found = found & (column > position - window_size)
             if self.blocks is not None:
                 begin, end = self.blocks[:, :, None, :, None]
                 found = found | ((column >= begin) & (column < end))
+            if window_size is not None:
+                found = found & (column > position - window_size)
             self.masks[window_size] = found
         return found
 

@@ -1,1 +1,1 @@
-"""Pictures on the host: decoded within limits, made pixels of as the model's own processor makes them, and their placeholders in text."""
+"""Pictures on the host: decoded within limits, as pixels that the model's processor makes, and as placeholders."""
