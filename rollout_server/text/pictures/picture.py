@@ -16,3 +16,5 @@ class Picture:
     shape: tuple[int, ...]
     grid: tuple[int, ...]
     """How it is cut, see `models.vision.family.Grid`."""
+    tokens: int
+    """How many placeholders stand for it."""
