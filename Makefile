@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders golden-vision check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="ll
 
 golden-encoders: $(PEERS_READY)  ## write tests/golden/encoders anew from torch (ARGS="bert deberta-v3")
 	$(PEERS)/bin/python -m tests.golden.encoders.make_golden $(ARGS)
+
+golden-vision: $(PEERS_READY)  ## write tests/golden/vision anew from torch (ARGS="qwen3_vl gemma3")
+	$(PEERS)/bin/python -m tests.golden.vision.make_golden $(ARGS)
 
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
 	@$(BIN)/python -c "import schemathesis" 2>/dev/null \

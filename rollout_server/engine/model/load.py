@@ -46,6 +46,8 @@ from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")
 SAMPLED_ROWS = 12
+AROUND: dict[str, str] = {"idefics3": "mistral3", "smolvlm": "mistral3"}
+"""Vision models that mlx-lm lacks → the module that takes their text model as it stands in theirs."""
 EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
 REASON = 400
@@ -284,7 +286,7 @@ def _served_by(config: Mapping[str, Any]) -> dict[str, str]:
         for (kind, architecture), module in mlx_lm_utils.MODEL_ARCHITECTURE_REMAPPING.items()
         if architecture in architectures
     }
-    return mlx_lm_utils.MODEL_REMAPPING | special
+    return AROUND | mlx_lm_utils.MODEL_REMAPPING | special
 
 
 def _as_said(module: nn.Module, plan: Plan) -> str | None:

@@ -52,10 +52,12 @@ class VisionFamily(Protocol):
         frequency of RoPE; None where a token's position is its column."""
 
     def tokens(self, grid: Grid) -> int:
-        """How many placeholders a picture has. Raises `ValueError` for a grid that no picture of this family has."""
+        """How many placeholders a picture has, in the order of its features. Tokens of text may stand between them, as
+        at the end of a row of Pixtral's or between the tiles of Idefics3. Raises `ValueError` for a grid that no
+        picture of this family has."""
 
     def features(self, pixels: mx.array, grid: Grid) -> Features:
-        """Of one picture, whose pixels are what the family's image processor makes."""
+        """What one picture gives, whose pixels are what the family's image processor makes."""
 
     def positions(self, token_ids: Sequence[int], grids: Sequence[Grid]) -> np.ndarray | None:
         """int32 [3, N]: what turns each token along the three axes; None where positions are columns. The token behind

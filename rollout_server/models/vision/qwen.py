@@ -14,8 +14,8 @@ import numpy as np
 from rollout_server.models.encoders.attention import attend, split_heads
 from rollout_server.models.vision.family import Features, Grid
 
-PATCHES = "patch_embed.proj.weight"
-"""[out, channels, frames, rows, columns] in a checkpoint: a product over the whole of a patch."""
+EPS = 1e-6
+"""Every norm of the towers has it, whatever the configuration says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Turn:
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose steps are as wide as its kernel is a product over each patch."""
+    """The convolution over patches, as the product that it is."""
 
     def __init__(self, values: int, width: int, *, bias: bool) -> None:
         super().__init__()
@@ -137,9 +137,10 @@ def positions_of(token_ids: Sequence[int], grids: Sequence[Grid], placeholder: i
     return found
 
 
-def tower_weights(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The convolution over patches as the product that it is."""
-    return {name: value.flatten(1) if name == PATCHES else value for name, value in weights.items()}
+def patch_values(fields: Mapping[str, Any]) -> int:
+    """Values of one patch: channels, frames, rows and columns."""
+    size: int = fields["in_channels"] * fields["temporal_patch_size"] * fields["patch_size"] ** 2
+    return size
 
 
 def rope_axes(text: Mapping[str, Any], *, interleaved: bool) -> tuple[int, ...]:

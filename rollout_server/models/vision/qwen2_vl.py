@@ -15,19 +15,18 @@ import numpy as np
 from rollout_server.models.encoders.activations import ACTIVATIONS
 from rollout_server.models.vision.family import Features, Grid
 from rollout_server.models.vision.qwen import (
+    EPS,
     PatchEmbedding,
     PlainFeed,
     QwenVision,
     TowerAttention,
     TowerLayer,
     Turn,
+    patch_values,
     places_of,
     rope_axes,
     still,
 )
-
-EPS = 1e-6
-"""Of every norm, whatever the configuration says."""
 
 
 def qwen2_vl(config: Mapping[str, Any]) -> QwenVision:
@@ -47,12 +46,6 @@ def _vision(config: Mapping[str, Any], tower: nn.Module, merge: int) -> QwenVisi
     return QwenVision(tower, config["image_token_id"], axes, merge)
 
 
-def patch_values(fields: Mapping[str, Any]) -> int:
-    """Values of one patch: channels, frames, rows and columns."""
-    size: int = fields["in_channels"] * fields["temporal_patch_size"] * fields["patch_size"] ** 2
-    return size
-
-
 class Merger(nn.Module):
     """merge · merge patches that stand one behind the other become one token of the decoder."""
 
@@ -61,7 +54,8 @@ class Merger(nn.Module):
         self._inner = width * merge**2
         self._activation = ACTIVATIONS["gelu"]
         self.ln_q = norm
-        self.mlp = [nn.Linear(self._inner, self._inner), {}, nn.Linear(self._inner, out)]
+        # The activation stands between, as in torch's Sequential, and has no parameters.
+        self.mlp: list[Any] = [nn.Linear(self._inner, self._inner), {}, nn.Linear(self._inner, out)]
 
     def __call__(self, x: mx.array) -> mx.array:
         first, _, last = self.mlp
@@ -117,9 +111,9 @@ class Windows:
         _, rows, columns = still(grid, merge)
         rows, columns = rows // merge, columns // merge
         down, across = -(-rows // side), -(-columns // side)
-        blocks = np.full((down * side, across * side), -1)
-        blocks[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
-        blocks = blocks.reshape(down, side, across, side).swapaxes(1, 2).reshape(down * across, side * side, 1)
+        square = np.full((down * side, across * side), -1)
+        square[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+        blocks = square.reshape(down, side, across, side).swapaxes(1, 2).reshape(down * across, side * side, 1)
         # In each window the places that are filled up go last, so that what is merged stays together.
         blocks = np.take_along_axis(blocks, np.argsort(blocks < 0, axis=1, kind="stable"), axis=1)
         patches = blocks * merge**2 + np.arange(merge**2)

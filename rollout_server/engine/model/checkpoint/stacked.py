@@ -88,11 +88,19 @@ def _falcon_h1(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
     return scaled
 
 
+def _beside_vision(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """Idefics3 and SmolVLM have other names for the parts beside the decoder, and for the decoder itself."""
+    kept = {name: value for name, value in weights.items() if not name.startswith(VISION)}
+    return {name.replace("model.text_model.", "model.", 1): value for name, value in kept.items()}
+
+
+VISION = ("model.vision_model.", "model.connector.")
 LAYOUTS: dict[str, Callable[[dict[str, mx.array], Any], dict[str, mx.array]]] = {
     "ernie4_5_moe": _ernie_moe,
     "falcon_h1": _falcon_h1,
     "gpt2": _gpt2,
     "gpt_oss": _gpt_oss_if_stacked,
+    "mistral3": _beside_vision,
 }
 
 

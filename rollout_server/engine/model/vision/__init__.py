@@ -1,0 +1,1 @@
+"""The vision half of a checkpoint, read beside its decoder."""
