@@ -164,8 +164,8 @@ def check_pictures(
     if found > needed or (found < needed and tokens.count(info.placeholder) < needed):
         raise InvalidField(
             f"There are {counted(found, 'placeholder')} (token {info.placeholder}), and "
-            f"{counted(len(pictures), 'picture')} with {needed}: give the ids that a reply's prompt_token_ids have, and every "
-            "picture of them in images.",
+            f"{counted(len(pictures), 'picture')} with {needed}: give the "
+            "ids that a reply's prompt_token_ids have, and every picture of them in images.",
             param=param,
         )
 

@@ -3,7 +3,9 @@ its first layers, and rotary positions on three axes."""
 
 from __future__ import annotations
 
+import logging
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +14,15 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.base import create_attention_mask
 
+from rollout_server.engine.model.checkpoint.files import read_config
+from rollout_server.engine.model.kv_choice import ChosenStore
+from rollout_server.engine.model.vision.load import read_vision
+from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.seen import Seen
+from rollout_server.errors import EngineUnavailable
+from rollout_server.models.vision.family import VisionFamily
+
+log = logging.getLogger("rollout_server.engine.model")
 
 
 class AxesRoPE(nn.Module):
@@ -80,3 +90,27 @@ def logits_of(module: nn.Module, trunk: str, states: mx.array) -> mx.array:
     owner = attrgetter(".".join(above))(module) if above else module
     output = getattr(owner, "lm_head", None)
     return attrgetter(trunk)(module).embed_tokens.as_linear(states) if output is None else output(states)
+
+
+def read_tower(directory: Path, module: nn.Module) -> VisionFamily | None:
+    """The tower beside a decoder, whose layers are made to turn as pictures need it. Raises `EngineUnavailable` where
+    one of the two cannot be what it is in transformers."""
+    family = read_vision(directory, read_config(directory))
+    if family is not None and family.axes is not None:
+        try:
+            turn_by_axes(module, family.axes)
+        except ValueError as error:
+            raise EngineUnavailable(f"The model at {directory} could not be loaded: {error}.") from error
+    return family
+
+
+def eyes_of(
+    family: VisionFamily | None, module: nn.Module, trunk: str, store: ChosenStore, dtype: mx.Dtype
+) -> Eyes | None:
+    """None where the decoder cannot be given what a tower makes, which the log then says."""
+    if family is None:
+        return None
+    if store.kind != "slots" or not trunk or not hasattr(attrgetter(trunk)(module), "embed_tokens"):
+        log.warning("This decoder takes no features of pictures here: it is served as a text model and refuses them.")
+        return None
+    return Eyes(family, dtype, store.cell_bytes)
