@@ -4,9 +4,10 @@ whole sequence at once, layer by layer, without caches."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -21,13 +22,69 @@ from tests.support.tiny_models import write_tokenizer
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.safetensors"))
 CONVERSATIONS = ("none", "one", "two", "middle")
-SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-"""Added behind the tiny tokenizer's own, as the golden configurations number them."""
+_QWEN = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_ROWS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+_TILES = ("<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>")
+SPECIAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "qwen2_vl": _QWEN,
+        "qwen2_5_vl": _QWEN,
+        "qwen3_vl": _QWEN,
+        "gemma3": ("<image_soft_token>", "<unused>", "<start_of_image>", "<end_of_image>"),
+        "llava": ("<image>",),
+        "pixtral": _ROWS,
+        "mistral3": _ROWS,
+        "idefics3": _TILES,
+        "smolvlm": _TILES,
+    }
+)
+"""Added behind the tiny tokenizer's own, as the golden configurations number them: what stands for pictures first."""
+_FRAMED = "<|vision_start|><|image_pad|><|vision_end|>"
+MARKS: Mapping[str, str] = MappingProxyType(
+    {"qwen2_vl": _FRAMED, "qwen2_5_vl": _FRAMED, "qwen3_vl": _FRAMED, "gemma3": "<start_of_image>"}
+)
+"""What a chat template writes for a picture, where it is not the first of these."""
+TEMPLATE = (
+    "{%% for message in messages %%}{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
+    "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}{%% for part in message['content'] %%}"
+    "{{ '%s' if part['type'] == 'image' else part['text'] }}{%% endfor %%}{%% endif %%}<|end|>{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|assistant|>{%% endif %%}"
+)
+_QWEN_PIXELS = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 4,
+    "merge_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 64 * 24},
+}
+_ROWS_PIXELS = {
+    "image_processor_type": "PixtralImageProcessor",
+    "patch_size": {"height": 4, "width": 4},
+    "size": {"longest_edge": 32},
+}
+_TILES_PIXELS = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+PROCESSORS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "qwen2_vl": _QWEN_PIXELS,
+        "qwen2_5_vl": _QWEN_PIXELS,
+        "qwen3_vl": _QWEN_PIXELS,
+        "gemma3": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        "llava": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": {"height": 32, "width": 32},
+        },
+        "pixtral": _ROWS_PIXELS,
+        "mistral3": _ROWS_PIXELS,
+        "idefics3": {"image_processor_type": "Idefics3ImageProcessor", **_TILES_PIXELS},
+        "smolvlm": {"image_processor_type": "SmolVLMImageProcessor", **_TILES_PIXELS},
+    }
+)
+"""preprocessor_config.json, for pictures as small as the models."""
 
 
 def copied(family: str, directory: Path, **changed: Any) -> Path:
-    """A checkpoint with a tokenizer in `directory`, made if missing. `changed` are fields of config.json, None for one
-    that is taken away."""
+    """A checkpoint with a tokenizer and an image processor in `directory`, made if missing. `changed` are fields of
+    config.json, None for one that is taken away."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = load_file(GOLDEN / family / "model.safetensors")
     save_file({name: array.astype(np.float32) for name, array in tensors.items()}, directory / "model.safetensors")
@@ -38,8 +95,12 @@ def copied(family: str, directory: Path, **changed: Any) -> Path:
     write_tokenizer(directory)
     path = str(directory / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL[family]])
     tokenizer.save(path)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE % MARKS.get(family, SPECIAL[family][0])
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family]))
     return directory
 
 

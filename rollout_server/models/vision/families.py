@@ -27,8 +27,8 @@ COLOURS = 3
 @dataclass(frozen=True, slots=True)
 class VisionKind:
     make: Callable[[Mapping[str, Any]], VisionFamily]
-    """Takes config.json as transformers settles it. Raises `ValueError`, `KeyError` or `TypeError` for a tower that is not
-    computed here."""
+    """Takes config.json as transformers settles it. Raises `ValueError`, `KeyError` or `TypeError` for a tower that is
+    not computed here."""
     parts: tuple[str, ...]
     """How the names of its tensors begin, `model.` in front or not."""
     inside: tuple[str, ...] = ()

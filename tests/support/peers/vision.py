@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from tests.support.tiny_models import VOCAB_SIZE
 
-PLACEHOLDER, VIDEO, BEGIN, END = 288, 289, 290, 291
+PLACEHOLDER, VIDEO, BEGIN, END = 289, 290, 291, 292
 """The first ids behind those of the tiny tokenizer."""
-STOP = 285
+STOP = 286
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
