@@ -42,6 +42,7 @@ from rollout_server.engine.model.sighted import eyes_of, read_tower
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.vision.load import nbytes
+from rollout_server.engine.model.vision.reader import read_pictures
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -120,7 +121,8 @@ def load(options: EngineOptions) -> ResidentModel:
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
     ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
+    pictures = None if eyes is None else read_pictures(path, read_config(path), eyes.family, read.host_tokenizer)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, pictures)
 
 
 def _check_device(

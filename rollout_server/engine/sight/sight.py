@@ -72,10 +72,10 @@ class Sight:
         """The columns of the picture within which this one begins a chunk that may not begin there."""
         if not self.sees_both_ways or column >= self.end:
             return None
-        return next(((begin, end) for begin, end in self._extents if begin < column < end), None)
+        return next(((begin, end) for begin, end in self.extents if begin < column < end), None)
 
     @property
-    def _extents(self) -> list[tuple[int, int]]:
+    def extents(self) -> list[tuple[int, int]]:
         """The first column of each picture, and the one behind its last."""
         pairs = zip(self.first, self.first[1:], strict=False)
         return [(int(self.columns[begin]), int(self.columns[end - 1]) + 1) for begin, end in pairs]
@@ -84,7 +84,7 @@ class Sight:
         """int32 [2, count]: from which column, and up to which (excluded), each token sees besides what stands before
         it; nothing outside of pictures."""
         found = np.zeros((2, count), dtype=np.int32)
-        for begin, end in self._extents if self.sees_both_ways else ():
+        for begin, end in self.extents if self.sees_both_ways else ():
             found[0, max(0, begin - at) : max(0, end - at)] = begin
             found[1, max(0, begin - at) : max(0, end - at)] = end
         return found
@@ -103,7 +103,8 @@ class Sight:
 def sight_of(
     tokens: Sequence[int], pictures: Sequence[Picture], family: VisionFamily, look: Callable[[Picture], Features]
 ) -> Sight:
-    """Placeholders belong to the pictures in their order. Raises `InvalidField` where they are too few."""
+    """Placeholders belong to the pictures in their order. Raises `InvalidField` where they are too few, or do not stand
+    as those of such pictures do."""
     counts = [family.tokens(picture.grid) for picture in pictures]
     columns = np.flatnonzero(np.asarray(tokens) == family.placeholder)[: sum(counts)]
     if len(columns) < sum(counts):
@@ -119,9 +120,17 @@ def sight_of(
         number = _number_of(picture)
         for column in columns[begin:stop]:
             key[column] = number
-    turns = family.positions(tokens[:end], [picture.grid for picture in pictures])
+    try:
+        turns = family.positions(tokens[:end], [picture.grid for picture in pictures])
+    except ValueError as error:
+        raise InvalidField(f"The placeholders do not fit their pictures: {error}.", param="images") from error
     delta = 0 if turns is None else int(turns.max()) + 1 - end
-    return Sight(tuple(pictures), columns, first, tuple(key), turns, delta, family.sees_both_ways, look)
+    found = Sight(tuple(pictures), columns, first, tuple(key), turns, delta, family.sees_both_ways, look)
+    if family.sees_both_ways and any(
+        stop - begin != count for (begin, stop), count in zip(found.extents, counts, strict=True)
+    ):
+        raise InvalidField("The placeholders of a picture do not stand together in the ids.", param="images")
+    return found
 
 
 def _number_of(picture: Picture) -> int:
