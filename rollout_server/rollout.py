@@ -14,10 +14,14 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.grammar import Constraint
 from rollout_server.quoting import counted, quoted
+
+if TYPE_CHECKING:
+    from rollout_server.text.pictures.picture import Picture
 
 BASE = "base"
 MAX_SEED = 2**53 - 1
@@ -251,6 +255,8 @@ class RolloutRequest:
     """The text goes on behind the prompt's; else it is read as a text of its own, as a turn of a conversation is."""
     shown: frozenset[int] = frozenset()
     """Special tokens that stand in the text; others are left out."""
+    pictures: tuple[Picture, ...] = ()
+    """What the placeholders among `given_ids` stand for, in their order; what is left of them in a prefix is text."""
 
     @property
     def given_ids(self) -> tuple[int, ...]:

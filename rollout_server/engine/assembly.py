@@ -44,6 +44,7 @@ from rollout_server.engine.scheduling.preemption import Preemption
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
+from rollout_server.engine.sight.features import SHARE, Eyes
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
 
@@ -65,12 +66,15 @@ def build_engine(
     info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
-    ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
+    limit = info.kv_memory // info.kv_bytes_per_token
+    ledger = KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
     scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
-    tasks = ScoringTasks(scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
+    tasks = ScoringTasks(
+        scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling, model.eyes
+    )
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
@@ -100,6 +104,15 @@ def build_engine(
     )
 
 
+def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:
+    """Shares KV columns that nobody needs among what is kept for later requests: features of pictures, of which there
+    are few, take at most `most`."""
+    if eyes is not None:
+        eyes.fit(min(cells, most))
+        cells = max(0, cells - eyes.cells)
+    prefix_reuse.fit(cells)
+
+
 def warmed(
     model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
 ) -> None:
@@ -112,7 +125,8 @@ def warmed(
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
-    requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
+    cells = partial(model.make_store().minimum_cells, 1)
+    requests = RequestQueue(model.info.max_batch, cells, *([] if model.eyes is None else [model.eyes.sight]))
     ledger.register("prompts", requests.kept_cells)
     return requests
 

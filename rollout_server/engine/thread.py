@@ -15,6 +15,7 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
+from rollout_server.text.pictures.reader import PictureReader
 
 if TYPE_CHECKING:
     from rollout_server.engine.encoding.loop import EncoderEngine
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class EngineThread(threading.Thread):
-    """`info`, `tokenizer` and `grammars` are set before the status says ready; an encoder has no grammars."""
+    """`info`, `tokenizer`, `grammars` and `pictures` are set before the status says ready; an encoder has no grammars,
+    and only a model that sees reads pictures."""
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class EngineThread(threading.Thread):
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
         self.grammars: Grammars | None = None
+        self.pictures: PictureReader | None = None
         self._options = options
         self._mailbox = mailbox
         self._post = post
@@ -72,6 +75,7 @@ class EngineThread(threading.Thread):
         policies, options = PolicyTable(model, self._options), self._options
         engine = build_engine(model, policies, self._mailbox, self._post, self._show, options, timeline=timeline)
         self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
+        self.pictures = model.pictures
         self.info, self.tokenizer = model.info, model.host_tokenizer
         return engine
 

@@ -1,4 +1,5 @@
-"""Options of `serve` that say how the engine uses its device, and in which directories versions are."""
+"""Options of `serve` that say how the engine uses its device, in which directories versions are, and which pictures are
+read."""
 
 from __future__ import annotations
 
@@ -26,3 +27,9 @@ StateDir = Annotated[
     str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
 ]
 AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")]
+MaxPictureBytes = Annotated[str | None, option("Largest file of a picture.", "20MiB", metavar="SIZE")]
+MaxPicturePixels = Annotated[int | None, option("Most pixels of a picture, width times height.", "33554432")]
+MaxPictures = Annotated[int | None, option("Most pictures of one conversation.", "64")]
+AllowImageHost = Annotated[
+    list[str] | None, option("Host to fetch pictures from; repeatable. Else they are data: URLs.", metavar="NAME")
+]

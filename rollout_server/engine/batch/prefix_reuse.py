@@ -110,7 +110,7 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.tokens):
+            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.key):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled
@@ -118,7 +118,7 @@ class BatchPrefixes:
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         """Stores the KV of a prompt that was read in `place`. No step may be in flight."""
         if group.version is not None and prompt.tokens:
-            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
+            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.key))
 
     def keep_rows(self, ended: Mapping[int, Row]) -> list[mx.array]:
         """Stores the KV of rows that leave their places; returns the arrays to evaluate before the next write."""
@@ -132,6 +132,8 @@ class BatchPrefixes:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
+                if row.group.sight is not None:
+                    tokens = row.group.sight.key_of(tokens)
                 copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         return copies
 
@@ -144,4 +146,4 @@ def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
     half = max(LEAST, len(prompt.tokens) // 2)
     if len(first.tokens) < half or len(prompt.tokens) < half or first.tokens[half - 1] != prompt.tokens[half - 1]:
         return False
-    return first.tokens[:half] == prompt.tokens[:half]
+    return first.key[:half] == prompt.key[:half]

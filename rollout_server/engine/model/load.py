@@ -38,8 +38,11 @@ from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.model.sighted import eyes_of, read_tower
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
+from rollout_server.engine.model.vision.load import nbytes
+from rollout_server.engine.model.vision.reader import read_pictures
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -74,6 +77,7 @@ def load(options: EngineOptions) -> ResidentModel:
     module, config = read.module, read.config
     on_cpu = mx.default_device() == mx.cpu
     _prepare(module, on_cpu=on_cpu)
+    tower = read_tower(path, module)
     dtype = _activation_dtype(module)
     vocabulary = _vocabulary(read)
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
@@ -82,7 +86,8 @@ def load(options: EngineOptions) -> ResidentModel:
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
-    weight_bytes = sum(array.nbytes for array in _arrays(module))
+    eyes = eyes_of(tower, module, trunk, chosen, dtype)
+    weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
     info = ModelInfo(
         id=options.model_id,
@@ -109,13 +114,15 @@ def load(options: EngineOptions) -> ResidentModel:
         prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
         pad_token_id=read.pad_token_id,
+        placeholder=None if eyes is None else eyes.family.placeholder,
         **scoring_of(read.kind, read.head, config),
     )
     filters = choose_filter_kernel(vocabulary, dtype)
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
-    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
+    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
+    pictures = None if eyes is None else read_pictures(path, read_config(path), eyes.family, read.host_tokenizer)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, pictures)
 
 
 def _check_device(

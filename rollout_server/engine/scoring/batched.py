@@ -14,7 +14,7 @@ from typing import Any
 
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Forward, Piece
+from rollout_server.engine.kv_cache.store import Piece, Reading
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
@@ -48,6 +48,13 @@ class _Part:
     """None where a family's prompt is read."""
     prompt: Prompt | None
 
+    def piece(self, most: int) -> Piece:
+        """About `most` of its tokens."""
+        found = self.sequence or self.prompt
+        count = min(most, self.left)
+        end = self.at + (count if found is None else found.chunk(count))
+        return Piece(self.place, self.at, self.tokens[self.at : end], self.slot, found.sight if found else None)
+
 
 class BatchedReader:
     """The methods of `reader.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
@@ -55,12 +62,12 @@ class BatchedReader:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Reading,
         make_rows: Callable[[], PaddedKV],
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,
-        hidden: Forward | None = None,
+        hidden: Reading | None = None,
         filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
@@ -196,10 +203,7 @@ class BatchedReader:
         scoring = first is not None and first.scoring
         of_states = scoring and first is not None and first.of_states
         most = min(share, self._chunk // len(parts)) if scoring and not of_states else share
-        pieces = [
-            Piece(part.place, part.at, part.tokens[part.at : part.at + min(most, part.left)], part.slot)
-            for part in parts
-        ]
+        pieces = [part.piece(most) for part in parts]
         out = self._rows.read(self._hidden if of_states else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:

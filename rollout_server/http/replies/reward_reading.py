@@ -10,7 +10,7 @@ from rollout_server.http.replies.json_entries import rollout_text
 from rollout_server.http.requests.tokens.prompts import encode
 from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.rollout import Rollout, RolloutRequest
-from rollout_server.schemas.messages import Message, TextPart
+from rollout_server.schemas.messages import ContentPart, Message, TextPart
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.text.long_texts import Bound
 
@@ -60,7 +60,7 @@ def conversation(prompt: Prompt, text: str) -> Prompt:
     return prompt.model_copy(update=changes)
 
 
-def _continued(content: str | list[TextPart] | None, text: str) -> str | list[TextPart]:
+def _continued(content: str | list[ContentPart] | None, text: str) -> str | list[ContentPart]:
     if isinstance(content, list):
         return [*content, TextPart(type="text", text=text)]
     return (content or "") + text

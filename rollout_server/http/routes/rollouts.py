@@ -36,6 +36,7 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.rewards import MODEL, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
 from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.routes.request_ids import request_id
@@ -105,6 +106,7 @@ class RolloutsController(Controller):
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
         weight += extra_weight(data.sampling)
+        weight += sum(picture_weight(prompt.messages, prompt.images) for prompt in data.prompts)
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
@@ -191,7 +193,8 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service, bound)
+        shown = shown_in(prompt, service, place)
+        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service, bound, shown)
         groups.append(
             RolloutRequest(
                 id=id,
@@ -209,16 +212,30 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 prefix=prefix,
                 return_when=needed(data, counts[index], place),
                 continues=not begins_turn(prompt, sampling),
+                pictures=shown.pictures,
             )
         )
     return Job(id, data, address, groups, scores, service, began)
 
 
+def shown_in(prompt: Prompt, service: Service, place: str) -> Shown:
+    """The pictures of a prompt, in its messages or beside its ids."""
+    if prompt.images is not None:
+        return beside_ids(prompt.images, service, f"{place}.images")
+    return in_messages(prompt.messages, service, f"{place}.messages")
+
+
 def plan_row(
-    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service, bound: Bound
+    prompt: Prompt,
+    data: RolloutsRequest,
+    constraint: Constraint | None,
+    place: str,
+    service: Service,
+    bound: Bound,
+    shown: Shown,
 ) -> tuple[Sequence[int], Prefix, SamplingParams]:
     """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
-    tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound)
+    tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound, expand=shown.expand)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
     prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)
