@@ -14,14 +14,11 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.grammar import Constraint
 from rollout_server.quoting import counted, quoted
-
-if TYPE_CHECKING:
-    from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.picture import Picture
 
 BASE = "base"
 MAX_SEED = 2**53 - 1

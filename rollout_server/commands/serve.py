@@ -11,6 +11,7 @@ from rollout_server.commands.asking.server_choice import Adapters
 from rollout_server.commands.terminal.command_options import configure, load_blas, log, one_sentence, option
 from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
+    AllowHost,
     AllowImageHost,
     Attention,
     KvBits,
@@ -60,9 +61,7 @@ def serve(
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
-    allow_host: Annotated[
-        list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")
-    ] = None,
+    allow_host: AllowHost = None,
 ) -> None:
     """Serve one base model: rollouts, completions, log-probabilities, weights.
 

@@ -66,15 +66,12 @@ def build_engine(
     info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
-    limit = info.kv_memory // info.kv_bytes_per_token
-    ledger = KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
+    ledger = ledger_of(model, prefix_reuse)
     requests = requests_of(model, ledger)
     reports = Reports(requests, policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
     scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
-    tasks = ScoringTasks(
-        scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling, model.eyes
-    )
+    tasks = ScoringTasks(scoring, policies, held, reports, info, model.eyes)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
@@ -102,6 +99,12 @@ def build_engine(
         timeline=timeline,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
     )
+
+
+def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
+    """What of the KV memory nobody needs goes to what is kept for later requests."""
+    limit = model.info.kv_memory // model.info.kv_bytes_per_token
+    return KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
 
 
 def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
 
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score, ScoringCommand
@@ -13,9 +12,7 @@ from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.quoting import counted
 from rollout_server.rollout import RolloutRequest
-
-if TYPE_CHECKING:
-    from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.picture import Picture
 
 
 def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:

@@ -75,7 +75,7 @@ class EngineThread(threading.Thread):
         policies, options = PolicyTable(model, self._options), self._options
         engine = build_engine(model, policies, self._mailbox, self._post, self._show, options, timeline=timeline)
         self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
-        self.pictures = model.pictures
+        self.pictures = model.eyes.reader if model.eyes is not None else None
         self.info, self.tokenizer = model.info, model.host_tokenizer
         return engine
 

@@ -1,5 +1,5 @@
-"""Options of `serve` that say how the engine uses its device, in which directories versions are, and which pictures are
-read."""
+"""Options of `serve` that say how the engine uses its device, in which directories versions are, and which hosts and
+pictures are known."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_ad
 MaxPictureBytes = Annotated[str | None, option("Largest file of a picture.", "20MiB", metavar="SIZE")]
 MaxPicturePixels = Annotated[int | None, option("Most pixels of a picture, width times height.", "33554432")]
 MaxPictures = Annotated[int | None, option("Most pictures of one conversation.", "64")]
+AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]
 AllowImageHost = Annotated[
     list[str] | None, option("Host to fetch pictures from; repeatable. Else they are data: URLs.", metavar="NAME")
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rollout_server.engine.messages.options import Activation
 from rollout_server.rollout import (
@@ -13,12 +12,10 @@ from rollout_server.rollout import (
     Span,
     SpanAddress,
 )
+from rollout_server.text.pictures.picture import Picture
 
-if TYPE_CHECKING:
-    from rollout_server.text.pictures.picture import Picture
-
-Pictures = tuple["tuple[Picture, ...]", ...]
-"""Of each sequence what its placeholders stand for, in their order; empty where no sequence has any."""
+Pictures = tuple[tuple[Picture, ...], ...]
+"""What the placeholders of each sequence stand for, in their order; empty where no sequence has any."""
 
 
 @dataclass(frozen=True, slots=True)

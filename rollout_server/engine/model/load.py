@@ -42,10 +42,10 @@ from rollout_server.engine.model.sighted import eyes_of, read_tower
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.vision.load import nbytes
-from rollout_server.engine.model.vision.reader import read_pictures
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
+from rollout_server.models.vision.family import VisionFamily
 
 log = logging.getLogger("rollout_server.engine.model")
 SAMPLED_ROWS = 12
@@ -76,17 +76,15 @@ def load(options: EngineOptions) -> ResidentModel:
     read = read_model(path)
     module, config = read.module, read.config
     on_cpu = mx.default_device() == mx.cpu
-    _prepare(module, on_cpu=on_cpu)
-    tower = read_tower(path, module)
-    dtype = _activation_dtype(module)
-    vocabulary = _vocabulary(read)
+    tower = _prepare(path, module, on_cpu=on_cpu)
+    dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
     # What only reads has no decode steps.
     chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
-    eyes = eyes_of(tower, module, trunk, chosen, dtype)
+    eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
     info = ModelInfo(
@@ -121,8 +119,7 @@ def load(options: EngineOptions) -> ResidentModel:
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
     ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
-    pictures = None if eyes is None else read_pictures(path, read_config(path), eyes.family, read.host_tokenizer)
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, pictures)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
 def _check_device(
@@ -155,12 +152,14 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
     return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
 
 
-def _prepare(module: nn.Module, *, on_cpu: bool) -> None:
+def _prepare(path: Path, module: nn.Module, *, on_cpu: bool) -> VisionFamily | None:
+    """In memory, as it is computed with; returns the tower beside it, if there is one."""
     if on_cpu:
         _to_float32(module)
     module.eval()
     module.freeze()
     mx.eval(module.parameters())
+    return read_tower(path, module)
 
 
 def _to_float32(module: nn.Module) -> None:

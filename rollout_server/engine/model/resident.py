@@ -23,7 +23,6 @@ from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.seen import Seen
-from rollout_server.text.pictures.reader import PictureReader
 
 
 class VersionedModel(Protocol):
@@ -71,8 +70,6 @@ class ResidentModel:
     """What scores those states; `module` itself gives them then."""
     eyes: Eyes | None = None
     """What makes vectors of pictures; None for a model of text."""
-    pictures: PictureReader | None = None
-    """What makes pixels of their files, on the event loop's side."""
 
     def forward(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""

@@ -17,6 +17,7 @@ from mlx_lm.models.base import create_attention_mask
 from rollout_server.engine.model.checkpoint.files import read_config
 from rollout_server.engine.model.kv_choice import ChosenStore
 from rollout_server.engine.model.vision.load import read_vision
+from rollout_server.engine.model.vision.reader import read_pictures
 from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.seen import Seen
 from rollout_server.errors import EngineUnavailable
@@ -105,12 +106,20 @@ def read_tower(directory: Path, module: nn.Module) -> VisionFamily | None:
 
 
 def eyes_of(
-    family: VisionFamily | None, module: nn.Module, trunk: str, store: ChosenStore, dtype: mx.Dtype
+    family: VisionFamily | None,
+    directory: Path,
+    tokenizer: Any,
+    module: nn.Module,
+    trunk: str,
+    store: ChosenStore,
+    dtype: mx.Dtype,
 ) -> Eyes | None:
-    """None where the decoder cannot be given what a tower makes, which the log then says."""
+    """`tokenizer` is the event loop's, on whose side files are read. None where the decoder cannot be given what a
+    tower makes, which the log then says."""
     if family is None:
         return None
     if store.kind != "slots" or not trunk or not hasattr(attrgetter(trunk)(module), "embed_tokens"):
         log.warning("This decoder takes no features of pictures here: it is served as a text model and refuses them.")
         return None
-    return Eyes(family, dtype, store.cell_bytes)
+    reader = read_pictures(directory, read_config(directory), family, tokenizer)
+    return Eyes(family, dtype, store.cell_bytes, reader)

@@ -13,10 +13,10 @@ from rollout_server.engine.batch.joining import Admission, BatchKey
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.errors import RolloutError
+from rollout_server.text.pictures.picture import Picture
 
 if TYPE_CHECKING:
     from rollout_server.engine.sight.sight import Sight
-    from rollout_server.text.pictures.picture import Picture
 
 
 @dataclass(slots=True, eq=False)

@@ -4,10 +4,10 @@ a group's rows under the base."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rollout_server.engine.batch.row import Group
-from rollout_server.engine.messages.options import PoolingKind
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import (
     Classified,
     Classify,
@@ -34,17 +34,15 @@ from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.sight import Sight
 from rollout_server.errors import InvalidField, RolloutError, UnknownPolicy
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
-
-if TYPE_CHECKING:
-    from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.picture import Picture
 
 Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
 """Versions with one reference each, and their placements."""
 
 
 class ScoringTasks:
-    """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens,
-    `pooling` is how it embeds; `eyes` see pictures, where the model has a tower."""
+    """Makes jobs of the scoring queue and hands their results to the reports. `info` is the model's,
+    and its `eyes` see pictures, where the model has a tower."""
 
     def __init__(
         self,
@@ -52,13 +50,12 @@ class ScoringTasks:
         policies: PolicyTable,
         held: HeldScorers,
         reports: Reports,
-        eos: frozenset[int],
-        pooling: PoolingKind,
+        info: ModelInfo,
         eyes: Eyes | None = None,
     ) -> None:
         self._eyes = eyes
-        self._eos = eos
-        self._pooling = pooling
+        self._eos = frozenset(info.eos_token_ids)
+        self._pooling = info.embedding.pooling
         self._queue = queue
         self._policies = policies
         self._held = held

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.sight.sight import Sight, sight_of
 from rollout_server.models.vision.family import Features, VisionFamily
-
-if TYPE_CHECKING:
-    from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.reader import PictureReader
 
 SHARE = 8
 """At most one part in so many of the KV memory."""
@@ -24,8 +22,12 @@ class Eyes:
     """The tower of the resident base. `cell_bytes` is what a KV column takes; features have the `dtype` of the
     decoder's activations. It keeps nothing before `fit` has said how much it may, but for the last picture."""
 
-    def __init__(self, family: VisionFamily, dtype: mx.Dtype, cell_bytes: int) -> None:
+    def __init__(
+        self, family: VisionFamily, dtype: mx.Dtype, cell_bytes: int, reader: PictureReader | None = None
+    ) -> None:
         self.family = family
+        self.reader = reader
+        """What makes pixels of files, on the event loop's side; None where nothing says how."""
         self._dtype = dtype
         self._cell_bytes = cell_bytes
         self._kept: OrderedDict[str, Features] = OrderedDict()

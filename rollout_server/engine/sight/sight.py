@@ -12,10 +12,10 @@ import numpy as np
 
 from rollout_server.errors import InvalidField
 from rollout_server.quoting import counted
+from rollout_server.text.pictures.picture import Picture
 
 if TYPE_CHECKING:
     from rollout_server.models.vision.family import Features, VisionFamily
-    from rollout_server.text.pictures.picture import Picture
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Sight:
     columns: np.ndarray
     """int64 [placeholders], ascending."""
     first: tuple[int, ...]
-    """Of each picture the index in `columns` of its first placeholder, and their number at the end."""
+    """The index in `columns` of each picture's first placeholder, and their number at the end."""
     key: tuple[int, ...]
     """The tokens, each placeholder replaced by a number that only this picture has, above the vocabulary."""
     turns: np.ndarray | None

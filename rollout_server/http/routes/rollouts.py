@@ -42,7 +42,7 @@ from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import ARRIVED, Service, service_of
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import OnUpdate, PolicyAddress, Prefix, Rollout, RolloutRequest, SamplingParams, Wants
+from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 from rollout_server.text.long_texts import Bound
 
@@ -193,13 +193,9 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        shown = shown_in(prompt, service, place)
-        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service, bound, shown)
         groups.append(
             RolloutRequest(
                 id=id,
-                prompt_ids=tuple(tokens),
-                sampling=sampling,
                 policy=address,
                 n=counts[index],
                 prompt_index=index,
@@ -209,10 +205,8 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 on_update=OnUpdate(data.on_update),
                 max_staleness=data.max_staleness,
                 wants=wants,
-                prefix=prefix,
                 return_when=needed(data, counts[index], place),
-                continues=not begins_turn(prompt, sampling),
-                pictures=shown.pictures,
+                **plan_row(prompt, data, constraint, place, service, bound),
             )
         )
     return Job(id, data, address, groups, scores, service, began)
@@ -226,15 +220,11 @@ def shown_in(prompt: Prompt, service: Service, place: str) -> Shown:
 
 
 def plan_row(
-    prompt: Prompt,
-    data: RolloutsRequest,
-    constraint: Constraint | None,
-    place: str,
-    service: Service,
-    bound: Bound,
-    shown: Shown,
-) -> tuple[Sequence[int], Prefix, SamplingParams]:
-    """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
+    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service, bound: Bound
+) -> dict[str, Any]:
+    """Fields of a `RolloutRequest`: what a prompt's rows read, begin with, and are sampled by; `place` is the
+    prompt's in the request."""
+    shown = shown_in(prompt, service, place)
     tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound, expand=shown.expand)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
@@ -245,7 +235,14 @@ def plan_row(
     asked, param = (prompt.max_tokens, f"{place}.max_tokens") if own else (data.sampling.max_tokens, MAX_TOKENS)
     max_tokens = room(len(tokens.ids), asked, service.info.max_model_len, prompt_param=place, param=param)
     check_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
-    return tokens.ids, prefix, sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
+    sampling = sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
+    return {
+        "prompt_ids": tuple(tokens.ids),
+        "pictures": shown.pictures,
+        "prefix": prefix,
+        "sampling": sampling,
+        "continues": not begins_turn(prompt, sampling),
+    }
 
 
 def needed(data: RolloutsRequest, n: int, place: str) -> int | None:

@@ -17,11 +17,11 @@ import pytest
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
-from tests.support.engine.seeing import DEEPEST, MOST
 from tests.support.golden_vision import copied, whole_logits
 from tests.support.live_server import LiveServer, live_server
 from tests.support.numbers.bounds import assert_near
-from tests.support.picture_files import UNREADABLE, bomb, drawn, saved
+from tests.support.pictures.files import UNREADABLE, bomb, drawn, saved
+from tests.support.pictures.seeing import DEEPEST, MOST
 from trainer_client import RolloutClient
 from trainer_client.errors import InvalidField
 
@@ -77,8 +77,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_a_picture_is_read_as_the_plain_whole_forward_reads_it(served: Served) -> None:
     row = served.rollout(messages=shown(url(PICTURE), ending="say."))
     model = load(EngineOptions(str(served.directory), "tiny"))
-    assert model.pictures is not None and model.eyes is not None
-    picture, family = model.pictures.read(PICTURE, MOST_PIXELS), model.eyes.family
+    assert model.eyes is not None and model.eyes.reader is not None
+    picture, family = model.eyes.reader.read(PICTURE, MOST_PIXELS), model.eyes.family
     ids = row["prompt_token_ids"]
     assert ids.count(family.placeholder) == picture.tokens > 1
     pixels = np.frombuffer(picture.pixels, "<f4").reshape(picture.shape)

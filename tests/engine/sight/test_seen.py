@@ -10,9 +10,9 @@ import pytest
 from rollout_server.engine.messages.scoring import RecordedRow
 from rollout_server.rollout import Rollout, Wants
 from tests.support.engine.driver import Driver, recorded
-from tests.support.engine.seeing import Conversation, Seeing, opened
 from tests.support.golden_vision import FAMILIES
 from tests.support.numbers.bounds import assert_near
+from tests.support.pictures.seeing import Conversation, Seeing, opened
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 6}
 WANTED = Wants(prompt_logprobs=True, base_logprobs=True)
