@@ -1,13 +1,17 @@
-"""One launch that adds the low-rank product of each row's version to what a linear layer gave, for one token a row.
+"""One launch that adds the low-rank products of each row's version to what linear layers gave, for one token a row.
 
-On a GPU the two thin products and their sum cost a decode step more in launches than in reading or computing: 196
-layers of rank 16 cost 9.5 ms beside 5.4 for the layers themselves on an H200. Every row says which slot it uses, so
-that one version, many and the base are the same launch; what a row gets does not depend on the others.
+On a GPU the two thin products and their sum cost a decode step more in launches than in reading or computing, and
+layers that read the same input share one: of a layer's attention and MLP there are four in the place of twenty-one. On
+an H200 a step of 256 rows pays some 16 µs on the host for each, which is why the product with A, which every block of
+outputs computes again, is not a launch of its own. Every row says which slot it uses, so that one version, many and the
+base are the same launch; what a row gets does not depend on the others, nor on which layers share the launch.
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -24,98 +28,170 @@ from adapters.kernels.text import (
     own_device,
 )
 
-WARPS = 8
-MANY_ROWS = 128
-"""From here on a warp reads a row; where there are fewer, several share one, so that more of the device is busy."""
-FEW_ROWS_WARPS = 4
-OUTPUTS = 512
-"""Outputs of one block, two a thread."""
+PARTS = 4
+"""Warps that share the inputs of a pair of rows; where both are of one version, A is read once for them."""
+ROWS = 4
+"""Rows of a block."""
+WARPS = PARTS * ROWS // 2
+RANKS = 8
+"""Ranks that a warp reads at once."""
+COLUMNS = 2
+"""Outputs of a thread."""
+OUTPUTS = COLUMNS * 32 * WARPS
+"""Outputs of a block."""
 MOST_RANK = 128
 """The inner products of a block's rows lie in shared memory, which is laid out when a kernel is compiled."""
 
 BODY = string.Template(
     """
   const int tid = $thread, lane = tid % 32, warp = tid / 32;
-  const int count = x_shape[0], width = x_shape[1], outs = y_shape[1], rank = a_shape[1], stride = b_shape[2];
+  const int count = x_shape[0], width = x_shape[1];
   const int first = $block_y * ROWS;
-  const int from = $block_x * OUTPUTS;
   const bool one = rows_shape[0] == 1;
-  SHARED float inner[SHARED_BY][ROWS][MOST_RANK];
+  int block = $block_x, layer = 0;
+  auto y = y0;
+  auto a = a0;
+  auto b = b0;
+  auto out = out0;
+  $optional
+  int outs = y0_shape[1], rank = a0_shape[1], stride = b0_shape[2];
+  $chosen
+  SHARED float inner[PARTS][ROWS][MOST_RANK];
 
+  // What comes last is asked for first, to be there when it is needed.
+  float given[COLUMNS][ROWS];
+  #pragma unroll
+  for (int c = 0; c < COLUMNS; ++c) {
+    const int column = block * OUTPUTS + c * 32 * WARPS + tid;
+    #pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const bool there = first + r < count && column < outs;
+      given[c][r] = there ? float(y[(size_t)(first + r) * outs + column]) : 0.0f;
+    }
+  }
+  int slots[ROWS];
   bool alike = true;
-  const int slot_of_first = int(rows[one ? 0 : first]);
-  for (int r = 1; r < ROWS; ++r) {
-    if (!one && first + r < count) alike = alike && int(rows[first + r]) == slot_of_first;
+  #pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    slots[r] = first + r < count ? int(rows[one ? 0 : first + r]) : 0;
+    alike = alike && (first + r >= count || slots[r] == slots[0]);
   }
   {
-    const int r = warp / SHARED_BY, part = warp % SHARED_BY;
-    const int row = first + r;
-    const int slot = row < count ? int(rows[one ? 0 : row]) : 0;
-    for (int tile = 0; tile < rank; tile += TILE) {
-      float sum[TILE];
-      for (int j = 0; j < TILE; ++j) sum[j] = 0.0f;
-      if (slot != 0) {
-        for (int k = (part * 32 + lane) * VEC; k < width; k += 32 * SHARED_BY * VEC) {
-          float mine[VEC], theirs[VEC];
-          numbers_of(*(const DEVICE uint4*)(x + (size_t)row * width + k), mine);
+    const int part = warp % PARTS, left = warp / PARTS * 2, right = left + 1;
+    const int slot = left == 0 ? slots[0] : slots[2], other = left == 0 ? slots[1] : slots[3];
+    const bool any = slot != 0 || other != 0;
+    const DEVICE T* mine = x + (size_t)(first + left < count ? first + left : first) * width;
+    const DEVICE T* theirs = x + (size_t)(first + right < count ? first + right : first) * width;
+    for (int at = 0; at < rank; at += RANKS) {
+      float sum[RANKS], others[RANKS];
+      #pragma unroll
+      for (int j = 0; j < RANKS; ++j) sum[j] = others[j] = 0.0f;
+      const DEVICE T* by = a + ((size_t)slot * rank + at) * width;
+      const DEVICE T* by_other = a + ((size_t)other * rank + at) * width;
+      for (int k = (part * 32 + lane) * VEC; any && k < width; k += 32 * PARTS * VEC) {
+        float one_row[VEC], next_row[VEC], down[VEC];
+        numbers_of(*(const DEVICE uint4*)(mine + k), one_row);
+        numbers_of(*(const DEVICE uint4*)(theirs + k), next_row);
+        #pragma unroll
+        for (int j = 0; j < RANKS; ++j) {
+          numbers_of(*(const DEVICE uint4*)(by + (size_t)j * width + k), down);
           #pragma unroll
-          for (int j = 0; j < TILE; ++j) {
-            numbers_of(*(const DEVICE uint4*)(a + ((size_t)slot * rank + tile + j) * width + k), theirs);
-            for (int i = 0; i < VEC; ++i) sum[j] += mine[i] * theirs[i];
-          }
+          for (int i = 0; i < VEC; ++i) sum[j] += one_row[i] * down[i];
+          if (slot != other) numbers_of(*(const DEVICE uint4*)(by_other + (size_t)j * width + k), down);
+          #pragma unroll
+          for (int i = 0; i < VEC; ++i) others[j] += next_row[i] * down[i];
         }
       }
       #pragma unroll
-      for (int j = 0; j < TILE; ++j) {
-        for (int step = 1; step < 32; step *= 2) sum[j] += SHUFFLE(sum[j], step);
-        if (lane == 0) inner[part][r][tile + j] = sum[j];
+      for (int j = 0; j < RANKS; ++j) {
+        for (int step = 1; step < 32; step *= 2) {
+          sum[j] += SHUFFLE(sum[j], step);
+          others[j] += SHUFFLE(others[j], step);
+        }
+        if (lane == 0) inner[part][left][at + j] = sum[j];
+        if (lane == 0) inner[part][right][at + j] = others[j];
       }
     }
   }
   BARRIER();
   for (int at = tid; at < ROWS * rank; at += 32 * WARPS) {
-    float total = 0.0f;
-    for (int part = 0; part < SHARED_BY; ++part) total += inner[part][at / rank][at % rank];
-    inner[0][at / rank][at % rank] = total;
+    float whole = 0.0f;
+    for (int part = 0; part < PARTS; ++part) whole += inner[part][at / rank][at % rank];
+    inner[0][at / rank][at % rank] = whole;
   }
   BARRIER();
-  for (int column = from + tid; column < from + OUTPUTS && column < outs; column += 32 * WARPS) {
+  #pragma unroll
+  for (int c = 0; c < COLUMNS; ++c) {
+    const int column = block * OUTPUTS + c * 32 * WARPS + tid;
+    if (column >= outs) continue;
     float added[ROWS];
+    #pragma unroll
     for (int r = 0; r < ROWS; ++r) added[r] = 0.0f;
     if (alike) {
-      if (slot_of_first != 0) {
-        #pragma unroll 8
-        for (int j = 0; j < rank; ++j) {
-          const float up = float(b[((size_t)slot_of_first * rank + j) * stride + column]);
-          for (int r = 0; r < ROWS; ++r) added[r] += inner[0][r][j] * up;
-        }
+      const DEVICE T* up = b + (size_t)slots[0] * rank * stride + column;
+      #pragma unroll 8
+      for (int j = 0; j < (slots[0] == 0 ? 0 : rank); ++j) {
+        const float by = float(up[(size_t)j * stride]);
+        #pragma unroll
+        for (int r = 0; r < ROWS; ++r) added[r] += inner[0][r][j] * by;
       }
     } else {
+      #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const int slot = first + r < count ? int(rows[first + r]) : 0;
-        if (slot == 0) continue;
+        const DEVICE T* up = b + (size_t)slots[r] * rank * stride + column;
         #pragma unroll 8
-        for (int j = 0; j < rank; ++j) {
-          added[r] += inner[0][r][j] * float(b[((size_t)slot * rank + j) * stride + column]);
-        }
+        for (int j = 0; j < (slots[r] == 0 ? 0 : rank); ++j) added[r] += inner[0][r][j] * float(up[(size_t)j * stride]);
       }
     }
+    #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int row = first + r;
-      if (row >= count) continue;
-      float value = float(y[(size_t)row * outs + column]) + added[r];
+      if (first + r >= count) continue;
+      float value = given[c][r] + added[r];
       $scale
-      out[(size_t)row * outs + column] = T(value);
+      out[(size_t)(first + r) * outs + column] = T(value);
     }
   }
 """
 )
+NEXT_LAYER = string.Template("""
+  if (layer == $before && block >= (outs + OUTPUTS - 1) / OUTPUTS) {
+    block -= (outs + OUTPUTS - 1) / OUTPUTS;
+    layer = $this;
+    y = y$this;
+    a = a$this;
+    b = b$this;
+    out = out$this;
+    $optional
+    outs = y${this}_shape[1], rank = a${this}_shape[1], stride = b${this}_shape[2];
+  }
+""")
+"""Which of the layers the outputs of this block belong to."""
 SCALE = """
-      value *= float(gain[(size_t)int(rows[one ? 0 : row]) * outs + column]);
+      value *= float(gain[(size_t)slots[r] * outs + column]);
 """
 BIAS = """
       value += float(bias[column]);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What one layer brings to a launch: gain[slot] · (y + (x · A[slot]) · B[slot]) + bias is asked for."""
+
+    y: mx.array
+    """[rows, …, out], what the layer gave without its version."""
+    a: mx.array
+    """[slots, rank, in]"""
+    b: mx.array
+    """[slots, rank, at least out]"""
+    gain: mx.array | None = None
+    """[slots, out]"""
+    bias: mx.array | None = None
+    """[out]; only where there is a gain."""
+
+    @property
+    def optional(self) -> dict[str, mx.array]:
+        return {name: array for name in ("gain", "bias") if (array := getattr(self, name)) is not None}
 
 
 class DecodeKernel:
@@ -123,7 +199,7 @@ class DecodeKernel:
 
     def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
         self._device, self._compiler = device, compiler
-        self._kernels: dict[tuple[int, int, str, bool, bool], Launch] = {}
+        self._kernels: dict[tuple[int, str, tuple[str, ...]], Launch] = {}
 
     def takes(self, x: mx.array, width: int, rank: int, dtype: mx.Dtype) -> bool:
         """Returns whether it is written for x [rows, …, in] of this many inputs: one token a row, in the dtype of the
@@ -134,48 +210,52 @@ class DecodeKernel:
         whole = whole and x.size >= CONSTANT
         return one_token and whole and x.dtype == dtype and dtype in (mx.float32, mx.bfloat16, mx.float16)
 
-    def __call__(
-        self,
-        x: mx.array,
-        y: mx.array,
-        a: mx.array,
-        b: mx.array,
-        rows: mx.array,
-        gain: mx.array | None = None,
-        bias: mx.array | None = None,
-    ) -> mx.array:
-        """gain[slot] · (y + (x · A[slot]) · B[slot]) + bias for x [rows, …, in] and y [rows, …, out], in float32 and
-        rounded once. a [slots, rank, in], b [slots, rank, at least out]; rows uint32, a slot for each row or one
-        for all; slot 0 adds nothing. `bias` [out] only where there is a `gain` [slots, out]."""
-        count, out = x.shape[0], y.shape[-1]
-        sharing = 1 if count >= MANY_ROWS else FEW_ROWS_WARPS
-        dtype = str(y.dtype).removeprefix("mlx.core.")
-        # Ranks are multiples of eight; sixteen at once read a row half as often.
-        kind = (16 if a.shape[1] % 16 == 0 else 8, sharing, dtype, gain is not None, bias is not None)
+    def takes_together(self, layers: Sequence[LowRank]) -> bool:
+        """Returns whether one launch may compute them: they bring the same arrays, of the same dtypes, and none that
+        Metal would keep in another address space than the others'."""
+        kinds = {tuple((name, array.dtype) for name, array in layer.optional.items()) for layer in layers}
+        arrays = [array for layer in layers for array in (layer.y, *layer.optional.values())]
+        return len(kinds) == 1 and all(array.size >= CONSTANT for array in arrays)
+
+    def __call__(self, x: mx.array, rows: mx.array, layers: Sequence[LowRank]) -> list[mx.array]:
+        """What each of the layers asks for, for x [rows, …, in], in float32 and rounded once. `rows` uint32, a slot for
+        each row or one for all; slot 0 adds nothing."""
+        count, dtype = x.shape[0], layers[0].y.dtype
+        kind = (len(layers), str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
         if kind not in self._kernels:
             self._kernels[kind] = self._make(*kind)
-        optional = [array for array in (gain, bias) if array is not None]
+        widths = [layer.y.shape[-1] for layer in layers]
+        arrays = [[layer.y.reshape(count, -1), layer.a, layer.b, *layer.optional.values()] for layer in layers]
         outputs = self._kernels[kind](
-            inputs=[x.reshape(count, -1), y.reshape(count, out), a, b, rows, *optional],
-            template=[("T", y.dtype)],
-            grid=(-(-out // OUTPUTS) * 32 * WARPS, -(-count // (WARPS // sharing)), 1),
+            inputs=[x.reshape(count, -1), rows, *(array for several in arrays for array in several)],
+            template=[("T", dtype)],
+            grid=(sum(-(-out // OUTPUTS) for out in widths) * 32 * WARPS, -(-count // ROWS), 1),
             threadgroup=(32 * WARPS, 1, 1),
-            output_shapes=[(count, out)],
-            output_dtypes=[y.dtype],
+            output_shapes=[(count, out) for out in widths],
+            output_dtypes=[dtype] * len(layers),
         )
-        return outputs[0].reshape(y.shape)
+        return [output.reshape(layer.y.shape) for output, layer in zip(outputs, layers, strict=True)]
 
-    def _make(self, tile: int, sharing: int, dtype: str, scaled: bool, biased: bool) -> Launch:
+    def _make(self, layers: int, dtype: str, optional: tuple[str, ...]) -> Launch:
+        def of_layer(layer: int, kind: str = "") -> str:
+            return " ".join(f"{kind}{name} = {name}{layer};" for name in optional)
+
+        chosen = [NEXT_LAYER.substitute(before=at - 1, this=at, optional=of_layer(at)) for at in range(1, layers)]
+        scale = SCALE * ("gain" in optional) + BIAS * ("bias" in optional)
         given = constants(
-            SHARED_BY=sharing, ROWS=WARPS // sharing, WARPS=WARPS, OUTPUTS=OUTPUTS, MOST_RANK=MOST_RANK, TILE=tile,
+            PARTS=PARTS, ROWS=ROWS, WARPS=WARPS, RANKS=RANKS, COLUMNS=COLUMNS, OUTPUTS=OUTPUTS, MOST_RANK=MOST_RANK,
             VEC=4 if dtype == "float32" else 8,
         )  # fmt: skip
+        names = ("y", "a", "b", *optional)
         return self._compiler(
             self._device,
-            f"low_rank_{dtype}",
-            ["x", "y", "a", "b", "rows", *(["gain"] if scaled else []), *(["bias"] if biased else [])],
-            ["out"],
-            given + BODY.substitute(INDICES[self._device], scale=SCALE * scaled + BIAS * biased),
+            f"low_rank_{layers}_{dtype}",
+            ["x", "rows", *(f"{name}{layer}" for layer in range(layers) for name in names)],
+            [f"out{layer}" for layer in range(layers)],
+            given
+            + BODY.substitute(
+                INDICES[self._device], optional=of_layer(0, "auto "), chosen="".join(chosen), scale=scale
+            ),
             macros(self._device) + NUMBERS[dtype],
         )
 

@@ -18,9 +18,11 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.kernels.decode import MANY_ROWS, DecodeKernel, decode_kernel
-from adapters.resident.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
-from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear, SlotStack
+from adapters.kernels.decode import DecodeKernel, decode_kernel
+from adapters.resident.layers.embedding import AdaptedEmbedding
+from adapters.resident.layers.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
+from adapters.resident.layers.linear import AdaptedLinear
+from adapters.resident.layers.slot_stack import SlotStack
 from adapters.resident.model_layers import bare_layer, holder
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
 
@@ -33,9 +35,7 @@ ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
 LENGTHS = (1, 5, 130)
 """Tokens a row: a decode step, a short chunk and a longer one, since kernels are chosen by it."""
 TRIED_ROUTES = tuple((route, length) for length in LENGTHS for route in ROUTES)
-DECODED = tuple(
-    (route, 1) for route in (*ROUTES, (0, 1, 2) * 44, (1,) * 131, (2,) * MANY_ROWS, (2, 0, 2, 1) * MANY_ROWS)
-)
+DECODED = tuple((route, 1) for route in (*ROUTES, (0, 1, 2) * 44, (1,) * 131, (2,) * 64, (2, 0, 2, 1) * 32))
 """What a kernel for decode steps is tried with: rows of one version and of several, few and many of them."""
 TIMED_ROWS, TIMED_AT_ONCE = 64, 50
 TRIED = 4

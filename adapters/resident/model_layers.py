@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from adapters.resident.experts import EXPERT_LAYERS, AdaptedExperts
-from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear
+from adapters.resident.layers.embedding import AdaptedEmbedding
+from adapters.resident.layers.experts import EXPERT_LAYERS, AdaptedExperts
+from adapters.resident.layers.linear import AdaptedLinear
 from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, Parameter, TiedEmbeddingShape, TiedHeadShape
 
 PACKED = ("scales", "biases", "global_scale")

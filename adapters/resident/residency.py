@@ -110,6 +110,7 @@ class ResidentVersions:
             # Products are dispatched and not waited for: the device has them while the next step is being built.
             done = self.slots.measure(work.staging, at_once=at_once)
             if done:
+                self.slots.bring(work.staging)
                 settle()
                 done = self.slots.write(work.staging, None if at_once else WRITE_S)
         # Only now: what failed begins anew.

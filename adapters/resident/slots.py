@@ -10,14 +10,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
@@ -25,11 +23,13 @@ from adapters.kernels.decode import DecodeKernel
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.resident.dora_norms import RowNorms, Rows, TableRows
-from adapters.resident.experts import AdaptedExperts
-from adapters.resident.layers import AdaptedEmbedding, AdaptedLinear, SlotStack, round_rank, round_width
+from adapters.resident.layers.embedding import AdaptedEmbedding
+from adapters.resident.layers.experts import AdaptedExperts
+from adapters.resident.layers.linear import SHARE_AN_INPUT, AdaptedLinear, SharedInput
+from adapters.resident.layers.slot_stack import ONE, SlotStack, round_rank, round_width
 from adapters.resident.model_layers import bare_layer, holder
 from adapters.resident.parameter_sets import SplitEmbedding
-from adapters.resident.staging import Gains, Staging
+from adapters.resident.staging import Gains, Staging, on_device
 from adapters.spec import Place, experts_of, place_of
 
 PLACES: Mapping[Place, str] = MappingProxyType(
@@ -45,8 +45,6 @@ PLACES: Mapping[Place, str] = MappingProxyType(
 FIRST_CAPACITY = 4
 TURNS = 4
 """Steps over which the products of a thin DoRA version are spread: each then costs a batch of rows little."""
-WRITE_BYTES = 4 << 20
-"""Written, or moved where a stack grows, before the clock is asked again."""
 
 
 @dataclass(slots=True)
@@ -84,6 +82,11 @@ class AdapterSlots:
         values = sum(math.prod((*experts_of(shape), *shape)) for shape in self._layers.values())
         self._allowance = max(values // TURNS, 1)
         self._routed: tuple[int, ...] | None = None
+        self._rows: mx.array | None = None
+        """What all stacks read of it: the slot of each row, or that of all where a kernel is to know it."""
+        self._one = mx.array([ONE], dtype=mx.uint32)
+        self._shared: dict[tuple[str, tuple[str, ...]], SharedInput] = {}
+        """By block and the names of its layers that are given the same array."""
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +151,13 @@ class AdapterSlots:
         with staging.timed():
             return staging.digest in self._residents or staging.gains.measure(None if at_once else self._allowance)
 
+    def bring(self, staging: Staging) -> None:
+        """Has what `write` takes next copied to the device. After `measure`; a step may be in flight."""
+        if staging.digest not in self._residents:
+            with staging.timed():
+                self._choose_slot(staging)
+                staging.bring(self._stacks, self._capacity, self._dtype)
+
     def write(self, staging: Staging, seconds: float | None = None) -> bool:
         """Writes layers for about so long, or all of them; true when none is left. Evaluates what it writes. Only
         after `measure`, and while no step is in flight."""
@@ -158,13 +168,13 @@ class AdapterSlots:
             for stack in self._stacks.values():
                 stack.rest()
             try:
-                while staging.unwritten:
+                while not staging.written:
                     self._write(staging)
                     if seconds is not None and time.perf_counter() - began >= seconds:
                         break
             finally:
                 self._select(self._routed)
-        return not staging.unwritten
+        return staging.written
 
     def stage(self, version: AdapterBundle | PreparedBundle | Staging) -> int:
         """The slot (1 and up) that holds the version, with one more reference; does what is left of its staging.
@@ -229,20 +239,20 @@ class AdapterSlots:
         """What the wrapped layers read as they are aimed now: the path and the fields of each stack that they read, and
         all their arrays. Hold them no longer than a forward: a write copies a stack that somebody holds."""
         lent = [(path, *stack.lent()) for path, stack in self._stacks.items()]
-        return tuple((path, fields) for path, fields, _ in lent if fields), [a for *_, arrays in lent for a in arrays]
+        arrays = [] if self._rows is None else [self._one if self._rows.size == 1 else self._rows]
+        for *_, read in lent:
+            arrays += read
+        return tuple((path, fields) for path, fields, _ in lent if fields), arrays
 
     @contextmanager
     def reading(self, arrays: Sequence[mx.array]) -> Iterator[None]:
         """Within it every stack reads these arrays, in the order of `lent`, as while a forward is traced."""
-        fields = [stack.lent()[0] for stack in self._stacks.values()]
-        left, before = list(arrays), []
-        for stack, names in zip(self._stacks.values(), fields, strict=True):
-            before += stack.read(names, left)
-        try:
+        left = list(arrays)
+        rows = None if self._rows is None else left.pop(0)
+        with ExitStack() as stacks:
+            for stack in self._stacks.values():
+                stacks.enter_context(stack.reading(left, rows))
             yield
-        finally:
-            for stack, names in zip(self._stacks.values(), fields, strict=True):
-                stack.read(names, before)
 
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""
@@ -250,6 +260,7 @@ class AdapterSlots:
             parent, name = holder(self._model, self._wrapped_path(path))
             parent[name] = bare_layer(parent[name])
         self._stacks.clear()
+        self._shared.clear()
         self._residents.clear()
         self._routed = None
 
@@ -258,12 +269,14 @@ class AdapterSlots:
         distinct = frozenset(slots)
         if len(distinct) == 1:
             (slot,) = distinct
+            # One array for all layers: a device pays for each that comes from the host.
+            self._rows = None if self._kernel is None else mx.array([slot], dtype=mx.uint32)
             for stack in self._stacks.values():
-                stack.select(slot)
+                stack.select(slot, self._rows)
             return
-        rows = mx.array(slots, dtype=mx.uint32)
+        self._rows = mx.array(slots, dtype=mx.uint32)
         for stack in self._stacks.values():
-            stack.aim_rows(distinct, rows)
+            stack.aim_rows(distinct, self._rows)
 
     def _choose_slot(self, staging: Staging) -> None:
         """A slot that is free, and stays so: versions are staged one after another."""
@@ -295,22 +308,17 @@ class AdapterSlots:
         if slot is None:
             raise RuntimeError("A version is written before it has a slot.")
         in_use = self._in_use()
-        paths: list[str] = []
-        moved = 0
-        while staging.unwritten and moved < WRITE_BYTES:
-            path = staging.unwritten.popleft()
-            paths.append(path)
-            stack, new, before = self._stacks[path], factors.get(path), self._stacks[path].shape
+        paths, given = staging.take(self._stacks, self._capacity, self._dtype)
+        for path in paths:
+            stack, new = self._stacks[path], factors.get(path)
             # Room for the slots in use and this one; what is twice too large, in slots or in rank, is given back.
             stack.shrink(self._capacity, in_use)
             stack.reserve(self._capacity, 0 if new is None else new.a.shape[-2])
-            moved += 0 if stack.shape == before else stack.nbytes
             if new is None:
                 stack.clear(slot)
             else:
-                gain = self._array(cast(gains[path], self._dtype_name)) if path in gains else None
-                stack.write(slot, self._array(new.a), self._array(new.b), gain)
-                moved += new.a.nbytes + new.b.nbytes
+                gain = on_device([cast(gains[path], self._dtype_name)], self._dtype)[0] if path in gains else None
+                stack.write(slot, next(given), next(given), gain)
         mx.eval([self._stacks[path].arrays() for path in paths])
         for path in paths:
             if path not in factors:
@@ -318,16 +326,13 @@ class AdapterSlots:
             if path not in gains:
                 self._stacks[path].gained.discard(slot)
 
-    def _array(self, values: NDArray[Any]) -> mx.array:
-        return mx.array(values).view(self._dtype) if self._dtype == mx.bfloat16 else mx.array(values)
-
     def _mount(self, path: str) -> SlotStack:
         place = place_of(self._layers[path])
         parent, name = holder(self._model, self._wrapped_path(path))
         kernel = self._kernel if place_of(self._layers[path]) == "linear" else None
         stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype, kernel)
         if place == "linear":
-            parent[name] = AdaptedLinear(parent[name], stack)
+            parent[name] = AdaptedLinear(parent[name], stack, self._shared_input(path) if kernel else None)
         elif place == "experts":
             if not isinstance(parent[name], AdaptedExperts):
                 parent[name] = AdaptedExperts(parent[name])
@@ -338,6 +343,13 @@ class AdapterSlots:
             parent[name].attach(stack, head=place == "tied_head")
         self._stacks[path] = stack
         return stack
+
+    def _shared_input(self, path: str) -> SharedInput | None:
+        block, _, name = path.rpartition(".")
+        for names in SHARE_AN_INPUT:
+            if name in names:
+                return self._shared.setdefault((block, names), SharedInput())
+        return None
 
     def _weights(self, path: str) -> Rows:
         parent, name = holder(self._model, self._wrapped_path(path))

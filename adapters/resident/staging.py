@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,11 @@ from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.prepare import LARGEST, PreparedBundle
 from adapters.resident.dora_norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
+from adapters.resident.layers.slot_stack import SlotStack
 from adapters.spec import MAGNITUDE
+
+WRITE_BYTES = 4 << 20
+"""Written, or moved where a stack grows, before the clock is asked again."""
 
 
 class Gains:
@@ -98,12 +103,49 @@ class Staging:
     """Where it is being written."""
     unwritten: deque[str] = field(default_factory=deque)
     """Layers whose stacks are still to be written, once it has a slot."""
+    brought: tuple[list[str], Iterator[mx.array]] | None = None
+    """The next of them, and what is to be written for each that the version changes: its A, its B."""
     seconds: float = 0.0
     """Spent on it so far."""
 
     @property
     def digest(self) -> str:
         return self.prepared.bundle.digest
+
+    def bring(self, stacks: Mapping[str, SlotStack], capacity: int, dtype: mx.Dtype) -> None:
+        """Takes the next layers off what is left and dispatches the copy of their values to the device: those whose
+        writes, and moves where a stack grows to `capacity` slots, come to about `WRITE_BYTES`."""
+        if self.brought is not None:
+            return
+        paths: list[str] = []
+        values: list[NDArray[Any]] = []
+        moved = 0
+        while self.unwritten and moved < WRITE_BYTES:
+            path = self.unwritten.popleft()
+            paths.append(path)
+            stack, new = stacks[path], self.prepared.factors.get(path)
+            if new is not None:
+                grows = capacity > stack.shape[0] or new.a.shape[-2] > stack.shape[1]
+                moved += (new.a.nbytes + new.b.nbytes) * (capacity if grows else 1)
+                values += [new.a, new.b]
+        arrays = on_device(values, dtype)
+        mx.async_eval(arrays)
+        self.brought = paths, iter(arrays)
+
+    def take(
+        self, stacks: Mapping[str, SlotStack], capacity: int, dtype: mx.Dtype
+    ) -> tuple[list[str], Iterator[mx.array]]:
+        """What was brought, or is now."""
+        self.bring(stacks, capacity, dtype)
+        if self.brought is None:
+            raise RuntimeError("What a version writes next was not brought.")
+        taken, self.brought = self.brought, None
+        return taken
+
+    @property
+    def written(self) -> bool:
+        """Nothing is left to be written."""
+        return not self.unwritten and self.brought is None
 
     @contextmanager
     def timed(self) -> Iterator[float]:
@@ -113,3 +155,14 @@ class Staging:
             yield began
         finally:
             self.seconds += time.perf_counter() - began
+
+
+def on_device(values: Sequence[NDArray[Any]], dtype: mx.Dtype) -> list[mx.array]:
+    """Arrays of these values, bfloat16 from its bits, in one copy: a device pays for each that comes from the host."""
+    if not values:
+        return []
+    flat = mx.array(np.concatenate([each.ravel() for each in values]))
+    flat = flat.view(dtype) if dtype == mx.bfloat16 else flat
+    ends = np.cumsum([each.size for each in values]).tolist()
+    parts = [flat[end - each.size : end] for end, each in zip(ends, values, strict=True)]
+    return [part.reshape(each.shape) for part, each in zip(parts, values, strict=True)]

@@ -33,6 +33,9 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Seconds; longer than clients keep idle connections, so that the client closes them, and never the server under a
 request."""
+SWITCH_S = 0.0005
+"""Seconds for which a thread keeps Python from the others. The engine's comes back to it several times a step, and
+would wait for Python's usual 5 ms each time that a push is read or a reply is written beside it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -52,6 +55,7 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
     logs.configure(config.log_format)
     raise_file_limit()
     one_thread_for_numpy()
+    sys.setswitchinterval(SWITCH_S)
     serve_app(lambda: create_app(config), config, ready)
 
 

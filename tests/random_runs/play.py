@@ -21,7 +21,7 @@ from unittest import mock
 
 from adapters.placement import BASE_SET
 from adapters.resident import residency as resident_module
-from adapters.resident import slots as slots_module
+from adapters.resident import staging as staging_module
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Activate, Delete, Export, Pin, Publish
@@ -85,7 +85,7 @@ class Player:
         # A push takes many turns: one parameter or layer in each.
         with (
             mock.patch.multiple(resident_module, BUILD_S=0.0, WRITE_S=0.0),
-            mock.patch.object(slots_module, "WRITE_BYTES", 1),
+            mock.patch.object(staging_module, "WRITE_BYTES", 1),
         ):
             try:
                 for kind, numbers in operations:

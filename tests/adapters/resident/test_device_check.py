@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters.resident import layers as adapter_layers
 from adapters.resident.device_check import COMPARED, TILE, check_adapters, compared_outputs
+from adapters.resident.layers import slot_stack
 from adapters.resident.model_layers import adaptable_layers
 
 WIDE = 151_936
@@ -48,5 +48,5 @@ def test_a_part_that_is_wrong_is_found(begin: int, end: int, monkeypatch: pytest
     module = nn.Sequential(nn.Linear(8, WIDE, bias=False))
     layers = adaptable_layers(module)
     assert check_adapters(module, layers, mx.float32) == {}
-    monkeypatch.setattr(adapter_layers.mx, "gather_mm", spoilt(mx.gather_mm, begin, end))
+    monkeypatch.setattr(slot_stack.mx, "gather_mm", spoilt(mx.gather_mm, begin, end))
     assert f"layers.0 ({WIDE} × 8, float32)" in check_adapters(module, layers, mx.float32)["linear"]

@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.formats.read import read_bundle
-from adapters.resident.layers import AdaptedLinear
+from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from tests.support import tiny_models

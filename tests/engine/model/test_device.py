@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from adapters.resident import layers as adapter_layers
 from adapters.resident.device_check import check_adapters
+from adapters.resident.layers import slot_stack
 from adapters.resident.model_layers import adaptable_layers
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.device import device_fault
@@ -70,7 +70,7 @@ def test_products_that_read_another_matrix_are_found(monkeypatch: pytest.MonkeyP
     module = nn.Sequential(nn.Linear(6, 5))
     layers = adaptable_layers(module)
     assert check_adapters(module, layers, mx.float32) == {}
-    monkeypatch.setattr(adapter_layers.mx, "gather_mm", neighbours(mx.gather_mm))
+    monkeypatch.setattr(slot_stack.mx, "gather_mm", neighbours(mx.gather_mm))
     found = check_adapters(module, layers, mx.float32)
     assert set(found) == {"linear"} and "layers.0 (5 × 6, float32): the output for rows of several" in found["linear"]
     model = load(EngineOptions(str(qwen), "tiny"))

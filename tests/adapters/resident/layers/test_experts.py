@@ -18,8 +18,8 @@ from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.formats import mlx_lm, peft
 from adapters.formats.read import read_bundle
-from adapters.resident import layers as adapter_layers
-from adapters.resident.experts import SORTED_FROM, AdaptedExperts
+from adapters.resident.layers import slot_stack
+from adapters.resident.layers.experts import SORTED_FROM, AdaptedExperts
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import ExpertsShape
@@ -159,7 +159,7 @@ def test_many_choices_go_through_in_pieces(moe: Load, monkeypatch: pytest.Monkey
     slots.route([slots.stage(of_experts(layers, 1)), 0, slots.stage(of_experts(layers, 2, 9))])
     at_once = logits(model, text)
     for most in (64, 7):
-        monkeypatch.setattr(adapter_layers, "MOST_CHOICES", most)
+        monkeypatch.setattr(slot_stack, "MOST_CHOICES", most)
         assert_near(logits(model, text), at_once, TINY.of_logits(at_once, 40))
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from adapters.resident.layers import SlotStack
+from adapters.resident.layers.slot_stack import SlotStack
 
 EXPERT_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     SwitchGLU: ("up_proj", "gate_proj", "down_proj"),

@@ -19,7 +19,7 @@ from adapters.errors import AdapterDoesNotFit, AdapterUnsupported
 from adapters.formats import mlx_lm, peft
 from adapters.formats.read import read_bundle
 from adapters.resident import dora_norms
-from adapters.resident.layers import AdaptedEmbedding
+from adapters.resident.layers.embedding import AdaptedEmbedding
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import EmbeddingShape, TiedEmbeddingShape, TiedHeadShape

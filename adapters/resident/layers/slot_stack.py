@@ -1,12 +1,13 @@
-"""Linear layers and embeddings that add, row by row, the low-rank product of whichever adapter version each row runs
-on, and multiply by its DoRA gain where it has one."""
+"""A, B and gain of every slot for one layer, and what they add for the rows that are aimed at them."""
 
 from __future__ import annotations
 
-import mlx.core as mx
-import mlx.nn as nn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from adapters.kernels.decode import DecodeKernel
+import mlx.core as mx
+
+from adapters.kernels.decode import DecodeKernel, LowRank
 from adapters.spec import experts_of
 
 RANK_BUCKET = 8
@@ -17,6 +18,8 @@ once wherever the rank is a multiple of eight, whether or not the rows begin at 
 do not, the access is misaligned, and every later call of the process fails with it."""
 
 
+ONE = 1
+"""Where the version of all rows is among the two slots that are lent for it."""
 MOST_CHOICES = 32_768
 """The most choices of experts by tokens in one gathered product: CUDA launches at most 65,535 at a time."""
 
@@ -38,18 +41,19 @@ class SlotStack:
     """
 
     __slots__ = (
+        "_gain_of_slot",
+        "_lent",
+        "_pair",
         "a",
         "b",
         "filled",
         "gain",
         "gained",
         "kernel",
-        "one_gain",
-        "one_slot",
         "out",
-        "pair",
         "rows",
         "scales",
+        "slot",
     )
 
     def __init__(
@@ -67,18 +71,18 @@ class SlotStack:
         """Slots whose gain may differ from one."""
         self.filled: dict[int, int] = {}
         """Slots with content → its rank. May name freed slots, whose content is stale until they are written again."""
-        self.pair: tuple[mx.array, mx.array] | None = None
-        """([in, rank], [rank, out]) when all rows use one slot."""
+        self.slot: int | None = None
+        """That of all rows, when they use one."""
         self.rows: mx.array | None = None
-        """Slot of each row, uint32 [batch], when rows differ."""
-        self.one_gain: mx.array | None = None
-        """[out], when all rows use one slot and it has a gain."""
-        self.one_slot: mx.array | None = None
-        """That slot, uint32 [1], where a kernel reads it."""
+        """Slot of each row, uint32 [batch]; that of all, uint32 [1], where they use one and a kernel reads it."""
         self.scales = False
         """True if any row in use has a gain."""
         self.kernel = kernel
         """What adds the products of a linear layer in one launch, where there is such a thing."""
+        self._pair: tuple[mx.array, mx.array] | None = None
+        self._gain_of_slot: mx.array | None = None
+        self._lent = False
+        """While it reads arrays whose slots are only known when they are: those of a trace."""
 
     @property
     def nbytes(self) -> int:
@@ -159,25 +163,17 @@ class SlotStack:
 
     def rest(self) -> None:
         """The layer is the bare base until it is aimed again."""
-        self.pair = self.rows = self.one_gain = self.one_slot = None
+        self.slot = self.rows = self._pair = self._gain_of_slot = None
         self.scales = False
 
-    def select(self, slot: int) -> None:
-        """Every row uses this slot."""
+    def select(self, slot: int, number: mx.array | None = None) -> None:
+        """Every row uses this slot. `number` is the same, uint32 [1], where stacks are to share it."""
         self.rest()
-        rank = self.filled.get(slot)
-        if rank is not None:
-            # Cut to the version's own rank, so that its numbers do not depend on what else is staged.
-            a, b = self.a[slot, ..., :rank, :], self.b[slot, ..., :rank, :]
-            if a.ndim > 2:
-                # CUDA's `gather_mm` (mlx 0.32.4) takes it that a matrix of a stack begins where the one before ends,
-                # whatever the strides say: of matrices that were cut it would read those of other experts.
-                a, b = mx.contiguous(a), mx.contiguous(b)
-            self.pair = a.swapaxes(-1, -2), b
-            self.one_slot = None if self.kernel is None else mx.array([slot], dtype=mx.uint32)
-            if self.gain is not None and slot in self.gained:
-                self.one_gain = self.gain[slot]
-                self.scales = True
+        if slot in self.filled:
+            self.slot = slot
+            self.scales = self.gain is not None and slot in self.gained
+            if self.kernel is not None:
+                self.rows = mx.array([slot], dtype=mx.uint32) if number is None else number
 
     def aim_rows(self, slots: frozenset[int], rows: mx.array) -> None:
         """Row i uses slot rows[i]; `slots` is the set of them."""
@@ -188,56 +184,82 @@ class SlotStack:
 
     @property
     def aimed(self) -> bool:
-        return self.pair is not None or self.rows is not None
+        return self.slot is not None or self.rows is not None
+
+    @property
+    def pair(self) -> tuple[mx.array, mx.array] | None:
+        """([in, rank], [rank, out]) where all rows use one slot that is known now: views, made when they are needed."""
+        if self._pair is None and self.slot is not None and not self._lent:
+            # Cut to the version's own rank, so that its numbers do not depend on what else is staged.
+            rank = self.filled[self.slot]
+            a, b = self.a[self.slot, ..., :rank, :], self.b[self.slot, ..., :rank, :]
+            if a.ndim > 2:
+                # CUDA's `gather_mm` (mlx 0.32.4) takes it that a matrix of a stack begins where the one before ends,
+                # whatever the strides say: of matrices that were cut it would read those of other experts.
+                a, b = mx.contiguous(a), mx.contiguous(b)
+            self._pair = a.swapaxes(-1, -2), b
+        return self._pair
+
+    @property
+    def one_gain(self) -> mx.array | None:
+        """[out], where all rows use one slot that is known now and has a gain."""
+        if self._gain_of_slot is None and self.slot is not None and self.scales and not self._lent:
+            self._gain_of_slot = None if self.gain is None else self.gain[self.slot]
+        return self._gain_of_slot
 
     def lent(self) -> tuple[str, list[mx.array]]:
-        """What the layer reads as it is aimed: which fields, and their arrays."""
-        if self.kernel is not None and self.aimed:
-            slots = self.rows if self.one_slot is None else self.one_slot
-            stacks = self.arrays() if self.scales else [self.a, self.b]
-            return "kernel gain" if self.scales else "kernel", [*([] if slots is None else [slots]), *stacks]
-        fields = ("one_gain",) if self.one_gain is not None else ()
-        if self.pair is not None:
-            return " ".join(("pair", *fields)), [*self.pair, *([] if self.one_gain is None else [self.one_gain])]
-        if self.rows is None:
+        """What the layer reads as it is aimed: which fields, and their arrays, besides `rows`, or `ONE` for a slot."""
+        if not self.aimed:
             return "", []
+        if self.slot is not None and self.kernel is None:
+            gain = self.one_gain
+            fields = "pair" if gain is None else "pair one_gain"
+            return fields, [*(self.pair or ()), *([] if gain is None else [gain])]
         scaled = self.scales and self.gain is not None
-        return "rows gain" if scaled else "rows", [self.rows, *(self.arrays() if scaled else [self.a, self.b])]
+        arrays = self.arrays() if scaled else [self.a, self.b]
+        if self.slot is None:
+            return "rows gain" if scaled else "rows", arrays
+        # The slot and the one before it, whatever their number is and that of all: a trace serves them all, with ONE.
+        around = slice(self.slot - 1, self.slot + 1)
+        return "slot gain" if scaled else "slot", [array[around] for array in arrays]
 
-    def read(self, fields: str, arrays: list[mx.array]) -> list[mx.array]:
-        """Reads these arrays instead, taken off the front; returns what it read before, for `read` to put back."""
-        before = self.lent()[1]
-        if fields.startswith("kernel"):
-            if self.one_slot is None:
-                self.rows = arrays.pop(0)
-            else:
-                self.one_slot = arrays.pop(0)
-            self.a, self.b = arrays.pop(0), arrays.pop(0)
-            self.gain = arrays.pop(0) if fields == "kernel gain" else self.gain
-        elif fields.startswith("pair"):
-            self.pair = arrays.pop(0), arrays.pop(0)
-            self.one_gain = arrays.pop(0) if self.one_gain is not None else None
+    @contextmanager
+    def reading(self, arrays: list[mx.array], rows: mx.array | None) -> Iterator[None]:
+        """Within it these arrays, taken off the front, and these rows are read instead."""
+        fields = self.lent()[0]
+        before = self.a, self.b, self.gain, self.rows, self._pair, self._gain_of_slot
+        if fields.startswith("pair"):
+            self._pair = arrays.pop(0), arrays.pop(0)
+            self._gain_of_slot = arrays.pop(0) if fields == "pair one_gain" else None
         elif fields:
-            self.rows, self.a, self.b = (arrays.pop(0) for _ in range(3))
-            self.gain = arrays.pop(0) if fields == "rows gain" else self.gain
-        return before
+            self.a, self.b = arrays.pop(0), arrays.pop(0)
+            self.gain = arrays.pop(0) if fields.endswith("gain") else self.gain
+            self.rows, self._pair, self._gain_of_slot = rows, None, None
+        self._lent = True
+        try:
+            yield
+        finally:
+            self._lent = False
+            self.a, self.b, self.gain, self.rows, self._pair, self._gain_of_slot = before
 
-    def decoded(self, x: mx.array, y: mx.array, bias: mx.array | None = None) -> mx.array | None:
-        """What `scaled(y + product(x)) + bias` comes to for a layer's y, in one launch; None where no kernel does it. A
-        bias only where `scales`. Only while `aimed`."""
-        slots = self.rows if self.one_slot is None else self.one_slot
-        width, rank = self.a.shape[-1], self.a.shape[-2]
-        if self.kernel is None or slots is None or not self.kernel.takes(x, width, rank, self.a.dtype):
-            return None
-        if slots.size not in (1, x.shape[0]) or y.dtype != self.a.dtype:
-            return None
-        return self.kernel(x, y, self.a, self.b, slots, self.gain if self.scales else None, bias)
+    def takes(self, x: mx.array) -> bool:
+        """Returns whether the kernel adds its products for x [rows, …, in]. Only while `aimed`."""
+        if self.kernel is None or self.rows is None or self.rows.size not in (1, x.shape[0]):
+            return False
+        return self.kernel.takes(x, self.a.shape[-1], self.a.shape[-2], self.a.dtype)
+
+    def low_rank(self, y: mx.array, bias: mx.array | None) -> LowRank:
+        """What it brings to a launch of the kernel, for a layer's y. A bias only where it `scales`."""
+        return LowRank(y, self.a, self.b, self.gain if self.scales else None, bias if self.scales else None)
 
     def product(self, x: mx.array) -> mx.array:
         """(x · A[row]) · B[row], [batch, …, out], for x [batch, …, in]. Only while `aimed`."""
         if self.pair is not None:
             a, b = self.pair
             return self._cut((x @ a) @ b)
+        if self.slot is not None and self.rows is not None:
+            a, b = (mx.take(stack, self.rows, axis=0).squeeze(0) for stack in (self.a, self.b))
+            return self._cut((x @ a.T) @ b)
         rows = self._rows_of(x)
         hidden = _of_rows(x.reshape(rows.size, -1, x.shape[-1]), self.a.swapaxes(-1, -2), rows)
         return self._cut(_of_rows(hidden, self.b, rows)).reshape(*x.shape[:-1], self.out)
@@ -272,10 +294,12 @@ class SlotStack:
 
     def scaled(self, y: mx.array) -> mx.array:
         """gain[row] * y for y [batch, …, out]; y itself where no row has a gain."""
-        if self.one_gain is not None:
-            return self.one_gain * y
+        if (gain := self.one_gain) is not None:
+            return gain * y
         if self.gain is None or self.rows is None or not self.scales:
             return y
+        if self.slot is not None:
+            return self.gain[self.rows] * y
         return self.gain[self.rows].reshape(self.rows.size, *(1,) * (y.ndim - 2), -1) * y
 
     def _cut(self, y: mx.array) -> mx.array:
@@ -297,79 +321,3 @@ def _of_rows(x: mx.array, stack: mx.array, rows: mx.array) -> mx.array:
     # Copies of the matrices, which are thin, cost less than one more token a row would; and CUDA's `gather_mm` (mlx
     # 0.32.4) cannot be launched for many tokens a row.
     return x @ stack[rows]
-
-
-class AdaptedLinear(nn.Module):
-    """y = gain[slot[row]] * (W·x + (x · A[slot[row]]) · B[slot[row]]) + bias for x [batch, …, in]; the base alone where
-    no slot is aimed at, and no gain where no row has one. The bias is not scaled, as in PEFT and in mlx-lm.
-
-    The base layer is the only child, so parameters, freezing and modes are those of the base. The result has the
-    dtype of the base's result as long as the stack has that of the activations.
-    """
-
-    def __init__(self, base: nn.Linear | nn.QuantizedLinear, stack: SlotStack) -> None:
-        super().__init__()
-        self.base = base
-        self._stack = stack
-        if not base.training:
-            self.eval()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        base, stack = self["base"], self._stack
-        if not stack.aimed:
-            return base(x)
-        if not stack.scales:
-            y = base(x)
-            found = stack.decoded(x, y)
-            return y + stack.product(x) if found is None else found
-        y = _without_bias(base, x)
-        found = stack.decoded(x, y, base.get("bias"))
-        if found is not None:
-            return found
-        y = stack.scaled(y + stack.product(x))
-        return y + base["bias"] if "bias" in base else y
-
-
-class AdaptedEmbedding(nn.Module):
-    """An embedding and, where the head shares its weight, that head; each with a stack of its own once it has one,
-    so that an adapter may change either or both."""
-
-    def __init__(self, base: nn.Embedding | nn.QuantizedEmbedding) -> None:
-        super().__init__()
-        self.base = base
-        self._table: SlotStack | None = None
-        self._head: SlotStack | None = None
-        if not base.training:
-            self.eval()
-
-    def attach(self, stack: SlotStack, *, head: bool) -> None:
-        if head:
-            self._head = stack
-        else:
-            self._table = stack
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        y, stack = self["base"](tokens), self._table
-        return y if stack is None or not stack.aimed else stack.scaled(y + stack.entries(tokens))
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        y, stack = self["base"].as_linear(x), self._head
-        return y if stack is None or not stack.aimed else stack.scaled(y + stack.product(x))
-
-
-def _without_bias(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
-    """W · x, the very product that the layer computes."""
-    if "bias" not in layer:
-        return layer(x)
-    if not isinstance(layer, nn.QuantizedLinear):
-        return x @ layer["weight"].T
-    return mx.quantized_matmul(
-        x,
-        layer["weight"],
-        scales=layer["scales"],
-        biases=layer.get("biases"),
-        transpose=True,
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
