@@ -82,7 +82,7 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame),
+        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, model.eyes),
         batches=batches,
         scoring=scoring,
         tasks=tasks,

@@ -10,6 +10,7 @@ import numpy as np
 from rollout_server.engine.messages.rollouts import Event, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.messages.scoring import Classified, Classify, ScorerHeld
 from rollout_server.rollout import PolicyAddress, PolicyVersion
+from rollout_server.text.pictures.picture import Picture
 
 
 class Subscription:
@@ -69,11 +70,15 @@ class HeldScorer:
         self._let_go = let_go
         self._gone = False
 
-    async def scores(self, tokens: Sequence[int], position: int) -> tuple[float, ...]:
+    async def scores(
+        self, tokens: Sequence[int], position: int, pictures: tuple[Picture, ...] = ()
+    ) -> tuple[float, ...]:
         """The head's scores of its labels at a position of a sequence, raw float32. Raises what a sequence can be
         refused with, and `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
         address = PolicyAddress(self.version.name, number=self.version.number)
-        classify = Classify(self._new_id("reward"), address, (tuple(tokens),), ((position,),), held=self.id)
+        shown = (pictures,) if pictures else ()
+        id, sequences = self._new_id("reward"), (tuple(tokens),)
+        classify = Classify(id, address, sequences, ((position,),), held=self.id, pictures=shown)
         classified = await self._ask(classify)
         return tuple(np.frombuffer(classified.scores[0], "<f4").tolist())
 

@@ -1,1 +1,1 @@
-"""What a picture costs a tower."""
+"""What a picture costs a tower, and what seeing costs who serves."""

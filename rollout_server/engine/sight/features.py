@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from rollout_server.engine.sight.seen import View
 from rollout_server.engine.sight.sight import Sight, sight_of
 from rollout_server.models.vision.family import Features, VisionFamily
 from rollout_server.text.pictures.picture import Picture
@@ -69,9 +70,17 @@ class Eyes:
         self._evict()
         return found
 
-    def lacks(self, pictures: Iterable[Picture]) -> list[Picture]:
-        """Those that the tower would have to read."""
-        return [picture for picture in pictures if picture.digest not in self._kept]
+    def look_ahead(self, views: Iterable[View], tokens: int) -> int:
+        """Looks at the pictures among the first `tokens` tokens of all views together, so that whoever reads these
+        waits for no tower; returns at how many."""
+        before = self.looked
+        for sight, begin, count in views:
+            if tokens <= 0:
+                break
+            for picture, *_ in sight.shown(begin, min(count, tokens)) if sight is not None else ():
+                self.look(picture)
+            tokens -= count
+        return self.looked - before
 
     def clear(self) -> None:
         self._kept.clear()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from rollout_server.errors import InvalidField
 from rollout_server.http.replies.json_entries import rollout_text
 from rollout_server.http.requests.tokens.prompts import encode
 from rollout_server.http.requests.tokens.rendering import render
@@ -13,6 +15,8 @@ from rollout_server.rollout import Rollout, RolloutRequest
 from rollout_server.schemas.messages import ContentPart, Message, TextPart
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.text.long_texts import Bound
+from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.reader import PictureReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,12 @@ class RowReader:
     groups: Sequence[RolloutRequest]
     tokenizer: Any
     bound: Bound
+    pictures_of: PictureReader | None = None
+    """What gives pictures their placeholders in a conversation that is rendered anew."""
+
+    def pictures(self, rollout: Rollout) -> tuple[Picture, ...]:
+        """What a row's prompt showed; a text tokenized anew says nothing of it."""
+        return () if self.reads == "text" else self.groups[rollout.prompt_index].pictures
 
     def ids(self, rollout: Rollout) -> Sequence[int]:
         """Raises `InvalidField` where the chat template refuses, and `ContextExceeded` for what is too long."""
@@ -34,7 +44,10 @@ class RowReader:
         place = f"prompts[{rollout.prompt_index}]"
         if self.reads == "text":
             return self._of_text(prompt, rollout, text, place)
-        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound)
+        expand = None
+        if group.pictures and self.pictures_of is not None:
+            expand = partial(_expanded, self.pictures_of, group.pictures, place)
+        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound, expand=expand)
 
     def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
         """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
@@ -45,6 +58,13 @@ class RowReader:
         return encode(
             self.tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
         )
+
+
+def _expanded(reader: PictureReader, pictures: Sequence[Picture], place: str, text: str) -> str:
+    try:
+        return reader.expand(text, pictures)
+    except ValueError as error:
+        raise InvalidField(f"{place} and the row do not fit the pictures: {error}.", param=place) from error
 
 
 def conversation(prompt: Prompt, text: str) -> Prompt:

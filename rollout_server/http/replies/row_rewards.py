@@ -17,6 +17,7 @@ from rollout_server.http.metrics import Metrics
 from rollout_server.http.replies.streaming import RowEvents
 from rollout_server.http.requests.json_body import beside
 from rollout_server.rollout import FinishReason, Rollout, RowError, RowReward
+from rollout_server.text.pictures.picture import Picture
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.SUPERSEDED})
 """Rows that are scored: others were given up."""
@@ -31,6 +32,8 @@ class Reading:
     """What it reads of a row. Raises `RolloutError` where that cannot be read."""
     position: Callable[[Sequence[int]], int]
     """Where in it the head is applied."""
+    pictures: Callable[[Rollout], tuple[Picture, ...]] = lambda rollout: ()
+    """What its placeholders stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class RewardedRows:
     async def _scores(self, rollout: Rollout) -> tuple[float, ...]:
         reading = self._reading
         ids = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), lambda: reading.ids(rollout))
-        return await self._scorer.scores(ids, reading.position(ids))
+        return await self._scorer.scores(ids, reading.position(ids), reading.pictures(rollout))
 
     async def _within(self, limit: float | None, work: Awaitable[tuple[float, ...]]) -> tuple[float, ...] | None:
         """None where it takes longer; it is ended then."""

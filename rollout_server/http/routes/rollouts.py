@@ -131,8 +131,10 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
     except RolloutError:
         scorer.let_go()
         raise
-    reader = RowReader(options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound())
-    reading = Reading(reader.ids, service.info.head_position)
+    reader = RowReader(
+        options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound(), service.pictures
+    )
+    reading = Reading(reader.ids, service.info.head_position, reader.pictures)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 

@@ -110,6 +110,11 @@ def test_chat_rollouts_and_ids_show_the_same_picture(served: Served) -> None:
     sequence = {"token_ids": ids + row["token_ids"], "start": len(ids), "images": images}
     (scored,) = served.ask("/v1/logprobs", policy="base", sequences=[sequence])["sequences"]
     assert_near(scored["logprobs"], row["logprobs"], MOST)
+    # The log-probability of a token behind the pictures, as a reward of any decoder.
+    fields = {"model": "base", "label_token_ids": row["token_ids"][:1]}
+    for sequence in ({"token_ids": ids, "images": images}, {"messages": messages, "add_generation_prompt": True}):
+        (reward,) = served.ask("/v1/rewards", sequences=[sequence], **fields)["rewards"]
+        assert_near(reward["value"], row["logprobs"][0], MOST)
     assert all(card["vision"] for card in served.http.get("/v1/models").json()["data"])
 
 

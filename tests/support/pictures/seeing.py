@@ -64,10 +64,10 @@ class Seeing:
 
 
 @contextmanager
-def opened(family: str) -> Iterator[Seeing]:
+def opened(family: str, **options: Any) -> Iterator[Seeing]:
     with TemporaryDirectory() as directory:
         path, reference = copied(family, Path(directory) / family), Reference.of(family)
-        model = load(EngineOptions(str(path), family, max_batch=8))
+        model = load(EngineOptions(str(path), family, max_batch=8, **options))
         pictures = [picture_of(reference, number, model) for number in (0, 1)]
         found = {name: conversation_of(reference, name, pictures) for name in CONVERSATIONS}
         yield Seeing(path, model, found)
