@@ -31,6 +31,7 @@ SPECIAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "qwen2_vl": _QWEN,
         "qwen2_5_vl": _QWEN,
         "qwen3_vl": _QWEN,
+        "qwen3_vl_moe": _QWEN,
         "gemma3": ("<image_soft_token>", "<unused>", "<start_of_image>", "<end_of_image>"),
         "llava": ("<image>",),
         "pixtral": _ROWS,
@@ -42,7 +43,13 @@ SPECIAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Added behind the tiny tokenizer's own, as the golden configurations number them: what stands for pictures first."""
 _FRAMED = "<|vision_start|><|image_pad|><|vision_end|>"
 MARKS: Mapping[str, str] = MappingProxyType(
-    {"qwen2_vl": _FRAMED, "qwen2_5_vl": _FRAMED, "qwen3_vl": _FRAMED, "gemma3": "<start_of_image>"}
+    {
+        "qwen2_vl": _FRAMED,
+        "qwen2_5_vl": _FRAMED,
+        "qwen3_vl": _FRAMED,
+        "qwen3_vl_moe": _FRAMED,
+        "gemma3": "<start_of_image>",
+    }
 )
 """What a chat template writes for a picture, where it is not the first of these."""
 TEMPLATE = (
@@ -68,6 +75,7 @@ PROCESSORS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "qwen2_vl": _QWEN_PIXELS,
         "qwen2_5_vl": _QWEN_PIXELS,
         "qwen3_vl": _QWEN_PIXELS,
+        "qwen3_vl_moe": _QWEN_PIXELS,
         "gemma3": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
         "llava": {
             "image_processor_type": "CLIPImageProcessor",

@@ -1,1 +1,1 @@
-"""What a picture costs a tower, and what seeing costs who serves."""
+"""What a picture costs a tower, and how far its pixels depend on the processor."""

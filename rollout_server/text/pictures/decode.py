@@ -4,7 +4,6 @@ why not. What a file claims is checked before it is decoded."""
 from __future__ import annotations
 
 import struct
-import warnings
 import zlib
 from io import BytesIO
 
@@ -19,7 +18,7 @@ STILL = frozenset({"MPO"})
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 """Those of which a picture in eight bits a colour is left; the others would turn white in silence."""
 SHOWN = 100
-"""Characters shown of what a decoder says."""
+"""Characters shown of what a library says."""
 BROKEN = (
     OSError,
     SyntaxError,
@@ -43,7 +42,7 @@ BROKEN = (
 def decoded(data: bytes, most_pixels: int) -> Image.Image:
     """Mode RGB, upright as its EXIF says. Raises `ValueError` with half a sentence."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(BytesIO(data), formats=FORMATS) as opened:
             _check(opened, most_pixels)
             opened.load()
             upright = ImageOps.exif_transpose(opened)
@@ -53,8 +52,12 @@ def decoded(data: bytes, most_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
     except BROKEN as error:
-        said = " ".join(str(error).split())[:SHOWN] or type(error).__name__
-        raise ValueError(f"it is broken or cut off ({said})") from error
+        raise ValueError(f"it is broken or cut off ({said(error)})") from error
+
+
+def said(error: BaseException) -> str:
+    """What a library says of a picture, short and in one line."""
+    return " ".join(str(error).split())[:SHOWN] or type(error).__name__
 
 
 class _Unfit(Exception):

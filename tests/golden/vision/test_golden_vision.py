@@ -37,9 +37,10 @@ def seen(vision: VisionFamily, reference: Reference) -> list[Features]:
 
 def test_every_family_has_a_checkpoint() -> None:
     assert set(FAMILIES) == {
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "pixtral", "mistral3", "idefics3", "smolvlm",
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "llava", "pixtral", "mistral3", "idefics3",
+        "smolvlm",
     }  # fmt: skip
-    assert sum(path.stat().st_size for path in GOLDEN.rglob("*.safetensors")) <= 2_000_000
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*.safetensors")) <= 2_500_000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -107,6 +107,22 @@ VISIONS: dict[str, Vision] = {
         },
         _PATCHES, GRIDS, (12, 4),
     ),
+    "qwen3_vl_moe": Vision(
+        "qwen3_vl_moe",
+        {
+            **QWEN,
+            "text_config": {
+                **TEXT, "head_dim": 16, "num_hidden_layers": 3, "num_experts": 4, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+                "rope_parameters": {**MROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            },
+            "vision_config": {
+                "depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
+                "out_hidden_size": 32, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+            },
+        },
+        _PATCHES, GRIDS, (12, 4),
+    ),
     "gemma3": Vision(
         "gemma3",
         {
@@ -225,7 +241,7 @@ def _inputs(name: str, pixels: Sequence[np.ndarray], grids: Sequence[Sequence[in
     if not arrays:
         return {}
     match VISIONS[name].kind:
-        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" | "qwen3_vl_moe":
             return {"pixel_values": torch.cat(arrays), "image_grid_thw": torch.tensor([list(grid) for grid in grids])}
         case "mistral3" | "llava" if name != "llava":
             high, wide = (max(array.shape[axis] for array in arrays) for axis in (1, 2))

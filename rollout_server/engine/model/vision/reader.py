@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from rollout_server.engine.model.vision.load import settled
 from rollout_server.models.vision.family import Grid, VisionFamily
 from rollout_server.text.pictures import placeholders
-from rollout_server.text.pictures.decode import BROKEN, decoded
+from rollout_server.text.pictures.decode import BROKEN, decoded, said
 from rollout_server.text.pictures.picture import Picture
 from rollout_server.text.pictures.placeholders import Placeholders
 
@@ -46,7 +46,7 @@ class ModelPictures:
             made = self.processor(images=[image], return_tensors=None, **self.options)
         except BROKEN as error:
             raise ValueError(
-                f"the model's processor does not take its {image.width} × {image.height} pixels ({error})"
+                f"the model's processor does not take its {image.width} × {image.height} pixels ({said(error)})"
             ) from error
         pixels, grid = self.cut(made)
         array = np.ascontiguousarray(pixels, dtype="<f4")

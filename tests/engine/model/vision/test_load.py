@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from rollout_server.engine.model.checkpoint.files import read_config
@@ -87,6 +88,30 @@ def test_packed_layers_of_a_tower_are_unpacked(tmp_path: Path) -> None:
     ours = np.array(vision.tower.multi_modal_projector.linear_2.weight)
     step = np.abs(packed[f"{name}.scales"]).max()
     assert 0 < np.abs(ours - tensors[f"{name}.weight"]).max() <= step
+
+
+def nested(name: str) -> str:
+    """As releases of transformers between the published files and today's have named a tensor."""
+    if name.startswith("language_model."):
+        return name.removeprefix("language_model.").replace("model.", "model.language_model.", 1)
+    if name.startswith("model."):
+        return name.replace("model.", "model.language_model.", 1)
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "llava", "pixtral", "mistral3"])
+def test_nested_names_are_the_same_model(family: str, tmp_path: Path) -> None:
+    plain, other = (copied(family, tmp_path / name) for name in ("plain", "nested"))
+    tensors = load_file(plain / "model.safetensors")
+    save_file({nested(name): value for name, value in tensors.items()}, other / "model.safetensors")
+    found = []
+    for path in (plain, other):
+        vision = read_vision(path, read_config(path))
+        assert vision is not None
+        found.append([dict(tree_flatten(part.parameters())) for part in (read_model(path).module, vision.tower)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_models_without_a_tower_that_is_known_are_text_models_and_say_so(
