@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
 	$(BIN)/python -m tests.support.numbers.kernels $(ARGS)
+
+test-fleet: $(READY)  ## the tests over HTTP against a server of two engines
+	TEST_REPLICAS=2 $(BIN)/python -m pytest -q -m "not long" $(or $(ARGS),tests/fleet tests/end_to_end tests/openai_sdk)
 
 test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
 	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'

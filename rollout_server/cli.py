@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from rollout_server import __version__
-from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, score, serve, top, weights
+from rollout_server.commands import bench, demo, doctor, download, generate, perplexity, score, serve, top
+from rollout_server.commands.running import fleet, weights
 
 COMMANDS = (
     serve.serve,
@@ -21,7 +22,7 @@ COMMANDS = (
     bench.bench,
     doctor.doctor,
 )
-GROUPS = {"weights": weights.app}
+GROUPS = {"weights": weights.app, "fleet": fleet.app}
 
 
 def main() -> None:

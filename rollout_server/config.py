@@ -191,6 +191,12 @@ class ServerConfig(BaseSettings):
     """Pictures of one conversation or sequence."""
     allow_image_host: Hosts = ()
     """Hosts that pictures are fetched from; without any, they come as data: URLs alone."""
+    replicas: int | None = Field(default=None, ge=1, le=256)
+    """Engines, each in a process of its own, that serve behind this address; `None`: one in this process."""
+    min_replicas: int = Field(default=1, ge=1)
+    """So many of them have to be live for the server to be ready and for versions to change."""
+    replica_timeout_s: float = Field(default=30.0, gt=0)
+    """An engine of another process that is not heard of for so long is ended and started again."""
     trace: Path | None = None
     """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"
@@ -213,6 +219,18 @@ class ServerConfig(BaseSettings):
             "ROLLOUT_ADMIN_KEY, or pass --insecure to let anybody who reaches this address use and change the model"
         )
 
+    @model_validator(mode="after")
+    def _fleet_rule(self) -> ServerConfig:
+        if self.min_replicas > (self.replicas or 1):
+            raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
+        if self.replicas is not None and self.also:
+            raise ValueError("--also serves several models in one process: leave it out with --replicas")
+        if self.replicas is not None and self.memory is not None:
+            raise ValueError("--memory is shared out in one process: with --replicas give each --kv-memory of its own")
+        if self.replicas is not None and self.trace is not None:
+            raise ValueError("--trace records the turns of an engine in this process: leave it out with --replicas")
+        return self
+
     @property
     def protected(self) -> bool:
         """True if any key is set."""
@@ -221,6 +239,21 @@ class ServerConfig(BaseSettings):
     @property
     def on_loopback(self) -> bool:
         return is_loopback(self.host)
+
+
+class GpuSettings(BaseSettings):
+    """Which GPUs this process may use, as CUDA's own variable says it."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    cuda_visible_devices: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Indices or identifiers; None where all may be used."""
+        if self.cuda_visible_devices is None:
+            return None
+        return tuple(name.strip() for name in self.cuda_visible_devices.split(",") if name.strip())
 
 
 class ClientSettings(BaseSettings):

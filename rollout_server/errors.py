@@ -27,6 +27,7 @@ To add one: subclass `RolloutError`, give it a code, add a row to the status tab
     ├── NeverAdmitted           deadline passed in the queue          never_admitted
     ├── EngineUnavailable       starting, stopping or dead            engine_unavailable
     └── EngineFault             a step failed                         engine_fault
+        ├── ReplicaLost         engines ended under a row             replica_lost
         ├── NonFiniteLogits     the model produced NaN or infinity    non_finite_logits
         └── GrammarFault        a row's grammar met a limit           grammar_fault
 """
@@ -165,6 +166,12 @@ class EngineUnavailable(RolloutError):
 class EngineFault(RolloutError):
     code = "engine_fault"
     retryable = True
+
+
+class ReplicaLost(EngineFault):
+    """Several replicas ended while they computed this row, or it cannot be computed again."""
+
+    code = "replica_lost"
 
 
 class NonFiniteLogits(EngineFault):

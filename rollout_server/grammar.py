@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """The usual white space between the parts of JSON. It is bounded, since models have been seen to write newlines for
@@ -63,6 +63,7 @@ class Follower(Protocol):
         """Notes a fault."""
 
 
+@runtime_checkable
 class Constraint(Protocol):
     """A grammar made ready for one tokenizer. Immutable, so threads share it."""
 

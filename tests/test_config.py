@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -199,3 +200,19 @@ def test_a_client_finds_the_server_by_its_variables(monkeypatch: pytest.MonkeyPa
     assert (ClientSettings().url, ClientSettings().key) == (url, "one")
     monkeypatch.setenv("ROLLOUT_ADMIN_KEY", "two")
     assert ClientSettings().key == "two" and "two" not in repr(ClientSettings())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"replicas": 0}, "greater than or equal to 1"),
+        ({"replicas": 2, "min_replicas": 3}, "--min-replicas is 3, and there are only 2 replicas"),
+        ({"min_replicas": 2}, "--min-replicas is 2, and there are only 1 replicas"),
+        ({"replicas": 2, "also": "judge=/models/judge"}, "--also serves several models in one process"),
+        ({"replicas": 2, "memory": "2GiB"}, "--memory is shared out in one process"),
+        ({"replicas": 2, "trace": "turns.json"}, "--trace records the turns of an engine in this process"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ServerConfig(**given)

@@ -20,7 +20,7 @@ import httpx
 
 from trainer_client.errors import BadReply, ServerUnreachable
 from trainer_client.retry import Flow, Retry, Sleep, answering, sending, until_ready
-from trainer_client.verbs import classes, control, publishing, sampling, scoring
+from trainer_client.verbs import classes, control, publishing, replicas, sampling, scoring
 from trainer_client.wire.call import Call, StreamCall
 from trainer_client.wire.replies import LineBuffer, Reply
 
@@ -184,6 +184,9 @@ class RolloutClient:
     models = _blocking(control.models)
     health = _blocking(control.health)
     ready = _blocking(control.ready)
+    fleet = _blocking(replicas.fleet)
+    drain_replica = _blocking(replicas.drain_replica)
+    remove_replica = _blocking(replicas.remove_replica)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready to sample; raises `ServerUnreachable` when the time is up."""
@@ -296,6 +299,9 @@ class AsyncRolloutClient:
     models = _awaited(control.models)
     health = _awaited(control.health)
     ready = _awaited(control.ready)
+    fleet = _awaited(replicas.fleet)
+    drain_replica = _awaited(replicas.drain_replica)
+    remove_replica = _awaited(replicas.remove_replica)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready to sample; raises `ServerUnreachable` when the time is up."""

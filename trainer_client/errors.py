@@ -12,7 +12,7 @@
         ├── UnknownPolicy · VersionGone · StalePolicy · Conflict · PreconditionFailed
         ├── AdapterInvalid      AdapterMismatch (its `faults` lists every fault)
         ├── WeightsMemoryExceeded · QueueFull · NeverAdmitted
-        └── EngineUnavailable · EngineFault (NonFiniteLogits, GrammarFault)
+        └── EngineUnavailable · EngineFault (ReplicaLost, NonFiniteLogits, GrammarFault)
 
 A code this client does not know is a plain `ServerError`. To add one: subclass, give it the code, list it in `_CODES`.
 """
@@ -188,6 +188,12 @@ class EngineFault(ServerError):
     code = "engine_fault"
 
 
+class ReplicaLost(EngineFault):
+    """Several engines of a fleet ended under this row, or it cannot be drawn again."""
+
+    code = "replica_lost"
+
+
 class NonFiniteLogits(EngineFault):
     code = "non_finite_logits"
 
@@ -226,6 +232,7 @@ _CODES: Mapping[str, type[ServerError]] = MappingProxyType(
             NeverAdmitted,
             EngineUnavailable,
             EngineFault,
+            ReplicaLost,
             NonFiniteLogits,
             GrammarFault,
         )

@@ -7,6 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import (
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    QuantizedShardedToAllLinear,
+    ShardedToAllLinear,
+)
 from mlx.utils import tree_flatten
 
 from adapters.resident.layers.embedding import AdaptedEmbedding
@@ -17,18 +23,24 @@ from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, Parameter, Ti
 PACKED = ("scales", "biases", "global_scale")
 """Names of the arrays that belong to a quantised weight."""
 ADAPTED = (AdaptedLinear, AdaptedEmbedding, AdaptedExperts)
+CUT_OUTPUTS = (AllToShardedLinear, QuantizedAllToShardedLinear)
+"""Linear layers of which this rank has some of the outputs."""
+CUT_INPUTS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
+"""Linear layers of which this rank reads some of the inputs."""
+LINEAR = (nn.Linear, nn.QuantizedLinear, *CUT_OUTPUTS, *CUT_INPUTS)
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameter path → (out, in) of every linear layer, quantised or not, adapted or not, of stacked experts, of the
-    token embedding, and of the head that shares its weight, sorted by path. Not while a batch of several versions is
-    routed: it runs a forward pass, lazily."""
+    token embedding, and of the head that shares its weight, sorted by path. One that is cut over ranks has the shape
+    of the whole layer, as adapters do. Not while a batch of several versions is routed: it runs a forward pass,
+    lazily."""
     modules = {path: bare_layer(module) for path, module in model.named_modules()}
     wrapped = {f"{path}.base" for path, module in model.named_modules() if isinstance(module, ADAPTED)}
     modules = {path: module for path, module in modules.items() if path not in wrapped}
     found: dict[str, tuple[int, int]] = {}
     for path, module in modules.items():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if isinstance(module, LINEAR):
             found[path] = _shape(module)
         elif type(module) in EXPERT_LAYERS:
             found |= {f"{path}.{name}": _experts_shape(module[name]) for name in EXPERT_LAYERS[type(module)]}
@@ -125,8 +137,15 @@ def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    """The shape of the weight as it would be unpacked: of a quantised one the groups count the columns."""
-    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+    """The shape of the weight as it would be unpacked and whole: of a quantised one the groups count the columns."""
+    rows, width = _own_shape(layer)
+    if isinstance(layer, CUT_OUTPUTS):
+        return rows * layer.group.size(), width
+    return (rows, width * layer.group.size()) if isinstance(layer, CUT_INPUTS) else (rows, width)
+
+
+def _own_shape(layer: nn.Module) -> tuple[int, int]:
+    if "scales" in layer:
         rows, groups = layer.scales.shape
         return rows, groups * layer.group_size
     rows, columns = layer.weight.shape

@@ -7,7 +7,7 @@ base's own objects back: nothing is ever subtracted, and the base's arrays are n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,9 +87,14 @@ class ParameterSets:
     `model_layers.adaptable_layers` and `model_layers.replaceable_parameters` say of it."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, tuple[int, int]], parameters: Mapping[str, Parameter]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[int, int]],
+        parameters: Mapping[str, Parameter],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
+        self._clock = clock
         self._layers = layers
         self._parameters = parameters
         self._sets: dict[int, ParameterSet] = {}
@@ -124,7 +129,7 @@ class ParameterSets:
         """Computes further parameters, one after another, until this much time is over; True when all are done or it
         is known that the set cannot be. Mounts the base."""
         self.mount(BASE_SET)
-        end = time.monotonic() + seconds
+        end = self._clock() + seconds
         for path, array in build.weights:
             mx.eval(array)
             if not bool(mx.all(mx.isfinite(array))):
@@ -135,7 +140,7 @@ class ParameterSets:
                 self._measure(build, path, array)
             if build.exceeds:
                 return True
-            if time.monotonic() > end:
+            if self._clock() > end:
                 return False
         return True
 

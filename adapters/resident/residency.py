@@ -69,7 +69,7 @@ class _Work:
 
 class ResidentVersions:
     """Versions by content; each `stage` of the same one is one more reference to it. `limit` is the most bytes that
-    stacks and sets may take together."""
+    stacks and sets may take together, and `clock` says when the share of a turn is over, in seconds."""
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ class ResidentVersions:
         limit: int | None = None,
         unfit: Mapping[Place, str] = MappingProxyType({}),
         kernel: DecodeKernel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.slots = AdapterSlots(model, layers, dtype, unfit, kernel)
-        self.sets = ParameterSets(model, layers, parameters)
+        self.slots = AdapterSlots(model, layers, dtype, unfit, kernel, clock)
+        self.sets = ParameterSets(model, layers, parameters, clock)
         self.limit = limit
         self._residents: dict[Content, _Resident] = {}
         self._work: _Work | None = None

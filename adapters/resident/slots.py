@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -68,8 +68,10 @@ class AdapterSlots:
         dtype: mx.Dtype,
         unfit: Mapping[Place, str] = MappingProxyType({}),
         kernel: DecodeKernel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
+        self._clock = clock
         self._unfit = unfit
         self._kernel = kernel
         self._layers = dict(layers)
@@ -163,14 +165,15 @@ class AdapterSlots:
         after `measure`, and while no step is in flight."""
         if staging.digest in self._residents:
             return True
-        with staging.timed() as began:
+        began = self._clock()
+        with staging.timed():
             self._choose_slot(staging)
             for stack in self._stacks.values():
                 stack.rest()
             try:
                 while not staging.written:
                     self._write(staging)
-                    if seconds is not None and time.perf_counter() - began >= seconds:
+                    if seconds is not None and self._clock() - began >= seconds:
                         break
             finally:
                 self._select(self._routed)

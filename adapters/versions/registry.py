@@ -9,18 +9,14 @@ for whoever asks at once, and freed when the last row that uses it ends. Not thr
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from adapters.bundle import Content
 from adapters.errors import GoneVersion, LiveVersion, Mismatch, UnknownName, UnknownVersion
 from adapters.spec import HeadTask, Mode
-
-GONE_DIGESTS = 4096
-"""Digests of freed versions that each name remembers; older ones are unknown when asked for by digest."""
-GONE_TOLD = 512
-"""The newest of them, which outlive the process where there is a state directory."""
+from adapters.versions.retention import GONE_TOLD, remember, surplus
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +139,11 @@ class _Line:
 
 
 class Registry:
-    """`keep_versions` is how many of the newest versions of each name are kept in any case, at least 1."""
+    """`keep_versions` is how many of the newest versions of each name are kept in any case, at least 1; None where
+    every version is kept until it is deleted, because somebody else decides on it."""
 
-    def __init__(self, keep_versions: int) -> None:
-        if keep_versions < 1:
+    def __init__(self, keep_versions: int | None) -> None:
+        if keep_versions is not None and keep_versions < 1:
             raise ValueError(f"keep_versions must be at least 1, not {keep_versions}.")
         self._keep = keep_versions
         self._lines: dict[str, _Line] = {}
@@ -205,6 +202,12 @@ class Registry:
         version = _same(line, digest, mode) if line else None
         return line.entry(version) if line and version else None
 
+    def numbered(self, name: str, number: int) -> Entry | None:
+        """The kept version of this number, if there is one."""
+        line = self._lines.get(name)
+        version = line.kept.get(number) if line else None
+        return line.entry(version) if line and version else None
+
     def require(self, name: str, if_match: str | None) -> None:
         """Raises `Mismatch` unless the alias is at `if_match`: a number, or `sha256:` and at least 8 hex digits."""
         if if_match is None:
@@ -233,21 +236,28 @@ class Registry:
         label: str | None = None,
         if_match: str | None = None,
         provisional: bool = False,
+        number: int | None = None,
     ) -> Change:
         """Make the next version of `name`, and with `activate` move the alias to it. A `provisional` one is only made:
         no alias moves, no label changes, nothing is freed; published again it is `unchanged`, and the rest is done.
 
         Content equal to the live or the newest version makes none: that version is the answer, `unchanged`, with the
-        label replaced if one is given. This is decided before `if_match`, so that repeating a publish is safe.
+        label replaced if one is given. This is decided before `if_match`, so that repeating a publish is safe. With a
+        `number` the kept version of that number is the answer, and otherwise one of that number is made.
         Raises `Mismatch`; nothing has changed then."""
         line = self._lines.get(name)
-        version = _same(line, digest, facts.mode) if line else None
+        if number is not None:
+            version = _numbered(line, number, digest) if line else None
+        else:
+            version = _same(line, digest, facts.mode) if line else None
         unchanged = version is not None
         if version is None:
             self.require(name, if_match)
             line = self._lines.setdefault(name, _Line(name))
-            line.last += 1
-            version = line.kept[line.last] = _Version(line.last, digest, facts, created)
+            number = number or line.last + 1
+            line.last = max(line.last, number)
+            version = line.kept[number] = _Version(number, digest, facts, created)
+            line.kept = dict(sorted(line.kept.items()))
             line.gone.pop(digest, None)
         line = self._lines[name]
         if provisional:
@@ -362,24 +372,11 @@ class Registry:
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
         """Versions that nothing keeps, oldest first. One that may still be taken back pushes out no other."""
+        if self._keep is None:
+            return
         settled = {version.number: version for version in line.kept.values() if not version.provisional}
         held = [version.number for version in settled.values() if version.pinned or version.in_use]
         yield from (settled[number] for number in surplus(list(settled), self._keep, line.live, held))
-
-
-def surplus(numbers: Sequence[int], keep: int, live: int | None, held: Collection[int]) -> list[int]:
-    """The versions of a name that nothing keeps, oldest first. What stays are the newest `keep`, the live one, and
-    those that are `held`: pinned or in use."""
-    return [number for number in numbers[:-keep] if number != live and number not in held]
-
-
-def remember(gone: dict[str, None], digests: Iterable[str]) -> None:
-    """Adds digests of freed versions, the newest last, and forgets the oldest beyond `GONE_DIGESTS`."""
-    for digest in digests:
-        gone.pop(digest, None)
-        gone[digest] = None
-    while len(gone) > GONE_DIGESTS:
-        del gone[next(iter(gone))]
 
 
 def _same(line: _Line, digest: str, mode: str) -> _Version | None:
@@ -387,3 +384,10 @@ def _same(line: _Line, digest: str, mode: str) -> _Version | None:
     newest = line.kept.get(line.last)
     candidates = (line.current(), newest)
     return next((v for v in candidates if v and v.digest == digest and v.facts.mode == mode), None)
+
+
+def _numbered(line: _Line, number: int, digest: str) -> _Version | None:
+    version = line.kept.get(number)
+    if version is not None and version.digest != digest:
+        raise ValueError(f"{line.name}@{number} is {version.digest} here, and not {digest}.")
+    return version

@@ -24,7 +24,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.sizes import planned
 from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
-from rollout_server.engine.messages.options import EngineOptions, Prefer
+from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
@@ -57,24 +57,23 @@ def build_engine(
     show: Callable[[EngineStatus], None],
     options: EngineOptions,
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.monotonic,
+    turn_clock: Callable[[], float] | None = None,
     device_fault: Callable[[], str | None] = device_fault,
     timeline: Timeline | None = None,
 ) -> Engine:
-    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` is in seconds;
-    `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
-    info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
-    changes: deque[PolicyCommand] = deque()
+    """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` (seconds) decides;
+    turns are measured by `turn_clock`, if given. `device_fault` says what is wrong with the device after a failure."""
+    info, eyes, blame, traces, timeline = model.info, model.eyes, Blame(), Traces(), timeline or Timeline()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
     ledger = ledger_of(model, prefix_reuse)
-    requests = requests_of(model, ledger)
-    reports, held = Reports(requests, policies), HeldScorers(policies)
-    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
+    requests, changes, held = requests_of(model, ledger), deque[PolicyCommand](), HeldScorers(policies)
+    reports = Reports(requests, policies, tell_admissions=options.tell_admissions)
+    batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline, clock)
     scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, held, reports, info, model.eyes)
-    preemption = Preemption(batches, policies, reports, requests, ledger)
-    pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
-    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info)
+    tasks = ScoringTasks(scoring, policies, held, reports, info, eyes)
+    preemption, pause_state = Preemption(batches, policies, reports, requests, ledger), PauseState(reports)
+    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock)
     return Engine(
         mailbox,
         post,
@@ -82,14 +81,14 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, model.eyes),
+        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes),
         batches=batches,
         scoring=scoring,
         tasks=tasks,
         held=held,
         preemption=preemption,
         switcher=VersionSwitcher(policies, batches, reports, preemption),
-        budget=budget_of(model, policies, ledger, most, clock, options.prefer),
+        budget=budget_of(model, policies, ledger, turn_clock or clock, options),
         pause_state=pause_state,
         memory=memory,
         prefix_reuse=prefix_reuse,
@@ -98,6 +97,7 @@ def build_engine(
         device_fault=device_fault,
         timeline=timeline,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
+        clock=clock,
     )
 
 
@@ -143,12 +143,13 @@ def batches_of(
     blame: Blame,
     traces: Traces,
     timeline: Timeline,
+    clock: Callable[[], float],
 ) -> Batches:
     """Rows of every parameter set; what their steps cost can be measured where they have columns. `traces` are those of
     the base."""
 
     def measured(width: int) -> StepCosts:
-        return measure(model.forward, model.make_padded, policies.router(BASE_SET), width)
+        return measure(model.forward, model.make_padded, policies.router(BASE_SET), width, clock)
 
     return Batches(
         partial(batch_of, model, policies, prefix_reuse, ledger, traces, timeline),
@@ -165,11 +166,11 @@ def budget_of(
     model: ResidentModel,
     policies: PolicyTable,
     ledger: KVLedger,
-    most: int,
     clock: Callable[[], float],
-    prefer: Prefer,
+    options: EngineOptions,
 ) -> TurnBudget:
-    """What a turn reads, at most `most` tokens; what that costs can be measured where there is room for it."""
+    """What a turn reads; what that costs can be measured where there is room for it."""
+    most = options.prefill_tokens or model.info.prefill_tokens
 
     def measured(most: int) -> list[tuple[int, float]]:
         longest = min(most, model.info.max_model_len)
@@ -178,7 +179,7 @@ def budget_of(
         return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
 
     rounded = planned if model.compiles else lambda tokens: tokens
-    return TurnBudget(most, clock, rounded, prefer=prefer, measure=measured)
+    return TurnBudget(most, clock, rounded, prefer=options.prefer, measure=measured)
 
 
 def batch_of(

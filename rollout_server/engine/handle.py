@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import queue
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from rollout_server.engine.checks import check_generates, check_group, check_scoring
 from rollout_server.engine.messages.control import (
     Abort,
+    Leave,
     Pause,
     PauseMode,
     Ping,
@@ -28,7 +28,6 @@ from rollout_server.engine.messages.control import (
 )
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import (
-    Command,
     Event,
     RequestDone,
     RequestFailed,
@@ -65,9 +64,10 @@ from rollout_server.engine.messages.versions import (
     Restored,
 )
 from rollout_server.engine.open_requests import HeldScorer, Subscription
-from rollout_server.engine.thread import EngineThread
-from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, QueueFull
+from rollout_server.engine.thread import EngineThread, MakeRunner, Runner
+from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, NotFound, QueueFull
 from rollout_server.grammar import Constraint, Grammar
+from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress, RolloutRequest
 from rollout_server.text.pictures.reader import PictureReader
 
@@ -75,9 +75,10 @@ T = TypeVar("T")
 
 
 class EngineHandle:
-    def __init__(self, options: EngineOptions) -> None:
+    """`make` makes what runs the commands: the thread of an engine, or a fleet of engines."""
+
+    def __init__(self, options: EngineOptions, make: MakeRunner = EngineThread) -> None:
         self._options = options
-        self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._subscriptions: dict[str, Subscription] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._scorers: dict[str, HeldScorer] = {}
@@ -86,7 +87,7 @@ class EngineHandle:
         self._status = EngineStatus("starting")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = asyncio.Event()
-        self._thread = EngineThread(options, self._mailbox, self._post, self._show)
+        self._thread: Runner = make(options, self._post, self._show)
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class EngineHandle:
 
     async def close(self) -> None:
         """Ends the thread; open requests get `EngineUnavailable`."""
-        self._mailbox.put(Stop())
+        self._thread.put(Stop())
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
@@ -184,7 +185,7 @@ class EngineHandle:
             check_group(group, self.info)
         subscription = Subscription(id, self.abort_subscription)
         self._subscriptions[id] = subscription
-        self._mailbox.put(Submit(id, tuple(groups), deadline))
+        self._thread.put(Submit(id, tuple(groups), deadline))
         return subscription
 
     async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
@@ -198,7 +199,7 @@ class EngineHandle:
             held = await self._ask(command)
             self._require_free(owner, None)
         except (asyncio.CancelledError, Conflict):
-            self._mailbox.put(LetScorerGo(command.id))
+            self._thread.put(LetScorerGo(command.id))
             raise
         scorer = HeldScorer(held, owner, self.new_id, self._row_scored, self._let_go)
         self._scorers[owner] = scorer
@@ -206,7 +207,7 @@ class EngineHandle:
 
     def _let_go(self, scorer: HeldScorer) -> None:
         del self._scorers[scorer.owner]
-        self._mailbox.put(LetScorerGo(scorer.id))
+        self._thread.put(LetScorerGo(scorer.id))
 
     async def _row_scored(self, classify: Classify) -> Classified:
         """Belongs to a request that was accepted, so there is room for it."""
@@ -237,7 +238,7 @@ class EngineHandle:
         try:
             return await self._ask(command)
         except asyncio.CancelledError:
-            self._mailbox.put(Abort((command.id,), "disconnect"))
+            self._thread.put(Abort((command.id,), "disconnect"))
             raise
 
     async def publish(self, publish: Publish) -> Published:
@@ -290,17 +291,24 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(Release(self.new_id("release")))
 
+    async def leave(self, replica: str, *, at_once: bool) -> None:
+        """Lets a replica of a fleet go. Raises `NotFound`."""
+        self._require_ready()
+        if all(known.id != replica for known in self.status.replicas):
+            raise NotFound(f"There is no replica {quoted(replica)}; GET /v1/fleet lists what there is.", param="id")
+        await self._ask(Leave(self.new_id("leave"), replica, at_once))
+
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""
         found = tuple(id for id in dict.fromkeys(ids) if id in self._subscriptions or id in self._scorers)
         if found:
-            self._mailbox.put(Abort(found, reason))
+            self._thread.put(Abort(found, reason))
         return found
 
     def abort_subscription(self, subscription: Subscription, reason: str) -> None:
         """Ends this very request: its id may have been taken again once it was over."""
         if self._subscriptions.get(subscription.id) is subscription:
-            self._mailbox.put(Abort((subscription.id,), reason))
+            self._thread.put(Abort((subscription.id,), reason))
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 
@@ -321,12 +329,21 @@ class EngineHandle:
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, command: PolicyCommand | ScoringCommand | HoldScorer | Pause | Resume | Release | ResetPrefixCache | Ping
+        self,
+        command: PolicyCommand
+        | ScoringCommand
+        | HoldScorer
+        | Pause
+        | Resume
+        | Release
+        | ResetPrefixCache
+        | Leave
+        | Ping,
     ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply
-        self._mailbox.put(command)
+        self._thread.put(command)
         try:
             return await reply
         finally:

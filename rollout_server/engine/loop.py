@@ -16,7 +16,9 @@ from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.messages.control import (
+    NO_FLEET,
     Abort,
+    Leave,
     Pause,
     Ping,
     Pong,
@@ -44,7 +46,7 @@ from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, NotFound, RolloutError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ IDLE_WAIT_S = 1.0
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
     are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to,
-    and `prepare` does what is to be done before the first turn."""
+    `prepare` does what is to be done before the first turn, and `clock` is the one of deadlines, in seconds."""
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class Engine:
         device_fault: Callable[[], str | None],
         timeline: Timeline,
         prepare: Callable[[], object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mailbox = mailbox
         self._post = post
@@ -95,12 +98,11 @@ class Engine:
         self._held = held
         self._preemption = preemption
         self._switcher = switcher
-        self._budget = budget
+        self._budget, self._clock = budget, clock
         self._pause_state = pause_state
         self._memory = memory
         self._prefix_reuse = prefix_reuse
-        self._status = status
-        self._blame = blame
+        self._status, self._blame = status, blame
         self._device_fault = device_fault
         self._timeline = timeline
         self._prepare = prepare
@@ -247,7 +249,7 @@ class Engine:
 
     def _take_commands(self) -> None:
         """Applies everything in the mailbox; waits for the first command only when there is nothing to do."""
-        wait = 0.0 if self._busy else self._requests.rest(time.monotonic(), IDLE_WAIT_S)
+        wait = 0.0 if self._busy else self._requests.rest(self._clock(), IDLE_WAIT_S)
         try:
             command = self._rest(wait) if wait else self._mailbox.get_nowait()
             while True:
@@ -295,6 +297,8 @@ class Engine:
                     self._memory.releases.append(command)
                 case Ping():
                     self._reports.add(Pong(command.id))
+                case Leave():
+                    raise NotFound(NO_FLEET)
                 case Stop():
                     self._stopping = True
                 case _:
@@ -337,7 +341,7 @@ class Engine:
     # ---- endings --------------------------------------------------------------------------------------------------
 
     def _end_overdue(self) -> None:
-        for open_request in self._requests.overdue(time.monotonic()):
+        for open_request in self._requests.overdue(self._clock()):
             self._end_request(open_request.id, "timeout")
 
     def _end_request(self, id: str, reason: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Command, Event
@@ -23,6 +23,31 @@ if TYPE_CHECKING:
     from rollout_server.engine.sampling.grammars import Grammars
 
 
+class Runner(Protocol):
+    """What runs an `EngineHandle`'s commands: it posts their events, and shows its status whenever that changes."""
+
+    info: ModelInfo | None
+    tokenizer: Any
+    grammars: Grammars | None
+    pictures: PictureReader | None
+
+    def put(self, command: Command) -> None:
+        """Hands a command over."""
+
+    def start(self) -> None:
+        """Begins; the status says when it is ready."""
+
+    def is_alive(self) -> bool:
+        """Returns whether it still runs commands."""
+
+    def join(self) -> None:
+        """Waits for its end, which a `Stop` brings."""
+
+
+MakeRunner = Callable[[EngineOptions, Callable[[list[Event]], None], Callable[[EngineStatus], None]], Runner]
+"""Makes one that starts with these options, posts events and shows its status."""
+
+
 class EngineThread(threading.Thread):
     """`info`, `tokenizer`, `grammars` and `pictures` are set before the status says ready; an encoder has no grammars,
     and only a model that sees reads pictures."""
@@ -30,7 +55,6 @@ class EngineThread(threading.Thread):
     def __init__(
         self,
         options: EngineOptions,
-        mailbox: queue.SimpleQueue[Command],
         post: Callable[[list[Event]], None],
         show: Callable[[EngineStatus], None],
     ) -> None:
@@ -40,9 +64,13 @@ class EngineThread(threading.Thread):
         self.grammars: Grammars | None = None
         self.pictures: PictureReader | None = None
         self._options = options
-        self._mailbox = mailbox
+        self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._post = post
         self._show = show
+
+    def put(self, command: Command) -> None:
+        """Hands a command over; from any thread."""
+        self._mailbox.put(command)
 
     def run(self) -> None:
         engine: Engine | EncoderEngine | None = None

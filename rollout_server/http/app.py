@@ -29,6 +29,7 @@ from rollout_server.http.refusals import closing, in_origin_form, is_last, refus
 from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.routes.control import ControlController, PrefixesController
+from rollout_server.http.routes.fleet import FleetController
 from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
@@ -47,7 +48,7 @@ from rollout_server.http.routes.weights import AliasController, WeightsControlle
 from rollout_server.http.service import STATE_KEY, Service
 from rollout_server.rollout import BASE
 from rollout_server.versions.publisher import Publisher
-from rollout_server.versions.startup import Startup, engines, open_state
+from rollout_server.versions.startup import Startup, engines, handle_of, open_state
 
 
 class Application(Litestar):
@@ -101,6 +102,7 @@ CONTROLLERS = (
     WeightsController,
     AliasController,
     VersionController,
+    FleetController,
     ModelsController,
     HealthController,
     MetricsController,
@@ -134,7 +136,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
 
 def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Residents:
     """What routes work with, for every model of the configuration."""
-    base, *others = [EngineHandle(options) for options in engines(config)] if engine is None else [engine]
+    base, *others = [handle_of(config, options) for options in engines(config)] if engine is None else [engine]
     handles = {BASE: base} | {name: other for (name, _), other in zip(config.also, others, strict=True)}
     names = tuple(name for name in handles if name != BASE)
     metrics, stopping, created = Metrics(handles), asyncio.Event(), int(time.time())

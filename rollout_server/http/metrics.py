@@ -6,7 +6,7 @@ come from here or are names of policies; nothing a client makes up becomes a lab
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus, ReplicaStatus
 from rollout_server.rollout import BASE
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
@@ -23,6 +23,7 @@ PUSH_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0
 """Bounds in seconds. A push takes milliseconds."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 STATES = ("starting", "ready", "stopping", "dead")
+REPLICA_STATES = ("joining", "restoring", "live", "draining", "fenced", "dead")
 PAUSES = ("wait", "keep", "abort")
 
 
@@ -143,6 +144,34 @@ def _families(status: EngineStatus) -> Iterable[Metric]:
         nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
         resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
     yield from (versions, live, rows, nbytes, resident)
+    yield from _replicas(status.replicas)
+
+
+def _replicas(replicas: Sequence[ReplicaStatus]) -> Iterable[Metric]:
+    """Nothing where the server computes in its own process."""
+    labels = ["replica"]
+    state = GaugeMetricFamily(
+        "rollout_replica_state", "1 for the state that a replica is in.", labels=["replica", "state"]
+    )
+    rows = GaugeMetricFamily("rollout_replica_rows", "Rows that a replica was given.", labels=labels)
+    staged = GaugeMetricFamily("rollout_replica_versions", "Versions that a replica has staged.", labels=labels)
+    seen = GaugeMetricFamily(
+        "rollout_replica_silence_seconds", "Seconds since a replica's engine was heard of.", labels=labels
+    )
+    restarts = CounterMetricFamily("rollout_replica_restarts", "How often a replica was started again.", labels=labels)
+    tokens = GaugeMetricFamily(
+        "rollout_replica_tokens", "Tokens that a replica has sampled since its start.", labels=labels
+    )
+    for replica in replicas:
+        for name in REPLICA_STATES:
+            state.add_metric([replica.id, name], float(replica.state == name))
+        rows.add_metric([replica.id], replica.rows)
+        staged.add_metric([replica.id], replica.versions_staged)
+        seen.add_metric([replica.id], replica.last_seen_s)
+        restarts.add_metric([replica.id], replica.restarts)
+        tokens.add_metric([replica.id], replica.tokens)
+    if replicas:
+        yield from (state, rows, staged, seen, restarts, tokens)
 
 
 def _prefixes(status: PrefixStatus) -> Iterable[Metric]:

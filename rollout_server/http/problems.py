@@ -97,6 +97,7 @@ TABLE: Mapping[type[RolloutError], Row] = MappingProxyType(
         errors.NeverAdmitted: Row(408, "timeout_error"),
         errors.EngineUnavailable: Row(503, SERVER),
         errors.EngineFault: Row(500, SERVER),
+        errors.ReplicaLost: Row(500, SERVER),
         errors.NonFiniteLogits: Row(500, SERVER),
         errors.GrammarFault: Row(500, SERVER),
     }

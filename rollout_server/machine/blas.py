@@ -53,7 +53,7 @@ def load_fast_blas() -> BlasChoice:
     """
     if sys.platform != "linux":
         return BlasChoice(None, None, None, f"BLAS: {platform.system()} brings its own (Accelerate on macOS).")
-    if build := _cuda_build():
+    if build := cuda_build():
         # TF32 keeps 10 bits of a float32 factor: rows would depend on their neighbours at 3e-4. MLX reads this at its
         # first product. Whoever wants the speed sets it to 1, or serves bfloat16.
         os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -76,6 +76,14 @@ def load_fast_blas() -> BlasChoice:
     )
 
 
+def share_cores(parts: int) -> None:
+    """Leaves this process's products one part in so many of the machine's cores, where OpenBLAS computes them."""
+    process = ctypes.CDLL(None)
+    if parts > 1 and hasattr(process, "openblas_set_num_threads"):
+        own = max(1, (os.cpu_count() or 1) // parts)
+        process.openblas_set_num_threads(min(own, process.openblas_get_num_threads()))
+
+
 def one_thread_for_numpy() -> bool:
     """Keeps the OpenBLAS inside numpy's wheels to one thread, and leaves mlx's alone; false where there is none.
 
@@ -93,7 +101,7 @@ def one_thread_for_numpy() -> bool:
     return bool(paths)
 
 
-def _cuda_build() -> str | None:
+def cuda_build() -> str | None:
     """Name and version of the installed CUDA build of mlx."""
     for name in CUDA_BUILDS:
         try:

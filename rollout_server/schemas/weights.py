@@ -105,6 +105,11 @@ class ActivateTimings(BaseModel):
     activate: float
 
 
+class StagedOn(BaseModel):
+    staged: int = Field(description="Replicas that have it.")
+    of: int = Field(description="Replicas that there are.")
+
+
 class KeptVersion(BaseModel):
     version: int
     digest: str
@@ -121,6 +126,7 @@ class KeptVersion(BaseModel):
         description="What its own head scores; null where it has none, and does what the base does."
     )
     labels: int = Field(description="How many its own head scores.")
+    replicas: StagedOn | None = Field(default=None, description="Only where the server is a fleet.")
 
 
 class PinReply(KeptVersion):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adapters.versions.registry import GONE_TOLD, remember, surplus
+from adapters.versions.retention import GONE_TOLD, remember, surplus
 from adapters.versions.store import NameRecord, VersionRecord
 from rollout_server.engine.messages.versions import Delete, Pin, PolicyStatus, VersionStatus
 
@@ -54,7 +54,7 @@ def deleted(policy: PolicyStatus, delete: Delete) -> NameRecord | None:
 
 
 def _retained(policy: PolicyStatus, versions: Sequence[VersionStatus], live: int | None, keep: int) -> NameRecord:
-    """What the registry will keep of these, see `adapters.versions.registry.surplus`."""
+    """What the registry will keep of these, see `adapters.versions.retention.surplus`."""
     held = [v.version.number for v in versions if v.pinned or v.rows_in_use]
     gone = surplus([v.version.number for v in versions], keep, live, held)
     return _record(policy, [v for v in versions if v.version.number not in gone], live)

@@ -6,14 +6,18 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adapters.versions.store import StateStore, StoreError
-from rollout_server.config import ServerConfig
+from rollout_server.config import GpuSettings, ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
+from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.machine.blas import cuda_build
+from rollout_server.machine.gpus import gpus_for
 from rollout_server.machine.memory_shares import SHARE_OF_DEVICE, Claim, share_out
 from rollout_server.model_source.model_files import resolve_model
 from rollout_server.quoting import quoted
@@ -102,6 +106,16 @@ def _sharing(config: ServerConfig, every: Sequence[EngineOptions]) -> tuple[Engi
         )
         for options, claim, share in zip(every, claims, shares, strict=True)
     )
+
+
+def handle_of(config: ServerConfig, options: EngineOptions) -> EngineHandle:
+    """The handle of one engine in this process, or of a fleet of engines in others."""
+    if config.replicas is None:
+        return EngineHandle(options)
+    # Elsewhere than on CUDA all share the one device that there is.
+    gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
+    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s, gpus)
+    return EngineHandle(options, partial(Fleet, fleet))
 
 
 def open_state(config: ServerConfig, resident: str = "") -> StateStore | None:
@@ -201,6 +215,9 @@ class Startup:
         status = self._engine.status
         if status.state != "ready":
             raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
+        live = sum(replica.state == "live" for replica in status.replicas)
+        if live < status.fewest:
+            raise EngineUnavailable(f"{live} replicas are live, and at least {status.fewest} have to be.")
         if self._task is None or not self._task.done():
             raise EngineUnavailable("Kept versions and configured adapters are still being loaded.")
 

@@ -40,6 +40,7 @@ INFERENCE = [
     ("GET", "/v1/weights"),
     ("GET", "/v1/weights/policy"),
     ("GET", "/v1/weights/policy/1/export"),
+    ("GET", "/v1/fleet"),
 ]
 STATE = [
     ("POST", "/v1/weights"),
@@ -55,6 +56,8 @@ STATE = [
     ("DELETE", "/v1/weights/policy"),
     ("POST", "/reset_prefix_cache"),
     ("POST", "/v1/release"),
+    ("POST", "/v1/fleet/local-0/drain"),
+    ("DELETE", "/v1/fleet/local-0"),
 ]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}
 

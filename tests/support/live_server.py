@@ -43,10 +43,16 @@ class LiveServer(Server):
         return self.process.wait(timeout=within_s)
 
 
+def replicas(options: tuple[str, ...]) -> list[str]:
+    """What `make test-fleet` asks for: the same tests against several engines, but for those that say how many."""
+    count = os.environ.get("TEST_REPLICAS")
+    return ["--replicas", count] if count and "--replicas" not in options and "--trace" not in options else []
+
+
 @contextmanager
 def live_server(model: Path | None, *options: str, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
     """`rollout-server serve` on a free port; without `model` it serves the embedded one."""
-    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *replicas(options), *options]
     if model is not None:
         command += ["--model", str(model)]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ROLLOUT_")}

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from mlx_lm.tuner.utils import load_adapters
 from transformers import AutoTokenizer
 
+from rollout_server.engine.model.load import read_model
 from tests.support.numbers.bounds import assert_near
 from tests.support.tiny_models import FAMILIES, SPECIAL_TOKENS, build, linear_layers, random_adapter, save_adapter
 
@@ -32,7 +33,7 @@ CACHES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_and_predicts_something_that_depends_on_the_whole_prompt(family: str, tmp_path: Path) -> None:
-    model, _ = mlx_lm.load(str(build(family, tmp_path)))
+    model = read_model(build(family, tmp_path)).module
     tokens = np.random.default_rng(1).integers(0, 280, size=(1, 14))
     other_start = tokens.copy()
     other_start[0, 0] += 1
@@ -70,7 +71,7 @@ def test_overrides_reach_the_config_and_the_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_layers_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     directory = build(family, tmp_path)
-    model, _ = mlx_lm.load(str(directory))
+    model = read_model(directory).module
     layers = linear_layers(directory)
     loaded = {path: module.weight.shape for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert layers == loaded

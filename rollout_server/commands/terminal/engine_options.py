@@ -38,7 +38,9 @@ AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_ad
 MaxPictureBytes = Annotated[str | None, option("Largest file of a picture.", "20MiB", metavar="SIZE")]
 MaxPicturePixels = Annotated[int | None, option("Most pixels of a picture, width times height.", "33554432")]
 MaxPictures = Annotated[int | None, option("Most pictures of one conversation.", "64")]
-AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]
 AllowImageHost = Annotated[
     list[str] | None, option("Host to fetch pictures from; repeatable. Else they are data: URLs.", metavar="NAME")
 ]
+Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
+MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
+AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]

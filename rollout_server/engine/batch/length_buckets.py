@@ -162,20 +162,26 @@ MEASURED_CELLS = 5 * MEASURED_WIDTH
 
 
 def measure(
-    forward: Forward, make_rows: Callable[[], PaddedKV], route: Callable[[Sequence[int]], None], width: int
+    forward: Forward,
+    make_rows: Callable[[], PaddedKV],
+    route: Callable[[Sequence[int]], None],
+    width: int,
+    clock: Callable[[], float] = time.monotonic,
 ) -> StepCosts:
     """Fills at most `ROWS` × (`width` + 32) columns meanwhile. `width` is large enough for attending to show."""
     rows = make_rows()
     rows.begin(Prompt((), 0), ROWS, width)
-    wide, narrow = _seconds(forward, rows, route, width), _seconds(forward, rows, route, NARROW)
+    wide, narrow = (_seconds(forward, rows, route, columns, clock) for columns in (width, NARROW))
     rows = make_rows()
     rows.begin(Prompt((), 0), 1, NARROW)
-    alone = _seconds(forward, rows, route, NARROW)
+    alone = _seconds(forward, rows, route, NARROW, clock)
     # A pass for one row is a little more than for none, so classes are opened a little late.
     return StepCosts(alone, max(0.0, wide - narrow) / (ROWS * (width - NARROW)))
 
 
-def _seconds(forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], width: int) -> float:
+def _seconds(
+    forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], width: int, clock: Callable[[], float]
+) -> float:
     """The fastest of some decode steps at this width, after one to warm up."""
     tokens = mx.zeros((rows.capacity, 1), dtype=mx.int32)
     taken: list[float] = []
@@ -183,7 +189,7 @@ def _seconds(forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], 
         rows.set_positions([width - 1] * rows.capacity, width)
         route([0] * rows.capacity)
         mx.synchronize()
-        began = time.perf_counter()
+        began = clock()
         mx.eval(forward(tokens, rows.layers)[:, -1], rows.arrays())
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return min(taken[1:])

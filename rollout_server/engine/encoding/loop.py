@@ -14,7 +14,9 @@ import mlx.core as mx
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.encoding.queue import EncodingJob, EncodingQueue, ForwardGroup
 from rollout_server.engine.messages.control import (
+    NO_FLEET,
     Abort,
+    Leave,
     Pause,
     Ping,
     Pong,
@@ -36,7 +38,7 @@ from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineFault, EngineUnavailable, InvalidField, NonFiniteLogits, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, InvalidField, NonFiniteLogits, NotFound, RolloutError
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +228,8 @@ class EncoderEngine:
                     self._answers.add(self._released(command))
                 case Ping():
                     self._answers.add(Pong(command.id))
+                case Leave():
+                    raise NotFound(NO_FLEET)
                 case Stop():
                     self._stopping = True
                 case _:

@@ -26,8 +26,8 @@ MOST_MERGED = 256 * 2**20
 class MlxCacheKV:
     """The methods of `store.KVStore`. A place is the row's current index in the batch. `row_cells` is what a row's
     state of fixed size costs, counted in columns. `snapshots` says that a copy of a row's caches is all there is of
-    its state, so that it may be kept; `pads` that prompts of several lengths may be
-    read together, padded with the token `padding`."""
+    its state, so that it may be kept; `pads` that prompts of several lengths may be read together, padded with the
+    token `padding`."""
 
     cuts = False
     steps_overlap = False

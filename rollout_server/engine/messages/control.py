@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 PauseMode = Literal["wait", "keep", "abort"]
+NO_FLEET = "This server computes in its own process: it has no replicas."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,23 @@ class Ping:
     """Answered with a `Pong` between two turns: the thread lives."""
 
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A replica of a fleet is to go: when it has finished what it has, or `at_once`."""
+
+    id: str
+    replica: str
+    at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """It gets no more rows, and is not started again."""
+
+    id: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from adapters.spec import Scoring
-
-if TYPE_CHECKING:
-    from adapters.spec import HeadTask, Parameter, Place
-
+from adapters.spec import HeadTask, Parameter, Place, Scoring
 
 KV_BUCKET = 32
 """KV columns are allocated and read in multiples of this."""
@@ -49,7 +45,8 @@ class EngineOptions:
     max_queue: int = 4096
     """Requests that may wait."""
     max_rows_per_request: int = 65536
-    keep_versions: int = 8
+    keep_versions: int | None = 8
+    """Newest versions kept of each name; None where versions are freed by command alone."""
     prefill_tokens: int | None = None
     """Tokens read at most in one turn, of prompts and of what is scored."""
     prefer: Prefer = "throughput"
@@ -67,6 +64,10 @@ class EngineOptions:
     attention: Literal["auto", "mlx"] = "auto"
     """How decode steps attend: a kernel in which each row reads its own columns, where it is right and faster; or MLX's
     own."""
+    sharing: int = 1
+    """How many engines share the device: each has room for its part of the memory."""
+    tell_admissions: bool = False
+    """Say of every group under which version it was admitted."""
 
 
 @dataclass(frozen=True, slots=True)

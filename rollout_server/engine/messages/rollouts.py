@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from rollout_server.engine.messages.control import (
     Abort,
+    Leave,
+    Leaving,
     Pause,
     Paused,
     Ping,
@@ -53,6 +55,7 @@ Command = (
     | Resume
     | Release
     | ResetPrefixCache
+    | Leave
     | Ping
     | Stop
 )
@@ -81,6 +84,15 @@ class RowFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted:
+    """A group left the queue on this version (only where `EngineOptions.tell_admissions`)."""
+
+    id: str
+    prompt_index: int
+    version: PolicyVersion
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDone:
     """Terminal: every row of the request was reported."""
 
@@ -98,6 +110,7 @@ class RequestFailed:
 Event = (
     TokensSampled
     | RowFinished
+    | Admitted
     | RequestDone
     | RequestFailed
     | Scored
@@ -109,5 +122,6 @@ Event = (
     | Paused
     | Released
     | PrefixCacheReset
+    | Leaving
     | Pong
 )

@@ -55,6 +55,32 @@ class PrefixStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One engine of a fleet."""
+
+    id: str
+    state: str
+    """`joining`, `restoring`, `live`, `draining`, `fenced` or `dead`."""
+    device: str | None
+    """None until it is known."""
+    pid: int | None
+    """The process's id, where it is one of this machine's."""
+    rows: int
+    """Rows that it was given and has not reported."""
+    versions_staged: int
+    last_seen_s: float
+    """Seconds since its engine's thread was heard of."""
+    running: int = 0
+    """Rows in its batch."""
+    tokens: int = 0
+    """Sampled since it started."""
+    restarts: int = 0
+    """How often it was started again."""
+    held: frozenset[tuple[str, int]] = frozenset()
+    """Names and numbers of the versions that it has staged."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """`state` is starting, ready, stopping or dead; `fault` says why it died."""
 
@@ -82,3 +108,7 @@ class EngineStatus:
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""
     memory: MemoryStatus = field(default_factory=MemoryStatus)
+    replicas: tuple[ReplicaStatus, ...] = ()
+    """The engines of a fleet; empty where one engine runs in this process."""
+    fewest: int = 0
+    """So many of them have to be live for the fleet to be ready."""

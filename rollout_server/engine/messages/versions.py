@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from adapters.bundle import AdapterBundle
+from adapters.prepare import PreparedBundle
+from adapters.spec import HeadTask, Mode
+from rollout_server.engine.timeline import Stage
 from rollout_server.rollout import PolicyVersion
-
-if TYPE_CHECKING:
-    from adapters.bundle import AdapterBundle
-    from adapters.prepare import PreparedBundle
-    from adapters.spec import HeadTask, Mode
-    from rollout_server.engine.timeline import Stage
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 
@@ -38,6 +35,9 @@ class Publish:
     """Only make the version: move no alias, change no label, free nothing. Published again, the rest is done."""
     before: tuple[Stage, ...] = ()
     """What was done before, for the timeline."""
+    number: int | None = None
+    """The version's number where somebody else counts; None for the next one of the name. A number that is there
+    already is that version, whatever else is live."""
 
 
 @dataclass(frozen=True, slots=True)

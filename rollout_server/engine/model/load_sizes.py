@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -34,8 +35,9 @@ def chosen_sizes(
         adapters=options.weights_memory or weight_bytes // ADAPTERS,
         kv_row=store.cell_bytes * store.row_cells,
     )
+    device = this_device()
     sizes = choose(
-        this_device(),
+        replace(device, memory=device.memory // options.sharing),
         footprint,
         max_batch=1 if store.kind == "serial" else options.max_batch,
         prefill_tokens=options.prefill_tokens,

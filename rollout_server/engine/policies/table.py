@@ -41,22 +41,19 @@ from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 
 
 class PolicyTable:
-    """The registry of versions and what holds their weights. `base` is version 0 and never freed."""
+    """The registry of versions and what holds their weights. `base` is version 0, never freed. `clock`: seconds."""
 
-    def __init__(self, model: VersionedModel, options: EngineOptions) -> None:
+    def __init__(
+        self, model: VersionedModel, options: EngineOptions, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         info = model.info
         self._model, self._models = options.resident, options.models
         self.base = PolicyVersion(BASE, 0, info.digest, resident=self._model)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
-            model.module,
-            info.layers,
-            info.weights,
-            model.dtype,
-            options.weights_memory,
-            info.unfit,
-            model.adapter_kernel,
-        )
+            model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit,
+            model.adapter_kernel, clock,
+        )  # fmt: skip
         self._registry = Registry(options.keep_versions)
         self._scorers = Scorers(info, model.head)
         self._prepared: PreparedBundle | None = None
@@ -208,8 +205,14 @@ class PolicyTable:
     def _stages(self, command: PolicyCommand) -> bool:
         """Returns whether a command will write into the slot arrays or the device's memory of parameter sets."""
         if isinstance(command, Publish):
-            return self._registry.same(command.name, command.bundle.digest, mode_of(command)) is None
+            return self._known(command) is None
         return isinstance(command, Restore)
+
+    def _known(self, command: Publish) -> Entry | None:
+        """The version that a publish would leave as it is."""
+        if command.number is not None:
+            return self._registry.numbered(command.name, command.number)
+        return self._registry.same(command.name, command.bundle.digest, mode_of(command))
 
     def _advance(self, command: Publish, settle: Callable[[], None], *, at_once: bool) -> bool:
         """Stages a bounded part of a push; whether nothing is left but what no row may run beside."""
@@ -265,6 +268,7 @@ class PolicyTable:
             label=command.label,
             if_match=command.if_match,
             provisional=command.provisional,
+            number=command.number,
         )
         self._free(change.freed)
         return self._published(command.id, change, stage_s, time.perf_counter() - staged)

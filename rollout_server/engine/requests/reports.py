@@ -6,17 +6,25 @@ from collections.abc import Collection, Iterable
 
 from rollout_server.engine.batch.joining import Joining
 from rollout_server.engine.batch.row import Group, Row
-from rollout_server.engine.messages.rollouts import Event, RequestDone, RequestFailed, RowFinished, TokensSampled
+from rollout_server.engine.messages.rollouts import (
+    Admitted,
+    Event,
+    RequestDone,
+    RequestFailed,
+    RowFinished,
+    TokensSampled,
+)
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import OpenRequest, RequestQueue
 from rollout_server.errors import NeverAdmitted, RolloutError
-from rollout_server.rollout import FinishReason
+from rollout_server.rollout import FinishReason, PolicyVersion
 
 
 class Reports:
-    """Events of one turn, in order."""
+    """Events of one turn, in order; `tell_admissions` as `EngineOptions` says."""
 
-    def __init__(self, queue: RequestQueue, policies: PolicyTable) -> None:
+    def __init__(self, queue: RequestQueue, policies: PolicyTable, *, tell_admissions: bool = False) -> None:
+        self._tell_admissions = tell_admissions
         self._queue = queue
         self._policies = policies
         self._events: list[Event] = []
@@ -47,6 +55,11 @@ class Reports:
         """A group that outlived its request has nobody to report to, even if the id was taken again."""
         open_request = self._queue.open_requests.get(group.request.id)
         return open_request is not None and group in open_request.members
+
+    def admitted(self, group: Group, version: PolicyVersion) -> None:
+        """The group has left the queue for the first time."""
+        if self._tell_admissions:
+            self.add(Admitted(group.request.id, group.request.prompt_index, version))
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.joining import BatchKey
@@ -21,8 +21,8 @@ from rollout_server.errors import RolloutError, StalePolicy
 
 
 class AdmissionControl:
-    """`changes` are the changes of versions that wait or are under way; `eyes` see pictures, where the model has a
-    tower."""
+    """`changes` are the changes of versions that wait or are under way. `clock` is the one of deadlines, in
+    seconds; `eyes` see pictures, where the model has a tower."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class AdmissionControl:
         tasks: ScoringTasks,
         changes: Collection[PolicyCommand],
         blame: Blame,
+        clock: Callable[[], float] = time.monotonic,
         eyes: Eyes | None = None,
     ) -> None:
         self._eyes = eyes
@@ -45,6 +46,7 @@ class AdmissionControl:
         self._tasks = tasks
         self._changes = changes
         self._blame = blame
+        self._clock = clock
 
     @property
     def joining(self) -> int:
@@ -107,7 +109,7 @@ class AdmissionControl:
         self._queue.bring_back(
             lambda group: not self._policies.behind(group.request.policy, group.request.min_version or 0)
         )
-        for group in self._queue.impatient(time.monotonic()):
+        for group in self._queue.impatient(self._clock()):
             try:
                 self._policies.require(group.request.policy, group.request.min_version or 0)
             except StalePolicy as error:
@@ -121,9 +123,10 @@ class AdmissionControl:
             group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
-                self._queue.hold_for_version(group, time.monotonic() + request.wait_s)
+                self._queue.hold_for_version(group, self._clock() + request.wait_s)
             elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False
-        group.admitted_at = time.monotonic()
+        group.admitted_at = self._clock()
+        self._reports.admitted(group, group.version)
         return True

@@ -136,8 +136,10 @@ class BatchedReader:
         sequences = [prefix.waiting.popleft() for _ in range(count)]
         prefix.joining = True
         self._joining.append(_Joining(prefix, sequences))
-        if (key := sequences[0].job.key) is not None and prefix.prompt.tokens and prefix.prompt.kept is None:
-            self._rows.paste(prefix.prompt, self._prefixes.find(key, prefix.prompt.key))
+        key, prompt = sequences[0].job.key, prefix.prompt
+        unknown = bool(prompt.tokens) and prompt.kept is None
+        if key is not None and unknown and (segments := self._prefixes.find(key, prompt.key)):
+            self._rows.paste(prompt, segments)
         self._kept = [kept for kept in self._kept if kept is not prefix] + [prefix] * bool(prefix.waiting)
 
     def awaits(self, prefix: SharedPrefix) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from litestar import Response
 
+from rollout_server.engine.messages.status import ReplicaStatus
 from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 from rollout_server.grammar import Constraint, GrammarKind
 from rollout_server.rollout import (
@@ -212,13 +213,20 @@ def milliseconds(seconds: float) -> float:
     return round(1e3 * seconds, 3)
 
 
-def policy_entry(policy: PolicyStatus, name: str) -> dict[str, Any]:
-    """`name` is what requests call it."""
+def policy_entry(policy: PolicyStatus, name: str, replicas: Sequence[ReplicaStatus] = ()) -> dict[str, Any]:
+    """`name` is what requests call it. In a fleet each version says how many of its `replicas` have staged it."""
     return {
         "name": name,
         "live": policy.live.number if policy.live else None,
-        "versions": [version_status(version) for version in policy.versions],
+        "versions": [version_status(version) | _staged(version, replicas) for version in policy.versions],
     }
+
+
+def _staged(status: VersionStatus, replicas: Sequence[ReplicaStatus]) -> dict[str, Any]:
+    if not replicas:
+        return {}
+    at = (status.version.name, status.version.number)
+    return {"replicas": {"staged": sum(at in replica.held for replica in replicas), "of": len(replicas)}}
 
 
 def version_status(status: VersionStatus) -> dict[str, Any]:

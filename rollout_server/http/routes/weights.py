@@ -108,8 +108,9 @@ class WeightsController(Controller):
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         service = asked_resident(request)
+        replicas = service.engine.status.replicas
         found = sorted(service.policies(), key=lambda policy: policy.name)
-        policies = [policy_entry(policy, service.called(policy.name)) for policy in found]
+        policies = [policy_entry(policy, service.called(policy.name), replicas) for policy in found]
         return json_response({"policies": policies, "base": service.base, "instance": service.instance})
 
     @get(
@@ -245,7 +246,5 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
-    return policy_entry(service.policy(name), service.called(name)) | {
-        "base": service.base,
-        "instance": service.instance,
-    }
+    policy = policy_entry(service.policy(name), service.called(name), service.engine.status.replicas)
+    return policy | {"base": service.base, "instance": service.instance}

@@ -24,6 +24,8 @@ class ModelArgs(BaseModelArgs):
     hidden_size: int
     num_hidden_layers: int
     num_heads: int
+    num_blocks: int | None = None
+    """What counts where both are said, as in transformers."""
     use_bias: bool = False
     norm_eps: float = 1e-6
     qk_dim_factor: float = 0.5
@@ -35,6 +37,10 @@ class ModelArgs(BaseModelArgs):
     gate_soft_cap: float | None = 15.0
     output_logit_soft_cap: float | None = 30.0
     weight_mode: str = "single"
+
+    @property
+    def blocks(self) -> int:
+        return self.num_hidden_layers if self.num_blocks is None else self.num_blocks
 
     @property
     def keys(self) -> int:
@@ -231,7 +237,7 @@ class XLSTM(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.blocks = [Block(args) for _ in range(args.num_hidden_layers)]
+        self.blocks = [Block(args) for _ in range(args.blocks)]
         self.out_norm = Norm(args.hidden_size, args.norm_eps, bias=False)
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:

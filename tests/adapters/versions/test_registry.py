@@ -7,7 +7,8 @@ import pytest
 
 from adapters.bundle import Content
 from adapters.errors import GoneVersion, LiveVersion, Mismatch, RegistryError, UnknownName, UnknownVersion
-from adapters.versions.registry import GONE_DIGESTS, Change, Facts, Registry
+from adapters.versions.registry import Change, Facts, Registry
+from adapters.versions.retention import GONE_DIGESTS
 
 FACTS = Facts(kind="lora", mode="adapter", rank=8, modules=14, nbytes=1000)
 
@@ -341,3 +342,23 @@ def check(
     assert all(staged[digest] >= count for digest, count in counts.items())
     for name in registry.names:
         assert numbers(registry, name)[-1] <= last[name] == registry.last(name)
+
+
+def test_somebody_else_may_number_and_keep() -> None:
+    """A replica is told the number of each version, in whatever order, and frees what it is told to free."""
+    registry = Registry(None)
+    assert push(registry, "c", number=7, provisional=True).entry.number == 7
+    assert push(registry, "a", number=2, provisional=True, activate=False).entry.number == 2
+    assert numbers(registry) == [2, 7] and registry.live("p") is None and registry.last("p") == 7
+    again = push(registry, "c", number=7, label="late")
+    assert again.unchanged and again.entry.live and again.entry.label == "late"
+    # Equal to what is live, and yet a version of its own: whoever counts has said so.
+    assert push(registry, "c", number=8).entry.number == 8
+    for content in range(20):
+        push(registry, content)
+    assert len(registry.versions("p")) == 23 and registry.last("p") == 28
+    registry.delete("p", 2)
+    with pytest.raises(GoneVersion):
+        registry.resolve("p", 2)
+    with pytest.raises(ValueError, match="p@8 is"):
+        push(registry, "other", number=8)

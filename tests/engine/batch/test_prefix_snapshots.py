@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.engine.batch.test_batch import tolerance
 from tests.engine.batch.test_prefix_reuse import assert_all_same, pair
+from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -28,7 +30,7 @@ END = 286
 """The id that ends a message of the tiny models, one above what `prompts_of` draws from."""
 
 
-@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Paths) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -45,7 +47,7 @@ def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Pa
     assert off.status.prefix.on is False and off.status.prefix.nbytes == 0
 
 
-@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+@pytest.mark.parametrize("family", some_long(["mamba2", "qwen3_next"], "mamba2"))
 def test_the_second_turn_of_a_long_conversation_reads_what_is_new(
     family: str, bare_model: Models, model_path: Paths
 ) -> None:
@@ -116,7 +118,7 @@ def rows_of_uneven_ends(driver: Driver) -> list[Rollout]:
     return [driver.rollouts(id)[0] for id in ids]
 
 
-@pytest.mark.parametrize("family", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
 def test_rows_that_end_beside_others_leave_the_state_they_have(
     family: str, bare_model: Models, model_path: Paths
 ) -> None:
@@ -191,8 +193,29 @@ def test_what_failed_is_forgotten(model_path: Paths) -> None:
     assert driver.status.prefix.nbytes == 0
 
 
-@pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_path: Paths) -> None:
+    """States of rows that are over go first; then the newest rows step aside, and come back with the same tokens."""
+    model = bare_model(family)
+    free = Driver.start(model_path(family), model, prefix_cache=False)
+    prompts = prompts_of([20] * 5, END)
+    expected = free.generate(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    small = replace(model, info=replace(model.info, kv_memory=3 * model.info.row_bytes(110)))
+    driver = Driver.start(model_path(family), small)
+    driver.generate(prompts_of([30, 40], END, seed=5), max_tokens=4)
+    assert driver.status.prefix.nbytes > 0
+    id = driver.submit(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    most = 0
+    while not driver.over(id):
+        driver.turn()
+        most = max(most, driver.batches.nbytes + driver.status.prefix.nbytes)
+    assert driver.status.prefix.evictions > 0 and most <= small.info.kv_memory
+    assert driver.preemptions > 0
+    rows = driver.rollouts(id)
+    assert_all_same(rows, expected, max(TINY.of_row(row) for row in expected))
+
+
+@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0]), (1, KINDS[-1])))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""
     model = bare_model(family)

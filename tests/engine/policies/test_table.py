@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rollout_server.engine.messages.rollouts import Admitted
 from rollout_server.engine.messages.versions import Delete, Export, Pin, Restore, RestoredVersion
 from rollout_server.errors import (
     Conflict,
@@ -285,3 +286,25 @@ def test_a_restored_name_serves_the_same_numbers(driver: Driver, qwen: Path) -> 
     with pytest.raises(WeightsMemoryExceeded):
         small.change(Restore("", "r", 5, versions))
     assert small.status.policies == () and not small.bundles_held
+
+
+def test_a_replica_follows_numbers_keeps_what_it_is_not_told_to_free_and_tells_of_admissions(
+    driver: Driver, qwen: Path
+) -> None:
+    """What a controller needs of an engine that follows it: two phases under its number, and retention by command."""
+    follower = Driver.start(qwen, driver.model, keep_versions=None, tell_admissions=True)
+    for number in (3, 1, 9):
+        staged = follower.push("p", follower.bundle(number), number=number, provisional=True)
+        assert (staged.version.number, staged.live) == (number, False)
+    flipped = follower.push("p", follower.bundle(3), number=3, label="three")
+    assert flipped.live and flipped.unchanged and flipped.version.label == "three"
+    id = follower.submit(PROMPTS, policy="p", max_tokens=3, ignore_eos=True)
+    follower.finish(id)
+    admitted = [event for event in follower.events if isinstance(event, Admitted)]
+    assert [(a.id, a.prompt_index, a.version.number) for a in admitted] == [(id, 0, 3), (id, 1, 3)]
+    assert [kept.version.number for kept in follower.status.policies[0].versions] == [1, 3, 9]
+    follower.change(Delete("", "p", 1))
+    assert [kept.version.number for kept in follower.status.policies[0].versions] == [3, 9]
+    driver.push("p", driver.bundle(1))
+    driver.generate(PROMPTS, policy="p", max_tokens=3)
+    assert not any(isinstance(event, Admitted) for event in driver.events), "nobody asked for it"

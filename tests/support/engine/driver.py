@@ -108,7 +108,7 @@ class Driver(Door):
             events.extend,
             lambda status: setattr(driver, "status", status),
             chosen,
-            clock=clock,
+            turn_clock=clock,
             device_fault=device,
         )
         driver = cls(model, engine, mailbox, events)

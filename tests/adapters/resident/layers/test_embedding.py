@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.nn.layers.distributed import shard_linear
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
@@ -60,6 +61,30 @@ def test_the_embedding_is_found_and_whether_the_head_shares_it(load: Load, tied:
         assert type(found[EMBED]) is TiedEmbeddingShape and found[EMBED] == (64, 320)
         assert type(found["lm_head"]) is TiedHeadShape and found["lm_head"] == (320, 64)
         assert isinstance(model.model.embed_tokens, nn.Embedding | nn.QuantizedEmbedding), "put back after the watching"
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_layer_that_is_cut_over_ranks_has_the_shape_of_the_whole(load: Load, bits: int | None) -> None:
+    """mlx's sharded layers are no `nn.Linear`; a group of two is all that they are asked for here."""
+
+    class Two:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 0
+
+    model = quantise(load(), bits) if bits else load()
+    whole, layer = adaptable_layers(model), model.model.layers[0]
+    group: Any = Two()
+    rank = nn.Module()
+    rank.outputs = shard_linear(layer.self_attn.q_proj, "all-to-sharded", group=group)
+    rank.inputs = shard_linear(layer.self_attn.q_proj, "sharded-to-all", group=group)
+    assert rank.outputs.weight.size * 2 == layer.self_attn.q_proj.weight.size
+    assert adaptable_layers(rank) == {
+        "outputs": whole["model.layers.0.self_attn.q_proj"],
+        "inputs": whole["model.layers.0.self_attn.q_proj"],
+    }
 
 
 def test_a_model_that_reads_the_weight_itself_has_no_adaptable_embedding(tied: Load) -> None:

@@ -1,0 +1,1 @@
+"""Commands that look after a running server: its versions and its replicas."""

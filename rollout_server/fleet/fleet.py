@@ -1,0 +1,301 @@
+"""A fleet in the place of an engine's thread: the same commands go in, the same events come out, with one status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from rollout_server.engine.messages.control import (
+    Abort,
+    Leave,
+    Leaving,
+    Pause,
+    Ping,
+    Pong,
+    Release,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
+from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, ScoringCommand
+from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.messages.versions import PolicyCommand, Published
+from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
+from rollout_server.fleet.children import Children
+from rollout_server.fleet.ledger.ledger import Ledger
+from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Flip, Lose, ReplicaState, Settle, Stage
+from rollout_server.fleet.readings import FleetReadings
+from rollout_server.fleet.requests import FleetRequests
+from rollout_server.fleet.status import fleet_status
+from rollout_server.fleet.versions import FleetVersions
+from rollout_server.grammar import Constraint, Grammar
+from rollout_server.rollout import BASE, PolicyVersion
+from rollout_server.text.pictures.reader import PictureReader
+
+if TYPE_CHECKING:
+    from rollout_server.engine.sampling.grammars import Grammars
+
+log = logging.getLogger("rollout_server.fleet")
+
+TICK_S, PING_S = 0.1, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    """How many engines there shall be, and when the fleet is one."""
+
+    replicas: int
+    fewest: int = 1
+    """So many have to be live for changes of versions."""
+    silent_s: float = 30.0
+    """An engine that is not heard of for so long is ended and started again."""
+    devices: Sequence[str] = ()
+    """What each replica is told of the GPU that it has to itself; empty where all share one device."""
+
+
+class Fleet:
+    """Belongs to the event loop on which it is started; `post` and `show` as in `EngineThread`."""
+
+    def __init__(
+        self,
+        fleet: FleetOptions,
+        options: EngineOptions,
+        post: Callable[[list[Event]], None],
+        show: Callable[[EngineStatus], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info: ModelInfo | None = None
+        self.tokenizer: Any = None
+        self.pictures: PictureReader | None = None
+        """Replicas are sent none: the controller has no tower to count placeholders by, and refuses pictures."""
+        self.grammars: Grammars | None = None
+        self._fleet, self._path = fleet, Path(options.model_path)
+        self._post, self._show_status, self._clock = post, show, clock
+        self._ledger = Ledger(silent_s=fleet.silent_s)
+        self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
+        self._requests = FleetRequests(self._ledger, self._versions, post, self._send, clock)
+        self._readings = FleetReadings(self._ledger, self._versions, post, self._send)
+        shared = 1 if fleet.devices else fleet.replicas
+        own = replace(options, keep_versions=None, tell_admissions=True, sharing=shared, max_queue=2**31)
+        self._children = Children(fleet.replicas, fleet.devices, own, self, self._compile)
+        self._state = "starting"
+        self._fault: str | None = None
+        self._ended = threading.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._main: asyncio.Task[None] | None = None
+
+    # ---- the place of a thread --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._main = asyncio.get_running_loop().create_task(self._run())
+
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def join(self) -> None:
+        """Blocks, so not on the event loop."""
+        self._ended.wait()
+
+    def put(self, command: Command) -> None:
+        match command:
+            case Submit():
+                self._requests.submit(command)
+            case HoldScorer():
+                self._readings.read(command)
+            case LetScorerGo():
+                self._readings.let_go(command)
+            case Abort(ids=ids, reason=reason):
+                for id in ids:
+                    self._requests.abort(id, reason)
+                    self._readings.abort(id, reason)
+            case Pause() | Resume() | Release() | ResetPrefixCache():
+                self._readings.order(command)
+            case Ping(id=id):
+                if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:
+                    self._post([Pong(id)])
+            case Leave():
+                self._leave(command)
+            case Stop():
+                self._begin(self._stop())
+            case _ if isinstance(command, get_args(ScoringCommand)):
+                self._readings.read(command)
+            case _ if isinstance(command, get_args(PolicyCommand)):
+                self._begin(self._change(command))
+        self._act()
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _change(self, command: Any) -> None:
+        try:
+            reply: Event = await self._versions.change(command)
+        except RolloutError as error:
+            reply = RequestFailed(command.id, error)
+        self._show()
+        self._post([reply])
+
+    def _compile(self, grammar: Grammar) -> Constraint:
+        if self.grammars is None:
+            raise EngineUnavailable("The model is still loading.")
+        return self.grammars.compile(grammar, "grammar")
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        pinged = 0.0
+        self._children.start()
+        while not self._ended.is_set():
+            now = self._clock()
+            if now - pinged >= PING_S:
+                pinged = now
+                for id in self._ledger.replicas:
+                    self._send(id, Ping(f"/alive/{id}"))
+            self._ledger.tick(now)
+            self._requests.tick(now)
+            self._act()
+            self._show()
+            await asyncio.sleep(TICK_S)
+
+    async def _stop(self) -> None:
+        self._state = "stopping"
+        await self._children.stop()
+        self._requests.stop()
+        self._over()
+
+    def _over(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+        self._show()
+        self._ended.set()
+
+    def fail(self, error: RolloutError) -> None:
+        """No replica can be had: the fleet ends, and says why."""
+        if self._state == "starting":
+            self._state, self._fault = "dead", error.message
+            self._children.kill()
+            self._over()
+
+    def _show(self) -> None:
+        self._show_status(
+            fleet_status(
+                self._state,
+                self._fault,
+                self._requests.waiting,
+                self._versions.snapshot(),
+                self._readings.paused,
+                self._children.told(self._ledger, self._clock()),
+                self._fleet.fewest,
+                self._children.statuses(),
+            )
+        )
+
+    # ---- replicas ---------------------------------------------------------------------------------------------------
+
+    async def joined(self, id: str, info: ModelInfo) -> None:
+        """A replica has loaded its model. Raises `EngineUnavailable` for one that computes something else."""
+        if self.info is None:
+            from rollout_server.fleet.tokens import load_tokenizer
+
+            self.tokenizer, self.grammars = await asyncio.to_thread(load_tokenizer, self._path, info)
+            self._versions.base = PolicyVersion(BASE, 0, info.digest)
+            self.info = info
+        for name in ("digest", "dtype", "kv_bits", "max_model_len"):
+            own, other = getattr(self.info, name), getattr(info, name)
+            if own != other:
+                raise EngineUnavailable(f"Replica {id} has {name} {other}, and the fleet has {own}: it is not taken.")
+        if self._readings.paused is not None:
+            self._send(id, self._readings.paused)
+        self._ledger.join(id, 2 * info.max_batch, self._clock())
+        self._act()
+        if self._state == "starting" and len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.replicas:
+            self._state = "ready"
+        self._show()
+
+    def left(self, id: str) -> None:
+        """Its link is closed. Where all are told to stop, nothing is drawn again."""
+        if id in self._ledger.replicas and self._state != "stopping":
+            self._ledger.lost(id)
+            self._act()
+            self._readings.lost(id)
+            self._ledger.remove(id)
+            self._act()
+            self._show()
+
+    def heard(self, id: str, message: Event) -> None:
+        """What a replica says."""
+        if isinstance(message, Pong):
+            self._ledger.heard(id, self._clock())
+        elif message.id.startswith("/stage/"):
+            self._staged(id, message)
+        elif message.id.startswith("/flip/"):
+            if isinstance(message, Published):
+                self._ledger.flipped(id, _version_of(message.id))
+            else:
+                self._children.end(id, "it could not move an alias")
+        elif message.id.isdecimal():
+            self._requests.event(int(message.id), message)
+        else:
+            self._readings.answered(id, message)
+        self._act()
+
+    def _staged(self, id: str, message: Event) -> None:
+        version = _version_of(message.id)
+        if isinstance(message, Published):
+            self._versions.staged_on(id, version, message)
+        elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):
+            self._children.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
+
+    def _leave(self, leave: Leave) -> None:
+        """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere."""
+        if not self._children.leave(leave.replica):
+            self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
+            return
+        if leave.at_once or leave.replica not in self._ledger.replicas:
+            self._children.end(leave.replica, "it was removed")
+        else:
+            self._ledger.drain(leave.replica)
+        self._show()
+        self._post([Leaving(leave.id, leave.replica)])
+
+    # ---- what the ledger wants --------------------------------------------------------------------------------------
+
+    def _send(self, id: str, message: Any) -> None:
+        self._children.send(id, message)
+
+    def _act(self) -> None:
+        while actions := self._ledger.take():
+            for action in actions:
+                match action:
+                    case Dispatch(attempt):
+                        self._requests.dispatch(attempt)
+                    case Cancel(id, number):
+                        self._send(id, Abort((str(number),), "elsewhere"))
+                    case Stage(id, version):
+                        self._versions.stage_on(id, version)
+                    case Flip(id, version):
+                        self._versions.flip_on(id, version)
+                    case Drop(id, version):
+                        self._versions.drop_on(id, version)
+                    case End(id, reason):
+                        self._children.end(id, reason)
+                    case Lose(work, samples, reason):
+                        self._requests.lose(work, samples, reason)
+                    case Settle(change):
+                        self._versions.settled(change)
+        self._readings.place_waiting()
+
+
+def _version_of(id: str) -> tuple[str, int]:
+    """The version that a message about versions is about."""
+    _, _, number, name = id.split("/", 3)
+    return name, int(number)

@@ -1,0 +1,281 @@
+"""Requests of a fleet: their groups go to replicas one by one, and what comes back is one request's events again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapters.placement import BASE_PLACEMENT
+from rollout_server.engine.batch.row import Group, Row
+from rollout_server.engine.messages.control import Abort
+from rollout_server.engine.messages.rollouts import (
+    Admitted,
+    Event,
+    RequestDone,
+    RequestFailed,
+    RowFinished,
+    Submit,
+    TokensSampled,
+)
+from rollout_server.errors import EngineUnavailable, NeverAdmitted, ReplicaLost, RolloutError
+from rollout_server.fleet.ledger.ledger import Ledger
+from rollout_server.fleet.ledger.records import Attempt, ReplicaState, Work
+from rollout_server.fleet.versions import FleetVersions
+from rollout_server.rollout import BASE, FinishReason, OnUpdate, PolicyAddress, PolicyVersion, Rollout, RolloutRequest
+
+
+@dataclass(slots=True, eq=False)
+class OpenGroup:
+    """One prompt of a request, wherever it is."""
+
+    request: RolloutRequest
+    work: Work
+    finished: int = 0
+    """Samples that have stopped or reached their length, for `return_when`."""
+    ended: str | None = None
+    """Why the rest of it is not wanted any more."""
+    error: RolloutError | None = None
+    """Why samples of it have no rows."""
+    rowless: tuple[int, ...] = ()
+    held: PolicyVersion | None = None
+    """The version that is kept for it."""
+    streamed: Counter[int] = field(default_factory=Counter)
+    """Tokens of each sample that were handed on."""
+    seen: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Tokens of each attempt and sample that came."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    id: str
+    deadline: float | None
+    groups: list[OpenGroup] = field(default_factory=list)
+    open_groups: int = 0
+    begun: bool = False
+    """Some group was admitted."""
+    produced: bool = False
+    """Some row has a token, so the reply is a list of rows and not an error."""
+    reported: bool = False
+    error: RolloutError | None = None
+
+
+class FleetRequests:
+    """Belongs to the event loop. `post` carries events to whoever asked, `send` a message to a replica; `clock` is the
+    one of deadlines."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        versions: FleetVersions,
+        post: Callable[[list[Event]], None],
+        send: Callable[[str, Any], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._versions = versions
+        self._post = post
+        self._send = send
+        self._clock = clock
+        self._open: dict[str, OpenRequest] = {}
+        self._groups: dict[Work, tuple[OpenRequest, OpenGroup]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which no group was admitted yet."""
+        return sum(not request.begun for request in self._open.values())
+
+    def submit(self, submit: Submit) -> None:
+        try:
+            for request in submit.groups:
+                self._versions.check(request.policy)
+        except RolloutError as error:
+            self._post([RequestFailed(submit.id, error)])
+            return
+        opened = self._open[submit.id] = OpenRequest(submit.id, submit.deadline, open_groups=len(submit.groups))
+        for index, request in enumerate(submit.groups):
+            work = Work(
+                (submit.id, index),
+                request.policy.name,
+                request.given_ids,
+                request.n,
+                waits=request.min_version is not None and request.wait_s is not None,
+                switches=request.on_update is OnUpdate.SWITCH,
+            )
+            group = OpenGroup(request, work)
+            opened.groups.append(group)
+            self._groups[work] = (opened, group)
+        self._ledger.submit(*(group.work for group in opened.groups))
+
+    def abort(self, id: str, reason: str) -> None:
+        """Ends what is left of a request; its rows are reported with what they have."""
+        opened = self._open.get(id)
+        for group in opened.groups if opened else ():
+            if group.work.missing and group.ended is None:
+                group.ended = reason
+                if group.work.attempt is not None:
+                    attempt = group.work.attempt
+                    self._send(attempt.replica, Abort((str(attempt.number),), reason))
+                else:
+                    self._ledger.abort(group.work)
+
+    def tick(self, now: float) -> None:
+        """Ends what still waits here after its deadline; replicas see to what they have."""
+        for opened in list(self._open.values()):
+            if opened.deadline is None or opened.deadline > now:
+                continue
+            for group in opened.groups:
+                if group.work.missing and group.work.attempt is None:
+                    group.ended = group.ended or "timeout"
+                    self._ledger.abort(group.work)
+
+    def stop(self) -> None:
+        """Requests of which some row has tokens are answered with what there is; the others have nothing."""
+        for opened in [opened for opened in self._open.values() if opened.produced]:
+            for group in [group for group in opened.groups if group.work.missing]:
+                group.ended = group.ended or "stopping"
+                self.lose(group.work, tuple(sorted(group.work.missing)), "stopping")
+
+    # ---- to replicas ------------------------------------------------------------------------------------------------
+
+    def dispatch(self, attempt: Attempt) -> None:
+        """Sends a group, or what is missing of it, to the replica that the ledger chose."""
+        _, group = self._groups[attempt.work]
+        if group.ended is not None:
+            # Aborted, and its replica ended before it could say what it had.
+            self._ledger.over(attempt.number)
+            self.lose(attempt.work, attempt.samples, "aborted")
+            return
+        request, id = group.request, str(attempt.number)
+        left = None if request.return_when is None else max(1, request.return_when - group.finished)
+        pinned = attempt.pinned is not None and request.policy.name != BASE
+        opened, _ = self._groups[attempt.work]
+        part = replace(
+            request,
+            id=id,
+            n=len(attempt.samples),
+            seeds=tuple(request.seeds[sample] for sample in attempt.samples),
+            return_when=None if left is None else min(left, len(attempt.samples)),
+            policy=PolicyAddress(*attempt.pinned) if pinned and attempt.pinned else request.policy,
+            min_version=None if pinned else request.min_version,
+        )
+        seconds = None if opened.deadline is None else max(0.0, opened.deadline - self._clock())
+        self._send(attempt.replica, Submit(id, (part,), seconds))
+
+    def lose(self, work: Work, samples: tuple[int, ...], reason: str) -> None:
+        """Samples that no replica will report."""
+        opened, group = self._groups[work]
+        work.missing.difference_update(samples)
+        if group.ended == "timeout" and work.admitted is None and not opened.reported:
+            group.error, group.rowless = self._never_admitted(), samples
+        elif group.ended is not None:
+            self._report(opened, group, self._unsampled(group, samples, reason=group.ended))
+        else:
+            error = ReplicaLost(f"The row was lost: {reason}.")
+            opened.error = opened.error or error
+            self._report(opened, group, self._unsampled(group, samples, error=error))
+        self._close_group(opened, group)
+
+    def _never_admitted(self) -> RolloutError:
+        if not self._ledger.in_state(ReplicaState.LIVE):
+            return EngineUnavailable("No replica became live until the request's timeout_s was over; try again.")
+        return NeverAdmitted("The request waited in the queue until its timeout_s was over.")
+
+    # ---- from replicas ----------------------------------------------------------------------------------------------
+
+    def event(self, number: int, event: Event) -> None:
+        """What a replica says of an attempt; older attempts are not listened to."""
+        attempt = self._ledger.attempt(number)
+        if attempt is None:
+            return
+        opened, group = self._groups[attempt.work]
+        match event:
+            case Admitted(version=version):
+                opened.begun = True
+                self._ledger.admitted(number, (version.name, version.number))
+                if group.held is None and self._versions.hold(version, len(attempt.missing)):
+                    group.held = version
+            case TokensSampled():
+                self._stream(opened, group, attempt, event)
+            case RowFinished(rollout=rollout):
+                sample = attempt.samples[rollout.sample_index]
+                if self._ledger.row(number, sample):
+                    told = replace(rollout, sample_index=sample, sampling=group.request.sampling)
+                    self._report(opened, group, [told])
+            case RequestDone() | RequestFailed():
+                left = tuple(sorted(attempt.missing))
+                if isinstance(event, RequestFailed):
+                    opened.error = opened.error or event.error
+                    group.error, group.rowless = (event.error, left) if left else (None, ())
+                attempt.work.missing.difference_update(left)
+                self._ledger.over(number)
+                self._close_group(opened, group)
+
+    def _stream(self, opened: OpenRequest, group: OpenGroup, attempt: Attempt, event: TokensSampled) -> None:
+        """A row that is drawn again says once more what was handed on already."""
+        sample = attempt.samples[event.sample_index]
+        at = group.seen[attempt.number, sample] = group.seen[attempt.number, sample] + len(event.token_ids)
+        if at > group.streamed[sample] and sample in attempt.missing:
+            group.streamed[sample] = at
+            group.work.shown = True
+            self._post([replace(event, id=opened.id, sample_index=sample)])
+
+    # ---- reports ----------------------------------------------------------------------------------------------------
+
+    def _report(self, opened: OpenRequest, group: OpenGroup, rows: list[Rollout]) -> None:
+        for row in rows:
+            opened.reported = True
+            opened.produced = opened.produced or row.sampled > 0
+            group.finished += row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+            if group.held is not None:
+                self._versions.let_go(group.held, 1)
+        self._post([RowFinished(opened.id, row) for row in rows])
+
+    def _close_group(self, opened: OpenRequest, group: OpenGroup) -> None:
+        if group.work not in self._groups or group.work.missing:
+            return
+        del self._groups[group.work]
+        opened.open_groups -= 1
+        if not opened.open_groups:
+            self._close(opened)
+
+    def _close(self, opened: OpenRequest) -> None:
+        """One terminal event. Groups without rows end the request with their error, unless others have some."""
+        del self._open[opened.id]
+        bare = [group for group in opened.groups if group.error is not None]
+        if bare and not opened.reported:
+            for group in bare:
+                if group.held is not None:
+                    self._versions.let_go(group.held, len(group.rowless))
+            self._post([RequestFailed(opened.id, error) for error in [bare[0].error] if error])
+            return
+        for group in bare:
+            late = isinstance(group.error, NeverAdmitted | EngineUnavailable)
+            rows = self._unsampled(group, group.rowless, reason="timeout") if late else []
+            self._report(opened, group, rows or self._unsampled(group, group.rowless, error=group.error))
+        if opened.error is not None and not opened.produced:
+            self._post([RequestFailed(opened.id, opened.error)])
+        else:
+            self._post([RequestDone(opened.id)])
+
+    def _unsampled(
+        self,
+        group: OpenGroup,
+        samples: tuple[int, ...],
+        *,
+        reason: str | None = None,
+        error: RolloutError | None = None,
+    ) -> list[Rollout]:
+        """Rows that no engine will report."""
+        version = group.held or self._versions.base
+        rows = []
+        for sample in samples:
+            own = Group(group.request)
+            row = Row(own, sample, group.request.seeds[sample], version, BASE_PLACEMENT, None)
+            if error is not None:
+                row.fail(error)
+            else:
+                row.end(FinishReason.ABORTED, reason)
+            rows.append(row.rollout())
+        return rows

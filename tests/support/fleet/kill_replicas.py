@@ -1,0 +1,207 @@
+"""Kill −9 of replicas at random moments, under load and while versions are pushed: every request is answered once, no
+row ran under a version older than acknowledged before it was sent, and all rows are those of an engine that lives.
+
+    python -m tests.support.fleet.kill_replicas --kills 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from adapters.bundle import AdapterBundle
+from adapters.formats.read import read_bundle
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.rollouts import RowFinished
+from rollout_server.engine.messages.versions import Publish
+from rollout_server.errors import EngineUnavailable
+from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.rollout import FinishReason, PolicyAddress, Rollout, RolloutRequest, SamplingParams
+from tests.support import tiny_models
+
+NAME, CONTENTS, TOKENS, SAMPLES = "trained", 6, 24, 3
+PUSH_S = 0.3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A group, and the newest version that was acknowledged before it was sent."""
+
+    prompt: tuple[int, ...]
+    seeds: tuple[int, ...]
+    floor: int
+
+
+@dataclass
+class Seen:
+    rows: list[tuple[Asked, Rollout]] = field(default_factory=list)
+    pushes: int = 0
+    refused: int = 0
+    """Pushes that were told to come again."""
+    kills: int = 0
+    digests: dict[int, str] = field(default_factory=dict)
+    """Of each version."""
+
+
+def fleet_handle(path: Path, replicas: int, *, silent_s: float = 30.0, **options: object) -> EngineHandle:
+    engine = EngineOptions(str(path), "tiny", kv_memory=2**24, **options)  # type: ignore[arg-type]
+    return EngineHandle(engine, partial(Fleet, FleetOptions(replicas, silent_s=silent_s)))
+
+
+def request(asked: Asked, policy: PolicyAddress, id: str) -> RolloutRequest:
+    sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    return RolloutRequest(id, asked.prompt, sampling, policy, n=len(asked.seeds), seeds=asked.seeds)
+
+
+def bundles(handle: EngineHandle, count: int = CONTENTS) -> list[AdapterBundle]:
+    layers = handle.info.layers
+    made = (tiny_models.random_adapter(layers, 4, seed, dora=seed % 3 == 0) for seed in range(count))
+    return [read_bundle(save(tensors), config, layers=layers) for tensors, config in made]
+
+
+async def push(handle: EngineHandle, bundle: AdapterBundle, name: str = NAME) -> int:
+    published = await handle.publish(Publish(handle.new_id("publish"), name, bundle))
+    return published.version.number
+
+
+class Run:
+    """A trainer and its clients against a fleet, until so many replicas were killed."""
+
+    def __init__(self, handle: EngineHandle, seed: int) -> None:
+        self.handle, self.random = handle, random.Random(seed)
+        self.seen, self.acknowledged, self.over = Seen(), 0, False
+
+    async def clients(self, number: int) -> None:
+        count = 0
+        while not self.over:
+            count += 1
+            id = f"r{number}-{count}"
+            prompt = tuple(self.random.randrange(1, 250) for _ in range(self.random.choice((5, 40))))
+            seeds = tuple(self.random.randrange(2**53) for _ in range(SAMPLES))
+            asked = Asked(prompt, seeds, self.acknowledged)
+            rows = [
+                event.rollout
+                async for event in self.handle.submit(id, [request(asked, PolicyAddress(NAME), id)])
+                if isinstance(event, RowFinished)
+            ]
+            if sorted(row.sample_index for row in rows) != list(range(SAMPLES)):
+                raise AssertionError(f"{id} was answered with samples {[row.sample_index for row in rows]}")
+            self.seen.rows += [(asked, row) for row in rows]
+
+    async def trainer(self, contents: list[AdapterBundle]) -> None:
+        while not self.over:
+            bundle = contents[self.seen.pushes % len(contents)]
+            try:
+                number = await push(self.handle, bundle)
+            except EngineUnavailable:
+                self.seen.refused += 1
+            else:
+                self.seen.pushes, self.acknowledged = self.seen.pushes + 1, number
+                self.seen.digests[number] = bundle.digest
+            await asyncio.sleep(PUSH_S)
+
+    async def killer(self, kills: int) -> None:
+        while self.seen.kills < kills:
+            await asyncio.sleep(self.random.uniform(0.1, 1.0))
+            live = [replica for replica in self.handle.status.replicas if replica.state == "live" and replica.pid]
+            # The last one is left, or most of the time would be spent in waiting for another.
+            if len(live) > 1:
+                os.kill(self.random.choice(live).pid or 0, signal.SIGKILL)
+                self.seen.kills += 1
+        self.over = True
+
+
+async def run(path: Path, kills: int, replicas: int = 3, seed: int = 0, clients: int = 4) -> Seen:
+    """Raises `AssertionError` with what was wrong."""
+    handle = fleet_handle(path, replicas)
+    handle.start()
+    await handle.wait_ready()
+    going = Run(handle, seed)
+    contents = bundles(handle)
+    going.acknowledged = await push(handle, contents[-1])
+    going.seen.digests[going.acknowledged] = contents[-1].digest
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(going.trainer(contents))
+        tasks.create_task(going.killer(kills))
+        for number in range(clients):
+            tasks.create_task(going.clients(number))
+    await handle.close()
+    await check(path, going.seen)
+    return going.seen
+
+
+async def check(path: Path, seen: Seen) -> None:
+    """Every row against an engine in this process."""
+    one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24))
+    one.start()
+    await one.wait_ready()
+    names = {}
+    for index, bundle in enumerate(bundles(one)):
+        await push(one, bundle, f"content-{index}")
+        names[bundle.digest] = f"content-{index}"
+    groups: dict[tuple[Asked, str], list[Rollout]] = {}
+    for asked, row in seen.rows:
+        if row.finish_reason is not FinishReason.LENGTH or len(row.token_ids) != TOKENS:
+            raise AssertionError(f"a row ended as {row.finish_reason}: {row.error}")
+        (span,) = row.spans
+        if span.version.number < asked.floor:
+            raise AssertionError(f"{span.version} ran after {asked.floor} was acknowledged")
+        groups.setdefault((asked, span.version.digest), []).append(row)
+
+    async def same(index: int, asked: Asked, digest: str, rows: list[Rollout]) -> None:
+        own = replace(asked, seeds=tuple(row.seed for row in rows))
+        events = one.submit(f"c{index}", [request(own, PolicyAddress(names[digest]), f"c{index}")])
+        expected = {event.rollout.seed: event.rollout async for event in events if isinstance(event, RowFinished)}
+        for row in rows:
+            if row.token_ids != expected[row.seed].token_ids:
+                raise AssertionError(f"{row.token_ids} came of seed {row.seed}, and not {expected[row.seed].token_ids}")
+
+    async with asyncio.TaskGroup() as tasks:
+        for index, ((asked, digest), rows) in enumerate(groups.items()):
+            tasks.create_task(same(index, asked, digest, rows))
+    await one.close()
+    versions = Counter(len({row.spans[0].version for row in rows}) for rows in groups.values())
+    if set(versions) - {1}:
+        raise AssertionError(f"samples of one group ran under several versions: {versions}")
+
+
+async def until(reached: Callable[[], object], within_s: float = 120.0) -> None:
+    """Waits until `reached()` is true."""
+    end = time.monotonic() + within_s
+    while not reached():
+        if time.monotonic() > end:
+            raise AssertionError("it did not happen in time")
+        await asyncio.sleep(0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--replicas", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_models.build("qwen3", Path(folder) / "tiny")
+        seen = asyncio.run(run(model, given.kills, given.replicas, given.seed))
+    sys.stdout.write(
+        f"{seen.kills} kills, {len(seen.rows)} rows, {seen.pushes} pushes ({seen.refused} told to come again): every "
+        "request answered once, no row under an older version, all as in an engine that nobody kills\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
