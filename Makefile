@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders golden-vision check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-gpu test-peers test-schema golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +41,10 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(or $(ARGS),-m "not long" $(SPREAD))
 
-test-fast: $(READY)  ## a minute's worth of them: no server process, no kill, no forwards to compare
-	$(BIN)/python -m pytest -q -m "not server and not numeric and not long" $(SPREAD) $(ARGS)
+test-fast: $(READY)  ## a minute's worth of them: no server, no kill, no model that is loaded
+	$(BIN)/python -m pytest -q -m "not server and not model and not numeric and not long" $(SPREAD) $(ARGS)
 
-test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end
+test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end, grids to their corners
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
 
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
@@ -58,7 +58,7 @@ $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(PEERS) default peers
 	@touch $@
 
-test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers and litellm, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
+test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers, litellm and cohere, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
 	$(PEERS)/bin/python -m pytest -q tests/peers $(ARGS)
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
@@ -69,6 +69,9 @@ golden-encoders: $(PEERS_READY)  ## write tests/golden/encoders anew from torch 
 
 golden-vision: $(PEERS_READY)  ## write tests/golden/vision anew from torch (ARGS="qwen3_vl gemma3")
 	$(PEERS)/bin/python -m tests.golden.vision.make_golden $(ARGS)
+
+golden-recurrent: $(PEERS_READY)  ## write tests/golden/recurrent anew from torch
+	$(PEERS)/bin/python -m tests.golden.recurrent.make_golden
 
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
 	@$(BIN)/python -c "import schemathesis" 2>/dev/null \

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from rollout_server.open_files import OpenFiles
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(files("rollout_server") / "demo" / "model")
@@ -109,7 +109,7 @@ def serving(soft: int, hard: int) -> Iterator[tuple[str, list[str]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("limit", [1024, 256])
+@pytest.mark.parametrize("limit", [pytest.param(1024, marks=pytest.mark.long), 256])
 def test_a_server_starts_and_says_what_it_cannot_do(limit: int) -> None:
     with serving(limit, limit) as (url, log):
         asked = {"policy": "base", "prompts": [{"text": "1+1="}], "sampling": {"max_tokens": 2}}
@@ -118,6 +118,7 @@ def test_a_server_starts_and_says_what_it_cannot_do(limit: int) -> None:
     assert f"at most {limit} files" in said and f"some {OpenFiles(limit, limit).connections} connections" in said
 
 
+@pytest.mark.long
 def test_the_commands_that_load_a_model_themselves_work(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("1+1=2\n")
     for words in (["generate", "1+1=", "--max-tokens", "2"], ["perplexity", str(tmp_path / "text")]):
@@ -126,12 +127,13 @@ def test_the_commands_that_load_a_model_themselves_work(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_trainers_work() -> None:
     launch = limited(256, 256, sys.executable, "-m", "rollout_server.demo.launch", "--help")
     done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0 and "--url" in done.stdout, done.stderr
     example = (ROOT / "examples" / "grpo_loop.py").read_text(encoding="utf-8")
-    with live_server(None) as server:
+    with server_here(None) as server:
         code = example.replace("http://127.0.0.1:8000", server.url).replace("range(30)", "range(1)")
         assert python(code, 256, 256).startswith("step")
 

@@ -17,7 +17,7 @@ from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.length_buckets import StepCosts, measure
 from rollout_server.engine.batch.measured_reading import cells_of, readings
-from rollout_server.engine.batch.prefix_reuse import BatchPrefixes, PrefixReuse
+from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.padded import PaddedKV
@@ -65,12 +65,12 @@ def build_engine(
     `device_fault` says what is wrong with the device, after a step that failed; `timeline` records turns."""
     info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
     changes: deque[PolicyCommand] = deque()
-    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, on=options.prefix_cache and info.cache == "slots")
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
     ledger = ledger_of(model, prefix_reuse)
     requests = requests_of(model, ledger)
-    reports = Reports(requests, policies)
+    reports, held = Reports(requests, policies), HeldScorers(policies)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline)
-    scoring, held = ScoringQueue(make_reader(model, policies), policies, ledger, blame), HeldScorers(policies)
+    scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, held, reports, info, model.eyes)
     preemption = Preemption(batches, policies, reports, requests, ledger)
     pause_state, most = PauseState(reports), options.prefill_tokens or info.prefill_tokens
@@ -193,12 +193,10 @@ def batch_of(
     """An empty batch whose forwards run on a parameter set. `traces` are the base's; since they hold weights, those of
     other sets go with their batch."""
     store, route = model.make_store(), policies.router(parameters)
-    prefixes = None
     decode: Forward = model.forward
     if isinstance(store, PaddedKV):
         own = traces if parameters == BASE_SET else Traces()
         decode = CompiledDecode(model.forward, store, policies.routed, own) if model.compiles else decode
-        prefixes = BatchPrefixes(store, prefix_reuse) if prefix_reuse.on else None
     eos, vocabulary = frozenset(model.info.eos_token_ids), model.info.vocab_size
     return Batch(
         model.forward,
@@ -208,6 +206,6 @@ def batch_of(
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,
         ledger,
-        prefixes,
+        prefix_reuse.of_batch(store, eos),
         timeline=timeline,
     )

@@ -167,7 +167,7 @@ class Engine:
         if self._batches.reading:
             wanting.append("prefill")
         if self._scoring.busy:
-            wanting.append("scoring")
+            wanting.append(self._scoring.kind)
         self._budget.divide(wanting, self._admission.joining)
 
     def _prefill(self) -> None:
@@ -194,12 +194,13 @@ class Engine:
         return self._batches.prefilled - before
 
     def _score(self) -> None:
-        if share := self._budget.share("scoring"):
+        kind = self._scoring.kind
+        if share := self._budget.share(kind):
             crowded = self._requests.crowded or bool(self._batches.preempted)
             alone = not self._batches.size
             before = self._budget.tokens
             with self._timeline.part("score") as part:
-                self._budget.measure("scoring", lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
+                self._budget.measure(kind, lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
                 part.note(tokens=self._budget.tokens - before)
 
     def _step(self) -> None:

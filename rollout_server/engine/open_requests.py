@@ -71,14 +71,14 @@ class HeldScorer:
         self._gone = False
 
     async def scores(
-        self, tokens: Sequence[int], position: int, pictures: tuple[Picture, ...] = ()
+        self, tokens: Sequence[int], position: int, shared: int = 0, pictures: tuple[Picture, ...] = ()
     ) -> tuple[float, ...]:
-        """The head's scores of its labels at a position of a sequence, raw float32. Raises what a sequence can be
-        refused with, and `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
+        """The head's scores of its labels at a position of a sequence, raw float32. Its `shared` first tokens, which
+        other rows begin with as well, are read once for all of them. Raises what a sequence can be refused with, and
+        `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
         address = PolicyAddress(self.version.name, number=self.version.number)
-        shown = (pictures,) if pictures else ()
-        id, sequences = self._new_id("reward"), (tuple(tokens),)
-        classify = Classify(id, address, sequences, ((position,),), held=self.id, pictures=shown)
+        id, sequences, shown = self._new_id("reward"), (tuple(tokens),), (pictures,) if pictures else ()
+        classify = Classify(id, address, sequences, ((position,),), held=self.id, shared=shared, pictures=shown)
         classified = await self._ask(classify)
         return tuple(np.frombuffer(classified.scores[0], "<f4").tolist())
 

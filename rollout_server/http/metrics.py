@@ -144,5 +144,7 @@ def _prefixes(status: PrefixStatus) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "rollout_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", value=status.hit_tokens
     )
-    yield GaugeMetricFamily("rollout_prefix_bytes", "KV in the prefix cache, in bytes.", value=status.nbytes)
+    yield GaugeMetricFamily(
+        "rollout_prefix_bytes", "KV and recurrent states in the prefix cache, in bytes.", value=status.nbytes
+    )
     yield CounterMetricFamily("rollout_prefix_evictions", "Prefix-cache nodes evicted.", value=status.evictions)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 
 
 @pytest.fixture(scope="package")
@@ -23,6 +23,6 @@ def adapter(model: Path) -> Path:
 
 
 @pytest.fixture(scope="package")
-def server(model: Path, adapter: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--kv-memory", "64MiB", "--adapter-dir", str(adapter.parent)) as live:
+def server(model: Path, adapter: Path) -> Iterator[Server]:
+    with server_here(model, kv_memory="64MiB", adapter_dir=adapter.parent) as live:
         yield live

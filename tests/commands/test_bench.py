@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.bench import numbers
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 SMALL = ["--prompt-tokens", "6", "--max-tokens", "5"]
 
@@ -24,7 +24,7 @@ def tokens(url: str) -> int:
     return int(httpx.get(f"{url}/health", trust_env=False).json()["tokens"])
 
 
-def test_a_running_server(server: LiveServer, model: Path, adapter: Path) -> None:
+def test_a_running_server(server: Server, model: Path, adapter: Path) -> None:
     policies, before = httpx.get(f"{server.url}/v1/weights", trust_env=False).json()["policies"], tokens(server.url)
     done = bench("--clients", "1,3", "--adapter", str(adapter), "--pushes", "2", "--url", server.url, "--json")
     assert done.exit_code == 0, done.output

@@ -10,14 +10,14 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from rollout_server.commands.generate import harmless
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 
 def generate(*arguments: str, given: str | None = None) -> Result:
     return CliRunner().invoke(app, ["generate", *arguments], input=given)
 
 
-def completion(server: LiveServer, path: str = "completions", **fields: object) -> dict[str, object]:
+def completion(server: Server, path: str = "completions", **fields: object) -> dict[str, object]:
     asked = {"model": "base", "max_tokens": 12, **fields}
     reply = httpx.post(f"{server.url}/v1/{path}", json=asked, trust_env=False)
     assert reply.status_code == 200, reply.text
@@ -25,7 +25,7 @@ def completion(server: LiveServer, path: str = "completions", **fields: object) 
     return choice
 
 
-def test_the_text_of_a_running_server(server: LiveServer) -> None:
+def test_the_text_of_a_running_server(server: Server) -> None:
     options = ["--url", server.url, "--max-tokens", "12", "--seed", "3", "--temperature", "0.7", "--top-k", "40"]
     expected = completion(server, prompt="the end", seed=3, temperature=0.7, top_k=40)
     for done in (
@@ -40,7 +40,7 @@ def test_the_text_of_a_running_server(server: LiveServer) -> None:
     assert said["usage"]["completion_tokens"] <= 12 and said["versions"][0]["policy"] == "base"
 
 
-def test_chat_and_stops(server: LiveServer) -> None:
+def test_chat_and_stops(server: Server) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
     expected = completion(server, "chat/completions", messages=messages, seed=1, temperature=1.0)
     done = generate("hello", "--system", "s", "--url", server.url, "--max-tokens", "12", "--seed", "1", "--json")
@@ -52,7 +52,7 @@ def test_chat_and_stops(server: LiveServer) -> None:
     assert done.stdout == text.partition(cut)[0] + "\n"
 
 
-def test_a_model_started_for_it_says_the_same(server: LiveServer, model: Path, adapter: Path) -> None:
+def test_a_model_started_for_it_says_the_same(server: Server, model: Path, adapter: Path) -> None:
     expected = completion(server, prompt="the end", seed=3)["text"]
     own = ["the end", "--model", str(model), "--max-tokens", "12", "--seed", "3", "--adapter", f"p={adapter}", "--json"]
     done = generate(*own)
@@ -62,7 +62,7 @@ def test_a_model_started_for_it_says_the_same(server: LiveServer, model: Path, a
     assert adapted["text"] != expected and adapted["versions"][0]["policy"] == "p"
 
 
-def test_what_is_refused_is_one_sentence(server: LiveServer, tmp_path: Path) -> None:
+def test_what_is_refused_is_one_sentence(server: Server, tmp_path: Path) -> None:
     for arguments, said in (
         (["--url", server.url, "--model", str(tmp_path)], "give one of the two"),
         (["--url", server.url, "--revision", "v1"], "there is no --model"),

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from rollout_server.cli import app
 from rollout_server.commands.perplexity import PIECE, Windows, pieces, tokenize
 from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
 
@@ -48,7 +48,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pushed(server: LiveServer, adapter: Path) -> Iterator[str]:
+def pushed(server: Server, adapter: Path) -> Iterator[str]:
     """The name of a policy that is there for one test: others count what the server has."""
     with RolloutClient(server.url) as client:
         client.push("pushed", adapter)
@@ -71,7 +71,7 @@ def expected(model: Path, window: int, stride: int) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize(("window", "stride"), [(2048, 1024), (64, 16), (50, 49), (2, 1)])
-def test_it_is_that_of_plain_forwards(server: LiveServer, model: Path, text: Path, window: int, stride: int) -> None:
+def test_it_is_that_of_plain_forwards(server: Server, model: Path, text: Path, window: int, stride: int) -> None:
     options = ["--url", server.url, "--window", str(window), "--stride", str(stride)]
     found = figures(str(text), *options)
     tokens, nll = expected(model, window, stride)
@@ -82,7 +82,8 @@ def test_it_is_that_of_plain_forwards(server: LiveServer, model: Path, text: Pat
     assert found["bits_per_byte"] == pytest.approx(nll * tokens / math.log(2) / len(TEXT.encode()), rel=within)
 
 
-def test_a_text_longer_than_a_request_may_have_is_tokenized_in_parts(server: LiveServer, model: Path) -> None:
+@pytest.mark.long
+def test_a_text_longer_than_a_request_may_have_is_tokenized_in_parts(server: Server, model: Path) -> None:
     """What this tokenizer makes of lines does not reach across their ends, so the parts are the whole."""
     lines = "".join(f"{n} and {n + 1} make {2 * n + 1}, naïvely\n" for n in range(MOST_CHARACTERS // 24))
     assert len(lines) > MOST_CHARACTERS
@@ -111,9 +112,7 @@ def test_every_token_is_read_in_the_first_window_that_holds_it() -> None:
                 assert scored == list(range(1, length))
 
 
-def test_a_policy_and_a_model_of_its_own(
-    server: LiveServer, model: Path, adapter: Path, pushed: str, text: Path
-) -> None:
+def test_a_policy_and_a_model_of_its_own(server: Server, model: Path, adapter: Path, pushed: str, text: Path) -> None:
     found = figures(str(text), "--policy", pushed, "--url", server.url, "--window", "100")
     base = figures(str(text), "--url", server.url, "--window", "100")
     assert (found["policy"], found["stride"]) == (pushed, 50)
@@ -122,7 +121,7 @@ def test_a_policy_and_a_model_of_its_own(
     assert figures(str(text), *own)["nll"] == pytest.approx(found["nll"], abs=TINY.of_logprobs([], 100))
 
 
-def test_what_it_says(server: LiveServer, text: Path) -> None:
+def test_what_it_says(server: Server, text: Path) -> None:
     done = perplexity(str(text), "--url", server.url)
     assert re.fullmatch(
         r"base@0: perplexity \d+\.\d{4}, \d\.\d{4} nats a token, \d\.\d{4} bits a byte, over \d+ tokens\n", done.stdout
@@ -144,7 +143,7 @@ def test_what_it_says(server: LiveServer, text: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_one_sentence(
-    server: LiveServer, tmp_path: Path, content: bytes, options: list[str], says: str
+    server: Server, tmp_path: Path, content: bytes, options: list[str], says: str
 ) -> None:
     (tmp_path / "text").write_bytes(content)
     done = perplexity(str(tmp_path / "text"), "--url", server.url, *options)
@@ -153,12 +152,12 @@ def test_what_is_wrong_is_one_sentence(
     assert last.startswith("rollout-server: ") and says in last
 
 
-def test_a_file_that_is_not_there(server: LiveServer) -> None:
+def test_a_file_that_is_not_there(server: Server) -> None:
     done = perplexity("/nowhere/text", "--url", server.url)
     assert done.exit_code == 1 and "/nowhere/text" in done.stderr
 
 
-def test_the_echo_recipe_gives_the_same_as_written(server: LiveServer, text: Path, tmp_path: Path) -> None:
+def test_the_echo_recipe_gives_the_same_as_written(server: Server, text: Path, tmp_path: Path) -> None:
     example = (ROOT / "examples" / "echo_perplexity.py").read_text(encoding="utf-8")
     assert "http://127.0.0.1:8000" in example
     (tmp_path / "example.py").write_text(example.replace("http://127.0.0.1:8000", server.url))
@@ -170,7 +169,7 @@ def test_the_echo_recipe_gives_the_same_as_written(server: LiveServer, text: Pat
 
 
 def test_an_adapter_loaded_through_vllm_s_door_is_the_one_pushed(
-    server: LiveServer, adapter: Path, pushed: str, text: Path
+    server: Server, adapter: Path, pushed: str, text: Path
 ) -> None:
     def ask(door: str, **more: str) -> str:
         body = {"lora_name": "loaded", **more}

@@ -13,14 +13,14 @@ from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
 from tests.support import tiny_scorers
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 
 TEXTS = ["the cat", "a dog sat", "he \x1b[31mran"]
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with live_server(tiny_scorers.build("llama", tmp_path_factory.mktemp("rm"))) as live:
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server_here(tiny_scorers.build("llama", tmp_path_factory.mktemp("rm"))) as live:
         yield live
 
 
@@ -28,12 +28,12 @@ def score(*arguments: str, given: str | None = None) -> Result:
     return CliRunner().invoke(app, ["score", *arguments], input=given)
 
 
-def rewards(judge: LiveServer, sequences: list[Any], **fields: Any) -> list[float]:
+def rewards(judge: Server, sequences: list[Any], **fields: Any) -> list[float]:
     reply = httpx.post(f"{judge.url}/v1/rewards", json={"sequences": sequences, **fields}, timeout=60)
     return [entry["value"] for entry in reply.raise_for_status().json()["rewards"]]
 
 
-def test_texts_and_their_scores(judge: LiveServer) -> None:
+def test_texts_and_their_scores(judge: Server) -> None:
     expected = rewards(judge, [{"text": text} for text in TEXTS])
     for done in (score(*TEXTS, "--url", judge.url), score("--url", judge.url, given="\n".join(TEXTS))):
         assert done.exit_code == 0, done.output
@@ -43,7 +43,7 @@ def test_texts_and_their_scores(judge: LiveServer) -> None:
         assert "\x1b" not in done.stdout
 
 
-def test_a_file_of_json_lines(judge: LiveServer, tmp_path: Path) -> None:
+def test_a_file_of_json_lines(judge: Server, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     path = tmp_path / "many.jsonl"
     path.write_text(
@@ -57,7 +57,7 @@ def test_a_file_of_json_lines(judge: LiveServer, tmp_path: Path) -> None:
     assert (found["policy"], found["version"], found["labels"]) == ("base", 0, [None])
 
 
-def test_texts_in_the_order_of_a_query(judge: LiveServer) -> None:
+def test_texts_in_the_order_of_a_query(judge: Server) -> None:
     body = {"query": "who sat", "documents": TEXTS}
     reply = httpx.post(f"{judge.url}/rerank", json=body, timeout=60).raise_for_status().json()
     found = json.loads(score(*TEXTS, "--query", "who sat", "--url", judge.url, "--json").stdout)
@@ -75,14 +75,14 @@ def test_texts_in_the_order_of_a_query(judge: LiveServer) -> None:
     ],
 )
 def test_what_cannot_be_scored_is_one_sentence(
-    judge: LiveServer, arguments: list[str], given: str | None, says: str
+    judge: Server, arguments: list[str], given: str | None, says: str
 ) -> None:
     done = score(*arguments, "--url", judge.url, given=given)
     assert done.exit_code == 1
     assert says in done.output
 
 
-def test_lines_that_are_no_json(judge: LiveServer, tmp_path: Path) -> None:
+def test_lines_that_are_no_json(judge: Server, tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     for text, says in (("{", "line 1 is not JSON"), ('"a"\n5', "line 2 is no text")):
         path.write_text(text)
@@ -91,7 +91,7 @@ def test_lines_that_are_no_json(judge: LiveServer, tmp_path: Path) -> None:
     assert "holds something else" in score("--file", str(path), "--query", "q", "--url", judge.url).output
 
 
-def test_a_decoder_scores_nothing(server: LiveServer) -> None:
+def test_a_decoder_scores_nothing(server: Server) -> None:
     done = score("a", "--policy", "base", "--url", server.url)
     assert done.exit_code == 1
     assert "generates" in done.output

@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 from rollout_server.cli import app
 from rollout_server.commands.top import State, counted, view
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 from trainer_client import KeptVersion, PolicyLine, RolloutClient
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pushed(server: LiveServer, model: Path) -> None:
+def pushed(server: Server, model: Path) -> None:
     with RolloutClient(server.url) as client:
         for seed in (1, 2):
             client.push("p", *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed))
@@ -32,7 +32,7 @@ def top(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["top", "--interval", "0.1", *arguments], env={"COLUMNS": "200"})
 
 
-def test_a_state_as_json(server: LiveServer) -> None:
+def test_a_state_as_json(server: Server) -> None:
     running = threading.Thread(
         target=httpx.post,
         args=(f"{server.url}/v1/completions",),
@@ -60,7 +60,7 @@ def test_a_state_as_json(server: LiveServer) -> None:
     assert (policy["name"], policy["live"], policy["versions"]) == ("p", 2, [1, 2]) and policy["bytes"] > 0
 
 
-def test_once_and_a_line_for_each_look(server: LiveServer) -> None:
+def test_once_and_a_line_for_each_look(server: Server) -> None:
     shown = top("--once", "--url", server.url).stdout.splitlines()
     assert shown[0] == f"{server.url}: ready" and shown[1].startswith("0 tok/s, ")
     assert shown[-1].split()[:4] == ["p", "2", "1,", "2"]

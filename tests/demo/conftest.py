@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from rollout_server.demo.run import serving
+from tests.support.live_server import server_here
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="package")
+def server() -> Iterator[str]:
     """Its address."""
-    log: Path = tmp_path_factory.mktemp("server") / "server.log"
-    with serving(log) as url:
-        yield url
+    with server_here(None) as server:
+        yield server.url

@@ -53,6 +53,7 @@ def test_without_a_learning_rate_the_reward_stays_flat(settings: Settings) -> No
     assert max(step.max_abs_gap for step in steps) <= GAP_LIMIT
 
 
+@pytest.mark.long
 def test_without_pushing_the_gap_shows_it(settings: Settings) -> None:
     steps = steps_of(replace(settings, policy="forgotten", steps=5, learning_rate=1e-3, push=False))
     assert steps[0].max_abs_gap <= GAP_LIMIT

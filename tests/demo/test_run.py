@@ -43,6 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return output, run_demo(output, steps=2, seed=4, json_output=True)
 
 
+@pytest.mark.long
 def test_the_result_is_whole(finished: tuple[Path, dict[str, Any]]) -> None:
     output, result = finished
     assert json.loads((output / "result.json").read_text()) == result
@@ -56,6 +57,7 @@ def test_the_result_is_whole(finished: tuple[Path, dict[str, Any]]) -> None:
     assert (output / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_third_party_can_recompute_the_gap(finished: tuple[Path, dict[str, Any]]) -> None:
     """From the kept files alone, with mlx-lm's own loader: no code of the server or the trainer."""
     output, _ = finished
@@ -72,6 +74,7 @@ def test_a_third_party_can_recompute_the_gap(finished: tuple[Path, dict[str, Any
         assert np.abs(gap).max() <= GAP_LIMIT
 
 
+@pytest.mark.long
 def test_a_third_party_can_recompute_the_accuracy(finished: tuple[Path, dict[str, Any]]) -> None:
     output, result = finished
     entries = [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
@@ -116,6 +119,7 @@ def test_without_matplotlib_the_picture_is_left_out(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "reward.png").exists()
 
 
+@pytest.mark.long
 def test_a_demo_that_is_told_to_stop_takes_its_server_along(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from rollout_server.demo.run import ending_in_order, serving\n"

@@ -21,6 +21,7 @@ from adapters.formats import whole_tensors
 from adapters.formats.read import read_bundle
 from adapters.spec import place_of
 from rollout_server.engine.model.load import read_model
+from tests.laws.grids import corners
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY
@@ -79,8 +80,7 @@ def mlx_adapter(driver: Driver, directory: Path, *, dora: bool, rank: int = 5) -
     return read_bundle(save(tensors), config, layers=driver.model.info.layers)
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "bits"), corners(["llama", "qwen3"], [None, 4, 8]))
 def test_lora_and_dora_are_those_of_mlx_lm(
     family: str,
     bits: int | None,

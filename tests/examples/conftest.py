@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 
 
-@pytest.fixture(scope="session")
-def live() -> Iterator[LiveServer]:
-    with live_server(None) as server:
+@pytest.fixture(scope="package")
+def live() -> Iterator[Server]:
+    with server_here(None) as server:
         yield server

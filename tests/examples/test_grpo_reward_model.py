@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
-def test_the_policy_learns_what_the_reward_model_was_taught(live: LiveServer, tmp_path: Path) -> None:
+def test_the_policy_learns_what_the_reward_model_was_taught(live: Server, tmp_path: Path) -> None:
     command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "8"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RETURNS = ("sampling_logprobs", "base_logprobs")
 
 
-def test_a_row_with_a_tool_in_it_is_masked_there_and_scores_as_it_says(live: LiveServer) -> None:
+def test_a_row_with_a_tool_in_it_is_masked_there_and_scores_as_it_says(live: Server) -> None:
     tool = [20, 21, 22]
     with RolloutClient(live.url) as client:
         turns = client.rollouts(["17+25=", "4+4="], n=3, max_tokens=4, seed=0, ignore_eos=True, returns=RETURNS)
@@ -47,7 +47,7 @@ def test_a_row_with_a_tool_in_it_is_masked_there_and_scores_as_it_says(live: Liv
     assert {len(group[name][0]) for name in ("tokens", "masks", "advantages", "ref_logprobs")} == {len(learned)}
 
 
-def test_what_cannot_be_learned_from_is_left_out(live: LiveServer) -> None:
+def test_what_cannot_be_learned_from_is_left_out(live: Server) -> None:
     with RolloutClient(live.url) as client:
         batch = client.rollouts(["17+25=", "4+4="], n=2, max_tokens=4)
         warm = client.rollouts(["17+25="], n=2, max_tokens=4, temperature=0.5)
@@ -56,7 +56,7 @@ def test_what_cannot_be_learned_from_is_left_out(live: LiveServer) -> None:
         scored_groups(warm, [0.0, 1.0])
 
 
-def test_the_example_runs_as_written(live: LiveServer) -> None:
+def test_the_example_runs_as_written(live: Server) -> None:
     command = [sys.executable, "examples/atropos_groups.py", "--url", live.url]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)

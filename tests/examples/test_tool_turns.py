@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import rollout_server.demo
 from examples.tool_conversation import tool_ids
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutClient, continued
 
@@ -31,7 +31,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO)
 
 
-def test_every_turn_begins_with_the_exact_ids_of_the_turns_before(live: LiveServer, tokenizer: Any) -> None:
+def test_every_turn_begins_with_the_exact_ids_of_the_turns_before(live: Server, tokenizer: Any) -> None:
     """Sampled warm, so that what was written is often not how the tokenizer would write it; a version for each turn."""
     layers = tiny_models.linear_layers(DEMO)
     drifted = False
@@ -67,7 +67,7 @@ def test_every_turn_begins_with_the_exact_ids_of_the_turns_before(live: LiveServ
     assert drifted
 
 
-def test_chat_and_rollouts_read_what_transformers_renders(live: LiveServer, tokenizer: Any) -> None:
+def test_chat_and_rollouts_read_what_transformers_renders(live: Server, tokenizer: Any) -> None:
     """Greedy answers are written as the tokenizer writes them: there the messages of a conversation, rendered anew at
     each turn, are the very ids of the turns before."""
     messages: list[dict[str, str]] = list(QUESTION)
@@ -90,7 +90,7 @@ def test_chat_and_rollouts_read_what_transformers_renders(live: LiveServer, toke
                 known += tool_ids(live.url, words, tokenizer.eos_token_id)
 
 
-def test_the_example_runs_as_written(live: LiveServer) -> None:
+def test_the_example_runs_as_written(live: Server) -> None:
     command = [sys.executable, "examples/tool_conversation.py", "--url", live.url]
     ran = subprocess.run(
         command,

@@ -100,6 +100,7 @@ def state_of(client: httpx.Client) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.long
 def test_a_server_outlives_every_upload_and_serves_what_it_served(model: Path) -> None:
     layers = tiny_models.linear_layers(model)
     kept = packed(*tiny_models.random_adapter(layers, 4, 7))

@@ -38,6 +38,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "gpt_oss": HEADS,
     "granite": {},
+    "xlstm": {"num_heads": 2, "use_bias": True},
 }
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 EXTRA: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,7 +55,7 @@ EXTRA: dict[str, dict[str, dict[str, Any]]] = {
 }
 LENGTHS = (29, 13, 2)
 LABELS = 2
-WITHOUT_CLASSES = frozenset({"granite"})
+WITHOUT_CLASSES = frozenset({"granite", "xlstm"})
 """Families of which transformers has no classifier."""
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from adapters.formats.read import read_bundle
+from tests.laws.grids import some_long
 from tests.support.engine.driver import Driver
 from tests.support.numbers.bounds import GOLDEN, assert_near
 from tests.support.tiny_models import write_tokenizer
@@ -20,6 +21,8 @@ from tests.support.tiny_models import write_tokenizer
 HERE = Path(__file__).parent
 FAMILIES = sorted(path.parent.name for path in HERE.glob("*/reference.safetensors"))
 SCORED = sorted(path.parent.name for path in HERE.glob("*/heads.safetensors"))
+COMMON = ("llama", "gemma3_text", "gpt_oss", "qwen3_moe")
+"""Those that `make test` compares: plain, with windows, with sinks, with experts."""
 OTHERS = ("model", "reference", "heads", "reward")
 """What is no adapter that samples."""
 Start = Callable[[str], Driver]
@@ -72,7 +75,7 @@ def test_there_are_enough_of_them() -> None:
     assert sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file()) <= 3_000_000
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_long(FAMILIES, *COMMON))
 def test_embeddings_are_those_of_transformers(family: str, start: Start) -> None:
     driver = start(family)
     reference = load_file(HERE / family / "reference.safetensors")
@@ -86,7 +89,7 @@ def test_embeddings_are_those_of_transformers(family: str, start: Start) -> None
             assert_near(found, expected, GOLDEN.of_logits(expected, reference["lengths"].max()), f"{policy}, {how}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_long(FAMILIES, *COMMON))
 def test_log_probabilities_are_those_of_peft(family: str, start: Start) -> None:
     driver = start(family)
     assert difference(driver, family, "base") <= 1
@@ -96,7 +99,7 @@ def test_log_probabilities_are_those_of_peft(family: str, start: Start) -> None:
     assert difference(driver, family, "base") <= 1
 
 
-@pytest.mark.parametrize("family", SCORED)
+@pytest.mark.parametrize("family", some_long(SCORED, *COMMON))
 def test_label_scores_are_those_of_peft_and_of_transformers(family: str, start: Start, tmp_path: Path) -> None:
     """A reward adapter on the bare base, and the base with that head as a model of its own."""
     expected, reference = (

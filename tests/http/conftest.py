@@ -15,10 +15,16 @@ from tests.support.http.fixtures import (
     engine as engine,
 )
 from tests.support.http.fixtures import (
+    made_app as made_app,
+)
+from tests.support.http.fixtures import (
     problem as problem,
 )
 from tests.support.http.fixtures import (
     push as push,
+)
+from tests.support.http.fixtures import (
+    routed as routed,
 )
 from tests.support.http.fixtures import (
     tokenizer as tokenizer,

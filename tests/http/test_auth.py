@@ -10,8 +10,8 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import FakeEngine
+from tests.support.http.fixtures import MakeApp
 
 API, ADMIN = "inference-key", "admin-key"
 OPEN = [("GET", "/health"), ("GET", "/ready"), ("GET", "/schema")]
@@ -84,16 +84,18 @@ MATRIX: dict[tuple[str | None, str | None], dict[str | None, dict[str, int | Non
 
 
 @contextmanager
-def serving(engine: FakeEngine, api: str | None, admin: str | None) -> Iterator[TestClient[Any]]:
+def serving(app: MakeApp, engine: FakeEngine, api: str | None, admin: str | None) -> Iterator[TestClient[Any]]:
     config = ServerConfig(api_key=api, admin_key=admin)  # type: ignore[arg-type]
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+    with TestClient(app(config, engine)) as client:
         yield client
 
 
 @pytest.mark.parametrize("keys", MATRIX, ids=str)
-def test_who_may_do_what(keys: tuple[str | None, str | None], engine: FakeEngine, problem: Callable[..., Any]) -> None:
+def test_who_may_do_what(
+    keys: tuple[str | None, str | None], engine: FakeEngine, made_app: MakeApp, problem: Callable[..., Any]
+) -> None:
     engine.add("other")
-    with serving(engine, *keys) as client:
+    with serving(made_app, engine, *keys) as client:
         for sent, expected in MATRIX[keys].items():
             headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
             for kind, status in ({"open": None} | expected).items():
@@ -108,20 +110,22 @@ def test_who_may_do_what(keys: tuple[str | None, str | None], engine: FakeEngine
 @pytest.mark.parametrize(
     "header", ["", "Bearer", "Bearer ", "Basic " + API, API, f"Bearer {API}x", f"Bearer {API[:-1]}", f"Token {API}"]
 )
-def test_what_is_no_key(engine: FakeEngine, header: str, problem: Callable[..., Any]) -> None:
-    with serving(engine, API, ADMIN) as client:
+def test_what_is_no_key(engine: FakeEngine, made_app: MakeApp, header: str, problem: Callable[..., Any]) -> None:
+    with serving(made_app, engine, API, ADMIN) as client:
         response = client.get("/v1/models", headers={"authorization": header})
         problem(response, 401, "unauthorized")
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_the_scheme_has_no_case_and_keys_do(engine: FakeEngine) -> None:
-    with serving(engine, API, ADMIN) as client:
+def test_the_scheme_has_no_case_and_keys_do(engine: FakeEngine, made_app: MakeApp) -> None:
+    with serving(made_app, engine, API, ADMIN) as client:
         assert client.get("/v1/models", headers={"authorization": f"bearer {API}"}).status_code == 200
         assert client.get("/v1/models", headers={"authorization": f"Bearer {API.upper()}"}).status_code == 401
 
 
-def test_nothing_is_read_of_a_push_without_a_key(engine: FakeEngine, problem: Callable[..., Any]) -> None:
-    with serving(engine, API, ADMIN) as client:
+def test_nothing_is_read_of_a_push_without_a_key(
+    engine: FakeEngine, made_app: MakeApp, problem: Callable[..., Any]
+) -> None:
+    with serving(made_app, engine, API, ADMIN) as client:
         response = client.post("/v1/weights", content=b"x" * 10, headers={"content-type": "text/plain"})
         problem(response, 401, "unauthorized")

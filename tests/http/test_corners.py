@@ -12,9 +12,9 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from rollout_server.http.server import StoppableServer, bound_socket
 from tests.support.http.fake_engine import FakeEngine
+from tests.support.http.fixtures import MakeApp
 from tests.support.http.raw import SECONDS, ask, connect, read
 
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -23,7 +23,7 @@ SAID = b'{"prompt": "1+1="}'
 
 
 @pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
+def url(engine: FakeEngine, made_app: MakeApp) -> Iterator[str]:
     """A server without keys on a free port."""
     config, ready, told = ServerConfig(port=0), [], threading.Event()
 
@@ -32,7 +32,7 @@ def url(engine: FakeEngine) -> Iterator[str]:
         told.set()
 
     with bound_socket(config) as listener:
-        server = StoppableServer(create_app(config, engine), config, listener, announced)  # type: ignore[arg-type]
+        server = StoppableServer(made_app(config, engine), config, listener, announced)
         thread = threading.Thread(target=lambda: asyncio.run(server.until_stopped()))
         thread.start()
         assert told.wait(SECONDS)

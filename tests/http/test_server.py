@@ -23,6 +23,7 @@ from rollout_server.http.app import create_app
 from rollout_server.http.server import StoppableServer, bound_socket, serve_app
 from rollout_server.rollout import RolloutRequest
 from tests.support.http.fake_engine import FakeEngine, Row
+from tests.support.http.fixtures import MakeApp
 
 HANGS = {"policy": "base", "prompts": [{"token_ids": [1]}]}
 ENDS = {"policy": "base", "prompts": [{"token_ids": [1, 2]}]}
@@ -40,7 +41,7 @@ def engine(tokenizer: Any) -> FakeEngine:
 
 
 @pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
+def url(engine: FakeEngine, made_app: MakeApp) -> Iterator[str]:
     """A server on a thread of its own and a port of its own."""
     config = ServerConfig(port=0, max_upload=100_000, max_body=100_000, admin_key="admin")  # type: ignore[arg-type]
     ready: asyncio.Future[str] | list[str] = []
@@ -51,7 +52,7 @@ def url(engine: FakeEngine) -> Iterator[str]:
         told.set()
 
     with bound_socket(config) as listener:
-        server = StoppableServer(create_app(config, engine), config, listener, announced)  # type: ignore[arg-type]
+        server = StoppableServer(made_app(config, engine), config, listener, announced)
         thread = threading.Thread(target=lambda: asyncio.run(server.until_stopped()))
         thread.start()
         assert told.wait(SECONDS)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.laws.grids import some_long
 from tests.support.http.raw import SECONDS, connect, read
 
 HOST = b"Host: localhost\r\n"
@@ -108,7 +109,9 @@ def test_a_stream_that_goes_on_coming_does_not_hold_it_up(problem: Callable[...,
 
 
 @pytest.mark.parametrize(
-    ("number", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.2)], ids=["SIGINT", "SIGTERM"]
+    ("number", "pause_s"),
+    some_long([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.2)], (signal.SIGTERM, 0.2)),
+    ids=["SIGINT", "SIGTERM"],
 )
 def test_a_second_signal_leaves_no_traces(number: signal.Signals, pause_s: float) -> None:
     with fake_server() as server, connect(server.url) as hanging, connect(server.url) as sending:

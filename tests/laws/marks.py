@@ -1,4 +1,5 @@
-"""Which tests start processes and which compare floats follows from what they call, so that nobody has to mark them."""
+"""Which tests start servers, load models and compare floats follows from what they call, so that nobody has to mark
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from types import CodeType, FunctionType
 
 import pytest
 
-PROCESSES = frozenset({"live_server", "subprocess", "Popen"})
+PROCESSES = frozenset({"live_server", "server_here", "subprocess", "Popen"})
+MODELS = frozenset({"Driver", "EngineOptions"})
+"""What loads a model for an engine mentions one of them."""
 BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "relative", "of_softmax"})
 """The names of tests/support/numbers/bounds.py."""
 FOLLOWED = ("tests.", "rollout_server.demo.")
@@ -57,13 +60,13 @@ def ours(value: object, names: frozenset[str]) -> list[FunctionType]:
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Adds `server` and `numeric` where they follow."""
+    """Adds `server`, `model` and `numeric` where they follow."""
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
         fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
         functions = [inspect.unwrap(each) for each in (item.function, *fixtures)]
         functions = [each for each in functions if isinstance(each, FunctionType)]
-        for name, wanted in (("server", PROCESSES), ("numeric", BOUNDS)):
+        for name, wanted in (("server", PROCESSES), ("model", MODELS), ("numeric", BOUNDS)):
             if reaches(functions, wanted):
                 item.add_marker(name)

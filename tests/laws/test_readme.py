@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rollout_server.cli import COMMANDS, app
 from tests.support import tiny_models
-from tests.support.live_server import live_server
+from tests.support.live_server import live_server, server_here
 from tests.support.numbers.bounds import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def run(code: str, *arguments: str) -> list[str]:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Where the embedded model is served."""
-    with live_server(None) as server:
+    with server_here(None) as server:
         yield server.url
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import rollout_server.demo
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 from trainer_client import RolloutClient
 
 DEMO = Path(rollout_server.demo.__file__).parent / "model"
@@ -25,10 +25,10 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO)
 
 
-@pytest.fixture(scope="session")
-def live() -> Iterator[LiveServer]:
+@pytest.fixture(scope="package")
+def live() -> Iterator[Server]:
     """With `policy` at version 2."""
-    with live_server(None, "--max-batch", "128", "--served-model-name", "org/demo") as server:
+    with server_here(None, max_batch=128, served_model_name="org/demo") as server:
         with RolloutClient(server.url) as trainer:
             for seed in (1, 2):
                 tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(DEMO), 4, seed)
@@ -36,15 +36,14 @@ def live() -> Iterator[LiveServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def guarded() -> Iterator[LiveServer]:
+@pytest.fixture(scope="package")
+def guarded() -> Iterator[Server]:
     """With keys, and room for one request."""
-    environment = {"ROLLOUT_API_KEY": KEY, "ROLLOUT_ADMIN_KEY": ADMIN}
-    with live_server(None, "--max-queue", "1", environment=environment) as server:
+    with server_here(None, max_queue=1, api_key=KEY, admin_key=ADMIN) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
-def client(live: LiveServer) -> Iterator[OpenAI]:
+@pytest.fixture(scope="package")
+def client(live: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
         yield client

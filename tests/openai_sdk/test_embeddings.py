@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 TEXTS = ["12+30=", "7+5=", "99+1="]
 
@@ -47,7 +47,7 @@ def test_its_errors_have_their_classes(client: OpenAI) -> None:
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "input")
 
 
-def test_many_at_once_are_as_each_alone(live: LiveServer) -> None:
+def test_many_at_once_are_as_each_alone(live: Server) -> None:
     async def main() -> list[Any]:
         async with AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
             texts = [f"{number}+{number}=" for number in range(40)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ from openai import OpenAI
 
 from tests.openai_sdk.conftest import ADMIN, KEY
 from tests.openai_sdk.routes import ROUTES, arguments, resource, whole
-from tests.support.live_server import LiveServer, until
+from tests.support.live_server import Server, until
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature": ({"temperature": -1}, "temperature"),
@@ -82,17 +83,22 @@ def test_unknown_models(client: OpenAI, route: str, stream: bool) -> None:
         client.models.retrieve("gpt-4")
 
 
-def test_what_cannot_succeed_later_is_asked_once(live: LiveServer, client: OpenAI) -> None:
+def answered(log: pytest.LogCaptureFixture, status: int, path: str = "") -> int:
+    """How many lines the server has written of requests that got a status."""
+    return sum(f"{path} {status} " in record.getMessage() for record in log.records)
+
+
+def test_what_cannot_succeed_later_is_asked_once(client: OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "rollout_server.access")
     for route, path in (("chat", "/v1/chat/completions"), ("completions", "/v1/completions")):
-        before = sum(f"POST {path} 400" in line for line in live.log)
         with pytest.raises(openai.BadRequestError):
             resource(client.with_options(max_retries=3), route).create(**arguments(route, top_p=2))
-        until(lambda path=path, before=before: sum(f"POST {path} 400" in line for line in live.log) > before)
-        assert sum(f"POST {path} 400" in line for line in live.log) == before + 1
+        until(lambda path=path: answered(caplog, 400, path))
+        assert answered(caplog, 400, path) == 1
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_keys(guarded: LiveServer, route: str) -> None:
+def test_keys(guarded: Server, route: str) -> None:
     for key in (KEY, ADMIN):
         with OpenAI(base_url=f"{guarded.url}/v1", api_key=key) as client:
             assert len(whole(route, resource(client, route).create(**arguments(route)))) == 1
@@ -104,7 +110,8 @@ def test_keys(guarded: LiveServer, route: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_full_queue_is_tried_again(guarded: LiveServer, route: str) -> None:
+def test_a_full_queue_is_tried_again(guarded: Server, route: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "rollout_server.access")
     url = f"{guarded.url}/v1"
     long = arguments(route, max_tokens=1900, extra_body={"ignore_eos": True}, stream=True)
     with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
@@ -113,19 +120,19 @@ def test_a_full_queue_is_tried_again(guarded: LiveServer, route: str) -> None:
         with pytest.raises(openai.RateLimitError) as caught:
             resource(client, route).create(**arguments(route))
         assert caught.value.code == "queue_full"
-        refused = sum(" 429 " in line for line in guarded.log)
+        until(lambda: answered(caplog, 429) == 1)
         replies: list[Any] = []
         patient = client.with_options(max_retries=10)
         asking = threading.Thread(target=lambda: replies.append(resource(patient, route).create(**arguments(route))))
         asking.start()
-        until(lambda: sum(" 429 " in line for line in guarded.log) > refused)
+        until(lambda: answered(caplog, 429) > 1)
         stream.close()
         asking.join(60)
     assert len(replies) == 1
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_an_aborted_request_says_so(live: LiveServer, client: OpenAI, route: str) -> None:
+def test_an_aborted_request_says_so(live: Server, client: OpenAI, route: str) -> None:
     import httpx
 
     long = arguments(route, max_tokens=1900, extra_body={"ignore_eos": True})

@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.openai_sdk.routes import PROMPT, ROUTES, arguments, resource, streamed, whole
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 
 # The embedded model answers in digits or words, so these stop somewhere within.
@@ -107,7 +107,7 @@ def test_a_stream_adds_up_to_the_same(client: OpenAI, route: str, case: str) -> 
 
 @pytest.mark.parametrize("case", ["greedy", "n and stop", "top logprobs", "a name", "a long stop string", "hot"])
 @pytest.mark.parametrize("route", ROUTES)
-def test_asynchronously(live: LiveServer, client: OpenAI, route: str, case: str) -> None:
+def test_asynchronously(live: Server, client: OpenAI, route: str, case: str) -> None:
     asked = call(route, case)
 
     async def ask() -> tuple[Any, list[Any]]:
@@ -145,7 +145,7 @@ def test_echo(client: OpenAI, max_tokens: int, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_logprobs_are_the_scorer_s(live: LiveServer, client: OpenAI, route: str) -> None:
+def test_logprobs_are_the_scorer_s(live: Server, client: OpenAI, route: str) -> None:
     import httpx
 
     reply = resource(client, route).create(**arguments(route, top=2, extra_body={"return_token_ids": True}))
@@ -156,7 +156,7 @@ def test_logprobs_are_the_scorer_s(live: LiveServer, client: OpenAI, route: str)
     assert answer.values == pytest.approx(scored["sequences"][0]["logprobs"], abs=within(answer.values))
 
 
-def test_chat_reads_what_the_tokenizer_route_says(live: LiveServer, client: OpenAI, tokenizer: Any) -> None:
+def test_chat_reads_what_the_tokenizer_route_says(live: Server, client: OpenAI, tokenizer: Any) -> None:
     import httpx
 
     messages: Any = [

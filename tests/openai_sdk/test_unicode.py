@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.openai_sdk.routes import Answer, arguments, resource, streamed, whole
-from tests.support.live_server import LiveServer
+from tests.support.live_server import Server
 
 ALPHABETS = ("abc 0123+=\n", "äéïøß", "你好世界", "😀👩‍🚀🏳️‍🌈", "नमस्ते", "שלום", "e\u0301\u200d\u00ad\ufffd")
 BATCH = 25
@@ -33,16 +33,14 @@ def check(answers: list[Answer], expected: list[Answer], tokenizer: Any) -> int:
 @pytest.mark.parametrize(
     ("route", "count", "fields", "broad"),
     [
-        ("completions", 300, {"temperature": 0}, False),
+        pytest.param("completions", 300, {"temperature": 0}, False, marks=pytest.mark.long),
         # Nearly uniform over the vocabulary: broken characters, whole ones, and such that go on in the next token.
         ("completions", 100, {"temperature": 20.0}, True),
-        ("chat", 100, {"temperature": 20.0}, True),
+        pytest.param("chat", 100, {"temperature": 20.0}, True, marks=pytest.mark.long),
     ],
     ids=["greedy", "bytes", "chat"],
 )
-def test_500_prompts(
-    live: LiveServer, tokenizer: Any, route: str, count: int, fields: dict[str, Any], broad: bool
-) -> None:
+def test_500_prompts(live: Server, tokenizer: Any, route: str, count: int, fields: dict[str, Any], broad: bool) -> None:
     texts = prompts(count, seed=count)
     groups: list[Any] = texts if route == "chat" else [texts[at : at + BATCH] for at in range(0, count, BATCH)]
 

@@ -61,7 +61,7 @@ def answers(url: str, policy: str, questions: list[str]) -> list[str]:
 
 @pytest.mark.timeout(300)
 def test_litellm_says_what_the_server_says(live: LiveServer) -> None:
-    out = run("litellm_calls", "--url", live.url, "--policy", "policy")
+    out = run("clients/litellm_calls", "--url", live.url, "--policy", "policy")
     (expected, *rest) = answers(live.url, "policy", ["17+25=", *(f"{number}+25=" for number in range(10, 14))])
     assert re.findall(r"^(?:whole|streamed): (.*), (\d+) tokens$", out, flags=re.MULTILINE) == [
         (repr(expected), count) for count in re.findall(r"^whole: .*, (\d+) tokens$", out, flags=re.MULTILINE) * 2
@@ -79,7 +79,7 @@ def test_litellm_says_what_the_server_says(live: LiveServer) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("policy", ["base", "policy"])
 def test_verifiers_scores_what_the_server_says(live: LiveServer, policy: str) -> None:
-    out = run("verifiers_sums", "--url", live.url, "--model", policy)
+    out = run("clients/verifiers_sums", "--url", live.url, "--model", policy)
     problems = held_out_problems(16, seed=0)
     said = answers(live.url, policy, [problem.prompt for problem in problems])
     pairs = list(zip(problems, said, strict=True))

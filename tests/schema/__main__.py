@@ -13,6 +13,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import rollout_server.demo
 from tests.support import tiny_models
@@ -31,6 +34,12 @@ ROUTES = (
     "/tokenize",
     "/detokenize",
     "/v1/abort",
+    "/classify",
+    "/pooling",
+    "/score",
+    "/rerank",
+    "/v1/rewards",
+    "/get_reward",
 )
 RUNS = {
     "all": ("--phases", "coverage,fuzzing", "--max-examples", "40"),
@@ -56,6 +65,14 @@ def command(url: str, report: Path, arguments: Sequence[str]) -> list[str]:
     return [program, "run", f"{url}/schema/openapi.json", *options, "--report-json-path", str(report), *arguments]
 
 
+def reward_model(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(Tensors, adapter_config.json) as PEFT saves one for `SEQ_CLS`."""
+    tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(base), 4, 2)
+    width = json.loads((base / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    tensors["base_model.model.score.weight"] = np.ones((1, width), np.float32) / width
+    return tensors, {**config, "task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+
+
 def main() -> int:
     demo = Path(rollout_server.demo.__file__).parent / "model"
     # No request can ask for more than the machine gives in a moment.
@@ -64,6 +81,7 @@ def main() -> int:
     with live_server(None, *bounds) as server, tempfile.TemporaryDirectory() as directory:
         with RolloutClient(server.url) as trainer:
             trainer.push("policy", *tiny_models.random_adapter(tiny_models.linear_layers(demo), 4, 1))
+            trainer.push("rm", *reward_model(demo))
         for name, arguments in RUNS.items():
             report = Path(directory) / f"{name}.json"
             hooks = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.schema.hooks"}

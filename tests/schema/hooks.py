@@ -8,6 +8,8 @@ from typing import Any
 
 import schemathesis
 
+from tests.schema.pooling_bodies import fitting
+
 VOCABULARY = 300
 NAMES = ("base", "policy", "policy@1")
 WHOLE = {
@@ -20,9 +22,11 @@ WHOLE = {
     "dimensions": (1, 8),
     "min_version": (0, 1),
     "version": (1, 1),
+    "truncate_prompt_tokens": (1, 8),
+    "top_n": (0, 3),
 }
 NUMBERS = {"temperature": (0.1, 1.0), "top_p": (0.1, 1.0), "min_p": (0.0, 1.0), "timeout_s": (5.0, 60.0)}
-IDS = {"token_ids", "tokens", "stop_token_ids", "prompt", "input"}
+IDS = {"token_ids", "tokens", "stop_token_ids", "prompt", "input", "label_token_ids"}
 LEFT_OUT = {
     "chat_template_kwargs",
     "tools",
@@ -86,7 +90,7 @@ def _fitting(value: Any, name: str = "") -> Any:
 
 @schemathesis.hook
 def map_body(context: Any, body: Any) -> Any:
-    return body if zlib.crc32(repr(body).encode()) % 4 == 0 else _fitting(body)
+    return body if zlib.crc32(repr(body).encode()) % 4 == 0 else fitting(context.operation.path, _fitting(body))
 
 
 @schemathesis.hook

@@ -1,4 +1,4 @@
-"""A real server process on loopback, for tests that go the whole way."""
+"""A real server on loopback, for tests that go the whole way: in a process of its own, or in a thread of this one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from rollout_server.config import ServerConfig
+from rollout_server.http.server import served
 
 START_S, PATIENCE_S = 200.0, 120.0
 """Until a server is ready, and until what was caused has happened: enough for a busy machine, and over by then."""
 
 
 @dataclass
-class LiveServer:
-    process: subprocess.Popen[str]
+class Server:
+    """Where it listens."""
+
     url: str
+
+
+@dataclass
+class LiveServer(Server):
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
 
     def stop(self, *, within_s: float = PATIENCE_S) -> int:
@@ -62,11 +74,19 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
         ready = re.search(r"ready at (http://\S+)", "".join(log))
         if ready is None:
             raise RuntimeError("the server did not start:\n" + "".join(log))
-        yield LiveServer(process, ready[1], log)
+        yield LiveServer(ready[1], process, log)
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+@contextmanager
+def server_here(model: Path | None, **options: Any) -> Iterator[Server]:
+    """As `live_server`, with fields of `ServerConfig` for options: for tests of what is answered, which neither end the
+    process nor read its log. It costs a fifth of a process's time."""
+    with served(ServerConfig(model=None if model is None else str(model), port=0, **options)) as url:
+        yield Server(url)
 
 
 def until(reached: object, within_s: float = PATIENCE_S) -> None:

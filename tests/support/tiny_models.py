@@ -178,7 +178,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         **MOE,
     },
+    # Recurrent, and of this project.
+    "lstm": {"model_type": "lstm", "num_hidden_layers": 2, "embedding_size": 48},
+    "xlstm": {"model_type": "xlstm", "num_heads": 4, "chunk_size": 8, "ffn_proj_factor": 1.5},
 }
+
+OURS = frozenset({"lstm", "xlstm"})
+"""Families that mlx-lm lacks."""
 
 
 def build(family: str, directory: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -201,7 +207,8 @@ def build(family: str, directory: Path, seed: int = 0, **overrides: Any) -> Path
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Float32 tensors by parameter path for the mlx-lm class that `config` names, logits scaled to `LOGIT_STD`."""
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    package = "rollout_server.models.recurrent" if config["model_type"] in OURS else "mlx_lm.models"
+    module = importlib.import_module(f"{package}.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     if config["model_type"] == "gemma3_text":
         model.sanitize({})  # Drops the untied head, as loading tied weights does.
@@ -215,11 +222,12 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     spread = float(mx.mean(mx.std(model(probe), axis=-1)))
     # Rounded to a coarse grid, so that the last bits of a BLAS cannot change the weights.
     gain = 2.0 ** (round(8 * math.log2(LOGIT_STD / spread)) / 8)
-    final_norm = next(
-        n for n in weights if re.fullmatch(r"\w+\.(norm|norm_f|final_layernorm|embedding_norm)\.weight", n)
+    norms = (
+        n for n in weights if re.fullmatch(r"\w+\.(norm|norm_f|final_layernorm|embedding_norm|out_norm)\.weight", n)
     )
+    last = next(norms, "lm_head.weight")
     one = 1.0 if gemma else 0.0  # Gemma multiplies by 1 + weight.
-    weights[final_norm] = ((weights[final_norm] + one) * gain - one).astype(np.float32)
+    weights[last] = ((weights[last] + one) * gain - one).astype(np.float32)
     return weights
 
 

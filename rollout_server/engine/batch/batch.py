@@ -15,7 +15,7 @@ from typing import Any
 from adapters.placement import Placement
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.joining import Admission, Joining
-from rollout_server.engine.batch.prefix_reuse import BatchPrefixes
+from rollout_server.engine.batch.prefix_reuse import Prefixes
 from rollout_server.engine.batch.recompute import RecomputeRun, Recoveries
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -43,7 +43,7 @@ class Batch:
         reroute: Callable[[Placement], None],
         tokenizer: Any,
         ledger: KVLedger,
-        prefixes: BatchPrefixes | None = None,
+        prefixes: Prefixes | None = None,
         *,
         timeline: Timeline,
     ) -> None:
@@ -159,21 +159,28 @@ class Batch:
         rows, budget = self._recover(budget)
         if self._prefixes is not None:
             self._prefixes.enter([joining.group for joining in self.joining])
-        ready = [joining.prompt for joining in self.joining if joining.prompt.looked_up or self._prefixes is None]
-        lefts = [len(prompt.tokens) - prompt.prefilled for prompt in ready]
-        if budget > 0 and (
-            chunks := [(ready[index], ready[index].chunk(count)) for index, count in plan(lefts, budget)]
-        ):
-            tokens = sum(count for _, count in chunks)
-            with self._timeline.part("read") as part:
-                part.note(tokens=tokens, prompts=len(chunks))
-                self.store.prefill(self._forward, chunks, self._route)
-            self.prefilled += tokens
+        while budget > 0 and (read := self._read(budget)):
+            budget -= read
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
             self.joining.remove(joining)
         return rows
+
+    def _read(self, budget: int) -> int:
+        """Feeds prompts once, at most about `budget` tokens; returns how many if there is more to feed in this turn."""
+        ready = [each for each in self.joining if each.prompt.looked_up or self._prefixes is None]
+        planned = plan([each.prompt.ahead for each in ready], budget)
+        if not planned:
+            return 0
+        chosen = [(index, ready[index].prompt.chunk(count)) for index, count in planned]
+        tokens = sum(count for _, count in chosen)
+        with self._timeline.part("read") as part:
+            part.note(tokens=tokens, prompts=len(chosen))
+            self.store.prefill(self._forward, [(ready[index].prompt, count) for index, count in chosen], self._route)
+        self.prefilled += tokens
+        stopped = self._prefixes is not None and self._prefixes.keep_read([ready[index].group for index, _ in chosen])
+        return tokens if stopped else 0
 
     def _seat(self, joining: Joining) -> list[Row]:
         group = joining.group
@@ -220,7 +227,7 @@ class Batch:
         for place in gone:
             del self._seats[place]
         if self._prefixes is not None:
-            self._decoder.copy(self._prefixes.keep_rows(gone))
+            self._decoder.copy(self._prefixes.keep_rows(gone, self._decoder.steps))
         scrub = [place for place, row in gone.items() if not row.finite]
         self.store.remember({p: row.group for p, row in gone.items() if row.group.waiting and row.holds_prompt})
         self._vacate(list(gone), scrub)

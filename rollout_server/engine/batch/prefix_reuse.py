@@ -2,26 +2,37 @@
 
 Kept are prompts when they were read and rows when they ended, under (digest of the version, how it is served). Not
 kept: rows that switched versions, since their KV is of several; rows that failed, whose whole tree goes; versions that
-are gone.
+are gone. Where state cannot be cut at a token, it is kept whole at places where others may go on: there a message ends,
+or a prompt parts from one that was read before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from rollout_server.engine.batch.row import Group, Row
+from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
-from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, Segment
+from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, Segment, common
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.snapshots import Caches, Found, Snapshots
+from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.status import PrefixStatus
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.rollout import PolicyVersion
 
 LEAST = 8
 """Fewer tokens than these are read again sooner than written from here."""
+APART = 64
+"""Tokens between two places of a prompt at which whole states are kept, at least: each costs a forward of its own and
+the memory of a row."""
+MOST_ENDS = 8
+"""Messages of one prompt at whose ends whole states are kept: the first, which other conversations share, and the last
+ones."""
 
 
 def key_of(version: PolicyVersion, placement: Placement) -> Key:
@@ -31,15 +42,18 @@ def key_of(version: PolicyVersion, placement: Placement) -> Key:
 
 
 class PrefixReuse:
-    """Rows come first: `fit` says what they leave. With `on` False it keeps and finds nothing."""
+    """Rows come first: `fit` says what they leave. `store` is of the kind that batches have, never filled. With `on`
+    False, and where nothing of it can be kept, nothing is found."""
 
-    def __init__(self, token_bytes: int, base_digest: str, *, on: bool) -> None:
+    def __init__(self, token_bytes: int, base_digest: str, store: KVStore, *, on: bool) -> None:
         self._token_bytes = token_bytes
         self._base_digest = base_digest
-        self._cache = PrefixCache(token_bytes)
+        self._cache: PrefixCache | Snapshots = (
+            Snapshots() if isinstance(store, MlxCacheKV) else PrefixCache(token_bytes)
+        )
         self._kept = {base_digest}
         self._seen: tuple[PolicyStatus, ...] | None = None
-        self.on = on
+        self.on = on and (not isinstance(store, MlxCacheKV) or store.snapshots)
 
     @property
     def status(self) -> PrefixStatus:
@@ -76,31 +90,63 @@ class PrefixReuse:
 
     # ---- prompts and rows -------------------------------------------------------------------------------------------
 
-    def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
-        return self._cache.find(key, tokens, LEAST)
+    def of_batch(self, store: KVStore, ends: frozenset[int]) -> Prefixes | None:
+        """What stands between a batch's places and what is kept; None where nothing is. Messages end with `ends`."""
+        if not self.on:
+            return None
+        if isinstance(self._cache, PrefixCache) and isinstance(store, PaddedKV):
+            return BatchPrefixes(store, self, self._cache)
+        if isinstance(self._cache, Snapshots) and isinstance(store, MlxCacheKV):
+            return BatchSnapshots(store, self, self._cache, ends)
+        raise RuntimeError("What is kept for later is not of the kind that this batch computes with.")
 
-    def forget(self, key: Key) -> None:
-        self._cache.drop(lambda other: other == key)
+    def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
+        """The beginning of `tokens` that is kept, for whoever reads with columns."""
+        return self._cache.find(key, tokens, LEAST) if isinstance(self._cache, PrefixCache) else []
 
     def keep(
         self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
     ) -> list[mx.array]:
         """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
-        if key[0] not in self._kept:
+        if not isinstance(self._cache, PrefixCache) or not self.keeps(key):
             return []
         return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
 
+    def keeps(self, key: Key) -> bool:
+        """Returns whether what was computed under a key may be kept."""
+        return key[0] in self._kept
 
-class BatchPrefixes:
+    def forget(self, key: Key) -> None:
+        self._cache.drop(lambda other: other == key)
+
+
+class Prefixes(Protocol):
     """Between the places of one batch and what is kept for later."""
-
-    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse) -> None:
-        self._store = store
-        self._prefix_reuse = prefix_reuse
 
     def enter(self, groups: Sequence[Group]) -> None:
         """Gives each joining prompt that nobody has looked up what there is of it. One that an earlier prompt will
         bring along waits for that. No step in flight."""
+
+    def keep_read(self, groups: Sequence[Group]) -> bool:
+        """Told of groups whose prompts were read on; returns whether one stopped before its end, to be read on."""
+
+    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
+        """Told of a prompt that was read and has sat down in `place`. No step may be in flight."""
+
+    def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
+        """Stores the KV of rows that leave their places after `steps` steps of the batch; returns the arrays to
+        evaluate before the next write."""
+
+
+class BatchPrefixes:
+    """The methods of `Prefixes`, for places with columns."""
+
+    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse, cache: PrefixCache) -> None:
+        self._store = store
+        self._prefix_reuse = prefix_reuse
+        self._cache = cache
+
+    def enter(self, groups: Sequence[Group]) -> None:
         for index, group in enumerate(groups):
             prompt = group.prompt
             if prompt is None or prompt.looked_up or group.version is None:
@@ -110,18 +156,20 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.key):
+            if segments := self._cache.find(key_of(group.version, group.placement), prompt.key, LEAST):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled
 
-    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
-        """Stores the KV of a prompt that was read in `place`. No step may be in flight."""
-        if group.version is not None and prompt.tokens:
-            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.key))
+    def keep_read(self, groups: Sequence[Group]) -> bool:
+        return False
 
-    def keep_rows(self, ended: Mapping[int, Row]) -> list[mx.array]:
-        """Stores the KV of rows that leave their places; returns the arrays to evaluate before the next write."""
+    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
+        if group.version is not None and prompt.tokens:
+            key = key_of(group.version, group.placement)
+            mx.eval(self._prefix_reuse.keep(self._store, place, key, prompt.key))
+
+    def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         copies: list[mx.array] = []
         for place, row in ended.items():
             key = key_of(row.version, row.placement)
@@ -136,6 +184,94 @@ class BatchPrefixes:
                     tokens = row.group.sight.key_of(tokens)
                 copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         return copies
+
+
+class BatchSnapshots:
+    """The methods of `Prefixes`, for rows whose state is kept whole."""
+
+    def __init__(
+        self, store: MlxCacheKV, prefix_reuse: PrefixReuse, snapshots: Snapshots, ends: frozenset[int]
+    ) -> None:
+        self._store = store
+        self._prefix_reuse = prefix_reuse
+        self._snapshots = snapshots
+        self._ends = ends
+
+    def enter(self, groups: Sequence[Group]) -> None:
+        for index, group in enumerate(groups):
+            prompt = group.prompt
+            if prompt is None or prompt.looked_up or group.version is None:
+                continue
+            if any(_will_leave(earlier, group, prompt) for earlier in groups[:index]):
+                continue
+            prompt.looked_up = True
+            if prompt.done:
+                continue
+            found = self._snapshots.find(key_of(group.version, group.placement), prompt.tokens, LEAST)
+            if found.caches is not None:
+                prompt.kept, prompt.prefilled = found.caches, found.count
+                if not group.prefilled_at:
+                    group.cached_tokens = found.count
+            prompt.stops = _stops(prompt.tokens, found, self._ends)
+
+    def keep_read(self, groups: Sequence[Group]) -> bool:
+        stopped = False
+        for group in groups:
+            prompt = group.prompt
+            if prompt is None or prompt.kept is None or group.version is None:
+                continue
+            if prompt.done or prompt.prefilled in prompt.stops:
+                caches, tokens = prompt.kept, prompt.tokens[: prompt.prefilled]
+                self._keep(key_of(group.version, group.placement), tokens, lambda caches=caches: caches)  # type: ignore[misc]
+                stopped = stopped or not prompt.done
+        return stopped
+
+    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
+        """It was kept when it was read."""
+
+    def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
+        for place, row in ended.items():
+            key = key_of(row.version, row.placement)
+            if row.error is not None:
+                self._prefix_reuse.forget(key)
+            elif row.token_ids and not row.switched and row.last_step >= 0 and (more := steps - row.last_step) <= 1:
+                # A step for others that came after its last one has read the token that this one sampled.
+                read = row.offset + more
+                tokens = (*row.group.request.prompt_ids, *row.token_ids)[:read]
+                if len(tokens) == read:
+                    self._keep(key, tokens, lambda place=place, read=read: self._store.copy(place, read))  # type: ignore[misc]
+        return []
+
+    def _keep(self, key: Key, tokens: tuple[int, ...], take: Callable[[], Caches]) -> None:
+        if self._prefix_reuse.keeps(key):
+            self._snapshots.insert(key, tokens, take)
+
+
+def _stops(tokens: tuple[int, ...], found: Found, ends: frozenset[int]) -> tuple[int, ...]:
+    """Where a prompt's state is kept before its end: behind messages, and where it parts from what was read before."""
+    places = [at + 1 for at, token in enumerate(tokens) if token in ends]
+    places = places if len(places) <= MOST_ENDS else [places[0], *places[1 - MOST_ENDS :]]
+    stops: list[int] = []
+    for place in sorted({*places, found.known}):
+        if place - max([found.count, *stops]) >= APART and place < len(tokens):
+            stops.append(place)
+    return tuple(stops)
+
+
+def _will_leave(earlier: Group, later: Group, prompt: Prompt) -> bool:
+    """Returns whether an earlier prompt will leave a state that saves at least half of a prompt. It stops where the two
+    part, unless it has been read beyond."""
+    first = earlier.prompt
+    if first is None or first.done or earlier.cancelled or not first.looked_up or earlier.version != later.version:
+        return False
+    alike = common(first.tokens, prompt.tokens, 0)
+    if alike < max(LEAST, len(prompt.tokens) // 2):
+        return False
+    places = [place for place in (*first.stops, len(first.tokens)) if place <= alike]
+    if alike - max(places, default=0) >= APART and alike > first.prefilled:
+        first.stops = tuple(sorted((*first.stops, alike)))
+        places.append(alike)
+    return max(places, default=0) > max(first.prefilled, LEAST, len(prompt.tokens) // 2 - 1)
 
 
 def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:

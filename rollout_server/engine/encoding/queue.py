@@ -1,5 +1,5 @@
-"""Requests to an encoder, and which of their sequences share a forward: first come, first served, with whatever is of
-the same width and runs on the same weights."""
+"""Requests to an encoder, and which of their sequences share a forward: requests take turns, so that a small one does
+not wait for a large one to end, and what is of the same width and runs on the same weights goes along."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ class EncodingQueue:
         self._budget = budget
         self._longest = longest
         self._open: dict[str, EncodingJob] = {}
-        self._order: dict[EncodingJob, int] = {}
-        self._came = 0
-        self._unread: dict[Bucket, deque[Entry]] = {}
+        self._turns: dict[EncodingJob, set[Bucket]] = {}
+        """Requests of which something is unread, and where; whose turn is next stands first."""
+        self._unread: dict[Bucket, dict[EncodingJob, deque[int]]] = {}
 
     @property
     def jobs(self) -> tuple[EncodingJob, ...]:
@@ -105,40 +105,51 @@ class EncodingQueue:
 
     def add(self, job: EncodingJob) -> None:
         self._open[job.id] = job
-        self._order[job] = self._came
-        self._came += 1
+        buckets = self._turns.setdefault(job, set())
         for index, passage in enumerate(job.passages):
             bucket = job.placement.parameters, self._width(passage)
-            self._unread.setdefault(bucket, deque()).append((job, index))
+            buckets.add(bucket)
+            self._unread.setdefault(bucket, {}).setdefault(job, deque()).append(index)
 
     def _width(self, passage: Passage) -> int:
         return min(width_of(len(passage.ids)), self._longest)
 
     def take(self) -> ForwardGroup | None:
-        """What the next forward reads: the widest of the request that came first, and what goes with them."""
-        for bucket in list(self._unread):
-            self._drop_ended(bucket)
-        if not self._unread:
+        """What the next forward reads: the widest of the request whose turn it is, and equal shares of whatever goes
+        with them."""
+        first = next(iter(self._turns), None)
+        if first is None:
             return None
-        bucket = min(self._unread, key=lambda bucket: (self._order[self._unread[bucket][0][0]], -bucket[1]))
-        most, found = max(1, self._budget // bucket[1]), list[Entry]()
-        while len(found) < most and bucket in self._unread:
-            found.append(self._unread[bucket].popleft())
-            self._drop_ended(bucket)
+        bucket = max(self._turns[first], key=lambda bucket: bucket[1])
+        # Its next turn comes after those of all others.
+        self._turns[first] = self._turns.pop(first)
+        unread, most, found = self._unread[bucket], max(1, self._budget // bucket[1]), list[Entry]()
+        sharing = deque([first, *(job for job in unread if job is not first)])
+        while sharing and len(found) < most:
+            job = sharing.popleft()
+            found.append((job, unread[job].popleft()))
+            if unread[job]:
+                sharing.append(job)
+            else:
+                self._drop(job, bucket)
         return ForwardGroup(tuple(found))
 
-    def _drop_ended(self, bucket: Bucket) -> None:
-        """Leaves a sequence that is wanted at the front of a bucket, or no bucket."""
-        entries = self._unread[bucket]
-        while entries and entries[0][0].ended:
-            entries.popleft()
-        if not entries:
+    def _drop(self, job: EncodingJob, bucket: Bucket) -> None:
+        """Nothing of a request in this bucket is to be read any more."""
+        unread, buckets = self._unread[bucket], self._turns[job]
+        del unread[job]
+        buckets.remove(bucket)
+        if not unread:
             del self._unread[bucket]
+        if not buckets:
+            del self._turns[job]
 
     def close(self, job: EncodingJob) -> None:
         """It is answered: nothing more of it is read."""
         job.ended = True
-        del self._open[job.id], self._order[job]
+        del self._open[job.id]
+        for bucket in tuple(self._turns.get(job, ())):
+            self._drop(job, bucket)
 
     def find(self, id: str) -> EncodingJob | None:
         return self._open.get(id)

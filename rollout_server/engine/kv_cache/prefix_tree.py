@@ -102,13 +102,13 @@ class PrefixCache:
         for node in [node for node, key in self._recent.items() if key in keys] if keys else ():
             self.nbytes -= node.nbytes
             del self._recent[node]
+            # A node and its children know each other: else their KV would stay until a collector looks for circles.
+            node.layers = []
         for key in keys:
             del self._roots[key]
 
     def clear(self) -> None:
-        self._roots.clear()
-        self._recent.clear()
-        self.nbytes = 0
+        self.drop(lambda _: True)
 
     # ---- the tree ---------------------------------------------------------------------------------------------------
 

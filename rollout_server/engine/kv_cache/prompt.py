@@ -23,6 +23,8 @@ class Prompt:
     """Its KV apart from any place: of a row that moves, or for whoever joins later and cannot have it from a place."""
     looked_up: bool = False
     """Whatever there was of it from before is in its place."""
+    stops: tuple[int, ...] = ()
+    """Numbers of tokens, the fewest first, behind which reading stops, since the state there is to be kept."""
     owner: object = None
     """Whose samples begin with it: a place that one of them has left still holds it."""
     sight: Sight | None = None
@@ -36,6 +38,11 @@ class Prompt:
     def chunk(self, count: int) -> int:
         """How many tokens are read next where about `count` are to be."""
         return count if self.sight is None else self.sight.chunk(self.prefilled, count)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens up to where reading stops next."""
+        return next((stop for stop in self.stops if stop > self.prefilled), len(self.tokens)) - self.prefilled
 
     @property
     def done(self) -> bool:

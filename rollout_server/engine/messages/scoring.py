@@ -110,6 +110,9 @@ class Classify:
     held: str = ""
     """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
     pictures: Pictures = ()
+    shared: int = 0
+    """How many of its first tokens each sequence has in common with others that will be sent later; what was read of
+    them is kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class MemoryStatus:
 
 @dataclass(frozen=True, slots=True)
 class PrefixStatus:
-    """KV kept for later requests. `on` is False where it is switched off or the model's state cannot be cut."""
+    """KV kept for later requests. `on` is False where it is switched off or the model's state cannot be kept."""
 
     on: bool = False
     hits: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
+from rollout_server.engine.kv_cache.mlx_caches import PADDED_WIDTH, MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
 from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
@@ -28,6 +30,7 @@ from rollout_server.errors import EngineUnavailable
 log = logging.getLogger("rollout_server.engine.model")
 
 SELF_TEST_LENGTHS = (3, 9, 6)
+PADDED_LENGTHS = (PADDED_WIDTH, 2, PADDED_WIDTH // 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,10 +69,17 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     if windows is not None:
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (fault := _self_test(forward, MlxCacheKV(make_caches), rows, expected)) is None:
-        return ChosenStore("batch", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells))
-    log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    return ChosenStore("serial", cell, row_cells, lambda _: MlxCacheKV(make_caches, row_cells=row_cells, serial=True))
+    if (lost := _copies_fault(forward, make_caches, rows, expected)) is not None:
+        log.warning("The state of this model cannot be kept for later requests (%s): each prompt is read whole.", lost)
+    fault = _self_test(forward, MlxCacheKV(make_caches), rows, expected)
+    if fault is not None:
+        log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
+    unpadded = fault or _padding_fault(forward, make_caches, vocabulary)
+    if fault is None and unpadded is not None:
+        log.info("Prompts of this model are read one at a time (%s).", unpadded)
+    ways = {"serial": fault is not None, "snapshots": lost is None, "pads": unpadded is None}
+    kept = partial(MlxCacheKV, make_caches, row_cells=row_cells, **ways)
+    return ChosenStore("batch" if fault is None else "serial", cell, row_cells, lambda _: kept())
 
 
 def _choose_padded(
@@ -174,18 +184,92 @@ def _self_test(
             inputs[place], offsets[place] = row[-1], len(row) - 1  # type: ignore[call-overload]
         store.set_positions(offsets, longest)
         tokens = mx.array(inputs, dtype=mx.int32)[:, None]
-        logits = (decode or forward)(tokens, store.layers)[:, -1].astype(mx.float32)
+        logits = (decode or forward)(tokens, store.layers)[:, -1]
         mx.eval(logits)
     except UNFIT as error:
         return f"{type(error).__name__}: {error}"
+    rounded = logits.dtype if logits.dtype != mx.float32 else store_dtype(store)
+    return _gap(logits[mx.array(places)].astype(mx.float32), expected, rounded)
+
+
+def _gap(logits: mx.array, expected: Sequence[mx.array], dtype: mx.Dtype) -> str | None:
+    """Which row is not what it is alone, where that is more than what `dtype` rounds away."""
     scale = max(float(mx.max(mx.abs(row))) for row in expected)
     # float32 hardly depends on the batch's shape; the half precisions visibly do, and 8 bits move every number.
-    tolerance = 1e-4 * max(1.0, scale) if store_dtype(store) == mx.float32 else 0.05 * max(1.0, scale)
-    for index, (place, alone) in enumerate(zip(places, expected, strict=True)):
-        gap = float(mx.max(mx.abs(logits[place] - alone)))
+    tolerance = 1e-4 * max(1.0, scale) if dtype == mx.float32 else 0.05 * max(1.0, scale)
+    for index, (found, alone) in enumerate(zip(logits, expected, strict=True)):
+        gap = float(mx.max(mx.abs(found - alone)))
         if not gap <= tolerance:
             return f"row {index} of three differs by {gap:.2g} from itself alone"
     return None
+
+
+def _padding_fault(forward: Reading, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
+    """Reads a long, a middling and a short prompt together, whole and in two parts, padded with one token and with
+    another. Where the class looks at lengths, each leaves the state that it leaves alone, and exactly the same with
+    both. States show what logits of half precision hide."""
+    rows = [tuple((7 * i + 3 * length) % vocabulary for i in range(length)) for length in PADDED_LENGTHS]
+    try:
+        expected = [_states(forward, MlxCacheKV(make_caches), [row], 1)[0] for row in rows]
+        exact = forward(mx.array([[0]], dtype=mx.int32), make_caches()).dtype == mx.float32
+        for parts in (1, 2):
+            found = [
+                _states(forward, MlxCacheKV(make_caches, pads=True, padding=padding), rows, parts)
+                for padding in (0, vocabulary // 2)
+            ]
+            for one, other, alone in zip(*found, expected, strict=True):
+                if not all(bool(mx.array_equal(*pair)) for pair in zip(one, other, strict=True)):
+                    return "what pads a prompt changes it"
+                if not all(_alike(*pair, exact=exact) for pair in zip(one, alone, strict=True)):
+                    return "a prompt that is padded leaves another state"
+    except UNFIT as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _states(forward: Reading, store: MlxCacheKV, rows: Sequence[tuple[int, ...]], parts: int) -> list[list[mx.array]]:
+    """What each row leaves behind in its caches, read in so many parts."""
+    prompts = [Prompt(row, 0) for row in rows]
+    for prompt in prompts:
+        store.begin(prompt, 1, len(prompt.tokens))
+    for left in range(parts, 0, -1):
+        store.prefill(forward, [(p, (len(p.tokens) - p.prefilled) // left) for p in prompts], lambda slots: None)
+    return [arrays_of([compact(cache) for cache in prompt.kept or ()]) for prompt in prompts]
+
+
+def _alike(found: mx.array, expected: mx.array, *, exact: bool) -> bool:
+    """With `exact`, the model computes in float32."""
+    if not mx.issubdtype(expected.dtype, mx.floating):
+        return bool(mx.array_equal(found, expected))
+    gap, scale = mx.max(mx.abs(found - expected)), mx.max(mx.abs(expected))
+    return bool(gap <= (1e-4 if exact else 0.05) * scale)
+
+
+def _copies_fault(
+    forward: Forward,
+    make_caches: Callable[[], list[Any]],
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+) -> str | None:
+    """Keeps the state behind half of each row, reads something else on, and then the rest of the row, twice, from what
+    was kept: where that is not the row alone, state is elsewhere too, or what was given away is written to."""
+    snapshots, ends, dtype = Snapshots(), [], mx.float32
+    snapshots.fit(sys.maxsize)
+    try:
+        for row in rows:
+            caches, half = make_caches(), len(row) // 2
+            forward(mx.array([row[:half]], dtype=mx.int32), caches)
+            snapshots.insert((), tuple(row[:half]), lambda caches=caches: caches)  # type: ignore[misc]
+            mx.eval(forward(mx.array([row[::-1]], dtype=mx.int32), caches))
+            for _ in range(2):
+                again = snapshots.find((), tuple(row)).caches or []
+                end = forward(mx.array([row[half:]], dtype=mx.int32), again)[0, -1]
+                mx.eval(end)
+                ends.append(end.astype(mx.float32))
+                dtype = end.dtype
+    except UNFIT as error:
+        return f"{type(error).__name__}: {error}"
+    return _gap(mx.stack(ends[::2]), expected, dtype) or _gap(mx.stack(ends[1::2]), expected, dtype)
 
 
 def store_dtype(store: KVStore) -> mx.Dtype:

@@ -5,6 +5,7 @@ pass over the weights costs the same for one token as for many: prompts are read
 and a place that falls free waits for others, until what stands idle has lost as much as one pass costs. And a step
 costs nearly the same for few rows as for all: rows that are ready wait for those that are being read. Where only few
 are, or sequences are scored, which no row waits for, the order matters little, and rows have as much time as reading.
+Rewards of calls have less: whoever asked for them waits for the calls' other rows, and these come first.
 
 Why prompts and rows share no forward stands in docs/decisions/09-throughput-first.md.
 """
@@ -21,6 +22,8 @@ FEW = 1 / 32
 """Share of all rows: where no more are being read, the others go on meanwhile."""
 STEP_EVERY = 8
 """Chunks that are read between two steps of rows that wait, at most."""
+REWARDS_SHARE = 0.125
+"""Of the time while rows decode."""
 LEAST = 64
 """Tokens of a chunk, at least: the host has work for each one too."""
 MOST_WAITED_S = 2.0
@@ -41,6 +44,8 @@ class ThroughputFirst:
         """Seconds of steps since rows could last join: those that went to idle places, and all."""
         self._owed = 0.0
         """Seconds by which rows are behind reading, where both have as much."""
+        self._rewards_ahead = 0.0
+        """Seconds that rows decode before rewards are read again."""
         self._unstepped = 0
         self._served: Kind | None = None
 
@@ -56,8 +61,9 @@ class ThroughputFirst:
     def divide(self, load: Load, wanting: Collection[Kind]) -> dict[Kind, int]:
         """Tokens that each kind may read in this turn, of those that have something to read."""
         if not load.rows:
-            self._owed = 0.0
+            self._owed = self._rewards_ahead = 0.0
             return {kind: max(1, min(self._chunk(kind), self._most // len(wanting))) for kind in wanting}
+        wanting = [kind for kind in wanting if kind != "rewards" or self._rewards_ahead <= 0.0]
         if not wanting or (self._owed > 0.0 and not ("prefill" in wanting and _waited_for(load))):
             return {}
         first = sorted(set(wanting) - {self._served}) if len(wanting) > 1 else list(wanting)
@@ -79,14 +85,19 @@ class ThroughputFirst:
 
     def end(self, load: Load, reading: Reading | None, seconds: float) -> None:
         """A turn in which rows decode took so long."""
+        decoding = seconds if reading is None else load.usual or 0.0
+        self._rewards_ahead = max(0.0, self._rewards_ahead - decoding)
         if reading is None:
             self._owed = max(0.0, self._owed - seconds)
             if load.idle:
                 self._lost += seconds * load.idle / (load.rows + load.idle)
                 self._waited += seconds
+            return
+        took = min(reading.seconds, STALL * self._costs[reading.kind].of(reading.tokens))
+        if reading.kind == "rewards":
+            self._rewards_ahead += took * (1.0 / REWARDS_SHARE - 1.0)
         elif reading.kind == "scoring" or not _waited_for(load):
-            expected = self._costs[reading.kind].of(reading.tokens)
-            self._owed += max(0.0, min(reading.seconds, STALL * expected) - (load.usual or 0.0))
+            self._owed += max(0.0, took - (load.usual or 0.0))
 
 
 def _waited_for(load: Load) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, get_args
 
 from rollout_server.engine.messages.options import Prefer
 from rollout_server.engine.scheduling.latency import LatencyFirst
@@ -48,7 +48,7 @@ class TurnBudget:
         self._round_down = round_down
         self._prefer = prefer
         self._measure = measure
-        self._costs: dict[Kind, ReadingCosts] = {"prefill": ReadingCosts(), "scoring": ReadingCosts()}
+        self._costs: dict[Kind, ReadingCosts] = {kind: ReadingCosts() for kind in get_args(Kind)}
         self._undisturbed = UndisturbedTurns()
         self._latency = LatencyFirst(self._costs, most)
         self._throughput = ThroughputFirst(self._costs, most)

@@ -14,7 +14,8 @@ from typing import Literal
 
 from rollout_server.engine.kv_cache.sizes import ROW_BUCKETS, padded, row_bucket
 
-Kind = Literal["prefill", "scoring"]
+Kind = Literal["prefill", "scoring", "rewards"]
+"""What is read: prompts of rows, sequences that somebody waits for, or rows of calls whose other rows still run."""
 RECENT = 48
 """Readings that are remembered."""
 OF_A_SIZE = 5

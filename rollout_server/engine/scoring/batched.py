@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import mlx.core as mx
+
+from rollout_server.engine.batch.prefix_reuse import LEAST, PrefixReuse
 from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import Piece, Reading
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
@@ -32,6 +36,11 @@ class _Joining:
     @property
     def prompt(self) -> Prompt:
         return self.prefix.prompt
+
+    @property
+    def key(self) -> Key | None:
+        """What its KV is kept under."""
+        return self.sequences[0].job.key
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +76,14 @@ class BatchedReader:
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,
+        prefixes: PrefixReuse,
         hidden: Reading | None = None,
         filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
         self._hidden = hidden or forward
         self._filter_kernel = filter_kernel
+        self._prefixes = prefixes
         self._make_rows = make_rows
         self._route = route
         self._apart = apart
@@ -125,13 +136,29 @@ class BatchedReader:
         sequences = [prefix.waiting.popleft() for _ in range(count)]
         prefix.joining = True
         self._joining.append(_Joining(prefix, sequences))
+        if (key := sequences[0].job.key) is not None and prefix.prompt.tokens and prefix.prompt.kept is None:
+            self._rows.paste(prefix.prompt, self._prefixes.find(key, prefix.prompt.key))
         self._kept = [kept for kept in self._kept if kept is not prefix] + [prefix] * bool(prefix.waiting)
+
+    def awaits(self, prefix: SharedPrefix) -> bool:
+        """Once, so that nobody waits for one after another where there is no room to keep any."""
+        key = prefix.waiting[0].job.key
+        if key is None or not self._prefixes.on:
+            return False
+        for joining in self._joining:
+            first = prefix.awaited in (None, joining.prompt)
+            if first and joining.key == key and _begins_like(joining.prompt, prefix.prompt):
+                prefix.awaited = joining.prompt
+                return True
+        return False
 
     def _seat(self) -> None:
         """Sequences whose prompt was read get their own places."""
         for joining in [joining for joining in self._joining if joining.prompt.done]:
             keep = bool(joining.prefix.waiting)
             places = self._rows.seat(joining.prompt, len(joining.sequences), keep)
+            if (key := joining.key) is not None and joining.prompt.tokens:
+                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.key))
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:
@@ -152,7 +179,7 @@ class BatchedReader:
     def _leave(self, sequences: Sequence[ScoredSequenceState], places: Sequence[int], scrub: Sequence[int]) -> None:
         self._seated = [sequence for sequence in self._seated if sequence not in sequences]
         if not self._held:
-            self._rows = self._make_rows()
+            self._empty()
             return
         moved = self._rows.leave(places, scrub) if places else None
         if moved is None:
@@ -163,7 +190,13 @@ class BatchedReader:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
 
     def reset(self) -> None:
-        self._joining, self._seated, self._kept, self._rows = [], [], [], self._make_rows()
+        self._joining, self._seated, self._kept = [], [], []
+        self._empty()
+
+    def _empty(self) -> None:
+        # A store and its layers know each other: until a collector looks for such circles, the arrays would stay.
+        self._rows.give_arrays()
+        self._rows = self._make_rows()
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -181,6 +214,10 @@ class BatchedReader:
         self._seat()
         ended = [sequence for sequence in self._seated if sequence.ended]
         faulty = [sequence.place for sequence in ended if sequence.fault is not None]
+        for sequence in ended:
+            if sequence.fault is not None and sequence.job.key is not None:
+                # Nobody knows since when its numbers were not finite.
+                self._prefixes.forget(sequence.job.key)
         self._leave(ended, [sequence.place for sequence in ended], faulty)
         return ended
 
@@ -220,3 +257,9 @@ class BatchedReader:
                 part.prompt.prefilled += count
             elif part.sequence is not None and part.sequence.fault is None:
                 part.sequence.advance(count)
+
+
+def _begins_like(first: Prompt, second: Prompt) -> bool:
+    """Returns whether at least half of the second prompt is there once the first was read."""
+    half = max(LEAST, len(second.tokens) // 2)
+    return len(first.tokens) >= half and first.key[:half] == second.key[:half]

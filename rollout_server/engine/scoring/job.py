@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rollout_server.engine.batch.row import Group, TopTokens
+from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.scoring import ScoredSequence
-from rollout_server.engine.scoring.labels import LabelReading, alike
+from rollout_server.engine.scoring.labels import WORTH, LabelReading, alike
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
@@ -149,6 +150,8 @@ class SharedPrefix:
     """Sequences that are not in the reader yet."""
     joining: bool = False
     """In the reader, its prompt not read yet."""
+    awaited: Prompt | None = None
+    """The prompt of another job that it has waited for, to have its KV."""
 
     @property
     def length(self) -> int:
@@ -176,6 +179,8 @@ class ScoreJob:
     """The group it scores something of; None for a request of its own."""
     owner: str = ""
     """The request whose end is its end too, if it scores a row of one."""
+    key: Key | None = None
+    """What the KV of its prompts is kept under for other jobs; None where none will come for it."""
     sequences: list[ScoredSequenceState] = field(default_factory=list)
     prefixes: deque[SharedPrefix] = field(default_factory=deque)
     """Those with sequences that are not in the reader yet."""
@@ -206,24 +211,29 @@ class ScoreJob:
         members: Sequence[tuple[tuple[int, ...], LabelReading, Sight | None]],
         version: PolicyVersion,
         placement: Any,
+        shared: int = 0,
     ) -> None:
-        """Sequences whose label scores are read. Nothing is read behind the last position of one."""
+        """Sequences whose label scores are read. Nothing is read behind the last position of one. With their `shared`
+        first tokens, sequences of other jobs begin as well."""
         tokens = [given[: reading.positions[-1] + 1] for given, reading, _ in members]
         readings, sights = [reading for _, reading, _ in members], [sight for _, _, sight in members]
         # A picture is no beginning that others share in part: it may have to be read in one chunk.
         keys = [given if sight is None else sight.key_of(given) for given, sight in zip(tokens, sights, strict=True)]
         firsts = [reading.positions[0] for reading in readings]
         most = [at if sight is None else sight.before(at) for at, sight in zip(firsts, sights, strict=True)]
-        for indices, shared in alike(keys, most):
+        for indices, together in alike(keys, most):
+            if len(indices) == 1 and shared >= WORTH:
+                sight = sights[indices[0]]
+                together = min(shared if sight is None else sight.before(shared), most[indices[0]])
             made = []
             for index in indices:
                 reading = readings[index]
                 # A head costs only where it is applied; logits cost in every position of a forward.
-                scored = shared if reading.head is not None else most[index]
+                scored = together if reading.head is not None else most[index]
                 run = VersionRun(0, len(tokens[index]), scored, version, placement)
                 made.append(ScoredSequenceState(self, tokens[index], (), (run,), labels=reading, sight=sights[index]))
             self.sequences += made
-            prompt = tokens[indices[0]][: shared if len(made) > 1 else made[0].run.scored]
+            prompt = tokens[indices[0]][: together if len(made) > 1 else made[0].run.scored]
             self.prefixes.append(SharedPrefix(Prompt(prompt, placement, sight=sights[indices[0]]), deque(made)))
         self.open += len(members)
 

@@ -9,7 +9,9 @@ can wait for the other for ever.
 from __future__ import annotations
 
 from collections import deque
+from typing import Literal
 
+from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.model.resident import ResidentModel
@@ -21,7 +23,7 @@ from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, RolloutError
 
 
-def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
+def make_reader(model: ResidentModel, policies: PolicyTable, prefixes: PrefixReuse) -> Reader:
     """The batched reader for models whose self-test chose slots, else the one that takes a sequence at a time."""
     info = model.info
     hidden, kernel = model.hidden if model.trunk else None, model.filter_kernel
@@ -30,7 +32,9 @@ def make_reader(model: ResidentModel, policies: PolicyTable) -> Reader:
         cells = lambda columns: info.row_bytes(columns) // info.kv_bytes_per_token  # noqa: E731
         return SequentialReader(model.forward, model.make_caches, policies.route_rows, chunk, cells, hidden, kernel)
 
-    return BatchedReader(model.forward, model.make_padded, policies.route_rows, policies.apart, chunk, hidden, kernel)
+    return BatchedReader(
+        model.forward, model.make_padded, policies.route_rows, policies.apart, chunk, prefixes, hidden, kernel
+    )
 
 
 class ScoringQueue:
@@ -47,6 +51,11 @@ class ScoringQueue:
     @property
     def busy(self) -> bool:
         return bool(self._jobs)
+
+    @property
+    def kind(self) -> Literal["scoring", "rewards"]:
+        """What it is to be read, for the turn's budget: only rewards of calls, or what somebody waits for, too."""
+        return "rewards" if self._jobs and all(job.owner for job in self._jobs) else "scoring"
 
     @property
     def cells(self) -> int:
@@ -93,7 +102,7 @@ class ScoringQueue:
             job = waiting.popleft()
             if job.reading and self._reader.left >= budget:
                 continue
-            prefix = next((prefix for prefix in job.prefixes if not prefix.joining), None)
+            prefix = next((each for each in job.prefixes if not each.joining and not self._reader.awaits(each)), None)
             if prefix is None:
                 continue
             count = self._room(prefix, budget, crowded, alone)

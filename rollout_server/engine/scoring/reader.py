@@ -58,6 +58,9 @@ class Reader(Protocol):
     def begin(self, prefix: SharedPrefix, count: int) -> None:
         """Takes the next `count` waiting sequences of one shared prefix that is not joining."""
 
+    def awaits(self, prefix: SharedPrefix) -> bool:
+        """True while a prompt is read whose KV one that has not begun can have afterwards."""
+
     def read(self, budget: int) -> list[ScoredSequenceState]:
         """Feeds about `budget` inputs; returns the sequences that ended, some of them with a `fault`."""
 

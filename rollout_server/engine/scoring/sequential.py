@@ -74,6 +74,9 @@ class SequentialReader:
         if prefix.prompt.kept is None:
             prefix.prompt.kept, prefix.prompt.prefilled = self._make_caches(), 0
 
+    def awaits(self, prefix: SharedPrefix) -> bool:
+        return False  # Nothing is kept: a state that is no columns cannot be cut.
+
     def read(self, budget: int) -> list[ScoredSequenceState]:
         sequence, used = self._sequence, 0
         if sequence is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rollout_server.engine.batch.prefix_reuse import key_of
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import (
@@ -94,9 +95,15 @@ class ScoringTasks:
             self._reports.add(Classified(request.id, version, scores, names, activation))
 
         job = ScoreJob(
-            request.id, (version,), finished, lambda error: self._reports.fail(request.id, error), owner=owner
+            request.id,
+            (version,),
+            finished,
+            lambda error: self._reports.fail(request.id, error),
+            owner=owner,
+            key=key_of(version, placement) if request.shared else None,
         )
-        job.classify(list(zip(request.sequences, readings, sights, strict=True)), version, placement)
+        members = list(zip(request.sequences, readings, sights, strict=True))
+        job.classify(members, version, placement, request.shared)
         self._queue.add(job)
 
     def embed(self, embed: Embed) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from rollout_server.errors import InvalidField
+from rollout_server.errors import InvalidField, RolloutError
 from rollout_server.http.replies.json_entries import rollout_text
 from rollout_server.http.requests.tokens.prompts import encode
 from rollout_server.http.requests.tokens.rendering import render
@@ -35,6 +35,9 @@ class RowReader:
         """What a row's prompt showed; a text tokenized anew says nothing of it."""
         return () if self.reads == "text" else self.groups[rollout.prompt_index].pictures
 
+    _beginnings: dict[int, Sequence[int]] = field(default_factory=dict)
+    """What a prompt is without any reply, by its place; it is tokenized once for all of its rows."""
+
     def ids(self, rollout: Rollout) -> Sequence[int]:
         """Raises `InvalidField` where the chat template refuses, and `ContextExceeded` for what is too long."""
         if self.reads == "token_ids":
@@ -44,10 +47,32 @@ class RowReader:
         place = f"prompts[{rollout.prompt_index}]"
         if self.reads == "text":
             return self._of_text(prompt, rollout, text, place)
+        return self._rendered(conversation(prompt, text), group, place)
+
+    def _rendered(self, prompt: Prompt, group: RolloutRequest, place: str) -> list[int]:
         expand = None
         if group.pictures and self.pictures_of is not None:
             expand = partial(_expanded, self.pictures_of, group.pictures, place)
-        return render(conversation(prompt, text), self.tokenizer, param=place, bound=self.bound, expand=expand)
+        return render(prompt, self.tokenizer, param=place, bound=self.bound, expand=expand)
+
+    def shared(self, rollout: Rollout, ids: Sequence[int]) -> int:
+        """How many of a row's `ids` are of its prompt, which other rows have as well."""
+        if self.reads == "token_ids":
+            return len(rollout.prompt_ids)
+        index = rollout.prompt_index
+        if index not in self._beginnings:
+            self._beginnings[index] = self._beginning(rollout)
+        return common(self._beginnings[index], ids)
+
+    def _beginning(self, rollout: Rollout) -> Sequence[int]:
+        prompt, place = self.prompts[rollout.prompt_index], f"prompts[{rollout.prompt_index}]"
+        try:
+            if self.reads == "text":
+                return self._of_text(prompt, rollout, "", place)
+            return self._rendered(prompt, self.groups[rollout.prompt_index], place)
+        except RolloutError:
+            # A template may want a reply: then the prompt is read with each row.
+            return ()
 
     def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
         """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
@@ -78,6 +103,12 @@ def conversation(prompt: Prompt, text: str) -> Prompt:
         reply = Message(role="assistant", content=text)
     changes = {"messages": [*messages, reply], "add_generation_prompt": False, "continue_final_message": False}
     return prompt.model_copy(update=changes)
+
+
+def common(beginning: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(beginning, ids, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(beginning), len(ids)))
 
 
 def _continued(content: str | list[ContentPart] | None, text: str) -> str | list[ContentPart]:

@@ -32,6 +32,8 @@ class Reading:
     """What it reads of a row. Raises `RolloutError` where that cannot be read."""
     position: Callable[[Sequence[int]], int]
     """Where in it the head is applied."""
+    shared: Callable[[Rollout, Sequence[int]], int] = lambda *_: 0
+    """How many tokens of it the other rows of its prompt begin with as well."""
     pictures: Callable[[Rollout], tuple[Picture, ...]] = lambda rollout: ()
     """What its placeholders stand for."""
 
@@ -126,8 +128,13 @@ class RewardedRows:
 
     async def _scores(self, rollout: Rollout) -> tuple[float, ...]:
         reading = self._reading
-        ids = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), lambda: reading.ids(rollout))
-        return await self._scorer.scores(ids, reading.position(ids), reading.pictures(rollout))
+
+        def read() -> tuple[Sequence[int], int]:
+            ids = reading.ids(rollout)
+            return ids, reading.shared(rollout, ids)
+
+        ids, shared = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), read)
+        return await self._scorer.scores(ids, reading.position(ids), shared, reading.pictures(rollout))
 
     async def _within(self, limit: float | None, work: Awaitable[tuple[float, ...]]) -> tuple[float, ...] | None:
         """None where it takes longer; it is ended then."""

@@ -134,7 +134,7 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
     reader = RowReader(
         options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound(), service.pictures
     )
-    reading = Reading(reader.ids, service.info.head_position, reader.pictures)
+    reading = Reading(reader.ids, service.info.head_position, reader.shared, reader.pictures)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 

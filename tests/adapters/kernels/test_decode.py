@@ -13,6 +13,7 @@ import pytest
 from adapters.kernels.decode import MOST_RANK, DecodeKernel, LowRank, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
+from tests.laws.grids import corners
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 SHAPES = [(48, 264), (513, 72), (1024, 64)]
@@ -76,10 +77,11 @@ def assert_as_one_by_one(
     assert np.max(np.abs(np.array(found.astype(mx.float32)) - expected)) <= bound
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("gains", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "gains", "bias"),
+    corners(SHAPES, [mx.float32, mx.bfloat16, mx.float16], [False, True], [False, True]),
+    ids=str,
+)
 def test_rows_get_what_plain_products_give(
     kernel: DecodeKernel, shape: tuple[int, int], dtype: mx.Dtype, gains: bool, bias: bool
 ) -> None:

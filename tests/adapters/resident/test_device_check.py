@@ -12,6 +12,7 @@ import pytest
 from adapters.resident.device_check import COMPARED, TILE, check_adapters, compared_outputs
 from adapters.resident.layers import slot_stack
 from adapters.resident.model_layers import adaptable_layers
+from tests.laws.grids import some_long
 
 WIDE = 151_936
 
@@ -43,7 +44,7 @@ def spoilt(product: Callable[..., mx.array], begin: int, end: int) -> Callable[.
     return wrong
 
 
-@pytest.mark.parametrize("begin, end", [(0, 8), (WIDE - 16, WIDE), (70_000, 72_000)])
+@pytest.mark.parametrize("begin, end", some_long([(0, 8), (WIDE - 16, WIDE), (70_000, 72_000)], (0, 8)))
 def test_a_part_that_is_wrong_is_found(begin: int, end: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Linear(8, WIDE, bias=False))
     layers = adaptable_layers(module)

@@ -17,7 +17,7 @@ from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage, tokenised
 from rollout_server.engine.model.encoders.reading import read
 from tests.support.golden_encoders import GOLDEN, copied, cross_encoder, with_template
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 from tests.support.numbers.bounds import Network, assert_near
 from tests.support.tiny_models import random_adapter
 from trainer_client import RolloutClient
@@ -32,7 +32,7 @@ PARTS = ("weight", "bias")
 
 
 class Served:
-    def __init__(self, server: LiveServer, directory: Path) -> None:
+    def __init__(self, server: Server, directory: Path) -> None:
         self.server, self.directory = server, directory
         self.http = httpx.Client(base_url=server.url, timeout=120)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -57,8 +57,8 @@ class Served:
         ]
 
 
-def served(directory: Path, *options: str) -> Iterator[Served]:
-    with live_server(directory, *options) as server:
+def served(directory: Path) -> Iterator[Served]:
+    with server_here(directory) as server:
         yield Served(server, directory)
 
 

@@ -16,7 +16,7 @@ from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.model.load import load as load_model
 from tests.support import tiny_models, tiny_scorers
 from tests.support.engine.driver import Driver
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutClient, ServerError
 
@@ -49,11 +49,11 @@ def expected(model: Path, info: ModelInfo, positions: Any = None, **options: Any
 
 
 def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) -> None:
-    state = ("--state-dir", str(tmp_path / "state"))
+    state = tmp_path / "state"
     reward, steps = saved(tmp_path / "rm", info), saved(tmp_path / "prm", info, labels=2, task_type="TOKEN_CLS")
     policy = tiny_models.save_adapter(tmp_path / "policy", *tiny_models.random_adapter(info.layers, 4, 9))
     wanted = np.concatenate(expected(model, info))
-    with live_server(model, *state, "--adapter", f"prm={steps}") as live, RolloutClient(live.url) as client:
+    with server_here(model, state_dir=state, adapters=[f"prm={steps}"]) as live, RolloutClient(live.url) as client:
         version = client.push("rm", reward)
         client.push("policy", policy)
         found = client.rewards(SEQUENCES, model=version)
@@ -77,6 +77,10 @@ def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) 
             client.rewards(SEQUENCES, model="policy")
         with pytest.raises(ServerError, match="policy@1 is for the task generate"):
             client.push("policy", reward)
+        narrow = tiny_scorers.reward_adapter(info, head={"score.weight": np.zeros((1, 60), np.float32)})
+        with pytest.raises(ServerError, match=r"score.weight has shape \[1, 60\]") as refused:
+            client.push("narrow", *narrow)
+        assert refused.value.status == 422
         exported = httpx.get(f"{live.url}/v1/weights/rm/1/export", params={"format": "peft"}).raise_for_status().content
         assert httpx.get(f"{live.url}/v1/weights/rm/1/export", params={"format": "mlx"}).status_code == 409
     assert "base_model.model.score.weight" in load(exported)
@@ -86,7 +90,7 @@ def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) 
         config = file.metadata()["adapter_config"]
     assert json.loads(config)["task_type"] == "SEQ_CLS"
     (tmp_path / "back" / "adapter_config.json").write_text(config)
-    with live_server(model, *state) as live, RolloutClient(live.url) as client:
+    with server_here(model, state_dir=state) as live, RolloutClient(live.url) as client:
         after = client.rewards(SEQUENCES, model="rm")
         # Chunks follow from what reading costs, which each start measures: sums are cut elsewhere.
         assert_near(after.values, found.values, TINY.of_logits(wanted, 80))
@@ -99,7 +103,7 @@ def test_from_a_push_to_a_restart(model: Path, info: ModelInfo, tmp_path: Path) 
 def test_a_server_of_a_reward_model(tmp_path: Path) -> None:
     directory = tiny_scorers.build("qwen3", tmp_path, labels=2, id2label={"0": "bad", "1": "good"})
     scores = [tiny_scorers.scores(directory, row)[-1] for row in SEQUENCES]
-    with live_server(directory) as live, RolloutClient(live.url) as client:
+    with server_here(directory) as live, RolloutClient(live.url) as client:
         found = client.classify(SEQUENCES)
         for probs, label, raw in zip(found.probs, found.labels, scores, strict=True):
             np.testing.assert_allclose(probs, np.exp(raw) / np.exp(raw).sum(), atol=1e-5)

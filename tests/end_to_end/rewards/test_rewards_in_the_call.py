@@ -15,11 +15,12 @@ import pytest
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.model.load import load as load_model
 from tests.support import tiny_models, tiny_scorers
-from tests.support.live_server import LiveServer, live_server, until
+from tests.support.live_server import Server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient, ServerError
 
-PROMPTS = [[5, 6, 7, 9, 8], [9, 9, 4], list(range(10, 50))]
+PROMPTS = [[5, 6, 7, 9, 8], [9, 9, 4], list(range(10, 110))]
+"""The last one is long enough to be read once for all of its rows."""
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def info(model: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def live(model: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--max-batch", "8") as server:
+def live(model: Path) -> Iterator[Server]:
+    with server_here(model, max_batch=8) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(live: LiveServer, info: ModelInfo) -> Iterator[RolloutClient]:
+def client(live: Server, info: ModelInfo) -> Iterator[RolloutClient]:
     with RolloutClient(live.url) as client:
         client.push("rm", *tiny_scorers.reward_adapter(info))
         client.push("labels", *tiny_scorers.reward_adapter(info, 3, labels=3))
@@ -48,15 +49,15 @@ def client(live: LiveServer, info: ModelInfo) -> Iterator[RolloutClient]:
 
 
 def within(scores: np.ndarray) -> Any:
-    return TINY.of_logits(scores, 128)
+    return TINY.of_logits(scores, 160)
 
 
-def in_use(live: LiveServer) -> dict[str, int]:
+def in_use(live: Server) -> dict[str, int]:
     policies = httpx.get(f"{live.url}/v1/weights").json()["policies"]
     return {line["name"]: sum(version["rows_in_use"] for version in line["versions"]) for line in policies}
 
 
-def test_rewards_are_those_that_are_asked_for_afterwards(client: RolloutClient, live: LiveServer) -> None:
+def test_rewards_are_those_that_are_asked_for_afterwards(client: RolloutClient, live: Server) -> None:
     options: dict[str, Any] = {"policy": "policy", "n": 4, "max_tokens": 24, "seed": 3}
     batch = client.rollouts(PROMPTS, reward="rm", **options)
     afterwards = client.rewards(batch, model="rm")
@@ -96,7 +97,7 @@ def test_what_is_read_as_text_and_as_messages(client: RolloutClient, reads: str)
 
 
 def test_a_push_in_the_middle_changes_nothing_about_a_call(
-    client: RolloutClient, live: LiveServer, info: ModelInfo
+    client: RolloutClient, live: Server, info: ModelInfo
 ) -> None:
     """The first rows are there when the model is pushed anew; the last ones begin after it."""
     stream = client.stream_rollouts(PROMPTS, reward="rm", n=8, max_tokens=48, seed=5, policy="policy")
@@ -118,7 +119,7 @@ def test_a_push_in_the_middle_changes_nothing_about_a_call(
     until(lambda: set(in_use(live).values()) == {0})
 
 
-def test_who_leaves_or_is_ended_leaves_nothing_behind(client: RolloutClient, live: LiveServer) -> None:
+def test_who_leaves_or_is_ended_leaves_nothing_behind(client: RolloutClient, live: Server) -> None:
     body: dict[str, Any] = {
         "id": "ended",
         "policy": "base",

@@ -16,10 +16,10 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from tests.http.routes.openai.test_chat_tools import TEMPLATE
+from tests.laws.grids import some_long
 from tests.support import tiny_models
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 
-SCHEMAS = 200
 NAMES = ("a", "size", "the name", "ключ", 'q"\\', "items", "on", "x_1")
 TEXT_RULES: tuple[dict[str, Any], ...] = (
     {"maxLength": 5},
@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     tokenizer.add_tokens([AddedToken("<tool_call>", special=True)], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
-    with live_server(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+    with server_here(model) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
 
 
@@ -75,7 +75,8 @@ def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
             return {"type": kind}
 
 
-def test_replies_are_valid_in_random_schemas(client: httpx.Client) -> None:
+@pytest.mark.parametrize("schemas", some_long([40, 200], 40))
+def test_replies_are_valid_in_random_schemas(client: httpx.Client, schemas: int) -> None:
     """Half of them through each route, at temperature 1 from random weights; none is cut."""
 
     def ask(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,13 +97,13 @@ def test_replies_are_valid_in_random_schemas(client: httpx.Client) -> None:
     unspaced = white(client)
     valid, texts = 0, set()
     with ThreadPoolExecutor(32) as threads:
-        for schema, choice in threads.map(ask, range(SCHEMAS)):
+        for schema, choice in threads.map(ask, range(schemas)):
             text = choice["text"] if "text" in choice else choice["message"]["content"]
             assert choice["finish_reason"] == "stop", (schema, text)
             jsonschema.validate(json.loads(text), schema)
             valid += 1
             texts.add(text)
-    assert valid == SCHEMAS and len(texts) > SCHEMAS / 2
+    assert valid == schemas and len(texts) > schemas / 2
 
 
 def test_streams_n_and_logprobs(client: httpx.Client) -> None:

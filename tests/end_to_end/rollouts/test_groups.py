@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server, until
+from tests.support.live_server import Server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
@@ -23,13 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model) as live:
+def server(model: Path) -> Iterator[Server]:
+    with server_here(model) as live:
         yield live
 
 
 @pytest.fixture
-def client(server: LiveServer) -> Iterator[RolloutClient]:
+def client(server: Server) -> Iterator[RolloutClient]:
     with RolloutClient(server.url) as client:
         yield client
 

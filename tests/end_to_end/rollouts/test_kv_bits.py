@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 from trainer_client import RolloutClient
 
 
 def test_a_server_that_keeps_8_bits_says_so_and_agrees_with_itself() -> None:
-    with live_server(None, "--kv-bits", "8") as live, RolloutClient(live.url) as client:
+    with server_here(None, kv_bits=8) as live, RolloutClient(live.url) as client:
         assert {model.kv_bits for model in client.models()} == {8}
         batch = client.rollouts(["12+30=", "7+5="], n=3, max_tokens=16, seed=1)
         scored = client.logprobs(batch)

@@ -1,4 +1,4 @@
-"""The main job through a real process and real HTTP: push, sample, check, swap, under load and with bad input."""
+"""The main job over real HTTP: push, sample, check, swap, under load and with bad input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server, until
+from tests.support.live_server import Server, live_server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
@@ -30,22 +30,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--keep-versions", "4") as live:
+def server(model: Path) -> Iterator[Server]:
+    with server_here(model, keep_versions=4) as live:
         yield live
 
 
 @pytest.fixture(scope="module")
-def narrow(model: Path) -> Iterator[LiveServer]:
+def narrow(model: Path) -> Iterator[Server]:
     """A server that takes little at once: three requests, one row, and 100 kB."""
-    with live_server(
-        model, "--max-queue", "3", "--max-batch", "1", "--max-body", "100KB", "--max-upload", "200KB"
-    ) as live:
+    with server_here(model, max_queue=3, max_batch=1, max_body="100KB", max_upload="200KB") as live:
         yield live
 
 
 @pytest.fixture
-def client(server: LiveServer) -> Iterator[RolloutClient]:
+def client(server: Server) -> Iterator[RolloutClient]:
     with RolloutClient(server.url) as client:
         yield client
 
@@ -112,7 +110,7 @@ def test_streamed_rollouts_are_the_same_rollouts(client: RolloutClient) -> None:
     ]
 
 
-def test_echo_gives_the_scorer_s_numbers(server: LiveServer, client: RolloutClient) -> None:
+def test_echo_gives_the_scorer_s_numbers(server: Server, client: RolloutClient) -> None:
     body = {"model": "base", "prompt": PROMPTS[1], "max_tokens": 0, "echo": True, "logprobs": 3}
     (choice,) = httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status().json()["choices"]
     scored = client.logprobs([PROMPTS[1]], policy="base").logprobs
@@ -145,7 +143,7 @@ def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClie
     }
 
 
-def test_leaving_ends_the_rows(server: LiveServer) -> None:
+def test_leaving_ends_the_rows(server: Server) -> None:
     def running() -> int:
         return int(httpx.get(f"{server.url}/health").json()["running"])
 
@@ -161,7 +159,7 @@ def test_leaving_ends_the_rows(server: LiveServer) -> None:
     until(lambda: running() == 0)
 
 
-def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: LiveServer, model: Path) -> None:
+def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: Server, model: Path) -> None:
     generator = np.random.default_rng(0)
     jobs = [
         ([generator.integers(0, 286, size=int(generator.integers(1, 60))).tolist()], ["base", "busy", "busy"][k % 3])
@@ -204,7 +202,7 @@ def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: LiveSe
                 assert np.max(np.abs(client.logprobs(batch, policy=name).logprobs - batch.logprobs)) <= 5e-5
 
 
-def test_a_full_queue_says_so_and_loses_nothing(narrow: LiveServer) -> None:
+def test_a_full_queue_says_so_and_loses_nothing(narrow: Server) -> None:
     async def run() -> list[Any]:
         async with AsyncRolloutClient(narrow.url, retry=Retry(attempts=1)) as client:
             calls = [client.rollouts([[3, k]], policy="base", max_tokens=60) for k in range(12)]
@@ -269,9 +267,7 @@ def bad_uploads(model: Path) -> dict[str, tuple[bytes, str, int]]:
     }
 
 
-def test_bad_uploads_get_their_sentence_and_change_nothing(
-    server: LiveServer, client: RolloutClient, model: Path
-) -> None:
+def test_bad_uploads_get_their_sentence_and_change_nothing(server: Server, client: RolloutClient, model: Path) -> None:
     good = client.push("kept", *adapter(model, 3))
     before = sample(client, "kept")
     for name, (body, mention, status) in bad_uploads(model).items():
@@ -313,7 +309,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str | None]] = {
 
 @pytest.mark.parametrize("name", list(BAD_REQUESTS))
 def test_bad_requests_get_a_4xx_that_names_the_field(
-    name: str, server: LiveServer, client: RolloutClient, model: Path
+    name: str, server: Server, client: RolloutClient, model: Path
 ) -> None:
     client.push("steady", *adapter(model, 3))
     change, status, param = BAD_REQUESTS[name]
@@ -338,13 +334,13 @@ def test_bad_requests_get_a_4xx_that_names_the_field(
         (b"[" * 100_000, "application/json", 400),
     ],
 )
-def test_broken_bodies(body: bytes, kind: str, status: int, server: LiveServer) -> None:
+def test_broken_bodies(body: bytes, kind: str, status: int, server: Server) -> None:
     reply = httpx.post(f"{server.url}/v1/rollouts", content=body, headers={"content-type": kind})
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["code"]
 
 
-def test_a_body_over_the_limit_is_413(narrow: LiveServer) -> None:
+def test_a_body_over_the_limit_is_413(narrow: Server) -> None:
     big = {"policy": "base", "prompts": [{"token_ids": [1] * 100_000}]}
     reply = httpx.post(f"{narrow.url}/v1/rollouts", json=big)
     assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"

@@ -12,7 +12,7 @@ import pytest
 from tests.end_to_end.rollouts.test_main_job import PROMPTS, adapter
 from tests.end_to_end.rollouts.test_scoring import beside
 from tests.support import tiny_models
-from tests.support.live_server import live_server, until
+from tests.support.live_server import server_here, until
 from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutBatch, RolloutClient
 from trainer_client.errors import ServerError, VersionGone
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(model: Path) -> Iterator[RolloutClient]:
-    with live_server(model, "--keep-versions", "2") as server, RolloutClient(server.url) as client:
+    with server_here(model, keep_versions=2) as server, RolloutClient(server.url) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.end_to_end.rollouts.test_main_job import PROMPTS, adapter
 from tests.support import tiny_models
-from tests.support.live_server import live_server, until
+from tests.support.live_server import server_here, until
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient
 from trainer_client.errors import StalePolicy
@@ -38,7 +38,7 @@ def beside(client: RolloutClient, prompts: Any, **options: Any) -> Future[Rollou
 
 @pytest.fixture(scope="module")
 def client(model: Path) -> Iterator[RolloutClient]:
-    with live_server(model) as server, RolloutClient(server.url) as client:
+    with server_here(model) as server, RolloutClient(server.url) as client:
         yield client
 
 

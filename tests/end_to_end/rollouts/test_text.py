@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import rollout_server.demo
 from rollout_server.text.token_texts import REPLACEMENT
 from tests.support import tiny_tokenizers
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 from tests.support.tiny_tokenizers import BYTES
 
 DEMO = Path(rollout_server.demo.__file__).parent / "model"
@@ -76,7 +76,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
             tokenizer.chat_template = TEMPLATE
             model = tmp_path_factory.mktemp("text") / kind
             shutil.copytree(DEMO, model)
-            live = stack.enter_context(live_server(tiny_tokenizers.give(tokenizer, model)))
+            live = stack.enter_context(server_here(tiny_tokenizers.give(tokenizer, model)))
             found[kind] = Served(live.url, tokenizer)
         yield found
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rollout_server.cli import app
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 from trainer_client import RolloutClient
 from trainer_client.errors import Conflict, UnknownPolicy, VersionGone
 
@@ -26,13 +26,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model, "--keep-versions", "2") as live:
+def server(model: Path) -> Iterator[Server]:
+    with server_here(model, keep_versions=2) as live:
         yield live
 
 
 @pytest.fixture
-def client(server: LiveServer) -> Iterator[RolloutClient]:
+def client(server: Server) -> Iterator[RolloutClient]:
     with RolloutClient(server.url) as client:
         yield client
 
@@ -70,7 +70,7 @@ def test_pin_export_delete_and_push_back(client: RolloutClient, model: Path, tmp
 
 
 def test_the_command_line_exports_and_deletes(
-    server: LiveServer, client: RolloutClient, model: Path, tmp_path: Path
+    server: Server, client: RolloutClient, model: Path, tmp_path: Path
 ) -> None:
     pushed = [client.push("cli", *adapter(model, seed)) for seed in (1, 2)]
 
@@ -90,7 +90,7 @@ def test_the_command_line_exports_and_deletes(
     assert wrong.exit_code == 1 and "--all" in wrong.stderr
 
 
-def test_metrics_count_what_happened(server: LiveServer, client: RolloutClient, model: Path) -> None:
+def test_metrics_count_what_happened(server: Server, client: RolloutClient, model: Path) -> None:
     def read() -> dict[str, float]:
         lines = httpx.get(f"{server.url}/metrics").raise_for_status().text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save
 
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, live_server, server_here
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutClient, adapter_digest
 from trainer_client.adapter.tensors import host_tensors
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build("qwen3", tmp_path_factory.mktemp("live") / "tiny", num_hidden_layers=2)
 
 
-def post(live: LiveServer, name: str, tensors: Mapping[str, Any], config: Any, **options: str) -> httpx.Response:
+def post(live: Server, name: str, tensors: Mapping[str, Any], config: Any, **options: str) -> httpx.Response:
     files = {"weights": save(dict(tensors)), "config": json.dumps(config).encode()}
     return httpx.post(f"{live.url}/v1/weights", data={"name": name, **options}, files=files, timeout=60)
 
@@ -41,7 +41,7 @@ def numbers(client: RolloutClient, policy: str) -> tuple[bytes, bytes]:
     return batch.token_ids.tobytes(), batch.logprobs.tobytes()
 
 
-def gauges(live: LiveServer) -> dict[str, float]:
+def gauges(live: Server) -> dict[str, float]:
     lines = httpx.get(f"{live.url}/metrics").raise_for_status().text.splitlines()
     return {name: float(value) for name, value in (li.rsplit(" ", 1) for li in lines if not li.startswith("#"))}
 
@@ -105,7 +105,7 @@ def test_a_delta_is_the_full_version_it_adds_up_to(model: Path) -> None:
     random = np.random.default_rng(3)
     delta = {n: (0.05 * random.standard_normal(v.shape)).astype(np.float32) for n, v in base.items()}
     size = sum(value.nbytes for value in base.values())
-    with live_server(model, "--weights-memory", str(2 * size)) as live, RolloutClient(live.url) as client:
+    with server_here(model, weights_memory=2 * size) as live, RolloutClient(live.url) as client:
         assert client.push("whole", {n: v + delta[n] for n, v in base.items()}, {"kind": "full"}).nbytes == size
         expected = numbers(client, "whole")
         pushed = post(live, "p", delta, {"kind": "delta"}, label="x").json()
@@ -134,7 +134,7 @@ def test_a_quantised_base_says_409_until_it_may_unpack(model: Path, tmp_path: Pa
     config["quantization"] = {"group_size": 32, "bits": 4}
     (path / "config.json").write_text(json.dumps(config))
     tensors, adapter = tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1, targets=["down_proj"])
-    with live_server(path) as live, RolloutClient(live.url) as client:
+    with server_here(path) as live, RolloutClient(live.url) as client:
         refused = post(live, "p", tensors, adapter, mode="merged")
         assert refused.status_code == 409 and refused.json()["error"]["param"] == "dequantize"
         assert httpx.get(f"{live.url}/v1/weights").json()["policies"] == []

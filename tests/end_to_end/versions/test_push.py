@@ -18,7 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 from tests.support.numbers.bounds import TINY
 from trainer_client import RolloutClient
 
@@ -31,8 +31,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with live_server(model) as live:
+def server(model: Path) -> Iterator[Server]:
+    with server_here(model) as live:
         yield live
 
 
@@ -70,7 +70,7 @@ def farthest(model: nn.Module, client: RolloutClient, policy: str) -> float:
     return float(max(gaps)) / TINY.of_batch(batch)
 
 
-def test_a_model_with_lora_layers_is_pushed_as_it_computes(server: LiveServer, model: Path) -> None:
+def test_a_model_with_lora_layers_is_pushed_as_it_computes(server: Server, model: Path) -> None:
     moe = model.name == "qwen3_moe"
     # mlx-lm has no DoRA on stacked experts
     kinds = {"lora": trained(model, 1), "dora": trained(model, 2, dora=True, keys=["self_attn.q_proj"])}
@@ -93,14 +93,14 @@ def test_a_model_with_lora_layers_is_pushed_as_it_computes(server: LiveServer, m
         assert client.push("lora", named, config).unchanged
 
 
-def test_an_embedding_is_pushed_with_the_head_that_shares_it(server: LiveServer, model: Path) -> None:
+def test_an_embedding_is_pushed_with_the_head_that_shares_it(server: Server, model: Path) -> None:
     own = trained(model, 4, keys=["model.embed_tokens", "self_attn.v_proj"])
     with RolloutClient(server.url) as client:
         client.push("table", own)
         assert farthest(own, client, "table") <= 1
 
 
-def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: LiveServer, model: Path) -> None:
+def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: Server, model: Path) -> None:
     def uploads() -> float:
         name = 'rollout_push_seconds_count{phase="receive"}'
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
@@ -132,7 +132,7 @@ def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: LiveSer
         assert client.policy("mine").versions[-1].label == "step-9"
 
 
-def test_arrays_of_float64_are_the_version_of_their_float32(server: LiveServer, model: Path) -> None:
+def test_arrays_of_float64_are_the_version_of_their_float32(server: Server, model: Path) -> None:
     """Sent by the client, which casts them; sent as they are, they are refused in a sentence."""
     with RolloutClient(server.url) as client:
         version = client.push("wide", trained(model, 9, keys=["self_attn.q_proj", "self_attn.v_proj"]))

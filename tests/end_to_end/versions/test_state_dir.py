@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support import kill_nine, tiny_models
-from tests.support.live_server import live_server
+from tests.support.live_server import live_server, server_here
 from trainer_client import RolloutClient
 
 
@@ -27,8 +27,7 @@ def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
     """Of 24 pushes with three kept, rows decoding meanwhile, the directory holds three files of weights."""
     state, layers = tmp_path / "state", tiny_models.linear_layers(model)
     counts = []
-    options = ("--state-dir", str(state), "--keep-versions", "3")
-    with live_server(model, *options) as live, RolloutClient(live.url) as client:
+    with server_here(model, state_dir=state, keep_versions=3) as live, RolloutClient(live.url) as client:
         for step in range(24):
             client.push("p", *tiny_models.random_adapter(layers, 4, step, dora=step % 2 == 1))
             client.rollouts([[5, 9, 33]], policy="p", max_tokens=3)
@@ -41,9 +40,8 @@ def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
 
 def test_a_base_that_is_another_one_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    with live_server(model, "--state-dir", str(state)) as live, RolloutClient(live.url) as client:
+    with server_here(model, state_dir=state) as live, RolloutClient(live.url) as client:
         client.push("p", *tiny_models.random_adapter(tiny_models.linear_layers(model), 4, 1))
-        assert live.stop() == 0
     other = tiny_models.build("qwen3", tmp_path / "other", seed=5)
     said = r"made for the base sha256:\w+, and this base is sha256:\w+"
     with pytest.raises(RuntimeError, match=said) as refused, live_server(other, "--state-dir", str(state)):

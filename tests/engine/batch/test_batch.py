@@ -14,6 +14,7 @@ from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
+from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -21,7 +22,7 @@ from tests.support.numbers.bounds import TINY, assert_near
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]
 # Not qwen3_next: a tiny random one amplifies the last bits of a product by 50, whatever the cache.
-JOINED = ["mamba2", "granitemoehybrid", "falcon_h1"]
+JOINED = ["mamba2", "granitemoehybrid", "falcon_h1", "xlstm", "lstm"]
 
 
 def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
@@ -49,7 +50,7 @@ def assert_scored(row: Rollout, score: ScoredSequence, within: float) -> None:
         assert_near([v for _, v in mine], [v for _, v in theirs], within)
 
 
-@pytest.mark.parametrize("family", SLOTS + JOINED)
+@pytest.mark.parametrize("family", some_long(SLOTS + JOINED, "qwen3", "gemma3_text", "gpt_oss", "granitemoehybrid"))
 def test_32_rows_of_mixed_lengths_equal_each_alone(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
@@ -271,7 +272,7 @@ def test_a_long_row_is_admitted_after_many_short_ones(bare_model: Callable[[str]
     assert driver.batch(0).store.nbytes <= small.info.kv_memory
 
 
-@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+@pytest.mark.parametrize("family", some_long(["mamba2", "falcon_h1"], "mamba2"))
 def test_joined_rows_stay_inside_the_kv_memory(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:

@@ -90,7 +90,9 @@ def test_a_plan_is_always_much_cheaper_and_settles() -> None:
     assert changed > 50
 
 
-@pytest.mark.parametrize("costs", [FREE, StepCosts(1.0, 0.0)], ids=["classes", "one batch"])
+@pytest.mark.parametrize(
+    "costs", [FREE, pytest.param(StepCosts(1.0, 0.0), marks=pytest.mark.long)], ids=["classes", "one batch"]
+)
 def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     prompts = prompts_of([3, 700, 40, 5, 350, 9, 120], 286, seed=2)
     expected = [base.generate([p], seed=7 + i, max_tokens=60, ignore_eos=True)[0] for i, p in enumerate(prompts)]

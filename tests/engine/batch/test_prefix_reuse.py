@@ -17,6 +17,7 @@ from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.engine.batch.test_batch import SLOTS, assert_same, tolerance
+from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -34,7 +35,7 @@ def assert_all_same(ones: list[Rollout], others: list[Rollout], within: float) -
         assert_same(one, other, within)
 
 
-@pytest.mark.parametrize("family", SLOTS)
+@pytest.mark.parametrize("family", some_long(SLOTS, "qwen3", "gemma3_text", "gpt_oss"))
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Callable[[str], Path]) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -197,7 +198,7 @@ def test_copies_hold_up_no_write(base: Driver) -> None:
     base.finish(id)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", some_long(range(4), 0))
 def test_random_beginnings_under_pressure(seed: int, bare_model: Models, qwen: Path) -> None:
     """Prompts that share what chance gives them, rows that end anywhere, little memory: as without."""
     model = bare_model("qwen3")

@@ -161,7 +161,8 @@ def test_a_pause_holds_what_comes_and_freezes_what_is_there(tmp_path: Path) -> N
     assert driven.ask(classify("b", SEQUENCES[:1])) == [] and driven.ask(Ping("p")) == [Pong("p")]
     assert driven.status.steps == 1
     events = driven.ask(Resume("on"))
-    assert [event.id for event in events if isinstance(event, Classified)] == ["a", "b"]
+    # One of three forwards of "a" had been read: it is the other's turn.
+    assert [event.id for event in events if isinstance(event, Classified)] == ["b", "a"]
     driven.mailbox.put(classify("c", SEQUENCES[1:2] * 3))
     driven.engine.turn()
     ended, paused = driven.ask(Pause("abort", "abort"))

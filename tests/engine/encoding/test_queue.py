@@ -47,6 +47,23 @@ def test_who_came_first_is_read_first_and_others_fill_up_its_forwards() -> None:
     assert lengths(queue.take()) == [("b", 60)]
 
 
+def test_a_small_request_does_not_wait_for_a_large_one_to_end() -> None:
+    queue = queued(32, job("large", *[8] * 100, *[60] * 100))
+    assert {id for id, _ in lengths(queue.take())} == {"large"}
+    queue.add(job("small", 30))
+    queue.add(job("same", 60, 60))
+    assert lengths(queue.take()) == [("large", 60)], "whose turn it was already"
+    assert lengths(queue.take()) == [("small", 30)]
+    assert lengths(queue.take()) == [("same", 60)]
+    assert [lengths(queue.take())[0][0] for _ in range(3)] == ["large", "same", "large"]
+
+
+def test_requests_of_one_width_have_equal_shares_of_a_forward() -> None:
+    queue = queued(48, job("a", *[8] * 9), job("b", *[8] * 9), job("c", 8))
+    shares = [[id for id, _ in lengths(queue.take())] for _ in range(4)]
+    assert shares == [list("abcaba"), list("bababa"), list("ababab"), ["b"]]
+
+
 def test_other_weights_are_another_forward() -> None:
     slot, apart = Placement(0, 3), Placement(1, 0)
     queue = queued(512, job("a", 8), job("b", 8, placement=apart), job("c", 8, placement=slot))

@@ -23,6 +23,7 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
 from tests.engine.scheduling.test_preemption import watched
+from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
 
@@ -160,7 +161,7 @@ def test_a_step_writes_in_place(demo: ResidentModel) -> None:
 # ---- the same on every path ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama_sliding"])
+@pytest.mark.parametrize("family", some_long(["qwen3", "llama_sliding"], "qwen3"))
 def test_it_computes_what_mlx_lm_computes_with_its_packed_cache(
     family: str, sharp: Callable[[str], tuple[Driver, Driver]]
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.kv_cache.prefix_tree import Layers, PrefixCache, common
+from rollout_server.engine.kv_cache.prefix_tree import Layers, PrefixCache, arrays_of, common
 
 TOKEN_BYTES = 2 * 2 * 2 * 4
 """Two layers' keys and values, one head of two float32; the third layer has none of its own."""
@@ -54,6 +56,25 @@ def test_branches_share_their_beginning() -> None:
     insert(cache, ("a",), (1, 2, 9))
     assert cache.nbytes == 8 * TOKEN_BYTES and read(cache, ("a",), (1, 2, 9)) == 3
     assert read(cache, ("a",), (1, 2, 3, 4, 5)) == 5
+
+
+@pytest.mark.parametrize("how", ["drop", "clear"])
+def test_what_is_forgotten_is_freed_at_once(how: str) -> None:
+    """And not when somebody looks for objects that know each other."""
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(10**6)
+    for tokens in ((1, 2, 3, 4, 5), (1, 2, 3, 4, 6, 7), (1, 2, 9)):
+        insert(cache, ("a",), tokens, 3)
+    found = cache.find(("a",), (1, 2, 3, 4, 5))
+    held = [weakref.ref(array) for segment in found for array in arrays_of(segment.layers)]
+    del found
+    gc.disable()
+    try:
+        cache.clear() if how == "clear" else cache.drop(lambda key: key == ("a",))
+        assert held and {array() for array in held} == {None}
+    finally:
+        gc.enable()
+    assert cache.nbytes == 0 and read(cache, ("a",), (1, 2, 3)) == 0
 
 
 def test_too_little_in_common_is_a_miss() -> None:

@@ -12,7 +12,7 @@ import pytest
 from rollout_server.engine.messages.control import Abort, Pause, Paused, Resume
 from rollout_server.engine.messages.scoring import Classified, Classify, HoldScorer, LetScorerGo, ScorerHeld
 from rollout_server.engine.messages.versions import Delete
-from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
+from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError, UnknownPolicy
 from rollout_server.rollout import PolicyAddress
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
@@ -44,11 +44,11 @@ def hold(driver: Driver, policy: str = "rm", id: str = "h", owner: str = "owner"
     return event(driver, ScorerHeld, id)  # type: ignore[no-any-return]
 
 
-def ask(driver: Driver, rows: Sequence[Sequence[int]] = ROWS, held: str = "h") -> str:
+def ask(driver: Driver, rows: Sequence[Sequence[int]] = ROWS, held: str = "h", shared: int = 0) -> str:
     driver.count += 1
     id = f"reward{driver.count}"
     places = tuple((driver.model.info.head_position(row),) for row in rows)
-    driver.send(Classify(id, PolicyAddress("rm"), tuple(map(tuple, rows)), places, held=held))
+    driver.send(Classify(id, PolicyAddress("rm"), tuple(map(tuple, rows)), places, held=held, shared=shared))
     return id
 
 
@@ -156,3 +156,74 @@ def test_a_frozen_engine_scores_nothing_until_it_goes_on(driver: Driver) -> None
     assert event(driver, Classified, id) is None
     driver.send(Resume("go"))
     assert np.isfinite(scores(driver, id)).all()
+
+
+def group_of(samples: int) -> list[list[int]]:
+    """Samples of one prompt of 150 tokens."""
+    prompt, *tails = prompts_of([150, *[9] * samples], 200)
+    return [prompt + tail for tail in tails]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_of_one_prompt_read_it_once_however_they_come(dora: bool, driver: Driver) -> None:
+    driver.push("rm", reward_bundle(driver.model.info, 1, dora=dora))
+    rows = group_of(6)
+    wanted = np.concatenate([driver.classify([row], "rm")[0] for row in rows])[:, 0]
+    hold(driver)
+    read = driver.tokens_read
+    together = [ask(driver, [row], shared=150) for row in rows[:4]]
+    found = [scores(driver, id) for id in together]
+    assert driver.tokens_read - read == 150 + 4 * 9, "those that came at once"
+    found += [scores(driver, ask(driver, [row], shared=150)) for row in rows[4:]]
+    assert driver.tokens_read - read == 150 + 6 * 9, "and those that came later"
+    assert_near(np.concatenate(found), wanted, TINY.of_logits(wanted, len(rows[0])))
+    # What is kept is another version's no more than it is the base's.
+    driver.push("rm", reward_bundle(driver.model.info, 2, dora=dora))
+    hold(driver, id="newer")
+    read = driver.tokens_read
+    newer = scores(driver, ask(driver, rows[:1], held="newer", shared=150))
+    assert driver.tokens_read - read == len(rows[0])
+    assert_near(newer, np.concatenate(driver.classify(rows[:1], "rm"))[:, 0], TINY.of_logits(newer, len(rows[0])))
+
+
+def test_a_prompt_that_is_scored_is_kept_within_what_rows_leave(driver: Driver) -> None:
+    """Where there is no room for it, nobody waits for more than one other."""
+    driver.push("rm", reward_bundle(driver.model.info, 1))
+    rows = group_of(4)
+    wanted = np.concatenate(driver.classify(rows, "rm"))[:, 0]
+    hold(driver)
+    driver.set_kv_limit(700)
+    scores(driver, ask(driver, rows[:1], shared=150))
+    driver.turn()
+    assert 0 < driver.status.prefix.nbytes <= 700 * driver.model.info.kv_bytes_per_token
+    driver.set_kv_limit(256)
+    driver.turn()
+    assert driver.status.prefix.nbytes <= 256 * driver.model.info.kv_bytes_per_token
+    found = np.concatenate([scores(driver, id) for id in [ask(driver, [row], shared=150) for row in rows]])
+    assert_near(found, wanted, TINY.of_logits(wanted, len(rows[0])))
+    assert driver.kv_used == 0, "nothing that was scored stays on the account"
+
+
+def test_without_a_prefix_cache_rows_are_scored_all_the_same(path: Path) -> None:
+    driver = Driver.start(path, prefill_tokens=48, prefix_cache=False)
+    driver.push("rm", reward_bundle(driver.model.info, 1))
+    rows = group_of(3)
+    wanted = np.concatenate(driver.classify(rows, "rm"))[:, 0]
+    hold(driver)
+    found = np.concatenate([scores(driver, id) for id in [ask(driver, [row], shared=150) for row in rows]])
+    assert_near(found, wanted, TINY.of_logits(wanted, len(rows[0])))
+
+
+def test_numbers_that_are_not_finite_are_not_kept_for_others(driver: Driver) -> None:
+    driver.push("rm", reward_bundle(driver.model.info, 1))
+    good, bad, *_ = group_of(2)
+    bad = [*bad[:-1], 201]
+    wanted = np.concatenate(driver.classify([good], "rm"))[:, 0]
+    table = driver.model.module.model.embed_tokens
+    table.weight[201] = float("nan")
+    hold(driver)
+    failed = ask(driver, [bad], shared=150)
+    with pytest.raises(RolloutError, match="NaN or infinity"):
+        scores(driver, failed)
+    assert driver.status.prefix.nbytes == 0
+    assert_near(scores(driver, ask(driver, [good], shared=150)), wanted, TINY.of_logits(wanted, len(good)))

@@ -20,6 +20,7 @@ from adapters.formats.read import read_bundle
 from adapters.versions.packed import pack, unpack
 from rollout_server.engine.messages.versions import Delete, Export, Pin, Restore, RestoredVersion
 from rollout_server.errors import Conflict, InvalidField, VersionGone
+from tests.laws.grids import corners
 from tests.support import tiny_models, tiny_scorers
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -49,8 +50,7 @@ def head_of(bundle: AdapterBundle) -> dict[str, np.ndarray]:
     return {name: bundle.tensors[name].float32() for name in bundle.spec.head}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize(("mode", "dora"), corners(["adapter", "merged"], [False, True]))
 def test_a_reward_version_of_a_base_that_generates(driver: Driver, dora: bool, mode: str) -> None:
     bundle = reward_bundle(driver.model.info, labels=3, dora=dora)
     assert (bundle.spec.task, bundle.spec.head, bundle.labels) == ("classify", ("score.weight",), 3)

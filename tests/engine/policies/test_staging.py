@@ -17,6 +17,7 @@ from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
 from tests.engine.batch.test_batch import assert_same, tolerance
+from tests.laws.grids import some_long
 from tests.support.engine.door import FIRE
 from tests.support.engine.driver import Driver, prompts_of
 
@@ -51,7 +52,7 @@ def watched(driver: Driver, policy: str, **options: Any) -> str:
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", some_long([False, True], True))
 def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwen: Path, dora: bool) -> None:
     driver.push("p", driver.bundle(1))
     alone = driver.generate(PROMPTS, policy="p", seed=3, max_tokens=120, ignore_eos=True)
@@ -177,7 +178,6 @@ def test_pushes_under_load_leak_nothing(qwen: Path) -> None:
                 mx.get_active_memory(),
             )
         )
-    gc.unfreeze()
     assert [v.version.number for v in driver.status.policies[0].versions] == [57, 58, 59, 60]
     slots, bundles, stacks, memory = zip(*seen[12:], strict=True)
     assert set(slots) == {4} and set(bundles) == {4} and len(set(stacks)) == 1

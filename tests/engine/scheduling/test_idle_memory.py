@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import pytest
 
 from rollout_server.engine.messages.control import Release, Released
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
@@ -68,6 +69,7 @@ def test_the_parts_are_counted(driver: Driver) -> None:
     assert memory.active >= weights + memory.slots and memory.peak >= memory.active - 4096
 
 
+@pytest.mark.long
 def test_arrays_grow_by_half_as_much_again_while_there_is_room(base: Driver) -> None:
     widths = set()
 

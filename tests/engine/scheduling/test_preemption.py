@@ -41,10 +41,10 @@ def watched(driver: Driver, *ids: str) -> int:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"top_p": 0.9, "temperature": 1.2},
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"top_p": 0.9, "temperature": 1.2}, marks=pytest.mark.long),
         {"presence_penalty": 0.7, "repetition_penalty": 1.2},
-        {"stop": ("ab", "e")},
+        pytest.param({"stop": ("ab", "e")}, marks=pytest.mark.long),
     ],
     ids=["plain", "top_p", "penalties", "stop"],
 )
@@ -122,6 +122,7 @@ def test_a_row_whose_old_version_is_gone_says_that_it_was_read_again(driver: Dri
             assert_near(row.logprobs[last.start :], scored.logprobs[last.start :], TINY.of_row(row))
 
 
+@pytest.mark.long
 def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
     dice = random.Random(5)
     driver = small(qwen, base.model, 400, max_batch=16, prefill_tokens=64)

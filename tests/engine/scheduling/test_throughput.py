@@ -11,6 +11,7 @@ import pytest
 
 from rollout_server.engine.scheduling.throughput import FIXED_SHARE, STEP_EVERY
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.engine.scheduling.turn_costs import Kind
 from tests.support.engine.turn_clock import Cost, Jobs, TurnClock, linear
 
 CPU = (linear(0.0008, fixed=0.01), linear(0.001, fixed=0.012))
@@ -156,8 +157,34 @@ def test_scoring_and_rows_have_as_much_time(device: tuple[Cost, Cost]) -> None:
     assert read * device[1](512) / 512 >= 0.25 * (job.clock.now - began)
 
 
-def test_prompts_rows_and_scoring_all_get_on() -> None:
-    job = jobs(CPU, 64, [(200, 8, 100)] * 40, 512, scoring=20_000)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_rows_come_before_the_rewards_of_others(device: tuple[Cost, Cost]) -> None:
+    """They keep 0.85 of their rate, and rewards get what that leaves, whatever is read beside."""
+    job = jobs(device, 64, [(64, 64, 100_000)], 512, reads="rewards")
+    for _ in range(4):
+        job.turn()
+    job.scoring = 10**9
+    began, before = job.clock.now, job.steps
+    while job.clock.now - began < 400 * device[1](512):
+        job.turn()
+    passed = job.clock.now - began
+    assert (job.steps - before) * device[0](64) >= 0.85 * passed
+    assert (10**9 - job.scoring) * device[1](512) / 512 >= 0.1 * passed
+    # What is waited for gets its time all the same.
+    job.reads, unread, asked = "scoring", job.scoring, job.clock.now
+    while job.clock.now - asked < 100 * device[1](512):
+        job.turn()
+    assert (unread - job.scoring) * device[1](512) / 512 >= 0.25 * (job.clock.now - asked)
+
+
+def test_rewards_are_read_at_full_speed_once_all_rows_have_ended() -> None:
+    job = jobs(CPU, 64, [(64, 64, 20)], 512, scoring=20_000, reads="rewards")
+    assert job.run() <= 1.1 * (parts(CPU, 64, [(64, 64, 20)], 512) + 20_000 / 512 * CPU[1](512))
+
+
+@pytest.mark.parametrize("reads", ["scoring", "rewards"])
+def test_prompts_rows_and_scoring_all_get_on(reads: Kind) -> None:
+    job = jobs(CPU, 64, [(200, 8, 100)] * 40, 512, scoring=20_000, reads=reads)
     seconds = job.run()
     assert seconds <= 1.2 * (parts(CPU, 64, [(200, 8, 100)] * 40, 512) + 20_000 / 512 * CPU[1](512))
 

@@ -15,6 +15,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.load import read_model
 from rollout_server.engine.scoring.labels import WORTH, alike
 from rollout_server.errors import InvalidField, RolloutError
+from tests.laws.grids import some_long
 from tests.support import tiny_models, tiny_scorers
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -32,7 +33,7 @@ def by_rule(info: ModelInfo, directory: Path, rows: Sequence[Sequence[int]]) -> 
     return [tiny_scorers.scores(directory, row)[info.head_position(row)] for row in rows]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_long(FAMILIES, "llama", "gemma3_text"))
 def test_sequences_alone_together_and_in_chunks_have_the_scores_of_whole_ones(family: str, tmp_path: Path) -> None:
     tiny_scorers.build(family, tmp_path, labels=3)
     driver = Driver.start(tmp_path, prefill_tokens=24)
@@ -43,7 +44,7 @@ def test_sequences_alone_together_and_in_chunks_have_the_scores_of_whole_ones(fa
         near(driver.classify([row])[0][0], want, len(row))
 
 
-@pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.parametrize("family", some_long(("llama", "gemma2"), "llama"))
 def test_tokens_are_scored_where_they_are_asked_for(family: str, tmp_path: Path) -> None:
     tiny_scorers.build(family, tmp_path, labels=2, what="TokenClassification", bias=True)
     driver = Driver.start(tmp_path, prefill_tokens=16)
@@ -91,7 +92,7 @@ def test_what_stands_behind_the_last_position_is_not_read(tmp_path: Path) -> Non
     assert driver.tokens_read == 10
 
 
-@pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.parametrize("family", some_long(("llama", "gemma2"), "llama"))
 def test_samples_of_one_prompt_read_it_once(family: str, tmp_path: Path) -> None:
     tiny_scorers.build(family, tmp_path, labels=2)
     driver = Driver.start(tmp_path, prefill_tokens=64)
@@ -120,7 +121,7 @@ def test_runs_that_begin_alike_are_found_and_not_made_worse() -> None:
     assert alike([long, long], [WORTH, 299]) == [([0, 1], WORTH)]
 
 
-@pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.parametrize("family", some_long(("llama", "gemma2"), "llama"))
 def test_any_decoder_gives_log_probabilities_of_a_few_tokens(family: str, tmp_path: Path) -> None:
     driver = Driver.start(tiny_models.build(family, tmp_path), prefill_tokens=32)
     module = read_model(tmp_path).module

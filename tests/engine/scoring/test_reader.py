@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants
+from tests.laws.grids import corners
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
 
@@ -186,6 +189,19 @@ def test_scoring_stays_inside_the_kv_memory_of_the_rows(bare_model: Callable[[st
     assert driver.scoring.cells == 0 and scoring._rows.nbytes == 0
 
 
+def test_what_was_scored_is_freed_at_once(base: Driver) -> None:
+    """And not when somebody looks for objects that know each other."""
+    id = base.ask_score(prompts_of([200] * 4, 286))
+    gc.disable()
+    try:
+        base.until(lambda: base.reader.nbytes > 0)
+        held = [weakref.ref(array) for array in base.reader._rows.arrays()]
+        base.scored(id)
+        assert held and {array() for array in held} == {None}
+    finally:
+        gc.enable()
+
+
 def test_a_sequence_larger_than_the_memory_is_scored_all_the_same(
     bare_model: Callable[[str], ResidentModel], qwen: Path
 ) -> None:
@@ -244,8 +260,7 @@ def switched(driver: Driver, kind: str = "peft") -> Rollout:
     return row
 
 
-@pytest.mark.parametrize("path", [lambda driver: driver, slow], ids=["batched", "one at a time"])
-@pytest.mark.parametrize("kind", ["peft", "dora"])
+@pytest.mark.parametrize(("kind", "path"), corners(["peft", "dora"], [lambda driver: driver, slow]))
 def test_a_switched_row_is_checked_through_its_spans(
     driver: Driver, kind: str, path: Callable[[Driver], Driver]
 ) -> None:

@@ -20,6 +20,7 @@ from rollout_server.engine.scoring.replay import RowReplay, TokenRange, replay_t
 from rollout_server.errors import UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SamplingParams, SpanAddress, Wants
 from tests.engine.scoring.test_reader import slow
+from tests.laws.grids import some_long
 from tests.support.engine.driver import Driver, prompts_of, recorded
 from tests.support.numbers.bounds import TINY, of_softmax
 
@@ -46,7 +47,7 @@ def mixed_rows(driver: Driver, policies: tuple[str, ...] = ("base",), length: in
     return [row for id in ids for row in driver.rollouts(id)]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("family", some_long(["qwen3", "gemma3_text", "gemma2"], "qwen3", "gemma3_text"))
 def test_rows_of_a_busy_mixed_batch_are_drawn_again_exactly(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
@@ -71,7 +72,7 @@ def test_both_readers_and_one_row_at_a_time_find_the_same(base: Driver, qwen: Pa
         assert found.margin == pytest.approx(expected.margin, abs=TINY.of_row(row))
 
 
-@pytest.mark.parametrize("kind", range(len(MIXED)))
+@pytest.mark.parametrize("kind", some_long(range(len(MIXED)), 0, 3, 6))
 def test_a_seed_reproduces_its_row_alone_and_later(kind: int, base: Driver, qwen: Path) -> None:
     """What `seed` with `n: 1` promises: neither neighbours nor the time of joining matter."""
     alone = Driver.start(qwen, base.model, max_batch=1)
@@ -141,7 +142,13 @@ def test_margins_of_greedy_filtered_and_forbidden_tokens(base: Driver) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"top_p": 0.6}, {"top_k": 7}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 30}], ids=str
+    "sampling",
+    some_long(
+        [{"top_p": 0.6}, {"top_k": 7}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 30}],
+        {"min_p": 0.3},
+        {"top_p": 0.9, "top_k": 30},
+    ),
+    ids=str,
 )
 def test_a_filter_s_edge_explains_a_difference(sampling: dict[str, Any]) -> None:
     """The recorded row was drawn from a set with one token more or less, whose edge lies within rounding."""

@@ -15,6 +15,7 @@ from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.engine.batch.test_batch import tolerance
+from tests.laws.grids import some_long
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, amplified, assert_near
 
@@ -217,7 +218,7 @@ def test_rows_that_wait_for_values_count_as_produced_when_the_server_stops(drive
     assert small.error(id) is None and len(small.rollouts(id)[0].token_ids) == 6
 
 
-@pytest.mark.parametrize("family", ["granitemoehybrid", "gemma2"])
+@pytest.mark.parametrize("family", some_long(["granitemoehybrid", "gemma2"], "granitemoehybrid"))
 def test_families_that_are_read_one_at_a_time(
     family: str, model_path: Callable[[str], Path], bare_model: Callable[[str], ResidentModel]
 ) -> None:

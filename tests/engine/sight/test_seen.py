@@ -14,6 +14,7 @@ from tests.support.golden_vision import FAMILIES
 from tests.support.numbers.bounds import assert_near
 from tests.support.pictures.seeing import DEEPEST, Conversation, Seeing, opened
 from tests.support.tiny_models import VOCAB_SIZE
+from tests.support.tiny_scorers import reward_bundle
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 6}
 WANTED = Wants(prompt_logprobs=True, base_logprobs=True)
@@ -198,3 +199,20 @@ def test_200_rollouts_with_pictures_are_drawn_again_exactly(kind: Seeing) -> Non
         # A uniform may fall on the edge between two tokens: one in some hundred thousand does.
         tie = again.margin is not None and again.margin <= conversations[row.prompt_index].within
         assert again.exact or tie, again
+
+
+def test_a_reward_version_scores_what_it_sees(kind: Seeing) -> None:
+    driver, conversations = kind.start(prefill_tokens=7), list(kind.conversations.values())
+    info = kind.model.info
+    head = np.random.default_rng(9).standard_normal((2, info.embedding.width)).astype(np.float32)
+    driver.push("rm", reward_bundle(info, 6, head={"score.weight": head}))
+    shown = tuple(each.pictures for each in conversations)
+    sequences = tuple(each.ids for each in conversations)
+    ends = tuple((len(ids) - 1,) for ids in sequences)
+    driver.send(Classify("scores", PolicyAddress("rm"), sequences, ends, pictures=shown))
+    found = np.concatenate(driver.classified("scores"))
+    driver.send(Embed("states", PolicyAddress("rm"), sequences, shown))
+    want = driver.embedded("states").astype(np.float64) @ head.T
+    assert_near(found, want, DEEPEST.of_logits(want, max(map(len, sequences))))
+    blind = driver.classify([conversations[1].ids], "rm")[0]
+    assert np.max(np.abs(blind - found[1])) > 0.01

@@ -106,6 +106,23 @@ def test_what_is_read_of_a_row(client: Client, engine: FakeEngine, tokenizer: An
         assert position == engine.info.head_position(wanted)
 
 
+def test_the_engine_is_told_what_the_rows_of_a_prompt_share(client: Client, engine: FakeEngine, tokenizer: Any) -> None:
+    engine.script = lambda request, sample: Row(tokenizer.encode(f"{sample}!", add_special_tokens=False))
+    said = [{"role": "user", "content": "how many"}]
+    for prompt, reads in (
+        ({"token_ids": tokenizer.encode("how many ")}, "token_ids"),
+        ({"text": "how many "}, "text"),
+        ({"messages": said}, "messages"),
+    ):
+        before = len(engine.classified)
+        assert ask(client, [prompt], n=3, reward={"model": "rm", "as": reads}).status_code == 200
+        asked = engine.classified[before:]
+        (shared,) = {classify.shared for classify in asked}
+        rows = [classify.sequences[0] for classify in asked]
+        assert len(rows) == 3 and len({row[:shared] for row in rows}) == 1
+        assert len({row[: shared + 1] for row in rows}) == 3, "and nothing of a reply"
+
+
 def test_the_file_says_what_the_json_says(client: Client, engine: FakeEngine) -> None:
     engine.script = lambda request, sample: Row(
         [60 + sample], FinishReason.ABORTED if sample == 1 else FinishReason.STOP

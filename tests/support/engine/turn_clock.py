@@ -83,6 +83,8 @@ class Jobs:
     cost: Cost
     waiting: list[tuple[int, int, int]]
     scoring: int = 0
+    reads: Kind = "scoring"
+    """What these tokens are for."""
     streamed: bool = False
     rows: list[int] = field(default_factory=list)
     """Tokens that each running row still wants."""
@@ -105,11 +107,11 @@ class Jobs:
         if self.budget.admits():
             self._admit(free)
         wanting: list[Kind] = ["prefill"] * bool(self.joining)
-        self.budget.divide([*wanting, *["scoring"] * bool(self.scoring)], self._joining)  # type: ignore[list-item]
+        self.budget.divide([*wanting, *[self.reads] * bool(self.scoring)], self._joining)
         if share := self.budget.share("prefill"):
             self.budget.measure("prefill", lambda: self._prefill(share))
-        if share := self.budget.share("scoring"):
-            self.budget.measure("scoring", lambda: self._score(share))
+        if share := self.budget.share(self.reads):
+            self.budget.measure(self.reads, lambda: self._score(share))
         if self.rows and self.budget.steps(rows=len(self.rows), joining=self._joining):
             self._step()
         self.budget.end()

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from litestar import Litestar
 from litestar.testing import TestClient
 from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rollout_server.config import ServerConfig
+from rollout_server.http import app as app_module
 from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import LAYERS, FakeEngine
 
@@ -57,9 +59,32 @@ def config() -> ServerConfig:
     return ServerConfig(max_body=200_000, max_upload=100_000)
 
 
+MakeApp = Callable[[ServerConfig, FakeEngine], Litestar]
+
+
+@pytest.fixture(scope="session")
+def routed() -> Litestar:
+    return create_app(ServerConfig(), FakeEngine(byte_level_tokenizer()))  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def client(engine: FakeEngine, config: ServerConfig) -> Iterator[TestClient[Any]]:
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+def made_app(routed: Litestar, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
+    """`create_app`, but that the routes are those of one application of the session: their registration is nearly all
+    that an application costs. Its state, its life and what it answers with are its own."""
+
+    def make(config: ServerConfig, engine: FakeEngine) -> Litestar:
+        with monkeypatch.context() as without:
+            without.setattr(app_module, "CONTROLLERS", ())
+            app = create_app(config, engine)  # type: ignore[arg-type]
+        app.routes, app.asgi_handler, app.plugins = routed.routes, routed.asgi_handler, routed.plugins
+        return app
+
+    return make
+
+
+@pytest.fixture
+def client(engine: FakeEngine, config: ServerConfig, made_app: MakeApp) -> Iterator[TestClient[Any]]:
+    with TestClient(made_app(config, engine)) as client:
         yield client
 
 

@@ -96,6 +96,10 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family({"head_dim": 20}),
     "helium": Family({"head_dim": 12}),
     "exaone4": Family({"head_dim": 20, **SLIDING}),
+    # transformers' own cache takes heads of whole 64 numbers only.
+    "xlstm": Family(
+        {"num_heads": 4, "chunk_size": 16, "ffn_proj_factor": 1.3, "ffn_round_up_to_multiple_of": 4, "use_cache": False}
+    ),
     "cohere2": Family({"hidden_size": 80, "head_dim": 20, "tie_word_embeddings": True, **SLIDING}),
 }
 

@@ -79,7 +79,8 @@ def reloaded(directory: Path, adapter: Path) -> PeftModel:
 
 def embeddings(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """Hidden states after the final norm, pooled: `last` and `mean`, both float32 [sequences, width]."""
-    trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).model
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    trunk = getattr(whole, whole.base_model_prefix)
     with torch.no_grad():
         states = [trunk(input_ids=torch.tensor([list(ids)])).last_hidden_state[0].float() for ids in sequences]
     return {

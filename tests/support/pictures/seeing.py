@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,12 +53,13 @@ class Seeing:
     conversations: dict[str, Conversation]
 
     def start(self, **options: Any) -> Driver:
-        """An engine whose features of pictures are its own."""
+        """An engine whose features of pictures, and whose parameters, are its own: another may have left a set of its
+        versions mounted."""
         eyes = self.model.eyes
         if eyes is None:
             raise RuntimeError("The golden model was loaded without its tower.")
         fresh = Eyes(eyes.family, self.model.dtype, self.model.info.kv_bytes_per_token)
-        model = replace(self.model, eyes=fresh)
+        model = replace(self.model, eyes=fresh, module=deepcopy(self.model.module))
         if "kv_memory" in options:
             model = replace(model, info=replace(model.info, kv_memory=options.pop("kv_memory")))
         return Driver.start(self.path, model, **options)

@@ -122,7 +122,7 @@ def unserved(raw: Mapping[str, Any], said: Meaning, family: Family) -> Iterator[
         if name == "no_rope_layers" and family.name == "llama4":
             also = ([int((i + 1) % 4 != 0) for i in range(len(value or ()))],)
         if not _among(value, (*harmless, *also)):
-            yield f"{name} is {quoted(value)}, which mlx-lm's {family.name} does not compute"
+            yield f"{name} is {quoted(value)}, which {family.code} does not compute"
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:

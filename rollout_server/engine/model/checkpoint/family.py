@@ -17,6 +17,8 @@ from rollout_server.quoting import quoted
 
 ARGS = "ModelArgs"
 NESTED = "text_config"
+PACKAGES = ("rollout_server.models.recurrent", "mlx_lm.models")
+"""Where modules of families are: the first that has one of this name. Ours are those that mlx-lm lacks."""
 SHARED_CODE = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 """Modules that see no configuration of a family."""
 
@@ -29,6 +31,8 @@ class Family:
     """The module of mlx-lm that computes the text model."""
     module: str
     """The module whose `Model` is loaded: this one, or one around it."""
+    package: str
+    """The package that this module is in."""
     fields: frozenset[str]
     required: frozenset[str]
     """Fields without a default."""
@@ -42,6 +46,11 @@ class Family:
     """True if that part is `text_config`, and not config.json itself."""
     outer: frozenset[str] = frozenset()
     """Fields of the class around it, if there is one."""
+
+    @property
+    def code(self) -> str:
+        """What computes it, as sentences name it."""
+        return f"{'mlx-lm' if self.package.startswith('mlx_lm') else 'this server'}'s {self.name}"
 
 
 def family_of(config: Mapping[str, Any], renamed: Mapping[str, str]) -> Family:
@@ -60,19 +69,24 @@ def family_of(config: Mapping[str, Any], renamed: Mapping[str, str]) -> Family:
     # What such a class does without the nested part is to take the whole for it.
     nested = isinstance(text, dict)
     inner, name = outer.text_class(text if isinstance(text, dict) else config)
-    return replace(inner.family(name), module=outer.name, nested=nested, outer=frozenset(fields))
+    return replace(inner.family(name), module=outer.name, package=outer.package, nested=nested, outer=frozenset(fields))
 
 
 @dataclass(frozen=True, eq=False)
 class _Source:
     name: str
+    package: str
     tree: ast.Module
 
     @classmethod
     def of(cls, name: str) -> _Source | None:
-        path = _folder() / f"{name}.py"
-        known = re.fullmatch(r"[\w-]+", name) is not None and path.is_file()
-        return cls(name, ast.parse(path.read_text("utf-8"))) if known else None
+        if re.fullmatch(r"[\w-]+", name) is None:
+            return None
+        for package in PACKAGES:
+            path = _folder(package) / f"{name}.py"
+            if path.is_file():
+                return cls(name, package, ast.parse(path.read_text("utf-8")))
+        return None
 
     def family(self, name: str) -> Family:
         sources = list(self._reachable(set()))
@@ -82,6 +96,7 @@ class _Source:
         return Family(
             self.name,
             self.name,
+            self.package,
             fields=frozenset(fields),
             required=frozenset(field for field, needed in fields.items() if needed),
             reads=frozenset(fields) & looked_at,
@@ -184,8 +199,9 @@ def _is_dataclass(mark: ast.expr) -> bool:
     return isinstance(called, ast.Name) and called.id == "dataclass"
 
 
-def _folder() -> Path:
-    spec = find_spec("mlx_lm")
+def _folder(package: str) -> Path:
+    top, *rest = package.split(".")
+    spec = find_spec(top)
     if spec is None or not spec.submodule_search_locations:
-        raise EngineUnavailable("mlx-lm is not installed.")
-    return Path(next(iter(spec.submodule_search_locations))) / "models"
+        raise EngineUnavailable(f"{top} is not installed.")
+    return Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)

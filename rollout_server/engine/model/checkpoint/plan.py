@@ -65,7 +65,7 @@ def plan_of(config: Mapping[str, Any], renamed: Mapping[str, str]) -> Plan:
         outer = ((name, whole.get(name, said.get(name))) for name in family.outer - {NESTED})
         overrides |= {name: value for name, value in outer if value is not None and config.get(name) != value}
     refusals = [
-        f"config.json has no {name}, which mlx-lm's {family.name} needs"
+        f"config.json has no {name}, which {family.code} needs"
         for name in sorted(family.required - {**text, **told}.keys())
     ]
     return Plan(

@@ -14,7 +14,7 @@ from rollout_server.engine.model.checkpoint.family import Family
 def classes_of(family: Family) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     """What `load_model` takes as `get_model_classes`: the family's own classes, the model's `sanitize` given the
     layout that it knows."""
-    module = import_module(f"mlx_lm.models.{family.module}")
+    module = import_module(f"{family.package}.{family.module}")
     if family.module not in LAYOUTS:
         return lambda config: (module.Model, module.ModelArgs)
 

@@ -30,9 +30,7 @@ def window_bounds(module: nn.Module, said: Meaning, family: Family) -> tuple[Bou
     tokens = min(size for pair in differ for size in pair if size is not None)
     where = "every layer" if len(differ) == len(wanted) else f"{len(differ)} of {len(wanted)} layers"
     named = "attention_chunk_size" if tokens == said.get("attention_chunk_size") else "sliding_window"
-    return (
-        Bound(tokens, f"config.json and mlx-lm's {family.name} differ in the {named} of {where} beyond these tokens"),
-    )
+    return (Bound(tokens, f"config.json and {family.code} differ in the {named} of {where} beyond these tokens"),)
 
 
 def _said(said: Meaning) -> list[int | None] | None:

@@ -13,6 +13,7 @@ from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.model.attention.kernel import WIDTHS, RowKernel, geometry_of, row_kernel
 from rollout_server.engine.model.attention.plain import attend_plainly
+from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 HEADS = {(16, 8): 128, (8, 1): 64, (7, 1): 64, (4, 4): 80, (12, 2): 128}
@@ -78,33 +79,30 @@ def assert_as_plainly(kernel: RowKernel, step: DecodeAttention) -> None:
         assert mx.all(written | ~live)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dtype"), corners(WIDTHS, [mx.float32, mx.bfloat16, mx.float16]), ids=str)
 def test_every_head_size_and_dtype_at_odd_lengths(kernel: RowKernel, width: int, dtype: mx.Dtype) -> None:
     assert_as_plainly(kernel, a_step([0, 5, 30, 62, 63], width=width, dtype=dtype))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), some_long(list(HEADS), (16, 8), (7, 1)), ids=str)
 def test_query_heads_share_keys(kernel: RowKernel, heads: int, kv_heads: int) -> None:
     width = HEADS[heads, kv_heads]
     step = a_step([0, 5, 30, 62, 63], heads=heads, kv_heads=kv_heads, width=width, dtype=mx.bfloat16)
     assert_as_plainly(kernel, step)
 
 
-@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize("window", [1, 24, 200])
+@pytest.mark.parametrize(("window", "sinks"), corners([1, 24, 200], [False, True]))
 def test_windows_and_sinks(kernel: RowKernel, window: int, sinks: bool) -> None:
     assert_as_plainly(kernel, a_step([0, window - 1, window, 255], columns=256, window=window, sinks=sinks))
 
 
-@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize("offsets", [[1030], [301, 1054], [1055]], ids=str)
+@pytest.mark.parametrize(("offsets", "sinks"), corners([[1030], [301, 1054], [1055]], [False, True]), ids=str)
 def test_few_rows_are_read_in_parts(kernel: RowKernel, offsets: list[int], sinks: bool) -> None:
     assert_as_plainly(kernel, a_step(offsets, columns=1056, sinks=sinks))
     assert_as_plainly(kernel, a_step(offsets, columns=1056, sinks=sinks, window=700))
 
 
-@pytest.mark.parametrize("width", [width for width in WIDTHS if width % 32 == 0])
+@pytest.mark.parametrize("width", some_long([width for width in WIDTHS if width % 32 == 0], 64, 96))
 def test_eight_bits_are_read_as_packed(kernel: RowKernel, width: int) -> None:
     for dtype in (mx.float32, mx.bfloat16):
         assert_as_plainly(kernel, a_step([0, 5, 30, 62, 63], width=width, dtype=dtype, packed=True))

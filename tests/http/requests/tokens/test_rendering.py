@@ -10,11 +10,10 @@ from litestar.testing import TestClient
 from tokenizers import AddedToken
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from rollout_server.rollout import FinishReason
 from rollout_server.text.content_forms import ContentForm, content_form
 from tests.support.http.fake_engine import FakeEngine, Row
-from tests.support.http.fixtures import byte_level_tokenizer
+from tests.support.http.fixtures import MakeApp, byte_level_tokenizer
 
 Client = TestClient[Any]
 
@@ -34,8 +33,8 @@ def engine(tokenizer: Any) -> Iterator[FakeEngine]:
 
 
 @pytest.fixture
-def client(engine: FakeEngine) -> Iterator[Client]:
-    with TestClient(create_app(ServerConfig(), engine)) as client:  # type: ignore[arg-type]
+def client(engine: FakeEngine, made_app: MakeApp) -> Iterator[Client]:
+    with TestClient(made_app(ServerConfig(), engine)) as client:
         yield client
 
 

@@ -11,9 +11,8 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import FakeEngine
-from tests.support.http.fixtures import PEFT_CONFIG
+from tests.support.http.fixtures import PEFT_CONFIG, MakeApp
 
 Client = TestClient[Any]
 Problem = Callable[..., dict[str, Any]]
@@ -26,9 +25,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def doors(engine: FakeEngine, folder: Path) -> Iterator[Client]:
+def doors(engine: FakeEngine, folder: Path, made_app: MakeApp) -> Iterator[Client]:
     config = ServerConfig(adapter_dir=folder, max_upload=100_000)
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+    with TestClient(made_app(config, engine)) as client:
         yield client
 
 

@@ -1,7 +1,7 @@
 """litellm on this server: whole, streamed and asynchronous chat, and completions with log-probabilities.
 
     rollout-server serve                      # in one terminal: the embedded model
-    python examples/litellm_calls.py          # in another, where litellm is installed
+    python examples/clients/litellm_calls.py  # in another, where litellm is installed
 
 `openai/` before a policy's name says which API it is; `hosted_vllm/` works as well. LITELLM_LOCAL_MODEL_COST_MAP=True
 keeps litellm from looking for prices elsewhere.

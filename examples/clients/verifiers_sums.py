@@ -1,7 +1,7 @@
 """Environments of `verifiers`, played on this server: one turn for each sum, and three that go on from the answer.
 
     rollout-server serve                      # in one terminal: the embedded model
-    python examples/verifiers_sums.py         # in another, where verifiers is installed
+    python examples/clients/verifiers_sums.py # in another, where verifiers is installed
 
 verifiers loads environments by the name of a module, here this one. Its programs usually run in a box of their own;
 `Chat` is the smallest that does not: OpenAI's client, in this process. `--model NAME` plays any policy.
