@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
+
 GIB = 2**30
 MIB = 2**20
 UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
@@ -45,6 +48,25 @@ def parse_adapters(value: Any) -> Any:
                 raise ValueError(f"{item!r} is not NAME=DIR")
             item = (name, directory)
         pairs.append(item)
+    return tuple(pairs)
+
+
+def parse_also(value: Any) -> Any:
+    """`NAME=DIR_OR_HUB_ID` items, as a list or as one comma-separated text → pairs. Raises ValueError for what can be
+    no name, and for one that means two models."""
+    items = value.split(",") if isinstance(value, str) else value
+    pairs: list[tuple[str, str]] = []
+    for item in items:
+        name, equals, model = item.strip().partition("=") if isinstance(item, str) else (item[0], "=", item[1])
+        if not (name and equals and model):
+            raise ValueError(f"{quoted(item)} is not NAME=DIR or NAME=HUB_ID")
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(f"{quoted(name)} is no name of a model, which is {NAME_RULE}")
+        if name == BASE:
+            raise ValueError(f"{quoted(name)} is what the model of --model is called: choose another name")
+        if name in dict(pairs):
+            raise ValueError(f"{quoted(name)} names two models: give each a name of its own")
+        pairs.append((name, model))
     return tuple(pairs)
 
 
@@ -96,6 +118,9 @@ Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
 
 
+Models = Annotated[tuple[tuple[str, str], ...], NoDecode, BeforeValidator(parse_also)]
+
+
 class ServerConfig(BaseSettings):
     """Everything `rollout-server serve` can be told. Values given in code win over `ROLLOUT_<NAME>` variables."""
 
@@ -107,6 +132,8 @@ class ServerConfig(BaseSettings):
     """Branch, tag or commit of a Hub id."""
     served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
     """What the base is called on the wire, besides `base`."""
+    also: Models = ()
+    """Names and directories or Hub ids of models that are served beside it, each by an engine of its own."""
     adapters: AdapterDirectories = ()
     """Names and directories to publish before the server is ready."""
     context_length: int | None = Field(default=None, ge=1)
@@ -134,6 +161,9 @@ class ServerConfig(BaseSettings):
     """Whose attention decode steps may use: what is right and fastest on this device, or MLX's own alone."""
     warm: Literal["on", "off"] = "on"
     """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
+    memory: Size | None = None
+    """Device memory of weights, versions, keys and values of all models together; `None`: half of the device where
+    there are several, and of one what `kv_memory` and `weights_memory` say."""
     kv_memory: Size | None = None
     """Memory for keys and values; `None`: a share of what weights and adapters leave of the device."""
     kv_bits: KvBits = None

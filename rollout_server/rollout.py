@@ -93,11 +93,8 @@ class SamplingParams:
                 raise InvalidField(f"{name} must be {rule}{found}.", param=name)
 
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
-        need(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"between 0 and max_tokens ({quoted(self.max_tokens)})",
-        )
+        within = f"between 0 and max_tokens ({quoted(self.max_tokens)})"
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", within)
         need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         need(self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 (greedy) or at least 0.001")
         need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
@@ -128,6 +125,12 @@ class SamplingParams:
         return bool(self.filters)
 
 
+def called(name: str, resident: str) -> str:
+    """The address of a policy among several models: NAME, or RESIDENT/NAME; a resident's base has its own name."""
+    own = resident if name == BASE else f"{resident}/{name}"
+    return own if resident else name
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyVersion:
     """One immutable state of a policy. `number` grows by one per name; the base is number 0 with the base's digest."""
@@ -137,6 +140,16 @@ class PolicyVersion:
     digest: str
     """`sha256:` and 64 hex digits."""
     label: str | None = None
+    resident: str = ""
+    """The resident whose version it is; empty for the model of --model."""
+
+    @property
+    def called(self) -> str:
+        """What requests call its policy."""
+        return called(self.name, self.resident)
+
+    def __str__(self) -> str:
+        return f"{self.called}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from rollout_server.config import ClientSettings, ServerConfig, parse_size
-from rollout_server.versions.startup import engine_options
+from rollout_server.errors import InvalidField
+from rollout_server.versions.startup import engine_options, engines
+from tests.support import tiny_models
+from tests.support.golden_encoders import copied
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,53 @@ def test_the_environment_is_read_and_code_wins(monkeypatch: pytest.MonkeyPatch) 
     assert (config.max_body, config.kv_memory) == (2**20, 2**30)
     assert config.adapters == (("one", Path("/a")), ("two", Path("/b")))
     assert "a-key" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("also", "fault"),
+    [
+        (["rm"], "'rm' is not NAME=DIR or NAME=HUB_ID"),
+        (["rm="], "'rm=' is not NAME=DIR"),
+        (["=/models/rm"], "is not NAME=DIR"),
+        (["a/b=/models/rm"], "'a/b' is no name of a model, which is 1 to 64 letters"),
+        (["base=/models/rm"], "'base' is what the model of --model is called"),
+        (["rm=/models/one", "rm=/models/two"], "'rm' names two models"),
+    ],
+)
+def test_what_names_no_model_beside_the_base(also: list[str], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        ServerConfig(also=also)  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_the_base_s_and_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", tmp_path / "first")
+    for also in (("first", str(model)), ("rm", str(tmp_path / "nowhere"))):
+        with pytest.raises(InvalidField, match=f"--also .*{also[0]}"):
+            engines(ServerConfig(model=str(model), also=(also,)))
+    with pytest.raises(InvalidField, match="one address could mean both"):
+        engines(ServerConfig(model=str(model), served_model_name="org/model", also=(("org", str(model)),)))
+
+
+def test_every_model_is_run_under_its_own_name_in_its_own_share(tmp_path: Path) -> None:
+    first, second = (tiny_models.build(family, tmp_path / family) for family in ("qwen3", "llama"))
+    encoder = copied("bert/classify", tmp_path / "bert")
+    also = (("other", str(second)), ("enc", str(encoder)))
+    config = ServerConfig(
+        model=str(first), also=also, memory="1GiB", max_batch=8, kv_bits=8, context_length=64, trace=Path("turns.json")
+    )  # type: ignore[arg-type]
+    base, other, enc = engines(config)
+    assert [each.resident for each in (base, other, enc)] == ["", "other", "enc"]
+    assert [each.model_id for each in (base, other, enc)] == ["qwen3", "other", "enc"]
+    assert sum(each.memory or 0 for each in (base, other, enc)) <= 2**30
+    assert (base.kv_bits, other.kv_bits, enc.kv_bits, enc.kv_memory, enc.max_batch) == (8, 8, None, None, None)
+    assert (base.context_length, other.context_length) == (64, None), "it has a context of its own"
+    assert [each.trace for each in (base, other, enc)] == ["turns.json", "turns.other.json", "turns.enc.json"]
+    with pytest.raises(
+        InvalidField, match=r"The models need .* together \(base .*, other .*, enc .*--memory is 1.0 MiB"
+    ):
+        engines(ServerConfig(model=str(first), also=also, memory="1MiB"))  # type: ignore[arg-type]
+    (alone,) = engines(ServerConfig(model=str(first)))
+    assert alone.memory is alone.kv_memory is None, "of one model nobody counts unless it is asked for"
 
 
 def test_a_timeline_is_recorded_where_a_file_is_named() -> None:

@@ -25,9 +25,9 @@ class Served:
     pid: int
 
     def metrics(self) -> dict[str, float]:
-        """Samples without labels, by name."""
+        """Samples of the base that have no other label, by name."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
-            lines = reply.read().decode().splitlines()
+            lines = reply.read().decode().replace('{model="base"}', "").splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in lines if line[:1] != "#" and "{" not in line}
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
     AllowHost,
     AllowImageHost,
+    Also,
     Attention,
     KvBits,
     KvMemory,
@@ -20,6 +21,7 @@ from rollout_server.commands.terminal.engine_options import (
     MaxPictureBytes,
     MaxPicturePixels,
     MaxPictures,
+    Memory,
     Prefer,
     PrefillTokens,
     PrefixCache,
@@ -32,6 +34,7 @@ from rollout_server.commands.terminal.engine_options import (
 def serve(
     ctx: typer.Context,
     model: Annotated[str | None, option("Directory or Hub id; without it the embedded demo model.")] = None,
+    also: Also = None,
     adapters: Adapters = None,
     served_model_name: Annotated[str | None, option("What the base is called, besides `base`.")] = None,
     revision: Annotated[str | None, option("Branch, tag or commit of a Hub id.")] = None,
@@ -43,6 +46,7 @@ def serve(
     prefer: Prefer = None,
     attention: Attention = None,
     warm: Warm = None,
+    memory: Memory = None,
     kv_memory: KvMemory = None,
     kv_bits: KvBits = None,
     prefix_cache: PrefixCache = None,
@@ -63,11 +67,15 @@ def serve(
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     allow_host: AllowHost = None,
 ) -> None:
-    """Serve one base model: rollouts, completions, log-probabilities, weights.
+    """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
-    given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
+    _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
+
+
+def _serve(given: dict[str, Any]) -> None:
+    """Reads the configuration, and serves until it is told to stop."""
     with one_sentence():
         blas = load_blas()
         config = configure(given)

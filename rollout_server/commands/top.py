@@ -47,7 +47,7 @@ def top(
 
 
 Counted = dict[tuple[str, str], float]
-"""(name of a metric, the value of its only label or nothing) → value."""
+"""(name of a metric, the value of its label or nothing) → value, of all models together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class State:
             "prefix_bytes": self.gauge("rollout_prefix_bytes"),
             "prefix_hit_share": self.hit_share,
             "tokens": self.health["tokens"],
+            "models": self.health.get("models", []),
             "policies": [
                 {
                     "name": line.name,
@@ -129,7 +130,9 @@ def watch(client: RolloutClient, interval_s: float) -> Iterator[State]:
     while True:
         time.sleep(interval_s)
         now, then = client.send(metrics), time.perf_counter()
-        yield State(client.url, client.send(health), client.weights(), before, now, then - at)
+        said = client.send(health)
+        lines = [line for model in said.get("models", [{}]) for line in client.weights(model.get("model"))]
+        yield State(client.url, said, tuple(lines), before, now, then - at)
         before, at = now, then
 
 
@@ -137,12 +140,12 @@ def counted(text: str) -> Counted:
     """Prometheus' text format, as far as it is shown here."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    return {
-        (sample.name, next(iter(sample.labels.values()), "")): sample.value
-        for family in text_string_to_metric_families(text)
-        if family.type in ("gauge", "counter")
-        for sample in family.samples
-    }
+    found: Counted = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.type in ("gauge", "counter") else ():
+            label = next((value for name, value in sample.labels.items() if name != "model"), "")
+            found[sample.name, label] = found.get((sample.name, label), 0.0) + sample.value
+    return found
 
 
 def view(state: State) -> RenderableType:
@@ -159,6 +162,12 @@ def view(state: State) -> RenderableType:
         f"{state.health['running']} rows running, {state.health['waiting']} requests waiting",
         f"KV {kv(state)}{hits}",
     ]
+    if len(models := state.health.get("models", [])) > 1:
+        said += [
+            f"{each['model']}: {each['state']}, {each['running']} rows running, {each['waiting']} requests waiting, "
+            f"{each['tokens']} tokens"
+            for each in models
+        ]
     table = Table("policy", "live", "kept", "rows", "MiB", box=None, pad_edge=False)
     for line in state.policies:
         kept = ", ".join(str(version.version) for version in line.versions)

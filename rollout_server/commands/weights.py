@@ -20,7 +20,7 @@ def push(
     directory: Annotated[
         Path, typer.Argument(help="An adapter as PEFT or mlx-lm saves it.", exists=True, file_okay=False)
     ],
-    name: Annotated[str, typer.Option(help="The policy it becomes a version of.")],
+    name: Annotated[str, typer.Option(help="The policy it becomes a version of; of another model MODEL/NAME.")],
     label: Annotated[str | None, typer.Option(help="Your own mark, at most 64 characters.")] = None,
     activate: Annotated[bool, typer.Option(help="Move the name to the new version.")] = True,
     url: Url = None,
@@ -41,12 +41,13 @@ def push(
 @app.command("list")
 def list_weights(
     name: Annotated[str | None, typer.Argument(help="One policy; without it all of them.")] = None,
+    model: Annotated[str | None, typer.Option(help="Those of another model than that of --model.")] = None,
     url: Url = None,
     json_output: Json = False,
 ) -> None:
     """List the policies, their versions and which one is live."""
     with one_sentence(), connected(url) as client:
-        lines = [client.policy(name)] if name else list(client.weights())
+        lines = [client.policy(name, model=model)] if name else list(client.weights(model))
         if json_output:
             return print_json({"policies": lines})
         _print_policies(lines)

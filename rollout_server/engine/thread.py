@@ -34,7 +34,7 @@ class EngineThread(threading.Thread):
         post: Callable[[list[Event]], None],
         show: Callable[[EngineStatus], None],
     ) -> None:
-        super().__init__(name="engine", daemon=True)
+        super().__init__(name=f"engine {options.resident}".rstrip(), daemon=True)
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
         self.grammars: Grammars | None = None

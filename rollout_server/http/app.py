@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ from rollout_server.http.openapi import ExactJsonPlugin
 from rollout_server.http.problems import to_response
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
+from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.routes.control import ControlController, PrefixesController
 from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
@@ -43,8 +45,9 @@ from rollout_server.http.routes.vllm.adapters import LoraDoorsController
 from rollout_server.http.routes.vllm.tokenizer import TokensController
 from rollout_server.http.routes.weights import AliasController, WeightsController
 from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.rollout import BASE
 from rollout_server.versions.publisher import Publisher
-from rollout_server.versions.startup import Startup, engine_options, open_state
+from rollout_server.versions.startup import Startup, engines, open_state
 
 
 class Application(Litestar):
@@ -107,25 +110,14 @@ CONTROLLERS = (
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
-    handle = engine or EngineHandle(engine_options(config))
-    store = open_state(config)
-    publisher = Publisher(handle, store, config.keep_versions)
-    service = Service(
-        config=config,
-        engine=handle,
-        publisher=publisher,
-        metrics=Metrics(handle),
-        instance=store.instance if store else secrets.token_hex(8),
-        startup=Startup(config, handle, publisher),
-        created=int(time.time()),
-    )
+    residents = residents_for(config, engine)
 
     def lifespan(_: Litestar) -> AbstractAsyncContextManager[None]:
-        return running(service)
+        return running(residents)
 
     return Application(
         route_handlers=CONTROLLERS,
-        state=State({STATE_KEY: service}, deep_copy=False),
+        state=State({STATE_KEY: residents.base, RESIDENTS_KEY: residents}, deep_copy=False),
         lifespan=[lifespan],
         exception_handlers={
             RolloutError: to_response,
@@ -140,6 +132,35 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     )
 
 
+def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Residents:
+    """What routes work with, for every model of the configuration."""
+    base, *others = [EngineHandle(options) for options in engines(config)] if engine is None else [engine]
+    handles = {BASE: base} | {name: other for (name, _), other in zip(config.also, others, strict=True)}
+    names = tuple(name for name in handles if name != BASE)
+    metrics, stopping, created = Metrics(handles), asyncio.Event(), int(time.time())
+    services: dict[str, Service] = {}
+    instance, before = secrets.token_hex(8), None
+    for name, handle in handles.items():
+        resident = "" if name == BASE else name
+        store = open_state(config, resident)
+        publisher = Publisher(handle, store, config.keep_versions, () if resident else names)
+        instance = store.instance if store and not resident else instance
+        before = startup = Startup(config, handle, publisher, resident=resident, after=before)
+        services[name] = Service(
+            config=config,
+            engine=handle,
+            publisher=publisher,
+            metrics=metrics,
+            instance=instance,
+            startup=startup,
+            created=created,
+            stopping=stopping,
+            resident=resident,
+            residents=names,
+        )
+    return Residents(services.pop(BASE), services)
+
+
 def document() -> OpenAPIConfig:
     """What `/schema/openapi.json` is made by."""
     return OpenAPIConfig(
@@ -152,13 +173,13 @@ def document() -> OpenAPIConfig:
 
 
 @asynccontextmanager
-async def running(service: Service) -> AsyncIterator[None]:
-    """The engine runs inside; the server answers while the model is loading."""
-    service.engine.start()
-    startup = service.startup.begin()
+async def running(residents: Residents) -> AsyncIterator[None]:
+    """The engines run inside; the server answers while their models are loading, one after the other."""
+    startups = [service.startup.begin() for service in residents.every]
     try:
         yield
     finally:
-        await service.engine.close()
-        startup.cancel()
-        await service.publisher.close()
+        await residents.close()
+        for service, startup in zip(residents.every, startups, strict=True):
+            startup.cancel()
+            await service.publisher.close()

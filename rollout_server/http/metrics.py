@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.status import MemoryStatus, PrefixStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
 from rollout_server.rollout import BASE
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
@@ -29,9 +29,10 @@ PAUSES = ("wait", "keep", "abort")
 class Metrics:
     """One per application."""
 
-    def __init__(self, engine: EngineHandle) -> None:
+    def __init__(self, engines: Mapping[str, EngineHandle]) -> None:
+        """`engines` by what requests call their models, which is the value of the label `model`."""
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineState(engine))
+        self._registry.register(_EngineStates(engines))
         self._requests = Histogram(
             "rollout_request_seconds",
             "Seconds until the reply to a request was sent.",
@@ -42,12 +43,12 @@ class Metrics:
         self._pushes = Histogram(
             "rollout_push_seconds",
             "Seconds that each phase of an accepted push took: receive, validate, stage, activate, persist.",
-            ("phase",),
+            ("model", "phase"),
             buckets=PUSH_BUCKETS,
             registry=self._registry,
         )
         self._push_bytes = Counter(
-            "rollout_push_bytes", "Bytes of adapters in accepted pushes.", registry=self._registry
+            "rollout_push_bytes", "Bytes of adapters in accepted pushes.", ("model",), registry=self._registry
         )
 
         self._rewards = Histogram(
@@ -63,11 +64,11 @@ class Metrics:
         method = method if method in METHODS else "other"
         self._requests.labels(method, route or "none", str(status)).observe(seconds)
 
-    def push(self, timings_ms: Mapping[str, float], nbytes: int) -> None:
-        """Counts an accepted push; `timings_ms` are those of its reply."""
+    def push(self, timings_ms: Mapping[str, float], nbytes: int, model: str) -> None:
+        """Counts an accepted push of a version of `model`; `timings_ms` are those of its reply."""
         for phase, milliseconds in timings_ms.items():
-            self._pushes.labels(phase).observe(milliseconds / 1e3)
-        self._push_bytes.inc(nbytes)
+            self._pushes.labels(model, phase).observe(milliseconds / 1e3)
+        self._push_bytes.labels(model).inc(nbytes)
 
     def reward(self, seconds: float, *, scored: bool) -> None:
         """Counts the reward of a row that has ended, or its failure."""
@@ -86,51 +87,62 @@ def _memory(memory: MemoryStatus) -> Metric:
     return gauge
 
 
-class _EngineState(Collector):
-    def __init__(self, engine: EngineHandle) -> None:
-        self._engine = engine
+class _EngineStates(Collector):
+    """What every engine says of itself, under the label of its model."""
+
+    def __init__(self, engines: Mapping[str, EngineHandle]) -> None:
+        self._engines = engines
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing to ask for when it is registered: the engine has not been started then."""
+        """Nothing to ask for when it is registered: no engine has been started then."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        status = self._engine.status
-        state = GaugeMetricFamily("rollout_engine_state", "1 for the state the engine is in.", labels=["state"])
-        for name in STATES:
-            state.add_metric([name], float(status.state == name))
-        yield state
-        paused = GaugeMetricFamily("rollout_paused", "1 for the mode of the pause.", labels=["mode"])
-        for name in PAUSES:
-            paused.add_metric([name], float(status.paused == name))
-        yield paused
-        yield GaugeMetricFamily("rollout_requests_waiting", "Requests that wait in the queue.", value=status.waiting)
-        yield GaugeMetricFamily("rollout_rows_running", "Rows in a batch.", value=status.running)
-        yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.preempted)
-        yield CounterMetricFamily("rollout_preemptions", "Rows preempted since the start.", value=status.preemptions)
-        yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
-        yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
-        yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
-        yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
-        yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
-        yield from _prefixes(status.prefix)
-        yield _memory(status.memory)
-        versions = GaugeMetricFamily("rollout_versions", "Versions that are kept of each policy.", labels=["policy"])
-        live = GaugeMetricFamily("rollout_live_version", "Number of the live version; 0 for none.", labels=["policy"])
-        rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use versions of each policy.", labels=["policy"])
-        nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions, as sent.", labels=["policy"])
-        resident = GaugeMetricFamily(
-            "rollout_resident_bytes", "Device memory of kept versions; equal contents share it.", labels=["policy"]
-        )
-        for policy in status.policies:
-            if policy.name == BASE:
-                continue
-            versions.add_metric([policy.name], len(policy.versions))
-            live.add_metric([policy.name], policy.live.number if policy.live else 0)
-            rows.add_metric([policy.name], sum(version.rows_in_use for version in policy.versions))
-            nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
-            resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
-        yield from (versions, live, rows, nbytes, resident)
+        families: dict[str, Metric] = {}
+        for model, engine in self._engines.items():
+            for family in _families(engine.status):
+                samples = [each._replace(labels={"model": model, **each.labels}) for each in family.samples]
+                family.samples = families[family.name].samples + samples if family.name in families else samples
+                families[family.name] = family
+        return families.values()
+
+
+def _families(status: EngineStatus) -> Iterable[Metric]:
+    state = GaugeMetricFamily("rollout_engine_state", "1 for the state the engine is in.", labels=["state"])
+    for name in STATES:
+        state.add_metric([name], float(status.state == name))
+    yield state
+    paused = GaugeMetricFamily("rollout_paused", "1 for the mode of the pause.", labels=["mode"])
+    for name in PAUSES:
+        paused.add_metric([name], float(status.paused == name))
+    yield paused
+    yield GaugeMetricFamily("rollout_requests_waiting", "Requests that wait in the queue.", value=status.waiting)
+    yield GaugeMetricFamily("rollout_rows_running", "Rows in a batch.", value=status.running)
+    yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.preempted)
+    yield CounterMetricFamily("rollout_preemptions", "Rows preempted since the start.", value=status.preemptions)
+    yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
+    yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
+    yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
+    yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
+    yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
+    yield from _prefixes(status.prefix)
+    yield _memory(status.memory)
+    versions = GaugeMetricFamily("rollout_versions", "Versions that are kept of each policy.", labels=["policy"])
+    live = GaugeMetricFamily("rollout_live_version", "Number of the live version; 0 for none.", labels=["policy"])
+    rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use versions of each policy.", labels=["policy"])
+    nbytes = GaugeMetricFamily("rollout_weights_bytes", "Bytes of kept versions, as sent.", labels=["policy"])
+    resident = GaugeMetricFamily(
+        "rollout_resident_bytes", "Device memory of kept versions; equal contents share it.", labels=["policy"]
+    )
+    for policy in status.policies:
+        if policy.name == BASE:
+            continue
+        versions.add_metric([policy.name], len(policy.versions))
+        live.add_metric([policy.name], policy.live.number if policy.live else 0)
+        rows.add_metric([policy.name], sum(version.rows_in_use for version in policy.versions))
+        nbytes.add_metric([policy.name], sum(version.nbytes for version in policy.versions))
+        resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
+    yield from (versions, live, rows, nbytes, resident)
 
 
 def _prefixes(status: PrefixStatus) -> Iterable[Metric]:

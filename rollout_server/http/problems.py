@@ -231,7 +231,7 @@ def body_of(error: RolloutError, resolved: PolicyVersion | None = None) -> dict[
     if isinstance(error, errors.PreconditionFailed) and error.at is not None:
         problem |= dict(zip(("policy", "version", "digest"), error.at, strict=True))
     elif resolved is not None:
-        problem |= {"policy": resolved.name, "version": resolved.number, "digest": resolved.digest}
+        problem |= {"policy": resolved.called, "version": resolved.number, "digest": resolved.digest}
     return {"error": problem}
 
 

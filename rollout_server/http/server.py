@@ -20,7 +20,7 @@ from rollout_server import logs
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
-from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.sockets.connection import Connection
 from rollout_server.http.sockets.listening import Listener, quietly
 from rollout_server.machine.blas import one_thread_for_numpy
@@ -142,7 +142,8 @@ class StoppableServer(uvicorn.Server):
                 proxy_headers=False,
             )
         )
-        self._service: Service = app.state[STATE_KEY]
+        self._residents: Residents = app.state[RESIDENTS_KEY]
+        self._service = self._residents.base
         self._listener = listener
         self._ready = ready
         self._patience_s = config.shutdown_s
@@ -162,13 +163,13 @@ class StoppableServer(uvicorn.Server):
     async def _wait_ready(self) -> None:
         ready = False
         try:
-            await self._service.startup.finished()
+            await self._residents.started()
             ready = True
         finally:
             self.should_exit = self.should_exit or not ready
         url = url_of(self._listener)
-        info = self._service.info
-        log.info("%s (%s, %s, cache %s) is ready at %s", info.id, info.dtype, info.device, info.cache, url)
+        for info in (service.info for service in self._residents.every):
+            log.info("%s (%s, %s, cache %s) is ready at %s", info.id, info.dtype, info.device, info.cache, url)
         self._ready(url)
 
     @contextmanager
@@ -209,7 +210,7 @@ class StoppableServer(uvicorn.Server):
         self._service.stopping.set()
         for connection in self._connections:
             connection.stop_reading()
-        await self._service.engine.close()
+        await self._residents.close()
         patience = asyncio.get_running_loop().call_later(self._patience_s, self._patience_ends)
         await super().shutdown(sockets)
         patience.cancel()

@@ -1,12 +1,12 @@
-"""What every route works with: configuration, engine, and what can be said of policies."""
+"""What every route works with: configuration, the engine of one model, and what can be said of its policies."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from litestar import Request
@@ -20,7 +20,7 @@ from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.problems import RESOLVED
 from rollout_server.quoting import quoted
-from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion
+from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion, called
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.long_texts import ContextBound
 from rollout_server.text.pictures.reader import PictureReader
@@ -35,20 +35,24 @@ NAMES_SHOWN = 20
 SCORING: tuple[Task, ...] = ("classify", "token_classify")
 """Tasks of what has a head."""
 
-_WHAT: Mapping[Task, str] = MappingProxyType(
-    {
-        "generate": "generates",
-        "classify": "gives a label score to a sequence",
-        "token_classify": "gives label scores to tokens",
-        "embed": "gives vectors",
-    }
-)
-"""What a model of a task does, as a sentence says it."""
+
+def some_of(names: Sequence[str]) -> str:
+    """Names as a sentence lists them; of many not all."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def resident_in(text: str, base_id: str, residents: Collection[str]) -> str:
+    """Which of the models beside the base an address is of: NAME, NAME@0 or NAME/POLICY; empty for the base, whose id
+    may have a slash."""
+    path = text.partition("@")[0]
+    name = path.partition("/")[0]
+    return name if path != base_id and name in residents else ""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One per application. Everything about the model raises `EngineUnavailable` until it is loaded."""
+    """One for each model. Everything about the model raises `EngineUnavailable` until it is loaded."""
 
     config: ServerConfig
     engine: EngineHandle
@@ -60,6 +64,10 @@ class Service:
     startup: Startup = field(repr=False)
     created: int
     """Unix time of the start."""
+    resident: str = ""
+    """What requests call the model; empty for that of --model."""
+    residents: tuple[str, ...] = ()
+    """What they call the models beside that one."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set when the server was told to end: bodies that are still on their way are not waited for."""
 
@@ -75,6 +83,14 @@ class Service:
             raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 
     @property
+    def loaded(self) -> bool:
+        """True once the model and its kept versions are there; it stays true when the engine dies."""
+        try:
+            return self.info is not None
+        except EngineUnavailable:
+            return False
+
+    @property
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
 
@@ -82,6 +98,12 @@ class Service:
     def pictures(self) -> PictureReader | None:
         """What reads pictures as the model's own processor does; None where it sees none."""
         return self.engine.pictures
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A digest of what ids mean, equal for models of one tokenizer."""
+        entries = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(repr(entries).encode()).hexdigest()
 
     @cached_property
     def token_strings(self) -> TokenStrings:
@@ -101,7 +123,16 @@ class Service:
 
     @property
     def base_version(self) -> PolicyVersion:
-        return PolicyVersion(BASE, 0, self.info.digest)
+        return PolicyVersion(BASE, 0, self.info.digest, resident=self.resident)
+
+    @property
+    def name(self) -> str:
+        """The address of the model itself."""
+        return self.resident or BASE
+
+    def called(self, name: str) -> str:
+        """What requests call a policy of this model."""
+        return called(name, self.resident)
 
     def policies(self) -> tuple[PolicyStatus, ...]:
         """Named policies; the base is none of them."""
@@ -112,22 +143,22 @@ class Service:
         for policy in self.policies():
             if policy.name == name:
                 return policy
-        known = self._some(sorted(policy.name for policy in self.policies())) or "none was pushed yet"
-        raise UnknownPolicy(f"There is no policy {quoted(name)} (known: {known}).", param="name")
+        known = some_of([*self.residents, *self._names()]) or "none was pushed yet"
+        raise UnknownPolicy(f"There is no policy {quoted(self.called(name))} (known: {known}).", param="name")
 
-    def _some(self, names: list[str]) -> str:
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        return ", ".join(names[:NAMES_SHOWN]) + more
+    def _names(self) -> list[str]:
+        return sorted(self.called(policy.name) for policy in self.policies())
 
     def address(self, text: str, request: Request[Any, Any, Any], *, param: str) -> PolicyAddress:
         """What a request's `policy` or `model` means. A bare name's version is remembered for the body of an error; a
         pinned one is whatever the address says."""
         info = self.info
+        text = self.own_part(text, param)
         if text == info.id or text.startswith(f"{info.id}@"):
             # The base's id need not look like a name: a Hub id has a slash.
             address = PolicyAddress.parse(BASE + text[len(info.id) :], param=param)
         elif not NAME_PATTERN.fullmatch(text.partition("@")[0]):
-            served = self._some([BASE, info.id, *sorted(policy.name for policy in self.policies())])
+            served = some_of(list(dict.fromkeys([BASE, *self.residents, info.id, *self._names()])))
             raise UnknownPolicy(f"{param} {quoted(text)} is not served here; served are {served}.", param=param)
         else:
             address = PolicyAddress.parse(text, param=param)
@@ -141,6 +172,16 @@ class Service:
         if bare and (alias := self.alias(address)) is not None:
             request.scope["state"][RESOLVED] = alias
         return address
+
+    def own_part(self, text: str, param: str) -> str:
+        """An address as this model's own engine knows it. Raises `InvalidField` for one of another model."""
+        if (own := resident_in(text, "" if self.resident else self.info.id, self.residents)) != self.resident:
+            raise InvalidField(
+                f"{param} {quoted(text)} is of the model {own or BASE}, and the rest of the request is about "
+                f"{self.name}: ask each model by itself.",
+                param=param,
+            )
+        return text.removeprefix(f"{self.resident}/") if self.resident else text
 
     def _is_base(self, address: PolicyAddress) -> bool:
         if address.number is not None:
@@ -162,23 +203,11 @@ class Service:
         # All versions of a name have one task.
         return next((kept.task for kept in meant or policy.versions if kept.task), None) or self.info.task
 
-    def scorer(self, *tasks: Task, labels: int | None = None) -> PolicyAddress:
-        """The one model of these tasks, with so many labels if that matters, for a request that names none. Raises
-        `InvalidField` unless there is just one."""
+    def scorers(self, tasks: Collection[Task], labels: int | None = None) -> list[PolicyAddress]:
+        """What is of these tasks now, with so many labels if that matters: the model itself, and live versions."""
         base = [(BASE, self.info.task, len(self.info.labels))]
         live = [(name, kept.task, kept.labels) for name, kept in self._live() if kept.task is not None]
-        found = [name for name, task, count in base + live if task in tasks and labels in (None, count)]
-        if len(found) == 1:
-            return PolicyAddress(found[0])
-        if not found:
-            raise InvalidField(
-                f"No model that is served here {_WHAT[tasks[0]]}: push an adapter with such a head (PEFT's SEQ_CLS or "
-                "TOKEN_CLS), or start a server on such a model.",
-                param="model",
-            )
-        raise InvalidField(
-            f"Several models here can answer this ({self._some(found)}): say which by model.", param="model"
-        )
+        return [PolicyAddress(name) for name, task, count in base + live if task in tasks and labels in (None, count)]
 
     def _live(self) -> Iterator[tuple[str, VersionStatus]]:
         for policy in self.policies():
@@ -188,8 +217,8 @@ class Service:
         """`{"name", "version", "digest"}` of the alias, as every native reply carries it."""
         alias = self.alias(address)
         if alias is None:
-            return {"name": address.name, "version": None, "digest": None}
-        return {"name": alias.name, "version": alias.number, "digest": alias.digest}
+            return {"name": self.called(address.name), "version": None, "digest": None}
+        return {"name": alias.called, "version": alias.number, "digest": alias.digest}
 
     def check_top_logprobs(self, count: int, param: str) -> None:
         if count > self.info.vocab_size:

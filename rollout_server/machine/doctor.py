@@ -21,6 +21,7 @@ from typing import Any
 
 from rollout_server.machine.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
 from rollout_server.machine.device_defaults import USUAL_SHAPES, Device, DeviceDefaults, choose
+from rollout_server.machine.memory_shares import SHARE_OF_DEVICE
 from rollout_server.open_files import OpenFiles, raise_limit
 
 MINIMUM_MLX = (0, 32)
@@ -92,9 +93,11 @@ def examine() -> Report:
         gflops = round(measure_gflops(), 1)
         speed = this_device.measure_bandwidth()
         bandwidth = round(speed / 1e9, 1)
-        defaults = usual_defaults(Device(this_device.device_memory(), speed, device == "cpu"))
+        usable = this_device.device_memory()
+        defaults = usual_defaults(Device(usable, speed, device == "cpu"))
         checks += run_checks(selftest.CHECKS)
         memory |= {f"device_{key}": int(value) for key, value in info.items() if key.endswith("size")}
+        memory |= {"several_models": usable // SHARE_OF_DEVICE}
         memory |= {"mlx_limit": mx.get_memory_limit(), "mlx_peak": mx.get_peak_memory()}
     return Report(
         device=device,

@@ -65,7 +65,9 @@ class ReturnWhen(Request):
 class RewardOptions(Request):
     """A reward model that scores every row when it has finished, while others are still sampled."""
 
-    model: PolicyText = Field(description="A version that scores whole sequences: NAME, NAME@7 or NAME@sha256:…")
+    model: PolicyText = Field(
+        description="What scores whole sequences: NAME, NAME@7 or NAME@sha256:…, MODEL or MODEL/NAME."
+    )
     reads: Literal["messages", "text", "token_ids"] = Field(
         default="token_ids",
         alias="as",
@@ -133,7 +135,9 @@ class RolloutsRequest(Request):
     """n samples of every prompt under one policy."""
 
     id: RequestId | None = Field(default=None, description="Names the request; also sent as X-Request-Id.")
-    policy: PolicyText = Field(description="`base`, NAME, NAME@7 or NAME@sha256:…")
+    policy: PolicyText = Field(
+        description="`base`, NAME, NAME@7 or NAME@sha256:…; of another model MODEL or MODEL/NAME."
+    )
     prompts: Annotated[list[Prompt], Field(min_length=1)]
     n: Count = 1
     sampling: SamplingOptions = SamplingOptions()

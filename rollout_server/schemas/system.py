@@ -33,17 +33,25 @@ class ModelsReply(BaseModel):
     data: list[ModelCard]
 
 
-class HealthReply(BaseModel):
+class EngineHealth(BaseModel):
     """`waiting` counts requests, `running` rows; `steps` and `tokens` since the start; `paused` is its mode or null."""
 
-    status: Literal["ok"]
+    model: str
+    """`base`, or the name of another model."""
     state: str
     waiting: int
     running: int
     steps: int
     tokens: int
     paused: Literal["wait", "keep", "abort"] | None
+
+
+class HealthReply(EngineHealth):
+    """Counts are those of all models together; `models` has them one by one, the base first."""
+
+    status: Literal["ok"]
     instance: str
+    models: list[EngineHealth]
 
 
 class ReadyReply(BaseModel):

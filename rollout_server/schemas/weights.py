@@ -16,6 +16,8 @@ class WeightsOptions(Request):
     """Form fields or query parameters of a push: text, so booleans are the words `true` and `false`."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The model that it is a version of, by its name among several; None for that of --model."""
     format: Literal["auto", "peft", "mlx"] = "auto"
     activate: Literal["true", "false"] = "true"
     mode: Literal["adapter", "merged"] | None = None

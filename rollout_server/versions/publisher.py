@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -57,10 +57,14 @@ def check_name(name: str, base_id: str) -> None:
 class Publisher:
     """The one way by which versions change. Belongs to one event loop."""
 
-    def __init__(self, engine: EngineHandle, store: StateStore | None, keep_versions: int) -> None:
+    def __init__(
+        self, engine: EngineHandle, store: StateStore | None, keep_versions: int, models: Collection[str] = ()
+    ) -> None:
+        """`models` are the names of those beside the base, which no policy may have."""
         self._engine = engine
         self._store = store
         self._keep = keep_versions
+        self._models = models
         self._lock = asyncio.Lock()
         self._restored = store is None
         self._running: set[asyncio.Task[Any]] = set()
@@ -69,6 +73,12 @@ class Publisher:
     def restored(self) -> bool:
         """True if the versions of the state directory are there: before that, nothing can be said of any name."""
         return self._restored
+
+    def check_name(self, name: str) -> None:
+        """Raises `InvalidField` unless a policy of this model may be called so."""
+        check_name(name, self._engine.info.id)
+        if name in self._models:
+            raise InvalidField(f"{quoted(name)} is what a model is called here; choose another name.", param="name")
 
     async def close(self) -> None:
         """Lets changes that are under way end and frees the directory for others. To be called once the engine has
@@ -107,6 +117,12 @@ class Publisher:
             await asyncio.to_thread(store.adopt, self._engine.info.digest)
         except StoreError as error:
             raise InvalidField(error.message, param="state_dir") from error
+        if clash := sorted(store.records.keys() & set(self._models)):
+            raise InvalidField(
+                f"The state directory holds versions of the policy {clash[0]}, and --also calls a model so: give that "
+                "model another name.",
+                param="also",
+            )
         for name in sorted(store.records):
             record, bundles = await asyncio.to_thread(store.load, name)
             prepared = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adapters.versions.store import StateStore, StoreError
@@ -12,11 +14,17 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
+from rollout_server.machine.memory_shares import SHARE_OF_DEVICE, Claim, share_out
 from rollout_server.model_source.model_files import resolve_model
+from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE
 from rollout_server.versions.adapter_directory import read_adapter_directory
-from rollout_server.versions.publisher import Publisher, check_name
+from rollout_server.versions.publisher import Publisher
 
 log = logging.getLogger("rollout_server.http")
+
+MODELS = "models"
+"""Folder of the state directory with a directory for each model beside the base."""
 
 
 def engine_options(config: ServerConfig) -> EngineOptions:
@@ -42,48 +50,130 @@ def engine_options(config: ServerConfig) -> EngineOptions:
     )
 
 
-def open_state(config: ServerConfig) -> StateStore | None:
-    """The store of `--state-dir`. Raises `InvalidField` where it cannot be used."""
+def engines(config: ServerConfig) -> tuple[EngineOptions, ...]:
+    """How to run the model of `--model`, and then those of `--also`, in their order. Raises `InvalidField` for names
+    that could mean two models, and where the models do not fit `--memory` together."""
+    base = engine_options(config)
+    others = [_beside(config, base, name, model) for name, model in config.also]
+    if not others and config.memory is None:
+        return (base,)
+    models = (BASE, *(other.resident for other in others)) if others else ()
+    return _sharing(config, [replace(options, models=models) for options in (base, *others)])
+
+
+def _beside(config: ServerConfig, base: EngineOptions, name: str, model: str) -> EngineOptions:
+    """Another model is run as the base is, under its own name and with its own context."""
+    if base.model_id.partition("/")[0] == name:
+        raise InvalidField(
+            f"--also calls a model {quoted(name)}, and the model of --model is called {quoted(base.model_id)}, so that "
+            "one address could mean both: choose another name.",
+            param="also",
+        )
+    try:
+        path, _ = resolve_model(model)
+    except (InvalidField, EngineUnavailable) as error:
+        raise type(error)(f"--also {name}={model}: {error.message}", param="also") from error
+    trace = None if base.trace is None else str(Path(base.trace).with_stem(f"{Path(base.trace).stem}.{name}"))
+    return replace(base, model_path=str(path), model_id=name, resident=name, context_length=None, trace=trace)
+
+
+def _sharing(config: ServerConfig, every: Sequence[EngineOptions]) -> tuple[EngineOptions, ...]:
+    """The options with what each model may take of the memory."""
+    # One model alone asks nothing of the device before its engine does.
+    from rollout_server.engine.model.footprints import footprint_of, memory_of_device
+
+    footprints = [footprint_of(Path(options.model_path)) for options in every]
+    claims = [
+        Claim(options.resident or BASE, found.weights, not found.encoder, options.weights_memory, options.kv_memory)
+        for options, found in zip(every, footprints, strict=True)
+    ]
+    shares = share_out(config.memory or memory_of_device() // SHARE_OF_DEVICE, claims)
+    for claim, share in zip(claims, shares, strict=True):
+        log.info("%s", share.sentence(claim))
+    return tuple(
+        replace(
+            options,
+            memory=share.memory,
+            weights_memory=share.versions,
+            kv_memory=share.kv,
+            # An encoder beside other models keeps no keys and values, whatever was said of theirs.
+            kv_bits=options.kv_bits if claim.has_kv or not options.resident else None,
+            max_batch=options.max_batch if claim.has_kv or not options.resident else None,
+        )
+        for options, claim, share in zip(every, claims, shares, strict=True)
+    )
+
+
+def open_state(config: ServerConfig, resident: str = "") -> StateStore | None:
+    """The store of `--state-dir` for the base, or in a folder of its own there for another model. Raises `InvalidField`
+    where it cannot be used."""
     if config.state_dir is None:
         return None
+    directory = config.state_dir.expanduser()
     try:
-        return StateStore(config.state_dir.expanduser())
+        return StateStore(directory / MODELS / resident if resident else directory)
     except StoreError as error:
         raise InvalidField(error.message, param="state_dir") from error
 
 
 class Startup:
-    """Waits for the engine, then restores what the state directory holds and publishes the configured adapters.
-    `/ready` follows it."""
+    """Starts an engine, then restores what the state directory holds and publishes the configured adapters. `/ready`
+    follows it. `after` is the start of another model, which is waited for: what an engine measures of the device is
+    not to be disturbed."""
 
-    def __init__(self, config: ServerConfig, engine: EngineHandle, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine: EngineHandle,
+        publisher: Publisher,
+        *,
+        resident: str = "",
+        after: Startup | None = None,
+    ) -> None:
         self._config = config
         self._engine = engine
         self._publisher = publisher
+        self._resident = resident
+        self._after = after
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> asyncio.Task[None]:
         """Starts on the running event loop; `check` and `finished` tell how it went."""
         self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(_log_fault)
+        self._task.add_done_callback(self._log_fault)
         return self._task
 
     async def _run(self) -> None:
+        if self._after is not None:
+            await self._after.finished()
+        self._engine.start()
         await self._engine.wait_ready()
         self._check_context()
         # transformers sets truncation and padding at the first call; later ones may then share it between threads.
         self._engine.tokenizer.encode("")
         restored = await self._publisher.restore()
-        for name, directory in self._config.adapters:
+        for name, directory in self._adapters():
             if name in restored:
                 # It serves what was live, and not again what it began with.
                 log.info("%s was restored, so %s is not published again", name, directory)
                 continue
             await self._publish(name, directory)
 
+    def _adapters(self) -> Iterator[tuple[str, Path]]:
+        """Names and directories of what is published for this model: NAME, or RESIDENT/NAME."""
+        for address, directory in self._config.adapters:
+            model, _, name = address.rpartition("/")
+            if model not in ("", *dict(self._config.also)):
+                raise InvalidField(
+                    f"--adapter {address} is for the model {quoted(model)}, which is not served: name one of --also.",
+                    param="adapters",
+                )
+            if model == self._resident:
+                yield name, directory
+
     def _check_context(self) -> None:
         asked, own = self._config.context_length, self._engine.info.max_model_len
-        if asked is not None and own < asked:
+        if asked is not None and own < asked and not self._resident:
             raise InvalidField(
                 f"--context-length asks for {asked} tokens, but the context of {self._engine.info.id} holds {own}: "
                 "leave the option out, or give less.",
@@ -92,11 +182,11 @@ class Startup:
 
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
-        check_name(name, info.id)
+        self._publisher.check_name(name)
         prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
         publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
         published = await self._publisher.publish(publish)
-        log.info("%s@%d is %s from %s", name, published.version.number, published.version.digest, directory)
+        log.info("%s is %s from %s", published.version, published.version.digest, directory)
 
     async def finished(self) -> None:
         """Waits until the server is ready; raises what stood in the way."""
@@ -114,8 +204,18 @@ class Startup:
         if self._task is None or not self._task.done():
             raise EngineUnavailable("Kept versions and configured adapters are still being loaded.")
 
+    def _log_fault(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (fault := task.exception()) is None:
+            return
+        if self._after is None or not self._after.failed:
+            known = isinstance(fault, RolloutError)
+            log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
 
-def _log_fault(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (fault := task.exception()) is not None:
-        known = isinstance(fault, RolloutError)
-        log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
+    @property
+    def failed(self) -> bool:
+        """True where it has told why the server cannot start."""
+        return (
+            self._task is not None
+            and self._task.done()
+            and (self._task.cancelled() or self._task.exception() is not None)
+        )

@@ -258,7 +258,24 @@ def test_rewards_and_log_probabilities_of_any_framework() -> None:
 
 # ---- names --------------------------------------------------------------------------------------------------------
 
-NO_NAMES: list[Any] = ["a/b", "p/2", "..", ".", "", "a b", "a%2Fb", "-a", "é", "a" * 65, "a\n", "a@1", None, 7, b"a"]
+NO_NAMES: list[Any] = [
+    "a/b/c",
+    "/2",
+    "p/",
+    "..",
+    ".",
+    "",
+    "a b",
+    "a%2Fb",
+    "-a",
+    "é",
+    "a" * 65,
+    "a\n",
+    "a@1",
+    None,
+    7,
+    b"a",
+]
 
 
 @pytest.mark.parametrize("name", NO_NAMES)
@@ -282,6 +299,23 @@ def test_what_cannot_be_a_name_is_refused_before_any_request(verb: Callable[[Any
     assert str(caught.value).endswith(f" is not a policy name, which is {NAME_RULE}.")
     assert caught.value.param == "name" and len(str(caught.value)) < 220 and str(caught.value).isprintable()
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, TrainerClientError)
+
+
+def test_a_policy_of_another_model_is_named_by_both() -> None:
+    for made in (
+        publishing.policy("rm/p"),
+        publishing.policy("p", model="rm"),
+        publishing.policy("rm/p", model="rm"),
+        publishing.delete_policy("rm/p"),
+    ):
+        assert (made.path, dict(made.query)) == ("/v1/weights/p", {"model": "rm"})
+    pushed = publishing.push("rm/p", SERVED, CONFIG)
+    assert (pushed.query["name"], pushed.query["model"]) == ("p", "rm")
+    assert dict(publishing.export("rm/p", 2, format="mlx").query) == {"model": "rm", "format": "mlx"}
+    assert dict(publishing.weights("rm").query) == {"model": "rm"}
+    assert not publishing.policy("p", model="base").query and not publishing.weights("base").query
+    with pytest.raises(InvalidField, match="'rm/p' is of the model 'rm', not of 'judge'"):
+        publishing.policy("rm/p", model="judge")
 
 
 @pytest.mark.parametrize("version", ["1/2", "latest", "1", 1.5])

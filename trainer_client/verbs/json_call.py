@@ -17,7 +17,8 @@ T = TypeVar("T")
 BINARY: Mapping[str, str] = MappingProxyType({"accept": f"{MEDIA_TYPE}, application/json;q=0.5"})
 """Rollouts and scores are asked for as arrays; a server that only writes JSON is understood as well."""
 Addressed = str | PublishedVersion | PolicyRef
-"""A policy by address (`NAME`, `NAME@7`, `NAME@sha256:…`, `base`), or exactly the version a push returned."""
+"""A policy by address (`NAME`, `NAME@7`, `NAME@sha256:…`, `base`; of another model `MODEL/NAME`), or exactly the
+version a push returned."""
 
 
 def post(path: str, body: Mapping[str, Any], parse: Callable[[Reply], T], **about: Any) -> Call[T]:

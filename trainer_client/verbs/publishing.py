@@ -16,7 +16,7 @@ from typing import Any, Literal
 from trainer_client.adapter.digest import adapter_digest, adapter_kind
 from trainer_client.adapter.sources import adapter_of
 from trainer_client.adapter.tensors import CONFIG_FILE, WEIGHT_FILES, safetensors_body
-from trainer_client.data.names import checked, path_of
+from trainer_client.data.names import BASE, Place, checked
 from trainer_client.data.versions import KeptVersion, PolicyLine, PolicyRef, PublishedVersion
 from trainer_client.errors import BadReply, DigestMismatch
 from trainer_client.verbs.json_call import post, without_none
@@ -42,6 +42,7 @@ def push(
     dequantize: bool = False,
     if_match: Match | None = None,
     resend: bool = False,
+    model: str | None = None,
 ) -> LookedUpCall[PublishedVersion]:
     """Publishes an adapter as a new version of `name`; every rollout asked for afterwards uses it or a later one.
 
@@ -54,53 +55,58 @@ def push(
                without one
     activate   False stages the version without moving the name to it
     label      your own mark, at most 64 characters, echoed wherever the version is reported
-    mode       `merged` serves W + ΔW as a parameter set of its own; the server's default is `adapter`,
-               and for whole tensors (kinds `delta` and `full`) `merged`, the only one they have
+    mode       `merged` serves W + ΔW as a parameter set of its own, as whole tensors (`delta`, `full`) always are
     dequantize lets `merged` unpack a quantised base
     if_match   fail with `PreconditionFailed` unless the name points at this version now
     resend     True uploads without asking first
+    model      which model it is a version of, where the server has several; `name` may be MODEL/NAME as well
 
     The server is asked first what it has. Weights that are live, or newest, under this name are not sent again: the
     result is that version, `unchanged`, and the name is moved to it if need be. Another label than its own is a reason
     to send. Safe to repeat. Raises `DigestMismatch` if the server did not get exactly these weights, `AdapterMismatch`
     if they do not fit the base."""
-    name, label = checked(name), None if label is None else str(label)
+    place, label = Place.of(name, model), None if label is None else str(label)
     host, config = adapter_of(source, config)
     digest = adapter_digest(host, config)
-    known = digest is not None and not resend
     served = mode or ("merged" if adapter_kind(config) in ("delta", "full") else "adapter")
-    sought = Sought(name=name, digest=digest or "", mode=served, label=label, activate=activate)
+    sought = Sought(place=place, digest=digest or "", mode=served, label=label, activate=activate)
     options = without_none(label=label, mode=mode, dequantize="true" if dequantize else None)
     return LookedUpCall(
         method="POST",
         path="/v1/weights",
         parse=partial(parse_published, sent_digest=digest),
-        query={"name": name, "activate": _flag(activate), **options},
+        query={"name": place.name, "activate": _flag(activate), **place.query, **options},
         headers={"content-type": "application/octet-stream", **if_match_header(if_match)},
         body=safetensors_body(host, config),
         idempotent=True,
-        look=look(sought) if known else None,
+        look=look(sought) if digest is not None and not resend else None,
     )
 
 
-def weights() -> Call[tuple[PolicyLine, ...]]:
-    """Every name with the versions the server keeps under it."""
-    return Call(method="GET", path="/v1/weights", parse=parse_weights, idempotent=True)
+def weights(model: str | None = None) -> Call[tuple[PolicyLine, ...]]:
+    """Every name with the versions the server keeps under it, of its first model or of another one."""
+    query = {} if model in (None, BASE) else {"model": checked(model)}
+    return Call(method="GET", path="/v1/weights", query=query, parse=parse_weights, idempotent=True)
 
 
-def policy(name: str) -> Call[PolicyLine]:
+def policy(name: str, *, model: str | None = None) -> Call[PolicyLine]:
     """One name with the versions the server keeps under it. Raises `UnknownPolicy`."""
-    return Call(method="GET", path=path_of(name), parse=parse_policy, idempotent=True)
+    place = Place.of(name, model)
+    return Call(method="GET", path=place.path(), query=place.query, parse=parse_policy, idempotent=True)
 
 
-def activate(name: str, version: int, *, if_match: Match | None = None) -> Call[PublishedVersion]:
+def activate(
+    name: str, version: int, *, if_match: Match | None = None, model: str | None = None
+) -> Call[PublishedVersion]:
     """Points `name` at a kept version: promotes a staged one, or rolls back. Raises `VersionGone` if it was freed.
 
     Every rollout of `name` asked for afterwards uses this version or a later one."""
+    place = Place.of(name, model)
     return post(
-        f"{path_of(name)}/activate",
+        f"{place.path()}/activate",
         {"version": version},
         partial(parse_published, sent_digest=None),
+        query=place.query,
         headers=if_match_header(if_match),
         # after a lost reply the alias has moved, and the same if_match would fail
         idempotent=if_match is None,
@@ -148,11 +154,13 @@ class ExportedAdapter:
         return path
 
 
-def pin(name: str, version: int, pinned: bool = True) -> Call[KeptVersion]:
+def pin(name: str, version: int, pinned: bool = True, *, model: str | None = None) -> Call[KeptVersion]:
     """Keeps a version whatever its age, or with `pinned` False no longer. Raises `VersionGone` if it was freed."""
+    place = Place.of(name, model)
     return Call(
         method="PATCH",
-        path=path_of(name, version),
+        path=place.path(version),
+        query=place.query,
         parse=lambda reply: parse_kept_version(parse_json(reply.body), f"policy {name!r}"),
         headers={"content-type": "application/json"},
         body=json_body({"pinned": pinned}),
@@ -160,27 +168,30 @@ def pin(name: str, version: int, pinned: bool = True) -> Call[KeptVersion]:
     )
 
 
-def delete(name: str, version: int) -> Call[Deletion]:
+def delete(name: str, version: int, *, model: str | None = None) -> Call[Deletion]:
     """Deletes a version; rows that use it run on. Raises `Conflict` if it is live, `VersionGone` if it was freed.
 
     Not repeated when the connection is lost: the version may be gone then."""
-    return Call(method="DELETE", path=path_of(name, version), parse=_parse_deletion)
+    place = Place.of(name, model)
+    return Call(method="DELETE", path=place.path(version), query=place.query, parse=_parse_deletion)
 
 
-def delete_policy(name: str) -> Call[Deletion]:
+def delete_policy(name: str, *, model: str | None = None) -> Call[Deletion]:
     """Deletes a name with all its versions, the live one too. Raises `UnknownPolicy`."""
-    return Call(method="DELETE", path=path_of(name), parse=_parse_deletion)
+    place = Place.of(name, model)
+    return Call(method="DELETE", path=place.path(), query=place.query, parse=_parse_deletion)
 
 
-def export(name: str, version: int, *, format: Format | None = None) -> Call[ExportedAdapter]:
+def export(name: str, version: int, *, format: Format | None = None, model: str | None = None) -> Call[ExportedAdapter]:
     """The weights of a kept version as a file of PEFT or of mlx-lm; by default PEFT's for low-rank versions, and for
     dense ones a form of their own; those of kind `full` have mlx-lm's too. Raises `VersionGone` if it was freed,
     `Conflict` where the format cannot say what the version is, `DigestMismatch` where other weights came than were
     stored."""
+    place = Place.of(name, model)
     return Call(
         method="GET",
-        path=f"{path_of(name, version)}/export",
-        query={} if format is None else {"format": format},
+        path=f"{place.path(version)}/export",
+        query=place.query | without_none(format=format),
         parse=partial(_parse_export, format=format),
         idempotent=True,
     )
@@ -214,7 +225,7 @@ def _parse_export(reply: Reply, format: Format | None) -> ExportedAdapter:
 class Sought:
     """What a push would make true."""
 
-    name: str
+    place: Place
     digest: str
     mode: str
     label: str | None
@@ -226,7 +237,8 @@ def look(sought: Sought) -> Call[PublishedVersion | Call[PublishedVersion] | Non
     (None). The server calls a push unchanged in just these cases, if the label is the same."""
     return Call(
         method="GET",
-        path=path_of(sought.name),
+        path=sought.place.path(),
+        query=sought.place.query,
         parse=partial(_left_to_do, sought),
         idempotent=True,
         accepts=(404,),
@@ -281,7 +293,8 @@ def _activation(sought: Sought, version: int) -> Call[PublishedVersion]:
 
     return Call(
         method="POST",
-        path=f"{path_of(sought.name)}/activate",
+        path=f"{sought.place.path()}/activate",
+        query=sought.place.query,
         parse=parse,
         headers={"content-type": "application/json"},
         body=Body((json.dumps({"version": version}).encode(),)),

@@ -108,7 +108,7 @@ def words(rows: int, length: int, placeholder: int) -> list[list[int]]:
 def group(row: int, ids: list[int], pictures: tuple[Picture, ...] = ()) -> RolloutRequest:
     sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     return RolloutRequest(
-        f"r{row}", tuple(ids), sampling, PolicyAddress("base"), prompt_index=row, seeds=(row_seed(1, row, 0),),
+        "bench", tuple(ids), sampling, PolicyAddress("base"), prompt_index=row, seeds=(row_seed(1, row, 0),),
         pictures=pictures,
     )  # fmt: skip
 

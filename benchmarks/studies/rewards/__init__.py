@@ -1,1 +1,1 @@
-"""What reading with a head costs, against a bare forward and transformers; rewards in the call against their parts."""
+"""What reading with a head costs against transformers, and rewards in the call against their parts."""

@@ -7,6 +7,14 @@ from typing import Annotated
 
 from rollout_server.commands.terminal.command_options import option
 
+Also = Annotated[
+    list[str] | None,
+    option("Another model to serve, addressed by its name; repeatable.", metavar="NAME=DIR_OR_HUB_ID"),
+]
+Memory = Annotated[
+    str | None,
+    option("Weights, versions and KV of all models.", "half of the device where there are several", metavar="SIZE"),
+]
 MaxBatch = Annotated[int | None, option("Rows that decode together; as many as the device holds.")]
 PrefillTokens = Annotated[int | None, option("Most tokens read in a turn; as many as suit the device.")]
 Prefer = Annotated[

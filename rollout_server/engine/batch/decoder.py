@@ -79,7 +79,7 @@ class StepResult:
                 row.fail(
                     NonFiniteLogits(
                         f"The model produced NaN or infinity at token {len(row.token_ids)} of this row under "
-                        f"{row.version.name}@{row.version.number}; the other rows are not affected."
+                        f"{row.version}; the other rows are not affected."
                     )
                 )
             touched.append(row)

@@ -95,19 +95,20 @@ class PrefixReuse:
         if not self.on:
             return None
         if isinstance(self._cache, PrefixCache) and isinstance(store, PaddedKV):
-            return BatchPrefixes(store, self, self._cache)
+            return BatchPrefixes(store, self)
         if isinstance(self._cache, Snapshots) and isinstance(store, MlxCacheKV):
             return BatchSnapshots(store, self, self._cache, ends)
         raise RuntimeError("What is kept for later is not of the kind that this batch computes with.")
 
     def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
-        """The beginning of `tokens` that is kept, for whoever reads with columns."""
+        """The columns that there are of a prompt; none where state is kept whole."""
         return self._cache.find(key, tokens, LEAST) if isinstance(self._cache, PrefixCache) else []
 
     def keep(
         self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
     ) -> list[mx.array]:
-        """What a place holds for `tokens`, as far as it is not there yet; returns the arrays to evaluate."""
+        """The columns that a place holds for `tokens`, as far as they are not there yet; returns the arrays to
+        evaluate."""
         if not isinstance(self._cache, PrefixCache) or not self.keeps(key):
             return []
         return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
@@ -141,10 +142,9 @@ class Prefixes(Protocol):
 class BatchPrefixes:
     """The methods of `Prefixes`, for places with columns."""
 
-    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse, cache: PrefixCache) -> None:
+    def __init__(self, store: PaddedKV, prefix_reuse: PrefixReuse) -> None:
         self._store = store
         self._prefix_reuse = prefix_reuse
-        self._cache = cache
 
     def enter(self, groups: Sequence[Group]) -> None:
         for index, group in enumerate(groups):
@@ -156,7 +156,7 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._cache.find(key_of(group.version, group.placement), prompt.key, LEAST):
+            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.key):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled

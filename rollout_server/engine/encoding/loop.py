@@ -31,6 +31,7 @@ from rollout_server.engine.messages.status import EngineStatus, MemoryStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Publish
 from rollout_server.engine.model.encoders.reading import forward, results
 from rollout_server.engine.model.encoders.resident import ResidentEncoder
+from rollout_server.engine.policies.held_scorers import HeldScorers
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.engine.scheduling.pause import PauseState
@@ -86,6 +87,7 @@ class EncoderEngine:
         self._jobs = EncodingQueue(encoder.info.prefill_tokens, encoder.info.max_model_len)
         self._answers = Answers()
         self._pause_state = PauseState(self._answers)
+        self._held = HeldScorers(policies, encoder.info.labels)
         self._changes: deque[PolicyCommand] = deque()
         self._blame = Blame()
         self._steps = 0
@@ -108,7 +110,7 @@ class EncoderEngine:
             if (error := self._blame.attempt(self._compute)) is not None:
                 turn.note(error=type(error).__name__)
                 self._fail(error)
-            self._pause_state.answer(self._jobs.busy)
+            self._pause_state.answer(self._jobs.busy or self._held.outlive(()))
             self._tell()
 
     def _compute(self) -> None:
@@ -201,9 +203,12 @@ class EncoderEngine:
             match command:
                 case Embed() | Classify():
                     if not self._pause_state.holds(command):
-                        version, placement = self._policies.acquire(command.policy, 1, None, reads=True)
-                        self._jobs.add(EncodingJob(command, version, placement))
-                case Submit() | Score() | Replay() | HoldScorer():
+                        self._jobs.add(self._job(command))
+                case HoldScorer():
+                    self._answers.add(self._held.hold(command))
+                case LetScorerGo():
+                    self._held.let_go(command.id)
+                case Submit() | Score() | Replay():
                     raise InvalidField("An encoder generates nothing, and gives no log-probabilities.", param="policy")
                 case Pause():
                     self._pause_state.pause(command)
@@ -221,14 +226,20 @@ class EncoderEngine:
                     self._answers.add(self._released(command))
                 case Ping():
                     self._answers.add(Pong(command.id))
-                case LetScorerGo():
-                    pass  # No version is held here, and unknown ones are ignored.
                 case Stop():
                     self._stopping = True
                 case _:
                     self._changes.append(command)
         except RolloutError as error:
             self._answers.fail(getattr(command, "id", ""), error)
+
+    def _job(self, command: Embed | Classify) -> EncodingJob:
+        """Under the version that a call holds, or else that its policy means now."""
+        if isinstance(command, Classify) and command.held:
+            held = self._held.again(command.held)
+            return EncodingJob(command, held.version, held.placement, owner=held.owner)
+        version, placement = self._policies.acquire(command.policy, 1, None, reads=True)
+        return EncodingJob(command, version, placement)
 
     def _change(self, command: PolicyCommand) -> None:
         """All at once: every forward has been waited for, so that nothing runs beside it."""
@@ -250,7 +261,7 @@ class EncoderEngine:
     def _end_request(self, id: str, reason: str) -> None:
         """Unknown and closed ids are ignored."""
         self._pause_state.end(id, reason)
-        if (job := self._jobs.find(id)) is not None:
+        for job in self._jobs.of(id):
             self._end(job, EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
 
     def _released(self, command: Release) -> Released:

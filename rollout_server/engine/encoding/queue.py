@@ -23,6 +23,8 @@ class EncodingJob:
     command: Classify | Embed
     version: PolicyVersion
     placement: Placement
+    owner: str = ""
+    """The request whose rows it scores; empty for one that asks for itself."""
     passages: tuple[Passage, ...] = ()
     found: dict[int, bytes] = field(default_factory=dict)
     """Little-endian float32 of each sequence that has been read."""
@@ -151,5 +153,6 @@ class EncodingQueue:
         for bucket in tuple(self._turns.get(job, ())):
             self._drop(job, bucket)
 
-    def find(self, id: str) -> EncodingJob | None:
-        return self._open.get(id)
+    def of(self, id: str) -> tuple[EncodingJob, ...]:
+        """The request of this id, and those that read for it."""
+        return tuple(job for job in self.jobs if id in (job.id, job.owner))

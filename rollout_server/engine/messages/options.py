@@ -34,6 +34,12 @@ class EngineOptions:
     """A local directory with config.json, safetensors and tokenizer files."""
     model_id: str
     """What the base is called on the wire (Hub id, directory name or --served-model-name)."""
+    resident: str = ""
+    """By which name requests tell it from other models of this process; empty for the model of --model."""
+    models: tuple[str, ...] = ()
+    """By which names requests tell all models of this process apart; empty where there is one."""
+    memory: int | None = None
+    """Bytes that weights, versions and KV may take together; None: nobody counts them together."""
     context_length: int | None = None
     """At most the model's own; shorter saves nothing but bounds requests."""
     max_batch: int | None = None

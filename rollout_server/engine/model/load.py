@@ -35,6 +35,7 @@ from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_fa
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
+from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
@@ -72,10 +73,9 @@ UNREADABLE = (
 
 def load(options: EngineOptions) -> ResidentModel:
     """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
-    path = Path(options.model_path)
+    path, on_cpu = Path(options.model_path), mx.default_device() == mx.cpu
     read = read_model(path)
     module, config = read.module, read.config
-    on_cpu = mx.default_device() == mx.cpu
     tower = _prepare(path, module, on_cpu=on_cpu)
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
@@ -87,6 +87,7 @@ def load(options: EngineOptions) -> ResidentModel:
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
+    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),

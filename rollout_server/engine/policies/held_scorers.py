@@ -20,22 +20,25 @@ class HeldScorer:
     owner: str
     version: PolicyVersion
     placement: Placement
-    scorer: Scorer
+    scorer: Scorer | None
+    """None of an encoder, whose head is part of it."""
 
 
 class HeldScorers:
     """By the id of the command that asked for it."""
 
-    def __init__(self, policies: PolicyTable) -> None:
+    def __init__(self, policies: PolicyTable, labels: tuple[str | None, ...] = ()) -> None:
+        """`labels` are those of an encoder."""
         self._policies = policies
+        self._labels = labels
         self._held: dict[str, HeldScorer] = {}
 
     def hold(self, command: HoldScorer) -> ScorerHeld:
         """Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy scores nothing, holding nothing."""
-        scorer = self._policies.scorer(command.policy)
+        scorer = None if self._labels else self._policies.scorer(command.policy)
         version, placement = self._policies.acquire(command.policy, 1, None, reads=True)
         self._held[command.id] = HeldScorer(command.owner, version, placement, scorer)
-        return ScorerHeld(command.id, version, scorer.labels)
+        return ScorerHeld(command.id, version, scorer.labels if scorer else self._labels)
 
     def again(self, id: str) -> HeldScorer:
         """What is held under an id, with one more reference for whoever reads with it. Raises `EngineUnavailable` where

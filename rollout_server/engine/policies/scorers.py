@@ -60,7 +60,7 @@ class Scorers:
 def samples_nothing(version: PolicyVersion) -> InvalidField:
     """The error for who wants tokens, or log-probabilities of tokens, of what only scores."""
     return InvalidField(
-        f"{version.name}@{version.number} scores labels with a head and has no output over the vocabulary, so that it "
+        f"{version} scores labels with a head and has no output over the vocabulary, so that it "
         f"samples nothing and gives no log-probabilities: ask it on {ROUTES}.",
         param="policy",
     )
@@ -69,7 +69,7 @@ def samples_nothing(version: PolicyVersion) -> InvalidField:
 def scores_nothing(version: PolicyVersion) -> InvalidField:
     """The error for who wants label scores of what only generates."""
     return InvalidField(
-        f"{version.name}@{version.number} generates and has no head that scores labels: name a reward model or a "
+        f"{version} generates and has no head that scores labels: name a reward model or a "
         "classifier, or push one; /v1/score reads label_token_ids of any decoder.",
         param="policy",
     )

@@ -34,7 +34,7 @@ from rollout_server.engine.messages.versions import (
     Restored,
 )
 from rollout_server.engine.model.resident import VersionedModel
-from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
+from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, naming, status_of, version_of
 from rollout_server.engine.policies.scorers import Scorer, Scorers, require_purpose, samples_nothing, scores_nothing
 from rollout_server.errors import AdapterMismatch, StalePolicy, UnknownPolicy, VersionGone
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
@@ -45,7 +45,8 @@ class PolicyTable:
 
     def __init__(self, model: VersionedModel, options: EngineOptions) -> None:
         info = model.info
-        self.base = PolicyVersion(BASE, 0, info.digest)
+        self._model, self._models = options.resident, options.models
+        self.base = PolicyVersion(BASE, 0, info.digest, resident=self._model)
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
             model.module,
@@ -81,14 +82,14 @@ class PolicyTable:
         the vocabulary and more than hidden states are wanted."""
         entry = self._resolve(address)
         if not reads and self.scores(entry):
-            raise samples_nothing(version_of(entry) if entry else self.base)
+            raise samples_nothing(version_of(entry, self._model) if entry else self.base)
         if min_version is not None:
             self.require(address, min_version)
         if entry is None:
             return self.base, BASE_PLACEMENT
         self._registry.acquire(entry.name, entry.number, rows)
         self._shown = None
-        return version_of(entry), self._resident.placement(entry.content)
+        return version_of(entry, self._model), self._resident.placement(entry.content)
 
     def scorer(self, address: PolicyAddress) -> Scorer:
         """What gives label scores under this address now. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField`
@@ -98,7 +99,7 @@ class PolicyTable:
         if entry is not None:
             found = self._scorers.of(entry.content, self._resident.bundle(entry.content))
         if found is None:
-            raise scores_nothing(version_of(entry) if entry else self.base)
+            raise scores_nothing(version_of(entry, self._model) if entry else self.base)
         return found
 
     def scores(self, entry: Entry | None) -> bool:
@@ -286,7 +287,7 @@ class PolicyTable:
 
     def _pin(self, command: Pin) -> Pinned:
         change = self._registry.pin(command.name, command.number, command.pinned)
-        status = status_of(change.entry, self._resident.size(change.entry.content))
+        status = status_of(change.entry, self._model, self._resident.size(change.entry.content))
         self._free(change.freed)
         return Pinned(command.id, status)
 
@@ -304,7 +305,7 @@ class PolicyTable:
 
     def _export(self, command: Export) -> Exported:
         entry = self._registry.resolve(command.name, command.number)
-        return Exported(command.id, version_of(entry), self._resident.bundle(entry.content))
+        return Exported(command.id, version_of(entry, self._model), self._resident.bundle(entry.content))
 
     def _restore(self, command: Restore) -> Restored:
         self._require_served()
@@ -325,7 +326,7 @@ class PolicyTable:
         entry = change.entry
         return Published(
             id,
-            version_of(entry),
+            version_of(entry, self._model),
             entry.live,
             change.unchanged,
             1e3 * stage_s,
@@ -381,7 +382,7 @@ class PolicyTable:
             if wrong:
                 raise UnknownPolicy(f"The base has only version 0 ({self.base.digest}), not {address}.", param="policy")
             return None
-        with as_ours():
+        with as_ours(), naming(self._models):
             return self._registry.resolve(address.name, address.number, address.digest)
 
     # ---- status ---------------------------------------------------------------------------------------------------
@@ -389,5 +390,6 @@ class PolicyTable:
     def snapshot(self) -> tuple[PolicyStatus, ...]:
         """All names and kept versions; made again only after a change, since it is asked for at every step."""
         if self._shown is None:
-            self._shown = tuple(line_of(self._registry, name, self._resident.size) for name in self._registry.names)
+            size, model = self._resident.size, self._model
+            self._shown = tuple(line_of(self._registry, name, model, size) for name in self._registry.names)
         return self._shown

@@ -23,7 +23,7 @@ FEW = 1 / 32
 STEP_EVERY = 8
 """Chunks that are read between two steps of rows that wait, at most."""
 REWARDS_SHARE = 0.125
-"""Of the time while rows decode."""
+"""Share of the time while rows decode that rewards may take."""
 LEAST = 64
 """Tokens of a chunk, at least: the host has work for each one too."""
 MOST_WAITED_S = 2.0

@@ -114,9 +114,7 @@ def _measure(
     for row, (sequence, n) in enumerate(parts):
         if any(math.isnan(value) for value in values[row][:n]):
             version = sequence.run.version
-            sequence.fault = NonFiniteLogits(
-                f"The model produced NaN or infinity while scoring under {version.name}@{version.number}."
-            )
+            sequence.fault = NonFiniteLogits(f"The model produced NaN or infinity while scoring under {version}.")
             continue
         wanted = sequence.job.top_logprobs
         for at in range(n):
@@ -200,9 +198,7 @@ def _blame(members: Sequence[tuple[int, ScoredSequenceState, int]], finite: Sequ
     for (_, sequence, _), fine in zip(members, finite, strict=True):
         if not fine:
             version = sequence.run.version
-            sequence.fault = NonFiniteLogits(
-                f"The model produced NaN or infinity while {doing} under {version.name}@{version.number}."
-            )
+            sequence.fault = NonFiniteLogits(f"The model produced NaN or infinity while {doing} under {version}.")
 
 
 def pool(hidden: mx.array, parts: Sequence[tuple[Pool, int]], state: Sequence[Any]) -> list[bool]:

@@ -43,7 +43,7 @@ def policy_headers(versions: Iterable[PolicyVersion]) -> dict[str, str]:
     if not distinct:
         return {}
     return {
-        "x-policy": ", ".join(f"{version.name}@{version.number}" for version in distinct),
+        "x-policy": ", ".join(map(str, distinct)),
         "x-policy-digest": ", ".join(version.digest for version in distinct),
     }
 
@@ -94,13 +94,13 @@ def reward_entry(reward: RowReward | None) -> dict[str, Any] | None:
         return None
     if (version := reward.version) is None:
         return {"error": error_entry(reward.error)}
-    model = {"name": version.name, "version": version.number, "digest": version.digest}
+    model = {"name": version.called, "version": version.number, "digest": version.digest}
     return {"value": reward.value, "scores": reward.scores, "model": model}
 
 
 def version_entry(version: PolicyVersion) -> dict[str, Any]:
     return {
-        "policy": version.name,
+        "policy": version.called,
         "version": version.number,
         "digest": version.digest,
         "label": version.label,
@@ -212,9 +212,10 @@ def milliseconds(seconds: float) -> float:
     return round(1e3 * seconds, 3)
 
 
-def policy_entry(policy: PolicyStatus) -> dict[str, Any]:
+def policy_entry(policy: PolicyStatus, name: str) -> dict[str, Any]:
+    """`name` is what requests call it."""
     return {
-        "name": policy.name,
+        "name": name,
         "live": policy.live.number if policy.live else None,
         "versions": [version_status(version) for version in policy.versions],
     }

@@ -27,14 +27,15 @@ class RowReader:
     prompts: Sequence[Prompt]
     groups: Sequence[RolloutRequest]
     tokenizer: Any
+    """The policy's, by which rows become text."""
+    own_tokenizer: Any
+    """The reward model's, by which it reads."""
+    same_ids: bool
+    """True where ids mean the same to both."""
     bound: Bound
+    """What fits the reward model."""
     pictures_of: PictureReader | None = None
-    """What gives pictures their placeholders in a conversation that is rendered anew."""
-
-    def pictures(self, rollout: Rollout) -> tuple[Picture, ...]:
-        """What a row's prompt showed; a text tokenized anew says nothing of it."""
-        return () if self.reads == "text" else self.groups[rollout.prompt_index].pictures
-
+    """What gives pictures their placeholders where the reward model reads them as the policy does; None elsewhere."""
     _beginnings: dict[int, Sequence[int]] = field(default_factory=dict)
     """What a prompt is without any reply, by its place; it is tokenized once for all of its rows."""
 
@@ -53,7 +54,14 @@ class RowReader:
         expand = None
         if group.pictures and self.pictures_of is not None:
             expand = partial(_expanded, self.pictures_of, group.pictures, place)
-        return render(prompt, self.tokenizer, param=place, bound=self.bound, expand=expand)
+        return render(prompt, self.own_tokenizer, param=place, bound=self.bound, expand=expand)
+
+    def pictures(self, rollout: Rollout) -> tuple[Picture, ...]:
+        """What a row's prompt showed; a text tokenized anew says nothing of it, and another model's processor would
+        have made other pixels."""
+        if self.reads == "text" or self.pictures_of is None:
+            return ()
+        return self.groups[rollout.prompt_index].pictures
 
     def shared(self, rollout: Rollout, ids: Sequence[int]) -> int:
         """How many of a row's `ids` are of its prompt, which other rows have as well."""
@@ -75,13 +83,15 @@ class RowReader:
             return ()
 
     def _of_text(self, prompt: Prompt, rollout: Rollout, text: str, place: str) -> list[int]:
-        """A prompt that came as ids or messages is read with its special tokens, and gets no others."""
-        given, special = prompt.text, prompt.add_special_tokens
+        """A prompt that came as ids or messages is read with its special tokens, and gets no others; a reward model of
+        another tokenizer reads it without them, and with its own."""
+        given, special, other = prompt.text, prompt.add_special_tokens, not self.same_ids
         if given is None:
             ids = list(rollout.prompt_ids)
-            given, special = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False), False
+            given = self.tokenizer.decode(ids, skip_special_tokens=other, clean_up_tokenization_spaces=False)
+            special = other
         return encode(
-            self.tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
+            self.own_tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
         )
 
 

@@ -116,6 +116,11 @@ async def read_json(request: Request[Any, Any, Any]) -> None:
     """Litestar's `before_request` of routes with `StrictJson`: reads, parses and validates the body, so that a long one
     does not hold the event loop as the DTO, which cannot wait, would."""
     refuse_query(request)
+    await read_body(request)
+
+
+async def read_body(request: Request[Any, Any, Any]) -> None:
+    """The same for routes that read their query themselves."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         found = quoted(media_type) if media_type else "a body without a content type"

@@ -1,4 +1,4 @@
-"""Flags in the query of routes that are as vLLM has them."""
+"""What a query may say: which model is meant, and the flags of routes that are as vLLM has them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from litestar import Request
 
 from rollout_server.errors import InvalidField
+from rollout_server.http.residents import residents_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import quoted, shortened
 
 FLAGS: Mapping[str, bool] = MappingProxyType({"true": True, "1": True, "false": False, "0": False})
@@ -24,6 +26,11 @@ def read_query(request: Request[Any, Any, Any], names: Collection[str]) -> dict[
             raise InvalidField(f"The query has {name} twice.", param=name)
         fields[name] = value
     return fields
+
+
+def asked_resident(request: Request[Any, Any, Any]) -> Service:
+    """The model that a query names by `model`, and nothing else; without one that of `--model`."""
+    return residents_of(request).named(read_query(request, ("model",)).get("model"))
 
 
 def read_flag(name: str, value: str) -> bool:

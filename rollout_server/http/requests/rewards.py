@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from litestar import Request
 
 from rollout_server.errors import InvalidField
 from rollout_server.http.problems import renamed
+from rollout_server.http.residents import residents_of
 from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress
@@ -17,11 +19,23 @@ MODEL = "reward.model"
 """This route's name of what scores."""
 
 
-def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service) -> PolicyAddress | None:
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """What scores the rows of a request: a version of their own model, or of another one here."""
+
+    service: Service
+    address: PolicyAddress
+    same_ids: bool
+    """True where it has the tokenizer of what it scores."""
+
+
+def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any]) -> RewardModel | None:
     """What is to score the rows; None where nothing is. Raises `UnknownPolicy`, or `InvalidField` for a model that
     gives no reward and for prompts that are not what it is to read."""
     if data.reward is None:
         return None
+    residents = residents_of(request)
+    service, own = residents.of(data.reward.model), residents.of(data.policy)
     address = service.address(data.reward.model, request, param=MODEL)
     with renamed({"name": MODEL}):
         task = service.task(address)
@@ -37,4 +51,11 @@ def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any], service
                     "read text or token_ids.",
                     param="reward.as",
                 )
-    return address
+    same_ids = service is own or service.vocabulary == own.vocabulary
+    if data.reward.reads == "token_ids" and not same_ids:
+        raise InvalidField(
+            f"reward.as is 'token_ids', but {service.name} and {own.name} have different tokenizers: let the reward "
+            "model read messages or text.",
+            param="reward.as",
+        )
+    return RewardModel(service, address, same_ids)

@@ -14,7 +14,7 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.queries import read_flags
-from rollout_server.http.service import service_of
+from rollout_server.http.residents import residents_of
 from rollout_server.schemas.control import AbortReply, AbortRequest, ReleaseReply, ResetReply
 
 
@@ -35,8 +35,8 @@ class PrefixesController(Controller):
     )
     async def reset(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         check_reset(request)
-        reset = await service_of(request).engine.reset_prefix_cache()
-        return json_response({"freed_bytes": reset.freed_bytes})
+        reset = await residents_of(request).each(lambda engine: engine.reset_prefix_cache())
+        return json_response({"freed_bytes": sum(each.freed_bytes for each in reset)})
 
 
 def check_reset(request: Request[Any, Any, Any]) -> None:
@@ -67,11 +67,11 @@ class ControlController(Controller):
         responses={200: ResponseSpec(AbortReply, description="Which of the ids were open."), **failures()},
     )
     async def abort(self, data: JSONBody[AbortRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        service.require_restored()
+        every = residents_of(request).every
+        every[0].require_restored()
         asked = tuple(dict.fromkeys(data.ids))
-        aborted = service.engine.abort(asked)
-        open_ids = set(aborted)
+        open_ids = {id for service in every for id in service.engine.abort(asked)}
+        aborted = [id for id in asked if id in open_ids]
         return json_response({"aborted": aborted, "unknown": [id for id in asked if id not in open_ids]})
 
     @post(
@@ -83,5 +83,7 @@ class ControlController(Controller):
         responses={200: ResponseSpec(ReleaseReply, description="Bytes that were given back."), **failures()},
     )
     async def release(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        released = await service_of(request).engine.release()
-        return json_response({"released_bytes": released.nbytes, "kv_bytes": released.kv_bytes})
+        # One after the other: what is freed is seen in the memory of the whole process.
+        released = [await engine.release() for engine in residents_of(request).living]
+        freed, kv = (sum(getattr(each, what) for each in released) for what in ("nbytes", "kv_bytes"))
+        return json_response({"released_bytes": freed, "kv_bytes": kv})

@@ -18,8 +18,9 @@ from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.spans import read_spans
 from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest
 
@@ -44,7 +45,7 @@ class LogprobsController(Controller):
         },
     )
     async def score(self, data: JSONBody[LogprobsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = residents_of(request).of(data.policy)
         binary = wants_binary(request)
         address = service.address(data.policy, request, param="policy")
         header_id(request)

@@ -18,7 +18,7 @@ from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
 from rollout_server.http.requests.queries import read_flag, read_query
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.residents import Residents, residents_of
 from rollout_server.quoting import quoted, shortened
 from rollout_server.schemas.control import IsPausedReply, PauseReply, PauseRequest, StatusReply
 from rollout_server.text.strict_json import parse_json
@@ -45,9 +45,9 @@ class PauseController(Controller):
         responses={200: ResponseSpec(PauseReply, description="It is paused."), **failures()},
     )
     async def pause(self, data: JSONBody[PauseRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        await service.engine.pause(data.mode)
-        return json_response(state(service))
+        residents = residents_of(request)
+        await residents.each(lambda engine: engine.pause(data.mode))
+        return json_response(state(residents))
 
     @post(
         "/resume",
@@ -58,10 +58,10 @@ class PauseController(Controller):
         responses={200: ResponseSpec(PauseReply, description="It goes on."), **failures()},
     )
     async def resume(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        residents = residents_of(request)
         await no_body(request)
-        await service.engine.resume()
-        return json_response(state(service))
+        await residents.each(lambda engine: engine.resume())
+        return json_response(state(residents))
 
 
 class PauseDoorsController(Controller):
@@ -81,10 +81,10 @@ class PauseDoorsController(Controller):
         responses={200: ResponseSpec(StatusReply, description="It is paused."), **failures()},
     )
     async def pause(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        residents = residents_of(request)
         mode = asked_mode(request)
         await no_body(request)
-        await while_connected(request, service.engine.pause(mode, drain=True))
+        await while_connected(request, residents.each(lambda engine: engine.pause(mode, drain=True)))
         return json_response({"status": "paused"})
 
     @post(
@@ -97,7 +97,7 @@ class PauseDoorsController(Controller):
     )
     async def resume(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         await no_body(request)
-        await service_of(request).engine.resume()
+        await residents_of(request).each(lambda engine: engine.resume())
         return json_response({"status": "resumed"})
 
     @get(
@@ -108,17 +108,20 @@ class PauseDoorsController(Controller):
         responses={200: ResponseSpec(IsPausedReply, description="The answer in vLLM's form."), **failures()},
     )
     async def is_paused(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        return json_response({"is_paused": service_of(request).engine.status.paused is not None})
+        paused = state(residents_of(request))["paused"]
+        return json_response({"is_paused": paused})
 
 
-def state(service: Service) -> dict[str, Any]:
-    status = service.engine.status
+def state(residents: Residents) -> dict[str, Any]:
+    """All models are paused together; requests and rows are those of all."""
+    every = [engine.status for engine in residents.living]
+    mode = next((status.paused for status in every if status.paused is not None), None)
     return {
-        "paused": status.paused is not None,
-        "mode": status.paused,
-        "waiting": status.waiting,
-        "running": status.running,
-        "instance": service.instance,
+        "paused": mode is not None,
+        "mode": mode,
+        "waiting": sum(status.waiting for status in every),
+        "running": sum(status.running for status in every),
+        "instance": residents.base.instance,
     }
 
 

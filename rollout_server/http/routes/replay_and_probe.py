@@ -24,8 +24,9 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
 from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress
 from rollout_server.schemas.replay_and_probe import (
@@ -61,7 +62,7 @@ class RecordedController(Controller):
         responses={200: ResponseSpec(ReplayReply, description="Rollouts in the order of the request."), **failures()},
     )
     async def replay(self, data: JSONBody[ReplayRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = service_for(data.rollouts, request)
         header_id(request)
         weight = len(await request.body()) + sum(extra_weight(row.sampling) for row in data.rollouts)
         weight += sum(picture_weight(None, row.images) for row in data.rollouts)
@@ -86,7 +87,7 @@ class RecordedController(Controller):
         },
     )
     async def probe(self, data: JSONBody[ProbeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = service_for(data.rollouts, request)
         header_id(request)
         weight = len(await request.body()) + sum(picture_weight(None, row.images) for row in data.rollouts)
         rows = await beside(weight, lambda: list(_to_read(data.rollouts, request, service)))
@@ -109,6 +110,12 @@ class RecordedController(Controller):
                 "instance": service.instance,
             }
         )
+
+
+def service_for(rollouts: Sequence[RecordedRollout], request: Request[Any, Any, Any]) -> Service:
+    """The model that the rollouts are of; spans that are of another one are refused when they are read."""
+    named = (span.policy for row in rollouts for span in row.versions if span.policy is not None)
+    return residents_of(request).of(next(named, None))
 
 
 # ---- what is read -------------------------------------------------------------------------------------------------

@@ -34,13 +34,14 @@ from rollout_server.http.replies.safetensors_file import binary_response, rollou
 from rollout_server.http.replies.streaming import NDJSON, RowEvents, chained, collect, ndjson_line, opening, stream
 from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
-from rollout_server.http.requests.rewards import MODEL, reward_model
+from rollout_server.http.requests.rewards import MODEL, RewardModel, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
 from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import ARRIVED, Service, service_of
+from rollout_server.http.service import ARRIVED, Service
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
@@ -58,7 +59,7 @@ class Job:
     data: RolloutsRequest
     address: PolicyAddress
     groups: list[RolloutRequest]
-    reward_model: PolicyAddress | None
+    reward_model: RewardModel | None
     service: Service
     began: float
 
@@ -102,7 +103,7 @@ class RolloutsController(Controller):
         responses={200: ResponseSpec(RolloutsReply, description="Rollouts by prompt, then sample."), **failures()},
     )
     async def sample(self, data: JSONBody[RolloutsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
-        service = service_of(request)
+        service = residents_of(request).of(data.policy)
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
         weight += extra_weight(data.sampling)
@@ -124,17 +125,20 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
     service, options = job.service, job.data.reward
     if options is None or job.reward_model is None:
         return service.engine.submit(job.id, job.groups, deadline=deadline)
+    judge = job.reward_model.service
     with renamed({"policy": MODEL}):
-        scorer = await service.engine.hold(job.id, job.reward_model)
+        scorer = await judge.engine.hold(job.id, job.reward_model.address)
     try:
-        events = service.engine.submit(job.id, job.groups, deadline=deadline, scorer=scorer)
+        # Another model's engine knows nothing of what is held here.
+        own = scorer if judge is service else None
+        events = service.engine.submit(job.id, job.groups, deadline=deadline, scorer=own)
     except RolloutError:
         scorer.let_go()
         raise
-    reader = RowReader(
-        options.reads, job.data.prompts, job.groups, service.tokenizer, service.bound(), service.pictures
-    )
-    reading = Reading(reader.ids, service.info.head_position, reader.shared, reader.pictures)
+    reads, prompts, same_ids = options.reads, job.data.prompts, job.reward_model.same_ids
+    tokenizers, sees = (service.tokenizer, judge.tokenizer), service.pictures if judge is service else None
+    reader = RowReader(reads, prompts, job.groups, *tokenizers, same_ids, judge.bound(), pictures_of=sees)
+    reading = Reading(reader.ids, judge.info.head_position, reader.shared, reader.pictures)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
@@ -169,7 +173,7 @@ async def lines(
 def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service, go_on: GoOn) -> Job:
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
     began = request.scope["state"][ARRIVED]
-    scores = reward_model(data, request, service)
+    scores = reward_model(data, request)
     address = service.address(data.policy, request, param="policy")
     if data.on_update != "finish" and not address.follows:
         raise InvalidField(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
 
 from rollout_server.engine.messages.versions import VersionStatus
-from rollout_server.errors import EngineUnavailable, UnknownPolicy
+from rollout_server.errors import UnknownPolicy
 from rollout_server.http.auth import may_infer
 from rollout_server.http.metrics import CONTENT_TYPE
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import no_query
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.residents import Residents, residents_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
-from rollout_server.rollout import BASE
 from rollout_server.schemas.system import HealthReply, ModelCard, ModelsReply, ReadyReply
 
 PING_S = 5.0
 """How long the engine thread may take to answer between two steps."""
+COUNTED = ("waiting", "running", "steps", "tokens")
+TOLD = ("state", *COUNTED, "paused")
+"""What is said of the engine of every model; what is counted, of all together too."""
 
 
 class ModelsController(Controller):
@@ -38,7 +42,7 @@ class ModelsController(Controller):
         responses={200: ResponseSpec(ModelsReply, description="The base, names, versions."), **failures()},
     )
     async def models(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        return json_response({"object": "list", "data": cards(service_of(request))})
+        return json_response({"object": "list", "data": every_card(residents_of(request))})
 
     @get(
         "/{model:path}",
@@ -47,10 +51,9 @@ class ModelsController(Controller):
         responses={200: ResponseSpec(ModelCard, description="The entry as the list has it."), **failures()},
     )
     async def model(self, model: FromPath[Path], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
         # A Hub id has a slash, so the rest of the path is the name.
         name = str(model).removeprefix("/")
-        card = next((card for card in cards(service) if card["id"] == name), None)
+        card = next((card for card in every_card(residents_of(request)) if card["id"] == name), None)
         if card is None:
             raise UnknownPolicy(f"There is no model {quoted(name)}; GET /v1/models lists what there is.", param="model")
         return json_response(card)
@@ -69,22 +72,21 @@ class HealthController(Controller):
         responses={200: ResponseSpec(HealthReply, description="The engine thread lives and answers."), **failures()},
     )
     async def health(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        status = service.engine.status
-        if status.state != "ready":
-            raise EngineUnavailable(status.fault or f"The engine is {status.state}.")
-        if not await service.engine.ping(PING_S):
-            raise EngineUnavailable(f"The engine thread did not answer within {PING_S:g} s.")
+        residents = residents_of(request)
+        for service in residents.every:
+            residents.check(service)
+        await asyncio.gather(*(residents.answers(service, PING_S) for service in residents.every))
+        models = [
+            {"model": service.name, **{name: getattr(service.engine.status, name) for name in TOLD}}
+            for service in residents.every
+        ]
         return json_response(
             {
                 "status": "ok",
-                "state": status.state,
-                "waiting": status.waiting,
-                "running": status.running,
-                "steps": status.steps,
-                "tokens": status.tokens,
-                "paused": status.paused,
-                "instance": service.instance,
+                **models[0],
+                **{name: sum(model[name] for model in models) for name in COUNTED},
+                "instance": residents.base.instance,
+                "models": models,
             }
         )
 
@@ -95,9 +97,10 @@ class HealthController(Controller):
         responses={200: ResponseSpec(ReadyReply, description="The server is ready."), **failures()},
     )
     async def ready(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        service.startup.check()
-        return json_response({"status": "ready", "instance": service.instance})
+        residents = residents_of(request)
+        for service in residents.every:
+            service.startup.check()
+        return json_response({"status": "ready", "instance": residents.base.instance})
 
 
 class MetricsController(Controller):
@@ -117,7 +120,13 @@ class MetricsController(Controller):
         },
     )
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
+        return Response(residents_of(request).base.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def every_card(residents: Residents) -> list[dict[str, Any]]:
+    """What can be asked for of every model; one that never came up has nothing."""
+    loaded = [service for service in residents.every if service is residents.base or service.loaded]
+    return [card for service in loaded for card in cards(service)]
 
 
 def cards(service: Service) -> list[dict[str, Any]]:
@@ -137,14 +146,14 @@ def cards(service: Service) -> list[dict[str, Any]]:
         "labels": info.labels,
         "vision": service.pictures is not None,
     }
-    found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((BASE, info.id))]
+    found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((service.name, info.id))]
     for policy in service.policies():
         own = {kept.version.number: shared | _gives(kept) for kept in policy.versions}
         if policy.live is not None:
             card = own.get(policy.live.number, shared)
-            found.append({"id": policy.name, **card, "digest": policy.live.digest})
+            found.append({"id": service.called(policy.name), **card, "digest": policy.live.digest})
         for kept in policy.versions:
-            name = f"{policy.name}@{kept.version.number}"
+            name = str(kept.version)
             card = {**own[kept.version.number], "created": int(kept.created)}
             found.append({"id": name, **card, "digest": kept.version.digest})
     return found

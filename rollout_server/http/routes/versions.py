@@ -20,8 +20,10 @@ from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, version_status
-from rollout_server.http.requests.json_body import SAFETENSORS, StrictJson, no_query, read_json
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.requests.json_body import SAFETENSORS, StrictJson, read_body
+from rollout_server.http.requests.queries import asked_resident, read_query
+from rollout_server.http.residents import residents_of
+from rollout_server.http.service import Service
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.weights import DeleteReply, PinReply, PinRequest
 
@@ -37,7 +39,7 @@ class VersionController(Controller):
 
     @patch(
         guards=[may_administer],
-        before_request=read_json,
+        before_request=read_body,
         dto=StrictJson[PinRequest],
         return_dto=None,
         summary="Keep a version whatever its age, or no longer",
@@ -46,15 +48,14 @@ class VersionController(Controller):
     async def pin(
         self, name: FromPath[str], version: FromPath[int], data: JSONBody[PinRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
-        service = service_of(request)
+        service = asked_resident(request)
         unconditional(request)
         pinned = await service.publisher.pin(Pin(service.engine.new_id("pin"), name, version, data.pinned))
-        reply = {"name": name, **version_status(pinned.status), "base": service.base, "instance": service.instance}
-        return json_response(reply)
+        about = {"base": service.base, "instance": service.instance}
+        return json_response({"name": service.called(name), **version_status(pinned.status), **about})
 
     @delete(
         guards=[may_administer],
-        before_request=no_query,
         status_code=200,
         summary="Delete a version that is not live",
         description="Its rows run on; the memory is given back when the last of them ends. Never waits.",
@@ -83,8 +84,7 @@ class VersionController(Controller):
     async def export(
         self, name: FromPath[str], version: FromPath[int], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
-        service = service_of(request)
-        format = asked_format(request)
+        service, format = asked_export(request)
         service.require_restored()
         exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
         format = format or ("dense" if exported.bundle.spec.kind in DENSE_KINDS else "peft")
@@ -93,7 +93,7 @@ class VersionController(Controller):
 
 
 async def deletion(request: Request[Any, Any, Any], name: str, number: int | None) -> dict[str, Any]:
-    service = service_of(request)
+    service = asked_resident(request)
     unconditional(request)
     deleted = await service.publisher.delete(Delete(service.engine.new_id("delete"), name, number))
     return delete_reply(deleted, service)
@@ -101,7 +101,7 @@ async def deletion(request: Request[Any, Any, Any], name: str, number: int | Non
 
 def delete_reply(deleted: Deleted, service: Service) -> dict[str, Any]:
     return {
-        "name": deleted.name,
+        "name": service.called(deleted.name),
         "deleted": deleted.numbers,
         "rows_in_use": deleted.rows_in_use,
         "base": service.base,
@@ -117,17 +117,13 @@ def unconditional(request: Request[Any, Any, Any]) -> None:
         )
 
 
-def asked_format(request: Request[Any, Any, Any]) -> str | None:
-    """The format that the query asks for; None for the one that goes with the version's kind."""
-    fields = list(request.query_params.multi_items())
-    for name, value in fields:
-        if name != "format":
-            raise InvalidField(f"Unknown field {name!r}.", param=name)
-        if value not in FORMATS:
-            raise InvalidField(f"format: 'peft' or 'mlx', not {ascii(value)[:60]}.", param="format")
-    if len(fields) > 1:
-        raise InvalidField("The query has 'format' twice.", param="format")
-    return fields[0][1] if fields else None
+def asked_export(request: Request[Any, Any, Any]) -> tuple[Service, str | None]:
+    """The model and the format that the query asks for; None for the one that goes with the version's kind."""
+    fields = read_query(request, ("format", "model"))
+    format = fields.get("format")
+    if format is not None and format not in FORMATS:
+        raise InvalidField(f"format: 'peft' or 'mlx', not {ascii(format)[:60]}.", param="format")
+    return residents_of(request).named(fields.get("model")), format
 
 
 def write(bundle: AdapterBundle, format: str, base: ModelInfo) -> bytes:
@@ -143,7 +139,7 @@ def write(bundle: AdapterBundle, format: str, base: ModelInfo) -> bytes:
 
 def file_headers(version: PolicyVersion, format: str) -> dict[str, str]:
     return {
-        "x-policy": f"{version.name}@{version.number}",
+        "x-policy": str(version),
         "x-policy-digest": version.digest,
         "content-disposition": f'attachment; filename="{FILE_NAMES[format]}"',
     }

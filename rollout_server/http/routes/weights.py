@@ -24,10 +24,12 @@ from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.openapi import UploadOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response, milliseconds, policy_entry
-from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
+from rollout_server.http.requests.json_body import StrictJson, read_body
+from rollout_server.http.requests.queries import asked_resident
 from rollout_server.http.requests.uploads import Upload, read_upload
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.versions import deletion
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
 from rollout_server.schemas.weights import (
     ActivateReply,
@@ -37,7 +39,6 @@ from rollout_server.schemas.weights import (
     PoliciesReply,
     PushReply,
 )
-from rollout_server.versions.publisher import check_name
 
 MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
 
@@ -62,14 +63,16 @@ class WeightsController(Controller):
         },
     )
     async def push(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        info = service.info  # before the upload: there is no use in one while the model is loading
+        residents = residents_of(request)
+        _ = residents.base.info  # before the upload: there is no use in one while the model is loading
         match = if_match(request)
         began = time.perf_counter()
-        upload = await read_upload(request, service.config.max_upload)
+        upload = await read_upload(request, residents.base.config.max_upload)
         received = time.perf_counter()
         options = upload.options
-        check_name(options.name, info.id)
+        service = residents.named(options.model)
+        info = service.info
+        service.publisher.check_name(options.name)
         prepared, report = await asyncio.to_thread(read, upload, info)
         bundle = prepared.bundle
         validated = time.perf_counter()
@@ -95,22 +98,22 @@ class WeightsController(Controller):
             "activate": round(published.activate_ms, 3),
             **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
         }
-        service.metrics.push(reply["timings_ms"], bundle.nbytes)
+        service.metrics.push(reply["timings_ms"], bundle.nbytes, service.name)
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(
-        before_request=no_query,
-        summary="All policies and their kept versions",
+        summary="All policies of a model and their kept versions",
+        description="`model` in the query names another one than that of --model.",
         responses={200: ResponseSpec(PoliciesReply, description="Policies by name."), **failures()},
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        policies = [policy_entry(policy) for policy in sorted(service.policies(), key=lambda policy: policy.name)]
+        service = asked_resident(request)
+        found = sorted(service.policies(), key=lambda policy: policy.name)
+        policies = [policy_entry(policy, service.called(policy.name)) for policy in found]
         return json_response({"policies": policies, "base": service.base, "instance": service.instance})
 
     @get(
         "/{name:str}",
-        before_request=no_query,
         summary="One policy and its kept versions",
         responses={
             200: ResponseSpec(OnePolicyReply, description="The policy, its oldest version first."),
@@ -118,13 +121,11 @@ class WeightsController(Controller):
         },
     )
     async def one(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        return json_response(one_policy(service, name))
+        return json_response(one_policy(asked_resident(request), name))
 
     @delete(
         "/{name:str}",
         guards=[may_administer],
-        before_request=no_query,
         status_code=200,
         summary="Delete a name and all its versions",
         description="Its versions are gone from then on; pushed again, the name goes on numbering where it was.",
@@ -142,7 +143,7 @@ class AliasController(Controller):
     tags = ("weights",)
 
     @post(
-        before_request=read_json,
+        before_request=read_body,
         dto=StrictJson[ActivateRequest],
         return_dto=None,
         status_code=200,
@@ -152,7 +153,7 @@ class AliasController(Controller):
     async def activate(
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
-        service = service_of(request)
+        service = asked_resident(request)
         command = Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
         # What the engine does not find is the version, if the name has any.
         known = any(policy.name == name for policy in service.policies())
@@ -203,7 +204,7 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
 def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:
     version = published.version
     return {
-        "name": version.name,
+        "name": version.called,
         "version": version.number,
         "digest": version.digest,
         "label": version.label,
@@ -231,7 +232,7 @@ def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport
 def activate_reply(published: Published, service: Service) -> dict[str, Any]:
     version = published.version
     return {
-        "name": version.name,
+        "name": version.called,
         "version": version.number,
         "digest": version.digest,
         "label": version.label,
@@ -244,4 +245,7 @@ def activate_reply(published: Published, service: Service) -> dict[str, Any]:
 
 
 def one_policy(service: Service, name: str) -> dict[str, Any]:
-    return policy_entry(service.policy(name)) | {"base": service.base, "instance": service.instance}
+    return policy_entry(service.policy(name), service.called(name)) | {
+        "base": service.base,
+        "instance": service.instance,
+    }

@@ -30,7 +30,9 @@ class StreamOptions(Request):
 class OpenAIRequest(SamplingNumbers, Structured):
     later: ClassVar = {"user": ()}
 
-    model: PolicyText = Field(description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…")
+    model: PolicyText = Field(
+        description="The base's id, `base`, NAME, NAME@7 or NAME@sha256:…; of another model MODEL or MODEL/NAME."
+    )
     n: Count = 1
     logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None

@@ -142,7 +142,8 @@ def test_it_says_how_it_is(classifier: Served) -> None:
     assert classifier.http.get("/health").json()["state"] == "ready"
     assert classifier.http.get("/ready").status_code == 200
     metrics = classifier.http.get("/metrics").text
-    assert 'rollout_engine_state{state="ready"} 1.0' in metrics and 'rollout_memory_bytes{part="weights"}' in metrics
+    assert 'rollout_engine_state{model="base",state="ready"} 1.0' in metrics
+    assert 'rollout_memory_bytes{model="base",part="weights"}' in metrics
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,15 @@ def test_metrics_count_what_happened(server: Server, client: RolloutClient, mode
     pushed = client.push("counted", *adapter(model, 1))
     batch = client.rollouts(PROMPTS, policy="counted", n=2, max_tokens=6, ignore_eos=True)
     after = read()
-    assert after["rollout_tokens_total"] - before["rollout_tokens_total"] == len(batch.token_ids) == 24
-    assert after["rollout_steps_total"] > before["rollout_steps_total"]
-    assert after['rollout_weights_bytes{policy="counted"}'] == pushed.nbytes
-    assert after["rollout_slot_bytes"] >= (pushed.nbytes or 0)
-    pushes = 'rollout_push_seconds_count{phase="activate"}'
+    assert (
+        after['rollout_tokens_total{model="base"}'] - before['rollout_tokens_total{model="base"}']
+        == len(batch.token_ids)
+        == 24
+    )
+    assert after['rollout_steps_total{model="base"}'] > before['rollout_steps_total{model="base"}']
+    assert after['rollout_weights_bytes{model="base",policy="counted"}'] == pushed.nbytes
+    assert after['rollout_slot_bytes{model="base"}'] >= (pushed.nbytes or 0)
+    pushes = 'rollout_push_seconds_count{model="base",phase="activate"}'
     assert after[pushes] - before.get(pushes, 0) == 1
     asked = 'rollout_request_seconds_count{method="POST",route="/v1/rollouts",status="200"}'
     assert after[asked] - before.get(asked, 0) == 1

@@ -102,7 +102,7 @@ def test_an_embedding_is_pushed_with_the_head_that_shares_it(server: Server, mod
 
 def test_a_skipped_push_uploads_nothing_and_never_hides_a_change(server: Server, model: Path) -> None:
     def uploads() -> float:
-        name = 'rollout_push_seconds_count{phase="receive"}'
+        name = 'rollout_push_seconds_count{model="base",phase="receive"}'
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
 

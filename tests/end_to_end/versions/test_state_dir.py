@@ -35,7 +35,7 @@ def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
         metrics = httpx.get(f"{live.url}/metrics").text
     assert set(counts[4:]) == {3 + 3}, "weights, and lock, state.json and the record of the name"
     for phase in ("receive", "validate", "stage", "activate", "persist"):
-        assert f'rollout_push_seconds_count{{phase="{phase}"}} 24.0' in metrics
+        assert f'rollout_push_seconds_count{{model="base",phase="{phase}"}} 24.0' in metrics
 
 
 def test_a_base_that_is_another_one_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from adapters.formats.read import read_bundle
 from rollout_server.engine.messages.control import Abort, Pause, Paused, Ping, Pong, Release, Released, Resume, Stop
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import RequestFailed
-from rollout_server.engine.messages.scoring import Classified, Embedded
+from rollout_server.engine.messages.scoring import Classified, Embedded, HoldScorer, LetScorerGo, ScorerHeld
 from rollout_server.engine.messages.versions import Delete, Deleted
 from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.reading import read
 from rollout_server.engine.model.encoders.resident import ResidentEncoder, load_encoder
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.errors import EngineFault, EngineUnavailable
-from rollout_server.rollout import BASE
+from rollout_server.rollout import BASE, PolicyAddress
 from tests.support.adapter_files import merge
 from tests.support.engine.encoder_driver import Driven, classify, embed, numbers
 from tests.support.golden_encoders import copied, opened
@@ -130,6 +130,36 @@ def test_a_version_may_bring_its_own_classifier(tmp_path: Path) -> None:
     assert np.abs(numbers(own, 3)[0] - numbers(base, 3)[0]).max() > 0.01
     (gone,) = driven.ask(Delete("gone", "rm"))
     assert isinstance(gone, Deleted) and driven.status.sets == 0
+
+
+def test_a_version_that_is_held_scores_whatever_its_name_means_later(tmp_path: Path) -> None:
+    driven = Driven(load_encoder(EngineOptions(str(copied("bert/classify", tmp_path)), "tiny")), keep_versions=1)
+    driven.push("rm", adapter(driven.encoder, 1))
+    (before,) = driven.ask(classify("before", SEQUENCES, "rm"))
+    (held,) = driven.ask(HoldScorer("held", "rows", PolicyAddress("rm")))
+    assert isinstance(held, ScorerHeld) and (held.version.number, len(held.labels)) == (1, 3)
+    driven.push("rm", adapter(driven.encoder, 2))
+    (kept,) = driven.ask(classify("kept", SEQUENCES, "rm", held="held"))
+    for one, other in zip(numbers(kept, 3), numbers(before, 3), strict=True):
+        assert np.array_equal(one, other)
+    assert [version.version.number for version in driven.status.policies[0].versions] == [1, 2]
+    driven.ask(Pause("pause", "wait", drain=True))
+    assert not any(isinstance(event, Paused) for event in driven.events), "rows of the call may still be scored"
+    (late,) = driven.ask(classify("late", SEQUENCES[:1], "rm", held="held"))
+    assert isinstance(late, Classified) and late.version.number == 1, "that is no new work"
+    told = driven.ask(LetScorerGo("held"), LetScorerGo("unknown"))
+    assert [type(event) for event in told] == [Paused]
+    driven.ask(Resume("resume"))
+    assert [version.version.number for version in driven.status.policies[0].versions] == [2]
+    (gone,) = driven.ask(classify("gone", SEQUENCES, "rm", held="held"))
+    assert isinstance(gone, RequestFailed) and isinstance(gone.error, EngineUnavailable)
+
+
+def test_what_ends_a_call_ends_the_reading_for_its_rows(tmp_path: Path) -> None:
+    driven = opened_engine(tmp_path)
+    driven.ask(HoldScorer("held", "rows", PolicyAddress(BASE)))
+    told = driven.ask(classify("a", SEQUENCES, held="held"), classify("b", SEQUENCES), Abort(("rows",)))
+    assert {event.id: type(event) for event in told} == {"a": RequestFailed, "b": Classified}
 
 
 def test_an_adapter_for_another_task_is_refused_by_name(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_what_is_closed_is_not_read() -> None:
     queue = queued(8, first, second)
     assert lengths(queue.take()) == [("a", 8)]
     queue.close(first)
-    assert queue.find("a") is None and queue.jobs == (second,)
+    assert queue.of("a") == () and queue.jobs == (second,)
     assert lengths(queue.take()) == [("b", 60)]
     queue.close(second)
     assert queue.take() is None and not queue.busy

@@ -22,7 +22,7 @@ def test_the_mode_shows(client: Client, engine: FakeEngine, mode: str) -> None:
     assert (body["paused"], body["mode"], engine.drained) == (True, mode, [False])
     assert client.get("/health").json()["paused"] == mode
     assert client.get("/ready").status_code == 200
-    assert f'rollout_paused{{mode="{mode}"}} 1.0' in client.get("/metrics").text
+    assert f'rollout_paused{{mode="{mode}",model="base"}} 1.0' in client.get("/metrics").text
     for sent in ({}, {"json": {}}):
         body = client.post("/v1/resume", **sent).json()
         assert (body["paused"], body["mode"]) == (False, None)

@@ -19,6 +19,7 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.encoders.architecture import is_encoder
 from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.load import read_encoder
+from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.tasks.kinds import activation_of
 from rollout_server.errors import EngineUnavailable
 from rollout_server.machine.device_defaults import ACTIVATIONS, ADAPTERS, Footprint, choose
@@ -68,6 +69,7 @@ def load_encoder(options: EngineOptions) -> ResidentEncoder:
     arrays: list[tuple[str, mx.array]] = tree_flatten(model.module.parameters())  # type: ignore[assignment]
     dtype = str(model.dtype).removeprefix("mlx.core.")
     weight_bytes, budget = sum(array.nbytes for _, array in arrays), options.prefill_tokens
+    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, 0)
     unfit = check_adapters(model.module, model.layers, model.dtype)
     for place, why in unfit.items():
         log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)

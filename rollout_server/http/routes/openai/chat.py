@@ -23,9 +23,10 @@ from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_se
 from rollout_server.http.requests.tokens.pictures import in_messages, picture_weight
 from rollout_server.http.requests.tokens.prompts import room
 from rollout_server.http.requests.tokens.rendering import opens_thinking, render, template_source
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, respond
 from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.openai.chat import ChatReply, ChatRequest
 from rollout_server.text.chat_format import ReplyFormat
@@ -175,7 +176,7 @@ class ChatController(Controller):
         responses={200: ResponseSpec(ChatReply, description="n choices."), **failures()},
     )
     async def complete(self, data: JSONBody[ChatRequest], request: Request[Any, Any, Any]) -> Response[Any]:
-        service = service_of(request)
+        service = residents_of(request).of(data.model)
         with renamed({**OPENAI_WORDS, "max_tokens": data.limit_name}):
             weight = len(await request.body()) + data.n + extra_weight(data, compiles=data.must_call)
             weight += picture_weight(data.messages)

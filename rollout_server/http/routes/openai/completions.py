@@ -24,9 +24,10 @@ from rollout_server.http.requests.grammars import constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.requests.tokens.prompts import PromptTokens, how_many, prompts_of, room
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, last_events, respond
 from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,
@@ -135,7 +136,7 @@ class CompletionsController(Controller):
     )
     async def complete(self, data: JSONBody[CompletionsRequest], request: Request[Any, Any, Any]) -> Response[Any]:
         with renamed(OPENAI_WORDS):
-            return await answer(data, request, service_of(request))
+            return await answer(data, request, residents_of(request).of(data.model))
 
 
 async def answer(data: CompletionsRequest, request: Request[Any, Any, Any], service: Service) -> Response[Any]:

@@ -23,9 +23,10 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.prompts import how_many, prompts_of
 from rollout_server.http.requests.tokens.truncation import bound_of, read_text
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply, EmbeddingsRequest
 
@@ -48,7 +49,7 @@ class EmbeddingsController(Controller):
         responses={200: ResponseSpec(EmbeddingsReply, description="A vector for each input."), **failures()},
     )
     async def embed(self, data: JSONBody[EmbeddingsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = residents_of(request).of(data.model)
         with renamed(OPENAI_WORDS):
             address = service.address(data.model, request, param="model")
             header_id(request)

@@ -15,11 +15,12 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
 from rollout_server.http.replies.leaving import beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model, read_inputs, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import SCORING, Service, service_of
+from rollout_server.http.service import SCORING, Service
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.pooling.classes import ClassifyReply, ClassifyRequest, PoolingReply, PoolingRequest
 
@@ -43,8 +44,8 @@ class ClassesController(Controller):
         responses={200: ResponseSpec(ClassifyReply, description="An entry for each input."), **failures()},
     )
     async def classify(self, data: JSONBody[ClassifyRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        asked = scoring_model(data.model, request, service, ("classify",))
+        asked = scoring_model(data.model, request, residents_of(request), ("classify",))
+        service = asked.service
         header_id(request)
         sequences = await beside_client(
             request, len(await request.body()), lambda go_on: read_inputs(data, service, go_on)
@@ -74,8 +75,8 @@ class ClassesController(Controller):
         responses={200: ResponseSpec(PoolingReply, description="An entry for each input."), **failures()},
     )
     async def pooling(self, data: JSONBody[PoolingRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        asked = asked_model(data.model, request, service, (*SCORING, "embed"))
+        asked = asked_model(data.model, request, residents_of(request), (*SCORING, "embed"))
+        service = asked.service
         own = "embed" if asked.task == "generate" else asked.task
         task = data.task or (own if data.steps is None else "token_classify")
         header_id(request)

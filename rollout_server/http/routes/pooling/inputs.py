@@ -16,6 +16,7 @@ from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.prompts import how_many, prompts_of, some
 from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.requests.tokens.truncation import bound_of, fitted, read_text
+from rollout_server.http.residents import Residents
 from rollout_server.http.service import SCORING, Service
 from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress
@@ -26,6 +27,7 @@ from rollout_server.schemas.pooling.inputs import PoolingInput
 class Asked:
     """The model that is to score, and what it gives."""
 
+    service: Service
     address: PolicyAddress
     name: str
     """As the request called it."""
@@ -46,28 +48,29 @@ class Asked:
 def asked_model(
     name: str | None,
     request: Request[Any, Any, Any],
-    service: Service,
+    residents: Residents,
     tasks: Sequence[Task] = SCORING,
     labels: int | None = None,
 ) -> Asked:
     """Without a name the one for these tasks, with so many labels if that matters."""
     if name is None:
-        address = service.scorer(*tasks, labels=labels)
+        service, address = residents.scorer(*tasks, labels=labels)
     else:
+        service = residents.of(name)
         address = service.address(name, request, param="model")
     with renamed({"name": "model"}):
-        return Asked(address, name or address.name, service.task(address))
+        return Asked(service, address, name or service.called(address.name), service.task(address))
 
 
 def scoring_model(
     name: str | None,
     request: Request[Any, Any, Any],
-    service: Service,
+    residents: Residents,
     tasks: Sequence[Task] = SCORING,
     labels: int | None = None,
 ) -> Asked:
     """A model for these tasks. Raises `InvalidField` for one that is for another."""
-    asked = asked_model(name, request, service, tasks, labels)
+    asked = asked_model(name, request, residents, tasks, labels)
     asked.require(*tasks)
     return asked
 

@@ -19,10 +19,11 @@ from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.tokens.prompts import PromptTokens, encode, some
 from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fitted_text, read_text
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 from rollout_server.schemas.pooling.inputs import ScoringRequest
@@ -66,13 +67,13 @@ class PairsController(Controller):
         },
     )
     async def score(self, data: JSONBody[ScoreRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        residents = residents_of(request)
         header_id(request)
         if data.label_token_ids is not None:
-            return await token_scores(data, request, service)
-        asked = asked_model(data.model, request, service, ("classify", "embed"))
+            return await token_scores(data, request, residents.of(data.model))
+        asked = asked_model(data.model, request, residents, ("classify", "embed"))
         pairs = pairs_of(data)
-        version, scores, read = await scored(data, pairs, request, service, asked)
+        version, scores, read = await scored(data, pairs, request, asked)
         entries = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
         content = {**envelope("score", asked.name), "data": entries, "usage": usage_of(read)}
         return json_response(content, headers=policy_headers([version]))
@@ -87,13 +88,12 @@ class PairsController(Controller):
         responses={200: ResponseSpec(RerankReply, description="The best first."), **failures()},
     )
     async def rerank(self, data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
         header_id(request)
-        asked = asked_model(data.model, request, service, ("classify", "embed"))
+        asked = asked_model(data.model, request, residents_of(request), ("classify", "embed"))
         check_count(len(data.documents), "documents")
         query = (data.query, "query")
         pairs = [(query, (text, f"documents[{index}]")) for index, text in enumerate(data.texts)]
-        version, scores, read = await scored(data, pairs, request, service, asked)
+        version, scores, read = await scored(data, pairs, request, asked)
         order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         results = [
             {
@@ -144,10 +144,11 @@ def check_count(count: int, param: str) -> None:
 
 
 async def scored(
-    data: ScoringRequest, pairs: Sequence[Pair], request: Request[Any, Any, Any], service: Service, asked: Asked
+    data: ScoringRequest, pairs: Sequence[Pair], request: Request[Any, Any, Any], asked: Asked
 ) -> tuple[PolicyVersion, list[float], list[Ids]]:
     """(Version, a score for each pair, what was read for them)."""
     asked.require("classify", "generate", "embed")
+    service = asked.service
     weight = len(await request.body())
     if asked.task == "classify":
         read = await beside_client(request, weight, lambda go_on: joined(data, pairs, service, go_on))

@@ -21,12 +21,14 @@ from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
 from rollout_server.http.requests.tokens.prompts import encode, some
 from rollout_server.http.requests.tokens.rendering import render
+from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
 from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import counted, quoted
+from rollout_server.rollout import BASE
 from rollout_server.schemas.pooling.rewards import (
     GetRewardReply,
     GetRewardRequest,
@@ -60,14 +62,14 @@ class RewardsController(Controller):
         responses={200: ResponseSpec(RewardsReply, description="In the order of the request."), **failures()},
     )
     async def rewards(self, data: JSONBody[RewardsRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        binary = wants_binary(request)
+        binary, residents = wants_binary(request), residents_of(request)
         header_id(request)
         if data.label_token_ids is not None:
-            service.check_ids(data.label_token_ids, "label_token_ids")
-            asked = asked_model(data.model or "base", request, service)
+            asked = asked_model(data.model or BASE, request, residents)
+            asked.service.check_ids(data.label_token_ids, "label_token_ids")
         else:
-            asked = scoring_model(data.model, request, service)
+            asked = scoring_model(data.model, request, residents)
+        service = asked.service
         whole = asked.task != "token_classify"
         if not whole and data.steps is None:
             raise InvalidField(f"model {quoted(asked.name)} scores tokens: say by steps which of them.", param="steps")
@@ -87,7 +89,7 @@ class RewardsController(Controller):
         content = {
             "rewards": entries_of(found, data, places, steps, ends if whole else None, sequences),
             "labels": found.labels,
-            "policy": found.version.name,
+            "policy": found.version.called,
             "version": found.version.number,
             "digest": found.version.digest,
             "instance": service.instance,
@@ -109,8 +111,8 @@ class RewardsController(Controller):
         responses={200: ResponseSpec(GetRewardReply, description="In the order of the request."), **failures()},
     )
     async def get_reward(self, data: JSONBody[GetRewardRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
-        asked = scoring_model(data.model, request, service, ("classify",), 1)
+        asked = scoring_model(data.model, request, residents_of(request), ("classify",), 1)
+        service = asked.service
         header_id(request)
         sequences = await beside_client(
             request, len(await request.body()), lambda go_on: read_texts(data.query, service, go_on)

@@ -25,11 +25,11 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import milliseconds
 from rollout_server.http.requests.json_body import StrictJson, read_json
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.residents import residents_of
+from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
 from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, read_adapter_directory
-from rollout_server.versions.publisher import check_name
 
 LORA_WORDS: Mapping[str, str] = MappingProxyType(
     {"name": "lora_name", "policy": "lora_name", "adapter": "lora_path", "weights": "lora_path", "config": "lora_path"}
@@ -60,11 +60,11 @@ class LoraDoorsController(Controller):
         },
     )
     async def load(self, data: JSONBody[LoadLoraRequest], request: Request[Any, Any, Any]) -> Response[str]:
-        service = service_of(request)
-        folder = adapter_folder(service)
+        service = residents_of(request).of(data.lora_name)
+        folder, name = adapter_folder(service), service.own_part(data.lora_name, "lora_name")
         with renamed(LORA_WORDS):
-            check_name(data.lora_name, service.info.id)
-            if not data.load_inplace and has_versions(service, data.lora_name):
+            service.publisher.check_name(name)
+            if not data.load_inplace and has_versions(service, name):
                 raise InvalidField(
                     f"The lora adapter {quoted(data.lora_name)} has already been loaded. If you want to load the "
                     "adapter in place, set 'load_inplace' to True.",
@@ -75,7 +75,7 @@ class LoraDoorsController(Controller):
             validated = time.perf_counter()
             publish = Publish(
                 service.engine.new_id("publish"),
-                data.lora_name,
+                name,
                 prepared.bundle,
                 prepared=prepared,
                 mode=prepared.mode,
@@ -87,7 +87,7 @@ class LoraDoorsController(Controller):
             "activate": published.activate_ms,
             **({} if published.persist_ms is None else {"persist": published.persist_ms}),
         }
-        service.metrics.push(timings, prepared.bundle.nbytes)
+        service.metrics.push(timings, prepared.bundle.nbytes, service.name)
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' added successfully.", status_code=200, media_type=MediaType.TEXT
         )
@@ -107,12 +107,13 @@ class LoraDoorsController(Controller):
         },
     )
     async def unload(self, data: JSONBody[UnloadLoraRequest], request: Request[Any, Any, Any]) -> Response[str]:
-        service = service_of(request)
+        service = residents_of(request).of(data.lora_name)
         adapter_folder(service)
-        if not has_versions(service, data.lora_name):
+        name = service.own_part(data.lora_name, "lora_name")
+        if not has_versions(service, name):
             raise NotFound(f"The lora adapter {quoted(data.lora_name)} cannot be found.", param="lora_name")
         with renamed(LORA_WORDS):
-            await service.publisher.delete(Delete(service.engine.new_id("delete"), data.lora_name, None))
+            await service.publisher.delete(Delete(service.engine.new_id("delete"), name, None))
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' removed successfully.",
             status_code=200,

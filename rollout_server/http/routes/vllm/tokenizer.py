@@ -12,9 +12,11 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response
-from rollout_server.http.requests.json_body import StrictJson, beside, no_query, read_json
+from rollout_server.http.requests.json_body import StrictJson, beside, read_json
+from rollout_server.http.requests.queries import asked_resident
 from rollout_server.http.requests.tokens.rendering import render
-from rollout_server.http.service import Service, service_of
+from rollout_server.http.residents import residents_of
+from rollout_server.http.service import Service
 from rollout_server.rollout import BASE
 from rollout_server.schemas.vllm.tokenizer import (
     DetokenizeReply,
@@ -48,7 +50,7 @@ class TokensController(Controller):
         responses={200: ResponseSpec(TokenizeReply, description="The ids that the model would read."), **failures()},
     )
     async def tokenize(self, data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = residents_of(request).of(data.model)
         check_model(data.model, request, service)
         return await beside(len(await request.body()), lambda: tokens_reply(data, service))
 
@@ -62,19 +64,19 @@ class TokensController(Controller):
         responses={200: ResponseSpec(DetokenizeReply, description="The text, special tokens included."), **failures()},
     )
     async def detokenize(self, data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = residents_of(request).of(data.model)
         check_model(data.model, request, service)
         service.check_ids(data.tokens, "tokens")
         return await beside(len(await request.body()), lambda: json_response({"prompt": decoded(data.tokens, service)}))
 
     @get(
         "/tokenizer_info",
-        before_request=no_query,
         summary="Special tokens and the chat template",
+        description="`model` in the query names another one than that of --model.",
         responses={200: ResponseSpec(TokenizerInfoReply, description="What the served tokenizer has."), **failures()},
     )
     async def tokenizer_info(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = asked_resident(request)
         tokenizer = service.tokenizer
         named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
         return json_response(
