@@ -39,10 +39,10 @@ from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
-from rollout_server.engine.model.sighted import eyes_of, read_tower
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.vision.load import nbytes
+from rollout_server.engine.model.vision.sighted import eyes_of, read_tower
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable

@@ -18,8 +18,8 @@ from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
-from rollout_server.engine.model.sighted import logits_of, states_of
 from rollout_server.engine.model.tasks.heads import Head
+from rollout_server.engine.model.vision.sighted import logits_of, states_of
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.seen import Seen
