@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rollout_server.machine.blas import load_fast_blas
@@ -98,25 +98,23 @@ def milliseconds(family: VisionFamily, pixels: mx.array, grid: Grid, dtype: mx.D
     return statistics.median(times[1:])
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    dtype, found = getattr(mx, options.dtype), {}
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """What was measured, and its milliseconds, as they come."""
+    dtype = getattr(mx, options.dtype)
     for grid in QWEN_GRIDS:
         pixels = mx.random.normal((grid[1] * grid[2], 1176))
         size = f"{grid[1] * 14} × {grid[2] * 14} pixels"
         layers = options.layers or QWEN["depth"]
         for name, whole in (("Qwen2.5-VL", WHOLE), ("Qwen2.5-VL without windows", tuple(range(layers)))):
             family = qwen(options.layers, whole)
-            found[f"{name}, {size}, {family.tokens(grid)} tokens"] = milliseconds(
-                family, pixels, grid, dtype, options.rounds
-            )
+            told = f"{name}, {size}, {family.tokens(grid)} tokens"
+            yield told, milliseconds(family, pixels, grid, dtype, options.rounds)
     for name, make, fields in (("Gemma 3", gemma3, SIGLIP), ("LLaVA 1.5", llava, CLIP)):
         family, grid = square(make, fields, options.layers)
         pixels = mx.random.normal((3, fields["image_size"], fields["image_size"]))
         size = f"{fields['image_size']} × {fields['image_size']} pixels"
-        found[f"{name}, {size}, {family.tokens(grid)} tokens"] = milliseconds(
-            family, pixels, grid, dtype, options.rounds
-        )
-    return found
+        told = f"{name}, {size}, {family.tokens(grid)} tokens"
+        yield told, milliseconds(family, pixels, grid, dtype, options.rounds)
 
 
 def main() -> int:
@@ -126,13 +124,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32" if mx.default_device() == mx.cpu else "bfloat16")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
-    found = measure(options)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(dict(measure(options))))
         return 0
-    print(f"{options.dtype} on {mx.default_device()}, milliseconds of one picture")
-    for name, value in found.items():
-        print(f"{name:64} {value:10,.1f}")
+    print(f"{options.dtype} on {mx.default_device()}, milliseconds of one picture", flush=True)
+    for name, value in measure(options):
+        print(f"{name:64} {value:10,.1f}", flush=True)
     return 0
 
 

@@ -33,7 +33,7 @@ SIZES = ((500, 375), (640, 480), (224, 224), (1200, 900))
 
 
 def differences(fields: dict[str, Any]) -> np.ndarray:
-    """The difference of every value of every picture, in steps of 1/255."""
+    """How far each value of each picture lies apart, in steps of 1/255."""
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "preprocessor_config.json").write_text(json.dumps(fields))
         ours, theirs = (AutoImageProcessor.from_pretrained(place, backend=name) for name in ("pil", "torchvision"))
