@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema test-page pictures golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,22 @@ test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; inst
 		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --group schema
 	$(BIN)/python -m tests.schema
+
+PAGE = $(BIN)/python -c "import selenium" 2>/dev/null \
+	|| $(UV) pip install --quiet --python $(BIN)/python --group page 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --group page
+CHROMIUM = command -v chromedriver >/dev/null || test "$$(id -u)" != 0 \
+	|| { apt-get -qq update && apt-get -qq install --yes chromium chromium-driver >/dev/null; } || true
+
+test-page: $(READY)  ## the live page in headless Chromium; installs selenium into .venv, and as root on Debian Chromium
+	@$(PAGE)
+	@$(CHROMIUM)
+	$(BIN)/python -m pytest -q -rs tests/page $(ARGS)
+
+pictures: $(READY)  ## the page's pictures in docs/pictures, of the demo as it trains
+	@$(PAGE)
+	@$(CHROMIUM)
+	$(BIN)/python -m tests.page.make_pictures $(ARGS)
 
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
 	$(BIN)/ruff format --check .

@@ -43,7 +43,6 @@ def make_app() -> typer.Typer:
         name="rollout-server",
         help="A rollout service for reinforcement learning on MLX.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         invoke_without_command=True,
         callback=root,

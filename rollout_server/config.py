@@ -197,9 +197,13 @@ class ServerConfig(BaseSettings):
     """So many of them have to be live for the server to be ready and for versions to change."""
     replica_timeout_s: float = Field(default=30.0, gt=0)
     """An engine of another process that is not heard of for so long is ended and started again."""
+    page: Literal["on", "off"] = "on"
+    """Serve the live page at /, which shows rows, versions and the latest rollouts to whoever has a key."""
     trace: Path | None = None
     """A file to record a timeline of the engine's turns in, in Chrome's trace format."""
     log_format: Literal["text", "json"] = "text"
+    otel: Literal["on", "off"] = "off"
+    """Trace requests by way of OpenTelemetry, whose packages the extra `otel` brings."""
     shutdown_s: float = Field(default=10.0, gt=0)
     """Seconds that replies which are still being sent may take after the engine has stopped."""
 

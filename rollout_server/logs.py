@@ -1,44 +1,81 @@
-"""Logging: standard library, one line a record, as text or as JSON."""
+"""Logging: the standard library's loggers, written by structlog, one line a record, as text or as JSON.
+
+A line that is written while a request is answered says which request, policy and version it is about. No token's text
+and no key is ever a part of a line.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-import time
-from typing import Literal, TextIO
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor
 
 UVICORN = "uvicorn"
 CONFIGURED = ("rollout_server", "adapters", UVICORN)
 """Every logger of the server is a child of one of these."""
+EXCHANGE = "exchange"
+REQUEST_ID, POLICY, VERSION = "request_id", "policy", "version"
+"""Keys of the request's state that its lines say."""
 
 
-class TextLines(logging.Formatter):
-    """The time, the level, the message on one line; an exception follows on lines of its own."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        text = super().formatMessage(record)
-        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+def about(exchange: Mapping[str, Any]) -> None:
+    """Lines of this task, and of the threads that it has work done on, are about the request with this state from now
+    on; what is put into the state later is said by lines that are written later."""
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**{EXCHANGE: exchange})
 
 
-class JsonLines(logging.Formatter):
-    """`{"time", "level", "logger", "message"}`, with `exception` where there is one, and what `extra={"fields": {…}}`
-    carries beside them."""
+def _known_of_the_exchange(_: Any, __: str, event: EventDict) -> EventDict:
+    exchange = event.pop(EXCHANGE, None) or {}
+    return {**event, **{key: exchange[key] for key in (REQUEST_ID, POLICY, VERSION) if key in exchange}}
 
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        entry |= getattr(record, "fields", {})
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+
+def _with_fields(_: Any, __: str, event: EventDict) -> EventDict:
+    """What `extra={"fields": {…}}` of the standard library's call carries."""
+    record: logging.LogRecord = event["_record"]
+    return {**event, **getattr(record, "fields", {})}
+
+
+def _printable(_: Any, __: str, event: EventDict) -> EventDict:
+    """A line of text is one line, whatever a client sent."""
+    text = str(event["event"])
+    event["event"] = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return event
+
+
+def _as_text(_: Any, __: str, event: MutableMapping[str, Any]) -> str:
+    """The time, the level, the message, what it is about; an exception follows on lines of its own."""
+    known = " ".join(f"{key}={event[key]}" for key in (REQUEST_ID, POLICY, VERSION) if key in event)
+    line = f"{event['time']} {event['level'].upper():<7} {event['event']}" + (f"  [{known}]" if known else "")
+    return f"{line}\n{event['exception']}" if "exception" in event else line
+
+
+def _formatter(style: Literal["text", "json"]) -> structlog.stdlib.ProcessorFormatter:
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        _known_of_the_exchange,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+    ]
+    written: list[Processor]
+    if style == "json":
+        shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"))
+        written = [
+            structlog.processors.EventRenamer("message"),
+            structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+        ]
+    else:
+        shared.append(structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False, key="time"))
+        written = [_printable, _as_text]
+    before: list[Processor] = [_with_fields, structlog.processors.format_exc_info]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[*before, structlog.stdlib.ProcessorFormatter.remove_processors_meta, *written],
+    )
 
 
 def configure(
@@ -46,10 +83,7 @@ def configure(
 ) -> None:
     """Sends the server's and uvicorn's records to `stream` (stderr). Other loggers are left as they are."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    if style == "json":
-        handler.setFormatter(JsonLines())
-    else:
-        handler.setFormatter(TextLines())
+    handler.setFormatter(_formatter(style))
     for name in CONFIGURED:
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -319,11 +319,12 @@ class SpanAddress:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds a row spent waiting, in prefill (its group's), and in decode."""
+    """Milliseconds a row waited, was in prefill (its group's), in decode, and until its first token came, if any."""
 
     queued_ms: float
     prefill_ms: float
     decode_ms: float
+    first_token_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,8 +374,7 @@ class Rollout:
     entropy: tuple[float, ...] | None = None
     """Entropy of the unmodified distribution, in nats."""
     top_logprobs: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
-    """Per token the k most probable (id, log-probability) of the unmodified distribution, best first; None in a
-    prefix."""
+    """The k most probable (id, log-probability) of the unmodified distribution, best first; None in a prefix."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     base_logprobs: tuple[float, ...] | None = None
     """`logprobs` of the same tokens under the base; None also where the request ended before they were computed."""

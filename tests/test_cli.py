@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from rollout_server import __version__, config
 from rollout_server.cli import app
+from rollout_server.commands.serve import greet
 
 KEY = "test-admin-key"
 
@@ -146,3 +148,25 @@ def test_help_and_push_start_without_mlx() -> None:
     code = "import sys, rollout_server.cli, trainer_client; print([m for m in sys.modules if m.startswith('mlx')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options are read before help is shown: one that does not exist would be refused."""
+    greet("http://127.0.0.1:8000", page=True)
+    ready, page, *commands = capsys.readouterr().out.splitlines()
+    assert ready == "rollout-server is ready at http://127.0.0.1:8000"
+    assert page.split() == ["page", "http://127.0.0.1:8000/"] and len(commands) == 3
+    for line in commands:
+        program, *arguments = shlex.split(line)[1:]
+        assert program == "rollout-server" and run(*arguments, "--help").exit_code == 0, line
+    greet("http://127.0.0.1:8000", page=False)
+    assert capsys.readouterr().out.splitlines() == [ready, *commands]
+
+
+def test_a_shell_can_complete_the_commands() -> None:
+    asked = {"_ROLLOUT_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": "rollout-server d", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv = ['rollout-server']; from rollout_server.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["demo", "download", "doctor"], done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -66,8 +68,10 @@ def serve(
     allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
+    page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
+    otel: Annotated[str | None, option("Trace requests (extra `otel`).", "off", metavar="on|off")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     allow_host: AllowHost = None,
 ) -> None:
@@ -90,4 +94,19 @@ def _serve(given: dict[str, Any]) -> None:
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
         from rollout_server.http.server import serve as serve_http
 
-        serve_http(config)
+        serve_http(config, ready=partial(greet, page=config.page == "on"))
+
+
+def greet(url: str, *, page: bool) -> None:
+    """Says that the server is ready, where to look, and three things to try from another terminal."""
+    from rollout_server.http.server import announce
+
+    announce(url)
+    lines = [f"  page    {url}/"] if page else []
+    lines += [
+        f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',
+        f"  push    rollout-server push DIR --name policy --url {url}",
+        f"  watch   rollout-server top --url {url}",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

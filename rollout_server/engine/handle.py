@@ -16,6 +16,7 @@ from rollout_server.engine.checks import check_generates, check_group, check_sco
 from rollout_server.engine.messages.control import (
     Abort,
     Leave,
+    LookAtRows,
     Pause,
     PauseMode,
     Ping,
@@ -24,6 +25,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
     Stop,
 )
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
@@ -286,6 +288,11 @@ class EngineHandle:
         self._require_ready()
         await self._ask(Resume(self.new_id("resume")))
 
+    async def rows(self) -> RowsSeen:
+        """The rows that run or were preempted, those of a batch together; the first of them where there are many."""
+        self._require_ready()
+        return await self._ask(LookAtRows(self.new_id("rows")))
+
     async def release(self) -> Released:
         """Gives back KV and cached memory that nothing uses; rows go on."""
         self._require_ready()
@@ -338,7 +345,8 @@ class EngineHandle:
         | Release
         | ResetPrefixCache
         | Leave
-        | Ping,
+        | Ping
+        | LookAtRows,
     ) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()

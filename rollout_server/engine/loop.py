@@ -19,6 +19,7 @@ from rollout_server.engine.messages.control import (
     NO_FLEET,
     Abort,
     Leave,
+    LookAtRows,
     Pause,
     Ping,
     Pong,
@@ -299,6 +300,8 @@ class Engine:
                     self._reports.add(Pong(command.id))
                 case Leave():
                     raise NotFound(NO_FLEET)
+                case LookAtRows():
+                    self._reports.add(self._status.rows(command.id))
                 case Stop():
                     self._stopping = True
                 case _:

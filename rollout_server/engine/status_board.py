@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
+from rollout_server.engine.batch.row import Row
+from rollout_server.engine.messages.control import RowSeen, RowsSeen
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
@@ -13,6 +15,9 @@ from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
+
+ROWS_TOLD = 512
+"""Rows that are told of one by one; a picture of more is no picture."""
 
 
 class StatusBoard:
@@ -62,3 +67,17 @@ class StatusBoard:
                 memory=self._memory.status(),
             )
         )
+
+    def rows(self, id: str) -> RowsSeen:
+        """The rows of this moment, in answer to the command `id`."""
+        preempted = set(self._batches.preempted)
+        rows = [row for row in self._batches.rows if row.running]
+        return RowsSeen(id, tuple(_seen(row, row in preempted) for row in rows[:ROWS_TOLD]), len(rows))
+
+
+def _seen(row: Row, preempted: bool) -> RowSeen:
+    request = row.group.request
+    most = request.sampling.max_tokens - len(request.prefix)
+    return RowSeen(
+        request.id, request.prompt_index, row.sample_index, row.version, row.sampled, most, preempted=preempted
+    )

@@ -15,6 +15,7 @@ from rollout_server.engine.messages.control import (
     Abort,
     Leave,
     Leaving,
+    LookAtRows,
     Pause,
     Ping,
     Pong,
@@ -116,7 +117,7 @@ class Fleet:
                 for id in ids:
                     self._requests.abort(id, reason)
                     self._readings.abort(id, reason)
-            case Pause() | Resume() | Release() | ResetPrefixCache():
+            case Pause() | Resume() | Release() | ResetPrefixCache() | LookAtRows():
                 self._readings.order(command)
             case Ping(id=id):
                 if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rollout_server.engine.messages.control import (
     Abort,
+    LookAtRows,
     Pause,
     Paused,
     PrefixCacheReset,
@@ -15,6 +16,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
 from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, ScorerHeld, ScoringCommand
@@ -24,7 +26,7 @@ from rollout_server.fleet.ledger.records import ReplicaState
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.rollout import PolicyVersion
 
-Order = Pause | Resume | Release | ResetPrefixCache
+Order = Pause | Resume | Release | ResetPrefixCache | LookAtRows
 
 
 @dataclass(slots=True)
@@ -178,6 +180,10 @@ class FleetReadings:
             case ResetPrefixCache():
                 freed = sum(event.freed_bytes for event in ordered.events if isinstance(event, PrefixCacheReset))
                 self._post([PrefixCacheReset(id, freed)])
+            case LookAtRows():
+                seen = [event for event in ordered.events if isinstance(event, RowsSeen)]
+                rows = tuple(row for each in seen for row in each.rows)
+                self._post([RowsSeen(id, rows, sum(each.count for each in seen))])
 
     # ---- replicas ---------------------------------------------------------------------------------------------------
 

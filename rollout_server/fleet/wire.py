@@ -7,7 +7,16 @@ from typing import get_args
 
 from adapters.bundle import AdapterBundle
 from adapters.spec import Mode
-from rollout_server.engine.messages.control import Abort, Pause, Ping, Release, ResetPrefixCache, Resume, Stop
+from rollout_server.engine.messages.control import (
+    Abort,
+    LookAtRows,
+    Pause,
+    Ping,
+    Release,
+    ResetPrefixCache,
+    Resume,
+    Stop,
+)
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Event, Submit
 from rollout_server.engine.messages.scoring import Classify, Embed, HoldScorer, LetScorerGo, Replay, Score
@@ -78,7 +87,7 @@ class DropVersion:
 VERSIONS = StageVersion | FlipAlias | DropVersion
 COMMANDS = (
     Hello, StageVersion, FlipAlias, DropVersion, Submit, Score, Replay, Embed, Classify, HoldScorer, LetScorerGo, Abort,
-    Pause, Resume, Release, ResetPrefixCache, Ping, Stop,
+    Pause, Resume, Release, ResetPrefixCache, Ping, LookAtRows, Stop,
 )  # fmt: skip
 """What a controller says. Deadlines are seconds from now: clocks of two machines have nothing in common."""
 ANSWERS = (Ready, CannotStart, EngineStatus, *get_args(Event))

@@ -23,7 +23,10 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.middleware import courteous
+from rollout_server.http.observing.observer import Observer
+from rollout_server.http.observing.tracing import tracing
 from rollout_server.http.openapi import ExactJsonPlugin
+from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.problems import to_response
 from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
@@ -34,6 +37,7 @@ from rollout_server.http.routes.logprobs import LogprobsController
 from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
 from rollout_server.http.routes.openai.embeddings import EmbeddingsController
+from rollout_server.http.routes.page import PageController
 from rollout_server.http.routes.pause import PauseController, PauseDoorsController
 from rollout_server.http.routes.pooling.classes import ClassesController
 from rollout_server.http.routes.pooling.pairs import PairsController
@@ -118,8 +122,10 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         return running(residents)
 
     return Application(
-        route_handlers=CONTROLLERS,
-        state=State({STATE_KEY: residents.base, RESIDENTS_KEY: residents}, deep_copy=False),
+        route_handlers=(*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS,
+        state=State(
+            {STATE_KEY: residents.base, RESIDENTS_KEY: residents, FRAMES_KEY: Frames(residents.base)}, deep_copy=False
+        ),
         lifespan=[lifespan],
         exception_handlers={
             RolloutError: to_response,
@@ -130,6 +136,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         request_class=WholeRequest,
         request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
         openapi_config=document(),
+        plugins=tracing(on=config.otel == "on"),
         logging_config=None,
     )
 
@@ -153,6 +160,7 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Resident
             engine=handle,
             publisher=publisher,
             metrics=metrics,
+            observer=observer_of(handle, metrics, name, keep=config.page == "on"),
             instance=instance,
             startup=startup,
             created=created,
@@ -161,6 +169,11 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Resident
             residents=names,
         )
     return Residents(services.pop(BASE), services)
+
+
+def observer_of(handle: EngineHandle, metrics: Metrics, model: str, *, keep: bool) -> Observer:
+    """What notes the work of one model."""
+    return Observer(lambda: handle.status, metrics.rows, model, keep=keep)
 
 
 def document() -> OpenAPIConfig:
@@ -178,9 +191,13 @@ def document() -> OpenAPIConfig:
 async def running(residents: Residents) -> AsyncIterator[None]:
     """The engines run inside; the server answers while their models are loading, one after the other."""
     startups = [service.startup.begin() for service in residents.every]
+    looking = residents.every if residents.base.config.page == "on" else ()
+    sampling = [asyncio.create_task(service.observer.sample_for_ever()) for service in looking]
     try:
         yield
     finally:
+        for task in sampling:
+            task.cancel()
         await residents.close()
         for service, startup in zip(residents.every, startups, strict=True):
             startup.cancel()

@@ -1,7 +1,8 @@
 """What `/metrics` says, in Prometheus' text format: counts and times of requests and pushes, and the engine's state.
 
-The engine's numbers are read from its last snapshot when somebody asks, so they cost nothing in between. Label values
-come from here or are names of policies; nothing a client makes up becomes a label.
+The engine's numbers are read from its last snapshot when somebody asks, so they cost nothing in between; what rows took
+and what versions sampled is noted in `observing/`. Label values come from here or are names of policies; nothing a
+client makes up becomes a label.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus, ReplicaStatus
+from rollout_server.http.observing.row_metrics import RowMetrics
+from rollout_server.http.observing.vllm_names import NameOf, vllm_names
 from rollout_server.rollout import BASE
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
@@ -34,6 +37,7 @@ class Metrics:
         """`engines` by what requests call their models, which is the value of the label `model`."""
         self._registry = CollectorRegistry()
         self._registry.register(_EngineStates(engines))
+        self.rows = RowMetrics(self._registry)
         self._requests = Histogram(
             "rollout_request_seconds",
             "Seconds until the reply to a request was sent.",
@@ -52,6 +56,9 @@ class Metrics:
             "rollout_push_bytes", "Bytes of adapters in accepted pushes.", ("model",), registry=self._registry
         )
 
+        self._refusals = Counter(
+            "rollout_refusals", "Replies that are an error, by its code.", ("code",), registry=self._registry
+        )
         self._rewards = Histogram(
             "rollout_reward_seconds",
             "Seconds from the end of a row until its reward was there, or had failed.",
@@ -60,8 +67,10 @@ class Metrics:
             registry=self._registry,
         )
 
-    def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """`route` is the template of the path; None where there is no such route."""
+    def request(self, method: str, route: str | None, status: int, seconds: float, refused: str | None = None) -> None:
+        """`route` is the template of the path, None where there is no such route; `refused` the code of an error."""
+        if refused is not None:
+            self._refusals.labels(refused).inc()
         method = method if method in METHODS else "other"
         self._requests.labels(method, route or "none", str(status)).observe(seconds)
 
@@ -75,8 +84,20 @@ class Metrics:
         """Counts the reward of a row that has ended, or its failure."""
         self._rewards.labels("scored" if scored else "failed").observe(seconds)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def text(self, name_of: NameOf = lambda model: model) -> bytes:
+        """All of it, and what vLLM has too under vLLM's names; `name_of` says what requests call a model."""
+        families = list(self._registry.collect())
+        return generate_latest(_Collected([*families, *vllm_names(families, name_of)]))
+
+
+class _Collected(Collector):
+    """Families that were collected already."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 def _memory(memory: MemoryStatus) -> Metric:
@@ -184,6 +205,11 @@ def _prefixes(status: PrefixStatus) -> Iterable[Metric]:
     )
     yield CounterMetricFamily(
         "rollout_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", value=status.hit_tokens
+    )
+    yield CounterMetricFamily(
+        "rollout_prefix_asked_tokens",
+        "Tokens of prompts that were looked up in the prefix cache.",
+        value=status.asked_tokens,
     )
     yield GaugeMetricFamily(
         "rollout_prefix_bytes", "KV and recurrent states in the prefix cache, in bytes.", value=status.nbytes

@@ -11,8 +11,10 @@ from typing import cast
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, HTTPScope, Message, Receive, Send
 
+from rollout_server import logs
 from rollout_server.errors import EngineUnavailable
-from rollout_server.http.service import ARRIVED
+from rollout_server.http.problems import REFUSED
+from rollout_server.http.service import ARRIVED, ASKED
 from rollout_server.quoting import shortened
 
 log = logging.getLogger("rollout_server.access")
@@ -22,8 +24,8 @@ DRAIN_S = 5.0
 PATH_SHOWN = 200
 
 
-Observe = Callable[[str, str | None, int, float], None]
-"""A function that is told of every exchange: method, template of the path, status, seconds."""
+Observe = Callable[[str, str | None, int, float, str | None], None]
+"""A function that is told of every exchange: method, template of the path, status, seconds, code of the error."""
 
 
 async def courteous(
@@ -36,17 +38,21 @@ async def courteous(
     exchange = _Exchange(scope, receive, send, stopping)
     method = scope["method"]
     inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
-    inner.setdefault("state", {})[ARRIVED] = time.monotonic()
+    state = inner.setdefault("state", {})
+    state |= {ARRIVED: time.monotonic(), ASKED: method}
+    logs.about(state)
     try:
         await app(inner, cast("Receive", exchange.receive), exchange.send)
     finally:
         seconds = time.perf_counter() - began
-        observe(scope["method"], scope.get("path_template"), exchange.status, seconds)
+        refused = state.get(REFUSED)
+        observe(scope["method"], scope.get("path_template"), exchange.status, seconds, refused)
         fields = {
             "method": method,
             "path": shortened(scope["path"], PATH_SHOWN),
             "status": exchange.status,
             "ms": round(1e3 * seconds, 1),
+            **({} if refused is None else {"code": refused}),
         }
         log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
 

@@ -60,6 +60,10 @@ RESOLVED = "resolved_policy"
 """Key of the request's state under which the policy version it resolved to is kept."""
 
 
+REFUSED = "refused"
+"""Key of the request's state under which the code of the error that it was answered with is kept."""
+
+
 class Row(NamedTuple):
     status: int
     type: str
@@ -254,7 +258,9 @@ def to_response(request: Request[Any, Any, Any], exception: Exception) -> Respon
         allowed = {name.lower(): value for name, value in (exception.headers or {}).items()}.get("allow", "")
         # HEAD is answered wherever GET is.
         headers["allow"] = allowed.replace("GET", "GET, HEAD")
-    resolved = request.scope.get("state", {}).get(RESOLVED)
+    state = request.scope.setdefault("state", {})
+    state[REFUSED] = error.code
+    resolved = state.get(RESOLVED)
     return Response(
         content=msgspec.json.encode(body_of(error, resolved)),
         status_code=row_of(error).status,

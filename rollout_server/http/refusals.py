@@ -13,7 +13,7 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 from rollout_server.config import ServerConfig
 from rollout_server.errors import BadBody, InvalidField, RolloutError
 from rollout_server.http.auth import check_host
-from rollout_server.http.problems import body_of, headers_of, row_of
+from rollout_server.http.problems import REFUSED, body_of, headers_of, row_of
 from rollout_server.http.sockets.connection import CROWDED, too_many
 
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
@@ -61,6 +61,7 @@ def refusing(error: RolloutError) -> ASGIApp:
     """An application that answers with this fault."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[REFUSED] = error.code
         body = msgspec.json.encode(body_of(error))
         headers = {"content-type": "application/json", "content-length": str(len(body)), **headers_of(error)}
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -18,7 +18,9 @@ from rollout_server.engine.messages.options import ModelInfo, Task
 from rollout_server.engine.messages.versions import PolicyStatus, VersionStatus
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
+from rollout_server.http.observing.observer import Observer
 from rollout_server.http.problems import RESOLVED
+from rollout_server.logs import POLICY, VERSION
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion, called
 from rollout_server.text.chat_format import ReplyFormat
@@ -31,6 +33,8 @@ from rollout_server.versions.startup import Startup
 STATE_KEY = "service"
 ARRIVED = "arrived"
 """Key of the request's state: when it came, on time.monotonic()'s clock."""
+ASKED = "method"
+"""Key of the request's state: its method, since routes see a GET where HEAD was asked for."""
 NAMES_SHOWN = 20
 SCORING: tuple[Task, ...] = ("classify", "token_classify")
 """Tasks of what has a head."""
@@ -58,6 +62,7 @@ class Service:
     engine: EngineHandle
     publisher: Publisher = field(repr=False)
     metrics: Metrics = field(repr=False)
+    observer: Observer = field(repr=False)
     instance: str
     """Version numbers are comparable only within one instance. It is new at each start, unless a state directory has
     one."""
@@ -169,8 +174,13 @@ class Service:
                 )
             address = PolicyAddress(BASE)
         bare = address.number is None and address.digest is None
-        if bare and (alias := self.alias(address)) is not None:
-            request.scope["state"][RESOLVED] = alias
+        alias = self.alias(address)
+        state = request.scope["state"]
+        state[POLICY] = address.name
+        if bare and alias is not None:
+            state |= {RESOLVED: alias, VERSION: alias.number}
+        elif address.number is not None:
+            state[VERSION] = address.number
         return address
 
     def own_part(self, text: str, param: str) -> str:

@@ -14,7 +14,7 @@ from tests.support.http.fake_engine import FakeEngine
 from tests.support.http.fixtures import MakeApp
 
 API, ADMIN = "inference-key", "admin-key"
-OPEN = [("GET", "/health"), ("GET", "/ready"), ("GET", "/schema")]
+OPEN = [("GET", "/health"), ("GET", "/ready"), ("GET", "/schema"), ("GET", "/"), ("GET", "/page/files/app.js")]
 INFERENCE = [
     ("POST", "/v1/rollouts"),
     ("POST", "/v1/completions"),
@@ -36,6 +36,8 @@ INFERENCE = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/base"),
     ("GET", "/metrics"),
+    ("GET", "/page/state"),
+    ("GET", "/page/rollouts/1"),
     ("GET", "/is_paused"),
     ("GET", "/v1/weights"),
     ("GET", "/v1/weights/policy"),

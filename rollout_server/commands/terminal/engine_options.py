@@ -1,5 +1,4 @@
-"""Options of `serve` that say how the engine uses its device, in which directories versions are, and which hosts and
-pictures are known."""
+"""Options of `serve`: how the engine uses its device, where versions are, which names and pictures it takes."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ class PrefixReuse:
     @property
     def status(self) -> PrefixStatus:
         cache = self._cache
-        return PrefixStatus(self.on, cache.hits, cache.misses, cache.hit_tokens, cache.nbytes, cache.evictions)
+        return PrefixStatus(
+            self.on, cache.hits, cache.misses, cache.hit_tokens, cache.nbytes, cache.evictions, cache.asked_tokens
+        )
 
     # ---- room -------------------------------------------------------------------------------------------------------
 

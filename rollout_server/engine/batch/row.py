@@ -134,6 +134,8 @@ class Row:
     """Versions kept for it while it is away."""
     base_logprobs: tuple[float, ...] | None = None
     seated_at: float = 0.0
+    first_at: float = 0.0
+    """When its first own token was recorded; 0 before."""
     ended_at: float = 0.0
     _first: int = field(init=False)
     _most: int = field(init=False)
@@ -252,6 +254,7 @@ class Row:
     def record(self, token: int, values: Sequence[float], top: TopTokens | None, eos: frozenset[int]) -> None:
         """Appends a sampled token and ends the row if that token ends it. Stops win over length."""
         wants, sampling = self.group.request.wants, self.group.request.sampling
+        self.first_at = self.first_at or time.monotonic()
         self.token_ids.append(token)
         self.logprobs.append(values[0])
         self.sampling_logprobs.append(values[1])
@@ -357,4 +360,5 @@ class Row:
             queued_ms=max(0.0, 1e3 * (seated - group.arrived) - prefill_ms),
             prefill_ms=prefill_ms,
             decode_ms=1e3 * max(0.0, end - seated),
+            first_token_ms=1e3 * (self.first_at - group.arrived) if self.first_at else None,
         )

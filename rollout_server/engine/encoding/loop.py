@@ -17,6 +17,7 @@ from rollout_server.engine.messages.control import (
     NO_FLEET,
     Abort,
     Leave,
+    LookAtRows,
     Pause,
     Ping,
     Pong,
@@ -25,6 +26,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
     Stop,
 )
 from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
@@ -230,6 +232,8 @@ class EncoderEngine:
                     self._answers.add(Pong(command.id))
                 case Leave():
                     raise NotFound(NO_FLEET)
+                case LookAtRows():
+                    self._answers.add(RowsSeen(command.id, (), 0))
                 case Stop():
                     self._stopping = True
                 case _:

@@ -52,12 +52,13 @@ class PrefixCache:
         """Every node and the key of its tree, the least recently used first."""
         self.limit = 0
         self.nbytes = 0
-        self.hits = self.misses = self.evictions = self.hit_tokens = 0
+        self.hits = self.misses = self.evictions = self.hit_tokens = self.asked_tokens = 0
 
     def find(self, key: Key, tokens: Sequence[int], least: int = 1) -> list[Segment]:
         """The longest beginning of `tokens` that is there, in order; empty if it has fewer than `least` tokens."""
         path = self._walk(key, tokens)
         found = sum(count for _, count in path)
+        self.asked_tokens += len(tokens)
         if found < least:
             self.misses += 1
             return []

@@ -54,11 +54,12 @@ class Snapshots:
         """Every node that has a state and the key of its tree, the least recently found first."""
         self.limit = 0
         self.nbytes = 0
-        self.hits = self.misses = self.evictions = self.hit_tokens = 0
+        self.hits = self.misses = self.evictions = self.hit_tokens = self.asked_tokens = 0
 
     def find(self, key: Key, tokens: Sequence[int], least: int = 1) -> Found:
         """The longest state of a beginning of `tokens`, of at least `least`."""
         path, known = self._walk(key, tokens)
+        self.asked_tokens += len(tokens)
         for node, end in reversed(path):
             if node.caches is not None and least <= end <= len(tokens):
                 self._recent.move_to_end(node)

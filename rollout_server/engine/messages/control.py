@@ -1,9 +1,11 @@
-"""Aborting, pausing, giving memory back, and signs of life, across the border."""
+"""Aborting, pausing, giving memory back, signs of life and a look at the rows, across the border."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from rollout_server.rollout import PolicyVersion
 
 PauseMode = Literal["wait", "keep", "abort"]
 NO_FLEET = "This server computes in its own process: it has no replicas."
@@ -71,6 +73,38 @@ class Stop:
 @dataclass(frozen=True, slots=True)
 class Pong:
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LookAtRows:
+    """Answered with `RowsSeen` between two turns. Nothing is kept for it, so that it costs nothing when nobody asks."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowSeen:
+    """A row that was admitted and has not ended."""
+
+    id: str
+    """The request's."""
+    prompt_index: int
+    sample_index: int
+    version: PolicyVersion
+    """The version that samples its next token."""
+    tokens: int
+    """Sampled so far."""
+    most: int
+    """How many it may have."""
+    preempted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowsSeen:
+    id: str
+    rows: tuple[RowSeen, ...]
+    count: int
+    """How many there are, those that are not told included."""
 
 
 @dataclass(frozen=True, slots=True)

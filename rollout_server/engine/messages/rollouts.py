@@ -8,6 +8,7 @@ from rollout_server.engine.messages.control import (
     Abort,
     Leave,
     Leaving,
+    LookAtRows,
     Pause,
     Paused,
     Ping,
@@ -17,6 +18,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowsSeen,
     Stop,
 )
 from rollout_server.engine.messages.scoring import (
@@ -57,6 +59,7 @@ Command = (
     | ResetPrefixCache
     | Leave
     | Ping
+    | LookAtRows
     | Stop
 )
 
@@ -124,4 +127,5 @@ Event = (
     | PrefixCacheReset
     | Leaving
     | Pong
+    | RowsSeen
 )

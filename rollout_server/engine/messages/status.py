@@ -52,6 +52,8 @@ class PrefixStatus:
     hit_tokens: int = 0
     nbytes: int = 0
     evictions: int = 0
+    asked_tokens: int = 0
+    """Tokens of all prompts that were looked up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
@@ -13,18 +13,11 @@ from litestar.response import Stream
 
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import BadBody, RolloutError
+from rollout_server.http.observing.observer import RowEvents as RowEvents
 from rollout_server.http.problems import body_of, error_of_row
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, RowError, Timings
 
 T = TypeVar("T")
-
-
-class RowEvents(Protocol):
-    """The events of a request: a `Subscription`, or one whose rows wait for something."""
-
-    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]: ...
-
-    def abort(self, reason: str = "disconnect") -> None: ...
 
 
 NDJSON = "application/x-ndjson"

@@ -9,6 +9,7 @@ from litestar import Request
 from pydantic import TypeAdapter, ValidationError
 
 from rollout_server.errors import InvalidField
+from rollout_server.logs import REQUEST_ID
 from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import ID_RULE, RequestId
 
@@ -30,4 +31,6 @@ def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str)
     header = header_id(request)
     if header is not None and given not in (None, header):
         raise InvalidField(f"The body calls the request {quoted(given)} and X-Request-Id {quoted(header)}.", param="id")
-    return given or header or f"{kind}-{secrets.token_hex(12)}"
+    id = given or header or f"{kind}-{secrets.token_hex(12)}"
+    request.scope["state"][REQUEST_ID] = id
+    return id

@@ -111,7 +111,7 @@ class RolloutsController(Controller):
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
-            subscription = await submitted(job, deadline)
+            subscription = service.observer.watch(job.id, await submitted(job, deadline))
             if data.stream:
                 first = await opening(request, subscription)
                 return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)

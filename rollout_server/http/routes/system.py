@@ -20,6 +20,7 @@ from rollout_server.http.requests.json_body import no_query
 from rollout_server.http.residents import Residents, residents_of
 from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
+from rollout_server.rollout import BASE
 from rollout_server.schemas.system import HealthReply, ModelCard, ModelsReply, ReadyReply
 
 PING_S = 5.0
@@ -120,7 +121,14 @@ class MetricsController(Controller):
         },
     )
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        return Response(residents_of(request).base.metrics.text(), media_type=CONTENT_TYPE)
+        base = residents_of(request).base
+        return Response(base.metrics.text(lambda model: name_of(base, model)), media_type=CONTENT_TYPE)
+
+
+def name_of(base: Service, model: str) -> str:
+    """What requests call a model that is `model` in the labels of metrics: the base has an id once it is loaded."""
+    loaded = base.engine.status.state not in ("starting", "dead")
+    return base.engine.info.id if model == BASE and loaded else model
 
 
 def every_card(residents: Residents) -> list[dict[str, Any]]:

@@ -99,6 +99,7 @@ class WeightsController(Controller):
             **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
         }
         service.metrics.push(reply["timings_ms"], bundle.nbytes, service.name)
+        service.observer.pushed(options.name, published.version.number, reply)
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(

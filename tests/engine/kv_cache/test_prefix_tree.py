@@ -82,7 +82,7 @@ def test_too_little_in_common_is_a_miss() -> None:
     cache.fit(10**6)
     insert(cache, ("a",), (1, 2, 3))
     assert not cache.find(("a",), (1, 2, 5), least=3) and cache.find(("a",), (1, 2, 3), least=3)
-    assert (cache.hits, cache.misses, cache.hit_tokens) == (1, 1, 3)
+    assert (cache.hits, cache.misses, cache.hit_tokens, cache.asked_tokens) == (1, 1, 3, 6)
 
 
 def test_the_oldest_leaf_goes_first() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout_server.engine.messages.control import PrefixCacheReset, Released
+from rollout_server.engine.messages.control import PrefixCacheReset, Released, RowSeen, RowsSeen
 from rollout_server.engine.messages.options import Embedding, ModelInfo, Task
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.scoring import (
@@ -178,7 +178,7 @@ def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Ro
         stop_reason=row.stop_reason,
         seed=group.seeds[sample],
         sampling=group.sampling,
-        timings=Timings(1.0, 2.0, 3.0),
+        timings=Timings(1.0, 2.0, 3.0, 4.0 if ids else None),
         entropy=prefix.missing + tuple(0.5 for _ in ids) if wants.entropy else None,
         top_logprobs=(None,) * at + tuple(top_of(id, wants.top_logprobs) for id in ids) if wants.top_logprobs else None,
         prompt_logprobs=(None, *map(logprob, group.prompt_ids[1:])) if wants.prompt_logprobs else None,
@@ -214,6 +214,7 @@ class FakeEngine(FakeVersions):
         self.life: list[str] = []
         self.paused: str | None = None
         self.drained: list[bool] = []
+        self.seen: list[RowSeen] = []
         self._tokenizer = tokenizer
         self._count = 0
 
@@ -248,7 +249,7 @@ class FakeEngine(FakeVersions):
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
-            memory=MemoryStatus(weights=4000, kv_held=512, kv_filled=256, peak=9000),
+            memory=MemoryStatus(weights=4000, kv_limit=1024, kv_held=512, kv_filled=256, peak=9000),
         )
 
     async def ping(self, timeout_s: float) -> bool:
@@ -368,6 +369,9 @@ class FakeEngine(FakeVersions):
         if spans is None:
             return (Span(self._found(score.policy), 0, count),)
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
+
+    async def rows(self) -> RowsSeen:
+        return RowsSeen("rows", tuple(self.seen), len(self.seen))
 
     async def reset_prefix_cache(self) -> PrefixCacheReset:
         if self.fault is not None:

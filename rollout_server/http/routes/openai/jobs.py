@@ -11,11 +11,10 @@ from typing import Any
 from litestar import Request, Response
 
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
-from rollout_server.engine.open_requests import Subscription
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Piece
 from rollout_server.http.replies.json_entries import json_response, policy_headers, usage, weight_of
-from rollout_server.http.replies.streaming import SSE, SSE_DONE, chained, collect, opening, sse_event, stream
+from rollout_server.http.replies.streaming import SSE, SSE_DONE, RowEvents, chained, collect, opening, sse_event, stream
 from rollout_server.http.requests.json_body import beside
 from rollout_server.http.service import Service
 from rollout_server.rollout import PolicyVersion, Rollout, RolloutRequest
@@ -57,7 +56,7 @@ class Job(ABC):
 
 async def respond(job: Job, request: Request[Any, Any, Any], service: Service) -> Response[Any]:
     """Has the job's rows sampled and answers with them."""
-    subscription = service.engine.submit(job.id, job.groups)
+    subscription = service.observer.watch(job.id, service.engine.submit(job.id, job.groups))
     if job.stream:
         first = await opening(request, subscription)
         lines, headers = chunks(job, first, subscription), policy_headers(versions_of(first))
@@ -76,7 +75,7 @@ def reply(job: Job, rollouts: Sequence[Rollout]) -> Response[bytes]:
 
 
 async def chunks(
-    job: Job, first: Sequence[TokensSampled | RowFinished], subscription: Subscription
+    job: Job, first: Sequence[TokensSampled | RowFinished], subscription: RowEvents
 ) -> AsyncIterator[bytes]:
     """An event whenever a choice gains something, one with its finish_reason, then the usage if asked for."""
     choices: dict[tuple[int, int], Choice] = {}

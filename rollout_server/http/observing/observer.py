@@ -1,0 +1,182 @@
+"""What is noted of rollouts that end, of pushes and of the engine's state as time goes by; all of it is bounded.
+
+It belongs to the event loop. What a rollout costs here is a few sums over its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
+from rollout_server.engine.messages.status import EngineStatus
+from rollout_server.engine.messages.versions import PolicyStatus
+from rollout_server.http.observing.latest_rollouts import LatestRollouts
+from rollout_server.http.observing.row_metrics import RowMetrics
+from rollout_server.http.observing.version_totals import VersionTable
+from rollout_server.rollout import BASE, Rollout
+
+SAMPLE_S = 1.0
+MOST_SAMPLES = 600
+MOST_PUSHES = 256
+MOST_MOVES = 512
+
+
+class RowEvents(Protocol):
+    """The events of a request, which ends early when it is aborted."""
+
+    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]: ...
+
+    def abort(self, reason: str = "disconnect") -> None: ...
+
+
+class Sample(NamedTuple):
+    """The engine at one moment. Counts are since the start; memory is in bytes."""
+
+    time: float
+    tokens: int
+    steps: int
+    running: int
+    waiting: int
+    preempted: int
+    kv_filled: int
+    kv_kept: int
+    kv_limit: int
+    hit_tokens: int
+
+
+class Move(NamedTuple):
+    """From this moment on a name pointed to this version, or to none."""
+
+    time: float
+    name: str
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PushSeen:
+    """What only the reply to a push says."""
+
+    delta_norm: float | None
+    effective_rank: float | None
+    timings_ms: Mapping[str, float]
+
+
+class Observer:
+    """One for each model. `status` gives its engine's snapshot; rows are told to `metrics` under the name `model`. With
+    `keep` False no rollout is kept."""
+
+    def __init__(
+        self,
+        status: Callable[[], EngineStatus],
+        metrics: RowMetrics,
+        model: str = BASE,
+        *,
+        keep: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.versions = VersionTable()
+        metrics.follow(model, self.versions)
+        self._metrics = metrics
+        self._model = model
+        self.rollouts = LatestRollouts(clock=clock)
+        self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+        self.moves: deque[Move] = deque(maxlen=MOST_MOVES)
+        self._status = status
+        self._keep = keep
+        self._clock = clock
+        self._pushes: OrderedDict[tuple[str, int], PushSeen] = OrderedDict()
+        self._policies: tuple[PolicyStatus, ...] = ()
+        self._live: dict[str, int | None] = {}
+
+    # ---- rollouts -------------------------------------------------------------------------------------------------
+
+    def watch(self, request_id: str, events: RowEvents) -> RowEvents:
+        """The same events, of which the rows that end are noted."""
+        return _Watched(request_id, events, self.finished)
+
+    def finished(self, request_id: str, rollout: Rollout) -> None:
+        name = rollout.spans[-1].version.name if rollout.spans else BASE
+        policies = self._status().policies
+        live = next((policy.live for policy in policies if policy.name == name), None)
+        newest = live.number if live else 0
+        self.versions.add(rollout, newest)
+        oldest = min((span.version.number for span in rollout.spans), default=newest)
+        self._metrics.ended(self._model, rollout, max(0, newest - oldest))
+        if self._keep and rollout.sampled:
+            self.rollouts.add(request_id, rollout)
+
+    # ---- versions -------------------------------------------------------------------------------------------------
+
+    def pushed(self, name: str, number: int, reply: Mapping[str, Any]) -> None:
+        """Notes what the reply to an accepted push says; the same weights again say nothing new."""
+        report = reply["report"]
+        seen = PushSeen(report["delta_norm"], report["effective_rank"], reply["timings_ms"])
+        self._pushes.setdefault((name, number), seen)
+        while len(self._pushes) > MOST_PUSHES:
+            self._pushes.popitem(last=False)
+
+    def push_of(self, name: str, number: int) -> PushSeen | None:
+        return self._pushes.get((name, number))
+
+    def _follow(self) -> None:
+        """Notes where names point now."""
+        policies = self._status().policies
+        if policies is self._policies:
+            return
+        now = self._clock()
+        live = {policy.name: policy.live.number if policy.live else None for policy in policies}
+        for name in live.keys() | self._live.keys():
+            if name != BASE and live.get(name) != self._live.get(name):
+                self.moves.append(Move(now, name, live.get(name)))
+        self._policies, self._live = policies, live
+
+    # ---- time -----------------------------------------------------------------------------------------------------
+
+    def sample(self) -> Sample:
+        """The engine as it is now."""
+        status = self._status()
+        memory = status.memory
+        return Sample(
+            round(self._clock(), 3),
+            status.tokens,
+            status.steps,
+            status.running,
+            status.waiting,
+            status.preempted,
+            memory.kv_filled,
+            memory.kv_kept,
+            memory.kv_limit,
+            status.prefix.hit_tokens,
+        )
+
+    async def sample_for_ever(self) -> None:
+        """Keeps a sample a second. A few numbers are copied; the engine hears nothing of it."""
+        while True:
+            self._follow()
+            self.samples.append(self.sample())
+            await asyncio.sleep(SAMPLE_S)
+
+
+class _Watched:
+    def __init__(self, request_id: str, events: RowEvents, finished: Callable[[str, Rollout], None]) -> None:
+        self._request_id = request_id
+        self._events = events
+        self._iterator = aiter(events)
+        self._finished = finished
+
+    def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
+        return self
+
+    async def __anext__(self) -> TokensSampled | RowFinished:
+        event = await anext(self._iterator)
+        if isinstance(event, RowFinished):
+            self._finished(self._request_id, event.rollout)
+        return event
+
+    def abort(self, reason: str = "disconnect") -> None:
+        self._events.abort(reason)

@@ -1,0 +1,133 @@
+// The page: what each frame changes, and what a person does.
+
+import { charts, Samples } from "./charts.js";
+import { Compare } from "./compare.js";
+import { Server } from "./connection.js";
+import { byId, device, say } from "./dom.js";
+import { Rollouts } from "./rollouts.js";
+import { showRows } from "./rows.js";
+import { Versions } from "./versions.js";
+
+const THEMES = ["system", "light", "dark"];
+const THEME = "rollout-server-theme";
+const NOTICE_MS = 8000;
+
+let hiding = 0;
+
+function notice(text, { stays = false } = {}) {
+  clearTimeout(hiding);
+  byId("notice").hidden = !text;
+  say(byId("notice"), text);
+  if (text && !stays) hiding = setTimeout(() => notice(""), NOTICE_MS);
+}
+
+const fail = (error) => notice(error.message);
+
+// ---- dialogs -----------------------------------------------------------------------------------------------------------
+
+/** Shows a dialog until `decide(answer)` is called or it is closed, which is null. */
+function answered(dialog, begin) {
+  return new Promise((done) => {
+    let answer = null;
+    const leaving = new AbortController();
+    const decide = (given) => {
+      answer = given;
+      dialog.close();
+    };
+    begin(decide, leaving.signal);
+    dialog.addEventListener("close", () => (leaving.abort(), done(answer)), { once: true });
+    dialog.showModal();
+  });
+}
+
+let asked = null;
+
+/** Whoever needs a key while one is asked for waits for the same answer. */
+function askForKey(why) {
+  asked ??= answered(byId("key-dialog"), (decide, signal) => {
+    say(byId("key-why"), why);
+    byId("key-value").value = "";
+    byId("key-form").addEventListener("submit", (event) => (event.preventDefault(), decide(byId("key-value").value.trim())), { signal });
+    byId("key-cancel").addEventListener("click", () => decide(null), { signal });
+  }).finally(() => (asked = null));
+  return asked;
+}
+
+function sure(what) {
+  return answered(byId("delete-dialog"), (decide, signal) => {
+    say(byId("delete-what"), what);
+    byId("delete-do").addEventListener("click", () => decide(true), { signal });
+    byId("delete-cancel").addEventListener("click", () => decide(null), { signal });
+  });
+}
+
+// ---- theme -------------------------------------------------------------------------------------------------------------
+
+function useTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  localStorage.setItem(THEME, theme);
+  say(byId("theme"), { system: "◐ System", light: "☀ Light", dark: "☾ Dark" }[theme]);
+  byId("theme").setAttribute("aria-label", `Theme: ${theme}`);
+}
+
+useTheme(THEMES.includes(localStorage.getItem(THEME)) ? localStorage.getItem(THEME) : "system");
+byId("theme").addEventListener("click", () => useTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]));
+
+// ---- the server --------------------------------------------------------------------------------------------------------
+
+const server = new Server(askForKey);
+const samples = new Samples();
+const pictures = charts(byId("tiles"));
+const rollouts = new Rollouts(server, fail);
+const compare = new Compare(server, fail);
+const versions = new Versions(act);
+
+async function act(what, name, number, version) {
+  const path = `v1/weights/${encodeURIComponent(name)}`;
+  try {
+    if (what === "activate") await server.call("POST", `${path}/activate`, { version: number });
+    if (what === "pin") await server.call("PATCH", `${path}/${number}`, { pinned: !version.pinned });
+    if (what === "delete") {
+      const rows = version.rows_in_use ? ` ${version.rows_in_use} rows that use it run on.` : "";
+      if (!(await sure(`${name}@${number} can be pushed again, but gets another number then.${rows}`))) return;
+      await server.call("DELETE", `${path}/${number}`);
+    }
+    notice("");
+  } catch (error) {
+    fail(error);
+  }
+}
+
+function show(frame) {
+  if (frame.history) samples.begin(frame.fields, frame.history);
+  samples.add(frame.now);
+  for (const picture of pictures) picture.follow(samples);
+  say(byId("state"), frame.state);
+  byId("state").className = `pill ${frame.state === "ready" ? "good" : "bad"}`;
+  byId("state").title = frame.fault ?? "";
+  byId("paused").hidden = !frame.paused;
+  say(byId("paused"), `paused: ${frame.paused}`);
+  say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${device(frame.base.device)}` : "The model is loading.");
+  say(byId("instance"), `instance ${frame.instance}`);
+  byId("key").hidden = !frame.keys.inference;
+  showRows(frame.rows);
+  versions.show(frame);
+  rollouts.show(frame);
+  compare.show(frame);
+  if (!document.documentElement.dataset.frames) performance.mark("first-frame");
+  document.documentElement.dataset.frames = String(Number(document.documentElement.dataset.frames ?? 0) + 1);
+}
+
+byId("key").addEventListener("click", () => server.askForKey("Another key for this page: an admin key also opens the buttons of versions."));
+
+let connected = null;
+server.follow(show, (state, why) => {
+  if (state === "open") {
+    if (connected === false) notice("");
+  } else {
+    say(byId("state"), state === "locked" ? "locked" : "no connection");
+    byId("state").className = "pill bad";
+    notice(why, { stays: true });
+  }
+  connected = state === "open";
+});

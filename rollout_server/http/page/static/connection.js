@@ -1,0 +1,94 @@
+// The server: a stream of frames, and calls that may need a key. Keys live in this tab, and are sent to this server only.
+
+export class Refused extends Error {
+  constructor(status, problem) {
+    super(problem?.message ?? `The server answered ${status}.`);
+    this.status = status;
+  }
+}
+
+const KEY = "rollout-server-key";
+const FIRST_WAIT_MS = 500;
+const LONGEST_WAIT_MS = 10_000;
+
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+export class Server {
+  /** `ask(why)` lets a person give a key; null where none is given. */
+  constructor(ask) {
+    this.ask = ask;
+    this.key = sessionStorage.getItem(KEY);
+  }
+
+  async askForKey(why) {
+    const key = await this.ask(why);
+    if (key === null) return false;
+    this.key = key;
+    sessionStorage.setItem(KEY, key);
+    return true;
+  }
+
+  get headers() {
+    return this.key ? { authorization: `Bearer ${this.key}` } : {};
+  }
+
+  /** The reply's JSON. Asks for a key where one is wanted, or another; throws `Refused`. */
+  async call(method, path, body, signal) {
+    for (;;) {
+      const headers = { ...this.headers, ...(body === undefined ? {} : { "content-type": "application/json" }) };
+      const reply = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
+      const said = await reply.json().catch(() => null);
+      if (reply.ok) return said;
+      const refused = new Refused(reply.status, said?.error);
+      const wantsKey = reply.status === 401 || (reply.status === 403 && this.key !== null);
+      if (!wantsKey || !(await this.askForKey(refused.message))) throw refused;
+    }
+  }
+
+  /** Tells `told(frame)` of every frame and `now(state, why)` of the connection, for as long as the page is seen. */
+  async follow(told, now) {
+    let wait = FIRST_WAIT_MS;
+    for (;;) {
+      while (document.hidden) await new Promise((seen) => document.addEventListener("visibilitychange", seen, { once: true }));
+      const leaving = new AbortController();
+      const hide = () => document.hidden && leaving.abort();
+      document.addEventListener("visibilitychange", hide);
+      try {
+        await this.read(leaving.signal, (frame) => {
+          wait = FIRST_WAIT_MS;
+          now("open");
+          told(frame);
+        });
+        now("closed", "The server has ended the connection.");
+      } catch (error) {
+        if (error instanceof Refused && error.status === 401) {
+          now("locked", error.message);
+          if (await this.askForKey(error.message)) continue;
+        } else if (!leaving.signal.aborted) {
+          now("closed", error instanceof Refused ? error.message : "The server does not answer.");
+        }
+      } finally {
+        document.removeEventListener("visibilitychange", hide);
+      }
+      if (!document.hidden) {
+        await pause(wait);
+        wait = Math.min(2 * wait, LONGEST_WAIT_MS);
+      }
+    }
+  }
+
+  async read(signal, told) {
+    // EventSource sends no keys, so events are read from the reply's body.
+    const reply = await fetch("page/events", { headers: this.headers, signal });
+    if (!reply.ok) throw new Refused(reply.status, (await reply.json().catch(() => null))?.error);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    let left = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const events = (left + value).split("\n\n");
+      left = events.pop();
+      for (const event of events) if (event.startsWith("data: ")) told(JSON.parse(event.slice(6)));
+    }
+  }
+}

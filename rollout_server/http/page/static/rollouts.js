@@ -1,0 +1,102 @@
+// The latest rollouts: a list with a strip of each one's surprise, and one of them token by token.
+
+import { address, byId, clock, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
+import { strip, tokenText } from "./tokens.js";
+
+export class Rollouts {
+  constructor(server, fail) {
+    Object.assign(this, { server, fail, chosen: null, shown: null, follows: true, list: byId("rollouts") });
+    this.list.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  show(frame) {
+    this.frame = frame;
+    follow(this.list, frame.rollouts, (rollout) => rollout.number, (rollout) => this.entry(rollout));
+    const kept = frame.rollouts.some((rollout) => rollout.number === this.chosen);
+    // The newest is followed until a person has chosen one, and again when that is gone.
+    if (frame.rollouts.length && (!kept || this.follows)) {
+      this.follows ||= !kept;
+      this.choose(frame.rollouts[0].number);
+    }
+  }
+
+  entry(rollout) {
+    const versions = [...new Map(rollout.spans.map(([name, number]) => [address(name, number), [name, number]])).values()];
+    const when = h("span", { class: "when" });
+    const entry = h(
+      "li",
+      { role: "option", id: `rollout-${rollout.number}`, "aria-selected": "false", onclick: () => this.pick(rollout.number) },
+      h("span", { class: "who" }, ...versions.map((version) => h("span", { class: "version" }, swatch(...version), address(...version)))),
+      strip(rollout.strip),
+      h("span", { class: "what" }, `${rollout.tokens} tokens · ${rollout.finish_reason}${rollout.reward === null ? "" : ` · reward ${fixed(rollout.reward, 2)}`}`),
+      when,
+    );
+    entry.follow = () => {
+      const ago = Math.max(0, Math.round(this.frame.now[0] - rollout.ended));
+      say(when, ago < 60 ? `${ago} s ago` : clock(rollout.ended));
+    };
+    return entry;
+  }
+
+  key(event) {
+    const numbers = this.frame?.rollouts.map((rollout) => rollout.number) ?? [];
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (step === undefined || !numbers.length) return;
+    event.preventDefault();
+    const at = numbers.indexOf(this.chosen) + step;
+    this.pick(numbers[Math.max(0, Math.min(numbers.length - 1, at))]);
+    byId(`rollout-${this.chosen}`)?.scrollIntoView({ block: "nearest" });
+  }
+
+  pick(number) {
+    this.follows = number === this.frame.rollouts[0]?.number;
+    this.choose(number);
+  }
+
+  async choose(number) {
+    for (const entry of this.list.children) entry.setAttribute("aria-selected", String(entry.key === number));
+    this.list.setAttribute("aria-activedescendant", `rollout-${number}`);
+    this.chosen = number;
+    if (this.shown === number || this.asking) return;
+    this.asking = true;
+    try {
+      const view = await this.server.call("GET", `page/rollouts/${number}`);
+      this.shown = number;
+      byId("rollout").replaceChildren(...detail(view));
+    } catch (error) {
+      // It may have made room for later ones while it was asked for.
+      if (error.status !== 404) this.fail(error);
+    } finally {
+      this.asking = false;
+    }
+    if (this.chosen !== number) await this.choose(this.chosen);
+  }
+}
+
+function detail(view) {
+  const version = (at) => view.spans.find(([, , start, end]) => start <= at && at < end)?.slice(0, 2) ?? null;
+  const tokens = view.texts.map((text, at) => ({ text, logprob: view.logprobs[at], values: values(view, at), version: version(at), given: at < view.given }));
+  const { queued, prefill, decode } = view.timings_ms;
+  const { temperature, top_p, top_k } = view.sampling;
+  const facts = [
+    `${view.texts.length - view.given} tokens, ${view.finish_reason}${view.stop_reason === null ? "" : ` (${JSON.stringify(view.stop_reason)})`}`,
+    `queued ${milliseconds(queued)}, prefill ${milliseconds(prefill)}, decode ${milliseconds(decode)}`,
+    `temperature ${temperature}${top_p < 1 ? `, top_p ${top_p}` : ""}${top_k > 0 ? `, top_k ${top_k}` : ""}, seed ${view.seed}`,
+  ];
+  const title = h("h3", {}, h("span", { class: "request" }, view.request_id), h("span", { class: "count" }, `prompt ${view.sample[0]}, sample ${view.sample[1]}`));
+  const prompt = h("details", { class: "prompt" }, h("summary", {}, `Prompt · ${view.prompt_tokens} tokens`), h("pre", {}, view.prompt));
+  prompt.open = view.prompt.length < 600;
+  return [title, prompt, tokenText(tokens, "The tokens of this rollout"), h("p", { class: "timings" }, facts.join(" · "))];
+}
+
+function values(view, at) {
+  const base = view.base_logprobs?.[at] ?? null;
+  const own = view.logprobs[at];
+  return {
+    id: String(view.token_ids[at]),
+    "sampling logprob": view.sampling_logprobs[at] === null ? null : fixed(view.sampling_logprobs[at]),
+    entropy: view.entropy?.[at] == null ? null : fixed(view.entropy[at]),
+    "base logprob": base === null ? null : fixed(base),
+    "log ratio": base === null || own === null ? null : fixed(own - base),
+  };
+}

@@ -1,0 +1,41 @@
+// The rows that run, a cell each: its colour is the version that samples its next token, its height how far it is.
+
+import { address, byId, coloured, follow, h, say, swatch } from "./dom.js";
+
+export function showRows({ count, versions, requests, rows }) {
+  const parent = byId("rows");
+  const items = rows.map((row, place) => ({ row, place, versions, requests }));
+  follow(parent, items, (item) => item.place, makeCell);
+  const numbers = versions.map(() => 0);
+  for (const [version] of rows) numbers[version] += 1;
+  const words = versions.map(([name, number], at) => `${numbers[at]} on ${address(name, number)}`);
+  parent.setAttribute("aria-label", rows.length ? `${count} rows: ${words.join(", ")}.` : "No row is running.");
+  parent.classList.toggle("none", !rows.length);
+  say(byId("rows-count"), count ? String(count) : "none is running");
+  const legend = versions.map(([name, number], at) => ({ name, number, rows: numbers[at] }));
+  follow(byId("rows-legend"), legend, (item) => address(item.name, item.number), makeEntry);
+}
+
+function makeCell() {
+  const cell = h("span", { class: "cell" }, h("span", { class: "filled" }));
+  cell.follow = ({ row, versions, requests }) => draw(cell, row, versions, requests);
+  return cell;
+}
+
+function draw(cell, [version, tokens, most, preempted, request], versions, requests) {
+  const [name, number] = versions[version];
+  for (const [property, value] of Object.entries({ "--chroma": null, ...coloured(name, number) })) {
+    if (value === null) cell.style.removeProperty(property);
+    else cell.style.setProperty(property, value);
+  }
+  cell.style.setProperty("--done", `${Math.round((100 * tokens) / Math.max(1, most))}%`);
+  cell.classList.toggle("aside", Boolean(preempted));
+  cell.title = `${requests[request]}: ${tokens} of ${most} tokens, ${address(name, number)}${preempted ? ", preempted" : ""}`;
+}
+
+function makeEntry({ name, number }) {
+  const text = h("span");
+  const entry = h("li", {}, swatch(name, number), text);
+  entry.follow = (item) => say(text, `${address(name, number)} · ${item.rows}`);
+  return entry;
+}

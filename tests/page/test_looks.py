@@ -1,0 +1,144 @@
+"""The page for everyone: both themes, a narrow window, the keyboard alone, and keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rollout_server.demo.run import model_directory
+from tests.page.browser import Browser
+from tests.support import tiny_models
+from tests.support.live_server import LiveServer, live_server
+from trainer_client import PublishedVersion, RolloutClient
+
+Push = Callable[..., PublishedVersion]
+TAB = "\ue004"
+READABLE = 4.5
+"""WCAG's least contrast of text."""
+TEXTS = ("body", ".facts dt", ".facts dd", ".unit", "h2", ".pill", "button", ".badge")
+
+
+def channels(colour: str) -> list[float]:
+    """Red, green and blue from 0 to 1, of what a browser computes."""
+    numbers = [float(number) for number in re.findall(r"[\d.]+", colour)]
+    return numbers[:3] if colour.startswith("color(") else [number / 255 for number in numbers[:3]]
+
+
+def luminance(colour: str) -> float:
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in channels(colour)]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def contrast(page: Browser, selector: str) -> float:
+    """Between a text and the nearest ground below it that is not transparent."""
+    text, ground = page.run(
+        "let e = document.querySelector(arguments[0]); const text = getComputedStyle(e).color;"
+        "const clear = (e) => /^rgba\\(.*, 0\\)$/.test(getComputedStyle(e).backgroundColor);"
+        "while (e.parentElement && clear(e)) e = e.parentElement;"
+        "return [text, getComputedStyle(e).backgroundColor]",
+        selector,
+    )
+    one, other = sorted((luminance(text), luminance(ground)))
+    return (other + 0.05) / (one + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_both_themes(page: Browser, push: Push, scheme: str) -> None:
+    push("themes", 1)
+    page.find("[data-version='themes@1']")
+    page.prefer(scheme)
+    assert {text: contrast(page, text) >= READABLE for text in TEXTS} == dict.fromkeys(TEXTS, True)
+    assert (luminance(page.run("return getComputedStyle(document.body).backgroundColor")) > 0.5) == (scheme == "light")
+
+
+def test_a_person_s_theme_wins_and_stays(page: Browser, server: LiveServer) -> None:
+    page.prefer("light")
+    for word in ("Light", "Dark"):
+        page.click("#theme")
+        assert word in page.text("#theme")
+    page.open(server.url)
+    assert luminance(page.run("return getComputedStyle(document.body).backgroundColor")) < 0.1
+    page.click("#theme")
+
+
+@pytest.mark.parametrize("width", [400, 800])
+def test_nothing_is_cut_off_where_it_is_narrow(page: Browser, client: RolloutClient, push: Push, width: int) -> None:
+    push("narrow", 1, label="a label that is as long as labels can be, which is 64 letters !")
+    client.rollouts(["1+1="], policy="narrow", n=1, max_tokens=30, ignore_eos=True)
+    page.resize(width, 800)
+    page.find("[data-version='narrow@1']")
+    page.until(lambda: page.all("#rollout .token"))
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    beyond = page.run(
+        "return [...document.querySelectorAll('main *, header *')].filter((e) => e.getBoundingClientRect().right >"
+        " innerWidth + 1 && getComputedStyle(e).position !== 'absolute').map((e) => e.tagName + '.' + e.className)"
+    )
+    assert beyond == []
+
+
+def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
+    page: Browser, client: RolloutClient, push: Push
+) -> None:
+    push("keys", 1), push("keys", 2)
+    client.rollouts(["1+1="], policy="keys", n=1, max_tokens=4)
+    page.until(lambda: page.all("#rollout .token"))
+    page.until(lambda: "live" in page.text("[data-version='keys@2'] .badges"))
+    seen: list[str] = []
+    unseen: list[str] = []
+    for _ in range(200):
+        page.driver.switch_to.active_element.send_keys(TAB)
+        at, outline = page.run(
+            "const e = document.activeElement;"
+            "return [e.id || e.ariaLabel || e.className || e.tagName, getComputedStyle(e).outlineStyle]"
+        )
+        if at in ("BODY", "HTML") or (seen and at == seen[0]):
+            break
+        seen.append(at)
+        unseen += [at] if outline == "none" else []
+    wanted = ["skip", "theme", "Activate keys@1", "Delete keys@1", "rollouts", "prompt", "left", "right", "n", "ask"]
+    assert [name for name in seen if name in wanted] == wanted
+    assert unseen == [], "focus is seen"
+    tops = page.run(
+        "return arguments[0].map((id) => document.getElementById(id).getBoundingClientRect().top)",
+        ["theme", "rollouts", "prompt", "left", "ask"],
+    )
+    assert tops == sorted(tops), "the order of tabs is the order of the page"
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[LiveServer]:
+    keys = {"ROLLOUT_API_KEY": "may-infer", "ROLLOUT_ADMIN_KEY": "may-change"}
+    with live_server(None, environment=keys) as server, RolloutClient(server.url, api_key="may-change") as client:
+        layers = tiny_models.linear_layers(model_directory())
+        for seed in (1, 2):
+            client.push("locked", *tiny_models.random_adapter(layers, 2, seed))
+        yield server
+
+
+def give(page: Browser, key: str) -> None:
+    page.until(lambda: page.run("return document.getElementById('key-dialog').open"))
+    page.find("#key-value").send_keys(key)
+    page.click("#key-form .primary")
+
+
+def test_a_key_is_asked_for_and_what_it_does_not_open_stays_shut(chromium: Browser, locked: LiveServer) -> None:
+    page = chromium
+    page.resize(1280, 900)
+    page.driver.get(locked.url)
+    give(page, "wrong")
+    assert page.text("#base") == ""
+    give(page, "may-infer")
+    page.find("[data-version='locked@2']")
+    page.click("button[aria-label='Activate locked@1']")
+    page.until(lambda: "ROLLOUT_ADMIN_KEY" in page.text("#key-why"))
+    give(page, "may-change")
+    page.until(lambda: "live" in page.text("[data-version='locked@1'] .badges"))
+    assert "may-change" not in page.driver.page_source
+    complaints = page.complaints()
+    assert complaints and all("401" in text or "403" in text for text in complaints)
+    page.run("sessionStorage.clear()")

@@ -1,0 +1,169 @@
+"""The page in a real browser, over a real server: it follows what happens, and does what its buttons say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.page.browser import Browser
+from tests.support.live_server import LiveServer, until
+from trainer_client import PublishedVersion, RolloutBatch, RolloutClient
+
+Push = Callable[..., PublishedVersion]
+MARKUP = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
+MOST_NATS = 6
+
+
+def card(name: str) -> str:
+    return f"[data-version='{name}']"
+
+
+def live(client: RolloutClient, name: str) -> int | None:
+    return next(line.live for line in client.weights() if line.name == name)
+
+
+def press(page: Browser, name: str, word: str) -> None:
+    page.click(f"{card(name)} button[aria-label='{word} {name}']")
+
+
+def test_it_shows_the_model_and_is_quiet(page: Browser) -> None:
+    assert page.text("#state") == "ready" and page.text("#base").startswith("rollout-demo")
+    assert "base" in page.text(card("base"))
+    assert len(page.all(".tile svg path.line")) == 6
+    assert page.driver.title == "rollout-server"
+
+
+def test_it_follows_a_push(page: Browser, push: Push) -> None:
+    pushed = push("follow", 1, label="first try")
+    page.find(card("follow@1"))
+    page.until(lambda: "live" in page.text(f"{card('follow@1')} .badges"))
+    shown = page.text(card("follow@1"))
+    assert "first try" in shown and pushed.digest[:19] in shown and "lora, rank 4, adapter" in shown
+    assert f"{pushed.report['delta_norm']:.4f}" in shown
+    assert page.find(f"{card('follow@1')} .bar").get_attribute("aria-label").startswith("Push: receive ")
+    push("follow", 2)
+    page.until(lambda: "live" in page.text(f"{card('follow@2')} .badges"))
+    assert "live" not in page.text(f"{card('follow@1')} .badges")
+    lanes = "return [...document.querySelectorAll('.track')].map((track) => track.ariaLabel).join()"
+    page.until(lambda: "version 2 from" in page.run(lanes))
+
+
+def test_it_shades_a_rollout(page: Browser, client: RolloutClient) -> None:
+    """A token's shade is its surprise, up to the end of the scale; its numbers are those of the reply."""
+    batch = client.rollouts(["12+30="], policy="base", n=1, max_tokens=24, temperature=2.0, ignore_eos=True, seed=7)
+    ids, logprobs = batch.token_ids.tolist(), batch.logprobs.tolist()
+    page.until(lambda: len(page.all("#rollout .token")) == len(ids))
+    heats = page.run(
+        "return [...document.querySelectorAll('#rollout .token')].map(t => t.style.getPropertyValue('--heat'))"
+    )
+    assert [float(heat) for heat in heats] == pytest.approx(
+        [min(1, -value / MOST_NATS) for value in logprobs], abs=6e-4
+    )
+    drawn = "return [...document.querySelectorAll('#rollout .token')].map(t => getComputedStyle(t).backgroundColor)"
+    shades = dict(zip(page.run(drawn), map(float, heats), strict=True))
+    darkest = max(shades, key=lambda colour: float(colour.rpartition("/")[2].strip(" )")))
+    assert len(shades) > 1 and shades[darkest] == max(map(float, heats)), "the most surprising is the darkest"
+    page.run(
+        "document.querySelector('#rollout .token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+    )
+    assert f"{logprobs[0]:.3f}".replace("-", "−") in page.text("#rollout .values")
+    page.find("#rollout .tokens").send_keys("\ue014")  # the right arrow
+    values = page.text("#rollout .values")
+    assert f"{logprobs[1]:.3f}".replace("-", "−") in values and f"id {ids[1]}" in values
+    assert "12+30=" in page.text("#rollout pre")
+
+
+def test_it_marks_where_the_version_changes(
+    page: Browser, client: RolloutClient, server: LiveServer, push: Push
+) -> None:
+    push("moves", 1)
+    found: list[RolloutBatch] = []
+
+    def sample() -> None:
+        found.append(
+            client.rollouts(["1+1="], policy="moves", n=4, max_tokens=1500, on_update="switch", ignore_eos=True)
+        )
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 4)
+    page.until(lambda: len(page.all("#rows .cell")) == 4)
+    assert "4 on moves@1" in page.find("#rows").get_attribute("aria-label")
+    push("moves", 2)
+    thread.join()
+    assert {span.version for span in found[0].spans[0]} == {1, 2}
+    page.until(lambda: page.text("#rollout .mark") == "moves@2")
+    assert page.text("#rollouts li .who") == "moves@1moves@2"
+    page.until(lambda: not page.all("#rows .cell"))
+
+
+def test_it_rolls_back_pins_and_deletes(page: Browser, client: RolloutClient, push: Push) -> None:
+    push("back", 1), push("back", 2)
+    page.until(lambda: "live" in page.text(f"{card('back@2')} .badges"))
+    press(page, "back@1", "Activate")
+    page.until(lambda: "live" in page.text(f"{card('back@1')} .badges"))
+    assert live(client, "back") == 1
+    press(page, "back@2", "Pin")
+    page.until(lambda: "pinned" in page.text(f"{card('back@2')} .badges"))
+    press(page, "back@2", "Unpin")
+    page.until(lambda: "pinned" not in page.text(f"{card('back@2')} .badges"))
+    press(page, "back@2", "Delete")
+    page.click("#delete-cancel")
+    assert page.all(card("back@2"))
+    press(page, "back@2", "Delete")
+    assert "back@2" in page.text("#delete-what")
+    page.click("#delete-do")
+    page.until(lambda: not page.all(card("back@2")))
+    assert [kept.version for line in client.weights() if line.name == "back" for kept in line.versions] == [1]
+    assert not page.find(f"{card('back@1')} button[aria-label='Delete back@1']").is_enabled(), "it is live"
+
+
+def test_what_clients_sent_is_text(page: Browser, client: RolloutClient, server: LiveServer, push: Push) -> None:
+    label = MARKUP[:64]
+    push("hostile", 1, label=label)
+    body = {"id": "<b>bold<b>", "policy": "hostile", "prompts": [{"text": MARKUP}], "sampling": {"max_tokens": 4}}
+    assert httpx.post(f"{server.url}/v1/rollouts", json=body).status_code == 200
+    page.until(lambda: page.text("#rollout .request") == "<b>bold<b>")
+    assert page.text("#rollout pre") == MARKUP
+    page.until(lambda: label in page.text(card("hostile@1")))
+    assert page.run("return [document.images.length, document.scripts.length, window.hacked ?? null]") == [1, 1, None]
+
+
+def test_no_script_can_be_added(page: Browser) -> None:
+    """Even one that runs here cannot: text is no script, and markup may not be written."""
+    for attempt in (
+        "const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s)",
+        "document.body.innerHTML = '<img src=x>'",
+        "document.body.append(document.createElement('script')); document.body.lastChild.src = 'data:,window.hacked=1'",
+    ):
+        said = page.run(f"try {{ {attempt}; return 'done' }} catch (error) {{ return error.name }}")
+        assert said == "TypeError", attempt
+    assert page.run("return window.hacked ?? null") is None
+    assert all("TrustedHTML" in text or "TrustedScript" in text for text in page.complaints())
+
+
+def test_two_versions_answer_side_by_side(page: Browser, push: Push) -> None:
+    push("asked", 3)
+    page.until(lambda: "asked@1" in page.text("#right"))
+    page.run("document.getElementById('left').value = 'asked@1'; document.getElementById('right').value = 'asked@1'")
+    page.find("#prompt").send_keys("12+30=")
+    page.run("document.getElementById('temperature').value = 0; document.getElementById('n').value = 2")
+    page.click("#ask")
+    page.until(lambda: len(page.all(".answer")) == 4)
+    left, right = (page.text(f"#{side}-answers .tokens") for side in ("left", "right"))
+    assert left == right != "", "the same version draws the same greedy tokens"
+    assert page.text("#left-answers h3") == "asked@1" and "tokens in" in page.text("#asked")
+    page.run("document.getElementById('n').value = 1; document.getElementById('chat').checked = true")
+    page.click("#ask")
+    page.until(lambda: len(page.all(".answer")) == 2)
+
+
+def test_a_refusal_is_said(page: Browser) -> None:
+    page.find("#prompt").send_keys("1")
+    page.run("document.getElementById('max-tokens').value = 4000")
+    page.click("#ask")
+    page.until(lambda: "max_tokens" in page.text("#notice"))
+    assert any("400" in text for text in page.complaints()), "the browser's own word for it"
