@@ -15,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema test-page pictures golden golden-encoders golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema test-page pictures golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="ll
 
 golden-encoders: $(PEERS_READY)  ## write tests/golden/encoders anew from torch (ARGS="bert deberta-v3")
 	$(PEERS)/bin/python -m tests.golden.encoders.make_golden $(ARGS)
+
+golden-vision: $(PEERS_READY)  ## write tests/golden/vision anew from torch (ARGS="qwen3_vl gemma3")
+	$(PEERS)/bin/python -m tests.golden.vision.make_golden $(ARGS)
 
 golden-recurrent: $(PEERS_READY)  ## write tests/golden/recurrent anew from torch
 	$(PEERS)/bin/python -m tests.golden.recurrent.make_golden

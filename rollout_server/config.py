@@ -183,6 +183,14 @@ class ServerConfig(BaseSettings):
     """Bytes of one upload of weights."""
     max_body: Size = 64 * MIB
     """Bytes of any other request body."""
+    max_picture_bytes: Size = 20 * MIB
+    """Bytes of one picture, as its file has them."""
+    max_picture_pixels: int = Field(default=2**25, ge=1)
+    """Width times height of one picture: a small file may be a very large one."""
+    max_pictures: int = Field(default=64, ge=1)
+    """Pictures of one conversation or sequence."""
+    allow_image_host: Hosts = ()
+    """Hosts that pictures are fetched from; without any, they come as data: URLs alone."""
     replicas: int | None = Field(default=None, ge=1, le=256)
     """Engines, each in a process of its own, that serve behind this address; `None`: one in this process."""
     min_replicas: int = Field(default=1, ge=1)

@@ -18,6 +18,7 @@ from enum import StrEnum
 from rollout_server.errors import InvalidField, UnknownPolicy
 from rollout_server.grammar import Constraint
 from rollout_server.quoting import counted, quoted
+from rollout_server.text.pictures.picture import Picture
 
 BASE = "base"
 MAX_SEED = 2**53 - 1
@@ -92,11 +93,8 @@ class SamplingParams:
                 raise InvalidField(f"{name} must be {rule}{found}.", param=name)
 
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
-        need(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"between 0 and max_tokens ({quoted(self.max_tokens)})",
-        )
+        within = f"between 0 and max_tokens ({quoted(self.max_tokens)})"
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", within)
         need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         need(self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 (greedy) or at least 0.001")
         need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
@@ -267,6 +265,8 @@ class RolloutRequest:
     """The text goes on behind the prompt's; else it is read as a text of its own, as a turn of a conversation is."""
     shown: frozenset[int] = frozenset()
     """Special tokens that stand in the text; others are left out."""
+    pictures: tuple[Picture, ...] = ()
+    """What the placeholders among `given_ids` stand for, in their order; what is left of them in a prefix is text."""
 
     @property
     def given_ids(self) -> tuple[int, ...]:

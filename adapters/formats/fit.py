@@ -6,6 +6,7 @@ names. `faults` compares it with the base's layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,12 @@ from adapters.tensors import STORAGE, FileTensor
 PEFT_PREFIX = "base_model.model."
 TRANSPOSED = ("it looks transposed", "they look transposed")
 """The words for one tensor, and for several."""
+TOWER = re.compile(r"(?:^|\.)(?:visual|vision_tower|vision_model|multi_modal_projector|connector)\.")
+"""What the layers of a vision model's tower are called, and of what leads from it into the decoder."""
+ON_TOWER = (
+    "adapters on a vision tower are not served, since what it makes of a picture would be another thing under each "
+    "version: train the layers of the language model alone"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,8 @@ def faults(
     for (module, part), tensor in sorted(proposal.tensors.items()):
         if module in prefixed:
             found.append(_prefixed(tensor, module, prefixed[module]))
+        elif module not in layers and TOWER.search(module):
+            found.append(_unexpected(tensor, ON_TOWER, ON_TOWER))
         elif module not in layers:
             found.append(
                 _unexpected(tensor, f"the base has no adaptable layer {shown(module)}", "the base has no such layers")

@@ -15,7 +15,7 @@ from adapters.spec import ExpertsShape, experts_of
 
 RULES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     # The text model inside one that also sees, and as older releases called it.
-    (re.compile(r"^language_model\.model\."), ("model.language_model.", "language_model.model.")),
+    (re.compile(r"^language_model\.model\."), ("model.language_model.", "language_model.model.", "model.text_model.")),
     (re.compile(r"^language_model\.lm_head$"), ("lm_head", "language_model.lm_head")),
     # Mixtral's block, which transformers 5 renamed.
     (re.compile(r"\.block_sparse_moe\."), (".block_sparse_moe.", ".mlp.")),

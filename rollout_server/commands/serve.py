@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +14,15 @@ from rollout_server.commands.terminal.command_options import configure, load_bla
 from rollout_server.commands.terminal.engine_options import (
     AdapterDir,
     AllowHost,
+    AllowImageHost,
     Also,
     Attention,
     KvBits,
     KvMemory,
     MaxBatch,
+    MaxPictureBytes,
+    MaxPicturePixels,
+    MaxPictures,
     Memory,
     MinReplicas,
     Prefer,
@@ -29,9 +33,6 @@ from rollout_server.commands.terminal.engine_options import (
     Warm,
     WeightsMemory,
 )
-
-if TYPE_CHECKING:
-    from rollout_server.config import ServerConfig
 
 
 def serve(
@@ -61,6 +62,10 @@ def serve(
     adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
+    max_picture_bytes: MaxPictureBytes = None,
+    max_picture_pixels: MaxPicturePixels = None,
+    max_pictures: MaxPictures = None,
+    allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
@@ -74,23 +79,21 @@ def serve(
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
-    given = {name: value for name, value in ctx.params.items() if value not in (None, [])}
+    _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
+
+
+def _serve(given: dict[str, Any]) -> None:
+    """Reads the configuration, and serves until it is told to stop."""
     with one_sentence():
-        config = _configured(given)
+        blas = load_blas()
+        config = configure(given)
+        from rollout_server import logs
+
+        logs.configure(config.log_format)
+        log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on"))
-
-
-def _configured(given: dict[str, Any]) -> ServerConfig:
-    """The configuration; the first line of the log, in its format, says what multiplies here."""
-    blas = load_blas()
-    config = configure(given)
-    from rollout_server import logs
-
-    logs.configure(config.log_format)
-    log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
-    return config
 
 
 def greet(url: str, *, page: bool) -> None:

@@ -44,6 +44,7 @@ from rollout_server.engine.scheduling.preemption import Preemption
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
+from rollout_server.engine.sight.features import SHARE, Eyes
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
 
@@ -63,14 +64,14 @@ def build_engine(
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` (seconds) decides;
     turns are measured by `turn_clock`, if given. `device_fault` says what is wrong with the device after a failure."""
-    info, blame, traces, timeline = model.info, Blame(), Traces(), timeline or Timeline()
+    info, eyes, blame, traces, timeline = model.info, model.eyes, Blame(), Traces(), timeline or Timeline()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
-    ledger = KVLedger(info.kv_memory // info.kv_bytes_per_token, prefix_reuse.fit)
+    ledger = ledger_of(model, prefix_reuse)
     requests, changes, held = requests_of(model, ledger), deque[PolicyCommand](), HeldScorers(policies)
     reports = Reports(requests, policies, tell_admissions=options.tell_admissions)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline, clock)
     scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
-    tasks = ScoringTasks(scoring, policies, held, reports, frozenset(info.eos_token_ids), info.embedding.pooling)
+    tasks = ScoringTasks(scoring, policies, held, reports, info, eyes)
     preemption, pause_state = Preemption(batches, policies, reports, requests, ledger), PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock)
     return Engine(
@@ -80,7 +81,7 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock),
+        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes),
         batches=batches,
         scoring=scoring,
         tasks=tasks,
@@ -100,6 +101,21 @@ def build_engine(
     )
 
 
+def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
+    """What of the KV memory nobody needs goes to what is kept for later requests."""
+    limit = model.info.kv_memory // model.info.kv_bytes_per_token
+    return KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
+
+
+def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:
+    """Shares KV columns that nobody needs among what is kept for later requests: features of pictures, of which there
+    are few, take at most `most`."""
+    if eyes is not None:
+        eyes.fit(min(cells, most))
+        cells = max(0, cells - eyes.cells)
+    prefix_reuse.fit(cells)
+
+
 def warmed(
     model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
 ) -> None:
@@ -112,7 +128,8 @@ def warmed(
 
 def requests_of(model: ResidentModel, ledger: KVLedger) -> RequestQueue:
     """The queue; prompts that are kept for what waits in it fill KV."""
-    requests = RequestQueue(model.info.max_batch, partial(model.make_store().minimum_cells, 1))
+    cells = partial(model.make_store().minimum_cells, 1)
+    requests = RequestQueue(model.info.max_batch, cells, *([] if model.eyes is None else [model.eyes.sight]))
     ledger.register("prompts", requests.kept_cells)
     return requests
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from itertools import repeat
 
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import Classify, Embed, Replay, Score, ScoringCommand
 from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.errors import ContextExceeded, InvalidField
+from rollout_server.quoting import counted
 from rollout_server.rollout import RolloutRequest
+from rollout_server.text.pictures.picture import Picture
 
 
 def check_scoring(request: ScoringCommand, info: ModelInfo) -> None:
@@ -51,6 +54,9 @@ def _check_score(score: Score, info: ModelInfo) -> None:
                 param="sequences",
             )
         check_sequence(tokens, "sequences", info)
+    for tokens, start, shown in zip(score.sequences, score.starts, score.pictures or repeat(()), strict=False):
+        # What a row sampled is text, whatever it looks like.
+        check_pictures(tokens[:start] if start > 1 else tokens, tokens, shown, "sequences", info)
 
 
 def _check_replay(replay: Replay, info: ModelInfo) -> None:
@@ -62,6 +68,7 @@ def _check_replay(replay: Replay, info: ModelInfo) -> None:
         if not row.prompt_ids:
             raise InvalidField("A rollout has no prompt.", param="rollouts")
         check_sequence(row.prompt_ids + row.token_ids, "rollouts", info)
+        check_pictures(row.prompt_ids, row.prompt_ids + row.token_ids, row.pictures, "rollouts", info)
 
 
 def _check_embed(embed: Embed, info: ModelInfo) -> None:
@@ -71,6 +78,8 @@ def _check_embed(embed: Embed, info: ModelInfo) -> None:
         if not tokens:
             raise InvalidField("A sequence to embed has no tokens.", param="input")
         check_sequence(tokens, "input", info)
+    for tokens, shown in zip(embed.sequences, embed.pictures or repeat(()), strict=False):
+        check_pictures(tokens, tokens, shown, "input", info)
 
 
 def _check_classify(classify: Classify, info: ModelInfo) -> None:
@@ -79,6 +88,9 @@ def _check_classify(classify: Classify, info: ModelInfo) -> None:
         check_ids(classify.label_token_ids, "label_token_ids", info)
     if classify.types:
         _check_types(classify, info)
+    for tokens, shown in zip(classify.sequences, classify.pictures or repeat(()), strict=False):
+        # Rows of a call end in what was sampled, which is text whatever it looks like.
+        check_pictures(tokens[:0] if classify.held else tokens, tokens, shown, "sequences", info)
     for tokens, positions in zip(classify.sequences, classify.positions, strict=True):
         check_sequence(tokens, "sequences", info)
         ascending = all(before < after for before, after in itertools.pairwise(positions))
@@ -110,6 +122,11 @@ def check_group(group: RolloutRequest, info: ModelInfo) -> None:
     check_generates(info)
     check_ids(group.prompt_ids, "prompt", info)
     check_ids(group.prefix.token_ids, "prefix", info)
+    check_pictures(group.prompt_ids, group.given_ids, group.pictures, "prompt", info)
+    if info.placeholder is not None and group.prompt_ids[-1] == info.placeholder:
+        raise InvalidField(
+            "The prompt ends in a picture: put a token behind it, from which the next one is sampled.", param="prompt"
+        )
     for token in group.sampling.stop_token_ids:
         if not 0 <= token < info.vocab_size:
             raise InvalidField(
@@ -128,6 +145,26 @@ def check_group(group: RolloutRequest, info: ModelInfo) -> None:
         raise ContextExceeded(
             f"One row of {total} tokens needs more KV memory than the {info.kv_memory} bytes of --kv-memory.",
             param="max_tokens",
+        )
+
+
+def check_pictures(
+    given: Sequence[int], tokens: Sequence[int], pictures: Sequence[Picture], param: str, info: ModelInfo
+) -> None:
+    """Raises `InvalidField` unless pictures and placeholders fit: all of those in `given`, and no more than those in
+    `tokens`, which may go on behind it with what was sampled."""
+    if info.placeholder is None:
+        if pictures:
+            raise InvalidField(f"{info.id} reads text alone and sees no pictures: leave them out.", param="images")
+        return
+    needed = sum(picture.tokens for picture in pictures)
+    found = given.count(info.placeholder)
+    if found > needed or (found < needed and tokens.count(info.placeholder) < needed):
+        raise InvalidField(
+            f"There are {counted(found, 'placeholder')} (token {info.placeholder}), and "
+            f"{counted(len(pictures), 'picture')} with {needed}: give the "
+            "ids that a reply's prompt_token_ids have, and every picture of them in images.",
+            param=param,
         )
 
 

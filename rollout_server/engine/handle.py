@@ -71,6 +71,7 @@ from rollout_server.errors import Conflict, EngineUnavailable, InvalidField, Not
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress, RolloutRequest
+from rollout_server.text.pictures.reader import PictureReader
 
 T = TypeVar("T")
 
@@ -134,6 +135,12 @@ class EngineHandle:
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the base, for the event loop's side."""
         return self._loaded(self._thread.tokenizer)
+
+    @property
+    def pictures(self) -> PictureReader | None:
+        """What reads pictures as the model's own processor does; None where it sees none."""
+        self._loaded(self._thread.info)
+        return self._thread.pictures
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
         """See `Grammars.compile`; on any thread."""

@@ -183,6 +183,9 @@ class Engine:
         self._batches.drop_cancelled()
         self._preemption.let_grow()
         if self._batches.reading and share:
+            if self._admission.shows:
+                with self._timeline.part("look") as part:
+                    part.note(pictures=self._admission.look(share))
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
 
     def _prefill_tokens(self, share: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from rollout_server.engine.messages.rollouts import Event, RequestFailed, RowFinished, TokensSampled
 from rollout_server.engine.messages.scoring import Classified, Classify, ScorerHeld
 from rollout_server.rollout import PolicyAddress, PolicyVersion
+from rollout_server.text.pictures.picture import Picture
 
 
 class Subscription:
@@ -69,14 +70,15 @@ class HeldScorer:
         self._let_go = let_go
         self._gone = False
 
-    async def scores(self, tokens: Sequence[int], position: int, shared: int = 0) -> tuple[float, ...]:
+    async def scores(
+        self, tokens: Sequence[int], position: int, shared: int = 0, pictures: tuple[Picture, ...] = ()
+    ) -> tuple[float, ...]:
         """The head's scores of its labels at a position of a sequence, raw float32. Its `shared` first tokens, which
         other rows begin with as well, are read once for all of them. Raises what a sequence can be refused with, and
         `EngineUnavailable` where the call was ended. Cancelling it ends the reading."""
         address = PolicyAddress(self.version.name, number=self.version.number)
-        classify = Classify(
-            self._new_id("reward"), address, (tuple(tokens),), ((position,),), held=self.id, shared=shared
-        )
+        id, sequences, shown = self._new_id("reward"), (tuple(tokens),), (pictures,) if pictures else ()
+        classify = Classify(id, address, sequences, ((position,),), held=self.id, shared=shared, pictures=shown)
         classified = await self._ask(classify)
         return tuple(np.frombuffer(classified.scores[0], "<f4").tolist())
 

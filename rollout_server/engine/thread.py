@@ -15,6 +15,7 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import RolloutError
 from rollout_server.open_files import import_mlx_lm
+from rollout_server.text.pictures.reader import PictureReader
 
 if TYPE_CHECKING:
     from rollout_server.engine.encoding.loop import EncoderEngine
@@ -28,6 +29,7 @@ class Runner(Protocol):
     info: ModelInfo | None
     tokenizer: Any
     grammars: Grammars | None
+    pictures: PictureReader | None
 
     def put(self, command: Command) -> None:
         """Hands a command over."""
@@ -47,7 +49,8 @@ MakeRunner = Callable[[EngineOptions, Callable[[list[Event]], None], Callable[[E
 
 
 class EngineThread(threading.Thread):
-    """`info`, `tokenizer` and `grammars` are set before the status says ready; an encoder has no grammars."""
+    """`info`, `tokenizer`, `grammars` and `pictures` are set before the status says ready; an encoder has no grammars,
+    and only a model that sees reads pictures."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class EngineThread(threading.Thread):
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
         self.grammars: Grammars | None = None
+        self.pictures: PictureReader | None = None
         self._options = options
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._post = post
@@ -99,6 +103,7 @@ class EngineThread(threading.Thread):
         policies, options = PolicyTable(model, self._options), self._options
         engine = build_engine(model, policies, self._mailbox, self._post, self._show, options, timeline=timeline)
         self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
+        self.pictures = model.eyes.reader if model.eyes is not None else None
         self.info, self.tokenizer = model.info, model.host_tokenizer
         return engine
 

@@ -39,6 +39,7 @@ from rollout_server.fleet.status import fleet_status
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import BASE, PolicyVersion
+from rollout_server.text.pictures.reader import PictureReader
 
 if TYPE_CHECKING:
     from rollout_server.engine.sampling.grammars import Grammars
@@ -74,6 +75,8 @@ class Fleet:
     ) -> None:
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
+        self.pictures: PictureReader | None = None
+        """Replicas are sent none: the controller has no tower to count placeholders by, and refuses pictures."""
         self.grammars: Grammars | None = None
         self._fleet, self._path = fleet, Path(options.model_path)
         self._post, self._show_status, self._clock = post, show, clock

@@ -25,6 +25,7 @@ from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion, called
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.long_texts import ContextBound
+from rollout_server.text.pictures.reader import PictureReader
 from rollout_server.text.token_strings import TokenStrings
 from rollout_server.versions.publisher import Publisher
 from rollout_server.versions.startup import Startup
@@ -97,6 +98,11 @@ class Service:
     @property
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
+
+    @property
+    def pictures(self) -> PictureReader | None:
+        """What reads pictures as the model's own processor does; None where it sees none."""
+        return self.engine.pictures
 
     @cached_property
     def vocabulary(self) -> str:

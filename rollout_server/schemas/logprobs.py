@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from rollout_server.schemas.fields import PolicyText, Request, TokenIds, Whole
+from rollout_server.schemas.messages import ImageUrls
 from rollout_server.schemas.rollouts import BaseState, PolicyState, SpanReply
 from rollout_server.schemas.spans import SpanToRead
 
@@ -14,6 +15,7 @@ from rollout_server.schemas.spans import SpanToRead
 class SequenceToScore(Request):
     token_ids: Annotated[TokenIds, Field(min_length=1)]
     start: Whole = 0
+    images: ImageUrls | None = None
     versions: Annotated[list[SpanToRead], Field(min_length=1)] | None = Field(
         default=None,
         description="Spans that tile the positions from `start` on, counted from there: each is read under its own "

@@ -10,8 +10,18 @@ from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import MANY, ONE, Request, unsupported
 
 OTHER_PARTS = frozenset(
-    {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "file", "refusal", "thinking"}
+    {"input_image", "image", "input_audio", "audio_url", "video_url", "file", "refusal", "thinking"}
 )
+PICTURE, TEXT = "<picture>", "<text>"
+ImageUrls = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(
+        min_length=1,
+        description="A data: URL for each picture, in the order of its placeholders, of which the ids hold as many as "
+        "the model reads for it: those that a reply's prompt_token_ids have.",
+    ),
+]
+"""Pictures beside token ids."""
 
 
 class TextPart(Request):
@@ -26,8 +36,31 @@ class TextPart(Request):
         # Before the fields that only parts of other types have are called unknown.
         kind = data.get("type") if isinstance(data, dict) else None
         if isinstance(kind, str) and kind in OTHER_PARTS:
-            raise unsupported("type", f"is {quoted(kind)}; this server reads parts of type 'text' only")
+            raise unsupported("type", f"is {quoted(kind)}; this server reads parts of type 'text' and 'image_url'")
         return data
+
+
+class ImageUrl(Request):
+    later: ClassVar = {"detail": ("auto",)}
+
+    url: Annotated[str, Field(min_length=1)] = Field(description="data:image/png;base64,…")
+
+
+class PicturePart(Request):
+    """A picture, where the model has a tower for them."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return PICTURE if kind == "image_url" else TEXT
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag(TEXT)] | Annotated[PicturePart, Tag(PICTURE)], Discriminator(_part_kind)
+]
 
 
 def _content_form(value: Any) -> str | None:
@@ -37,7 +70,7 @@ def _content_form(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag(ONE)] | Annotated[list[TextPart], Tag(MANY)],
+    Annotated[str, Tag(ONE)] | Annotated[list[ContentPart], Tag(MANY)],
     Discriminator(
         _content_form, custom_error_type="content_form", custom_error_message="must be text or a list of content parts"
     ),
@@ -55,6 +88,12 @@ class Message(Request):
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+
+    @property
+    def image_urls(self) -> list[str]:
+        """The pictures of its content, in their order."""
+        parts = self.content if isinstance(self.content, list) else ()
+        return [part.image_url.url for part in parts if isinstance(part, PicturePart)]
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]

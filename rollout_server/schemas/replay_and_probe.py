@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rollout_server.schemas.fields import Request, Seed, TokenIds
+from rollout_server.schemas.messages import ImageUrls
 from rollout_server.schemas.rollouts import BaseState, SamplingOptions
 from rollout_server.schemas.spans import SpanToRead
 
@@ -28,6 +29,7 @@ class RecordedRollout(Request):
     log_kept_mass: Values | None = None
     sampling: SamplingOptions | None = None
     seed: Seed | None = None
+    images: ImageUrls | None = None
 
     id: Any = None
     prompt_id: Any = None

@@ -21,7 +21,7 @@ from rollout_server.schemas.fields import (
     Whole,
     exactly_one,
 )
-from rollout_server.schemas.messages import Messages
+from rollout_server.schemas.messages import ImageUrls, Messages
 from rollout_server.schemas.spans import SpanToKeep
 from rollout_server.schemas.structured import EffectiveStructure, Structured
 
@@ -87,6 +87,7 @@ class Prompt(Request):
     token_ids: TokenIds | None = None
     text: str | None = None
     messages: Messages | None = None
+    images: ImageUrls | None = None
     id: Annotated[str, Field(max_length=256)] | None = None
     n: Count | None = None
     max_tokens: Count | None = None
@@ -114,6 +115,7 @@ class Prompt(Request):
             )
         owner = {
             "add_special_tokens": "text",
+            "images": "token_ids",
             "tools": "messages",
             "chat_template_kwargs": "messages",
             "add_generation_prompt": "messages",

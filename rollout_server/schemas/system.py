@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 
 class ModelCard(BaseModel):
     """`kv_bits` is 8 where keys and values are kept in so many bits, and null where as the model computed them.
-    `labels` are the names of what a head scores, null for one without a name; without a head there are none."""
+    `labels` are the names of what a head scores, null for one without a name; without a head there are none.
+    `vision`: its prompts may show pictures."""
 
     id: str
     object: Literal["model"]
@@ -24,6 +25,7 @@ class ModelCard(BaseModel):
     digest: str
     task: Literal["generate", "classify", "token_classify", "embed"]
     labels: list[str | None]
+    vision: bool
 
 
 class ModelsReply(BaseModel):

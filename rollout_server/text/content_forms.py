@@ -56,6 +56,11 @@ def _part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+def holds_pictures(content: Any) -> bool:
+    """True for a list of parts of which one is a picture."""
+    return isinstance(content, list) and any(part.get("type") == "image" for part in content)
+
+
 def _joined(content: str | list[dict[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 

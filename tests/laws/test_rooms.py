@@ -49,6 +49,8 @@ SMALL = {
     "rollout_server/schemas/openai/embeddings.py": "the bodies of one route",
     "rollout_server/schemas/spans.py": "the bodies of one route",
     "rollout_server/schemas/vllm/adapters.py": "the bodies of one route",
+    "rollout_server/text/pictures/picture.py": "a noun that crosses to the engine",
+    "rollout_server/text/pictures/reader.py": "what HTTP knows of a model's pictures",
     "rollout_server/text/token_strings.py": "one way from ids to text",
     "rollout_server/versions/adapter_directory.py": "one way in which versions come in",
     "adapters/versions/retention.py": "a rule that the registry keeps and the state directory foretells",

@@ -48,7 +48,7 @@ OWN: dict[str, tuple[str, dict[str, Any], str]] = {
     "an image": (
         "chat",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages[0].content[0].type",
+        "messages[0].content[0].image_url.url",
     ),
     "two limits": ("chat", {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
 }

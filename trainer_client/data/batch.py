@@ -141,7 +141,11 @@ class RolloutBatch:
     def sequences(self) -> list[dict[str, Any]]:
         """Prompt and completion of each row, to be scored from its first completion token: what `logprobs` takes."""
         return [
-            {"token_ids": [*row.prompt_token_ids.tolist(), *row.token_ids.tolist()], "start": len(row.prompt_token_ids)}
+            {
+                "token_ids": [*row.prompt_token_ids.tolist(), *row.token_ids.tolist()],
+                "start": len(row.prompt_token_ids),
+                **({"images": list(row.images)} if row.images else {}),
+            }
             for row in self.rollouts
         ]
 

@@ -30,6 +30,8 @@ def continued(rollout: Rollout, tokens: ArrayLike = (), **fields: Any) -> dict[s
     if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
         raise ValueError(f"tokens must be a list of token ids, not {given.dtype} of shape {given.shape}.")
     prompt: dict[str, Any] = {"token_ids": rollout.prompt_token_ids.tolist(), "seed": rollout.seed}
+    if rollout.images:
+        prompt["images"] = list(rollout.images)
     if rollout.prompt_id is not None:
         prompt["id"] = rollout.prompt_id
     ids = [*rollout.token_ids.tolist(), *given.tolist()]

@@ -109,6 +109,9 @@ class Rollout:
     error: RowFault | None
     reward: RowReward | None = None
     """None unless a reward model was named."""
+    images: tuple[str, ...] = field(default=(), repr=False)
+    """The pictures of its prompt as URLs, in the order of their placeholders; they go along wherever it is read again.
+    Known of rows whose prompts this client sent."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Effective sampling parameters."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)

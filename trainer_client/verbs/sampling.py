@@ -15,11 +15,12 @@ from trainer_client.data.sampling_options import SamplingOptions
 from trainer_client.verbs.json_call import BINARY, Addressed, address, post
 from trainer_client.wire.call import Call, StreamCall
 from trainer_client.wire.parsing import parse_line, parse_reply
+from trainer_client.wire.pictures import images_of, seen, travelling, with_images
 from trainer_client.wire.replies import parse_json
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Rollout
 """Text, token ids, chat messages, a prompt object of the contract with its own `id`, `n`, `seed`, `prefix`, …, or a
-row to go on with."""
+row to go on with. Pictures stand in messages, or as `images` beside token ids: URLs, paths, bytes or PIL images."""
 SPARE_S = 60.0
 """Seconds to wait for a reply beyond the server's own deadline."""
 
@@ -68,8 +69,14 @@ def rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[Rollout
 
     Raises a `ServerError` only if no row produced anything; a row that failed has `finish_reason` `error`. Not repeated
     when the connection is lost."""
+    body = _rollouts_body(prompts, options)
+    images = [images_of(prompt) for prompt in body["prompts"]]
     return post(
-        "/v1/rollouts", _rollouts_body(prompts, options), parse_reply, headers=BINARY, timeout_s=_patience(options)
+        "/v1/rollouts",
+        body,
+        lambda reply: with_images(parse_reply(reply), images),
+        headers=BINARY,
+        timeout_s=_patience(options),
     )
 
 
@@ -77,7 +84,9 @@ def stream_rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[
     """Does what `rollouts` does, but yields each row when it finishes, in that order; `RolloutBatch.of` joins them.
     Leaving the loop early ends the rows still running. Raises where the stream breaks off, so its end means that all
     came."""
-    call = post("/v1/rollouts", _rollouts_body(prompts, options, stream=True), lambda reply: None)
+    body = _rollouts_body(prompts, options, stream=True)
+    images = [images_of(prompt) for prompt in body["prompts"]]
+    call = post("/v1/rollouts", body, lambda reply: None)
     return StreamCall(
         method=call.method,
         path=call.path,
@@ -85,8 +94,13 @@ def stream_rollouts(prompts: Sequence[Prompt] | RolloutBatch, **options: Unpack[
         headers=call.headers,
         body=call.body,
         timeout_s=_patience(options),
-        parse_line=parse_line,
+        parse_line=lambda line: _line(line, images),
     )
+
+
+def _line(line: bytes, images: Sequence[tuple[str, ...]]) -> Rollout | None:
+    row = parse_line(line)
+    return row if row is None else seen(row, images)
 
 
 def completions(prompt: Any, *, model: Addressed = "base", **fields: Any) -> Call[dict[str, Any]]:
@@ -136,13 +150,13 @@ def _prompt(prompt: Prompt) -> Mapping[str, Any]:
     if isinstance(prompt, Rollout):
         return continued(prompt)
     if isinstance(prompt, Mapping):
-        return prompt
+        return travelling(prompt)
     if is_array(prompt) and getattr(prompt, "ndim", None) != 0:
         return {"token_ids": prompt}
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise TypeError(f"A prompt is text, token ids, chat messages or a mapping, not {type(prompt).__name__}.")
     if len(prompt) and isinstance(prompt[0], Mapping):
-        return {"messages": list(prompt)}
+        return travelling({"messages": list(prompt)})
     return {"token_ids": prompt}
 
 

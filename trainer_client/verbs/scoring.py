@@ -17,6 +17,7 @@ from trainer_client.verbs.json_call import BINARY, Addressed, address, post, wit
 from trainer_client.wire.call import Call
 from trainer_client.wire.encoding import json_body
 from trainer_client.wire.parsing import Scored, parse_scored
+from trainer_client.wire.pictures import travelling
 from trainer_client.wire.replies import Reply, need, need_objects, parse_json
 
 _PER_TOKEN = ("token_ids", "loss_mask", "logprobs", "sampling_logprobs", "log_kept_mass")
@@ -34,7 +35,7 @@ def logprobs(
     """Log-probabilities of given tokens under a policy, by teacher forcing.
 
     sequences    token ids each (lists, or any arrays), scored from position 0 (whose value is NaN); or `{"token_ids",
-                 "start"}`; or a batch, scored over its completions, so that the flat result lines up with
+                 "start", "images"}`; or a batch, scored over its completions, so that the flat result lines up with
                  `batch.logprobs`
     temperature  divides the logits first
     returns      `entropy`
@@ -54,7 +55,7 @@ def logprobs(
 
 
 def _sequence(entry: Sequence[int] | np.ndarray | Mapping[str, Any]) -> Mapping[str, Any]:
-    return entry if isinstance(entry, Mapping) else {"token_ids": entry}
+    return travelling(entry) if isinstance(entry, Mapping) else {"token_ids": entry}
 
 
 def _span(span: Span | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,6 +156,8 @@ def _by_row(values: Any, lengths: Sequence[int]) -> Iterable[np.ndarray]:
 def _sent(row: Rollout) -> dict[str, Any]:
     """What of a row the server needs to read it again."""
     entry: dict[str, Any] = {"prompt_token_ids": row.prompt_token_ids.tolist()}
+    if row.images:
+        entry["images"] = list(row.images)
     for name in _PER_TOKEN:
         values = getattr(row, name)
         entry[name] = None if values is None else _values(values)

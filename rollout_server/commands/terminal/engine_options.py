@@ -1,4 +1,4 @@
-"""Options of `serve`: how the engine uses its device, in which directories versions are, which names it answers to."""
+"""Options of `serve`: how the engine uses its device, where versions are, which names and pictures it takes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ StateDir = Annotated[
     str | None, option("Directory in which versions outlive a restart; one server each.", metavar="DIR")
 ]
 AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_adapter may load from.", metavar="DIR")]
+MaxPictureBytes = Annotated[str | None, option("Largest file of a picture.", "20MiB", metavar="SIZE")]
+MaxPicturePixels = Annotated[int | None, option("Most pixels of a picture, width times height.", "33554432")]
+MaxPictures = Annotated[int | None, option("Most pictures of one conversation.", "64")]
+AllowImageHost = Annotated[
+    list[str] | None, option("Host to fetch pictures from; repeatable. Else they are data: URLs.", metavar="NAME")
+]
 Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
 MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
 AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]

@@ -21,7 +21,7 @@ from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
-from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.kv_cache.store import KVStore, Reading
 from rollout_server.engine.timeline import Timeline
 from rollout_server.text.detokenize import IncrementalText
 
@@ -36,7 +36,7 @@ class Batch:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Reading,
         store: KVStore,
         decoder: Decoder,
         route: Callable[[Sequence[int]], None],
@@ -140,7 +140,7 @@ class Batch:
         prefill: kept, in the place of a `sibling`, or where one has left it."""
         group = admission.group
         if group.prompt is None:
-            group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot, owner=group)
+            group.prompt = Prompt(group.request.given_ids[:-1], group.placement.slot, owner=group, sight=group.sight)
         self.store.begin(group.prompt, admission.count, columns)
         if sibling is not None and not group.prompt.done:
             self.store.inherit(group.prompt, *sibling)
@@ -170,9 +170,10 @@ class Batch:
     def _read(self, budget: int) -> int:
         """Feeds prompts once, at most about `budget` tokens; returns how many if there is more to feed in this turn."""
         ready = [each for each in self.joining if each.prompt.looked_up or self._prefixes is None]
-        chosen = plan([each.prompt.ahead for each in ready], budget)
-        if not chosen:
+        planned = plan([each.prompt.ahead for each in ready], budget)
+        if not planned:
             return 0
+        chosen = [(index, ready[index].prompt.chunk(count)) for index, count in planned]
         tokens = sum(count for _, count in chosen)
         with self._timeline.part("read") as part:
             part.note(tokens=tokens, prompts=len(chosen))

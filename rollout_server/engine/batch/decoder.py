@@ -189,7 +189,7 @@ class Decoder:
         if self._inputs is None or self._inputs.rows != rows:
             self._inputs = StepInputs(rows, size)
         inputs = self._inputs
-        self._store.set_positions(inputs.offsets, inputs.width)
+        self._store.set_positions(inputs.offsets, inputs.width, inputs.deltas)
         self._route(inputs.slots())
         ids = self._dispatched.sampled.ids if self._dispatched is not None else inputs_of(seats, size)
         logits = self._forward(ids[:, None], self._store.layers)[:, -1]

@@ -10,7 +10,7 @@ import mlx.core as mx
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import planned
-from rollout_server.engine.kv_cache.store import Forward, Piece
+from rollout_server.engine.kv_cache.store import Piece, Reading
 
 FIRST, GROWTH, LONGEST = 8, 16, 2048
 """Tokens of the shortest chunk, each next one's multiple of it, and what none exceeds."""
@@ -25,7 +25,7 @@ def cells_of(most: int) -> int:
 
 
 def readings(
-    forward: Forward,
+    forward: Reading,
     make_rows: Callable[[], PaddedKV],
     route: Callable[[Sequence[int]], None],
     most: int,
@@ -45,7 +45,7 @@ def readings(
 
 
 def _seconds(
-    forward: Forward, rows: PaddedKV, route: Callable[[Sequence[int]], None], length: int, clock: Callable[[], float]
+    forward: Reading, rows: PaddedKV, route: Callable[[Sequence[int]], None], length: int, clock: Callable[[], float]
 ) -> float:
     taken: list[float] = []
     while len(taken) <= REPEATS and (len(taken) < 2 or sum(taken) < ENOUGH_S / 2):

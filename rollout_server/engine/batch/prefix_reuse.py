@@ -158,7 +158,7 @@ class BatchPrefixes:
             prompt.looked_up = True
             if prompt.done:
                 continue
-            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.tokens):
+            if segments := self._prefix_reuse.find(key_of(group.version, group.placement), prompt.key):
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled
@@ -168,7 +168,8 @@ class BatchPrefixes:
 
     def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
         if group.version is not None and prompt.tokens:
-            mx.eval(self._prefix_reuse.keep(self._store, place, key_of(group.version, group.placement), prompt.tokens))
+            key = key_of(group.version, group.placement)
+            mx.eval(self._prefix_reuse.keep(self._store, place, key, prompt.key))
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         copies: list[mx.array] = []
@@ -181,6 +182,8 @@ class BatchPrefixes:
                 request = row.group.request
                 # The last token was sampled and never read. Rows of a group part behind what all were given.
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
+                if row.group.sight is not None:
+                    tokens = row.group.sight.key_of(tokens)
                 copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
         return copies
 
@@ -281,4 +284,4 @@ def _brings(earlier: Group, later: Group, prompt: Prompt) -> bool:
     half = max(LEAST, len(prompt.tokens) // 2)
     if len(first.tokens) < half or len(prompt.tokens) < half or first.tokens[half - 1] != prompt.tokens[half - 1]:
         return False
-    return first.tokens[:half] == prompt.tokens[:half]
+    return first.key[:half] == prompt.key[:half]

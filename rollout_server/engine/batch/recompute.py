@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.placement import Placement
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.kv_cache.store import KVStore, Reading
 
 RecomputeRun = tuple[int, Placement]
 """Inputs up to this one (excluded) are read there."""
@@ -25,7 +25,7 @@ class Recoveries:
     """Rows of one batch that are read again, oldest first. `route` aims the next forward at a placement of any
     parameter set."""
 
-    def __init__(self, forward: Forward, store: KVStore, route: Callable[[Placement], None]) -> None:
+    def __init__(self, forward: Reading, store: KVStore, route: Callable[[Placement], None]) -> None:
         self._forward = forward
         self._store = store
         self._route = route
@@ -42,7 +42,7 @@ class Recoveries:
     def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
         tokens = (*row.group.request.prompt_ids, *row.token_ids)[: row.offset]
-        prompt = Prompt(tokens, row.placement.slot)
+        prompt = Prompt(tokens, row.placement.slot, sight=row.group.sight)
         self._store.begin(prompt, 1, columns)
         self._open.append(Recovery(row, prompt, tuple(runs)))
 
@@ -52,7 +52,7 @@ class Recoveries:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
                 end, placement = next(run for run in recovery.runs if run[0] > prompt.prefilled)
-                count = min(end - prompt.prefilled, budget)
+                count = prompt.chunk(min(end - prompt.prefilled, budget))
                 prompt.slot = placement.slot
                 self._store.prefill(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
                 budget -= count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from adapters.placement import BASE_PLACEMENT, Placement
 from rollout_server.engine.kv_cache.prompt import Prompt
@@ -24,6 +25,9 @@ from rollout_server.rollout import (
 )
 from rollout_server.text.detokenize import IncrementalText
 
+if TYPE_CHECKING:
+    from rollout_server.engine.sight.sight import Sight
+
 TopTokens = tuple[tuple[int, float], ...]
 
 
@@ -32,6 +36,8 @@ class Group:
     """The n samples of one prompt. `version` and `placement` are taken when its first sample is admitted."""
 
     request: RolloutRequest
+    sight: Sight | None = None
+    """Where its pictures stand; None without any."""
     arrived: float = field(default_factory=time.monotonic)
     version: PolicyVersion | None = None
     placement: Placement = BASE_PLACEMENT
@@ -198,6 +204,11 @@ class Row:
     def columns_soon(self) -> int:
         """KV columns for its tokens so far and `HEADROOM` more."""
         return self._first + 1 + min(self._most, self.dispatched + HEADROOM)
+
+    @property
+    def delta(self) -> int:
+        """The rotary position of its next token, less that token's column."""
+        return self.group.sight.delta if self.group.sight is not None else 0
 
     @property
     def input_id(self) -> int:

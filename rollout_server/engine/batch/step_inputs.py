@@ -34,6 +34,15 @@ class StepInputs:
         self.positions[self._places] = [row.dispatched for _, row in rows]
         self._columns = np.zeros(size, dtype=np.int64)
         self._columns[self._places] = [row.offset for _, row in rows]
+        self._deltas: np.ndarray | None = None
+        if any(row.delta for _, row in rows):
+            self._deltas = np.zeros(size, dtype=np.int64)
+            self._deltas[self._places] = [row.delta for _, row in rows]
+
+    @property
+    def deltas(self) -> list[int] | None:
+        """What each place adds to its column for what turns queries and keys; None where no row has anything."""
+        return None if self._deltas is None else self._deltas.tolist()
 
     @property
     def width(self) -> int:

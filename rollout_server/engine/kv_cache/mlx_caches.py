@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Forward
+from rollout_server.engine.kv_cache.store import Forward, Reading
 from rollout_server.engine.messages.options import JOINED_KV_SPARE
 
 PADDED_WIDTH = 128
@@ -89,7 +89,7 @@ class MlxCacheKV:
         prompt.kept = None
 
     def prefill(
-        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+        self, forward: Reading, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
     ) -> None:
         for together in self._runs(chunks):
             route([prompt.slot for prompt, _ in together])
@@ -166,7 +166,7 @@ class MlxCacheKV:
         mx.eval([cache.state for cache in kept])
         return kept
 
-    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int, deltas: Sequence[int] | None = None) -> None:
         """The caches keep their own offsets."""
 
     def moves_on_leave(self, leaving: int) -> bool:

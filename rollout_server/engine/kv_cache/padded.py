@@ -19,8 +19,9 @@ from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Win
 from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, row_bucket
-from rollout_server.engine.kv_cache.store import Forward, Piece
+from rollout_server.engine.kv_cache.store import Piece, Reading
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
+from rollout_server.engine.sight.seen import Seen, blocks_of, rotary_of, seen_of
 
 
 class PaddedKV:
@@ -158,15 +159,17 @@ class PaddedKV:
         self._free, self._remains = [], {}
 
     def prefill(
-        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+        self, forward: Reading, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
     ) -> None:
-        pieces = [Piece(p.places[0], p.prefilled, p.tokens[p.prefilled : p.prefilled + n], p.slot) for p, n in chunks]
+        pieces = [
+            Piece(p.places[0], p.prefilled, p.tokens[p.prefilled : p.prefilled + n], p.slot, p.sight) for p, n in chunks
+        ]
         self.read(forward, pieces, route)
         self.evaluate()
         for prompt, n in chunks:
             prompt.prefilled += n
 
-    def read(self, forward: Forward, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
+    def read(self, forward: Reading, pieces: Sequence[Piece], route: Callable[[list[int]], None]) -> mx.array:
         """Runs the pieces through the model, each in its own place; returns logits [pieces, longest piece, V], of
         which those behind a piece's own tokens mean nothing. Nothing is evaluated; see `evaluate`."""
         length, count = max(len(piece.tokens) for piece in pieces), len(pieces)
@@ -183,8 +186,16 @@ class PaddedKV:
         # Padding goes where no row ever stands, see `set_positions`.
         columns = mx.where(own, offset[:, None] + step, self.columns - 1)
         self.window = Window(places, places, offset, columns, width)
+        seen = self._see(pieces, length) if any(piece.sight is not None for piece in pieces) else None
         route([piece.slot for piece in pieces])
-        return forward(mx.array(tokens, dtype=mx.int32), self.layers)[:count]
+        inputs = mx.array(tokens, dtype=mx.int32)
+        return (forward(inputs, self.layers) if seen is None else forward(inputs, self.layers, seen))[:count]
+
+    def _see(self, pieces: Sequence[Piece], length: int) -> Seen | None:
+        """Pictures among the pieces' tokens, and what they do to positions and masks."""
+        views = [(piece.sight, piece.at, len(piece.tokens)) for piece in pieces]
+        self.window.rotary, self.window.blocks = rotary_of(views, length), blocks_of(views, length)
+        return seen_of(views, length)
 
     @staticmethod
     def _fill_up(pieces: Sequence[Piece]) -> list[Piece]:
@@ -230,16 +241,18 @@ class PaddedKV:
                     layer.write(prompt.places[0], prompt.prefilled, *(array[:, : segment.count] for array in pair))
             prompt.prefilled += segment.count
 
-    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int, deltas: Sequence[int] | None = None) -> None:
         self._grow_columns(width + 1)
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
         offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
-        self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)))
+        rotary = None if deltas is None else offset + mx.array(list(deltas), dtype=mx.int32)
+        self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)), rotary)
 
-    def decode_window(self, offset: mx.array, width: int) -> Window:
-        """Every place in order, one new token each at its column `offset` int32 [capacity]."""
-        return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width)
+    def decode_window(self, offset: mx.array, width: int, rotary: mx.array | None = None) -> Window:
+        """Every place in order, one new token each at its column `offset` int32 [capacity], turned by `rotary` where
+        that is another number."""
+        return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width, rotary)
 
     def _width(self, needed: int) -> int:
         return few_widths(needed) if self._coarse else round_up(needed, COLUMN_BUCKET)

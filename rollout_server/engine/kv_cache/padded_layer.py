@@ -22,6 +22,11 @@ class Window:
     offset: mx.array
     columns: mx.array
     width: int
+    rotary: mx.array | None = None
+    """What turns queries and keys, where it is not their column: int32 [B] or [3, B, N], see `seen.rotary_of`."""
+    blocks: mx.array | None = None
+    """int32 [2, B, N]: columns that a token reads besides those before it, from and to, as far as they are within its
+    window."""
     masks: dict[int | None, mx.array] = field(default_factory=dict)
 
     def mask(self, window_size: int | None) -> mx.array:
@@ -31,6 +36,9 @@ class Window:
             position = self.columns[:, None, :, None]
             column = mx.arange(self.width, dtype=mx.int32)
             found = column <= position
+            if self.blocks is not None:
+                begin, end = self.blocks[:, :, None, :, None]
+                found = found | ((column >= begin) & (column < end))
             if window_size is not None:
                 found = found & (column > position - window_size)
             self.masks[window_size] = found
@@ -97,7 +105,9 @@ class PaddedLayer:
 
     @property
     def offset(self) -> mx.array:
-        return self._layout.window.offset
+        """What models turn queries and keys by, and nothing else."""
+        window = self._layout.window
+        return window.offset if window.rotary is None else window.rotary
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         return self._layout.window.mask(window_size or self._window_size)

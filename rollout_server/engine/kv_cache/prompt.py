@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rollout_server.engine.sight.sight import Sight
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +27,17 @@ class Prompt:
     """Numbers of tokens, the fewest first, behind which reading stops, since the state there is to be kept."""
     owner: object = None
     """Whose samples begin with it: a place that one of them has left still holds it."""
+    sight: Sight | None = None
+    """Where its pictures stand; None without any."""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What its KV is known by: its tokens, and which pictures they stand for."""
+        return self.tokens if self.sight is None else self.sight.key_of(self.tokens)
+
+    def chunk(self, count: int) -> int:
+        """How many tokens are read next where about `count` are to be."""
+        return count if self.sight is None else self.sight.chunk(self.prefilled, count)
 
     @property
     def ahead(self) -> int:

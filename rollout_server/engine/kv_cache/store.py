@@ -9,9 +9,17 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.sight.seen import Seen
+from rollout_server.engine.sight.sight import Sight
 
 Forward = Callable[[mx.array, list[Any]], mx.array]
 """(tokens int32 [B, N], one cache per layer) → logits [B, N, V]."""
+
+
+class Reading(Protocol):
+    """A `Forward` that may be given what it sees of pictures; where it sees none it is called as one."""
+
+    def __call__(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array: ...
 
 
 class KVStore(Protocol):
@@ -50,7 +58,7 @@ class KVStore(Protocol):
         """Forgets a prompt that was begun for `count` rows and never seated; its places are left separately."""
 
     def prefill(
-        self, forward: Forward, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
+        self, forward: Reading, chunks: Sequence[tuple[Prompt, int]], route: Callable[[list[int]], None]
     ) -> None:
         """Runs the next `n` tokens of each prompt through the model and evaluates only the KV."""
 
@@ -63,9 +71,10 @@ class KVStore(Protocol):
     def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
 
-    def set_positions(self, offsets: Sequence[int | None], width: int) -> None:
+    def set_positions(self, offsets: Sequence[int | None], width: int, deltas: Sequence[int] | None = None) -> None:
         """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
-        many columns it reads."""
+        many columns it reads. `deltas` are added to the columns for what turns queries and keys; None where all are 0,
+        as they are without pictures."""
 
     def pending(self) -> list[Any]:
         """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""
@@ -99,3 +108,5 @@ class Piece:
     at: int
     tokens: tuple[int, ...]
     slot: Any
+    sight: Sight | None = None
+    """The pictures of what the tokens are part of."""

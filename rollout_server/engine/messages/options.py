@@ -130,6 +130,9 @@ class ModelInfo:
     token_types: int = 0
     """How many types of tokens an encoder knows, by which it tells the texts of a pair apart."""
 
+    placeholder: int | None = None
+    """The token that stands for what it sees of a picture; None where it sees none."""
+
     @property
     def scoring(self) -> Scoring:
         """What a version's head has to fit."""

@@ -12,6 +12,10 @@ from rollout_server.rollout import (
     Span,
     SpanAddress,
 )
+from rollout_server.text.pictures.picture import Picture
+
+Pictures = tuple[tuple[Picture, ...], ...]
+"""What the placeholders of each sequence stand for, in their order; empty where no sequence has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class RecordedRow:
     logprobs: tuple[float | None, ...]
     sampling: SamplingParams
     seed: int
+    pictures: tuple[Picture, ...] = ()
+    """What the placeholders of its prompt stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class Score:
     """For each sequence the versions it is read under, or None for `policy` alone; empty if no sequence has any."""
     by_digest: bool = False
     """Spans that carry a digest mean the newest kept version that has it, whatever its number."""
+    pictures: Pictures = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Embed:
     id: str
     policy: PolicyAddress
     sequences: tuple[tuple[int, ...], ...]
+    pictures: Pictures = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,7 @@ class Classify:
     """Token types of each sequence, as many as it has tokens; empty where all of them are 0."""
     held: str = ""
     """The id of a `HoldScorer`: the version that it keeps is what reads, whatever `policy` has come to mean."""
+    pictures: Pictures = ()
     shared: int = 0
     """How many of its first tokens each sequence has in common with others that will be sent later; what was read of
     them is kept."""

@@ -25,8 +25,9 @@ from rollout_server.engine.kv_cache.store import Forward
 TRACES = 256
 """Kept at most, the least recently used go first."""
 
-Trace = Callable[[mx.array, mx.array, list[mx.array], list[mx.array]], tuple[mx.array, list[mx.array]]]
-"""(tokens [B, 1], offset [B], keys and values of each layer, adapter arrays) → (logits, keys and values)."""
+Trace = Callable[[mx.array, list[mx.array], list[mx.array], list[mx.array]], tuple[mx.array, list[mx.array]]]
+"""(tokens [B, 1], offset and, where it differs, rotary [B], keys and values of each layer, adapter arrays) → (logits,
+keys and values)."""
 
 
 class Routed(Protocol):
@@ -107,13 +108,16 @@ class CompiledDecode:
         if not store.filled:
             return self._forward(tokens, layers)
         aimed, adapters = self._routed.lent()
-        width = store.window.width
+        window, width = store.window, store.window.width
+        positions = [window.offset] if window.rotary is None else [window.offset, window.rotary]
         # Other shapes, as of ranks, need no key: mx.compile traces anew where they change.
-        trace = self.traces.get((store.capacity, store.columns, width, aimed), partial(self._compiled, width))
-        offset, state = store.window.offset, store.give_arrays()
+        trace = self.traces.get(
+            (store.capacity, store.columns, width, len(positions), aimed), partial(self._compiled, width)
+        )
+        state = store.give_arrays()
         try:
             with self.traces.running(store):
-                logits, state = trace(tokens, offset, state, adapters)
+                logits, state = trace(tokens, positions, state, adapters)
         finally:
             store.take_arrays(state)
         return logits
@@ -122,7 +126,7 @@ class CompiledDecode:
         forward, routed = self._forward, self._routed
 
         def step(
-            tokens: mx.array, offset: mx.array, state: list[mx.array], adapters: list[mx.array]
+            tokens: mx.array, positions: list[mx.array], state: list[mx.array], adapters: list[mx.array]
         ) -> tuple[mx.array, list[mx.array]]:
             # Python runs here only while the step is traced.
             store = tracing.store
@@ -130,7 +134,7 @@ class CompiledDecode:
                 raise RuntimeError("A step is traced that nobody runs.")
             tracing.made += 1
             window = store.window
-            store.window = store.decode_window(offset, width)
+            store.window = store.decode_window(positions[0], width, *positions[1:])
             store.take_arrays(state)
             try:
                 with routed.reading(adapters):

@@ -18,12 +18,13 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
-from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention, choose_attention
 from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.embedding import UNFIT
+from rollout_server.engine.sight.seen import Seen
 from rollout_server.errors import EngineUnavailable
 
 log = logging.getLogger("rollout_server.engine.model")
@@ -49,7 +50,7 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
     time, and says so; decode steps are compiled, and attend by a kernel, only where they then pass the
     same test. Raises `EngineUnavailable` where keys and values are to be kept in 8 bits and cannot be."""
-    forward: Forward = lambda tokens, caches: module(tokens, cache=caches)  # noqa: E731
+    forward: Reading = lambda tokens, caches, seen=None: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
     expected = [_alone(forward, module, row) for row in rows]
@@ -82,7 +83,7 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
 
 
 def _choose_padded(
-    forward: Forward,
+    forward: Reading,
     make: Callable[..., PaddedKV],
     rows: Sequence[Sequence[int]],
     expected: Sequence[mx.array],
@@ -114,7 +115,7 @@ def _with_attention(
 ) -> ChosenStore:
     modules = modules_of(module)
 
-    def forward(tokens: mx.array, caches: list[Any]) -> mx.array:
+    def forward(tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         with bound(modules):
             logits: mx.array = module(tokens, cache=caches)
         return logits
@@ -163,7 +164,7 @@ def _alone(forward: Forward, module: nn.Module, row: Sequence[int]) -> mx.array:
 
 
 def _self_test(
-    forward: Forward,
+    forward: Reading,
     store: KVStore,
     rows: Sequence[Sequence[int]],
     expected: Sequence[mx.array],
@@ -210,7 +211,7 @@ def _slower_together(module: nn.Module) -> str | None:
     return "on a CPU that is faster" if mx.default_device() == mx.cpu and not ours else None
 
 
-def padding_fault(forward: Forward, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
+def padding_fault(forward: Reading, make_caches: Callable[[], list[Any]], vocabulary: int) -> str | None:
     """Reads a long, a middling and a short prompt together, whole and in two parts, padded with one token and with
     another. Where the class looks at lengths, each leaves the state that it leaves alone, and exactly the same with
     both. States show what logits of half precision hide."""
@@ -233,7 +234,7 @@ def padding_fault(forward: Forward, make_caches: Callable[[], list[Any]], vocabu
     return None
 
 
-def _states(forward: Forward, store: MlxCacheKV, rows: Sequence[tuple[int, ...]], parts: int) -> list[list[mx.array]]:
+def _states(forward: Reading, store: MlxCacheKV, rows: Sequence[tuple[int, ...]], parts: int) -> list[list[mx.array]]:
     """What each row leaves behind in its caches, read in so many parts."""
     prompts = [Prompt(row, 0) for row in rows]
     for prompt in prompts:

@@ -41,12 +41,17 @@ from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
+from rollout_server.engine.model.vision.load import nbytes
+from rollout_server.engine.model.vision.sighted import eyes_of, read_tower
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
+from rollout_server.models.vision.family import VisionFamily
 
 log = logging.getLogger("rollout_server.engine.model")
 SAMPLED_ROWS = 12
+AROUND: dict[str, str] = {"idefics3": "mistral3", "smolvlm": "mistral3"}
+"""Vision models that mlx-lm lacks → the module that takes their text model as it stands in theirs."""
 EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
 REASON = 400
@@ -68,20 +73,19 @@ UNREADABLE = (
 
 def load(options: EngineOptions) -> ResidentModel:
     """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
-    path = Path(options.model_path)
+    path, on_cpu = Path(options.model_path), mx.default_device() == mx.cpu
     read = read_model(path)
     module, config = read.module, read.config
-    on_cpu = mx.default_device() == mx.cpu
-    _prepare(module, on_cpu=on_cpu)
-    dtype = _activation_dtype(module)
-    vocabulary = _vocabulary(read)
+    tower = _prepare(path, module, on_cpu=on_cpu)
+    dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
     # What only reads has no decode steps.
     chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
     unfit = _check_device(module, layers, vocabulary, dtype)
-    weight_bytes = sum(array.nbytes for array in _arrays(module))
+    eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
+    weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
     check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
@@ -109,12 +113,13 @@ def load(options: EngineOptions) -> ResidentModel:
         prefill_tokens=sizes.prefill_tokens.value,
         device=str(mx.default_device()),
         pad_token_id=read.pad_token_id,
+        placeholder=None if eyes is None else eyes.family.placeholder,
         **scoring_of(read.kind, read.head, config),
     )
     filters = choose_filter_kernel(vocabulary, dtype)
     kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
-    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head
+    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
     return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
 
 
@@ -148,12 +153,14 @@ def _end_tokens(config: dict[str, Any], tokenizer: Any, vocabulary: int) -> tupl
     return tuple(sorted(token for token in ends if 0 <= token < vocabulary))
 
 
-def _prepare(module: nn.Module, *, on_cpu: bool) -> None:
+def _prepare(path: Path, module: nn.Module, *, on_cpu: bool) -> VisionFamily | None:
+    """In memory, as it is computed with; returns the tower beside it, if there is one."""
     if on_cpu:
         _to_float32(module)
     module.eval()
     module.freeze()
     mx.eval(module.parameters())
+    return read_tower(path, module)
 
 
 def _to_float32(module: nn.Module) -> None:
@@ -286,7 +293,7 @@ def _served_by(config: Mapping[str, Any]) -> dict[str, str]:
         for (kind, architecture), module in mlx_lm_utils.MODEL_ARCHITECTURE_REMAPPING.items()
         if architecture in architectures
     }
-    return mlx_lm_utils.MODEL_REMAPPING | special
+    return AROUND | mlx_lm_utils.MODEL_REMAPPING | special
 
 
 def _as_said(module: nn.Module, plan: Plan) -> str | None:

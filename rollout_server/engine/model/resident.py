@@ -19,7 +19,10 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
 from rollout_server.engine.model.tasks.heads import Head
+from rollout_server.engine.model.vision.sighted import logits_of, states_of
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
+from rollout_server.engine.sight.features import Eyes
+from rollout_server.engine.sight.seen import Seen
 
 
 class VersionedModel(Protocol):
@@ -65,15 +68,22 @@ class ResidentModel:
     """What rows are filtered by, where this device has a kernel for it."""
     head: Head | None = None
     """What scores those states; `module` itself gives them then."""
+    eyes: Eyes | None = None
+    """What makes vectors of pictures; None for a model of text."""
 
-    def forward(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+    def forward(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
+        if seen is not None:
+            states = states_of(self.module, self.trunk, tokens, caches, seen)
+            return states if self.head is not None else logits_of(self.module, self.trunk, states)
         with bound(self.attention.modules) if self.attention.modules else nullcontext():
             logits: mx.array = self.module(tokens, cache=caches)
         return logits
 
-    def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
+        if seen is not None:
+            return states_of(self.module, self.trunk, tokens, caches, seen)
         return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
 
     def make_padded(self) -> PaddedKV:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rollout_server.engine.batch.joining import Admission, BatchKey
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.errors import RolloutError
+from rollout_server.text.pictures.picture import Picture
+
+if TYPE_CHECKING:
+    from rollout_server.engine.sight.sight import Sight
 
 
 @dataclass(slots=True, eq=False)
@@ -40,13 +45,16 @@ class RequestQueue:
     """First come, first served: a group that does not fit yet lets no later one pass, so nothing starves. A group that
     waits for a version to be pushed is held apart, and comes back to the place its arrival gives it.
 
-    `prompt_cells(tokens)` are the columns that a prompt takes which is kept for samples that wait."""
+    `prompt_cells(tokens)` are the columns that a prompt takes which is kept for samples that wait; `see` says where the
+    pictures of a prompt stand."""
 
     def __init__(
         self,
         max_rows: int,
         prompt_cells: Callable[[int], int] = lambda tokens: tokens,
+        see: Callable[[Sequence[int], Sequence[Picture]], Sight | None] = lambda tokens, pictures: None,
     ) -> None:
+        self._see = see
         self.open_requests: dict[str, OpenRequest] = {}
         self.waiting_requests = 0
         self.streams = 0
@@ -62,7 +70,7 @@ class RequestQueue:
         self._prompt_cells = prompt_cells
 
     def submit(self, submit: Submit) -> OpenRequest:
-        groups = tuple(Group(request) for request in submit.groups)
+        groups = tuple(Group(each, self._see(each.given_ids, each.pictures)) for each in submit.groups)
         rows = sum(group.request.n for group in groups)
         streams = any(group.request.wants.tokens_as_they_come for group in groups)
         open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups), streams)

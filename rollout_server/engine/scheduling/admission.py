@@ -16,12 +16,13 @@ from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.tasks import ScoringTasks
+from rollout_server.engine.sight.features import Eyes
 from rollout_server.errors import RolloutError, StalePolicy
 
 
 class AdmissionControl:
     """`changes` are the changes of versions that wait or are under way. `clock` is the one of deadlines, in
-    seconds."""
+    seconds; `eyes` see pictures, where the model has a tower."""
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class AdmissionControl:
         changes: Collection[PolicyCommand],
         blame: Blame,
         clock: Callable[[], float] = time.monotonic,
+        eyes: Eyes | None = None,
     ) -> None:
+        self._eyes = eyes
         self._policies = policies
         self._batches = batches
         self._ledger = ledger
@@ -49,6 +52,18 @@ class AdmissionControl:
     def joining(self) -> int:
         """Rows whose prompt is being read."""
         return sum(joining.count for joining in self._batches.joining)
+
+    @property
+    def shows(self) -> bool:
+        """True if some prompt that is being read has pictures."""
+        return self._eyes is not None and any(joining.prompt.sight is not None for joining in self._batches.joining)
+
+    def look(self, tokens: int) -> int:
+        """Has the tower read the pictures among the next `tokens` tokens of prompts; returns how many. It works apart
+        from reading, so that what a token costs is learnt without it."""
+        prompts = [joining.prompt for joining in self._batches.joining]
+        views = [(prompt.sight, prompt.prefilled, len(prompt.tokens) - prompt.prefilled) for prompt in prompts]
+        return self._eyes.look_ahead(views, tokens) if self._eyes is not None else 0
 
     def begin_turn(self, budget: TurnBudget, *, paused: bool) -> None:
         """Tells the budget what decodes, what joins, and what could."""

@@ -18,7 +18,7 @@ from rollout_server.engine.batch.prefix_reuse import LEAST, PrefixReuse
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Forward, Piece
+from rollout_server.engine.kv_cache.store import Piece, Reading
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
@@ -57,6 +57,13 @@ class _Part:
     """None where a family's prompt is read."""
     prompt: Prompt | None
 
+    def piece(self, most: int) -> Piece:
+        """About `most` of its tokens."""
+        found = self.sequence or self.prompt
+        count = min(most, self.left)
+        end = self.at + (count if found is None else found.chunk(count))
+        return Piece(self.place, self.at, self.tokens[self.at : end], self.slot, found.sight if found else None)
+
 
 class BatchedReader:
     """The methods of `reader.Reader`. Rows of a forward have the same `apart(slot)`; `chunk` tokens may have their
@@ -64,13 +71,13 @@ class BatchedReader:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Reading,
         make_rows: Callable[[], PaddedKV],
         route: Callable[[Sequence[Any]], None],
         apart: Callable[[Any], Hashable],
         chunk: int,
         prefixes: PrefixReuse,
-        hidden: Forward | None = None,
+        hidden: Reading | None = None,
         filter_kernel: FilterKernel | None = None,
     ) -> None:
         self._forward = forward
@@ -131,7 +138,7 @@ class BatchedReader:
         self._joining.append(_Joining(prefix, sequences))
         key, prompt = sequences[0].job.key, prefix.prompt
         unknown = bool(prompt.tokens) and prompt.kept is None
-        if key is not None and unknown and (segments := self._prefixes.find(key, prompt.tokens)):
+        if key is not None and unknown and (segments := self._prefixes.find(key, prompt.key)):
             self._rows.paste(prompt, segments)
         self._kept = [kept for kept in self._kept if kept is not prefix] + [prefix] * bool(prefix.waiting)
 
@@ -153,7 +160,7 @@ class BatchedReader:
             keep = bool(joining.prefix.waiting)
             places = self._rows.seat(joining.prompt, len(joining.sequences), keep)
             if (key := joining.key) is not None and joining.prompt.tokens:
-                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.tokens))
+                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.key))
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:
@@ -235,10 +242,7 @@ class BatchedReader:
         scoring = first is not None and first.scoring
         of_states = scoring and first is not None and first.of_states
         most = min(share, self._chunk // len(parts)) if scoring and not of_states else share
-        pieces = [
-            Piece(part.place, part.at, part.tokens[part.at : part.at + min(most, part.left)], part.slot)
-            for part in parts
-        ]
+        pieces = [part.piece(most) for part in parts]
         out = self._rows.read(self._hidden if of_states else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:
@@ -260,4 +264,4 @@ class BatchedReader:
 def _begins_like(first: Prompt, second: Prompt) -> bool:
     """Returns whether at least half of the second prompt is there once the first was read."""
     half = max(LEAST, len(second.tokens) // 2)
-    return len(first.tokens) >= half and first.tokens[:half] == second.tokens[:half]
+    return len(first.tokens) >= half and first.key[:half] == second.key[:half]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from rollout_server.engine.scoring.labels import WORTH, LabelReading, alike
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
+
+if TYPE_CHECKING:
+    from rollout_server.engine.sight.sight import Sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class ScoredSequenceState:
     """Its vector, where that is what is wanted: the last token is an input then, too."""
     labels: LabelReading | None = None
     """Its label scores, likewise."""
+    sight: Sight | None = None
+    """Where its pictures stand; None without any."""
     logprobs: list[float | None] = field(default_factory=list)
     entropies: list[float | None] = field(default_factory=list)
     tops: list[TopTokens | None] = field(default_factory=list)
@@ -108,6 +113,10 @@ class ScoredSequenceState:
     def length(self) -> int:
         """KV columns it fills."""
         return len(self.tokens) - (self.pool is None and self.labels is None)
+
+    def chunk(self, count: int) -> int:
+        """How many inputs are read next where about `count` are to be."""
+        return count if self.sight is None else self.sight.chunk(self.next_input, count)
 
     def advance(self, count: int) -> None:
         """Counts `count` inputs of the current run as read."""
@@ -180,47 +189,66 @@ class ScoreJob:
     open: int = 0
     """Sequences that have not ended."""
 
-    def embed(self, tokens: tuple[int, ...], version: PolicyVersion, placement: Any, kind: PoolingKind) -> None:
+    def embed(
+        self,
+        tokens: tuple[int, ...],
+        version: PolicyVersion,
+        placement: Any,
+        kind: PoolingKind,
+        sight: Sight | None = None,
+    ) -> None:
         """A sequence whose hidden states are pooled."""
         pool = Pool(kind, len(tokens))
         sequence = ScoredSequenceState(
-            self, tokens, (), (VersionRun(0, len(tokens), pool.first, version, placement),), pool=pool
+            self, tokens, (), (VersionRun(0, len(tokens), pool.first, version, placement),), pool=pool, sight=sight
         )
         self.sequences.append(sequence)
         self.open += 1
-        self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], placement), deque([sequence])))
+        self.prefixes.append(SharedPrefix(Prompt(tokens[: pool.first], placement, sight=sight), deque([sequence])))
 
     def classify(
         self,
-        members: Sequence[tuple[tuple[int, ...], LabelReading]],
+        members: Sequence[tuple[tuple[int, ...], LabelReading, Sight | None]],
         version: PolicyVersion,
         placement: Any,
         shared: int = 0,
     ) -> None:
         """Sequences whose label scores are read. Nothing is read behind the last position of one. With their `shared`
         first tokens, sequences of other jobs begin as well."""
-        tokens = [given[: reading.positions[-1] + 1] for given, reading in members]
-        readings = [reading for _, reading in members]
-        for indices, together in alike(tokens, [reading.positions[0] for reading in readings]):
+        tokens = [given[: reading.positions[-1] + 1] for given, reading, _ in members]
+        readings, sights = [reading for _, reading, _ in members], [sight for _, _, sight in members]
+        # A picture is no beginning that others share in part: it may have to be read in one chunk.
+        keys = [given if sight is None else sight.key_of(given) for given, sight in zip(tokens, sights, strict=True)]
+        firsts = [reading.positions[0] for reading in readings]
+        most = [at if sight is None else sight.before(at) for at, sight in zip(firsts, sights, strict=True)]
+        for indices, together in alike(keys, most):
             if len(indices) == 1 and shared >= WORTH:
-                together = min(shared, readings[indices[0]].positions[0])
+                sight = sights[indices[0]]
+                together = min(shared if sight is None else sight.before(shared), most[indices[0]])
             made = []
             for index in indices:
                 reading = readings[index]
                 # A head costs only where it is applied; logits cost in every position of a forward.
-                scored = together if reading.head is not None else reading.positions[0]
+                scored = together if reading.head is not None else most[index]
                 run = VersionRun(0, len(tokens[index]), scored, version, placement)
-                made.append(ScoredSequenceState(self, tokens[index], (), (run,), labels=reading))
+                made.append(ScoredSequenceState(self, tokens[index], (), (run,), labels=reading, sight=sights[index]))
             self.sequences += made
             prompt = tokens[indices[0]][: together if len(made) > 1 else made[0].run.scored]
-            self.prefixes.append(SharedPrefix(Prompt(prompt, placement), deque(made)))
+            self.prefixes.append(SharedPrefix(Prompt(prompt, placement, sight=sights[indices[0]]), deque(made)))
         self.open += len(members)
 
-    def add(self, members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]], shared: int = 0) -> None:
-        """A shared prefix of (tokens, start, spans with their placements) whose first `shared` inputs are the same."""
+    def add(
+        self,
+        members: Sequence[tuple[tuple[int, ...], int, Sequence[tuple[Span, Any]]]],
+        shared: int = 0,
+        sight: Sight | None = None,
+    ) -> None:
+        """A shared prefix of (tokens, start, spans with their placements) whose first `shared` inputs are the same, and
+        all of whose pictures stand in it, as `sight` says."""
         made = []
         for tokens, start, spans in members:
-            sequence = ScoredSequenceState(self, tokens, tuple(span for span, _ in spans), runs_of(start, spans))
+            own = tuple(span for span, _ in spans)
+            sequence = ScoredSequenceState(self, tokens, own, runs_of(start, spans), sight=sight)
             if start == 0:
                 sequence.keep(None, None, None)
             self.sequences.append(sequence)
@@ -231,7 +259,9 @@ class ScoreJob:
             first = made[0].run
             # A single sequence shares with nobody: its prompt is all that needs no values.
             shared = min(shared if len(members) > 1 else first.scored, first.scored)
-            self.prefixes.append(SharedPrefix(Prompt(made[0].tokens[:shared], first.placement), deque(made)))
+            self.prefixes.append(
+                SharedPrefix(Prompt(made[0].tokens[:shared], first.placement, sight=sight), deque(made))
+            )
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rollout_server.engine.batch.prefix_reuse import key_of
 from rollout_server.engine.batch.row import Group
-from rollout_server.engine.messages.options import PoolingKind
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.scoring import (
     Classified,
     Classify,
@@ -31,16 +31,19 @@ from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob
 from rollout_server.engine.scoring.labels import LabelReading
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.replay import RowReplay
-from rollout_server.errors import RolloutError, UnknownPolicy
+from rollout_server.engine.sight.features import Eyes
+from rollout_server.engine.sight.sight import Sight
+from rollout_server.errors import InvalidField, RolloutError, UnknownPolicy
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span, SpanAddress
+from rollout_server.text.pictures.picture import Picture
 
 Held = dict[PolicyAddress, tuple[PolicyVersion, Any]]
 """Versions with one reference each, and their placements."""
 
 
 class ScoringTasks:
-    """Makes jobs of the scoring queue and hands their results to the reports. `eos` are the model's end tokens,
-    `pooling` is how it embeds."""
+    """Makes jobs of the scoring queue and hands their results to the reports. `info` is the model's,
+    and its `eyes` see pictures, where the model has a tower."""
 
     def __init__(
         self,
@@ -48,11 +51,12 @@ class ScoringTasks:
         policies: PolicyTable,
         held: HeldScorers,
         reports: Reports,
-        eos: frozenset[int],
-        pooling: PoolingKind,
+        info: ModelInfo,
+        eyes: Eyes | None = None,
     ) -> None:
-        self._eos = eos
-        self._pooling = pooling
+        self._eyes = eyes
+        self._eos = frozenset(info.eos_token_ids)
+        self._pooling = info.embedding.pooling
         self._queue = queue
         self._policies = policies
         self._held = held
@@ -74,6 +78,7 @@ class ScoringTasks:
         """Label scores. Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy has nothing that
         gives them, holding nothing."""
         asked, owner = request.label_token_ids, ""
+        sights = self._sights(request.sequences, request.pictures)
         scorer: Scorer | None
         if request.held:
             held = self._held.again(request.held)
@@ -97,11 +102,13 @@ class ScoringTasks:
             owner=owner,
             key=key_of(version, placement) if request.shared else None,
         )
-        job.classify(list(zip(request.sequences, readings, strict=True)), version, placement, request.shared)
+        members = list(zip(request.sequences, readings, sights, strict=True))
+        job.classify(members, version, placement, request.shared)
         self._queue.add(job)
 
     def embed(self, embed: Embed) -> None:
         """Hidden states pooled. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
+        sights = self._sights(embed.sequences, embed.pictures)
         version, placement = self._policies.acquire(embed.policy, 1, None, reads=True)
 
         def finished(_: tuple[ScoredSequence, ...]) -> None:
@@ -109,13 +116,16 @@ class ScoringTasks:
             self._reports.add(Embedded(embed.id, version, vectors))
 
         job = ScoreJob(embed.id, (version,), finished, lambda error: self._reports.fail(embed.id, error))
-        for tokens in embed.sequences:
-            job.embed(tokens, version, placement, self._pooling)
+        for tokens, sight in zip(embed.sequences, sights, strict=True):
+            job.embed(tokens, version, placement, self._pooling, sight)
         self._queue.add(job)
 
     def score(self, score: Score) -> None:
         """A request of its own. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
         held: Held = {}
+        sights = self._sights(score.sequences, score.pictures)
+        for sight, start in zip(sights, score.starts, strict=True):
+            check_start(sight, start)
         try:
             version, _ = self._hold(held, score.policy)
             members = [self._member(score, index, held) for index in range(len(score.sequences))]
@@ -135,9 +145,17 @@ class ScoringTasks:
             score.entropy,
             score.top_logprobs,
         )
-        for member in members:
-            job.add([member])
+        for member, sight in zip(members, sights, strict=True):
+            job.add([member], sight=sight)
         self._queue.add(job)
+
+    def _sights(
+        self, sequences: Sequence[tuple[int, ...]], pictures: Sequence[tuple[Picture, ...]]
+    ) -> list[Sight | None]:
+        """Where the pictures of each sequence stand. Raises `InvalidField` where they do not fit its placeholders."""
+        if self._eyes is None or not pictures:
+            return [None] * len(sequences)
+        return [self._eyes.sight(tokens, shown) for tokens, shown in zip(sequences, pictures, strict=True)]
 
     def _hold(self, held: Held, address: PolicyAddress) -> tuple[PolicyVersion, Any]:
         if address not in held:
@@ -183,6 +201,7 @@ class ScoringTasks:
     def replay(self, replay: Replay) -> None:
         """Rows drawn again. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
         held: Held = {}
+        sights = self._sights([row.prompt_ids for row in replay.rows], [row.pictures for row in replay.rows])
         try:
             found = [
                 self._spans(held, row.spans, f"rollouts[{index}]", by_digest=True)
@@ -202,8 +221,8 @@ class ScoringTasks:
             finished,
             lambda error: self._reports.fail(replay.id, error),
         )
-        for row, spans in zip(replay.rows, found, strict=True):
-            job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)])
+        for row, spans, sight in zip(replay.rows, found, sights, strict=True):
+            job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)], sight=sight)
             job.sequences[-1].replay = RowReplay(
                 row.prompt_ids, row.token_ids, row.judged, row.sampling, row.seed, self._eos
             )
@@ -225,7 +244,7 @@ class ScoringTasks:
             lambda error: self._reports.fail_group(group, error),
             group=group,
         )
-        job.add([(prompt, 0, [(Span(version, 0, len(prompt)), group.placement)])])
+        job.add([(prompt, 0, [(Span(version, 0, len(prompt)), group.placement)])], sight=group.sight)
         self._queue.add(job)
 
     def score_rows(self, group: Group) -> None:
@@ -250,8 +269,20 @@ class ScoringTasks:
         job.add(
             [(prompt + tuple(row.token_ids), given, [(Span(base, 0, row.sampled), placement)]) for row in rows],
             shared=given - 1,
+            sight=group.sight,
         )
         self._queue.add(job)
+
+
+def check_start(sight: Sight | None, start: int) -> None:
+    """Raises `InvalidField` where values would begin within a picture that is read in one chunk."""
+    first = max(start, 1) - 1
+    if sight is not None and sight.before(first) != first:
+        raise InvalidField(
+            f"start is {start}, which lies within a picture whose tokens see each other: let it be at most "
+            f"{sight.before(first) + 1}, or behind the picture.",
+            param="sequences",
+        )
 
 
 def _compared(row: RecordedRow, sequence: ScoredSequenceState, scored: ScoredSequence) -> ReplayedRow:

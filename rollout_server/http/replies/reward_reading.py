@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from rollout_server.errors import RolloutError
+from rollout_server.errors import InvalidField, RolloutError
 from rollout_server.http.replies.json_entries import rollout_text
 from rollout_server.http.requests.tokens.prompts import encode
 from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.rollout import Rollout, RolloutRequest
-from rollout_server.schemas.messages import Message, TextPart
+from rollout_server.schemas.messages import ContentPart, Message, TextPart
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.text.long_texts import Bound
+from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.reader import PictureReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class RowReader:
     """True where ids mean the same to both."""
     bound: Bound
     """What fits the reward model."""
+    pictures_of: PictureReader | None = None
+    """What gives pictures their placeholders where the reward model reads them as the policy does; None elsewhere."""
     _beginnings: dict[int, Sequence[int]] = field(default_factory=dict)
     """What a prompt is without any reply, by its place; it is tokenized once for all of its rows."""
 
@@ -43,7 +48,20 @@ class RowReader:
         place = f"prompts[{rollout.prompt_index}]"
         if self.reads == "text":
             return self._of_text(prompt, rollout, text, place)
-        return render(conversation(prompt, text), self.own_tokenizer, param=place, bound=self.bound)
+        return self._rendered(conversation(prompt, text), group, place)
+
+    def _rendered(self, prompt: Prompt, group: RolloutRequest, place: str) -> list[int]:
+        expand = None
+        if group.pictures and self.pictures_of is not None:
+            expand = partial(_expanded, self.pictures_of, group.pictures, place)
+        return render(prompt, self.own_tokenizer, param=place, bound=self.bound, expand=expand)
+
+    def pictures(self, rollout: Rollout) -> tuple[Picture, ...]:
+        """What a row's prompt showed; a text tokenized anew says nothing of it, and another model's processor would
+        have made other pixels."""
+        if self.reads == "text" or self.pictures_of is None:
+            return ()
+        return self.groups[rollout.prompt_index].pictures
 
     def shared(self, rollout: Rollout, ids: Sequence[int]) -> int:
         """How many of a row's `ids` are of its prompt, which other rows have as well."""
@@ -59,7 +77,7 @@ class RowReader:
         try:
             if self.reads == "text":
                 return self._of_text(prompt, rollout, "", place)
-            return render(prompt, self.own_tokenizer, param=place, bound=self.bound)
+            return self._rendered(prompt, self.groups[rollout.prompt_index], place)
         except RolloutError:
             # A template may want a reply: then the prompt is read with each row.
             return ()
@@ -75,6 +93,13 @@ class RowReader:
         return encode(
             self.own_tokenizer, given + text, add_special_tokens=special, param=place, bound=self.bound, place=place
         )
+
+
+def _expanded(reader: PictureReader, pictures: Sequence[Picture], place: str, text: str) -> str:
+    try:
+        return reader.expand(text, pictures)
+    except ValueError as error:
+        raise InvalidField(f"{place} and the row do not fit the pictures: {error}.", param=place) from error
 
 
 def conversation(prompt: Prompt, text: str) -> Prompt:
@@ -96,7 +121,7 @@ def common(beginning: Sequence[int], ids: Sequence[int]) -> int:
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(beginning), len(ids)))
 
 
-def _continued(content: str | list[TextPart] | None, text: str) -> str | list[TextPart]:
+def _continued(content: str | list[ContentPart] | None, text: str) -> str | list[ContentPart]:
     if isinstance(content, list):
         return [*content, TextPart(type="text", text=text)]
     return (content or "") + text

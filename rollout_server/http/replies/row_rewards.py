@@ -17,6 +17,7 @@ from rollout_server.http.metrics import Metrics
 from rollout_server.http.replies.streaming import RowEvents
 from rollout_server.http.requests.json_body import beside
 from rollout_server.rollout import FinishReason, Rollout, RowError, RowReward
+from rollout_server.text.pictures.picture import Picture
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.SUPERSEDED})
 """Rows that are scored: others were given up."""
@@ -33,6 +34,8 @@ class Reading:
     """Where in it the head is applied."""
     shared: Callable[[Rollout, Sequence[int]], int] = lambda *_: 0
     """How many tokens of it the other rows of its prompt begin with as well."""
+    pictures: Callable[[Rollout], tuple[Picture, ...]] = lambda rollout: ()
+    """What its placeholders stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ class RewardedRows:
             return ids, reading.shared(rollout, ids)
 
         ids, shared = await beside(len(rollout.token_ids) + len(rollout.prompt_ids), read)
-        return await self._scorer.scores(ids, reading.position(ids), shared)
+        return await self._scorer.scores(ids, reading.position(ids), shared, reading.pictures(rollout))
 
     async def _within(self, limit: float | None, work: Awaitable[tuple[float, ...]]) -> tuple[float, ...] | None:
         """None where it takes longer; it is ended then."""

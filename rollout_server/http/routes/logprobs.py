@@ -8,7 +8,7 @@ from litestar import Controller, Request, Response, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
-from rollout_server.engine.messages.scoring import Score
+from rollout_server.engine.messages.scoring import Pictures, Score
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
@@ -17,6 +17,7 @@ from rollout_server.http.replies.safetensors_file import binary_response, scores
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.spans import read_spans
+from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service
@@ -48,7 +49,8 @@ class LogprobsController(Controller):
         binary = wants_binary(request)
         address = service.address(data.policy, request, param="policy")
         header_id(request)
-        await beside(len(await request.body()), lambda: check(data, service))
+        weight = len(await request.body()) + sum(picture_weight(None, sequence.images) for sequence in data.sequences)
+        pictures = await beside(weight, lambda: check(data, service))
         spans = tuple(
             read_spans(sequence, f"sequences[{index}]", request, service)
             for index, sequence in enumerate(data.sequences)
@@ -65,6 +67,7 @@ class LogprobsController(Controller):
                     entropy="entropy" in data.returns,
                     top_logprobs=data.top_logprobs,
                     spans=spans,
+                    pictures=pictures,
                 )
             ),
         )
@@ -90,8 +93,8 @@ class LogprobsController(Controller):
         return await beside(weight, encode)
 
 
-def check(data: LogprobsRequest, service: Service) -> None:
-    """Lengths and vocabulary, with the place of what is wrong."""
+def check(data: LogprobsRequest, service: Service) -> Pictures:
+    """Lengths and vocabulary, with the place of what is wrong; returns the pictures of each sequence."""
     service.check_top_logprobs(data.top_logprobs, "top_logprobs")
     context = service.info.max_model_len
     for index, sequence in enumerate(data.sequences):
@@ -107,3 +110,9 @@ def check(data: LogprobsRequest, service: Service) -> None:
                 f"{place}.start is {quoted(sequence.start)}, but the sequence has {counted(count, 'token')}.",
                 param=f"{place}.start",
             )
+    if all(sequence.images is None for sequence in data.sequences):
+        return ()
+    return tuple(
+        beside_ids(sequence.images, service, f"sequences[{index}].images").pictures
+        for index, sequence in enumerate(data.sequences)
+    )

@@ -23,6 +23,7 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
+from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import header_id
 from rollout_server.http.service import Service
@@ -38,6 +39,7 @@ from rollout_server.schemas.replay_and_probe import (
     RolloutToReplay,
 )
 from rollout_server.schemas.spans import SpanToRead
+from rollout_server.text.pictures.picture import Picture
 
 
 class RecordedController(Controller):
@@ -63,6 +65,7 @@ class RecordedController(Controller):
         service = service_for(data.rollouts, request)
         header_id(request)
         weight = len(await request.body()) + sum(extra_weight(row.sampling) for row in data.rollouts)
+        weight += sum(picture_weight(None, row.images) for row in data.rollouts)
         rows = await beside(weight, lambda: [_row(row, at, request, service) for at, row in enumerate(data.rollouts)])
         command = Replay(service.engine.new_id("replay"), tuple(rows))
         replayed = await while_connected(request, service.engine.replay(command))
@@ -86,7 +89,7 @@ class RecordedController(Controller):
     async def probe(self, data: JSONBody[ProbeRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = service_for(data.rollouts, request)
         header_id(request)
-        weight = len(await request.body())
+        weight = len(await request.body()) + sum(picture_weight(None, row.images) for row in data.rollouts)
         rows = await beside(weight, lambda: list(_to_read(data.rollouts, request, service)))
         versions: list[dict[str, Any]] = []
         if rows:
@@ -177,6 +180,7 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
         logprobs=tuple(row.logprobs) if row.logprobs is not None else (None,) * len(row.token_ids),
         sampling=sampling_params(row.sampling, longest, constraint, prefix=f"{place}.sampling."),
         seed=row.seed,
+        pictures=beside_ids(row.images, service, f"{place}.images").pictures,
     )
 
 
@@ -188,6 +192,7 @@ class _Row:
     place: str
     given: RolloutToProbe
     spans: tuple[SpanAddress, ...]
+    pictures: tuple[Picture, ...]
 
     def recorded(self, temperature: float) -> list[float | None]:
         """The recorded log-probabilities at that temperature, None where there is none."""
@@ -211,7 +216,7 @@ def _to_read(rollouts: Sequence[RolloutToProbe], request: Request[Any, Any, Any]
         check(row, place, service)
         spans = spans_of(row, place, request, service)
         if spans:
-            yield _Row(place, row, spans)
+            yield _Row(place, row, spans, beside_ids(row.images, service, f"{place}.images").pictures)
 
 
 def _score(rows: Sequence[_Row], id: str, temperature: float) -> Score:
@@ -223,6 +228,7 @@ def _score(rows: Sequence[_Row], id: str, temperature: float) -> Score:
         temperature=temperature,
         spans=tuple(row.spans for row in rows),
         by_digest=True,
+        pictures=tuple(row.pictures for row in rows) if any(row.pictures for row in rows) else (),
     )
 
 

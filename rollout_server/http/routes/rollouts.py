@@ -36,13 +36,14 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.rewards import MODEL, RewardModel, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
 from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.request_ids import request_id
 from rollout_server.http.service import ARRIVED, Service
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import OnUpdate, PolicyAddress, Prefix, Rollout, RolloutRequest, SamplingParams, Wants
+from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 from rollout_server.text.long_texts import Bound
 
@@ -106,6 +107,7 @@ class RolloutsController(Controller):
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
         weight += extra_weight(data.sampling)
+        weight += sum(picture_weight(prompt.messages, prompt.images) for prompt in data.prompts)
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
@@ -134,9 +136,9 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
         scorer.let_go()
         raise
     reads, prompts, same_ids = options.reads, job.data.prompts, job.reward_model.same_ids
-    tokenizers = service.tokenizer, judge.tokenizer
-    reader = RowReader(reads, prompts, job.groups, *tokenizers, same_ids, judge.bound())
-    reading = Reading(reader.ids, judge.info.head_position, reader.shared)
+    tokenizers, sees = (service.tokenizer, judge.tokenizer), service.pictures if judge is service else None
+    reader = RowReader(reads, prompts, job.groups, *tokenizers, same_ids, judge.bound(), pictures_of=sees)
+    reading = Reading(reader.ids, judge.info.head_position, reader.shared, reader.pictures)
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
@@ -197,12 +199,9 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
-        tokens, prefix, sampling = plan_row(prompt, data, constraint, place, service, bound)
         groups.append(
             RolloutRequest(
                 id=id,
-                prompt_ids=tuple(tokens),
-                sampling=sampling,
                 policy=address,
                 n=counts[index],
                 prompt_index=index,
@@ -212,19 +211,27 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 on_update=OnUpdate(data.on_update),
                 max_staleness=data.max_staleness,
                 wants=wants,
-                prefix=prefix,
                 return_when=needed(data, counts[index], place),
-                continues=not begins_turn(prompt, sampling),
+                **plan_row(prompt, data, constraint, place, service, bound),
             )
         )
     return Job(id, data, address, groups, scores, service, began)
 
 
+def shown_in(prompt: Prompt, service: Service, place: str) -> Shown:
+    """The pictures of a prompt, in its messages or beside its ids."""
+    if prompt.images is not None:
+        return beside_ids(prompt.images, service, f"{place}.images")
+    return in_messages(prompt.messages, service, f"{place}.messages")
+
+
 def plan_row(
     prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service, bound: Bound
-) -> tuple[Sequence[int], Prefix, SamplingParams]:
-    """What a prompt's rows read, begin with, and are sampled by; `place` is the prompt's in the request."""
-    tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound)
+) -> dict[str, Any]:
+    """Fields of a `RolloutRequest`: what a prompt's rows read, begin with, and are sampled by; `place` is the
+    prompt's in the request."""
+    shown = shown_in(prompt, service, place)
+    tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound, expand=shown.expand)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
     prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)
@@ -234,7 +241,14 @@ def plan_row(
     asked, param = (prompt.max_tokens, f"{place}.max_tokens") if own else (data.sampling.max_tokens, MAX_TOKENS)
     max_tokens = room(len(tokens.ids), asked, service.info.max_model_len, prompt_param=place, param=param)
     check_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
-    return tokens.ids, prefix, sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
+    sampling = sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
+    return {
+        "prompt_ids": tuple(tokens.ids),
+        "pictures": shown.pictures,
+        "prefix": prefix,
+        "sampling": sampling,
+        "continues": not begins_turn(prompt, sampling),
+    }
 
 
 def needed(data: RolloutsRequest, n: int, place: str) -> int | None:

@@ -152,6 +152,7 @@ def cards(service: Service) -> list[dict[str, Any]]:
         "eos_token_ids": info.eos_token_ids,
         "task": info.task,
         "labels": info.labels,
+        "vision": service.pictures is not None,
     }
     found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((service.name, info.id))]
     for policy in service.policies():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from rollout_server.schemas.fields import PolicyText, Request, TokenIds, exactly_one
+from rollout_server.schemas.messages import ImageUrls
 from rollout_server.schemas.pooling.inputs import Conversation, ScoringUsage, Steps, check_conversation
 
 
@@ -17,11 +19,14 @@ class SequenceToReward(Conversation):
 
     token_ids: TokenIds | None = None
     text: str | None = None
+    images: ImageUrls | None = None
     add_special_tokens: bool = Field(default=True, description="Of `text`.")
 
     @model_validator(mode="after")
     def _one_kind(self) -> SequenceToReward:
         check_conversation(self, ("token_ids", "text"))
+        if self.images is not None and self.token_ids is None:
+            raise PydanticCustomError("prompt_option", "goes with token_ids", {"field": "images"})
         return self
 
 

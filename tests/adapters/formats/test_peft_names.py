@@ -115,3 +115,29 @@ def test_a_stack_whose_order_is_not_known_is_not_guessed() -> None:
 def test_names_that_agree_stay() -> None:
     for path in ("model.layers.0.self_attn.q_proj", "lm_head", "model.layers.3.mlp.gate_up_proj"):
         assert exported(path) == path
+
+
+@pytest.mark.parametrize("front", ["model.language_model.", "language_model.model.", "model.text_model."])
+def test_the_language_half_of_a_vision_model_has_the_names_that_peft_gives_it(front: str) -> None:
+    layers = {"language_model.model.layers.0.self_attn.q_proj": (6, 4), "language_model.lm_head": (9, 4)}
+    tensors = {
+        f"base_model.model.{front}layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 4), np.float32),
+        f"base_model.model.{front}layers.0.self_attn.q_proj.lora_B.weight": np.ones((6, 2), np.float32),
+    }
+    bundle = read_bundle(save(tensors), {**CONFIG, "target_modules": ["q_proj"]}, layers=layers)
+    assert set(bundle.spec.modules) == {"language_model.model.layers.0.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(
+    "tower", ["model.visual.blocks.0.attn.q_proj", "vision_tower.encoder.layers.0.self_attn.q_proj"]
+)
+def test_an_adapter_on_the_tower_is_refused_by_name(tower: str) -> None:
+    layers = {"language_model.model.layers.0.self_attn.q_proj": (6, 4)}
+    tensors = {
+        f"base_model.model.{path}.lora_{half}.weight": np.ones(shape, np.float32)
+        for path in (tower, "model.language_model.layers.0.self_attn.q_proj")
+        for half, shape in (("A", (2, 4)), ("B", (6, 2)))
+    }
+    with pytest.raises(AdapterDoesNotFit, match="vision tower are not served") as caught:
+        read_bundle(save(tensors), {**CONFIG, "target_modules": ["q_proj"]}, layers=layers)
+    assert all(tower in fault for fault in caught.value.faults) and len(caught.value.faults) == 2

@@ -60,6 +60,7 @@ from rollout_server.rollout import (
     Wants,
     row_seed,
 )
+from rollout_server.text.pictures.picture import Picture
 from tests.support import tiny_models
 from tests.support.engine.door import Door
 
@@ -138,6 +139,7 @@ class Driver(Door):
         max_staleness: int | None = None,
         prefix: Prefix = NO_PREFIX,
         return_when: int | None = None,
+        pictures: Sequence[tuple[Picture, ...]] = (),
         **sampling: Any,
     ) -> str:
         """Sends one request of a group for each prompt; returns its id."""
@@ -160,6 +162,7 @@ class Driver(Door):
                 wants=wants or Wants(),
                 prefix=prefix,
                 return_when=return_when,
+                pictures=pictures[index] if pictures else (),
             )
             for index, prompt in enumerate(prompts)
         )

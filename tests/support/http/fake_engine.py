@@ -44,6 +44,7 @@ from rollout_server.rollout import (
     SpanAddress,
     Timings,
 )
+from rollout_server.text.pictures.reader import PictureReader
 from tests.support.http.fake_versions import BASE_DIGEST, FakeVersions
 
 CONTEXT = 512
@@ -189,6 +190,8 @@ def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Ro
 
 
 class FakeEngine(FakeVersions):
+    pictures: PictureReader | None = None
+
     def __init__(self, tokenizer: Any, script: Script = plain, keep_versions: int = 8) -> None:
         super().__init__(keep_versions)
         self.script = script

@@ -14,6 +14,8 @@ from rollout_server.engine.model.checkpoint.family import NESTED, Family, family
 from rollout_server.engine.model.checkpoint.meaning import Meaning, meaning_of, plain
 from rollout_server.engine.model.checkpoint.renames import head_dim, renamed_fields
 
+TIED = "tie_word_embeddings"
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -46,6 +48,9 @@ def plan_of(config: Mapping[str, Any], renamed: Mapping[str, str]) -> Plan:
     text: dict[str, Any] = whole[NESTED] if family.nested else whole
     # A few fields of the text stand beside it.
     told = {name: whole[name] for name in family.fields & whole.keys() - text.keys() if whole[name] is not None}
+    if family.nested and TIED in family.fields and isinstance(whole.get(TIED), bool):
+        # A model around a text model ties by its own field, whatever stands inside.
+        told[TIED] = whole[TIED]
     told |= renamed_fields({**text, **told}, said, family)
     rope = said.get("rope_parameters")
     bounds: list[Bound] = []

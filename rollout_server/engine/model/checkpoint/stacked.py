@@ -88,11 +88,44 @@ def _falcon_h1(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
     return scaled
 
 
+def _beside_vision(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """Idefics3 and SmolVLM have other names for the parts beside the decoder, and for the decoder itself."""
+    kept = {name: value for name, value in weights.items() if not name.startswith(VISION)}
+    return {name.replace("model.text_model.", "model.", 1): value for name, value in kept.items()}
+
+
+def _gemma3(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """With the decoder under the name that the class looks for. Releases of transformers around 4.55 put all but the
+    output layer into `model`."""
+    inside = "model.language_model."
+    if not any(name.startswith(inside) for name in weights):
+        return weights
+    kept = {name: value for name, value in weights.items() if name.startswith((inside, "lm_head."))}
+    return {"language_model." + name.replace(inside, "model.", 1): value for name, value in kept.items()}
+
+
+def _qwen3_vl_moe(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """Experts [experts, out, in] as transformers 5 saves them → [experts, in, out] as in the published files, which is
+    what the class takes. Raises `ValueError` where both would fit, and nothing says which it is."""
+    hidden, inner = args.text_config["hidden_size"], 2 * args.text_config["moe_intermediate_size"]
+    names = [name for name in weights if name.endswith(".experts.gate_up_proj")]
+    if not names or weights[names[0]].shape[-1] != hidden:
+        return weights
+    if hidden == inner:
+        raise ValueError(f"{names[0]} is as wide as it is high, and may be stored either way")
+    ends = (".experts.gate_up_proj", ".experts.down_proj")
+    return {name: value.swapaxes(-1, -2) if name.endswith(ends) else value for name, value in weights.items()}
+
+
+VISION = ("model.vision_model.", "model.connector.")
 LAYOUTS: dict[str, Callable[[dict[str, mx.array], Any], dict[str, mx.array]]] = {
     "ernie4_5_moe": _ernie_moe,
     "falcon_h1": _falcon_h1,
+    "gemma3": _gemma3,
     "gpt2": _gpt2,
     "gpt_oss": _gpt_oss_if_stacked,
+    "mistral3": _beside_vision,
+    "qwen3_vl_moe": _qwen3_vl_moe,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,17 @@ def some(ids: list[int], param: str) -> list[int]:
     return ids
 
 
-def tokens_of(prompt: Prompt, tokenizer: Any, *, param: str, bound: Bound) -> PromptTokens:
-    """One prompt of `/v1/rollouts`; `param` is its place in the request."""
+def tokens_of(
+    prompt: Prompt, tokenizer: Any, *, param: str, bound: Bound, expand: Callable[[str], str] | None = None
+) -> PromptTokens:
+    """One prompt of `/v1/rollouts`; `param` is its place in the request, `expand` as `render` takes it."""
     if prompt.token_ids is not None:
         return PromptTokens(some(prompt.token_ids, f"{param}.token_ids"))
     if prompt.text is not None:
         special, inside = prompt.add_special_tokens, f"{param}.text"
         ids = encode(tokenizer, prompt.text, add_special_tokens=special, param=inside, bound=bound, place=param)
         return PromptTokens(ids, prompt.text)
-    return PromptTokens(render(prompt, tokenizer, param=param, bound=bound))
+    return PromptTokens(render(prompt, tokenizer, param=param, bound=bound, expand=expand))
 
 
 def how_many(prompt: str | Sequence[Any]) -> int:

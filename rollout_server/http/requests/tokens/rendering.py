@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 from rollout_server.errors import InvalidField
@@ -14,7 +15,7 @@ from rollout_server.schemas.pooling.inputs import Conversation
 from rollout_server.schemas.rollouts import Prompt
 from rollout_server.schemas.vllm.tokenizer import TokenizeRequest
 from rollout_server.text.chat_format import ReplyFormat
-from rollout_server.text.content_forms import TEMPLATE_FAULTS, content_form
+from rollout_server.text.content_forms import TEMPLATE_FAULTS, ContentForm, content_form, holds_pictures
 from rollout_server.text.long_texts import PIECE, Bound
 from rollout_server.text.tool_calls import read_arguments
 
@@ -27,15 +28,27 @@ LAST = "qzlastqz"
 """Marks where the last message ends in a rendered conversation."""
 
 
-def render(chat: Chat, tokenizer: Any, *, param: str, bound: Bound) -> list[int]:
-    """`messages` through the tokenizer's chat template; `param` is the place of what holds them, empty for the body."""
+def render(
+    chat: Chat, tokenizer: Any, *, param: str, bound: Bound, expand: Callable[[str], str] | None = None
+) -> list[int]:
+    """`messages` through the tokenizer's chat template; `param` is the place of what holds them, empty for the body.
+    `expand` gives each picture in the rendered text as many placeholders as the model reads; without it pictures are
+    refused."""
     inside = f"{param}." if param else ""
     messages = f"{inside}messages"
     rows = _rows(chat, tokenizer, inside, messages)
+    if expand is None and any(message.image_urls for message in chat.messages or ()):
+        raise InvalidField(f"{messages} hold pictures, which this route does not read.", param=messages)
     try:
-        if _size([rows, chat.tools, chat.chat_template_kwargs]) > PIECE:
-            bound.check(tokenizer, str(_apply(chat, tokenizer, rows, chat.tools, tokenize=False)), param or messages)
-        ids = _apply(chat, tokenizer, rows, chat.tools, tokenize=True)
+        if expand is None:
+            if _size([rows, chat.tools, chat.chat_template_kwargs]) > PIECE:
+                text = str(_apply(chat, tokenizer, rows, chat.tools, tokenize=False))
+                bound.check(tokenizer, text, param or messages)
+            ids = _apply(chat, tokenizer, rows, chat.tools, tokenize=True)
+        else:
+            text = expand(str(_apply(chat, tokenizer, rows, chat.tools, tokenize=False)))
+            bound.check(tokenizer, text, param or messages)
+            ids = tokenizer.encode(text, add_special_tokens=False)
     except TEMPLATE_FAULTS as error:
         # The template is the model's own code: what it raises is about these messages.
         reason = shortened(str(error), REASON_SHOWN).rstrip(".")
@@ -109,7 +122,16 @@ def _as_template_reads(message: Message, tokenizer: Any, source: str, param: str
     stay text where the template asks for their type, and so writes them exactly as the model did."""
     row = message.model_dump(exclude_unset=True)
     if "content" in row:
-        row["content"] = content_form(tokenizer, source, message.role).of(row["content"])
+        form = content_form(tokenizer, source, message.role)
+        if isinstance(row["content"], list):
+            row["content"] = [{"type": "image"} if part["type"] == "image_url" else part for part in row["content"]]
+        if holds_pictures(row["content"]) and form not in (ContentForm.PARTS, ContentForm.EITHER):
+            raise InvalidField(
+                f"{param} holds a picture, and the chat template of this model has no place for one in a message of "
+                f"the role {message.role}.",
+                param=f"{param}.content",
+            )
+        row["content"] = form.of(row["content"])
     if message.tool_calls is not None and not TESTS_ARGUMENTS.search(source):
         row["tool_calls"] = [
             _with_arguments(call, f"{param}.tool_calls[{at}]") for at, call in enumerate(message.tool_calls)
@@ -153,7 +175,8 @@ def _unmarked(value: Any, first: set[str]) -> Any:
 def _with_end(content: Any) -> Any:
     """A message's content with `LAST` behind it."""
     if isinstance(content, list):
-        return [*content, {"type": "text", "text": LAST}] if len(content) != 1 else [_longer(content[0])]
+        alone = len(content) == 1 and "text" in content[0]
+        return [_longer(content[0])] if alone else [*content, {"type": "text", "text": LAST}]
     return f"{content or ''}{LAST}"
 
 

@@ -20,6 +20,7 @@ from rollout_server.http.replies.json_entries import begins_turn, finite, usage
 from rollout_server.http.requests.grammars import constraint_of_chat, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
+from rollout_server.http.requests.tokens.pictures import in_messages, picture_weight
 from rollout_server.http.requests.tokens.prompts import room
 from rollout_server.http.requests.tokens.rendering import opens_thinking, render, template_source
 from rollout_server.http.residents import residents_of
@@ -178,6 +179,7 @@ class ChatController(Controller):
         service = residents_of(request).of(data.model)
         with renamed({**OPENAI_WORDS, "max_tokens": data.limit_name}):
             weight = len(await request.body()) + data.n + extra_weight(data, compiles=data.must_call)
+            weight += picture_weight(data.messages)
             job = await beside(weight, lambda: plan(data, request, service))
             return await respond(job, request, service)
 
@@ -191,7 +193,8 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
     service.check_top_logprobs(data.top_logprobs or 0, "top_logprobs")
     if data.tools and "tools" not in template_source(service.tokenizer, data.tools):
         raise InvalidField("The chat template of this model has no place for tools.", param="tools")
-    ids = render(data, service.tokenizer, param="", bound=service.bound())
+    shown = in_messages(data.messages, service, "messages")
+    ids = render(data, service.tokenizer, param="", bound=service.bound(), expand=shown.expand)
     limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
     format, ends = service.reply_format, service.info.eos_token_ids
     thinking = opens_thinking(data, service.tokenizer, format)
@@ -208,6 +211,7 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
         seeds=row_seeds(seed, None, 0, data.n),
         wants=Wants(top_logprobs=data.top_logprobs or 0, tokens_as_they_come=data.stream),
         continues=not begins_turn(data, sampling),
+        pictures=shown.pictures,
         shown=format.shown(tools=bool(data.tools) and data.tool_choice != "none"),
     )
     reading = ChoiceOptions(

@@ -19,6 +19,7 @@ from rollout_server.http.problems import renamed
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.service import Service
 from rollout_server.rollout import PolicyAddress, PolicyVersion
+from rollout_server.text.pictures.picture import Picture
 
 OUR_WORDS = {"policy": "model"}
 Scores = NDArray[np.float64]
@@ -47,9 +48,11 @@ async def labelled(
     positions: Sequence[tuple[int, ...]] | None = None,
     label_token_ids: Sequence[int] = (),
     types: Sequence[tuple[int, ...]] = (),
+    pictures: Sequence[tuple[Picture, ...]] = (),
 ) -> Labelled:
     """Scores at `positions`, or where a whole sequence's head is read. A sequence without positions is not read.
-    `types` are of the tokens of each sequence, where the texts of pairs are told apart by them."""
+    `types` are of the tokens of each sequence, where the texts of pairs are told apart by them; `pictures` are
+    what its placeholders stand for."""
     places = positions if positions is not None else [(service.info.head_position(ids),) for ids in sequences]
     wanted = [index for index, own in enumerate(places) if own]
     # One is read in any case, so that the reply can say what it was asked under.
@@ -61,6 +64,7 @@ async def labelled(
         tuple(places[index] or (0,) for index in read),
         tuple(label_token_ids),
         tuple(types[index] for index in read) if any(types) else (),
+        pictures=tuple(pictures[index] for index in read) if any(pictures) else (),
     )
     with renamed(OUR_WORDS):
         classified = await while_connected(request, service.engine.classify(classify))

@@ -18,6 +18,7 @@ from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.safetensors_file import binary_response, rewards_file
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.sampling import check_rows
+from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
 from rollout_server.http.requests.tokens.prompts import encode, some
 from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.residents import residents_of
@@ -36,6 +37,7 @@ from rollout_server.schemas.pooling.rewards import (
     SequenceToReward,
 )
 from rollout_server.text.long_texts import Bound
+from rollout_server.text.pictures.picture import Picture
 
 Ids = tuple[int, ...]
 
@@ -71,8 +73,9 @@ class RewardsController(Controller):
         whole = asked.task != "token_classify"
         if not whole and data.steps is None:
             raise InvalidField(f"model {quoted(asked.name)} scores tokens: say by steps which of them.", param="steps")
-        sequences = await beside_client(
-            request, len(await request.body()), lambda go_on: read_sequences(data.sequences, service, go_on)
+        weight = len(await request.body()) + sum(picture_weight(each.messages, each.images) for each in data.sequences)
+        sequences, pictures = await beside_client(
+            request, weight, lambda go_on: read_sequences(data.sequences, service, go_on)
         )
         steps = None if data.steps is None else step_positions(data.steps, sequences, service)
         ends = [end_of(ids, service, data.label_token_ids is not None) for ids in sequences]
@@ -80,7 +83,9 @@ class RewardsController(Controller):
             tuple(sorted({*(steps[index] if steps else ()), *((ends[index],) if whole else ())}))
             for index in range(len(sequences))
         ]
-        found = await labelled(request, service, asked.address, sequences, places, data.label_token_ids or ())
+        found = await labelled(
+            request, service, asked.address, sequences, places, data.label_token_ids or (), pictures=pictures
+        )
         content = {
             "rewards": entries_of(found, data, places, steps, ends if whole else None, sequences),
             "labels": found.labels,
@@ -155,19 +160,24 @@ def _rows(scores: Scores, rows: list[int]) -> list[list[float]]:
     return [scores[row].tolist() for row in rows]
 
 
-def read_sequences(sequences: Sequence[SequenceToReward], service: Service, go_on: GoOn) -> list[Ids]:
-    """Token ids of every sequence, checked; what is wrong is named by its place."""
+def read_sequences(
+    sequences: Sequence[SequenceToReward], service: Service, go_on: GoOn
+) -> tuple[list[Ids], list[tuple[Picture, ...]]]:
+    """Token ids and pictures of every sequence, checked; what is wrong is named by its place."""
     check_rows([len(sequences)], service.config.max_rows_per_request, ["sequences"])
     bound = service.bound(go_on)
-    found = []
+    found, pictures = [], []
     for index, sequence in enumerate(sequences):
         place = f"sequences[{index}]"
-        found.append(tuple(_ids(sequence, place, service, bound)))
+        beside_them = beside_ids(sequence.images, service, f"{place}.images")
+        shown = beside_them if sequence.images else in_messages(sequence.messages, service, f"{place}.messages")
+        found.append(tuple(_ids(sequence, place, service, bound, shown)))
+        pictures.append(shown.pictures)
         bound.check_ids(found[-1], place)
-    return found
+    return found, pictures
 
 
-def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound) -> list[int]:
+def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound, shown: Shown) -> list[int]:
     if sequence.token_ids is not None:
         inside = f"{place}.token_ids"
         service.check_ids(sequence.token_ids, inside)
@@ -177,7 +187,7 @@ def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound)
         return encode(
             service.tokenizer, sequence.text, add_special_tokens=special, param=inside, bound=bound, place=place
         )
-    return render(sequence, service.tokenizer, param=place, bound=bound)
+    return render(sequence, service.tokenizer, param=place, bound=bound, expand=shown.expand)
 
 
 def read_texts(texts: Sequence[str], service: Service, go_on: GoOn) -> list[Ids]:

@@ -206,6 +206,16 @@ def test_a_stream_adds_up_to_the_whole_reply(client: Client, engine: FakeEngine,
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_field"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].image_url.url",
+            "invalid_field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x"}}]}]},
+            "messages[0].content[0].type",
+            "unsupported_field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",
             "unsupported_field",
         ),

@@ -1,0 +1,1 @@
+"""What a picture costs a tower, and how far its pixels depend on the processor."""

@@ -1,0 +1,1 @@
+"""The vision half of a checkpoint, read beside its decoder, which is given what it makes."""

@@ -1,0 +1,1 @@
+"""Vision towers: from the pixels of a picture to vectors in the place of its placeholders."""

@@ -1,0 +1,1 @@
+"""Pictures on the host: decoded within limits, as pixels that the model's processor makes, and as placeholders."""

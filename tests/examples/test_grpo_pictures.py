@@ -1,0 +1,35 @@
+"""The example with pictures, as a user runs it: its model is made, served and trained."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.live_server import live_server
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
+    ran = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1_200)
+def test_a_tiny_model_learns_to_name_what_it_sees(tmp_path: Path) -> None:
+    made = run("examples/pictures/tiny_model.py", str(tmp_path), "--steps", "200")
+    assert len(re.findall(r"loss [\d.]+", made)) == 10
+    with live_server(tmp_path) as live:
+        told = run("examples/pictures/grpo_pictures.py", str(tmp_path), "--url", live.url, "--steps", "24")
+    rewards = [float(reward) for reward in re.findall(r"reward ([\d.]+)", told)]
+    assert len(rewards) == 24
+    assert sum(rewards[-4:]) > sum(rewards[:4]), "the reward rises"
