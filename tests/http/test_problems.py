@@ -68,6 +68,7 @@ def test_the_statuses_are_those_of_the_contract() -> None:
         "engine_fault": 500,
         "non_finite_logits": 500,
         "grammar_fault": 500,
+        "replica_lost": 500,
         "engine_unavailable": 503,
         "weights_memory_exceeded": 507,
         "storage_failed": 507,

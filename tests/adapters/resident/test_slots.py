@@ -10,7 +10,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
@@ -18,6 +17,7 @@ from adapters.formats.read import read_bundle
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
+from rollout_server.engine.model.load import read_model
 from tests.support import tiny_models
 from tests.support.adapter_files import Layers, file_of, logits, make, merge, tokens
 from tests.support.numbers.bounds import TINY, amplified, assert_near
@@ -220,12 +220,12 @@ def test_every_family_keeps_rows_apart(family: str, tmp_path: Path) -> None:
     """Every layer of every kind of model, routers, mixers, embeddings and tied heads among them, gets each row's own
     version."""
     directory = tiny_models.build(family, tmp_path)
-    model, text = load_model(directory)[0], tokens(3)
+    model, text = read_model(directory).module, tokens(3)
     layers = adaptable_layers(model)
     named = {path.rsplit(".", 1)[-1] for path in layers}
     assert any("embed" in name for name in named)
     bundle = make(layers, 1, rank=3, targets=sorted(named))
-    plain, merged = (logits(each, text) for each in (model, merge(load_model(directory)[0], bundle)))
+    plain, merged = (logits(each, text) for each in (model, merge(read_model(directory).module, bundle)))
     slots = slots_for(model)
     slot = slots.stage(bundle)
     slots.route([0, slot, 0])
