@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rollout_server.engine.checks import check_generates, check_group, check_scoring
 from rollout_server.engine.messages.control import (
     Abort,
+    ControlCommand,
     Leave,
     LookAtRows,
     Pause,
@@ -335,19 +336,7 @@ class EngineHandle:
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 
-    async def _ask(
-        self,
-        command: PolicyCommand
-        | ScoringCommand
-        | HoldScorer
-        | Pause
-        | Resume
-        | Release
-        | ResetPrefixCache
-        | Leave
-        | Ping
-        | LookAtRows,
-    ) -> Any:
+    async def _ask(self, command: PolicyCommand | ScoringCommand | HoldScorer | ControlCommand) -> Any:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._replies[command.id] = reply

@@ -332,8 +332,7 @@ class Engine:
         """Takes a change further; whether it is done, or has failed."""
         computing = self._batches.active or self._batches.joining or self._scoring.busy
         try:
-            reply = self._policies.change(command, self._batches.settle, at_once=not computing)
-            if reply is None:
+            if (reply := self._policies.change(command, self._batches.settle, at_once=not computing)) is None:
                 return False
             self._reports.add(reply)
         except RolloutError as error:

@@ -134,3 +134,7 @@ class ResetPrefixCache:
 class PrefixCacheReset:
     id: str
     freed_bytes: int
+
+
+ControlCommand = Pause | Resume | Release | ResetPrefixCache | Leave | Ping | LookAtRows
+"""Answered once each."""

@@ -50,8 +50,8 @@ def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
             (3, "step-3", {"staged": 2, "of": 2}),
         ]
         metrics = httpx.get(f"{server.url}/metrics").text
-        assert 'rollout_replica_state{replica="local-1",state="live"} 1.0' in metrics
-        assert 'rollout_replica_versions{replica="local-0"} 2.0' in metrics
+        assert 'rollout_replica_state{model="base",replica="local-1",state="live"} 1.0' in metrics
+        assert 'rollout_replica_versions{model="base",replica="local-0"} 2.0' in metrics
         # Below --min-replicas it says so, and nothing changes; it takes rows all the same.
         os.kill(client.fleet()[0].pid or 0, signal.SIGKILL)
         until(lambda: "live" in states(client) and len(set(states(client))) == 2)

@@ -12,6 +12,7 @@ import pytest
 
 import adapters.resident.residency
 import adapters.resident.slots
+import adapters.resident.staging
 from adapters.prepare import prepare
 from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
@@ -28,7 +29,7 @@ PROMPTS = prompts_of([12, 30], 286, seed=5)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that writes one layer in a turn, and multiplies with few."""
     monkeypatch.setattr(adapters.resident.residency, "WRITE_S", 0.0)
-    monkeypatch.setattr(adapters.resident.slots, "WRITE_BYTES", 1)
+    monkeypatch.setattr(adapters.resident.staging, "WRITE_BYTES", 1)
     monkeypatch.setattr(adapters.resident.slots, "TURNS", 8)
 
 

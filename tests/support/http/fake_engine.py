@@ -50,10 +50,7 @@ from tests.support.http.fake_versions import BASE_DIGEST, FakeVersions
 CONTEXT = 512
 VOCABULARY = 400
 EMBEDDING = Embedding("last", True, 4, "")
-LAYERS = {
-    "model.layers.0.self_attn.q_proj": (6, 4),
-    "model.layers.0.mlp.down_proj": (4, 10),
-}
+LAYERS = {"model.layers.0.self_attn.q_proj": (6, 4), "model.layers.0.mlp.down_proj": (4, 10)}
 
 
 @dataclass(frozen=True)
