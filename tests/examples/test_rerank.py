@@ -14,6 +14,7 @@ from tests.support.live_server import LiveServer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_trained_reranker_puts_right_answers_first(live: LiveServer) -> None:
     command = [sys.executable, "examples/rerank.py", "--url", live.url, "--steps", "40", "--questions", "40"]

@@ -12,6 +12,7 @@ import pytest
 from adapters.kernels.decode import DecodeKernel, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear, SharedInput
 from adapters.resident.layers.slot_stack import ONE, SlotStack
+from tests.laws.grids import corners
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 WIDTH = 64
@@ -74,8 +75,7 @@ def of_all(block: Block, x: mx.array) -> list[mx.array]:
     return [block[name](x) for name in OUTS]
 
 
-@pytest.mark.parametrize("gains", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "gains"), corners([mx.float32, mx.bfloat16], [False, True]), ids=str)
 def test_what_each_gets_alone(kernel: Counted, dtype: mx.Dtype, gains: bool) -> None:
     together, alone = (Block(kernel, dtype, gains=gains, together=each) for each in (True, False))
     for slots in ([1, 1, 1], [2], [2, 0, 1, 1, 2], [1, 2] * 70):
