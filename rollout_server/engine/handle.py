@@ -191,13 +191,13 @@ class EngineHandle:
         self._thread.put(Submit(id, tuple(groups), deadline))
         return subscription
 
-    async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
+    async def hold(self, owner: str, policy: PolicyAddress, *, elsewhere: bool = False) -> HeldScorer:
         """Keeps the version that an address means now, to score rows of the request `owner`, which is submitted next.
         Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy scores nothing."""
         self._require_ready()
         self._require_free(owner, None)
         self._require_room()
-        command = HoldScorer(self.new_id("hold"), owner, policy)
+        command = HoldScorer(self.new_id("hold"), owner, policy, elsewhere)
         try:
             held = await self._ask(command)
             self._require_free(owner, None)

@@ -364,13 +364,13 @@ class Engine:
         fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
         if self._blame.of(ScoringQueue):
             self._scoring.fail(fault)
+            self._prefix_reuse.clear()  # A prompt that was being kept may never be there.
             self._blame.clear()
             return
         for blamed in self._blame:
             if isinstance(blamed, PolicyCommand):
                 self._policies.abandon()
                 self._reports.fail(blamed.id, fault)
-        # What was being copied for later may never be there.
         self._prefix_reuse.clear()
         self._reports.fail_rows(*self._batches.fail(), fault)
         self._admission.fail(fault)

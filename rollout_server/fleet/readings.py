@@ -20,7 +20,7 @@ from rollout_server.engine.messages.control import (
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
 from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, ScorerHeld, ScoringCommand
-from rollout_server.errors import ReplicaLost, RolloutError
+from rollout_server.errors import EngineUnavailable, ReplicaLost, RolloutError
 from rollout_server.fleet.ledger.ledger import MOST_DEATHS, Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
 from rollout_server.fleet.versions import FleetVersions
@@ -80,7 +80,7 @@ class FleetReadings:
         try:
             if isinstance(command, HoldScorer):
                 # Whatever the name comes to mean, the same version is held again where this replica ends.
-                reading.command = replace(command, policy=self._versions.pinned(command.policy))
+                reading.command = replace(command, policy=self._versions.pinned(command.policy), elsewhere=True)
         except RolloutError as error:
             del self._readings[command.id]
             self._post([RequestFailed(command.id, error)])
@@ -113,18 +113,30 @@ class FleetReadings:
 
     def let_go(self, command: LetScorerGo) -> None:
         held = self._held.pop(command.id, None)
-        if held is not None:
+        if held is None:
+            reading = self._readings.get(command.id)
+            if reading is not None and reading.replica is None:
+                del self._readings[command.id]
+        else:
             self._send(held.replica, command)
             if held.kept is not None:
                 self._versions.let_go(held.kept, 1)
 
     def abort(self, id: str, reason: str) -> None:
-        """Ends a reading, or all readings for a request."""
-        for replica in (
-            {self._readings[id].replica} if id in self._readings else {h.replica for h in self._held.values()}
-        ):
-            if replica is not None:
-                self._send(replica, Abort((id,), reason))
+        """Ends a reading, or all readings for a request. It is answered here: a replica's last word on it is not told
+        from that of an engine that ends."""
+        for reading in [each for each in self._readings.values() if self._is_for(each.command, id)]:
+            ended = reading.command.id
+            del self._readings[ended]
+            if reading.replica is not None:
+                self._send(reading.replica, Abort((ended,), reason))
+            self._post(
+                [RequestFailed(ended, EngineUnavailable(f"The request was ended ({reason}) before it was read."))]
+            )
+
+    def _is_for(self, command: ScoringCommand | HoldScorer, id: str) -> bool:
+        held = self._held.get(command.held) if isinstance(command, Classify) and command.held is not None else None
+        return command.id == id or (held is not None and held.command.owner == id)
 
     def answered(self, replica: str, event: Event) -> bool:
         """A replica's answer; returns whether it was one to a reading or an order."""

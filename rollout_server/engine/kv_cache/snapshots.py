@@ -104,13 +104,13 @@ class Snapshots:
         for node in [node for node, key in self._recent.items() if key in keys]:
             self.nbytes -= node.nbytes
             del self._recent[node]
+            # Nodes and their parents know each other: until a collector looks for such circles, the arrays would stay.
+            node.caches = None
         for key in keys:
             del self._roots[key]
 
     def clear(self) -> None:
-        self._roots.clear()
-        self._recent.clear()
-        self.nbytes = 0
+        self.drop(lambda _: True)
 
     # ---- the tree ---------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,8 @@ class HoldScorer:
     owner: str
     """The request whose rows are scored; whatever ends it ends the reading for it too."""
     policy: PolicyAddress
+    elsewhere: bool = False
+    """True where its rows run in another engine: this one cannot know whether they have ended."""
 
 
 @dataclass(frozen=True, slots=True)

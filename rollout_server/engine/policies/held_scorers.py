@@ -22,6 +22,8 @@ class HeldScorer:
     placement: Placement
     scorer: Scorer | None
     """None of an encoder, whose head is part of it."""
+    elsewhere: bool = False
+    """True where the rows run in another engine."""
 
 
 class HeldScorers:
@@ -37,7 +39,7 @@ class HeldScorers:
         """Raises `UnknownPolicy`, `VersionGone`, or `InvalidField` where the policy scores nothing, holding nothing."""
         scorer = None if self._labels else self._policies.scorer(command.policy)
         version, placement = self._policies.acquire(command.policy, 1, None, reads=True)
-        self._held[command.id] = HeldScorer(command.owner, version, placement, scorer)
+        self._held[command.id] = HeldScorer(command.owner, version, placement, scorer, command.elsewhere)
         return ScorerHeld(command.id, version, scorer.labels if scorer else self._labels)
 
     def again(self, id: str) -> HeldScorer:
@@ -55,5 +57,6 @@ class HeldScorers:
             self._policies.release(held.version, 1)
 
     def outlive(self, open_requests: Container[str]) -> bool:
-        """True where every row of some call has been reported, and rewards of it may still be asked for."""
-        return any(held.owner not in open_requests for held in self._held.values())
+        """True where every row of some call has been reported, and rewards of it may still be asked for. Of rows that
+        run elsewhere nobody knows here: a pause that waited for them might wait for rows that wait for its end."""
+        return any(not held.elsewhere and held.owner not in open_requests for held in self._held.values())

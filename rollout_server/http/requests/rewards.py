@@ -58,4 +58,18 @@ def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any]) -> Rewa
             "model read messages or text.",
             param="reward.as",
         )
+    refuse_unseen(data, same_model=service is own, reads=data.reward.reads)
     return RewardModel(service, address, same_ids)
+
+
+def refuse_unseen(data: RolloutsRequest, *, same_model: bool, reads: str) -> None:
+    """A reward model that does not see a prompt's pictures would score their placeholders as if they were text."""
+    if same_model and reads != "text":
+        return
+    for index, prompt in enumerate(data.prompts):
+        if prompt.images or any(message.image_urls for message in prompt.messages or ()):
+            raise InvalidField(
+                f"prompts[{index}] shows pictures, which {MODEL} would not see: name a version of the policy's own "
+                "model, and let it read messages or token_ids.",
+                param="reward.as",
+            )

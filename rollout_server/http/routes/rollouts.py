@@ -127,7 +127,7 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
         return service.engine.submit(job.id, job.groups, deadline=deadline)
     judge = job.reward_model.service
     with renamed({"policy": MODEL}):
-        scorer = await judge.engine.hold(job.id, job.reward_model.address)
+        scorer = await judge.engine.hold(job.id, job.reward_model.address, elsewhere=judge is not service)
     try:
         # Another model's engine knows nothing of what is held here.
         own = scorer if judge is service else None

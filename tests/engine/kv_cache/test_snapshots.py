@@ -3,6 +3,7 @@ kept is neither written to nor larger than what it holds."""
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -128,3 +129,31 @@ def test_what_is_kept_keeps_nothing_larger_alive() -> None:
     del cache
     # An allocation may be rounded up to a page of the device.
     assert before - mx.get_active_memory() > 62 * small[0].nbytes
+
+
+@pytest.mark.parametrize("forget", ["drop", "clear"])
+def test_what_is_forgotten_is_freed_at_once(forget: str) -> None:
+    """Not when a collector looks for circles: what is kept knows what it is part of."""
+    snapshots, nbytes = Snapshots(), 4 << 20
+    snapshots.fit(2 * nbytes)
+
+    def large() -> list[Any]:
+        cache = ArraysCache(1)
+        cache[0] = mx.zeros((nbytes // 4,), dtype=mx.int32)
+        mx.eval(cache[0])
+        return [cache]
+
+    gc.collect()
+    before, on = mx.get_active_memory(), gc.isenabled()
+    gc.disable()
+    try:
+        snapshots.insert((), (1, 2, 3), large)
+        assert mx.get_active_memory() >= before + nbytes
+        if forget == "drop":
+            snapshots.drop(lambda _: True)
+        else:
+            snapshots.clear()
+        assert mx.get_active_memory() < before + nbytes and snapshots.nbytes == 0
+    finally:
+        if on:
+            gc.enable()

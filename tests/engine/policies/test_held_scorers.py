@@ -147,6 +147,15 @@ def test_a_pause_lets_rows_that_have_run_have_their_rewards(driver: Driver) -> N
     np.testing.assert_array_equal(np.concatenate(driver.classified(waits))[:, 0], wanted)
 
 
+def test_a_pause_waits_for_no_rows_that_run_elsewhere(driver: Driver) -> None:
+    """They may be waiting for its end."""
+    driver.push("rm", reward_bundle(driver.model.info, 1))
+    driver.send(HoldScorer("h", "owner", PolicyAddress("rm"), elsewhere=True))
+    driver.until(lambda: event(driver, ScorerHeld, "h") is not None)
+    driver.send(Pause("p", "wait", drain=True))
+    driver.until(lambda: event(driver, Paused, "p") is not None)
+
+
 def test_a_frozen_engine_scores_nothing_until_it_goes_on(driver: Driver) -> None:
     driver.push("rm", reward_bundle(driver.model.info, 1))
     hold(driver)

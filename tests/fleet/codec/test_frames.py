@@ -134,7 +134,7 @@ EXAMPLES: tuple[Any, ...] = (
     scoring.Replay("y", (RECORDED,)),
     scoring.Embed("e", ADDRESS, ((1, 2),)),
     scoring.Classify("c", ADDRESS, ((1,),), ((0,),), (4,), ((0,),), "/hold/1"),
-    scoring.HoldScorer("h", "r", ADDRESS),
+    scoring.HoldScorer("h", "r", ADDRESS, True),
     scoring.LetScorerGo("h"),
     versions.Activate("a", "trained", 7, "sha256:abcdef01", True),
     versions.Pin("p", "trained", 7, True),
