@@ -41,6 +41,7 @@ class SlotStack:
     """
 
     __slots__ = (
+        "_around",
         "_gain_of_slot",
         "_lent",
         "_pair",
@@ -81,6 +82,7 @@ class SlotStack:
         """What adds the products of a linear layer in one launch, where there is such a thing."""
         self._pair: tuple[mx.array, mx.array] | None = None
         self._gain_of_slot: mx.array | None = None
+        self._around: list[mx.array] | None = None
         self._lent = False
         """While it reads arrays whose slots are only known when they are: those of a trace."""
 
@@ -163,7 +165,7 @@ class SlotStack:
 
     def rest(self) -> None:
         """The layer is the bare base until it is aimed again."""
-        self.slot = self.rows = self._pair = self._gain_of_slot = None
+        self.slot = self.rows = self._pair = self._gain_of_slot = self._around = None
         self.scales = False
 
     def select(self, slot: int, number: mx.array | None = None) -> None:
@@ -219,9 +221,11 @@ class SlotStack:
         arrays = self.arrays() if scaled else [self.a, self.b]
         if self.slot is None:
             return "rows gain" if scaled else "rows", arrays
-        # The slot and the one before it, whatever their number is and that of all: a trace serves them all, with ONE.
-        around = slice(self.slot - 1, self.slot + 1)
-        return "slot gain" if scaled else "slot", [array[around] for array in arrays]
+        if self._around is None:
+            # The slot and the one before it, whatever their number is and that of all: one trace serves them all, with
+            # ONE. Made once and not for each step, which would wait for hundreds of views.
+            self._around = [array[self.slot - 1 : self.slot + 1] for array in arrays]
+        return "slot gain" if scaled else "slot", self._around
 
     @contextmanager
     def reading(self, arrays: list[mx.array], rows: mx.array | None) -> Iterator[None]:

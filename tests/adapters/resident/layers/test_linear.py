@@ -147,6 +147,19 @@ def test_a_trace_reads_the_slot_that_it_is_given(kernel: Counted) -> None:
             assert mx.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_views_of_a_slot_are_made_once_and_dropped_before_a_write() -> None:
+    stack = SlotStack(3, 0, (OUTS["key"], WIDTH), mx.float32, Refusing())
+    stack.reserve(3, 8)
+    stack.write(2, mx.ones((8, WIDTH)), mx.ones((8, OUTS["key"])), None)
+    stack.select(2)
+    first, again = stack.lent()[1], stack.lent()[1]
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    stack.rest()
+    stack.write(2, 2 * mx.ones((8, WIDTH)), mx.ones((8, OUTS["key"])), None)
+    stack.select(2)
+    assert float(stack.lent()[1][0][ONE].max()) == 2.0
+
+
 class Refusing(DecodeKernel):
     def __init__(self) -> None:
         super().__init__("cuda")
