@@ -27,6 +27,8 @@ from trainer_client import RolloutClient
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "The cat sat on the mat, and the dog — naïvely — ran. 你好! " * 6
+PRINTED = TINY.of_logprobs([], 400) + 1e-4
+"""Relative: two runs read the text, of about 300 tokens, in chunks of their own, and print four decimals."""
 
 
 def perplexity(*arguments: str, given: str | None = None) -> Result:
@@ -127,7 +129,10 @@ def test_what_it_says(server: Server, text: Path) -> None:
         r"base@0: perplexity \d+\.\d{4}, \d\.\d{4} nats a token, \d\.\d{4} bits a byte, over \d+ tokens\n", done.stdout
     )
     assert "tokens read" in done.stderr
-    assert perplexity("-", "--url", server.url, given=TEXT).stdout == done.stdout
+    again = perplexity("-", "--url", server.url, given=TEXT).stdout
+    numbers, others = ([float(number) for number in re.findall(r"\d+\.\d+", said)] for said in (done.stdout, again))
+    # The second run reads a prefix that the first left, in other chunks: the last bits of float32 differ.
+    assert others == pytest.approx(numbers, rel=PRINTED)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,8 @@ def test_the_echo_recipe_gives_the_same_as_written(server: Server, text: Path, t
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     found = figures(str(text), "--url", server.url)
-    assert done.stdout == f"base@0: perplexity {found['perplexity']:.4f}\n"
+    said = re.fullmatch(r"base@0: perplexity (\d+\.\d{4})\n", done.stdout)
+    assert said and float(said[1]) == pytest.approx(found["perplexity"], rel=PRINTED)
 
 
 def test_an_adapter_loaded_through_vllm_s_door_is_the_one_pushed(

@@ -85,7 +85,7 @@ class FakeVersions:
             entry = self.registry.resolve(export.name, export.number)
         return Exported(export.id, version(entry), self._bundles[entry.digest])
 
-    async def hold(self, owner: str, policy: PolicyAddress) -> HeldScorer:
+    async def hold(self, owner: str, policy: PolicyAddress, *, elsewhere: bool = False) -> HeldScorer:
         held = ScorerHeld(self.new_id("hold"), self.find(policy.name, policy.number, policy.digest), self.labels)
         self.held.append(held.id)
         return HeldScorer(
