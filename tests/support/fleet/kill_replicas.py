@@ -58,7 +58,7 @@ class Seen:
 
 
 def fleet_handle(path: Path, replicas: int, *, silent_s: float = 30.0, **options: object) -> EngineHandle:
-    engine = EngineOptions(str(path), "tiny", kv_memory=2**24, **options)  # type: ignore[arg-type]
+    engine = EngineOptions(str(path), "tiny", **{"kv_memory": 2**24, **options})  # type: ignore[arg-type]
     return EngineHandle(engine, partial(Fleet, FleetOptions(replicas, silent_s=silent_s)))
 
 
