@@ -40,7 +40,15 @@ from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineEnded, EngineFault, EngineUnavailable, InvalidField, NonFiniteLogits, NotFound, RolloutError
+from rollout_server.errors import (
+    EngineEnded,
+    EngineFault,
+    EngineUnavailable,
+    InvalidField,
+    NonFiniteLogits,
+    NotFound,
+    RolloutError,
+)
 
 log = logging.getLogger(__name__)
 
