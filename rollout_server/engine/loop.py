@@ -46,7 +46,7 @@ from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
+from rollout_server.errors import EngineEnded, NotFound, RolloutError
 
 IDLE_WAIT_S = 1.0
 
@@ -349,12 +349,12 @@ class Engine:
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
-        fault = EngineUnavailable(f"The engine stopped: {type(cause).__name__}: {cause}")
+        fault = EngineEnded(f"The engine stopped: {type(cause).__name__}: {cause}")
         self._close("dead", str(fault), fault)
 
     def stop(self) -> None:
         """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
-        error = EngineUnavailable("The server is stopping.")
+        error = EngineEnded("The server is stopping.")
         for id in list(self._requests.open_requests):
             if self._reports.has_tokens(id, self._batches.rows):
                 self._end_request(id, "stopping")
