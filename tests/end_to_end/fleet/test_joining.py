@@ -102,24 +102,24 @@ def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: P
 
 
 def test_replicas_are_started_anew_one_by_one_and_nobody_notices(model: Path, tmp_path: Path) -> None:
-    with controller(model, tmp_path / "state") as fleet, replica(model, fleet.url) as one:
-        with replica(model, fleet.url) as two, RolloutClient(fleet.url) as client:
-            until(lambda: one.said("has joined") and two.said("has joined") and ready(fleet.url))
-            until(lambda: states(client) == ["live", "live"])
-            client.push("policy", *adapter(model, 1))
-            trained, before = drawn(client, "policy"), {each.id for each in client.fleet()}
-            command = [sys.executable, "-m", "rollout_server", "fleet", "restart", "--url", fleet.url]
-            restarting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
-            while restarting.poll() is None:
-                assert drawn(client, "policy") == trained
-                assert "live" in states(client)
-            assert restarting.returncode == 0
-            told = restarting.communicate()[0]
-            assert all(f"{id} is live again" in told for id in before)
-            assert {
-                each.id: (each.state, each.restarts, each.versions_staged) for each in client.fleet()
-            } == dict.fromkeys(before, ("live", 1, 1))
-            assert one.process.poll() is None and two.process.poll() is None, "each has replaced itself"
+    with ExitStack() as machines:
+        fleet = machines.enter_context(controller(model, tmp_path / "state"))
+        joined = [machines.enter_context(replica(model, fleet.url)) for _ in range(2)]
+        client = machines.enter_context(RolloutClient(fleet.url))
+        until(lambda: all(each.said("has joined") for each in joined) and ready(fleet.url))
+        until(lambda: states(client) == ["live", "live"])
+        client.push("policy", *adapter(model, 1))
+        trained, before = drawn(client, "policy"), {each.id for each in client.fleet()}
+        command = [sys.executable, "-m", "rollout_server", "fleet", "restart", "--url", fleet.url]
+        restarting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+        while restarting.poll() is None:
+            assert drawn(client, "policy") == trained
+            assert "live" in states(client)
+        told = restarting.communicate()[0]
+        assert restarting.returncode == 0 and all(f"{id} is live again" in told for id in before)
+        found = {each.id: (each.state, each.restarts, each.versions_staged) for each in client.fleet()}
+        assert found == dict.fromkeys(before, ("live", 1, 1))
+        assert all(each.process.poll() is None for each in joined), "each has replaced itself"
 
 
 def test_a_server_that_is_no_controller_takes_no_replica(model: Path) -> None:
