@@ -25,7 +25,6 @@ SMALL = {
     "rollout_server/commands/demo.py": "a command, named as it is typed",
     "rollout_server/commands/doctor.py": "a command, named as it is typed",
     "rollout_server/commands/download.py": "a command, named as it is typed",
-    "rollout_server/commands/terminal/engine_options.py": "a table",
     "rollout_server/commands/terminal/progress.py": "shared by several commands",
     "rollout_server/demo/launch.py": "a program that is started as a process of its own",
     "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",

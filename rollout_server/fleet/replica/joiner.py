@@ -41,16 +41,16 @@ def own_id() -> str:
 
 class Joiner:
     """Belongs to an event loop. `silent_s`: a controller that says nothing for so long is cut off; `joined` is told of
-    the id by which the fleet knows this replica."""
+    the id by which the fleet knows this replica, `id`."""
 
     def __init__(
-        self, controller: Controller, options: EngineOptions, silent_s: float, joined: Callable[[str], None]
+        self, controller: Controller, options: EngineOptions, silent_s: float, joined: Callable[[str], None], id: str
     ) -> None:
         self._controller = controller
         self._options = as_replica(options)
         self._silent_s = silent_s
         self._joined = joined
-        self._id = own_id()
+        self._id = id
         self._codec = link_codec(self._compile)
         self._engine: ReplicaEngine | None = None
         self._instance: str | None = None

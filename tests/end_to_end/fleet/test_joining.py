@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support import tiny_models
+from tests.support.fleet.certificates import certificate
 from tests.support.fleet.machines import Machine, controller, machine, replica
 from tests.support.live_server import server_here, until
 from trainer_client import RolloutClient
@@ -102,9 +103,12 @@ def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: P
 
 
 def test_replicas_are_started_anew_one_by_one_and_nobody_notices(model: Path, tmp_path: Path) -> None:
+    own, private = certificate(tmp_path, "own")
+    files = ("--fleet-cert", str(own), "--fleet-key-file", str(private))
     with ExitStack() as machines:
-        fleet = machines.enter_context(controller(model, tmp_path / "state"))
-        joined = [machines.enter_context(replica(model, fleet.url)) for _ in range(2)]
+        fleet = machines.enter_context(controller(model, tmp_path / "state", *files))
+        secured = fleet.url.replace("http", "https")
+        joined = [machines.enter_context(replica(model, secured, "--fleet-cert", str(own))) for _ in range(2)]
         client = machines.enter_context(RolloutClient(fleet.url))
         until(lambda: all(each.said("has joined") for each in joined) and ready(fleet.url))
         until(lambda: states(client) == ["live", "live"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from rollout_server.fleet.joining.door import Door, Lock
 from rollout_server.fleet.link import Link
 from rollout_server.fleet.roster import Roster
 from rollout_server.fleet.wire import Ready, Refused, link_codec
+from tests.support.fleet.certificates import certificate
+from tests.support.fleet.joined_here import Asked
 from tests.support.fleet.kill_replicas import until
 
 KEY, OTHER = "sixteen-letters-and-more", "another-key-of-this-length"
@@ -79,23 +80,6 @@ class Opened:
         self.roster.kill()
         self._server.close()
         await self.door.stop()
-
-
-class Asked(asyncio.Protocol):
-    """A connection to it."""
-
-    def __init__(self, door: Door) -> None:
-        self._door = door
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        head, _, early = data.partition(b"\r\n\r\n")
-        assert head.startswith(f"GET {PATH} HTTP/1.1\r\n".encode())
-        drawn = next(line.partition(b": ")[2] for line in head.split(b"\r\n") if line.startswith(b"x-fleet-nonce"))
-        self._door.enter(self._transport, early, drawn.decode())
 
 
 def running(work: Coroutine[Any, Any, None]) -> None:
@@ -168,19 +152,8 @@ def test_a_refusal_reaches_the_replica_as_a_sentence() -> None:
     running(scenes())
 
 
-def certificate(folder: Path, name: str) -> Lock:
-    """One that is for 127.0.0.1 and signs itself."""
-    files = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-keyout", files[1], "-out", files[0], "-subj", "/CN=controller", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return Lock(KEY, *files)
-
-
 def test_links_are_encrypted_under_the_controllers_certificate(tmp_path: Path) -> None:
-    own, other = certificate(tmp_path, "own"), certificate(tmp_path, "other")
+    own, other = Lock(KEY, *certificate(tmp_path, "own")), Lock(KEY, *certificate(tmp_path, "other"))
 
     async def scenes() -> None:
         async with Opened(own) as opened:
@@ -227,7 +200,7 @@ async def copied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 def test_a_proof_is_of_no_use_to_who_stands_between(tmp_path: Path) -> None:
-    theirs = certificate(tmp_path, "theirs")
+    theirs = Lock(KEY, *certificate(tmp_path, "theirs"))
 
     async def scenes() -> None:
         async with Opened(Lock(KEY)) as opened:
