@@ -60,7 +60,6 @@ SMALL = {
     "rollout_server/engine/model/checkpoint/corrections/grouped.py": "one correction of what a module computes",
     "adapters/versions/reserve.py": "one part of what survives a crash",
     "adapters/versions/sealed.py": "one part of what survives a crash",
-    "adapters/wrappers.py": "a rule that all formats share",
     "trainer_client/adapter/wrappers.py": "a rule of its own, said once",
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
