@@ -41,7 +41,6 @@ SMALL = {
     "rollout_server/fleet/tokens.py": "the one door from the controller to transformers and llguidance",
     "rollout_server/machine/gpus.py": "one thing that a fleet asks of the machine",
     "rollout_server/http/observing/tracing.py": "an extra that most servers do without",
-    "rollout_server/http/replies/leaving.py": "one part of a reply that several routes write",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
     "rollout_server/http/requests/spans.py": "one part of a request that several routes read",
     "rollout_server/http/routes/request_ids.py": "the one thing that routes share",

@@ -169,7 +169,8 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
     service.check_ids(row.sampling.stop_token_ids, f"{place}.sampling.stop_token_ids")
     service.check_bias(row.sampling.logit_bias, f"{place}.sampling.logit_bias")
     constraint = constraint_of(row.sampling, service, prefix=f"{place}.sampling.")
-    check_given(constraint, row.token_ids, judged(row), f"{place}.token_ids")
+    if constraint is not None:
+        check_given(constraint, row.token_ids, judged(row), f"{place}.token_ids")
     # What was returned has a limit; where it was left out, the row's own length is one that it kept.
     longest = row.sampling.max_tokens or max(1, len(row.token_ids), row.sampling.min_tokens)
     return RecordedRow(

@@ -13,7 +13,7 @@ from litestar.params import JSONBody
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import beside_client
+from rollout_server.http.replies.streaming import beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of

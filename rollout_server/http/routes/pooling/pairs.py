@@ -15,7 +15,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import GoOn, beside_client
+from rollout_server.http.replies.streaming import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.tokens.prompts import PromptTokens, encode, some
 from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fitted_text, read_text
