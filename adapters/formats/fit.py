@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from adapters.errors import shown
 from adapters.faults import Fault
-from adapters.formats.bounded_regex import ends
 from adapters.formats.heads import NO_HEAD, HeadInFile
-from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted
+from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, ends, experts_of, quoted
 from adapters.tensors import STORAGE, FileTensor
 
 PEFT_PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.formats.bounded_regex import Patterns, PatternTable, ends
+from adapters.formats.bounded_regex import Patterns, PatternTable
 from adapters.formats.fit import Proposal, twice
 from adapters.formats.heads import TASK_TYPES, task_type_of
 from adapters.formats.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
@@ -32,6 +32,7 @@ from adapters.spec import (
     Parameter,
     Place,
     Scoring,
+    ends,
     fields_shown,
     lora_scale,
     place_of,
@@ -181,11 +182,13 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     patterns = Patterns()
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
-    own_rank, own_alpha = PatternTable(ranks, patterns), PatternTable(alphas, patterns)
+    own_rank = PatternTable(ranks, patterns) if ranks else None
+    own_alpha = PatternTable(alphas, patterns) if alphas else None
 
     def spec(key: str, place: Place) -> ModuleSpec:
-        r = own_rank.first(key, rank)
-        return ModuleSpec(r, lora_scale(own_alpha.first(key, alpha), r, rank_stabilised=stabilised), place)
+        r = own_rank.first(key, rank) if own_rank else rank
+        a = own_alpha.first(key, alpha) if own_alpha else alpha
+        return ModuleSpec(r, lora_scale(a, r, rank_stabilised=stabilised), place)
 
     layers = {**names.layers, **_experts(names, parts)}
     modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}

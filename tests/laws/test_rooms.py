@@ -43,7 +43,6 @@ SMALL = {
     "rollout_server/http/observing/tracing.py": "an extra that most servers do without",
     "rollout_server/http/requests/queries.py": "one part of a request that several routes read",
     "rollout_server/http/requests/spans.py": "one part of a request that several routes read",
-    "rollout_server/http/routes/request_ids.py": "the one thing that routes share",
     "rollout_server/quoting.py": "a leaf that every room may import",
     "rollout_server/schemas/openai/embeddings.py": "the bodies of one route",
     "rollout_server/schemas/spans.py": "the bodies of one route",

@@ -25,8 +25,7 @@ from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
 from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
 from rollout_server.http.residents import residents_of
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress
 from rollout_server.schemas.replay_and_probe import (

@@ -49,8 +49,7 @@ from rollout_server.http.requests.tokens.pictures import NOTHING, Shown, beside_
 from rollout_server.http.requests.tokens.prefixes import no_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.residents import residents_of
-from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import ARRIVED, Service
+from rollout_server.http.service import ARRIVED, Service, request_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import NO_PREFIX, OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest

@@ -25,8 +25,7 @@ from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_se
 from rollout_server.http.requests.tokens.prompts import PromptTokens, how_many, prompts_of, room
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, last_events, respond
-from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, request_id
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,

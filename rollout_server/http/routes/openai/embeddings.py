@@ -24,8 +24,7 @@ from rollout_server.http.requests.tokens.prompts import how_many, prompts_of
 from rollout_server.http.requests.tokens.truncation import bound_of, read_text
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import quoted
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply, EmbeddingsRequest
 

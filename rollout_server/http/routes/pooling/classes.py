@@ -19,8 +19,7 @@ from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model, read_inputs, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import SCORING, Service
+from rollout_server.http.service import SCORING, Service, header_id
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.pooling.classes import ClassifyReply, ClassifyRequest, PoolingReply, PoolingRequest
 

@@ -22,8 +22,7 @@ from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fit
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 from rollout_server.schemas.pooling.inputs import ScoringRequest

@@ -25,8 +25,7 @@ from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE
 from rollout_server.schemas.pooling.rewards import (
