@@ -42,8 +42,8 @@ class Recoveries:
         self._store.begin(prompt, 1, columns)
         self.open.append(Recovery(row, prompt, tuple(runs)))
 
-    def prefill(self, budget: int, seat: Callable[[int, Row], None]) -> None:
-        """Reads about `budget` tokens, of the oldest first; rows that are complete, and their places, go to `seat`."""
+    def prefill(self, budget: int) -> None:
+        """Reads about `budget` tokens, of the oldest first."""
         for recovery in self.open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
@@ -52,6 +52,9 @@ class Recoveries:
                 prompt.slot = placement.slot
                 self._store.prefill(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
                 budget -= count
+
+    def seat(self, seat: Callable[[int, Row], None]) -> None:
+        """Rows that are complete, and their places, go to `seat`."""
         for recovery in [recovery for recovery in self.open if recovery.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be open.
             seat(self._store.seat(recovery.prompt, 1, False)[0], recovery.row)
