@@ -31,8 +31,8 @@ class Rule(Protocol):
 
 class TurnBudget:
     """`most` are the tokens of a turn, `clock` gives seconds. `round_down` takes a number of tokens to one that the
-    device has planned for; None where it plans for none. `measure(most)` reads a few chunks of at most `most` tokens and
-    says (tokens, seconds) of each."""
+    device has planned for; None where it plans for none. `measure(most)` reads a few chunks of at most `most` tokens
+    and says (tokens, seconds) of each."""
 
     def __init__(
         self,
