@@ -41,8 +41,8 @@ from rollout_server.http.replies.streaming import (
     opening,
     stream,
 )
-from rollout_server.http.requests.grammars import check_given, constraint_of
-from rollout_server.http.requests.json_body import LONG, StrictJson, beside, read_json, wants_binary
+from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
+from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.rewards import MODEL, RewardModel, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.requests.tokens.pictures import NOTHING, Shown, beside_ids, in_messages, picture_weight
@@ -114,7 +114,7 @@ class RolloutsController(Controller):
         service = residents_of(request).of(data.policy)
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
-        weight += LONG if data.sampling.constrained else 0
+        weight += extra_weight(data.sampling) if data.sampling.constrained else 0
         may_show = (prompt for prompt in data.prompts if prompt.messages or prompt.images)
         weight += sum(picture_weight(prompt.messages, prompt.images) for prompt in may_show)
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
