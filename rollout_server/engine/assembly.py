@@ -38,14 +38,14 @@ from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.admission import AdmissionControl
 from rollout_server.engine.scheduling.failures import Failures
-from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.idle_memory import Memory, keep_for_later
 from rollout_server.engine.scheduling.on_update import VersionSwitcher
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
-from rollout_server.engine.sight.features import SHARE, Eyes
+from rollout_server.engine.sight.features import SHARE
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
 
@@ -110,16 +110,7 @@ def blame_of(model: ResidentModel) -> Blame:
 def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
     """What of the KV memory nobody needs goes to what is kept for later requests."""
     limit = model.info.kv_memory // model.info.kv_bytes_per_token
-    return KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
-
-
-def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:
-    """Shares KV columns that nobody needs among what is kept for later requests: features of pictures, of which there
-    are few, take at most `most`."""
-    if eyes is not None:
-        eyes.fit(min(cells, most))
-        cells = max(0, cells - eyes.cells)
-    prefix_reuse.fit(cells)
+    return KVLedger(limit, partial(keep_for_later, model.eyes, prefix_reuse, limit // SHARE))
 
 
 def warmed(

@@ -46,7 +46,7 @@ from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
+from rollout_server.errors import EngineEnded, NotFound, RolloutError
 
 IDLE_WAIT_S = 1.0
 
@@ -86,8 +86,7 @@ class Engine:
         self._post = post
         self._policies = policies
         self._changes = changes
-        self._requests = requests
-        self._reports = reports
+        self._requests, self._reports = requests, reports
         self._admission = admission
         self._batches = batches
         self._scoring = scoring
@@ -96,8 +95,7 @@ class Engine:
         self._preemption = preemption
         self._switcher = switcher
         self._budget, self._clock = budget, clock
-        self._pause_state = pause_state
-        self._memory = memory
+        self._pause_state, self._memory = pause_state, memory
         self._prefix_reuse = prefix_reuse
         self._status = status
         self._failures = failures
@@ -127,7 +125,8 @@ class Engine:
                 self._failures.fail(error)
             if self._reports.has_met:
                 self._reports.end_met(self._batches.rows, self._batches.joining)
-            self._pause_state.answer(self._computing or self._held.outlive(self._requests.open_requests))
+            if self._pause_state.unanswered:
+                self._pause_state.answer(self._computing or self._held.outlive(self._requests.open_requests))
             with self._timeline.part("tell"):
                 self._tell()
 
@@ -136,9 +135,12 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
+        if not (self._requests.open_requests or self._computing):
+            self._batches.keep(self._policies.sets)
+            return
+        self._admission.begin_turn(self._budget, paused=self._pause_state.mode is not None)
         self._admission.call_back()
-        if self._pause_state.frozen:
+        if self._pause_state.mode == "keep":
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
@@ -160,7 +162,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
+        if self._preemption.resume() and self._pause_state.mode is None and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
@@ -193,8 +195,7 @@ class Engine:
         return self._batches.prefilled - before
 
     def _score(self) -> None:
-        kind = self._scoring.kind
-        if share := self._budget.share(kind):
+        if self._scoring.busy and (share := self._budget.share(kind := self._scoring.kind)):
             crowded = self._requests.crowded or bool(self._batches.preempted)
             alone = not self._batches.size
             before = self._budget.tokens
@@ -230,18 +231,16 @@ class Engine:
     @property
     def _computing(self) -> bool:
         """True if anything is being sampled or scored."""
-        batches = self._batches
-        return bool(
-            batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
-        )
+        rows = self._batches.active or self._batches.joining or self._batches.preempted
+        return bool(rows or self._scoring.busy or self._reports.has_complete)
 
     @property
     def _busy(self) -> bool:
         """True if a turn has something to do."""
         if self._changes or self._memory.releases:
             return True
-        if self._pause_state.paused:
-            return self._computing and not self._pause_state.frozen
+        if (paused := self._pause_state.mode) is not None:
+            return self._computing and paused != "keep"
         return self._computing or self._requests.pressing
 
     def _take_commands(self) -> None:
@@ -350,12 +349,12 @@ class Engine:
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
-        fault = EngineUnavailable(f"The engine stopped: {type(cause).__name__}: {cause}")
+        fault = EngineEnded(f"The engine stopped: {type(cause).__name__}: {cause}")
         self._close("dead", str(fault), fault)
 
     def stop(self) -> None:
         """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
-        error = EngineUnavailable("The server is stopping.")
+        error = EngineEnded("The server is stopping.")
         for id in list(self._requests.open_requests):
             if self._reports.has_tokens(id, self._batches.rows):
                 self._end_request(id, "stopping")
