@@ -1,7 +1,8 @@
 """`python -m tests.docs.build_site`: the site of README and docs/, in site/html; `make docs` installs what it needs.
 
-The pages are written to be read in the repository, and stay so. Here they are copied to site/source as they lie: sources
-that pages link to become pages too, diagrams become pictures, and then zensical builds strictly: a warning fails.
+The pages are written to be read in the repository, and stay so. Here they are copied to site/source as they lie:
+sources that pages link to become pages too, diagrams become pictures, and then zensical builds strictly, where a
+warning fails. So does whatever a browser would fetch from another host.
 """
 
 from __future__ import annotations
@@ -32,8 +33,19 @@ def main() -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(asset, copy)
     shutil.copyfile(ROOT / "docs" / "zensical.toml", SITE / "zensical.toml")
-    built = subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=SITE)
-    sys.exit(built.returncode)
+    if subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=SITE).returncode:
+        sys.exit("The site was not built.")
+    if found := sorted(fetched_from_elsewhere()):
+        sys.exit(f"A browser would fetch these from another host: {', '.join(found)}.")
+
+
+def fetched_from_elsewhere() -> set[str]:
+    """Scripts, styles, fonts and pictures of other hosts that the site's pages name."""
+    wanted = re.compile(
+        r"""(?:src|@import\s+(?:url\()?)\s*=?\s*["']?(https?://[^"'\s>)]+)|<link[^>]+href="(https?://[^"]+)\""""
+    )
+    texts = (page.read_text(encoding="utf-8") for page in SITE.joinpath("html").rglob("*.html"))
+    return {first or second for text in texts for first, second in wanted.findall(text)}
 
 
 def write(name: str, text: str) -> None:
