@@ -32,6 +32,7 @@ NOT_OURS = {
     "dist",
     "__pycache__",
     "demo-output",
+    "site",
 }
 # In two halves, so that this file passes its own test.
 INDEX_HOSTS = re.compile(

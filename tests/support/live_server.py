@@ -19,6 +19,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.http.server import served
 from tests.support.http.shared_routes import make_app
 
+ROOT = Path(__file__).parents[2]
 START_S, PATIENCE_S = 200.0, 120.0
 """Until a server is ready, and until what was caused has happened: enough for a busy machine, and over by then."""
 
@@ -51,8 +52,10 @@ def replicas(options: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def live_server(model: Path | None, *options: str, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
-    """`rollout-server serve` on a free port; without `model` it serves the embedded one."""
+def live_server(
+    model: Path | None, *options: str, environment: dict[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[LiveServer]:
+    """`rollout-server serve` on a free port, in a folder; without `model` it serves the embedded one."""
     command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *replicas(options), *options]
     if model is not None:
         command += ["--model", str(model)]
@@ -62,8 +65,8 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parents[2],
-        env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        cwd=folder,
+        env={**inherited, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
     )
     log: list[str] = []
     found = threading.Event()
