@@ -15,6 +15,7 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
+from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.machine.blas import cuda_build
 from rollout_server.machine.gpus import gpus_for
@@ -114,8 +115,8 @@ def handle_of(config: ServerConfig, options: EngineOptions) -> EngineHandle:
         return EngineHandle(options)
     # Elsewhere than on CUDA all share the one device that there is.
     gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
-    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s, gpus)
-    return EngineHandle(options, partial(Fleet, fleet))
+    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
+    return EngineHandle(options, partial(Fleet, fleet, partial(Children, config.replicas, gpus)))
 
 
 def open_state(config: ServerConfig, resident: str = "") -> StateStore | None:
