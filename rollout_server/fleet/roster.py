@@ -117,6 +117,11 @@ class Roster:
             member.leaving = True
         return member is not None
 
+    def refuse(self, error: RolloutError) -> None:
+        """No replica can be had."""
+        log.error("No replica can be had: %s", error)
+        self._controller.fail(error)
+
     def kill(self) -> None:
         self._stopping.set()
         for member in self._members.values():

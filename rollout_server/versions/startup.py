@@ -17,6 +17,8 @@ from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.fleet.ray.cluster import ONE_GPU, ONE_MLX
+from rollout_server.fleet.ray.placed import Placed, Placement
 from rollout_server.machine.blas import cuda_build
 from rollout_server.machine.gpus import gpus_for
 from rollout_server.machine.memory_shares import SHARE_OF_DEVICE, Claim, share_out
@@ -113,9 +115,13 @@ def handle_of(config: ServerConfig, options: EngineOptions) -> EngineHandle:
     """The handle of one engine in this process, or of a fleet of engines in others."""
     if config.replicas is None:
         return EngineHandle(options)
+    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
+    if config.ray_address is not None:
+        need = ONE_GPU if cuda_build() else ONE_MLX
+        placement = Placement(config.ray_address, config.replicas, need, config.replica_place_s)
+        return EngineHandle(options, partial(Fleet, fleet, partial(Placed, placement)))
     # Elsewhere than on CUDA all share the one device that there is.
     gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
-    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
     return EngineHandle(options, partial(Fleet, fleet, partial(Children, config.replicas, gpus)))
 
 

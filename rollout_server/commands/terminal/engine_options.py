@@ -42,4 +42,7 @@ AllowImageHost = Annotated[
 ]
 Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
 MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
+RayAddress = Annotated[
+    str | None, option("Ray cluster that places the replicas (extra `ray`).", metavar="auto|HOST:PORT")
+]
 AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]
