@@ -49,6 +49,12 @@ def announce(url: str) -> None:
     sys.stdout.flush()
 
 
+def takes_replicas(url: str) -> None:
+    """What a controller says before it is ready, since that takes replicas."""
+    sys.stdout.write(f"rollout-server takes replicas at {url}: start them by rollout-server serve --join {url}\n")
+    sys.stdout.flush()
+
+
 def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> None:
     """Runs until SIGTERM or SIGINT, then ends open requests by name and returns. `ready` is called with the URL when
     the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
@@ -158,6 +164,8 @@ class StoppableServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._service.config.fleet:
+            takes_replicas(url_of(self._listener))
         self._starting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:

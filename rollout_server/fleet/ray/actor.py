@@ -66,7 +66,7 @@ def serve(link: socket.socket) -> None:
     # Before anything imports mlx.
     load_fast_blas()
     one_thread_for_numpy()
-    from rollout_server.fleet.replica import Replica
+    from rollout_server.fleet.replica.__main__ import StartedReplica
 
     with link:
-        Replica(link).run()
+        StartedReplica(link).run()
