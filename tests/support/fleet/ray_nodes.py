@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,16 +50,21 @@ class RayNodes:
 
 
 def actor_processes() -> list[int]:
-    """The processes that hold a replica, oldest first: Ray writes the actor's class into their title."""
-    found = []
+    """The processes of this cluster that hold a replica: Ray writes the actor's class into their title."""
+    titles, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title = (folder / "cmdline").read_bytes()
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes()
+            (told,) = re.findall(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.MULTILINE)
         except OSError:
+            # It has ended meanwhile.
             continue
-        if title.startswith(b"ray::ReplicaActor"):
-            found.append(int(folder.name))
-    return sorted(found)
+        parents[int(folder.name)] = int(told)
+
+    def ours(process: int) -> bool:
+        return process == os.getpid() or (process in parents and ours(parents[process]))
+
+    return sorted(id for id, title in titles.items() if title.startswith(b"ray::ReplicaActor") and ours(id))
 
 
 def kill_one() -> None:
