@@ -133,6 +133,11 @@ class Roster:
         if member is not None and member.link is None:
             del self._members[id]
 
+    def refuse(self, error: RolloutError) -> None:
+        """No replica can be had."""
+        log.error("No replica can be had: %s", error)
+        self._controller.fail(error)
+
     def kill(self) -> None:
         self._stopping.set()
         for member in self._members.values():

@@ -26,6 +26,7 @@ NOT_OURS = {
     ".git",
     ".venv",
     ".venv-peers",
+    ".venv-ray",
     ".mypy_cache",
     ".ruff_cache",
     ".pytest_cache",
@@ -199,7 +200,8 @@ def test_tests_look_into_the_engine_through_one_door() -> None:
 def test_what_is_imported_is_declared() -> None:
     """Every third-party module that the packages import comes from a dependency that pyproject.toml names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["demo"], *extras["ray"]]
     declared = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
     known = {*PACKAGES, *sys.stdlib_module_names, *COMPANIONS}
     strange = [
