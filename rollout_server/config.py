@@ -108,6 +108,18 @@ def check_key(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def check_ray_address(value: str | None) -> str | None:
+    """Raises ValueError for what is neither `auto` nor HOST:PORT."""
+    if value is None or value == "auto" or re.fullmatch(r"[^\s/:@]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}", value):
+        return value
+    if value.startswith("ray://"):
+        raise ValueError(
+            f"{quoted(value)} is the address of Ray's client, which this server is not: run it on a node of the "
+            "cluster, and give HOST:PORT as `ray start --head` printed it, or auto"
+        )
+    raise ValueError(f"{quoted(value)} is no address of a Ray cluster: write HOST:PORT, or auto for this machine's own")
+
+
 def check_fleet_key(value: SecretStr | None) -> SecretStr | None:
     """Raises ValueError for one that somebody who listens might guess."""
     if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
@@ -124,6 +136,7 @@ def parse_kv_bits(value: Any) -> Any:
 
 
 KvBits = Annotated[Literal[8] | None, BeforeValidator(parse_kv_bits)]
+RayAddress = Annotated[str | None, AfterValidator(check_ray_address)]
 Key = Annotated[SecretStr | None, AfterValidator(check_key)]
 FleetKey = Annotated[SecretStr | None, AfterValidator(check_key), AfterValidator(check_fleet_key)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -210,6 +223,10 @@ class ServerConfig(BaseSettings):
     """So many of them have to be live for the server to be ready and for versions to change."""
     replica_timeout_s: float = Field(default=30.0, gt=0)
     """An engine of another process that is not heard of for so long is ended and started again."""
+    ray_address: RayAddress = None
+    """The Ray cluster that places them: `auto`, or HOST:PORT of its head; `None`: they are this machine's."""
+    replica_place_s: float = Field(default=60.0, gt=0)
+    """A replica that Ray has found no place for after so long has none."""
     fleet: bool = False
     """Compute nothing here: replicas of this or other machines join."""
     join: str | None = None
@@ -250,6 +267,10 @@ class ServerConfig(BaseSettings):
     def _fleet_rule(self) -> ServerConfig:
         if self.min_replicas > (self.replicas or 1) and not self.fleet:
             raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
+        if self.ray_address is not None and self.replicas is None:
+            raise ValueError(
+                "--ray-address says where replicas are placed: say with --replicas how many there shall be"
+            )
         if self.replicas is not None and self.also:
             raise ValueError("--also serves several models in one process: leave it out with --replicas")
         if self.replicas is not None and self.memory is not None:

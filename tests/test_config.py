@@ -210,6 +210,9 @@ FLEET: dict[str, Any] = {"fleet": True, "state_dir": "s"}
     [
         ({"replicas": 0}, "greater than or equal to 1"),
         ({"replicas": 2, "min_replicas": 3}, "--min-replicas is 3, and there are only 2 replicas"),
+        ({"ray_address": "auto"}, "say with --replicas how many there shall be"),
+        ({"ray_address": "ray://head:10001", "replicas": 2}, "'ray://head:10001' is the address of Ray's client"),
+        ({"ray_address": "head", "replicas": 2}, "'head' is no address of a Ray cluster: write HOST:PORT, or auto"),
         ({"min_replicas": 2}, "--min-replicas is 2, and there are only 1 replicas"),
         ({"replicas": 2, "also": "judge=/models/judge"}, "--also serves several models in one process"),
         ({"replicas": 2, "memory": "2GiB"}, "--memory is shared out in one process"),

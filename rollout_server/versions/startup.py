@@ -18,6 +18,8 @@ from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.joining.door import Door, Lock
+from rollout_server.fleet.ray.cluster import ONE_GPU, ONE_MLX
+from rollout_server.fleet.ray.placed import Placed, Placement
 from rollout_server.machine.blas import cuda_build
 from rollout_server.machine.gpus import gpus_for
 from rollout_server.machine.memory_shares import SHARE_OF_DEVICE, Claim, share_out
@@ -129,9 +131,13 @@ def handle_of(config: ServerConfig, options: EngineOptions, door: Door | None = 
         return EngineHandle(options, partial(Fleet, joined, door.source))
     if config.replicas is None:
         return EngineHandle(options)
+    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
+    if config.ray_address is not None:
+        need = ONE_GPU if cuda_build() else ONE_MLX
+        placement = Placement(config.ray_address, config.replicas, need, config.replica_place_s)
+        return EngineHandle(options, partial(Fleet, fleet, partial(Placed, placement)))
     # Elsewhere than on CUDA all share the one device that there is.
     gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
-    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
     return EngineHandle(options, partial(Fleet, fleet, partial(Children, config.replicas, gpus)))
 
 

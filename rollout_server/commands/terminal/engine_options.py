@@ -44,6 +44,9 @@ AllowImageHost = Annotated[
 ]
 Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
 MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
+RayAddress = Annotated[
+    str | None, option("Ray cluster that places the replicas (extra `ray`).", metavar="auto|HOST:PORT")
+]
 FleetSwitch = Annotated[
     bool | None, typer.Option("--fleet", help="Compute nothing here: replicas join, with `serve --join`.")
 ]
