@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rollout_server.engine.messages.control import Pause, Stop
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.rollouts import Event
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus, ReplicaStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, ReplicaStatus
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import BadFrame
@@ -290,6 +290,9 @@ def fleet_status(
         ),
         paused=paused.mode if paused else None,
         memory=MemoryStatus(**memory),
+        pictures=PictureStatus(
+            **{part.name: sum(getattr(s.pictures, part.name) for s in statuses) for part in fields(PictureStatus)}
+        ),
         replicas=replicas,
         fewest=fewest,
     )

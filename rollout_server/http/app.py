@@ -23,13 +23,12 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
 from rollout_server.fleet.joining.door import Door
 from rollout_server.http.metrics import Metrics
-from rollout_server.http.middleware import courteous
+from rollout_server.http.middleware import closing, courteous, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.observing.observer import Observer
 from rollout_server.http.observing.tracing import tracing
 from rollout_server.http.openapi import ExactJsonPlugin
 from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.problems import to_response
-from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.routes.logprobs import LogprobsController

@@ -76,13 +76,15 @@ def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callabl
 
 
 @contextmanager
-def served(config: ServerConfig) -> Iterator[str]:
-    """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. Raises
-    as `serve` does."""
+def served(config: ServerConfig, make: Callable[[ServerConfig], Litestar] = create_app) -> Iterator[str]:
+    """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. `make`
+    gives the application. Raises as `serve` does."""
     ready: Future[str] = Future()
     with bound_socket(config) as listener, ThreadPoolExecutor(1, "server") as pool:
-        server = StoppableServer(create_app(config), config, listener, ready.set_result)
+        server = StoppableServer(make(config), config, listener, ready.set_result)
         running = pool.submit(lambda: asyncio.run(server.until_stopped()))
+        # Whoever asks a server that has died is refused, instead of waiting in the backlog of its socket.
+        running.add_done_callback(lambda _: listener.close())
         try:
             either: tuple[Future[Any], ...] = (ready, running)
             wait(either, return_when=FIRST_COMPLETED)
