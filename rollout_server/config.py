@@ -234,7 +234,7 @@ class ServerConfig(BaseSettings):
     fleet_key: FleetKey = None
     """What a replica and its controller prove to each other; without it only this machine's replicas join."""
     fleet_cert: Path | None = None
-    """Of a controller: the certificate that links are encrypted under. Of a replica: what it trusts besides it."""
+    """The certificate of a controller, that links are encrypted under; of a replica, the one that it trusts."""
     fleet_key_file: Path | None = None
     """The private key of the controller's certificate."""
     page: Literal["on", "off"] = "on"

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from rollout_server.config import ServerConfig
 from rollout_server.fleet.joining.dial import Controller
-from rollout_server.fleet.replica.joiner import Joiner
+from rollout_server.fleet.replica.joiner import Joiner, own_id
 from rollout_server.machine.blas import one_thread_for_numpy
 from rollout_server.versions.startup import engine_options
 
@@ -51,4 +51,4 @@ async def _join(config: ServerConfig, joined: Callable[[str], None]) -> bool:
         config.fleet_cert,
     )
     options = await asyncio.to_thread(engine_options, config)
-    return await Joiner(controller, options, config.replica_timeout_s, joined).run()
+    return await Joiner(controller, options, config.replica_timeout_s, joined, own_id()).run()

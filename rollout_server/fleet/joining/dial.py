@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,11 @@ async def dial(controller: Controller, id: str, codec: Codec) -> tuple[Link, Wel
     mend, and `EngineUnavailable`, `OSError`, `TimeoutError`, `IncompleteReadError` or `BadFrame` for the rest."""
     async with asyncio.timeout(HANDSHAKE_S):
         reader, writer = await asyncio.open_connection(controller.host, controller.port, limit=BUFFER)
-        try:
-            return await _introduced(controller, id, codec, reader, writer)
-        except BaseException:
-            writer.transport.abort()
-            raise
+        with ExitStack() as unless_it_is_used:
+            unless_it_is_used.callback(writer.transport.abort)
+            found = await _introduced(controller, id, codec, reader, writer)
+            unless_it_is_used.pop_all()
+        return found
 
 
 async def _introduced(

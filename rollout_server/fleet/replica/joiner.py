@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
+import re
 import socket
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -31,18 +33,24 @@ BROKEN = (
 )  # fmt: skip
 
 
+def own_id() -> str:
+    """What the fleet calls this process, also after it was started anew in its own place."""
+    host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname().partition(".")[0]).strip("-")[:40] or "replica"
+    return f"{host}-{uuid.getnode() % 2**16:04x}-{os.getpid()}"
+
+
 class Joiner:
     """Belongs to an event loop. `silent_s`: a controller that says nothing for so long is cut off; `joined` is told of
-    the id by which the fleet knows this replica."""
+    the id by which the fleet knows this replica, `id`."""
 
     def __init__(
-        self, controller: Controller, options: EngineOptions, silent_s: float, joined: Callable[[str], None]
+        self, controller: Controller, options: EngineOptions, silent_s: float, joined: Callable[[str], None], id: str
     ) -> None:
         self._controller = controller
         self._options = as_replica(options)
         self._silent_s = silent_s
         self._joined = joined
-        self._id = f"{socket.gethostname().split('.')[0][:40] or 'replica'}-{secrets.token_hex(2)}"
+        self._id = id
         self._codec = link_codec(self._compile)
         self._engine: ReplicaEngine | None = None
         self._instance: str | None = None

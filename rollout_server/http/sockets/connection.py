@@ -8,7 +8,6 @@ import http
 import sys
 from typing import Any
 
-import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -83,7 +82,7 @@ class Connection(H11Protocol):
         app: Any = self.app
         return app.state.get(DOOR_KEY) if hasattr(app, "state") else None
 
-    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+    def handle_websocket_upgrade(self, event: Any) -> None:
         """uvicorn's name for every upgrade: from here on the connection is the fleet's."""
         self.connections.discard(self)
         drawn = dict(self.headers).get(NONCE_HEADER.encode(), b"")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import httpx
 import pytest
 
 from tests.support import tiny_models
-from tests.support.fleet.machines import controller, machine, replica
-from tests.support.live_server import until
+from tests.support.fleet.certificates import certificate
+from tests.support.fleet.machines import Machine, controller, machine, replica
+from tests.support.live_server import server_here, until
 from trainer_client import RolloutClient
 
 PROMPTS = [[5, 9, 33], [44], list(range(1, 40))]
@@ -69,3 +73,60 @@ def test_replicas_join_are_filled_and_outlive_their_controller(model: Path, tmp_
                 assert one.process.wait(60) == 0 and one.said("it was drained")
                 until(lambda: states(client) == [])
                 assert again.stop() == 0
+
+
+def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
+    other = tiny_models.build("qwen3", tmp_path / "other", seed=1)
+    with ExitStack() as machines:
+        fleet = machines.enter_context(controller(model, tmp_path / "state"))
+        began: list[tuple[Machine, str]] = [
+            (machines.enter_context(replica(other, fleet.url)), r"its base is sha256:\w+, and the fleet's is sha256:"),
+            (
+                machines.enter_context(replica(model, fleet.url, key="k" * 20)),
+                "set ROLLOUT_FLEET_KEY to the controller",
+            ),
+            (machines.enter_context(replica(model, fleet.url, key=None)), "set ROLLOUT_FLEET_KEY to the controller"),
+            (machines.enter_context(replica(model, fleet.url.replace("http", "https"))), "has no certificate"),
+        ]
+        good = machines.enter_context(replica(model, fleet.url))
+        for refused, said in began:
+            refused.wait_for(said)
+            assert refused.process.wait(60) != 0
+        good.wait_for("has joined")
+        until(lambda: ready(fleet.url))
+        with RolloutClient(fleet.url) as client:
+            assert states(client) == ["live"] and drawn(client, "base")
+            late = machines.enter_context(replica(model, fleet.url, "--context-length", "512"))
+            late.wait_for("its context is 512, and the fleet's is 2048")
+            assert late.process.wait(60) != 0 and states(client) == ["live"]
+        assert good.stop() == 0
+
+
+def test_replicas_are_started_anew_one_by_one_and_nobody_notices(model: Path, tmp_path: Path) -> None:
+    own, private = certificate(tmp_path, "own")
+    files = ("--fleet-cert", str(own), "--fleet-key-file", str(private))
+    with ExitStack() as machines:
+        fleet = machines.enter_context(controller(model, tmp_path / "state", *files))
+        secured = fleet.url.replace("http", "https")
+        joined = [machines.enter_context(replica(model, secured, "--fleet-cert", str(own))) for _ in range(2)]
+        client = machines.enter_context(RolloutClient(fleet.url))
+        until(lambda: all(each.said("has joined") for each in joined) and ready(fleet.url))
+        until(lambda: states(client) == ["live", "live"])
+        client.push("policy", *adapter(model, 1))
+        trained, before = drawn(client, "policy"), {each.id for each in client.fleet()}
+        command = [sys.executable, "-m", "rollout_server", "fleet", "restart", "--url", fleet.url]
+        restarting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+        while restarting.poll() is None:
+            assert drawn(client, "policy") == trained
+            assert "live" in states(client)
+        told = restarting.communicate()[0]
+        assert restarting.returncode == 0 and all(f"{id} is live again" in told for id in before)
+        found = {each.id: (each.state, each.restarts, each.versions_staged) for each in client.fleet()}
+        assert found == dict.fromkeys(before, ("live", 1, 1))
+        assert all(each.process.poll() is None for each in joined), "each has replaced itself"
+
+
+def test_a_server_that_is_no_controller_takes_no_replica(model: Path) -> None:
+    with server_here(model) as server, replica(model, server.url) as lost:
+        lost.wait_for("takes no replicas .*start it with serve --fleet")
+        assert lost.process.wait(60) != 0

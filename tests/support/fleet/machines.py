@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
@@ -20,8 +20,6 @@ KEY = "a-key-of-thirty-two-characters--"
 @dataclass
 class Machine(LiveServer):
     """One process; `url` is empty for a replica."""
-
-    output: list[str] = field(default_factory=list)
 
     def said(self, pattern: str) -> re.Match[str] | None:
         return re.search(pattern, "".join(self.log))
@@ -39,11 +37,11 @@ class Machine(LiveServer):
 
 
 @contextmanager
-def machine(*arguments: str, key: str | None = KEY) -> Iterator[Machine]:
-    """`rollout-server serve` with these arguments, until the context ends."""
+def machine(*arguments: str, key: str | None = KEY, within: Sequence[str] = ()) -> Iterator[Machine]:
+    """`rollout-server serve` with these arguments, until the context ends; `within` are words before the command."""
     inherited = {name: value for name, value in environ.items() if not name.startswith("ROLLOUT_")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "rollout_server", "serve", *arguments],
+        [*within, sys.executable, "-m", "rollout_server", "serve", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,10 +73,11 @@ def controller(model: Path, state: Path, *options: str, port: int = 0, key: str 
 
 
 @contextmanager
-def replica(model: Path, url: str, *options: str, key: str | None = KEY) -> Iterator[Machine]:
+def replica(
+    model: Path, url: str, *options: str, key: str | None = KEY, within: Sequence[str] = ()
+) -> Iterator[Machine]:
     """`serve --join`, which may be loading yet when the context begins."""
-    with machine("--join", url, "--model", str(model), "--kv-memory", "16MiB", *options, key=key) as made:
+    with machine(
+        "--join", url, "--model", str(model), "--kv-memory", "16MiB", *options, key=key, within=within
+    ) as made:
         yield made
-
-
-Joined = Callable[[], bool]
