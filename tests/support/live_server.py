@@ -17,6 +17,7 @@ from typing import Any
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.server import served
+from tests.support.http.shared_routes import make_app
 
 ROOT = Path(__file__).parents[2]
 START_S, PATIENCE_S = 200.0, 120.0
@@ -94,7 +95,8 @@ def live_server(
 def server_here(model: Path | None, **options: Any) -> Iterator[Server]:
     """As `live_server`, with fields of `ServerConfig` for options: for tests of what is answered, which neither end the
     process nor read its log. It costs a fifth of a process's time."""
-    with served(ServerConfig(model=None if model is None else str(model), port=0, **options)) as url:
+    config = ServerConfig(model=None if model is None else str(model), port=0, **options)
+    with served(config, make_app) as url:
         yield Server(url)
 
 
