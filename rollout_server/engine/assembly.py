@@ -175,7 +175,7 @@ def budget_of(
             return []
         return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
 
-    rounded = planned if model.compiles else lambda tokens: tokens
+    rounded = planned if model.compiles else None
     return TurnBudget(most, clock, rounded, prefer=options.prefer, measure=measured)
 
 

@@ -167,7 +167,7 @@ class Batch:
         while budget > 0 and (read := self._read(budget)):
             budget -= read
         # When all is read: a row that sat down before a failure would be one that nobody was told of.
-        rows = self._seat_returning()
+        rows = self._seat_returning() if self._recovering.open else []
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
