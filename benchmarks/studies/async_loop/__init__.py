@@ -1,1 +1,1 @@
-"""Whether a loop whose sampling overlaps with its training is there sooner than one after the other."""
+"""How much sooner a loop is there whose sampling overlaps with its training."""
