@@ -1,1 +1,1 @@
-"""Whether a loop whose sampling overlaps with its training is there sooner than one after the other."""
+"""A loop whose sampling overlaps with its training, timed beside loops that do one after the other."""
