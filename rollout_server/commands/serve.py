@@ -17,6 +17,10 @@ from rollout_server.commands.terminal.engine_options import (
     AllowImageHost,
     Also,
     Attention,
+    FleetCert,
+    FleetKeyFile,
+    FleetSwitch,
+    Join,
     KvBits,
     KvMemory,
     MaxBatch,
@@ -28,6 +32,7 @@ from rollout_server.commands.terminal.engine_options import (
     Prefer,
     PrefillTokens,
     PrefixCache,
+    RayAddress,
     Replicas,
     StateDir,
     Warm,
@@ -68,6 +73,11 @@ def serve(
     allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
+    ray_address: RayAddress = None,
+    fleet: FleetSwitch = None,
+    join: Join = None,
+    fleet_cert: FleetCert = None,
+    fleet_key_file: FleetKeyFile = None,
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
@@ -78,7 +88,7 @@ def serve(
     """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
-    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
+    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only, and the key of a fleet from ROLLOUT_FLEET_KEY."""
     _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
 
 
@@ -91,6 +101,10 @@ def _serve(given: dict[str, Any]) -> None:
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        if config.join is not None:
+            from rollout_server.commands.join import join
+
+            return join(config)
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on", protected=config.protected))

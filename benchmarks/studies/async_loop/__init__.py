@@ -1,1 +1,1 @@
-"""A loop whose sampling overlaps with its training, timed beside loops that do one after the other."""
+"""How much sooner a loop is there whose sampling overlaps with its training."""

@@ -28,7 +28,7 @@ from trainer_client import RolloutClient
 
 GOALS = (0.9, 0.95, 0.98)
 ASKED = 0.8
-"""At most this part of the seconds that the quickest loop takes which does not overlap."""
+"""A share of the seconds of the quickest loop that does not overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Loop:
     name: str
     staleness: int
     threads: int
-    """How many compute a product, in the server and in the trainer each."""
+    """They compute products, in the server and in the trainer each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Run:
     reached: dict[float, float]
     """Seconds to each accuracy; without those that it did not reach."""
     seconds: float
-    """The median of its steps."""
+    """The median step."""
     busy: float
     """Cores, on average."""
     staleness: int
