@@ -107,19 +107,22 @@ def _serve(given: dict[str, Any]) -> None:
             return join(config)
         from rollout_server.http.server import serve as serve_http
 
-        serve_http(config, ready=partial(greet, page=config.page == "on"))
+        serve_http(config, ready=partial(greet, page=config.page == "on", protected=config.protected))
 
 
-def greet(url: str, *, page: bool) -> None:
-    """Says that the server is ready, where to look, and three things to try from another terminal."""
+def greet(url: str, *, page: bool, protected: bool) -> None:
+    """Says that the server is ready, where to look, and three things to try from another terminal. Commands take keys
+    from the environment, where the server's own is; curl has to be given one."""
     from rollout_server.http.server import announce
 
     announce(url)
+    key = ' -H "Authorization: Bearer $ROLLOUT_API_KEY"' if protected else ""
+    asked = '{"model": "base", "prompt": "12+13=", "max_tokens": 16}'
     lines = [f"  page    {url}/"] if page else []
     lines += [
         f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',
         f"  push    rollout-server push DIR --name policy --url {url}",
-        f"  watch   rollout-server top --url {url}",
+        f"  curl    curl {url}/v1/completions -H 'content-type: application/json'{key} -d '{asked}'",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

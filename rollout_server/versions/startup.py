@@ -220,7 +220,10 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         self._publisher.check_name(name)
-        prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
+        try:
+            prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
+        except RolloutError as error:
+            raise InvalidField(f"--adapter {name}={directory}: {error.message}", param="adapters") from error
         publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
         published = await self._publisher.publish(publish)
         log.info("%s is %s from %s", published.version, published.version.digest, directory)

@@ -35,7 +35,7 @@ from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_fa
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
-from rollout_server.engine.model.footprints import check_share
+from rollout_server.engine.model.footprints import check_room, check_share
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes
 from rollout_server.engine.model.resident import ResidentModel
@@ -248,6 +248,7 @@ def read_model(path: Path) -> ReadModel:
     config = read_config(path)
     plan, kind = _planned(path, config), kind_of(config)
     check_model(path)
+    check_room(path)
     head = read_head(path, kind, config) if kind.scores else None
     classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:

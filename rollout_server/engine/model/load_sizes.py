@@ -10,7 +10,16 @@ import mlx.core as mx
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.kv_choice import ChosenStore
-from rollout_server.machine.device_defaults import ACTIVATIONS, ADAPTERS, LOGITS, DeviceDefaults, Footprint, choose
+from rollout_server.errors import EngineUnavailable
+from rollout_server.machine.device_defaults import (
+    ACTIVATIONS,
+    ADAPTERS,
+    LOGITS,
+    DeviceDefaults,
+    Footprint,
+    choose,
+    in_words,
+)
 from rollout_server.machine.this_device import this_device
 
 log = logging.getLogger("rollout_server.engine.model")
@@ -36,8 +45,10 @@ def chosen_sizes(
         kv_row=store.cell_bytes * store.row_cells,
     )
     device = this_device()
+    device = replace(device, memory=device.memory // options.sharing)
+    _check_kv(options, device.memory, weight_bytes)
     sizes = choose(
-        replace(device, memory=device.memory // options.sharing),
+        device,
         footprint,
         max_batch=1 if store.kind == "serial" else options.max_batch,
         prefill_tokens=options.prefill_tokens,
@@ -46,6 +57,16 @@ def chosen_sizes(
     for sentence in sizes.sentences():
         log.info("%s", sentence)
     return sizes
+
+
+def _check_kv(options: EngineOptions, memory: int, weight_bytes: int) -> None:
+    """Raises `EngineUnavailable` where rows could never fill what they are promised. With --memory it was counted."""
+    asked, left = options.kv_memory, memory - weight_bytes
+    if asked is not None and options.memory is None and asked > left:
+        raise EngineUnavailable(
+            f"--kv-memory is {in_words(asked)}, but of this device's {in_words(memory)} the weights leave "
+            f"{in_words(max(left, 0))}: give less, or leave the option out, and a part of that is taken."
+        )
 
 
 def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:
