@@ -195,6 +195,12 @@ class ServerConfig(BaseSettings):
     """Engines, each in a process of its own, that serve behind this address; `None`: one in this process."""
     min_replicas: int = Field(default=1, ge=1)
     """So many of them have to be live for the server to be ready and for versions to change."""
+    tensor_parallel: int | None = Field(default=None, ge=1, le=64)
+    """Ranks that compute each engine together, each a process with a part of every layer; `None`: one process."""
+    backend: Literal["ring", "jaccl", "jaccl-ring", "nccl"] | None = None
+    """How MLX sums over ranks; `None`: nccl on CUDA, ring elsewhere."""
+    hostfile: Path | None = None
+    """Hosts of the ranks, as `mlx.launch` reads them; `None`: all are on this machine."""
     replica_timeout_s: float = Field(default=30.0, gt=0)
     """An engine of another process that is not heard of for so long is ended and started again."""
     page: Literal["on", "off"] = "on"
@@ -227,6 +233,12 @@ class ServerConfig(BaseSettings):
     def _fleet_rule(self) -> ServerConfig:
         if self.min_replicas > (self.replicas or 1):
             raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
+        if self.tensor_parallel is None and (self.hostfile is not None or self.backend is not None):
+            raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
+        if self.hostfile is not None and (self.replicas or 1) > 1:
+            raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
+        if self.tensor_parallel is not None and (self.also or self.memory is not None or self.trace is not None):
+            raise ValueError("--also, --memory and --trace are of engines in this process: not with --tensor-parallel")
         if self.replicas is not None and self.also:
             raise ValueError("--also serves several models in one process: leave it out with --replicas")
         if self.replicas is not None and self.memory is not None:
@@ -243,6 +255,15 @@ class ServerConfig(BaseSettings):
     @property
     def on_loopback(self) -> bool:
         return is_loopback(self.host)
+
+
+class RankSettings(BaseSettings):
+    """Which rank of a group this process is, as `mlx.launch` says it."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    mlx_rank: int | None = None
+    """None where nobody launched it as one."""
 
 
 class GpuSettings(BaseSettings):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,8 @@ from rollout_server.commands.terminal.engine_options import (
     AllowImageHost,
     Also,
     Attention,
+    Backend,
+    Hostfile,
     KvBits,
     KvMemory,
     MaxBatch,
@@ -30,9 +33,13 @@ from rollout_server.commands.terminal.engine_options import (
     PrefixCache,
     Replicas,
     StateDir,
+    TensorParallel,
     Warm,
     WeightsMemory,
 )
+
+if TYPE_CHECKING:
+    from rollout_server.config import ServerConfig
 
 
 def serve(
@@ -68,6 +75,9 @@ def serve(
     allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
+    tensor_parallel: TensorParallel = None,
+    backend: Backend = None,
+    hostfile: Hostfile = None,
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
@@ -91,9 +101,31 @@ def _serve(given: dict[str, Any]) -> None:
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        if config.tensor_parallel is not None and launched_elsewhere(config):
+            return
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on"))
+
+
+def launched_elsewhere(config: ServerConfig) -> bool:
+    """With a hostfile this command runs again, as each rank; returns whether this process was a rank that serves no
+    HTTP, whose work is done."""
+    from rollout_server.config import RankSettings
+    from rollout_server.fleet.ranks.hosts import launching
+    from rollout_server.versions.startup import ranks_of
+
+    rank, ranks = RankSettings().mlx_rank, ranks_of(config)
+    if ranks is None or (rank is None and config.hostfile is None):
+        return False
+    if rank is None and config.hostfile is not None:
+        command = launching(config.hostfile, ranks.backend, sys.argv[1:])
+        os.execv(command[0], command)
+    if rank:
+        from rollout_server.fleet.ranks.follower import follow
+
+        sys.exit(follow(ranks))
+    return False
 
 
 def greet(url: str, *, page: bool) -> None:

@@ -96,7 +96,9 @@ def build_engine(
         blame=blame,
         device_fault=device_fault,
         timeline=timeline,
-        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock)
+        if options.warm
+        else lambda: None,
         clock=clock,
     )
 
@@ -117,12 +119,17 @@ def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -
 
 
 def warmed(
-    model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
+    model: ResidentModel,
+    policies: PolicyTable,
+    traces: Traces,
+    cells: int,
+    mailbox: queue.SimpleQueue[Command],
+    clock: Callable[[], float],
 ) -> None:
     """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
     meanwhile is that the engine shall stop."""
     if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
-        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
+        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit, clock)
         warm_up.run(lambda: not mailbox.empty())
 
 
@@ -202,7 +209,7 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline),
+        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline, ranks=model.ranks),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

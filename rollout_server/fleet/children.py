@@ -18,6 +18,7 @@ from rollout_server.fleet.codec.values import Compile, model_info
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
 from rollout_server.fleet.link import Link, start_child
+from rollout_server.fleet.ranks.environment import placed
 from rollout_server.fleet.wire import CannotStart, Hello, Ready, link_codec
 
 log = logging.getLogger("rollout_server.fleet")
@@ -45,7 +46,7 @@ class Controller(Protocol):
 @dataclass(slots=True)
 class _Child:
     id: str
-    device: str | None
+    devices: tuple[str, ...]
     link: Link | None = None
     info: ModelInfo | None = None
     status: EngineStatus | None = None
@@ -54,13 +55,15 @@ class _Child:
 
 
 class Children:
-    """Belongs to the event loop. `devices` name a GPU for each replica, or are empty."""
+    """Belongs to the event loop. `devices` name the GPUs of all replicas, as many for each, or are empty."""
 
     def __init__(
         self, count: int, devices: Sequence[str], options: EngineOptions, controller: Controller, compile: Compile
     ) -> None:
+        each = len(devices) // count
         self._children = {
-            f"local-{index}": _Child(f"local-{index}", devices[index] if devices else None) for index in range(count)
+            f"local-{index}": _Child(f"local-{index}", tuple(devices[index * each : (index + 1) * each]))
+            for index in range(count)
         }
         self._options = options
         self._sharing = 1 if devices else count
@@ -160,11 +163,11 @@ class Children:
 
     async def _serve(self, child: _Child) -> None:
         """Runs a replica until its link closes. Raises what kept it from starting."""
-        variables = {"CUDA_VISIBLE_DEVICES": child.device} if child.device else {}
+        variables, options = placed(self._options, child.devices)
         link = child.link = start_child(self._codec, variables)
         try:
             await link.open()
-            link.send(Hello(self._options, self._sharing))
+            link.send(Hello(options, self._sharing))
             match first := await link.receive():
                 case Ready():
                     child.info = model_info(first.model)

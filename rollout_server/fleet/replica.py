@@ -33,6 +33,7 @@ from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.codec.frames import LENGTH, BadFrame
 from rollout_server.fleet.codec.values import described
+from rollout_server.fleet.ranks.lead import LeadEngine
 from rollout_server.fleet.wire import (
     VERSIONS,
     CannotStart,
@@ -74,8 +75,10 @@ class Replica:
         hello = self._read()
         if not isinstance(hello, Hello):
             return 2
-        share_cores(hello.cores)
-        self._engine = engine = EngineThread(hello.options, self._post, self._show)
+        ranks = hello.options.ranks
+        share_cores(hello.cores * (1 if ranks is None or ranks.launched else ranks.size))
+        make = EngineThread if ranks is None else LeadEngine
+        self._engine = engine = make(hello.options, self._post, self._show)
         writer = threading.Thread(target=self._write, name="link", daemon=True)
         writer.start()
         engine.start()
