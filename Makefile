@@ -15,10 +15,13 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-schema test-page pictures golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-schema test-page pictures golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A dependency group that no lock holds, beside what is in .venv.
+ADD = sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
 
 $(READY): pyproject.toml requirements.lock.txt requirements.cuda13.lock.txt .ci/install
 	@sh .ci/install $(PYTHON) $(VENV) $(BACKEND)
@@ -77,16 +80,16 @@ golden-recurrent: $(PEERS_READY)  ## write tests/golden/recurrent anew from torc
 	$(PEERS)/bin/python -m tests.golden.recurrent.make_golden
 
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
-	@$(BIN)/python -c "import schemathesis" 2>/dev/null \
-		|| $(UV) pip install --quiet --python $(BIN)/python --group schema 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet --group schema
+	@$(BIN)/python -c "import schemathesis" 2>/dev/null || $(ADD) schema
 	$(BIN)/python -m tests.schema
 
-PAGE = $(BIN)/python -c "import selenium" 2>/dev/null \
-	|| $(UV) pip install --quiet --python $(BIN)/python --group page 2>/dev/null \
-	|| $(BIN)/python -m pip install --quiet --group page
+PAGE = $(BIN)/python -c "import selenium" 2>/dev/null || $(ADD) page
 CHROMIUM = command -v chromedriver >/dev/null || test "$$(id -u)" != 0 \
 	|| { apt-get -qq update && apt-get -qq install --yes chromium chromium-driver >/dev/null; } || true
+
+test-nvrtc: $(READY)  ## the kernels' texts through NVIDIA's compiler, which needs no GPU; installs it into .venv on Linux
+	@$(BIN)/python -c "import nvidia.cu13" 2>/dev/null || $(ADD) nvrtc
+	$(BIN)/python -m pytest -q tests/support/numbers/test_nvrtc.py $(ARGS)
 
 test-page: $(READY)  ## the live page in headless Chromium; installs selenium into .venv, and as root on Debian Chromium
 	@$(PAGE)

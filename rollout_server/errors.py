@@ -26,6 +26,7 @@ To add one: subclass `RolloutError`, give it a code, add a row to the status tab
     ├── QueueFull               too many requests waiting             queue_full
     ├── NeverAdmitted           deadline passed in the queue          never_admitted
     ├── EngineUnavailable       starting, stopping or dead            engine_unavailable
+    │   └── EngineEnded         the same; a fleet asks another        engine_unavailable
     └── EngineFault             a step failed                         engine_fault
         ├── ReplicaLost         engines ended under a row             replica_lost
         ├── NonFiniteLogits     the model produced NaN or infinity    non_finite_logits
@@ -161,6 +162,11 @@ class NeverAdmitted(RolloutError):
 class EngineUnavailable(RolloutError):
     code = "engine_unavailable"
     retryable = True
+
+
+class EngineEnded(EngineUnavailable):
+    """The last word of an engine that dies or is told to stop. In a fleet nobody hears it: what it is about is done
+    again by another engine. To a client it is its parent."""
 
 
 class EngineFault(RolloutError):

@@ -3,11 +3,14 @@
 `python -m benchmarks.studies.trips` serves the embedded model in this process, follows every call of our own code on
 the event loop's and the engine's threads, and prints files, rooms, functions and calls of one `POST /v1/rollouts` (two
 samples of eight tokens), one `POST /v1/weights` (LoRA), one turn of the loop that only decodes, and the step in it. Of
-a request it says besides how many files it enters that such a turn does not.
+a request it says besides how many files it enters that such a turn does not, and how many only for metrics and the
+page, which somebody who follows the request passes by. `--files` lists them all, with the functions that run in each.
+Each request finds the engine at rest: what was left to do for the one before it is none of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import threading
 import time
@@ -30,6 +33,10 @@ from rollout_server.machine.blas import load_fast_blas
 OURS = Path(rollout_server.__file__).parent.parent
 PACKAGES = ("rollout_server", "adapters")
 TURN, STEP = ("loop.py", "turn"), ("batch.py", "step")
+WATCHING = ("rollout_server/http/observing/", "rollout_server/http/metrics.py")
+"""What is told of a request for metrics and the page alone."""
+REST_S = 0.5
+"""After which the rows of a request have left their places."""
 
 
 @dataclass
@@ -41,6 +48,16 @@ class Trip:
     @property
     def files(self) -> set[str]:
         return {file for file, _ in self.calls}
+
+    @property
+    def listed(self) -> str:
+        """Each file with its lines, and the functions that ran in it."""
+        lines = []
+        for file in sorted(self.files):
+            names = sorted({name for entered, name in self.calls if entered == file})
+            length = len((OURS / file).read_text(encoding="utf-8").splitlines())
+            lines.append(f"    {file} ({length} lines; {len(names)}: {', '.join(names)})")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         rooms = {str(Path(file).parent) for file in self.files}
@@ -86,6 +103,9 @@ class Follower:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--files", action="store_true", help="list the files of each trip, and what runs in them")
+    listing = parser.parse_args().files
     load_fast_blas()
     follower = Follower()
     threading.setprofile(follower)
@@ -102,6 +122,7 @@ def main() -> None:
         while client.get("/ready").status_code != 200:
             time.sleep(0.1)
         client.post("/v1/rollouts", json=body).raise_for_status()  # Lazy imports and first uses.
+        time.sleep(REST_S)
         with follower.following() as rollout:
             client.post("/v1/rollouts", json=body).raise_for_status()
         begun = len(follower.turns), len(follower.steps)
@@ -110,15 +131,23 @@ def main() -> None:
         turns, steps = follower.turns[begun[0] :], follower.steps[begun[1] :]
         turn, step = turns[len(turns) // 2], steps[len(steps) // 2]
         tensors, config = adapter()
+        time.sleep(REST_S)
         upload = {"config": ("adapter_config.json", json.dumps(config)), "weights": ("weights", save(tensors))}
         with follower.following() as push:
             client.post("/v1/weights", data={"name": "policy"}, files=upload).raise_for_status()
     threading.setprofile(None)  # type: ignore[arg-type]
-    for name, trip in (("POST /v1/rollouts", rollout), ("POST /v1/weights", push)):
+    for name, trip in (
+        ("POST /v1/rollouts", rollout),
+        ("POST /v1/weights", push),
+        ("a turn", turn),
+        ("its step", step),
+    ):
+        watching = sum(file.startswith(WATCHING) for file in trip.files)
         # The loop turns for whatever runs: a reader who knows it opens the others.
-        print(f"{name:18} {trip}; {len(trip.files - turn.files)} files beside a turn's")
-    for name, trip in (("a turn", turn), ("its step", step)):
-        print(f"{name:18} {trip}")
+        beside = f"; {len(trip.files - turn.files)} files beside a turn's, {watching} only for metrics and the page"
+        print(f"{name:18} {trip}{beside if trip in (rollout, push) else ''}")
+        if listing:
+            print(trip.listed)
 
 
 def adapter() -> tuple[dict[str, Any], dict[str, Any]]:

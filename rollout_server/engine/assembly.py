@@ -37,14 +37,15 @@ from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.admission import AdmissionControl
-from rollout_server.engine.scheduling.idle_memory import Memory
+from rollout_server.engine.scheduling.failures import Failures
+from rollout_server.engine.scheduling.idle_memory import Memory, keep_for_later
 from rollout_server.engine.scheduling.on_update import VersionSwitcher
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.scheduling.preemption import Preemption
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.queue import ScoringQueue, make_reader
 from rollout_server.engine.scoring.tasks import ScoringTasks
-from rollout_server.engine.sight.features import SHARE, Eyes
+from rollout_server.engine.sight.features import SHARE
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
 
@@ -64,7 +65,7 @@ def build_engine(
 ) -> Engine:
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` (seconds) decides;
     turns are measured by `turn_clock`, if given. `device_fault` says what is wrong with the device after a failure."""
-    info, eyes, blame, traces, timeline = model.info, model.eyes, Blame(), Traces(), timeline or Timeline()
+    info, eyes, blame, traces, timeline = model.info, model.eyes, blame_of(model), Traces(), timeline or Timeline()
     prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
     ledger = ledger_of(model, prefix_reuse)
     requests, changes, held = requests_of(model, ledger), deque[PolicyCommand](), HeldScorers(policies)
@@ -72,6 +73,7 @@ def build_engine(
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline, clock)
     scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, held, reports, info, eyes)
+    admission = AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes)
     preemption, pause_state = Preemption(batches, policies, reports, requests, ledger), PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock)
     return Engine(
@@ -81,7 +83,7 @@ def build_engine(
         changes=changes,
         requests=requests,
         reports=reports,
-        admission=AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes),
+        admission=admission,
         batches=batches,
         scoring=scoring,
         tasks=tasks,
@@ -93,8 +95,7 @@ def build_engine(
         memory=memory,
         prefix_reuse=prefix_reuse,
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
-        blame=blame,
-        device_fault=device_fault,
+        failures=Failures(policies, reports, batches, admission, scoring, prefix_reuse, blame, device_fault),
         timeline=timeline,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock)
         if options.warm
@@ -103,19 +104,15 @@ def build_engine(
     )
 
 
+def blame_of(model: ResidentModel) -> Blame:
+    """The one that is told of pictures too, where the model sees any."""
+    return model.eyes.blame if model.eyes is not None else Blame()
+
+
 def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
     """What of the KV memory nobody needs goes to what is kept for later requests."""
     limit = model.info.kv_memory // model.info.kv_bytes_per_token
-    return KVLedger(limit, partial(leave, model.eyes, prefix_reuse, limit // SHARE))
-
-
-def leave(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:
-    """Shares KV columns that nobody needs among what is kept for later requests: features of pictures, of which there
-    are few, take at most `most`."""
-    if eyes is not None:
-        eyes.fit(min(cells, most))
-        cells = max(0, cells - eyes.cells)
-    prefix_reuse.fit(cells)
+    return KVLedger(limit, partial(keep_for_later, model.eyes, prefix_reuse, limit // SHARE))
 
 
 def warmed(

@@ -6,7 +6,6 @@ every batch once, shares out what memory is left, and tells the event loop in on
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 from collections import deque
@@ -14,7 +13,6 @@ from collections.abc import Callable
 
 from rollout_server.engine.batch.batches import Batches
 from rollout_server.engine.batch.prefix_reuse import PrefixReuse
-from rollout_server.engine.blame import Blame
 from rollout_server.engine.messages.control import (
     NO_FLEET,
     Abort,
@@ -37,6 +35,7 @@ from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.admission import AdmissionControl
+from rollout_server.engine.scheduling.failures import Failures
 from rollout_server.engine.scheduling.idle_memory import Memory
 from rollout_server.engine.scheduling.on_update import VersionSwitcher
 from rollout_server.engine.scheduling.pause import PauseState
@@ -47,17 +46,15 @@ from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineFault, EngineUnavailable, NotFound, RolloutError
-
-log = logging.getLogger(__name__)
+from rollout_server.errors import EngineEnded, NotFound, RolloutError
 
 IDLE_WAIT_S = 1.0
 
 
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
-    are the changes of versions that wait or are under way, `blame` says what a failure in a turn belongs to,
-    `prepare` does what is to be done before the first turn, and `clock` is the one of deadlines, in seconds."""
+    are the changes of versions that wait or are under way, `failures` says what one in a turn takes along, `prepare`
+    does what is to be done before the first turn, and `clock` is the one of deadlines, in seconds."""
 
     def __init__(
         self,
@@ -80,8 +77,7 @@ class Engine:
         memory: Memory,
         prefix_reuse: PrefixReuse,
         status: StatusBoard,
-        blame: Blame,
-        device_fault: Callable[[], str | None],
+        failures: Failures,
         timeline: Timeline,
         prepare: Callable[[], object],
         clock: Callable[[], float] = time.monotonic,
@@ -90,8 +86,7 @@ class Engine:
         self._post = post
         self._policies = policies
         self._changes = changes
-        self._requests = requests
-        self._reports = reports
+        self._requests, self._reports = requests, reports
         self._admission = admission
         self._batches = batches
         self._scoring = scoring
@@ -100,11 +95,10 @@ class Engine:
         self._preemption = preemption
         self._switcher = switcher
         self._budget, self._clock = budget, clock
-        self._pause_state = pause_state
-        self._memory = memory
+        self._pause_state, self._memory = pause_state, memory
         self._prefix_reuse = prefix_reuse
-        self._status, self._blame = status, blame
-        self._device_fault = device_fault
+        self._status = status
+        self._failures = failures
         self._timeline = timeline
         self._prepare = prepare
         self._stopping = False
@@ -126,12 +120,13 @@ class Engine:
             with self._timeline.part("take"):
                 self._take_commands()
             self._end_overdue()
-            if (error := self._blame.attempt(self._compute)) is not None:
+            if (error := self._failures.blame.attempt(self._compute)) is not None:
                 turn.note(error=type(error).__name__)
-                self._fail_step(error)
+                self._failures.fail(error)
             if self._reports.has_met:
                 self._reports.end_met(self._batches.rows, self._batches.joining)
-            self._pause_state.answer(self._computing or self._held.outlive(self._requests.open_requests))
+            if self._pause_state.unanswered:
+                self._pause_state.answer(self._computing or self._held.outlive(self._requests.open_requests))
             with self._timeline.part("tell"):
                 self._tell()
 
@@ -140,9 +135,12 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
+        if not (self._requests.open_requests or self._computing):
+            self._batches.keep(self._policies.sets)
+            return
+        self._admission.begin_turn(self._budget, paused=self._pause_state.mode is not None)
         self._admission.call_back()
-        if self._pause_state.frozen:
+        if self._pause_state.mode == "keep":
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
@@ -164,7 +162,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
+        if self._preemption.resume() and self._pause_state.mode is None and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
@@ -197,8 +195,7 @@ class Engine:
         return self._batches.prefilled - before
 
     def _score(self) -> None:
-        kind = self._scoring.kind
-        if share := self._budget.share(kind):
+        if self._scoring.busy and (share := self._budget.share(kind := self._scoring.kind)):
             crowded = self._requests.crowded or bool(self._batches.preempted)
             alone = not self._batches.size
             before = self._budget.tokens
@@ -234,18 +231,16 @@ class Engine:
     @property
     def _computing(self) -> bool:
         """True if anything is being sampled or scored."""
-        batches = self._batches
-        return bool(
-            batches.active or batches.joining or batches.preempted or self._scoring.busy or self._reports.has_complete
-        )
+        rows = self._batches.active or self._batches.joining or self._batches.preempted
+        return bool(rows or self._scoring.busy or self._reports.has_complete)
 
     @property
     def _busy(self) -> bool:
         """True if a turn has something to do."""
         if self._changes or self._memory.releases:
             return True
-        if self._pause_state.paused:
-            return self._computing and not self._pause_state.frozen
+        if (paused := self._pause_state.mode) is not None:
+            return self._computing and paused != "keep"
         return self._computing or self._requests.pressing
 
     def _take_commands(self) -> None:
@@ -315,7 +310,7 @@ class Engine:
         """In their order. One that is long is done in parts, between the steps of rows that decode meanwhile."""
         while self._changes:
             command = self._changes.popleft()
-            with self._timeline.part("change versions") as part, self._blame(command):
+            with self._timeline.part("change versions") as part, self._failures.blame(command):
                 part.note(command=type(command).__name__, policy=command.name)
                 done = self._change(command)
                 if isinstance(command, Publish):
@@ -352,38 +347,14 @@ class Engine:
         self._pause_state.end(id, reason)
         self._reports.end_request(id, reason, self._batches.rows, self._batches.joining)
 
-    def _fail_step(self, error: Exception) -> None:
-        """Fails by name whatever was being computed; its batch starts over empty, batches of other sets go on. Raises
-        `EngineUnavailable` where the device is gone, since everything that came after would fail too."""
-        if (gone := self._device_fault()) is not None:
-            raise EngineUnavailable(
-                f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server "
-                "again; with --state-dir it serves the versions that it had."
-            ) from error
-        log.error("A step failed; its rows fail by name and the batch is rebuilt.", exc_info=error)
-        fault = EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}")
-        if self._blame.of(ScoringQueue):
-            self._scoring.fail(fault)
-            self._prefix_reuse.clear()  # A prompt that was being kept may never be there.
-            self._blame.clear()
-            return
-        for blamed in self._blame:
-            if isinstance(blamed, PolicyCommand):
-                self._policies.abandon()
-                self._reports.fail(blamed.id, fault)
-        self._prefix_reuse.clear()
-        self._reports.fail_rows(*self._batches.fail(), fault)
-        self._admission.fail(fault)
-        self._blame.clear()
-
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
-        fault = EngineUnavailable(f"The engine stopped: {type(cause).__name__}: {cause}")
+        fault = EngineEnded(f"The engine stopped: {type(cause).__name__}: {cause}")
         self._close("dead", str(fault), fault)
 
     def stop(self) -> None:
         """Rows that have tokens are returned as aborted; requests that have nothing yet get the error."""
-        error = EngineUnavailable("The server is stopping.")
+        error = EngineEnded("The server is stopping.")
         for id in list(self._requests.open_requests):
             if self._reports.has_tokens(id, self._batches.rows):
                 self._end_request(id, "stopping")

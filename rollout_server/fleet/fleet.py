@@ -6,8 +6,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,13 +30,15 @@ from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, Scor
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
 from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
-from rollout_server.fleet.children import Children
+from rollout_server.fleet.codec.frames import Codec
+from rollout_server.fleet.codec.values import model_info
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Flip, Lose, ReplicaState, Settle, Stage
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.fleet.requests import FleetRequests
-from rollout_server.fleet.status import fleet_status
+from rollout_server.fleet.roster import Roster, Source, fleet_status
 from rollout_server.fleet.versions import FleetVersions
+from rollout_server.fleet.wire import Ready, as_replica, link_codec
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import BASE, PolicyVersion
 from rollout_server.text.pictures.reader import PictureReader
@@ -51,15 +53,19 @@ TICK_S, PING_S = 0.1, 1.0
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """How many engines there shall be, and when the fleet is one."""
+    """When a fleet is ready, and when a replica is given up."""
 
-    replicas: int
+    awaited: int = 1
+    """So many have to be live for the fleet to be ready at its start."""
     fewest: int = 1
     """So many have to be live for changes of versions."""
     silent_s: float = 30.0
     """An engine that is not heard of for so long is ended and started again."""
-    devices: Sequence[str] = ()
-    """What each replica is told of the GPU that it has to itself; empty where all share one device."""
+
+
+MakeSource = Callable[[EngineOptions, Codec], Source]
+"""Makes what replicas come from. The options are those that each of them is started with, and the codec is the
+controller's end of every link."""
 
 
 class Fleet:
@@ -68,6 +74,7 @@ class Fleet:
     def __init__(
         self,
         fleet: FleetOptions,
+        source: MakeSource,
         options: EngineOptions,
         post: Callable[[list[Event]], None],
         show: Callable[[EngineStatus], None],
@@ -84,9 +91,8 @@ class Fleet:
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
         self._requests = FleetRequests(self._ledger, self._versions, post, self._send, clock)
         self._readings = FleetReadings(self._ledger, self._versions, post, self._send)
-        shared = 1 if fleet.devices else fleet.replicas
-        own = replace(options, keep_versions=None, tell_admissions=True, sharing=shared, max_queue=2**31)
-        self._children = Children(fleet.replicas, fleet.devices, own, self, self._compile)
+        self._roster = Roster(self)
+        self._source = source(as_replica(options), link_codec(self._compile))
         self._state = "starting"
         self._fault: str | None = None
         self._ended = threading.Event()
@@ -154,7 +160,7 @@ class Fleet:
 
     async def _run(self) -> None:
         pinged = 0.0
-        self._children.start()
+        self._source.start(self._roster)
         while not self._ended.is_set():
             now = self._clock()
             if now - pinged >= PING_S:
@@ -169,7 +175,7 @@ class Fleet:
 
     async def _stop(self) -> None:
         self._state = "stopping"
-        await self._children.stop()
+        await self._roster.stop(self._source)
         self._requests.stop()
         self._over()
 
@@ -183,7 +189,7 @@ class Fleet:
         """No replica can be had: the fleet ends, and says why."""
         if self._state == "starting":
             self._state, self._fault = "dead", error.message
-            self._children.kill()
+            self._roster.kill()
             self._over()
 
     def _show(self) -> None:
@@ -194,16 +200,17 @@ class Fleet:
                 self._requests.waiting,
                 self._versions.snapshot(),
                 self._readings.paused,
-                self._children.told(self._ledger, self._clock()),
+                self._roster.told(self._ledger, self._clock()),
                 self._fleet.fewest,
-                self._children.statuses(),
+                self._roster.statuses(),
             )
         )
 
     # ---- replicas ---------------------------------------------------------------------------------------------------
 
-    async def joined(self, id: str, info: ModelInfo) -> None:
+    async def joined(self, id: str, ready: Ready) -> ModelInfo:
         """A replica has loaded its model. Raises `EngineUnavailable` for one that computes something else."""
+        info = model_info(ready.model)
         if self.info is None:
             from rollout_server.fleet.tokens import load_tokenizer
 
@@ -218,9 +225,10 @@ class Fleet:
             self._send(id, self._readings.paused)
         self._ledger.join(id, 2 * info.max_batch, self._clock())
         self._act()
-        if self._state == "starting" and len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.replicas:
+        if self._state == "starting" and len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.awaited:
             self._state = "ready"
         self._show()
+        return info
 
     def left(self, id: str) -> None:
         """Its link is closed. Where all are told to stop, nothing is drawn again."""
@@ -242,7 +250,7 @@ class Fleet:
             if isinstance(message, Published):
                 self._ledger.flipped(id, _version_of(message.id))
             else:
-                self._children.end(id, "it could not move an alias")
+                self._roster.end(id, "it could not move an alias")
         elif message.id.isdecimal():
             self._requests.event(int(message.id), message)
         else:
@@ -254,15 +262,15 @@ class Fleet:
         if isinstance(message, Published):
             self._versions.staged_on(id, version, message)
         elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):
-            self._children.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
+            self._roster.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
 
     def _leave(self, leave: Leave) -> None:
         """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere."""
-        if not self._children.leave(leave.replica):
+        if not self._roster.leave(leave.replica):
             self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
             return
         if leave.at_once or leave.replica not in self._ledger.replicas:
-            self._children.end(leave.replica, "it was removed")
+            self._roster.end(leave.replica, "it was removed")
         else:
             self._ledger.drain(leave.replica)
         self._show()
@@ -271,7 +279,7 @@ class Fleet:
     # ---- what the ledger wants --------------------------------------------------------------------------------------
 
     def _send(self, id: str, message: Any) -> None:
-        self._children.send(id, message)
+        self._roster.send(id, message)
 
     def _act(self) -> None:
         while actions := self._ledger.take():
@@ -288,7 +296,7 @@ class Fleet:
                     case Drop(id, version):
                         self._versions.drop_on(id, version)
                     case End(id, reason):
-                        self._children.end(id, reason)
+                        self._roster.end(id, reason)
                     case Lose(work, samples, reason):
                         self._requests.lose(work, samples, reason)
                     case Settle(change):

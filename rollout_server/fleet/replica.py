@@ -30,7 +30,7 @@ from rollout_server.engine.messages.rollouts import Event, RequestFailed, Submit
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Delete, Publish
 from rollout_server.engine.thread import EngineThread
-from rollout_server.errors import EngineUnavailable
+from rollout_server.errors import EngineEnded, EngineUnavailable
 from rollout_server.fleet.codec.frames import LENGTH, BadFrame
 from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.ranks.lead import LeadEngine
@@ -167,7 +167,7 @@ class Replica:
 
     def _post(self, events: list[Event]) -> None:
         """What an engine that ends says of its requests is not told: they are drawn again elsewhere."""
-        told = [e for e in events if not (isinstance(e, RequestFailed) and isinstance(e.error, EngineUnavailable))]
+        told = [e for e in events if not (isinstance(e, RequestFailed) and isinstance(e.error, EngineEnded))]
         if told:
             self._out.put(told)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from adapters.bundle import AdapterBundle
@@ -92,6 +92,12 @@ COMMANDS = (
 """What a controller says. Deadlines are seconds from now: clocks of two machines have nothing in common."""
 ANSWERS = (Ready, CannotStart, EngineStatus, *get_args(Event))
 """What a replica says."""
+
+
+def as_replica(options: EngineOptions) -> EngineOptions:
+    """The options of an engine of a fleet: its versions are freed by command, it says when it admits, and how much may
+    wait is the controller's to say."""
+    return replace(options, keep_versions=None, tell_admissions=True, max_queue=2**31)
 
 
 def link_codec(compile: Compile) -> Codec:

@@ -100,6 +100,7 @@ TABLE: Mapping[type[RolloutError], Row] = MappingProxyType(
         errors.QueueFull: Row(429, "rate_limit_error"),
         errors.NeverAdmitted: Row(408, "timeout_error"),
         errors.EngineUnavailable: Row(503, SERVER),
+        errors.EngineEnded: Row(503, SERVER),
         errors.EngineFault: Row(500, SERVER),
         errors.ReplicaLost: Row(500, SERVER),
         errors.NonFiniteLogits: Row(500, SERVER),

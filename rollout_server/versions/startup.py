@@ -15,6 +15,7 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions, RankOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
+from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.ranks.hosts import read_hosts
 from rollout_server.machine.blas import cuda_build
@@ -132,8 +133,8 @@ def handle_of(config: ServerConfig, options: EngineOptions) -> EngineHandle:
     # Elsewhere than on CUDA all share the one device that there is.
     own = cuda_build() and not (ranks and ranks.launched)
     gpus = gpus_for(count * (ranks.size if ranks else 1), GpuSettings().names) if own else ()
-    fleet = FleetOptions(count, config.min_replicas, config.replica_timeout_s, gpus)
-    return EngineHandle(options, partial(Fleet, fleet))
+    fleet = FleetOptions(count, config.min_replicas, config.replica_timeout_s)
+    return EngineHandle(options, partial(Fleet, fleet, partial(Children, count, gpus)))
 
 
 def open_state(config: ServerConfig, resident: str = "") -> StateStore | None:

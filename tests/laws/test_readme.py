@@ -23,7 +23,7 @@ PAGES = {
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
 }
 README = PAGES["README.md"]
-GUIDE = PAGES["docs/guide.md"]
+GUIDE = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/guide/"))
 GUARANTEES = PAGES["docs/guarantees.md"]
 
 

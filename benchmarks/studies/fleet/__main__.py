@@ -32,6 +32,7 @@ from rollout_server.engine.handle import EngineHandle  # noqa: E402
 from rollout_server.engine.messages.options import EngineOptions  # noqa: E402
 from rollout_server.engine.messages.rollouts import RowFinished  # noqa: E402
 from rollout_server.engine.messages.versions import Publish  # noqa: E402
+from rollout_server.fleet.children import Children  # noqa: E402
 from rollout_server.fleet.fleet import Fleet, FleetOptions  # noqa: E402
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams  # noqa: E402
 from tests.support.tiny_models import random_adapter  # noqa: E402
@@ -67,7 +68,8 @@ async def measure(model: Path, rounds: int, replicas: list[int]) -> dict[str, fl
 
 
 def fleet_of(model: Path, count: int) -> EngineHandle:
-    return EngineHandle(EngineOptions(str(model), "bench"), partial(Fleet, FleetOptions(count, silent_s=120.0)))
+    made = partial(Fleet, FleetOptions(count, silent_s=120.0), partial(Children, count, ()))
+    return EngineHandle(EngineOptions(str(model), "bench"), made)
 
 
 async def started(handle: EngineHandle) -> EngineHandle:

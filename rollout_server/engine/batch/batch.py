@@ -69,12 +69,17 @@ class Batch:
 
     @property
     def rows(self) -> list[Row]:
-        return [*self._seats.values(), *self._recovering.rows, *self._leaving]
+        return [*self._seats.values(), *self.returning, *self._leaving]
+
+    @property
+    def returning(self) -> list[Row]:
+        """Rows whose tokens are being read again."""
+        return [recovery.row for recovery in self._recovering.open]
 
     @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
-        return len(self._seats) + len(self._recovering.rows) + sum(joining.count for joining in self.joining)
+        return len(self._seats) + len(self._recovering.open) + sum(joining.count for joining in self.joining)
 
     @property
     def longest(self) -> int:
@@ -123,11 +128,11 @@ class Batch:
     @property
     def reading(self) -> bool:
         """True if groups join, or rows come back."""
-        return bool(self.joining or self._recovering.rows)
+        return bool(self.joining or self._recovering.open)
 
     @property
     def active(self) -> bool:
-        return bool(self._seats or self._recovering.rows) or self._decoder.in_flight
+        return bool(self._seats or self._recovering.open) or self._decoder.in_flight
 
     @property
     def steps(self) -> int:
@@ -156,11 +161,13 @@ class Batch:
 
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
-        rows, budget = self._recover(budget)
+        budget -= self._recover(budget) if self._recovering.open else 0
         if self._prefixes is not None:
             self._prefixes.enter([joining.group for joining in self.joining])
         while budget > 0 and (read := self._read(budget)):
             budget -= read
+        # When all is read: a row that sat down before a failure would be one that nobody was told of.
+        rows = self._seat_returning()
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -214,7 +221,7 @@ class Batch:
         would move other rows it waits until nothing is in flight. `few`: only so many that others need not wait long
         for what is kept of them."""
         flying = self._decoder.in_flight
-        if not flying and not all(row.running for row in self._recovering.rows):
+        if not flying and not all(recovery.row.running for recovery in self._recovering.open):
             ended, places = self._recovering.take(lambda row: not row.running)
             self._vacate(places, places)
             return ended + self.release()
@@ -239,9 +246,18 @@ class Batch:
         self._recovering.begin(row, runs, columns)
         self._changed()
 
-    def _recover(self, budget: int) -> tuple[list[Row], int]:
-        """Rows that are back, and what is left of the budget."""
+    def _recover(self, budget: int) -> int:
+        """Reads rows again that come back; returns how many tokens of about `budget`."""
         before = self._recovering.unread
+        with self._timeline.part("recompute") as part:
+            self._recovering.prefill(budget)
+            if fed := before - self._recovering.unread:
+                part.note(tokens=fed)
+        self.prefilled += fed
+        return fed
+
+    def _seat_returning(self) -> list[Row]:
+        """Rows that are back."""
         back: list[Row] = []
 
         def seat(place: int, row: Row) -> None:
@@ -250,12 +266,8 @@ class Batch:
             self._changed()
             back.append(row)
 
-        with self._timeline.part("recompute") as part:
-            self._recovering.prefill(budget, seat)
-            if fed := before - self._recovering.unread:
-                part.note(tokens=fed)
-        self.prefilled += fed
-        return back, budget - fed
+        self._recovering.seat(seat)
+        return back
 
     def evict(self, row: Row) -> None:
         """Drops the KV of a row; no step may be in flight."""
@@ -314,7 +326,8 @@ class Batch:
         self._changed()
         if moved is None:
             return
-        self._recovering.follow(moved)
+        if self._recovering.open:
+            self._recovering.follow(moved)
         self._seats = {moved[place]: row for place, row in self._seats.items()}
         for joining in self.joining:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]

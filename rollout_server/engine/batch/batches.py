@@ -74,6 +74,11 @@ class Batches:
         return [joining for batch in self._batches.values() for joining in batch.joining]
 
     @property
+    def returning(self) -> list[Row]:
+        """Rows whose tokens are being read again."""
+        return [row for batch in self._batches.values() for row in batch.returning]
+
+    @property
     def size(self) -> int:
         return sum(batch.size for batch in self._batches.values())
 

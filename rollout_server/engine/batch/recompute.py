@@ -29,26 +29,22 @@ class Recoveries:
         self._forward = forward
         self._store = store
         self._route = route
-        self._open: list[Recovery] = []
-
-    @property
-    def rows(self) -> list[Row]:
-        return [recovery.row for recovery in self._open]
+        self.open: list[Recovery] = []
 
     @property
     def unread(self) -> int:
-        return sum(len(recovery.prompt.tokens) - recovery.prompt.prefilled for recovery in self._open)
+        return sum(len(recovery.prompt.tokens) - recovery.prompt.prefilled for recovery in self.open)
 
     def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
         tokens = (*row.group.request.prompt_ids, *row.token_ids)[: row.offset]
         prompt = Prompt(tokens, row.placement.slot, sight=row.group.sight)
         self._store.begin(prompt, 1, columns)
-        self._open.append(Recovery(row, prompt, tuple(runs)))
+        self.open.append(Recovery(row, prompt, tuple(runs)))
 
-    def prefill(self, budget: int, seat: Callable[[int, Row], None]) -> None:
-        """Reads about `budget` tokens, of the oldest first; rows that are complete, and their places, go to `seat`."""
-        for recovery in self._open:
+    def prefill(self, budget: int) -> None:
+        """Reads about `budget` tokens, of the oldest first."""
+        for recovery in self.open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
                 end, placement = next(run for run in recovery.runs if run[0] > prompt.prefilled)
@@ -56,20 +52,23 @@ class Recoveries:
                 prompt.slot = placement.slot
                 self._store.prefill(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]
                 budget -= count
-        for recovery in [recovery for recovery in self._open if recovery.prompt.done]:
+
+    def seat(self, seat: Callable[[int, Row], None]) -> None:
+        """Rows that are complete, and their places, go to `seat`."""
+        for recovery in [recovery for recovery in self.open if recovery.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be open.
             seat(self._store.seat(recovery.prompt, 1, False)[0], recovery.row)
-            self._open.remove(recovery)
+            self.open.remove(recovery)
 
     def take(self, chosen: Callable[[Row], bool]) -> tuple[list[Row], list[int]]:
         """Rows that are to leave before they are complete, and the places that become free."""
-        leaving = [recovery for recovery in self._open if chosen(recovery.row)]
-        self._open = [recovery for recovery in self._open if not chosen(recovery.row)]
+        leaving = [recovery for recovery in self.open if chosen(recovery.row)]
+        self.open = [recovery for recovery in self.open if not chosen(recovery.row)]
         places = [place for recovery in leaving for place in recovery.prompt.places]
         for recovery in leaving:
             self._store.cancel(recovery.prompt, 1)
         return [recovery.row for recovery in leaving], places
 
     def follow(self, moved: dict[int, int]) -> None:
-        for recovery in self._open:
+        for recovery in self.open:
             recovery.prompt.places = [moved[place] for place in recovery.prompt.places]

@@ -40,7 +40,15 @@ from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.engine.scheduling.pause import PauseState
 from rollout_server.engine.timeline import Timeline
-from rollout_server.errors import EngineFault, EngineUnavailable, InvalidField, NonFiniteLogits, NotFound, RolloutError
+from rollout_server.errors import (
+    EngineEnded,
+    EngineFault,
+    EngineUnavailable,
+    InvalidField,
+    NonFiniteLogits,
+    NotFound,
+    RolloutError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -304,12 +312,12 @@ class EncoderEngine:
 
     def die(self, cause: BaseException) -> None:
         """Last words: everything open fails by name and the status says why."""
-        fault = EngineUnavailable(f"The engine stopped: {type(cause).__name__}: {cause}")
+        fault = EngineEnded(f"The engine stopped: {type(cause).__name__}: {cause}")
         self._close("dead", str(fault), fault)
 
     def stop(self) -> None:
         """What is not answered yet gets the error."""
-        self._close("stopping", None, EngineUnavailable("The server is stopping."))
+        self._close("stopping", None, EngineEnded("The server is stopping."))
 
     def _close(self, state: str, fault: str | None, error: RolloutError) -> None:
         open_jobs, changes = ([each.id for each in found] for found in (self._jobs.jobs, self._changes))

@@ -32,17 +32,13 @@ class Scorers:
     they are first asked for."""
 
     def __init__(self, info: ModelInfo, head: Head | None) -> None:
-        self._base = None if head is None else Scorer(head, info.labels, info.activation)
+        self.base = None if head is None else Scorer(head, info.labels, info.activation)
         self._made: dict[Content, Scorer] = {}
-
-    @property
-    def base(self) -> Scorer | None:
-        return self._base
 
     def of(self, content: Content, bundle: AdapterBundle) -> Scorer | None:
         """What scores labels under a version; None where nothing does."""
         if not bundle.spec.head:
-            return self._base
+            return self.base
         if content not in self._made:
             head = head_of({name: mx.array(bundle.tensors[name].float32()) for name in bundle.spec.head})
             if head is None:

@@ -276,8 +276,8 @@ class PolicyTable:
     def _require(self, command: Publish) -> None:
         """What a push can be refused with before anything is staged."""
         self._registry.require(command.name, command.if_match)
-        known = command.name in self._registry.names
-        require_purpose(command.name, command.bundle, self._registry.versions(command.name) if known else ())
+        if command.name in self._registry.names:
+            require_purpose(command.name, command.bundle, self._registry.versions(command.name))
 
     def _activate(self, command: Activate) -> Published:
         began = time.perf_counter()
@@ -365,11 +365,12 @@ class PolicyTable:
         return seconds
 
     def _free(self, contents: Sequence[Content]) -> None:
+        if not contents:
+            return
         for content in contents:
             self._resident.release(content)
         self._scorers.forget(contents)
-        if contents:
-            self._count_bytes()
+        self._count_bytes()
 
     def trim(self) -> None:
         """Gives back what no version needs of the slots."""

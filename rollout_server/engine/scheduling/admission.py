@@ -18,6 +18,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.tasks import ScoringTasks
 from rollout_server.engine.sight.features import Eyes
 from rollout_server.errors import RolloutError, StalePolicy
+from rollout_server.text.pictures.picture import Picture
 
 
 class AdmissionControl:
@@ -100,9 +101,17 @@ class AdmissionControl:
         return batch_key if self._ledger.fits(wanted=True, rows=cells) else None
 
     def fail(self, fault: RolloutError) -> None:
-        """A step failed: the group that was joining fails with it."""
-        for group in self._blame.of(Group):
+        """Something failed: the group that was joining fails with it, and whoever was to be read and shows a picture
+        that the tower failed at."""
+        failed, pictures = self._blame.of(Group), self._blame.of(Picture)
+        if pictures:
+            failed += [each.group for each in self._batches.joining if _shows(each.group, pictures)]
+        for group in failed:
             self._reports.fail_group(group, fault)
+        for row in self._batches.returning if pictures else ():
+            if row.running and _shows(row.group, pictures):
+                row.fail(fault)
+                self._reports.ended(row)
 
     def call_back(self) -> None:
         """Groups that wait for a version come back when it is there, and fail when their time is over."""
@@ -130,3 +139,7 @@ class AdmissionControl:
         group.admitted_at = self._clock()
         self._reports.admitted(group, group.version)
         return True
+
+
+def _shows(group: Group, pictures: Collection[Picture]) -> bool:
+    return group.sight is not None and group.sight.shows(pictures)

@@ -18,11 +18,21 @@ from rollout_server.engine.messages.status import MemoryStatus
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scoring.queue import ScoringQueue
+from rollout_server.engine.sight.features import Eyes
 
 IDLE_S = 5.0
 """KV of an engine that has had nothing to do for so many seconds is given back."""
 FRESH_S = 0.25
 """Memory figures are at most so many seconds old while the engine works."""
+
+
+def keep_for_later(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cells: int) -> None:
+    """Shares KV columns that nobody needs among what is kept for later requests: features of pictures, of which there
+    are few, take at most `most`."""
+    if eyes is not None:
+        eyes.fit(min(cells, most))
+        cells = max(0, cells - eyes.cells)
+    prefix_reuse.fit(cells)
 
 
 class Memory:

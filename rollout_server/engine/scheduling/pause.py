@@ -25,7 +25,8 @@ class PauseState:
         self.mode: PauseMode | None = None
         self._reports = reports
         self._held: list[ScoringCommand] = []
-        self._unanswered: list[Pause | Resume] = []
+        self.unanswered: list[Pause | Resume] = []
+        """Commands whose senders are still to be told that it is so."""
 
     @property
     def paused(self) -> bool:
@@ -39,12 +40,12 @@ class PauseState:
 
     def pause(self, command: Pause) -> None:
         self.mode = command.mode
-        self._unanswered.append(command)
+        self.unanswered.append(command)
 
     def resume(self, command: Resume) -> list[ScoringCommand]:
         """Returns the requests that were held, in the order they came."""
         self.mode = None
-        self._unanswered.append(command)
+        self.unanswered.append(command)
         held, self._held = self._held, []
         return held
 
@@ -66,14 +67,14 @@ class PauseState:
         """Tells those who paused or resumed that it is so. Who asked for a drained engine waits until nothing runs,
         or is frozen, or until it is resumed."""
         waiting: list[Pause | Resume] = []
-        for command in self._unanswered:
+        for command in self.unanswered:
             if isinstance(command, Pause) and command.drain and computing and self.paused and not self.frozen:
                 waiting.append(command)
             else:
                 self._reports.add(Paused(command.id, self.mode))
-        self._unanswered = waiting
+        self.unanswered = waiting
 
     @property
     def open_requests(self) -> list[str]:
         """Ids of whatever still waits for an answer from here."""
-        return [command.id for command in (*self._held, *self._unanswered)]
+        return [command.id for command in (*self._held, *self.unanswered)]

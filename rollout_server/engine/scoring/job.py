@@ -7,7 +7,7 @@ unless its hidden state is wanted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from rollout_server.engine.scoring.labels import WORTH, LabelReading, alike
 from rollout_server.engine.scoring.replay import RowReplay
 from rollout_server.errors import RolloutError
 from rollout_server.rollout import RECOMPUTED, PolicyVersion, Span
+from rollout_server.text.pictures.picture import Picture
 
 if TYPE_CHECKING:
     from rollout_server.engine.sight.sight import Sight
@@ -188,6 +189,10 @@ class ScoreJob:
     """Sequences in the reader."""
     open: int = 0
     """Sequences that have not ended."""
+
+    def shows(self, pictures: Collection[Picture]) -> bool:
+        """Returns whether one of these pictures stands in a sequence."""
+        return any(sequence.sight is not None and sequence.sight.shows(pictures) for sequence in self.sequences)
 
     def embed(
         self,

@@ -21,6 +21,7 @@ from rollout_server.engine.scoring.job import ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import Reader, logit_tokens
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.text.pictures.picture import Picture
 
 
 def make_reader(model: ResidentModel, policies: PolicyTable, prefixes: PrefixReuse) -> Reader:
@@ -148,11 +149,15 @@ class ScoringQueue:
                 job.failed(EngineUnavailable(f"The request was ended ({reason}) before it was scored."))
 
     def fail(self, error: RolloutError) -> None:
-        """A forward failed: the jobs that were in it fail by name."""
-        self._reader.reset()
-        for job in [job for job in self._jobs if job.reading]:
-            self._close(job)
-            job.failed(error)
+        """A forward failed: the jobs that were in it fail by name. Where the tower failed at a picture before anything
+        was computed, only those that are being read and show it do."""
+        failed = [job for job in self._jobs if job.reading]
+        if pictures := self._blame.of(Picture):
+            failed = [job for job in failed if job.shows(pictures)]
+        else:
+            self._reader.reset()
+        for job in failed:
+            self._fail(job, error)
 
     def _fail(self, job: ScoreJob, error: RolloutError) -> None:
         if job in self._jobs:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from rollout_server.engine.blame import Blame
 from rollout_server.engine.sight.seen import View
 from rollout_server.engine.sight.sight import Sight, sight_of
 from rollout_server.models.vision.family import Features, VisionFamily
@@ -29,6 +30,8 @@ class Eyes:
         self.family = family
         self.reader = reader
         """What makes pixels of files, on the event loop's side; None where nothing says how."""
+        self.blame = Blame()
+        """Which picture the tower was reading when something was raised; the engine's own."""
         self._dtype = dtype
         self._cell_bytes = cell_bytes
         self._kept: OrderedDict[str, Features] = OrderedDict()
@@ -58,16 +61,21 @@ class Eyes:
             self.hits += 1
             self._kept.move_to_end(picture.digest)
             return found
+        with self.blame(picture):
+            found = self._features(picture)
+        self.looked += 1
+        self._kept[picture.digest] = found
+        self.nbytes += found.nbytes
+        self._evict()
+        return found
+
+    def _features(self, picture: Picture) -> Features:
         pixels = np.frombuffer(picture.pixels, "<f4").reshape(picture.shape)
         made = self.family.features(mx.array(pixels), picture.grid)
         found = Features(
             made.embeddings.astype(self._dtype), tuple(each.astype(self._dtype) for each in made.deepstack)
         )
         mx.eval(found.embeddings, found.deepstack)
-        self.looked += 1
-        self._kept[picture.digest] = found
-        self.nbytes += found.nbytes
-        self._evict()
         return found
 
     def look_ahead(self, views: Iterable[View], tokens: int) -> int:

@@ -3,7 +3,7 @@ do not say which picture a placeholder stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -43,6 +43,10 @@ class Sight:
     def end(self) -> int:
         """The column behind the last placeholder."""
         return len(self.key)
+
+    def shows(self, pictures: Collection[Picture]) -> bool:
+        """Returns whether one of these pictures stands among the tokens."""
+        return any(shown.digest == picture.digest for shown in self.pictures for picture in pictures)
 
     def key_of(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Tokens that begin with those it was made of, or their beginning, by what they mean: those of two pictures

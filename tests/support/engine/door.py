@@ -120,13 +120,14 @@ class Door:
 
     def on_failed_step(self, noted: Callable[[Exception], None]) -> None:
         """`noted` sees what a step raised before its rows fail by name."""
-        fail = self.engine._fail_step
+        failures = self.engine._failures
+        fail = failures.fail
 
         def failing(error: Exception) -> None:
             noted(error)
             fail(error)
 
-        self.engine._fail_step = failing  # type: ignore[method-assign]
+        failures.fail = failing  # type: ignore[method-assign]
 
     # ---- who waits ------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import RowFinished
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable
+from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.rollout import FinishReason, PolicyAddress, Rollout, RolloutRequest, SamplingParams
 from tests.support import tiny_models
@@ -58,8 +59,10 @@ class Seen:
 
 
 def fleet_handle(path: Path, replicas: int, *, silent_s: float = 30.0, **options: object) -> EngineHandle:
-    engine = EngineOptions(str(path), "tiny", kv_memory=2**24, **options)  # type: ignore[arg-type]
-    return EngineHandle(engine, partial(Fleet, FleetOptions(replicas, silent_s=silent_s)))
+    engine = EngineOptions(str(path), "tiny", **{"kv_memory": 2**24, **options})  # type: ignore[arg-type]
+    return EngineHandle(
+        engine, partial(Fleet, FleetOptions(replicas, silent_s=silent_s), partial(Children, replicas, ()))
+    )
 
 
 def request(asked: Asked, policy: PolicyAddress, id: str) -> RolloutRequest:

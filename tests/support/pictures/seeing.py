@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sight.features import Eyes
+from rollout_server.models.vision.family import Features, Grid, VisionFamily
 from rollout_server.text.pictures.picture import Picture
 from tests.support.engine.driver import Driver
 from tests.support.golden_vision import CONVERSATIONS, Reference, copied
@@ -45,6 +47,23 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class FailingTower:
+    """A family whose tower raises at some pictures, for as long as they stand in `at`."""
+
+    family: VisionFamily
+    at: list[Picture]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def features(self, pixels: mx.array, grid: Grid) -> Features:
+        shown = np.array(pixels).tobytes()
+        if any(shown == picture.pixels for picture in self.at):
+            raise ValueError("the tower stumbles")
+        return self.family.features(pixels, grid)
+
+
+@dataclass(frozen=True)
 class Seeing:
     """A vision model in memory, and what it is shown."""
 
@@ -52,13 +71,14 @@ class Seeing:
     model: ResidentModel
     conversations: dict[str, Conversation]
 
-    def start(self, **options: Any) -> Driver:
+    def start(self, *, fails_at: list[Picture] | None = None, **options: Any) -> Driver:
         """An engine whose features of pictures, and whose parameters, are its own: another may have left a set of its
-        versions mounted."""
+        versions mounted. Its tower raises at the pictures that stand in `fails_at`."""
         eyes = self.model.eyes
         if eyes is None:
             raise RuntimeError("The golden model was loaded without its tower.")
-        fresh = Eyes(eyes.family, self.model.dtype, self.model.info.kv_bytes_per_token)
+        family = eyes.family if fails_at is None else FailingTower(eyes.family, fails_at)
+        fresh = Eyes(family, self.model.dtype, self.model.info.kv_bytes_per_token)
         model = replace(self.model, eyes=fresh, module=deepcopy(self.model.module))
         if "kv_memory" in options:
             model = replace(model, info=replace(model.info, kv_memory=options.pop("kv_memory")))

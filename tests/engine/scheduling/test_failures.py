@@ -1,0 +1,83 @@
+"""A picture at which the tower fails takes along whoever is being read and shows it, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rollout_server.errors import EngineFault
+from rollout_server.rollout import FinishReason
+from tests.support.engine.driver import Driver
+from tests.support.pictures.seeing import Seeing, opened
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Iterator[Seeing]:
+    with opened("qwen2_5_vl") as found:
+        yield found
+
+
+def asked(driver: Driver, seeing: Seeing, *names: str, **options: object) -> str:
+    shown = [seeing.conversations[name] for name in names]
+    return driver.submit([each.ids for each in shown], pictures=[each.pictures for each in shown], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", [7, 512], ids=["in chunks", "at once"])
+def test_a_picture_that_the_tower_fails_at_fails_its_prompt_alone(seeing: Seeing, chunk: int) -> None:
+    plain = seeing.start()
+    expected = {name: plain.generate([each.ids], pictures=[each.pictures], **GREEDY)[0].token_ids
+                for name, each in seeing.conversations.items()}  # fmt: skip
+    broken = seeing.conversations["two"].pictures[0]
+    driver = seeing.start(fails_at=[broken], prefill_tokens=chunk)
+    running = asked(driver, seeing, "none", **GREEDY)
+    driver.turn(3)
+    wrong = asked(driver, seeing, "two", n=2, **GREEDY)
+    mixed = asked(driver, seeing, "two", "one", n=2, **GREEDY)
+    right = asked(driver, seeing, "middle", **GREEDY)
+    driver.finish(running, wrong, mixed, right, turns=120)
+    assert driver.error(wrong).code == "engine_fault"
+    assert "tower" in driver.error(wrong).message and "stumbles" in driver.error(wrong).message
+    for id, name in ((running, "none"), (right, "middle")):
+        assert [row.token_ids for row in driver.rollouts(id)] == [expected[name]]
+    first, second, *others = driver.rollouts(mixed)
+    assert {first.finish_reason, second.finish_reason} == {FinishReason.ERROR} and not first.token_ids
+    assert [row.token_ids for row in others] == [expected["one"]] * 2
+    assert driver.batches.size == 0 and not driver.status.waiting
+
+
+def test_what_is_scored_beside_it_is_scored(seeing: Seeing) -> None:
+    two, middle = seeing.conversations["two"], seeing.conversations["middle"]
+    driver = seeing.start(fails_at=[two.pictures[0]], prefill_tokens=7)
+    wrong = driver.ask_score([middle.ids, two.ids], pictures=(middle.pictures, two.pictures))
+    right = driver.ask_score([middle.ids], pictures=(middle.pictures,))
+    assert driver.scored(right)[0].logprobs == pytest.approx(
+        seeing.start().score([middle.ids], pictures=(middle.pictures,))[0].logprobs, abs=middle.within
+    )
+    with pytest.raises(EngineFault, match="tower"):
+        driver.scored(wrong)
+    assert not driver.score_jobs and not driver.reader.size
+
+
+def test_rows_that_come_back_fail_with_their_tokens_and_those_that_never_left_go_on(seeing: Seeing) -> None:
+    conversation, broken = seeing.conversations["two"], []
+    options = {"max_tokens": 200, "ignore_eos": True, "seed": 5}
+    expected = seeing.start().generate([conversation.ids], pictures=[conversation.pictures], n=3, **options)
+    driver = seeing.start(fails_at=broken, kv_memory=400 * seeing.model.info.kv_bytes_per_token, prefix_cache=False)
+    id = asked(driver, seeing, "two", n=3, **options)
+    driver.until(lambda: bool(driver.batches.preempted))
+    broken += conversation.pictures
+    assert driver.model.eyes is not None
+    driver.model.eyes.clear()
+    driver.finish(id)
+    rows = driver.rollouts(id)
+    assert rows[0].token_ids == expected[0].token_ids
+    failed = [row for row in rows if row.finish_reason is FinishReason.ERROR]
+    assert any(row.token_ids for row in failed)
+    for row in failed:
+        assert row.error is not None and "tower" in row.error.message
+        assert row.token_ids == expected[row.sample_index].token_ids[: len(row.token_ids)]
+    broken.clear()
+    assert len(driver.generate([conversation.ids], pictures=[conversation.pictures], **GREEDY)[0].token_ids) == 12
