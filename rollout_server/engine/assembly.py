@@ -97,9 +97,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         failures=Failures(policies, reports, batches, admission, scoring, prefix_reuse, blame, device_fault),
         timeline=timeline,
-        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock)
-        if options.warm
-        else lambda: None,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock, on=options.warm),
         clock=clock,
     )
 
@@ -122,10 +120,12 @@ def warmed(
     cells: int,
     mailbox: queue.SimpleQueue[Command],
     clock: Callable[[], float],
+    *,
+    on: bool,
 ) -> None:
-    """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
-    meanwhile is that the engine shall stop."""
-    if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
+    """Runs the shapes of a first batch, if that is `on`, where steps are traced or kernels made. The only thing that
+    anybody may send meanwhile is that the engine shall stop."""
+    if on and model.head is None and (model.compiles or mx.default_device() != mx.cpu):
         warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit, clock)
         warm_up.run(lambda: not mailbox.empty())
 

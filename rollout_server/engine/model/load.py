@@ -36,14 +36,14 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.kv_choice import choose_store
-from rollout_server.engine.model.load_sizes import chosen_sizes, least_of, parameters_of
+from rollout_server.engine.model.load_sizes import chosen_sizes, parameters_of
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.vision.load import nbytes
 from rollout_server.engine.model.vision.sighted import eyes_of, read_tower
 from rollout_server.engine.ranks.check import check_cut
-from rollout_server.engine.ranks.cut import CutModel, cut
+from rollout_server.engine.ranks.cut import CutModel, cut, whole
 from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
@@ -58,28 +58,19 @@ EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
 
 def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
-    """Of several `ranks` each has its part. Raises `EngineUnavailable` with the cause if the directory holds no model
-    we can serve."""
+    """Reads a model, or this rank's part. Raises `EngineUnavailable` with the cause if there is none that we serve."""
     path, on_cpu = Path(options.model_path), mx.default_device() == mx.cpu
     read = read_model(path, ranks)
     module, config = read.module, read.config
     tower = _prepare(path, module, on_cpu=on_cpu)
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
-    # Sums over ranks inside a trace were never tried by anybody we know.
-    wanted = (not on_cpu and ranks is None) if options.compile_decode is None else options.compile_decode
-    # What only reads has no decode steps.
-    chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
+    chosen = choose_store(module, vocabulary, options, compiles=_compiles(options, read, ranks, on_cpu=on_cpu))
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
-    part, dtype_name = read.part, str(dtype).removeprefix("mlx.core.")
-    layers = adaptable_layers(module) if part is None else part.layers
-    unfit = _check_device(module, layers if part is None else part.own, vocabulary, dtype)
+    part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
+    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
-    if ranks is not None:
-        sizes = least_of(ranks, sizes)
-        longest = _context_length(read, options.context_length)
-        check_cut(module, lambda: _whole(path, on_cpu=on_cpu), ranks, vocabulary, longest)
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
     check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
@@ -93,9 +84,9 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
         parameters=read.parameters,
         weight_bytes=weight_bytes,
         layers=layers,
-        weights={} if part else replaceable_parameters(module, layers, dtype_name),
+        weights={} if ranks else replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
-        no_versions=folded_factors(module) or (part.unclear if part else ""),
+        no_versions=folded_factors(module) or part.unclear,
         ranks=1 if ranks is None else ranks.size,
         kv_bytes_per_token=chosen.cell_bytes,
         kv_bytes_per_row=chosen.cell_bytes * chosen.row_cells,
@@ -110,13 +101,25 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
         placeholder=None if eyes is None else eyes.family.placeholder,
         **scoring_of(read.kind, read.head, config),
     )
+    _check_ranks(path, module, ranks, info)
     filters = choose_filter_kernel(vocabulary, dtype)
-    # Of a layer that is cut, what the kernel adds would come before the sum of what ranks have.
-    kernel = None if part or "linear" in unfit else choose_kernel(module, layers, dtype)
+    kernel = None if ranks or "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
     ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
-    parts = ({} if part is None else part.cuts), ranks
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, *parts)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, part.cuts, ranks)
+
+
+def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:
+    """Raises `EngineUnavailable` where several ranks do not compute what one would."""
+    if ranks is not None:
+        on_cpu = mx.default_device() == mx.cpu
+        check_cut(module, lambda: _uncut(path, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
+
+
+def _compiles(options: EngineOptions, read: ReadModel, ranks: Ranks | None, *, on_cpu: bool) -> bool:
+    """What only reads has no decode steps; and sums over ranks inside a trace were tried by nobody we know."""
+    wanted = (not on_cpu and ranks is None) if options.compile_decode is None else options.compile_decode
+    return wanted and read.head is None
 
 
 def _check_device(
@@ -224,7 +227,7 @@ class ReadModel:
     kind: Kind
     pad_token_id: int | None
     parameters: int
-    """Of the whole model."""
+    """Those of the whole model."""
     head: Head | None = None
     """What scores its hidden states; `module` ends there then."""
     part: CutModel | None = None
@@ -240,7 +243,7 @@ def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     head = read_head(path, kind, config) if kind.scores else None
     classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:
-        # Of several ranks none reads the weights of the others.
+        # No rank reads weights that are another's.
         module, understood = mlx_lm_utils.load_model(
             path, ranks is not None, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
         )
@@ -262,7 +265,7 @@ def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, parameters, head, part)
 
 
-def _whole(path: Path, *, on_cpu: bool) -> nn.Module:
+def _uncut(path: Path, *, on_cpu: bool) -> nn.Module:
     """The same model uncut; its weights are read where they are used."""
     plan = _planned(path, read_config(path))
     module, _ = mlx_lm_utils.load_model(

@@ -26,10 +26,11 @@ def chosen_sizes(
     vocabulary: int,
     dtype: mx.Dtype,
     weight_bytes: int,
+    ranks: Ranks | None = None,
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for."""
+    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
@@ -48,7 +49,7 @@ def chosen_sizes(
     )
     for sentence in sizes.sentences():
         log.info("%s", sentence)
-    return sizes
+    return sizes if ranks is None else least_of(ranks, sizes)
 
 
 def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:

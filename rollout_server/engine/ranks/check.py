@@ -1,5 +1,5 @@
-"""Whether a model that was cut still is the model, tried once before it serves: collectives have been wrong on long
-prompts of one machine and right on short ones."""
+"""A model that was cut is tried once before it serves: sums over ranks have been right on short prompts and wrong on
+long ones."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TEXT = ("text_config", "llm_config", "language_config")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CutModel:
-    """What is known of a model of which this rank has a part."""
+    """What is known of a model of which this rank has a part, or all."""
 
     layers: dict[str, tuple[int, int]]
     """Path → (out, in) of what an adapter may target, as the layers are whole."""
@@ -31,6 +31,12 @@ class CutModel:
     """How each of those layers is cut that is."""
     unclear: str = ""
     """Why adapters do not know which part of a layer is theirs, a half sentence; empty where they do."""
+
+
+def whole(module: nn.Module) -> CutModel:
+    """What is known of a model of which this process has all."""
+    layers = adaptable_layers(module)
+    return CutModel(layers, layers, {})
 
 
 def refuse_uncut(config: Mapping[str, Any], cls: type[nn.Module], size: int) -> None:
@@ -55,8 +61,13 @@ def cut(module: Any, ranks: Ranks, config: Mapping[str, Any]) -> CutModel:
     """Leaves this rank its part of a module whose weights were not read yet. Raises `EngineUnavailable` where it cannot
     be cut: on every rank alike, before any of them waits for another."""
     refuse_uncut(config, type(module), ranks.size)
+    if "vision_config" in config:
+        raise EngineUnavailable(
+            f"--tensor-parallel {ranks.size} serves models of text, and this {config.get('model_type')} model sees "
+            "pictures: leave the option out, or take a copy without its tower."
+        )
     layers = adaptable_layers(module)
-    whole = {path: _weight(module, path) for path in _first_of_each(layers)}
+    weights = {path: _weight(module, path) for path in _first_of_each(layers)}
     try:
         module.shard(ranks.group)
     except (ValueError, AssertionError, RuntimeError) as error:
@@ -66,7 +77,7 @@ def cut(module: Any, ranks: Ranks, config: Mapping[str, Any]) -> CutModel:
         ) from error
     own = own_layers(module, layers)
     cuts = {path: Cut(side, ranks.group) for path in layers if (side := _side(layers[path], own[path])) is not None}
-    wrong = [path for path, weight in whole.items() if not _is_part(module, path, weight, cuts.get(path))]
+    wrong = [path for path, weight in weights.items() if not _is_part(module, path, weight, cuts.get(path))]
     return CutModel(layers, own, cuts, f"mlx-lm cuts {wrong[0]} in an order of its own" if wrong else "")
 
 

@@ -19,7 +19,7 @@ LONGEST = 512
 """Bytes of what rank 0 says of itself."""
 KEY_BYTES = 32
 CONNECTIONS = 2
-"""Of each rank: one for decisions, one for commands."""
+"""One for decisions and one for commands, from each rank."""
 
 
 def await_ranks(group: Any, address: str, begin: bytes) -> list[Member]:

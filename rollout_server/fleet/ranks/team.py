@@ -50,7 +50,7 @@ class Member:
     """The beginning of a line, or of an answer."""
     answered: bytes = b""
     turns: int = 0
-    """Of which it said that it did what rank 0 did."""
+    """Those that it did as rank 0 did."""
 
     def ended(self) -> str:
         """How its process ended, as far as that is known here."""

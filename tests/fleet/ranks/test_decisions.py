@@ -71,7 +71,7 @@ def test_a_turn_takes_the_commands_that_rank_0_took(two: Two) -> None:
 
 def test_commands_of_many_threads_are_taken_in_one_order(two: Two) -> None:
     def put(name: str) -> None:
-        for number in range(200):
+        for number in range(25):
             two.lead.put(Ping(f"{name}{number}"))
 
     threads = [threading.Thread(target=put, args=(name,)) for name in "abcd"]
@@ -80,7 +80,7 @@ def test_commands_of_many_threads_are_taken_in_one_order(two: Two) -> None:
     for thread in threads:
         thread.join()
     taken = take(two.lead)
-    assert take(two.follow) == taken and len(taken) == 800
+    assert take(two.follow) == taken and len(taken) == 100
 
 
 def test_one_clock_serves_all_ranks(two: Two) -> None:
