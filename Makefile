@@ -14,8 +14,12 @@ READY := $(VENV)/.installed-$(BACKEND)
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.installed-default
 
+# Ray and what it brings are as large as all the rest.
+RAY := .venv-ray
+RAY_READY := $(RAY)/.installed-default
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-schema test-page pictures golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +71,13 @@ $(PEERS_READY): pyproject.toml requirements.lock.txt .ci/install
 test-peers: $(PEERS_READY)  ## compare with PEFT, lm-eval, TRL, verifiers, litellm and cohere, over HTTP; sets up .venv-peers with torch (ARGS="-k llama")
 	$(PEERS)/bin/python -m pytest -q tests/peers $(ARGS)
 
+$(RAY_READY): pyproject.toml requirements.lock.txt .ci/install
+	@sh .ci/install $(PYTHON) $(RAY) default ray
+	@touch $@
+
+test-ray: $(RAY_READY)  ## replicas placed by a Ray cluster of several nodes, cut off from every network; sets up .venv-ray (ARGS="-k node")
+	$(RAY)/bin/python -m tests.support.fleet.alone -m pytest -q tests/ray $(ARGS)
+
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
 	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)
 
@@ -101,6 +112,18 @@ pictures: $(READY)  ## the page's pictures in docs/pictures, of the demo as it t
 	@$(CHROMIUM)
 	$(BIN)/python -m tests.page.make_pictures $(ARGS)
 
+docs: $(READY)  ## the site of README and docs/, in site/html; a dead link fails; installs zensical into .venv
+	@$(BIN)/python -c "import zensical, mermaidx" 2>/dev/null \
+		|| $(UV) pip install --quiet --python $(BIN)/python --group docs 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m tests.docs.build_site
+
+api: $(READY)  ## docs/api.md anew, from the document that a server gives
+	$(BIN)/python -m tests.docs.api_page
+
+newcomer: $(READY)  ## the quick start in an empty environment, timed by the commands of its page
+	$(BIN)/python -m benchmarks.studies.newcomer $(ARGS)
+
 check: $(READY)  ## formatting, lint, types, import contracts and the laws of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -134,4 +157,4 @@ lock:  ## resolve the locks anew; needs uv (ARGS="--upgrade" takes newer version
 	$(LOCK) --group cuda13 --constraints requirements.lock.txt --output-file requirements.cuda13.lock.txt
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) $(PEERS) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(RAY) dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

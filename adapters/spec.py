@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -86,6 +87,12 @@ def place_of(shape: tuple[int, int]) -> Place:
         case ExpertsShape():
             return "experts"
     return "linear"
+
+
+def ends(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c`: what names a layer, or a pattern may match of its name."""
+    yield name
+    yield from (name[dot.end() :] for dot in re.finditer(r"\.", name))
 
 
 @dataclass(frozen=True, slots=True)

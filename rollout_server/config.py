@@ -7,6 +7,7 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -16,6 +17,7 @@ from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 
 GIB = 2**30
 MIB = 2**20
+SHORTEST_KEY = 16
 UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     "ki": 2**10,
     "mi": 2**20,
@@ -106,13 +108,37 @@ def check_key(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def check_ray_address(value: str | None) -> str | None:
+    """Raises ValueError for what is neither `auto` nor HOST:PORT."""
+    if value is None or value == "auto" or re.fullmatch(r"[^\s/:@]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}", value):
+        return value
+    if value.startswith("ray://"):
+        raise ValueError(
+            f"{quoted(value)} is the address of Ray's client, which this server is not: run it on a node of the "
+            "cluster, and give HOST:PORT as `ray start --head` printed it, or auto"
+        )
+    raise ValueError(f"{quoted(value)} is no address of a Ray cluster: write HOST:PORT, or auto for this machine's own")
+
+
+def check_fleet_key(value: SecretStr | None) -> SecretStr | None:
+    """Raises ValueError for one that somebody who listens might guess."""
+    if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
+        raise ValueError(
+            f"a fleet's key has at least {SHORTEST_KEY} characters, since whoever listens may try them out: take "
+            "those of `openssl rand -hex 16`"
+        )
+    return value
+
+
 def parse_kv_bits(value: Any) -> Any:
     """A text of digits as a number: the command line and the environment give texts."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 KvBits = Annotated[Literal[8] | None, BeforeValidator(parse_kv_bits)]
+RayAddress = Annotated[str | None, AfterValidator(check_ray_address)]
 Key = Annotated[SecretStr | None, AfterValidator(check_key)]
+FleetKey = Annotated[SecretStr | None, AfterValidator(check_key), AfterValidator(check_fleet_key)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
@@ -203,6 +229,20 @@ class ServerConfig(BaseSettings):
     """Hosts of the ranks, as `mlx.launch` reads them; `None`: all are on this machine."""
     replica_timeout_s: float = Field(default=30.0, gt=0)
     """An engine of another process that is not heard of for so long is ended and started again."""
+    ray_address: RayAddress = None
+    """The Ray cluster that places them: `auto`, or HOST:PORT of its head; `None`: they are this machine's."""
+    replica_place_s: float = Field(default=60.0, gt=0)
+    """A replica that Ray has found no place for after so long has none."""
+    fleet: bool = False
+    """Compute nothing here: replicas of this or other machines join."""
+    join: str | None = None
+    """The URL of a controller: be a replica of its fleet, and serve nobody else."""
+    fleet_key: FleetKey = None
+    """What a replica and its controller prove to each other; without it only this machine's replicas join."""
+    fleet_cert: Path | None = None
+    """The certificate of a controller, that links are encrypted under; of a replica, the one that it trusts."""
+    fleet_key_file: Path | None = None
+    """The private key of the controller's certificate."""
     page: Literal["on", "off"] = "on"
     """Serve the live page at /, which shows rows, versions and the latest rollouts to whoever has a key."""
     trace: Path | None = None
@@ -231,7 +271,7 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _fleet_rule(self) -> ServerConfig:
-        if self.min_replicas > (self.replicas or 1):
+        if self.min_replicas > (self.replicas or 1) and not self.fleet:
             raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
         if self.tensor_parallel is None and (self.hostfile is not None or self.backend is not None):
             raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
@@ -239,6 +279,14 @@ class ServerConfig(BaseSettings):
             raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
         if self.tensor_parallel is not None and (self.also or self.memory is not None or self.trace is not None):
             raise ValueError("--also, --memory and --trace are of engines in this process: not with --tensor-parallel")
+        if self.tensor_parallel is not None and (self.ray_address is not None or self.fleet):
+            raise ValueError(
+                "--tensor-parallel is of engines that this machine starts: not with --ray-address or --fleet"
+            )
+        if self.ray_address is not None and self.replicas is None:
+            raise ValueError(
+                "--ray-address says where replicas are placed: say with --replicas how many there shall be"
+            )
         if self.replicas is not None and self.also:
             raise ValueError("--also serves several models in one process: leave it out with --replicas")
         if self.replicas is not None and self.memory is not None:
@@ -246,6 +294,50 @@ class ServerConfig(BaseSettings):
         if self.replicas is not None and self.trace is not None:
             raise ValueError("--trace records the turns of an engine in this process: leave it out with --replicas")
         return self
+
+    @model_validator(mode="after")
+    def _controller_rule(self) -> ServerConfig:
+        if not self.fleet:
+            return self
+        if self.state_dir is None:
+            raise ValueError("--fleet needs --state-dir, since replicas that join are filled with the versions there")
+        if not self.on_loopback and self.fleet_key is None:
+            raise ValueError(
+                f"on {self.host} replicas of other machines may join: set ROLLOUT_FLEET_KEY there and here, so that "
+                "nobody else is sent prompts and weights"
+            )
+        if (self.fleet_cert is None) != (self.fleet_key_file is None):
+            raise ValueError("--fleet-cert and --fleet-key-file belong together: give both, or leave links unencrypted")
+        for other, field in (("--replicas", self.replicas), ("--memory", self.memory), ("--trace", self.trace)):
+            if field is not None:
+                raise ValueError(f"{other} is about engines of this machine, and --fleet has none: leave one out")
+        if self.also:
+            raise ValueError("--also serves several models in one process: leave it out with --fleet")
+        return self
+
+    @model_validator(mode="after")
+    def _replica_rule(self) -> ServerConfig:
+        if self.join is None:
+            if not self.fleet and (self.fleet_cert or self.fleet_key_file):
+                raise ValueError("--fleet-cert and --fleet-key-file are about a fleet: give --fleet or --join, too")
+            return self
+        if self.fleet_key_file is not None:
+            raise ValueError("--fleet-key-file is the controller's: a replica has no private key")
+        for name in ("fleet", "replicas", "also", "adapters", "adapter_dir", "state_dir", "memory"):
+            if getattr(self, name):
+                option = name.replace("_", "-").replace("adapters", "adapter")
+                raise ValueError(f"--{option} is for a server, and with --join this is a replica of another's fleet")
+        return self
+
+    @field_validator("join")
+    @classmethod
+    def _is_controller(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        at = urlsplit(value)
+        if at.scheme not in ("http", "https") or not at.hostname or at.path.strip("/") or at.query or at.username:
+            raise ValueError(f"{value!r} is no controller's URL: write http://HOST:PORT, or https:// to insist on TLS")
+        return value
 
     @property
     def protected(self) -> bool:

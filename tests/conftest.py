@@ -14,6 +14,9 @@ from rollout_server.machine.blas import load_fast_blas
 from rollout_server.open_files import import_mlx_lm
 from tests.laws import marks
 
+LONG_S = 600
+"""Seconds for a test that is `long`, unless it says how many it needs."""
+
 BLAS = load_fast_blas()
 import_mlx_lm()  # or it takes down the limit of open files, also of what is started here
 
@@ -38,6 +41,9 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marks.mark(items)
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_S))
 
 
 def pytest_sessionstart() -> None:

@@ -202,15 +202,33 @@ def test_a_client_finds_the_server_by_its_variables(monkeypatch: pytest.MonkeyPa
     assert ClientSettings().key == "two" and "two" not in repr(ClientSettings())
 
 
+FLEET: dict[str, Any] = {"fleet": True, "state_dir": "s"}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"replicas": 0}, "greater than or equal to 1"),
         ({"replicas": 2, "min_replicas": 3}, "--min-replicas is 3, and there are only 2 replicas"),
+        ({"ray_address": "auto"}, "say with --replicas how many there shall be"),
+        ({"ray_address": "ray://head:10001", "replicas": 2}, "'ray://head:10001' is the address of Ray's client"),
+        ({"ray_address": "head", "replicas": 2}, "'head' is no address of a Ray cluster: write HOST:PORT, or auto"),
         ({"min_replicas": 2}, "--min-replicas is 2, and there are only 1 replicas"),
         ({"replicas": 2, "also": "judge=/models/judge"}, "--also serves several models in one process"),
         ({"replicas": 2, "memory": "2GiB"}, "--memory is shared out in one process"),
         ({"replicas": 2, "trace": "turns.json"}, "--trace records the turns of an engine in this process"),
+        ({"fleet": True}, "--fleet needs --state-dir"),
+        (FLEET | {"host": "0.0.0.0", "insecure": True}, "set ROLLOUT_FLEET_KEY there and here"),
+        (FLEET | {"fleet_key": "short"}, "at least 16 characters"),
+        (FLEET | {"fleet_cert": "c.pem"}, "--fleet-cert and --fleet-key-file belong together"),
+        (FLEET | {"replicas": 2}, "--replicas is about engines of this machine"),
+        (FLEET | {"also": "judge=/models/judge"}, "--also serves several models in one process"),
+        ({"fleet_cert": "c.pem"}, "--fleet-cert and --fleet-key-file are about a fleet"),
+        ({"join": "studio:8000"}, "is no controller's URL"),
+        ({"join": "http://studio/v1"}, "is no controller's URL"),
+        ({"join": "http://studio", "state_dir": "s"}, "--state-dir is for a server"),
+        ({"join": "http://studio", "adapters": "one=/a"}, "--adapter is for a server"),
+        ({"join": "http://studio", "fleet_key_file": "k.pem"}, "a replica has no private key"),
     ],
 )
 def test_a_fleet_that_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:

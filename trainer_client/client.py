@@ -186,6 +186,7 @@ class RolloutClient:
     ready = _blocking(control.ready)
     fleet = _blocking(replicas.fleet)
     drain_replica = _blocking(replicas.drain_replica)
+    restart_replica = _blocking(replicas.restart_replica)
     remove_replica = _blocking(replicas.remove_replica)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
@@ -301,6 +302,7 @@ class AsyncRolloutClient:
     ready = _awaited(control.ready)
     fleet = _awaited(replicas.fleet)
     drain_replica = _awaited(replicas.drain_replica)
+    restart_replica = _awaited(replicas.restart_replica)
     remove_replica = _awaited(replicas.remove_replica)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import regex
 
 from adapters.errors import AdapterUnreadable, shown
-from adapters.spec import quoted
+from adapters.spec import ends, quoted
 
 MAX_LENGTH = 4096
 MAX_REPEAT = 64
@@ -41,12 +42,12 @@ every layer has about ten."""
 T = TypeVar("T")
 
 
+@dataclass(slots=True, eq=False)
 class Patterns:
     """Compiles and matches the expressions of one configuration; all of them together have `SECONDS_TOGETHER`."""
 
-    def __init__(self) -> None:
-        self._spent = 0.0
-        self._compiled: dict[str, regex.Pattern[str]] = {}
+    _spent: float = 0.0
+    _compiled: dict[str, regex.Pattern[str]] = field(default_factory=dict)
 
     def fullmatch(self, pattern: str, text: str) -> regex.Match[str] | None:
         """Matches as `re.fullmatch` does. Raises `AdapterUnreadable` for an expression that is broken or takes too
@@ -123,12 +124,6 @@ class PatternTable(Generic[T]):
                 for whole in (False, True) if len(end) == len(name) else (False,):
                     if (text, whole) in self._plain:
                         yield self._plain[text, whole]
-
-
-def ends(name: str) -> Iterator[str]:
-    """`a.b.c`, `b.c` and `c`: what a pattern may match of a name."""
-    yield name
-    yield from (name[dot.end() :] for dot in re.finditer(r"\.", name))
 
 
 def _plain(pattern: str) -> tuple[str | None, bool]:

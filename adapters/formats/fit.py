@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from adapters.errors import shown
 from adapters.faults import Fault
-from adapters.formats.bounded_regex import ends
 from adapters.formats.heads import NO_HEAD, HeadInFile
-from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, experts_of, quoted
+from adapters.spec import DENSE_KINDS, MAGNITUDE, AdapterSpec, Parameter, Place, ends, experts_of, quoted
 from adapters.tensors import STORAGE, FileTensor
 
 PEFT_PREFIX = "base_model.model."
@@ -34,8 +33,8 @@ class Proposal:
 
     spec: AdapterSpec
     """Every layer of the base that the configuration targets."""
-    targets: str
-    """How the configuration names its targets, for the sentence that says they match nothing."""
+    targets: Callable[[], str]
+    """Says how the configuration names its targets, for the sentence that they match nothing."""
     tensors: Mapping[tuple[str, str], FileTensor]
     """(module path, `lora_A`, `lora_B` or `lora_magnitude_vector`) → tensor."""
     strangers: tuple[Fault, ...]
@@ -72,7 +71,7 @@ def faults(
     if not proposal.spec.modules and proposal.spec.kind not in DENSE_KINDS:
         known = sorted({path.rsplit(".", 1)[-1] for path in layers})
         text = (
-            f"The configuration targets {shown(proposal.targets)}, which is no layer of this base; "
+            f"The configuration targets {shown(proposal.targets())}, which is no layer of this base; "
             f"layers that can be adapted are called {shown(', '.join(known))}."
         )
         found.append(Fault(text))

@@ -71,7 +71,7 @@ def read(
         raise AdapterUnsupported({"fine_tune_type": DORA_EMBEDDING})
     return Proposal(
         spec=AdapterSpec(kind, modules),
-        targets=f"keys = {quoted(parameters.get('keys'))} in the last {config['num_layers']} layers",
+        targets=lambda: f"keys = {quoted(parameters.get('keys'))} in the last {config['num_layers']} layers",
         tensors=parts,
         strangers=tuple(strangers),
         transposed=True,

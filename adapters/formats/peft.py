@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
-from adapters.formats.bounded_regex import Patterns, PatternTable, ends
-from adapters.formats.fit import Proposal, stranger, twice
-from adapters.formats.heads import head_in, task_type_of
+from adapters.formats.bounded_regex import Patterns, PatternTable
+from adapters.formats.fit import Proposal, twice
+from adapters.formats.heads import TASK_TYPES, task_type_of
 from adapters.formats.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
 from adapters.formats.peft_names import EXPERT, Names, exported, names_in
-from adapters.formats.peft_saved_modules import EMBEDDINGS, is_head, refuse_half_tied, saved_by, unsaved, whole_tensors
+from adapters.formats.peft_saved_modules import EMBEDDINGS, NOTHING_SAVED, is_head, saved_in
 from adapters.spec import (
     DENSE_KINDS,
     HEAD_MODULES,
@@ -32,6 +32,7 @@ from adapters.spec import (
     Parameter,
     Place,
     Scoring,
+    ends,
     fields_shown,
     lora_scale,
     place_of,
@@ -92,31 +93,22 @@ def read(
     parts = {(names.base.get(name, name), part): tensor for (name, part), tensor in parts.items()} | stacks.tensors
     kept = _names(config, "modules_to_save") or frozenset()
     wanted = [kept] if isinstance(kept, str) else sorted(kept)
-    head = head_in(tensors, config, scoring)
-    saved, met = saved_by(wanted, parameters)
-    others = tensors.keys() - thin.keys() - head.names
-    whole = whole_tensors(others, names, modules, saved, layers)
-    refuse_half_tied(whole, layers)
-    dense = {path: tensors[name] for name, (path, _) in whole.items()}
-    known_heads = head.task is not None or scoring.task is not None
-    strangers += [
-        *(stranger(name, _stranger(name)) for name in sorted(others - whole.keys())),
-        *stacks.faults,
-        *unsaved(name for name in wanted if name not in met and not (known_heads and name in HEAD_MODULES)),
-        *(twice(name, dense[path]) for name, (path, _) in whole.items() if dense[path] is not tensors[name]),
-    ]
+    saved = NOTHING_SAVED
+    if wanted or len(thin) < len(tensors) or str(config.get("task_type")) in TASK_TYPES:
+        others = {name: tensor for name, tensor in tensors.items() if name not in thin}
+        saved = saved_in(others, wanted, config, names, modules, layers, parameters, scoring)
     kind: Kind = "dora" if _flag(config, "use_dora") else "lora"
     return Proposal(
-        spec=AdapterSpec(kind, modules, tuple(dense), tuple(head.tensors), head.task),
-        targets=f"target_modules = {quoted(config.get('target_modules'))}",
+        spec=AdapterSpec(kind, modules, tuple(saved.dense), tuple(saved.head.tensors), saved.head.task),
+        targets=lambda: f"target_modules = {quoted(config.get('target_modules'))}",
         tensors=parts,
-        strangers=tuple(strangers),
+        strangers=(*strangers, *saved.strangers, *stacks.faults, *saved.faults),
         transposed=False,
         spell=_spell,
-        dense=dense,
-        promised=saved,
+        dense=saved.dense,
+        promised=saved.promised,
         promises="modules_to_save names its module",
-        head=head,
+        head=saved.head,
     )
 
 
@@ -181,12 +173,6 @@ def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], Fil
     return parts, strangers
 
 
-def _stranger(name: str) -> str:
-    if name.endswith(".base_layer.weight"):
-        return "the base's own weight of a layer that the configuration does not target"
-    return "no lora_A or lora_B weight"
-
-
 def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dict[str, ModuleSpec], Stacks]:
     """(The layers that the configuration targets under the file's names, stacks of experts under the base's): rank and
     scale of each. What belongs to the stacks is taken out of `parts`."""
@@ -196,11 +182,13 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     patterns = Patterns()
     ranks = {k: _positive(v, "rank_pattern") for k, v in _table(config, "rank_pattern").items()}
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
-    own_rank, own_alpha = PatternTable(ranks, patterns), PatternTable(alphas, patterns)
+    own_rank = PatternTable(ranks, patterns) if ranks else None
+    own_alpha = PatternTable(alphas, patterns) if alphas else None
 
     def spec(key: str, place: Place) -> ModuleSpec:
-        r = own_rank.first(key, rank)
-        return ModuleSpec(r, lora_scale(own_alpha.first(key, alpha), r, rank_stabilised=stabilised), place)
+        r = own_rank.first(key, rank) if own_rank else rank
+        a = own_alpha.first(key, alpha) if own_alpha else alpha
+        return ModuleSpec(r, lora_scale(a, r, rank_stabilised=stabilised), place)
 
     layers = {**names.layers, **_experts(names, parts)}
     modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}
@@ -214,7 +202,7 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     for block in names.blocks:
         keys = {name: f"{block.name}.{name}" for name in PARAMETERS if _named(wanted, f"{block.name}.{name}", patterns)}
         stacks.append(of_parameters(block, {name: spec(key, "experts") for name, key in keys.items()}, parts))
-    return modules, joined(stacks)
+    return modules, joined(stacks) if stacks else Stacks()
 
 
 def _experts(names: Names, parts: Parts) -> dict[str, tuple[int, int]]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from adapters.errors import AdapterUnsupported, shown
 from adapters.faults import Fault
+from adapters.formats.fit import stranger, twice
+from adapters.formats.heads import NO_HEAD, HeadInFile, head_in
 from adapters.formats.peft_names import Names
-from adapters.spec import TIED_HEAD, ModuleSpec, place_of
+from adapters.spec import HEAD_MODULES, TIED_HEAD, ModuleSpec, Parameter, Scoring, place_of
+from adapters.tensors import FileTensor
 
 WHOLE = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.[^.]+)?|(\.base_layer))?\.([^.]+)")
 """The name of a whole tensor: layer, whether it lies below a low-rank part, parameter."""
@@ -17,7 +22,56 @@ HEADS = ("lm_head", "output", "embed_out")
 """What output layers are called; `all-linear` leaves them out."""
 
 
-def unsaved(names: Iterable[str]) -> list[Fault]:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a file holds besides low-rank parts."""
+
+    dense: Mapping[str, FileTensor] = field(default_factory=dict)
+    """Parameter path → whole tensor."""
+    promised: tuple[str, ...] = ()
+    """Parameter paths that modules_to_save says are among them."""
+    head: HeadInFile = NO_HEAD
+    strangers: tuple[Fault, ...] = ()
+    """Tensors that are no part of an adapter."""
+    faults: tuple[Fault, ...] = ()
+    """Names of modules_to_save that are none, and tensors that are there twice."""
+
+
+NOTHING_SAVED = Saved()
+
+
+def saved_in(
+    others: Mapping[str, FileTensor],
+    wanted: Sequence[str],
+    config: Mapping[str, Any],
+    names: Names,
+    modules: Mapping[str, ModuleSpec],
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter],
+    scoring: Scoring,
+) -> Saved:
+    """Reads the tensors of a file that are no low-rank parts; `wanted` are the names in modules_to_save, `modules` the
+    layers that have low-rank parts. Raises `AdapterUnsupported`, see `_refuse_half_tied`."""
+    head = head_in(others, config, scoring)
+    promised, met = _saved_by(wanted, parameters)
+    left = others.keys() - head.names
+    whole = _whole_tensors(left, names, modules, promised, layers)
+    _refuse_half_tied(whole, layers)
+    dense = {path: others[name] for name, (path, _) in whole.items()}
+    known_heads = head.task is not None or scoring.task is not None
+    unknown = (name for name in wanted if name not in met and not (known_heads and name in HEAD_MODULES))
+    repeated = (twice(name, dense[path]) for name, (path, _) in whole.items() if dense[path] is not others[name])
+    strangers = tuple(stranger(name, _why_strange(name)) for name in sorted(left - whole.keys()))
+    return Saved(dense, promised, head, strangers, (*_unsaved(unknown), *repeated))
+
+
+def _why_strange(name: str) -> str:
+    if name.endswith(".base_layer.weight"):
+        return "the base's own weight of a layer that the configuration does not target"
+    return "no lora_A or lora_B weight"
+
+
+def _unsaved(names: Iterable[str]) -> list[Fault]:
     which = "which is no module of this base"
     return [
         Fault(
@@ -29,7 +83,7 @@ def unsaved(names: Iterable[str]) -> list[Fault]:
     ]
 
 
-def saved_by(names: Collection[str], parameters: Iterable[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+def _saved_by(names: Collection[str], parameters: Iterable[str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """(Those of `parameters` that are saved, those of `names` that saved one). PEFT's rule: a module whose path ends
     with a name, wherever that begins, is saved with all it holds."""
     lengths = {len(name) for name in names} - {0}
@@ -44,7 +98,7 @@ def saved_by(names: Collection[str], parameters: Iterable[str]) -> tuple[tuple[s
     return tuple(saved), frozenset(met)
 
 
-def whole_tensors(
+def _whole_tensors(
     tensors: Iterable[str],
     names: Names,
     modules: Mapping[str, ModuleSpec],
@@ -72,7 +126,7 @@ def whole_tensors(
     return found
 
 
-def refuse_half_tied(whole: Mapping[str, tuple[str, bool]], layers: Mapping[str, tuple[int, int]]) -> None:
+def _refuse_half_tied(whole: Mapping[str, tuple[str, bool]], layers: Mapping[str, tuple[int, int]]) -> None:
     """Raises `AdapterUnsupported` where only the file's author knows whether the head follows the embedding."""
     table = next((f"{path}.weight" for path, shape in layers.items() if place_of(shape) == "tied_embedding"), None)
     paths = {path for path, _ in whole.values()}

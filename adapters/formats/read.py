@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.formats import mlx_lm, peft, whole_tensors
 from adapters.formats.fit import Proposal, faults
-from adapters.spec import NO_SCORING, Parameter, Scoring, experts_of, quoted
+from adapters.spec import DENSE_KINDS, NO_SCORING, Parameter, Scoring, experts_of, quoted
 from adapters.tensors import FileTensor, read_safetensors
-from adapters.wrappers import unwrapped, unwrapped_config
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
 MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
 """Fields that only one of the formats has."""
+WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+"""What torch writes into the names of a model that is compiled, data-parallel, sharded or checkpointed. It says nothing
+about the layers, so it is left out of what is read."""
+IN_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{WRAPPERS}|module)\.")
+"""Those in names of tensors. No model of mlx-lm has a part that is called `module`."""
+IN_PATTERNS = re.compile(rf"(?:{WRAPPERS})\\?\.")
+"""Those in patterns, with their dots escaped or not."""
+FIELDS = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+"""The fields of PEFT's configuration that name layers."""
+
+
+T = TypeVar("T")
 
 
 def read_bundle(
@@ -70,8 +82,8 @@ def _propose(
 ) -> tuple[Any, Proposal]:
     """(The reader of the file's format, what it says)."""
     _known(format)
-    tensors, config = unwrapped(tensors), unwrapped_config(config)
-    if whole_tensors.is_dense(config):
+    tensors, config = _unwrapped(tensors), _unwrapped_config(config)
+    if config.get("kind") in DENSE_KINDS or config.get("fine_tune_type") == "full":
         if format != "auto" and (format == "peft" or "fine_tune_type" not in config):
             raise AdapterUnreadable(
                 f"The format was given as {format}, but these are whole tensors: leave it out.", field="format"
@@ -84,6 +96,29 @@ def _propose(
     if found == "peft":
         return peft, peft.read(tensors, config, layers, parameters, scoring)
     return mlx_lm, mlx_lm.read(tensors, config, layers)
+
+
+def _unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The same tensors under the layers' own names; two that would then have one name keep theirs."""
+    bare = {name: IN_NAMES.sub("", name) for name in tensors}
+    count = Counter(bare.values())
+    return {bare[name] if count[bare[name]] == 1 else name: tensor for name, tensor in tensors.items()}
+
+
+def _unwrapped_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An adapter's configuration that names layers in the same way."""
+    return {name: _bare(value) if name in FIELDS else value for name, value in config.items()}
+
+
+def _bare(value: Any) -> Any:
+    match value:
+        case str():
+            return IN_PATTERNS.sub("", value)
+        case list():
+            return [_bare(name) for name in value]
+        case dict():
+            return {_bare(name): number for name, number in value.items()}
+    return value
 
 
 def _config_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:

@@ -36,10 +36,6 @@ WITHOUT_EFFECT = frozenset({"base_model_name_or_path", "revision", "task_type"})
 BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")
 
 
-def is_dense(config: Mapping[str, Any]) -> bool:
-    return config.get("kind") in DENSE_KINDS or config.get("fine_tune_type") == "full"
-
-
 def read(
     tensors: Mapping[str, FileTensor],
     config: Mapping[str, Any],
@@ -69,7 +65,7 @@ def read(
     count = _count(config.get("num_layers")) if by_mlx and "kind" not in config else None
     return Proposal(
         spec=AdapterSpec(kind, {}, tuple(dense), tuple(head.tensors), head.task),
-        targets="",
+        targets=str,
         tensors={},
         strangers=tuple(strangers),
         transposed=False,

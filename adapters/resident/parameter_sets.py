@@ -98,7 +98,8 @@ class ParameterSets:
         self._layers = layers
         self._parameters = parameters
         self._sets: dict[int, ParameterSet] = {}
-        self._mounted = BASE_SET
+        self.mounted = BASE_SET
+        """The set that the next forwards use."""
         self._undo: list[Swap] = []
         self._last = BASE_SET
         self._tied = next((path for path, shape in layers.items() if place_of(shape) == "tied_embedding"), None)
@@ -162,18 +163,18 @@ class ParameterSets:
 
     def drop(self, number: int) -> None:
         """Lets a set go; the base is mounted if this one was."""
-        if self._mounted == number:
+        if self.mounted == number:
             self.mount(BASE_SET)
         self._sets.pop(number, None)
 
     def mount(self, number: int) -> None:
         """The next forwards use this set. Raises `KeyError` for one that is not there, and changes nothing."""
-        if number == self._mounted:
+        if number == self.mounted:
             return
         own = self._sets[number] if number else None
         for swap in reversed(self._undo):
             swap.holder[swap.key] = swap.base
-        self._undo, self._mounted = [], BASE_SET
+        self._undo, self.mounted = [], BASE_SET
         if own is None:
             return
         # Layers are looked up now: an adapter may have been wrapped around them since the set was built.
@@ -184,7 +185,7 @@ class ParameterSets:
         for swap in own.arrays:
             swap.holder[swap.key] = swap.own
         self._undo += own.arrays
-        self._mounted = number
+        self.mounted = number
 
     def _measure(self, build: Build, path: str, array: mx.array) -> None:
         bundle, layer = build.prepared.bundle, path.removesuffix(".weight")

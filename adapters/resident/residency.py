@@ -195,7 +195,8 @@ class ResidentVersions:
 
     def route(self, parameters: int, slots: Sequence[int]) -> None:
         """The next forwards use this parameter set, and row i of them slots[i]."""
-        self.sets.mount(parameters)
+        if parameters != self.sets.mounted:
+            self.sets.mount(parameters)
         self.slots.route(slots)
 
     def _take(self, prepared: PreparedBundle, *, dequantize: bool) -> _Work:

@@ -360,8 +360,8 @@ class Registry:
         return Deletion(entries, tuple(version.content for version in versions if not version.in_use))
 
     def _retain(self, line: _Line) -> tuple[Content, ...]:
-        freed = list(self._surplus(line))
-        self._forget(line, freed)
+        if freed := list(self._surplus(line)):
+            self._forget(line, freed)
         return tuple(version.content for version in freed)
 
     @staticmethod
@@ -372,7 +372,7 @@ class Registry:
 
     def _surplus(self, line: _Line) -> Iterator[_Version]:
         """Versions that nothing keeps, oldest first. One that may still be taken back pushes out no other."""
-        if self._keep is None:
+        if self._keep is None or len(line.kept) <= self._keep:
             return
         settled = {version.number: version for version in line.kept.values() if not version.provisional}
         held = [version.number for version in settled.values() if version.pinned or version.in_use]

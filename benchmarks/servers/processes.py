@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,10 +44,15 @@ class Served:
 
 
 @contextmanager
-def server(*command: str, ready: str = r"ready at (http://\S+)") -> Iterator[Served]:
+def server(*command: str, ready: str = r"ready at (http://\S+)", **environment: str) -> Iterator[Served]:
     """`python COMMAND…` once its output says that it is `ready`; the first group is its address."""
     process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
     )
     lines: list[str] = []
     found = threading.Event()

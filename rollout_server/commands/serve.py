@@ -19,7 +19,11 @@ from rollout_server.commands.terminal.engine_options import (
     Also,
     Attention,
     Backend,
+    FleetCert,
+    FleetKeyFile,
+    FleetSwitch,
     Hostfile,
+    Join,
     KvBits,
     KvMemory,
     MaxBatch,
@@ -31,6 +35,7 @@ from rollout_server.commands.terminal.engine_options import (
     Prefer,
     PrefillTokens,
     PrefixCache,
+    RayAddress,
     Replicas,
     StateDir,
     TensorParallel,
@@ -78,6 +83,11 @@ def serve(
     tensor_parallel: TensorParallel = None,
     backend: Backend = None,
     hostfile: Hostfile = None,
+    ray_address: RayAddress = None,
+    fleet: FleetSwitch = None,
+    join: Join = None,
+    fleet_cert: FleetCert = None,
+    fleet_key_file: FleetKeyFile = None,
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
@@ -88,7 +98,7 @@ def serve(
     """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
-    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only."""
+    ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only, and the key of a fleet from ROLLOUT_FLEET_KEY."""
     _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
 
 
@@ -103,6 +113,10 @@ def _serve(given: dict[str, Any]) -> None:
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
         if config.tensor_parallel is not None and launched_elsewhere(config):
             return
+        if config.join is not None:
+            from rollout_server.commands.join import join
+
+            return join(config)
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on"))

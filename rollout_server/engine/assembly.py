@@ -75,7 +75,7 @@ def build_engine(
     tasks = ScoringTasks(scoring, policies, held, reports, info, eyes)
     admission = AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes)
     preemption, pause_state = Preemption(batches, policies, reports, requests, ledger), PauseState(reports)
-    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock)
+    memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock, eyes)
     return Engine(
         mailbox,
         post,
@@ -182,7 +182,7 @@ def budget_of(
             return []
         return readings(model.forward, model.make_padded, policies.router(BASE_SET), longest, clock)
 
-    rounded = planned if model.compiles else lambda tokens: tokens
+    rounded = planned if model.compiles else None
     return TurnBudget(most, clock, rounded, prefer=options.prefer, measure=measured)
 
 

@@ -299,12 +299,12 @@ class EngineHandle:
         self._require_ready()
         return await self._ask(Release(self.new_id("release")))
 
-    async def leave(self, replica: str, *, at_once: bool) -> None:
-        """Lets a replica of a fleet go. Raises `NotFound`."""
+    async def leave(self, replica: str, *, at_once: bool, again: bool = False) -> None:
+        """Lets a replica of a fleet go, for ever or to come back. Raises `NotFound`."""
         self._require_ready()
         if all(known.id != replica for known in self.status.replicas):
             raise NotFound(f"There is no replica {quoted(replica)}; GET /v1/fleet lists what there is.", param="id")
-        await self._ask(Leave(self.new_id("leave"), replica, at_once))
+        await self._ask(Leave(self.new_id("leave"), replica, at_once, again))
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
         """Ends the named requests; returns those of them that were open, each once."""

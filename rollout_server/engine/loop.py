@@ -135,7 +135,7 @@ class Engine:
         self._change_versions()
         # Not whenever rows come to fill more: each reference taken or given back makes the snapshot anew.
         self._prefix_reuse.follow(self._policies.snapshot())
-        if not (self._requests.open_requests or self._computing):
+        if not (self._computing or self._requests.pressing or self._requests.open_requests):
             self._batches.keep(self._policies.sets)
             return
         self._admission.begin_turn(self._budget, paused=self._pause_state.mode is not None)

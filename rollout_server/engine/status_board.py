@@ -65,6 +65,7 @@ class StatusBoard:
                 prefix=self._prefix_reuse.status,
                 paused=self._pause_state.mode,
                 memory=self._memory.status(),
+                pictures=self._memory.pictures,
             )
         )
 

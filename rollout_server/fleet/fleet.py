@@ -29,6 +29,7 @@ from rollout_server.engine.messages.rollouts import Command, Event, RequestFaile
 from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, ScoringCommand
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
+from rollout_server.engine.model.digest import base_digest
 from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import model_info
@@ -37,6 +38,7 @@ from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Fli
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.fleet.requests import FleetRequests
 from rollout_server.fleet.roster import Roster, Source, fleet_status
+from rollout_server.fleet.terms import Terms
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import Ready, as_replica, link_codec
 from rollout_server.grammar import Constraint, Grammar
@@ -61,6 +63,8 @@ class FleetOptions:
     """So many have to be live for changes of versions."""
     silent_s: float = 30.0
     """An engine that is not heard of for so long is ended and started again."""
+    joined: bool = False
+    """Replicas are started by others: which base they shall have is read from the model's files here."""
 
 
 MakeSource = Callable[[EngineOptions, Codec], Source]
@@ -86,6 +90,7 @@ class Fleet:
         """Replicas are sent none: the controller has no tower to count placeholders by, and refuses pictures."""
         self.grammars: Grammars | None = None
         self._fleet, self._path = fleet, Path(options.model_path)
+        self._terms = Terms(options)
         self._post, self._show_status, self._clock = post, show, clock
         self._ledger = Ledger(silent_s=fleet.silent_s)
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
@@ -160,6 +165,8 @@ class Fleet:
 
     async def _run(self) -> None:
         pinged = 0.0
+        if self._fleet.joined:
+            self._terms.base = await asyncio.to_thread(base_digest, self._path)
         self._source.start(self._roster)
         while not self._ended.is_set():
             now = self._clock()
@@ -209,22 +216,21 @@ class Fleet:
     # ---- replicas ---------------------------------------------------------------------------------------------------
 
     async def joined(self, id: str, ready: Ready) -> ModelInfo:
-        """A replica has loaded its model. Raises `EngineUnavailable` for one that computes something else."""
+        """A replica has loaded its model. Raises `Conflict` for one that computes something else."""
         info = model_info(ready.model)
+        self._terms.check(id, info, ready.libraries)
         if self.info is None:
             from rollout_server.fleet.tokens import load_tokenizer
 
             self.tokenizer, self.grammars = await asyncio.to_thread(load_tokenizer, self._path, info)
             self._versions.base = PolicyVersion(BASE, 0, info.digest)
             self.info = info
-        for name in ("digest", "dtype", "kv_bits", "max_model_len"):
-            own, other = getattr(self.info, name), getattr(info, name)
-            if own != other:
-                raise EngineUnavailable(f"Replica {id} has {name} {other}, and the fleet has {own}: it is not taken.")
         if self._readings.paused is not None:
             self._send(id, self._readings.paused)
+        self._versions.claim(id, ready.held)
         self._ledger.join(id, 2 * info.max_batch, self._clock())
         self._act()
+        self._versions.let_claims_go()
         if self._state == "starting" and len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.awaited:
             self._state = "ready"
         self._show()
@@ -232,6 +238,7 @@ class Fleet:
 
     def left(self, id: str) -> None:
         """Its link is closed. Where all are told to stop, nothing is drawn again."""
+        self._versions.unclaim(id)
         if id in self._ledger.replicas and self._state != "stopping":
             self._ledger.lost(id)
             self._act()
@@ -265,8 +272,9 @@ class Fleet:
             self._roster.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
 
     def _leave(self, leave: Leave) -> None:
-        """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere."""
-        if not self._roster.leave(leave.replica):
+        """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere. With
+        `again` it is started anew."""
+        if not self._roster.leave(leave.replica, again=leave.again):
             self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
             return
         if leave.at_once or leave.replica not in self._ledger.replicas:

@@ -6,10 +6,12 @@ import asyncio
 import subprocess
 from typing import Any
 
-from rollout_server.fleet.codec.frames import LENGTH, Codec
+from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
 
 BUFFER = 1 << 20
 """Bytes that are read ahead; frames may be longer."""
+FLUSH_S = 1.0
+"""Seconds that the last words to the other end may take."""
 
 
 class Link:
@@ -45,10 +47,19 @@ class Link:
         except (asyncio.IncompleteReadError, OSError):
             return None
 
+    async def greeting(self, longest: int) -> Any:
+        """The first message of somebody who is not known yet. Raises `BadFrame`, also where it is longer than
+        `longest` bytes, and `IncompleteReadError`."""
+        (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+        if length > longest:
+            raise BadFrame(f"A frame of {length} bytes is too long for a first word.")
+        return self._codec.decode(await self._reader.readexactly(length))
+
     def kill(self) -> None:
-        """Ends the process at once, which may hang; cuts the link where there is none."""
+        """Ends the process at once, which may hang; where there is none it closes the link, if need be unflushed."""
         if self.process is None:
-            self._writer.transport.abort()
+            self._writer.close()
+            asyncio.get_running_loop().call_later(FLUSH_S, self._writer.transport.abort)
         elif self.process.poll() is None:
             self.process.kill()
 
@@ -60,4 +71,6 @@ class Link:
             except subprocess.TimeoutExpired:
                 self.kill()
                 await asyncio.to_thread(self.process.wait)
-        self._writer.close()
+            self._writer.close()
+        else:
+            self.kill()

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from rollout_server.engine.messages.control import Pause, Stop
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.rollouts import Event
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus, ReplicaStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, ReplicaStatus
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import BadFrame
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
-from rollout_server.fleet.wire import CannotStart, Ready
+from rollout_server.fleet.wire import CannotStart, Dismissed, Ready, Refused
 
 log = logging.getLogger("rollout_server.fleet")
 
@@ -86,6 +86,10 @@ class Member:
     status: EngineStatus | None = None
     restarts: int = 0
     leaving: bool = False
+    served: bool = False
+    """It was there before."""
+    renewing: bool = False
+    """It ends to be started anew."""
 
 
 class Roster:
@@ -108,14 +112,31 @@ class Roster:
         member = self._members.get(id)
         log.warning("Replica %s is ended: %s.", id, reason)
         if member is not None and member.link is not None:
+            if member.leaving or member.renewing:
+                # One that joined would come back, as it was.
+                member.link.send(Dismissed(reason, again=member.renewing))
             member.link.kill()
 
-    def leave(self, id: str) -> bool:
-        """It is not started again; returns whether it is there."""
+    def leave(self, id: str, *, again: bool) -> bool:
+        """It is not started again, or with `again` it is and loads its model anew; returns whether it is there."""
         member = self._members.get(id)
-        if member is not None:
-            member.leaving = True
-        return member is not None
+        if member is None:
+            return False
+        member.leaving, member.renewing = not again, again
+        if member.leaving and member.link is None:
+            del self._members[id]
+        return True
+
+    def forget(self, id: str) -> None:
+        """One that does not come back is not listed any more."""
+        member = self._members.get(id)
+        if member is not None and member.link is None:
+            del self._members[id]
+
+    def refuse(self, error: RolloutError) -> None:
+        """No replica can be had."""
+        log.error("No replica can be had: %s", error)
+        self._controller.fail(error)
 
     def kill(self) -> None:
         self._stopping.set()
@@ -165,8 +186,8 @@ class Roster:
     async def keep(self, id: str, open: Callable[[], Awaitable[Connection]], first: Any) -> None:
         """Runs a replica again and again: `open` starts it, and `first` is what it is told first."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
-        member = self._members[id] = Member(id)
-        while not self._stopping.is_set():
+        self._members[id] = Member(id)
+        while not self._stopping.is_set() and (member := self._members.get(id)) is not None:
             began = loop.time()
             try:
                 await self.serve(id, await open(), first)
@@ -175,18 +196,17 @@ class Roster:
                 self._controller.fail(error)
             if self._stopping.is_set() or member.leaving:
                 break
-            pause = FIRST_PAUSE_S if loop.time() - began > STEADY_S else min(2 * pause, LONGEST_PAUSE_S)
+            steady = member.renewing or loop.time() - began > STEADY_S
+            pause = FIRST_PAUSE_S if steady else min(2 * pause, LONGEST_PAUSE_S)
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)
-            member.restarts += 1
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
-        if member.leaving:
-            del self._members[id]
 
     async def serve(self, id: str, link: Connection, first: Any) -> None:
         """Listens to a replica until its connection closes. Raises what kept it from being taken."""
         member = self._members.setdefault(id, Member(id))
-        member.link = link
+        member.restarts += member.served
+        member.link, member.served, member.renewing = link, True, False
         try:
             link.send(first)
             match told := await link.receive():
@@ -204,10 +224,15 @@ class Roster:
         except BadFrame as error:
             log.error("Replica %s said what nobody understands: %s", id, error)
             link.kill()
+        except RolloutError as error:
+            link.send(Refused(error))
+            raise
         finally:
             member.link = None
             self._controller.left(id)
             self._count(member)
+            if member.leaving:
+                self._members.pop(id, None)
             await link.ended(STOP_S if self._stopping.is_set() else 1.0)
 
     def _count(self, member: Member) -> None:
@@ -265,6 +290,9 @@ def fleet_status(
         ),
         paused=paused.mode if paused else None,
         memory=MemoryStatus(**memory),
+        pictures=PictureStatus(
+            **{part.name: sum(getattr(s.pictures, part.name) for s in statuses) for part in fields(PictureStatus)}
+        ),
         replicas=replicas,
         fewest=fewest,
     )

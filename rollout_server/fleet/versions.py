@@ -4,8 +4,9 @@ have made it."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from adapters.bundle import AdapterBundle, Content
@@ -33,8 +34,10 @@ from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, 
 from rollout_server.errors import EngineUnavailable, RolloutError, UnknownPolicy
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState, Version
-from rollout_server.fleet.wire import DropVersion, FlipAlias, StageVersion
+from rollout_server.fleet.wire import AdoptVersion, DropVersion, FlipAlias, HeldVersion, StageVersion
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+
+log = logging.getLogger("rollout_server.fleet")
 
 ONE_MODEL = ""
 """A fleet serves one base: its policies have no model's name before them."""
@@ -70,6 +73,9 @@ class FleetVersions:
         self._staging: set[Version] = set()
         """Versions that are not in the registry yet."""
         self._refused: dict[Version, RolloutError] = {}
+        self._claims: dict[str, dict[Version, Content]] = {}
+        """What replicas have from an earlier link, until they are told to keep it or to let it go."""
+        self._all_restored = False
         self._turn = asyncio.Lock()
 
     # ---- what there is ----------------------------------------------------------------------------------------------
@@ -117,8 +123,16 @@ class FleetVersions:
     # ---- the ledger's actions ---------------------------------------------------------------------------------------
 
     def stage_on(self, replica: str, version: Version) -> None:
+        """What a replica has already is not sent again."""
         bundle, mode, dequantize = self._bundles[version]
         name, number = version
+        claimed = self._claims.get(replica, {}).pop(version, None)
+        if claimed == Content(bundle.digest, mode):
+            log.info("Replica %s has %s@%d already, so it is not sent again.", replica, name, number)
+            self._send(replica, AdoptVersion(f"/stage/{number}/{name}", name, number))
+            return
+        if claimed is not None:
+            self._send(replica, DropVersion(f"/drop/{number}/{name}", name, number))
         self._send(
             replica,
             StageVersion(f"/stage/{number}/{name}", name, number, bundle, self._labels.get(version), mode, dequantize),
@@ -153,12 +167,34 @@ class FleetVersions:
             return True
         return False
 
+    # ---- what replicas have already ---------------------------------------------------------------------------------
+
+    def claim(self, replica: str, held: Iterable[HeldVersion]) -> None:
+        """A replica that is about to join says what it has staged before."""
+        self._claims[replica] = {(had.name, had.number): Content(had.digest, had.mode) for had in held}
+
+    def unclaim(self, replica: str) -> None:
+        """It has left."""
+        self._claims.pop(replica, None)
+
+    def let_claims_go(self) -> None:
+        """Once all that the state directory has was restored, what nobody asked for is of no use."""
+        if not self._all_restored:
+            return
+        for replica, claimed in self._claims.items():
+            kept = {name for name, _ in self._ledger.kept}
+            for name, number in claimed:
+                # The live version of a name goes with all of it.
+                self._send(replica, DropVersion(f"/drop/{number}/{name}", name, number if name in kept else None))
+            claimed.clear()
+
     # ---- changes ----------------------------------------------------------------------------------------------------
 
     async def change(self, command: PolicyCommand) -> PolicyReply:
         """Makes a change everywhere. Raises what it may be refused with, and has changed nothing then, except where
         too few replicas are left after an alias has moved: asked for again, it is `unchanged`."""
         async with self._turn:
+            self._all_restored = self._all_restored or not isinstance(command, Restore)
             with as_ours(command.name):
                 match command:
                     case Publish():
@@ -288,6 +324,7 @@ class FleetVersions:
         self._told = {content: told for content, told in self._told.items() if content in contents}
         self._ledger.drop(gone)
         self._act()
+        self.let_claims_go()
 
     def _published(self, id: str, change: Change, stage_s: float, activate_s: float) -> Published:
         entry: Entry = change.entry

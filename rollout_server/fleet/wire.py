@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -36,6 +38,16 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldVersion:
+    """A version that a replica has staged."""
+
+    name: str
+    number: int
+    digest: str
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The model is loaded."""
 
@@ -43,6 +55,8 @@ class Ready:
     pid: int
     libraries: dict[str, str]
     """Versions of what decides the numbers, by name."""
+    held: tuple[HeldVersion, ...] = ()
+    """What it has staged in an earlier link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,15 @@ class StageVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class AdoptVersion:
+    """Keep a version that was staged in an earlier link. Answered with what staging it was answered with."""
+
+    id: str
+    name: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class FlipAlias:
     """Move a name to a version that was staged before. Answered with `Published`."""
 
@@ -84,10 +107,44 @@ class DropVersion:
     number: int | None
 
 
-VERSIONS = StageVersion | FlipAlias | DropVersion
+@dataclass(frozen=True, slots=True)
+class Introduce:
+    """The first word of a replica that joins. `proof` is empty where there is no key."""
+
+    id: str
+    proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The first word of a controller to a replica that joins: it may load its model and say that it is ready."""
+
+    instance: str
+    """Whose versions these are: what was staged for another one is let go."""
+    proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The replica is not taken, and why; a controller's last word."""
+
+    error: RolloutError
+
+
+@dataclass(frozen=True, slots=True)
+class Dismissed:
+    """The replica is no longer needed, or with `again` is to be started anew; a controller's last word."""
+
+    reason: str
+    again: bool = False
+
+
+VERSIONS = StageVersion | AdoptVersion | FlipAlias | DropVersion
+LIBRARIES = ("mlx", "mlx-lm", "rollout-server")
 COMMANDS = (
-    Hello, StageVersion, FlipAlias, DropVersion, Submit, Score, Replay, Embed, Classify, HoldScorer, LetScorerGo, Abort,
-    Pause, Resume, Release, ResetPrefixCache, Ping, LookAtRows, Stop,
+    Hello, Introduce, Welcome, Refused, Dismissed, StageVersion, AdoptVersion, FlipAlias, DropVersion, Submit, Score,
+    Replay, Embed, Classify, HoldScorer, LetScorerGo, Abort, Pause, Resume, Release, ResetPrefixCache, Ping,
+    LookAtRows, Stop,
 )  # fmt: skip
 """What a controller says. Deadlines are seconds from now: clocks of two machines have nothing in common."""
 ANSWERS = (Ready, CannotStart, EngineStatus, *get_args(Event))
@@ -98,6 +155,15 @@ def as_replica(options: EngineOptions) -> EngineOptions:
     """The options of an engine of a fleet: its versions are freed by command, it says when it admits, and how much may
     wait is the controller's to say."""
     return replace(options, keep_versions=None, tell_admissions=True, max_queue=2**31)
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what decides the numbers, as they are installed here."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def link_codec(compile: Compile) -> Codec:

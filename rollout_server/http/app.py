@@ -21,14 +21,14 @@ from rollout_server import __version__
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.errors import RolloutError
+from rollout_server.fleet.joining.door import Door
 from rollout_server.http.metrics import Metrics
-from rollout_server.http.middleware import courteous
+from rollout_server.http.middleware import closing, courteous, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.observing.observer import Observer
 from rollout_server.http.observing.tracing import tracing
 from rollout_server.http.openapi import ExactJsonPlugin
 from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.problems import to_response
-from rollout_server.http.refusals import closing, in_origin_form, is_last, refusal, refusing
 from rollout_server.http.requests.json_body import WholeRequest
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.routes.logprobs import LogprobsController
@@ -50,9 +50,10 @@ from rollout_server.http.routes.vllm.adapters import LoraDoorsController
 from rollout_server.http.routes.vllm.tokenizer import TokensController
 from rollout_server.http.routes.weights import AliasController, WeightsController
 from rollout_server.http.service import STATE_KEY, Service
+from rollout_server.http.sockets.connection import DOOR_KEY
 from rollout_server.rollout import BASE
 from rollout_server.versions.publisher import Publisher
-from rollout_server.versions.startup import Startup, engines, handle_of, open_state
+from rollout_server.versions.startup import Startup, door_of, engines, handle_of, open_state
 
 
 class Application(Litestar):
@@ -116,7 +117,8 @@ CONTROLLERS = (
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
-    residents = residents_for(config, engine)
+    door = door_of(config) if engine is None else None
+    residents = residents_for(config, engine, door)
 
     def lifespan(_: Litestar) -> AbstractAsyncContextManager[None]:
         return running(residents)
@@ -124,7 +126,13 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     return Application(
         route_handlers=(*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS,
         state=State(
-            {STATE_KEY: residents.base, RESIDENTS_KEY: residents, FRAMES_KEY: Frames(residents.base)}, deep_copy=False
+            {
+                STATE_KEY: residents.base,
+                RESIDENTS_KEY: residents,
+                FRAMES_KEY: Frames(residents.base),
+                DOOR_KEY: door,
+            },
+            deep_copy=False,
         ),
         lifespan=[lifespan],
         exception_handlers={
@@ -141,9 +149,9 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
     )
 
 
-def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Residents:
-    """What routes work with, for every model of the configuration."""
-    base, *others = [handle_of(config, options) for options in engines(config)] if engine is None else [engine]
+def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door | None = None) -> Residents:
+    """What routes work with, for every model of the configuration; `door` is where replicas join its fleet."""
+    base, *others = [handle_of(config, options, door) for options in engines(config)] if engine is None else [engine]
     handles = {BASE: base} | {name: other for (name, _), other in zip(config.also, others, strict=True)}
     names = tuple(name for name in handles if name != BASE)
     metrics, stopping, created = Metrics(handles), asyncio.Event(), int(time.time())
@@ -155,6 +163,8 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None) -> Resident
         publisher = Publisher(handle, store, config.keep_versions, () if resident else names)
         instance = store.instance if store and not resident else instance
         before = startup = Startup(config, handle, publisher, resident=resident, after=before)
+        if door is not None:
+            door.belongs_to(instance)
         services[name] = Service(
             config=config,
             engine=handle,

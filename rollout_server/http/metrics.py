@@ -15,7 +15,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus, ReplicaStatus
+from rollout_server.engine.messages.status import (
+    EngineStatus,
+    MemoryStatus,
+    PictureStatus,
+    PrefixStatus,
+    ReplicaStatus,
+)
 from rollout_server.http.observing.row_metrics import RowMetrics
 from rollout_server.http.observing.vllm_names import NameOf, vllm_names
 from rollout_server.rollout import BASE
@@ -101,8 +107,8 @@ class _Collected(Collector):
 
 
 def _memory(memory: MemoryStatus) -> Metric:
-    """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, kv_prompts, kv_scored, slots,
-    sets, active, cached, peak."""
+    """`part` is the name of the field: weights, kv_limit, kv_held, kv_filled, kv_kept, kv_prompts, kv_scored,
+    kv_pictures, slots, sets, active, cached, peak."""
     gauge = GaugeMetricFamily("rollout_memory_bytes", "Device memory by category.", labels=["part"])
     for part in fields(memory):
         gauge.add_metric([part.name], getattr(memory, part.name))
@@ -149,6 +155,7 @@ def _families(status: EngineStatus) -> Iterable[Metric]:
     yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
     yield from _prefixes(status.prefix)
     yield _memory(status.memory)
+    yield from _pictures(status.pictures)
     versions = GaugeMetricFamily("rollout_versions", "Versions that are kept of each policy.", labels=["policy"])
     live = GaugeMetricFamily("rollout_live_version", "Number of the live version; 0 for none.", labels=["policy"])
     rows = GaugeMetricFamily("rollout_policy_rows", "Rows that use versions of each policy.", labels=["policy"])
@@ -193,6 +200,18 @@ def _replicas(replicas: Sequence[ReplicaStatus]) -> Iterable[Metric]:
         tokens.add_metric([replica.id], replica.tokens)
     if replicas:
         yield from (state, rows, staged, seen, restarts, tokens)
+
+
+def _pictures(status: PictureStatus) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "rollout_pictures_kept", "Pictures whose features are kept for whoever shows them again.", value=status.kept
+    )
+    yield CounterMetricFamily(
+        "rollout_pictures_read", "How often the tower read a picture since the start.", value=status.read
+    )
+    yield CounterMetricFamily(
+        "rollout_picture_hits", "How often the features of a picture were there since the start.", value=status.hits
+    )
 
 
 def _prefixes(status: PrefixStatus) -> Iterable[Metric]:

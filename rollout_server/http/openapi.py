@@ -97,13 +97,33 @@ class LinesOperation(Operation):
 
 
 class ExactJsonPlugin(JsonRenderPlugin):
-    """Litestar's document with pydantic's own schemas of the request bodies: Litestar leaves out that unknown fields
-    are refused, and what items of lists must be."""
+    """Renders `exact_document` as JSON."""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        components = openapi_schema.get("components", {})
-        schemas = components.get("schemas", {}) | request_schemas(request.app)
-        return super().render(request, openapi_schema | {"components": components | {"schemas": schemas}})
+        return super().render(request, exact_document(request.app, openapi_schema))
+
+
+def exact_document(app: Litestar, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Litestar's document, with pydantic's own schemas of the request bodies, since Litestar leaves out that unknown
+    fields are refused, and what items of lists must be. The examples that it draws at random for replies go."""
+    whole = without_examples(drawn)
+    components = whole.get("components", {})
+    return {**whole, "components": {**components, "schemas": {**components.get("schemas", {}), **request_schemas(app)}}}
+
+
+def without_examples(part: Any) -> Any:
+    """A part of a document without examples. A field may be called `examples`."""
+    if isinstance(part, list):
+        return [without_examples(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: {name: without_examples(field) for name, field in value.items()}
+        if key == "properties"
+        else without_examples(value)
+        for key, value in part.items()
+        if key != "examples"
+    }
 
 
 def request_schemas(app: Litestar) -> dict[str, Any]:

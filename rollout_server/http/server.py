@@ -49,6 +49,12 @@ def announce(url: str) -> None:
     sys.stdout.flush()
 
 
+def takes_replicas(url: str) -> None:
+    """What a controller says before it is ready, since that takes replicas."""
+    sys.stdout.write(f"rollout-server takes replicas at {url}: start them by rollout-server serve --join {url}\n")
+    sys.stdout.flush()
+
+
 def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> None:
     """Runs until SIGTERM or SIGINT, then ends open requests by name and returns. `ready` is called with the URL when
     the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
@@ -70,13 +76,15 @@ def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callabl
 
 
 @contextmanager
-def served(config: ServerConfig) -> Iterator[str]:
-    """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. Raises
-    as `serve` does."""
+def served(config: ServerConfig, make: Callable[[ServerConfig], Litestar] = create_app) -> Iterator[str]:
+    """A server in a thread of this process, for as long as the context lasts: yields its URL once it is ready. `make`
+    gives the application. Raises as `serve` does."""
     ready: Future[str] = Future()
     with bound_socket(config) as listener, ThreadPoolExecutor(1, "server") as pool:
-        server = StoppableServer(create_app(config), config, listener, ready.set_result)
+        server = StoppableServer(make(config), config, listener, ready.set_result)
         running = pool.submit(lambda: asyncio.run(server.until_stopped()))
+        # Whoever asks a server that has died is refused, instead of waiting in the backlog of its socket.
+        running.add_done_callback(lambda _: listener.close())
         try:
             either: tuple[Future[Any], ...] = (ready, running)
             wait(either, return_when=FIRST_COMPLETED)
@@ -158,6 +166,8 @@ class StoppableServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._service.config.fleet:
+            takes_replicas(url_of(self._listener))
         self._starting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:

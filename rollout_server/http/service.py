@@ -1,9 +1,11 @@
-"""What every route works with: configuration, the engine of one model, and what can be said of its policies."""
+"""What every route works with: configuration, the engine of one model, what can be said of its policies, and what a
+request is called."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +13,7 @@ from typing import Any
 
 from litestar import Request
 from litestar.connection import ASGIConnection
+from pydantic import TypeAdapter, ValidationError
 
 from rollout_server.config import ServerConfig
 from rollout_server.engine.handle import EngineHandle
@@ -20,9 +23,10 @@ from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.observing.observer import Observer
 from rollout_server.http.problems import RESOLVED
-from rollout_server.logs import POLICY, VERSION
+from rollout_server.logs import POLICY, REQUEST_ID, VERSION
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVersion, called
+from rollout_server.schemas.fields import ID_RULE, RequestId
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.long_texts import ContextBound
 from rollout_server.text.pictures.reader import PictureReader
@@ -263,3 +267,25 @@ def service_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Service:
     if not isinstance(service, Service):
         raise TypeError("The application was not made by create_app.")
     return service
+
+
+def header_id(request: Request[Any, Any, Any]) -> str | None:
+    """`X-Request-Id`, if it is there and can be one; proxies pass on an empty one where there is none."""
+    header = request.headers.get("x-request-id", "").strip()
+    if not header:
+        return None
+    try:
+        TypeAdapter(RequestId).validate_python(header)
+    except ValidationError as error:
+        raise InvalidField(f"X-Request-Id must be {ID_RULE}.", param="X-Request-Id") from error
+    return header
+
+
+def request_id(given: str | None, request: Request[Any, Any, Any], *, kind: str) -> str:
+    """The body's `id`, else `X-Request-Id`, else a fresh one."""
+    header = header_id(request)
+    if header is not None and given not in (None, header):
+        raise InvalidField(f"The body calls the request {quoted(given)} and X-Request-Id {quoted(header)}.", param="id")
+    id = given or header or f"{kind}-{secrets.token_hex(12)}"
+    request.scope["state"][REQUEST_ID] = id
+    return id

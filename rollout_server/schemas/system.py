@@ -94,7 +94,8 @@ class FleetReply(BaseModel):
 
 
 class LeaveReply(BaseModel):
-    """`draining`: it finishes what it has; `removed`: its rows are drawn again elsewhere."""
+    """`draining`: it finishes what it has; `restarting`: the same, and it comes back; `removed`: its rows are drawn
+    again elsewhere."""
 
     id: str
-    state: Literal["draining", "removed"]
+    state: Literal["draining", "restarting", "removed"]

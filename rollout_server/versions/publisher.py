@@ -66,13 +66,9 @@ class Publisher:
         self._keep = keep_versions
         self._models = models
         self._lock = asyncio.Lock()
-        self._restored = store is None
-        self._running: set[asyncio.Task[Any]] = set()
-
-    @property
-    def restored(self) -> bool:
+        self.restored = store is None
         """True if the versions of the state directory are there: before that, nothing can be said of any name."""
-        return self._restored
+        self._running: set[asyncio.Task[Any]] = set()
 
     def check_name(self, name: str) -> None:
         """Raises `InvalidField` unless a policy of this model may be called so."""
@@ -139,7 +135,7 @@ class Publisher:
             )
             live = "deleted" if not versions else "nothing live" if record.live is None else f"@{record.live} live"
             log.info("%s was restored: %d versions, %s", name, len(versions), live)
-        self._restored = True
+        self.restored = True
         return tuple(name for name in store.records if store.records[name].versions)
 
     async def _prepared(self, bundle: AdapterBundle, mode: Mode) -> PreparedBundle:
@@ -153,7 +149,7 @@ class Publisher:
 
     async def _in_turn(self, change: Coroutine[Any, Any, T]) -> T:
         """A client that leaves must not leave a change half done."""
-        if not self._restored:
+        if not self.restored:
             change.close()  # or Python warns that it was never awaited
             raise EngineUnavailable("The state directory is still being restored; try again in a moment.")
 

@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 
 from adapters.versions.store import StateStore, StoreError
-from rollout_server.config import GpuSettings, RankSettings, ServerConfig
+from rollout_server.config import GpuSettings, RankSettings, ServerConfig, is_loopback
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import EngineOptions, RankOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
+from rollout_server.fleet.joining.door import Door, Lock
 from rollout_server.fleet.ranks.hosts import read_hosts
+from rollout_server.fleet.ray.cluster import ONE_GPU, ONE_MLX
+from rollout_server.fleet.ray.placed import Placed, Placement
 from rollout_server.machine.blas import cuda_build
 from rollout_server.machine.gpus import gpus_for
 from rollout_server.machine.memory_shares import SHARE_OF_DEVICE, Claim, share_out
@@ -124,16 +127,35 @@ def _sharing(config: ServerConfig, every: Sequence[EngineOptions]) -> tuple[Engi
     )
 
 
-def handle_of(config: ServerConfig, options: EngineOptions) -> EngineHandle:
-    """The handle of one engine in this process, or of a fleet of engines in others."""
+def door_of(config: ServerConfig) -> Door | None:
+    """Where replicas join, with `--fleet`. Raises `InvalidField` for a certificate that cannot be used."""
+    if not config.fleet:
+        return None
+    key = config.fleet_key.get_secret_value() if config.fleet_key is not None else None
+    try:
+        return Door(Lock(key, config.fleet_cert, config.fleet_key_file), is_loopback)
+    except (OSError, ValueError) as error:
+        raise InvalidField(f"--fleet-cert and --fleet-key-file cannot be used: {error}.", param="fleet_cert") from error
+
+
+def handle_of(config: ServerConfig, options: EngineOptions, door: Door | None = None) -> EngineHandle:
+    """The handle of one engine in this process, or of a fleet of engines in others, which may come in by a door."""
+    if door is not None:
+        fewest = config.min_replicas
+        joined = FleetOptions(fewest, fewest, config.replica_timeout_s, joined=True)
+        return EngineHandle(options, partial(Fleet, joined, door.source))
     if config.replicas is None and options.ranks is None:
         return EngineHandle(options)
     # An engine of several ranks is a replica: it fails as one, and is started again as one.
     count, ranks = config.replicas or 1, options.ranks
+    fleet = FleetOptions(count, config.min_replicas, config.replica_timeout_s)
+    if config.ray_address is not None:
+        need = ONE_GPU if cuda_build() else ONE_MLX
+        placement = Placement(config.ray_address, count, need, config.replica_place_s)
+        return EngineHandle(options, partial(Fleet, fleet, partial(Placed, placement)))
     # Elsewhere than on CUDA all share the one device that there is.
     own = cuda_build() and not (ranks and ranks.launched)
     gpus = gpus_for(count * (ranks.size if ranks else 1), GpuSettings().names) if own else ()
-    fleet = FleetOptions(count, config.min_replicas, config.replica_timeout_s)
     return EngineHandle(options, partial(Fleet, fleet, partial(Children, count, gpus)))
 
 

@@ -163,7 +163,7 @@ def test_a_file_that_is_not_there(server: Server) -> None:
 
 
 def test_the_echo_recipe_gives_the_same_as_written(server: Server, text: Path, tmp_path: Path) -> None:
-    example = (ROOT / "examples" / "echo_perplexity.py").read_text(encoding="utf-8")
+    example = (ROOT / "examples" / "clients" / "echo_perplexity.py").read_text(encoding="utf-8")
     assert "http://127.0.0.1:8000" in example
     (tmp_path / "example.py").write_text(example.replace("http://127.0.0.1:8000", server.url))
     run = [sys.executable, str(tmp_path / "example.py"), str(text)]

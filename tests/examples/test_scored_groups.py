@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
+from examples.clients.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
 from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
@@ -57,7 +57,7 @@ def test_what_cannot_be_learned_from_is_left_out(live: Server) -> None:
 
 
 def test_the_example_runs_as_written(live: Server) -> None:
-    command = [sys.executable, "examples/atropos_groups.py", "--url", live.url]
+    command = [sys.executable, "examples/clients/atropos_groups.py", "--url", live.url]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
     assert ran.returncode == 0, ran.stderr

@@ -59,6 +59,7 @@ STATE = [
     ("POST", "/reset_prefix_cache"),
     ("POST", "/v1/release"),
     ("POST", "/v1/fleet/local-0/drain"),
+    ("POST", "/v1/fleet/local-0/restart"),
     ("DELETE", "/v1/fleet/local-0"),
 ]
 KINDS = {"open": OPEN, "inference": INFERENCE, "state": STATE}

@@ -12,9 +12,9 @@ from litestar.testing import TestClient
 from pydantic import ValidationError
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from tests.http.test_auth import KINDS
 from tests.support.http.fake_engine import FakeEngine
+from tests.support.http.shared_routes import make_app
 
 FRIENDS = [
     "localhost",
@@ -67,7 +67,7 @@ def test_on_every_route(client: TestClient[Any], method: str, path: str, problem
 
 
 def answers(engine: FakeEngine, called: str, /, **options: Any) -> bool:
-    with TestClient(create_app(ServerConfig(**options), engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(**options), engine)) as client:  # type: ignore[arg-type]
         return client.get("/health", headers={"host": called}).status_code == 200
 
 

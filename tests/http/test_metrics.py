@@ -41,7 +41,10 @@ def test_the_engine_s_state(client: Client, engine: FakeEngine) -> None:
     prefixes = {"prefix_hits_total": 5, "prefix_misses_total": 6, "prefix_hit_tokens_total": 700}
     for name, expected in (prefixes | {"prefix_cache": 1, "prefix_bytes": 800, "prefix_evictions_total": 9}).items():
         assert value(samples, f"rollout_{name}") == expected, name
-    for part, expected in (("weights", 4000), ("kv_held", 512), ("kv_filled", 256), ("cached", 0), ("peak", 9000)):
+    for name, expected in (("pictures_kept", 2), ("pictures_read_total", 11), ("picture_hits_total", 12)):
+        assert value(samples, f"rollout_{name}") == expected, name
+    parts = {"weights": 4000, "kv_held": 512, "kv_filled": 256, "kv_pictures": 64, "cached": 0, "peak": 9000}
+    for part, expected in parts.items():
         assert value(samples, "rollout_memory_bytes", part=part) == expected, part
     for name, expected in (("versions", 3), ("live_version", 3), ("policy_rows", 4), ("weights_bytes", 192)):
         assert value(samples, f"rollout_{name}", policy="policy") == expected, name

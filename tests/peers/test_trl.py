@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from examples.trl_grpo import Rollouts
+from examples.clients.trl_grpo import Rollouts
 from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
@@ -25,7 +25,7 @@ LINE = r"step +(\d+)  trl-policy@(\d+)  reward ([\d.]+)  gap (\S+)  before (\S+)
 def test_the_reward_rises_and_every_batch_is_from_the_adapter_just_pushed(tmp_path: Path) -> None:
     with live_server(None) as server:
         ran = subprocess.run(
-            [sys.executable, "examples/trl_grpo.py", "--url", server.url, "--steps", str(STEPS)],
+            [sys.executable, "examples/clients/trl_grpo.py", "--url", server.url, "--steps", str(STEPS)],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -17,7 +17,9 @@ from typing import Any
 
 from rollout_server.config import ServerConfig
 from rollout_server.http.server import served
+from tests.support.http.shared_routes import make_app
 
+ROOT = Path(__file__).parents[2]
 START_S, PATIENCE_S = 200.0, 120.0
 """Until a server is ready, and until what was caused has happened: enough for a busy machine, and over by then."""
 
@@ -50,8 +52,10 @@ def replicas(options: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def live_server(model: Path | None, *options: str, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
-    """`rollout-server serve` on a free port; without `model` it serves the embedded one."""
+def live_server(
+    model: Path | None, *options: str, environment: dict[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[LiveServer]:
+    """`rollout-server serve` on a free port, in a folder; without `model` it serves the embedded one."""
     command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *replicas(options), *options]
     if model is not None:
         command += ["--model", str(model)]
@@ -61,8 +65,8 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parents[2],
-        env={**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        cwd=folder,
+        env={**inherited, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
     )
     log: list[str] = []
     found = threading.Event()
@@ -91,7 +95,8 @@ def live_server(model: Path | None, *options: str, environment: dict[str, str] |
 def server_here(model: Path | None, **options: Any) -> Iterator[Server]:
     """As `live_server`, with fields of `ServerConfig` for options: for tests of what is answered, which neither end the
     process nor read its log. It costs a fifth of a process's time."""
-    with served(ServerConfig(model=None if model is None else str(model), port=0, **options)) as url:
+    config = ServerConfig(model=None if model is None else str(model), port=0, **options)
+    with served(config, make_app) as url:
         yield Server(url)
 
 

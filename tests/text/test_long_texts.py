@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded
-from rollout_server.http.app import create_app
 from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from rollout_server.text.long_texts import DOUBLE, PIECE, SEAM, ContextBound
 from tests.support.http.fake_engine import FakeEngine
+from tests.support.http.shared_routes import make_app
 
 Client = TestClient[Any]
 
@@ -45,7 +45,7 @@ def engine(tokenizer: Any) -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Any:
-    with TestClient(create_app(ServerConfig(max_body=20_000_000), engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(max_body=20_000_000), engine)) as client:  # type: ignore[arg-type]
         yield client
 
 

@@ -24,8 +24,5 @@ from tests.support.http.fixtures import (
     push as push,
 )
 from tests.support.http.fixtures import (
-    routed as routed,
-)
-from tests.support.http.fixtures import (
     tokenizer as tokenizer,
 )

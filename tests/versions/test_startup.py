@@ -17,9 +17,9 @@ from adapters.versions import store as store_module
 from adapters.versions.store import StateStore
 from rollout_server.config import ServerConfig
 from rollout_server.errors import InvalidField, VersionGone, WeightsMemoryExceeded
-from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import FakeEngine
 from tests.support.http.fixtures import PEFT_CONFIG
+from tests.support.http.shared_routes import make_app
 from tests.support.live_server import until
 
 Client = TestClient[Any]
@@ -29,7 +29,7 @@ Adapter = Callable[..., bytes]
 
 @contextmanager
 def started(directory: Path, engine: FakeEngine, **options: Any) -> Iterator[Client]:
-    with TestClient(create_app(ServerConfig(state_dir=directory, **options), engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(state_dir=directory, **options), engine)) as client:  # type: ignore[arg-type]
         until(lambda: client.get("/ready").status_code == 200)
         yield client
 
@@ -263,13 +263,13 @@ def test_a_directory_of_another_base_or_another_server_is_refused(
     with started(tmp_path, another()) as client:
         push(client, adapter(1, config=True))
         with pytest.raises(InvalidField, match="in use by another server"):
-            create_app(ServerConfig(state_dir=tmp_path), another())  # type: ignore[arg-type]
+            make_app(ServerConfig(state_dir=tmp_path), another())
     state = next(tmp_path.glob("state.json"))
     with StateStore(tmp_path) as store:
         store._bases = set()
         store.adopt("sha256:" + "c" * 64)
     assert state.exists()
-    with TestClient(create_app(ServerConfig(state_dir=tmp_path), another())) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(state_dir=tmp_path), another())) as client:  # type: ignore[arg-type]
         until(lambda: "made for the base" in client.get("/ready").text)
         assert push(client, adapter(1, config=True)).status_code == 503
 
@@ -307,7 +307,7 @@ def test_until_it_is_restored_nothing_is_said_of_names(
         return load(store, name)
 
     monkeypatch.setattr(StateStore, "load", slow)
-    with TestClient(create_app(ServerConfig(state_dir=tmp_path), another())) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(state_dir=tmp_path), another())) as client:  # type: ignore[arg-type]
         rollouts = {"policy": "p", "prompts": [{"token_ids": [1]}], "sampling": {"max_tokens": 1}}
         for response in (
             client.get("/ready"),

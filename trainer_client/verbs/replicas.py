@@ -37,6 +37,11 @@ def drain_replica(id: str) -> Call[None]:
     return Call(method="POST", path=f"/v1/fleet/{quote(id, safe='')}/drain", parse=_nothing, idempotent=True)
 
 
+def restart_replica(id: str) -> Call[None]:
+    """Gives a replica no more rows, and starts it anew when it has none. Returns at once."""
+    return Call(method="POST", path=f"/v1/fleet/{quote(id, safe='')}/restart", parse=_nothing, idempotent=True)
+
+
 def remove_replica(id: str) -> Call[None]:
     """Ends a replica at once; its rows are drawn again elsewhere."""
     return Call(method="DELETE", path=f"/v1/fleet/{quote(id, safe='')}", parse=_nothing, idempotent=True)

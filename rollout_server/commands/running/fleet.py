@@ -1,14 +1,19 @@
-"""`rollout-server fleet list | drain | remove`."""
+"""`rollout-server fleet list | drain | restart | remove`."""
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
-from rollout_server.commands.terminal.command_options import Json, Url, connected, one_sentence, print_json
+from rollout_server.commands.terminal.command_options import Json, Url, connected, one_sentence, option, print_json
+from rollout_server.errors import EngineUnavailable
+from trainer_client import RolloutClient
 
-app = typer.Typer(help="List the engines behind a server; let one finish and go, or end it.")
+WITHIN_S, LOOK_S = 600.0, 0.2
+
+app = typer.Typer(help="List the engines behind a server; let one go, or start them anew one by one.")
 
 
 @app.command("list")
@@ -48,3 +53,37 @@ def remove_replica(
     with one_sentence(), connected(url) as client:
         client.remove_replica(replica)
         typer.echo(f"{replica} is ended")
+
+
+@app.command("restart")
+def restart_replicas(
+    replica: Annotated[str | None, typer.Argument(help="Its id, as `list` shows it; without it each in turn.")] = None,
+    url: Url = None,
+    within: Annotated[float, option("Seconds that one may take to finish, load and be live.", "600")] = WITHIN_S,
+) -> None:
+    """Start the replicas anew, one after the other: each finishes what it has, and is live again before the next goes.
+    Nobody who asks the server notices."""
+    with one_sentence(), connected(url) as client:
+        for known in client.fleet():
+            if replica in (None, known.id):
+                typer.echo(f"{known.id} finishes what it has")
+                client.restart_replica(known.id)
+                took = _live_again(client, known.id, known.restarts, within)
+                typer.echo(f"{known.id} is live again after {took:.1f} s")
+                if replica is not None:
+                    return
+        if replica is not None:
+            client.restart_replica(replica)
+
+
+def _live_again(client: RolloutClient, id: str, restarts: int, within_s: float) -> float:
+    """Seconds until a replica is live that was started anew. Raises `EngineUnavailable` where that takes too long."""
+    began = time.monotonic()
+    while time.monotonic() - began < within_s:
+        if any(each.id == id and each.restarts > restarts and each.state == "live" for each in client.fleet()):
+            return time.monotonic() - began
+        time.sleep(LOOK_S)
+    raise EngineUnavailable(
+        f"{id} is not live again after {within_s:g} s, so the others were left alone: rollout-server fleet list shows "
+        "its state, and its log says why."
+    )

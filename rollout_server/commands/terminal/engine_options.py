@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from rollout_server.commands.terminal.command_options import option
 
 Also = Annotated[
@@ -45,4 +47,15 @@ MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready
 TensorParallel = Annotated[int | None, option("Ranks, each with a part of every layer; on CUDA a GPU each.")]
 Backend = Annotated[str | None, option("How ranks sum; nccl on CUDA, else ring.", metavar="ring|jaccl|jaccl-ring|nccl")]
 Hostfile = Annotated[str | None, option("Hosts of the ranks, as mlx.launch reads them; else this one.", metavar="FILE")]
+RayAddress = Annotated[
+    str | None, option("Ray cluster that places the replicas (extra `ray`).", metavar="auto|HOST:PORT")
+]
+FleetSwitch = Annotated[
+    bool | None, typer.Option("--fleet", help="Compute nothing here: replicas join, with `serve --join`.")
+]
+Join = Annotated[str | None, option("Be a replica of this controller's fleet.", metavar="URL")]
+FleetCert = Annotated[
+    str | None, option("Certificate that links are encrypted under; with --join, one to trust.", metavar="FILE")
+]
+FleetKeyFile = Annotated[str | None, option("Private key of that certificate.", metavar="FILE")]
 AllowHost = Annotated[list[str] | None, option("Host name to answer to without keys; repeatable.", metavar="NAME")]

@@ -15,7 +15,7 @@ from typing import Any
 from adapters.placement import Placement
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.joining import Admission, Joining
-from rollout_server.engine.batch.prefix_reuse import Prefixes
+from rollout_server.engine.batch.prefix_reuse import Prefixes, key_of
 from rollout_server.engine.batch.recompute import RecomputeRun, Recoveries
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
@@ -167,7 +167,7 @@ class Batch:
         while budget > 0 and (read := self._read(budget)):
             budget -= read
         # When all is read: a row that sat down before a failure would be one that nobody was told of.
-        rows = self._seat_returning()
+        rows = self._seat_returning() if self._recovering.open else []
         for joining in [joining for joining in self.joining if joining.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be joining.
             rows += self._seat(joining)
@@ -242,8 +242,12 @@ class Batch:
         return list(gone.values())
 
     def recover(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
-        """See `Recoveries.begin`."""
-        self._recovering.begin(row, runs, columns)
+        """See `Recoveries.begin`. What others have left of its beginning is not read again."""
+        prompt, (end, placement) = self._recovering.begin(row, runs, columns), runs[0]
+        versions = ((row.version, row.placement), (row.group.version, row.group.placement))
+        version = next((version for version, own in versions if own == placement), None)
+        if self._prefixes is not None and version is not None:
+            self._prefixes.recall(prompt, key_of(version, placement), end)
         self._changed()
 
     def _recover(self, budget: int) -> int:

@@ -351,6 +351,8 @@ class Batches:
         if any(self._batches[batch_key].joining for batch_key in here):
             return []
         rows = [(row, key) for key in here for row in self._batches[key].rows if row.running and not row.evicted]
+        if len({(row.offset, key) for row, key in rows}) <= 1:
+            return []  # all alike, and together
         found = self._buckets.moves([row.offset + 1 for row, _ in rows], [key.bucket for _, key in rows])
         return [(row, BatchKey(parameters, at)) for (row, key), at in zip(rows, found, strict=True) if at != key.bucket]
 

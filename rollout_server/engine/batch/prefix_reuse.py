@@ -130,6 +130,9 @@ class Prefixes(Protocol):
         """Gives each joining prompt that nobody has looked up what there is of it. One that an earlier prompt will
         bring along waits for that. No step in flight."""
 
+    def recall(self, prompt: Prompt, key: Key, most: int) -> None:
+        """Gives what a preempted row has to read again what there is of its first `most` tokens. No step in flight."""
+
     def keep_read(self, groups: Sequence[Group]) -> bool:
         """Told of groups whose prompts were read on; returns whether one stopped before its end, to be read on."""
 
@@ -162,6 +165,10 @@ class BatchPrefixes:
                 self._store.paste(prompt, segments)
                 if not group.prefilled_at:
                     group.cached_tokens = prompt.prefilled
+
+    def recall(self, prompt: Prompt, key: Key, most: int) -> None:
+        if segments := self._prefix_reuse.find(key, prompt.key[:most]):
+            self._store.paste(prompt, segments)
 
     def keep_read(self, groups: Sequence[Group]) -> bool:
         return False
@@ -215,6 +222,11 @@ class BatchSnapshots:
                 if not group.prefilled_at:
                     group.cached_tokens = found.count
             prompt.stops = _stops(prompt.tokens, found, self._ends)
+
+    def recall(self, prompt: Prompt, key: Key, most: int) -> None:
+        found = self._snapshots.find(key, prompt.tokens[:most], LEAST)
+        if found.caches is not None:
+            prompt.kept, prompt.prefilled = found.caches, found.count
 
     def keep_read(self, groups: Sequence[Group]) -> bool:
         stopped = False

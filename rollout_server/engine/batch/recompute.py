@@ -35,12 +35,14 @@ class Recoveries:
     def unread(self) -> int:
         return sum(len(recovery.prompt.tokens) - recovery.prompt.prefilled for recovery in self.open)
 
-    def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
-        """Reserves a place; no step may be in flight, and no row may exceed `columns`."""
+    def begin(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> Prompt:
+        """Reserves a place, and returns what is to be read; no step may be in flight, and no row may exceed
+        `columns`."""
         tokens = (*row.group.request.prompt_ids, *row.token_ids)[: row.offset]
         prompt = Prompt(tokens, row.placement.slot, sight=row.group.sight)
         self._store.begin(prompt, 1, columns)
         self.open.append(Recovery(row, prompt, tuple(runs)))
+        return prompt
 
     def prefill(self, budget: int) -> None:
         """Reads about `budget` tokens, of the oldest first."""

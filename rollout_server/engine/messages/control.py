@@ -50,16 +50,17 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """A replica of a fleet is to go: when it has finished what it has, or `at_once`."""
+    """A replica of a fleet is to go: when it has finished what it has, or `at_once`; with `again` it comes back."""
 
     id: str
     replica: str
     at_once: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """It gets no more rows, and is not started again."""
+    """It gets no more rows, and is started again only if that was asked for."""
 
     id: str
     replica: str

@@ -33,8 +33,6 @@ class RankOptions:
     """All of them were started by `mlx.launch`; else rank 0 starts the others on its machine."""
     devices: tuple[str, ...] = ()
     """The GPU of each rank on this machine; empty where they share what there is."""
-    port: int = 0
-    """Where ranks of this machine meet, with backends that need it."""
     address: str = "127.0.0.1"
     """Where rank 0 takes the connections of ranks that were launched."""
     silent_s: float = 30.0

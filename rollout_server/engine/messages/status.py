@@ -28,6 +28,8 @@ class MemoryStatus:
     """KV of prompts that are kept for samples that wait, in models whose state cannot be cut."""
     kv_scored: int = 0
     """KV of what is being scored or embedded."""
+    kv_pictures: int = 0
+    """What the tower made of pictures, kept for whoever shows one of them again."""
     slots: int = 0
     """Slots of adapters, free ones included."""
     sets: int = 0
@@ -54,6 +56,18 @@ class PrefixStatus:
     evictions: int = 0
     asked_tokens: int = 0
     """Tokens of all prompts that were looked up."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStatus:
+    """Pictures that a tower has read. All 0 for a model that sees none."""
+
+    kept: int = 0
+    """Those whose features are there still; their bytes are `MemoryStatus.kv_pictures`."""
+    read: int = 0
+    """How often the tower read one."""
+    hits: int = 0
+    """How often the features of one were there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +124,7 @@ class EngineStatus:
     paused: PauseMode | None = None
     """How new work is held: `wait`, `keep` or `abort`; None if it is not."""
     memory: MemoryStatus = field(default_factory=MemoryStatus)
+    pictures: PictureStatus = field(default_factory=PictureStatus)
     replicas: tuple[ReplicaStatus, ...] = ()
     """The engines of a fleet; empty where one engine runs in this process."""
     fewest: int = 0

@@ -61,6 +61,8 @@ class PolicyTable:
         self._shown: tuple[PolicyStatus, ...] | None = None
         self.slot_bytes = self.set_bytes = 0
         """Device memory of all slots and sets; counted on a change, since it is asked for at every step."""
+        self.sets: tuple[int, ...] = ()
+        """Numbers of the parameter sets that are there, besides the base's; likewise."""
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -174,11 +176,6 @@ class PolicyTable:
         return placement.parameters
 
     @property
-    def sets(self) -> tuple[int, ...]:
-        """Numbers of the parameter sets that are there, besides the base's."""
-        return self._resident.sets.numbers
-
-    @property
     def limit(self) -> int | None:
         """The most bytes that versions may take on the device."""
         return self._resident.limit
@@ -225,7 +222,7 @@ class PolicyTable:
         """Forgets the version that is being staged: its slot is still free, and nothing has its parameter set."""
         self._prepared = None
         self._resident.abandon()
-        self._count_bytes()
+        self._count()
 
     def _apply(self, command: PolicyCommand, *, stages: bool) -> PolicyReply:
         """Does what a command says, or raises and has changed nothing. No step may be in flight if it stages."""
@@ -361,7 +358,7 @@ class PolicyTable:
     def _stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
         """Completes what `advance` began, or does all; returns the seconds that took together."""
         seconds = self._resident.stage(prepared, dequantize=dequantize)
-        self._count_bytes()
+        self._count()
         return seconds
 
     def _free(self, contents: Sequence[Content]) -> None:
@@ -370,15 +367,16 @@ class PolicyTable:
         for content in contents:
             self._resident.release(content)
         self._scorers.forget(contents)
-        self._count_bytes()
+        self._count()
 
     def trim(self) -> None:
         """Gives back what no version needs of the slots."""
         self._resident.trim()
-        self._count_bytes()
+        self._count()
 
-    def _count_bytes(self) -> None:
+    def _count(self) -> None:
         self.slot_bytes, self.set_bytes = self._resident.slots.nbytes, self._resident.sets.nbytes
+        self.sets = self._resident.sets.numbers
 
     def _resolve(self, address: PolicyAddress) -> Entry | None:
         """None for the base."""

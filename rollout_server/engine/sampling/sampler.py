@@ -95,23 +95,27 @@ def prepare(
     greedy = np.array([t == 0 for t in temperatures])
     tempered = any(t not in (0.0, 1.0) for t in temperatures)
     column = [1.0 / t if t > 0 else 1.0 for t in temperatures]
-    live_greedy = any(row is not None and row.temperature == 0 for row in rows)
-    filters: Filters | KernelFilters | None
-    if kernel is not None and kernel.takes(rows):
-        filters = kernel.prepare(rows, vocabulary)
-    else:
-        filters = prepare_filters(rows, vocabulary, narrow=on_cpu())
+    live = [row for row in rows if row is not None]
+    live_greedy = any(row.temperature == 0 for row in live)
     return SamplerArrays(
         inverse_temperature=mx.array(column, dtype=mx.float32)[:, None] if tempered else None,
         greedy=mx.array(greedy) if live_greedy else None,
         all_greedy=bool(greedy.all()),
-        filters=filters,
-        penalties=prepare_penalties(rows),
-        bias=prepare_bias(rows),
-        bans=prepare_bans(rows, eos),
+        filters=_filters(rows, vocabulary, kernel) if any(row.filtered for row in live) else None,
+        penalties=prepare_penalties(rows) if any(row.penalised for row in live) else None,
+        bias=prepare_bias(rows) if any(row.logit_bias for row in live) else None,
+        bans=prepare_bans(rows, eos) if any(row.min_tokens for row in live) else None,
         entropy=entropy,
         top_logprobs=min(top_logprobs, vocabulary),
     )
+
+
+def _filters(
+    rows: Sequence[SamplingParams | None], vocabulary: int, kernel: FilterKernel | None
+) -> Filters | KernelFilters | None:
+    if kernel is not None and kernel.takes(rows):
+        return kernel.prepare(rows, vocabulary)
+    return prepare_filters(rows, vocabulary, narrow=on_cpu())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

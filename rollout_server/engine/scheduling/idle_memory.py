@@ -14,7 +14,7 @@ from rollout_server.engine.batch.prefix_reuse import PrefixReuse
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.messages.control import Release, Released
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.messages.status import MemoryStatus
+from rollout_server.engine.messages.status import MemoryStatus, PictureStatus
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scoring.queue import ScoringQueue
@@ -36,7 +36,7 @@ def keep_for_later(eyes: Eyes | None, prefix_reuse: PrefixReuse, most: int, cell
 
 
 class Memory:
-    """Engine thread only. `clock` is in seconds."""
+    """Engine thread only. `clock` is in seconds; `eyes` keep features of pictures, where the model has a tower."""
 
     def __init__(
         self,
@@ -48,8 +48,10 @@ class Memory:
         scoring: ScoringQueue,
         info: ModelInfo,
         clock: Callable[[], float] = time.monotonic,
+        eyes: Eyes | None = None,
     ) -> None:
         self._batches = batches
+        self._eyes = eyes
         self._prefix_reuse = prefix_reuse
         self._ledger = ledger
         self.releases: deque[Release] = deque()
@@ -87,7 +89,7 @@ class Memory:
         system; no step may be in flight. What is in use stays, and everything grows again on demand."""
         id = self.releases.popleft().id
         before, held = mx.get_active_memory() + mx.get_cache_memory(), self._batches.nbytes
-        kept = self._prefix_reuse.clear()
+        kept = self._prefix_reuse.clear() + (self._eyes.clear() if self._eyes is not None else 0)
         self._policies.trim()
         self._shrink()
         after = mx.get_active_memory() + mx.get_cache_memory()
@@ -97,6 +99,10 @@ class Memory:
         self._batches.shrink()
         mx.clear_cache()
         self._shown = None
+
+    @property
+    def pictures(self) -> PictureStatus:
+        return self._eyes.status if self._eyes is not None else PictureStatus()
 
     def status(self) -> MemoryStatus:
         now, policies = self._clock(), self._policies
@@ -119,6 +125,7 @@ class Memory:
             kv_kept=self._prefix_reuse.status.nbytes,
             kv_prompts=self._queue.kept_cells() * info.kv_bytes_per_token,
             kv_scored=self._scoring.nbytes,
+            kv_pictures=self._eyes.nbytes if self._eyes is not None else 0,
             slots=self._policies.slot_bytes,
             sets=self._policies.set_bytes,
             active=mx.get_active_memory(),

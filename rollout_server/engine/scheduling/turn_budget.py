@@ -31,14 +31,14 @@ class Rule(Protocol):
 
 class TurnBudget:
     """`most` are the tokens of a turn, `clock` gives seconds. `round_down` takes a number of tokens to one that the
-    device has planned for. `measure(most)` reads a few chunks of at most `most` tokens and says (tokens, seconds) of
-    each."""
+    device has planned for; None where it plans for none. `measure(most)` reads a few chunks of at most `most` tokens
+    and says (tokens, seconds) of each."""
 
     def __init__(
         self,
         most: int,
         clock: Callable[[], float] = time.perf_counter,
-        round_down: Callable[[int], int] = lambda tokens: tokens,
+        round_down: Callable[[int], int] | None = None,
         *,
         prefer: Prefer = "throughput",
         measure: Callable[[int], Iterable[tuple[int, float]]] = lambda most: (),
@@ -87,7 +87,9 @@ class TurnBudget:
     def share(self, kind: Kind) -> int:
         """Tokens that `kind` may read in this turn."""
         share = self._shares.get(kind, 0)
-        return max(1, min(self._most, self._round_down(share))) if share else 0
+        if share and self._round_down is not None:
+            share = max(1, self._round_down(share))
+        return min(self._most, share)
 
     def measure(self, kind: Kind, read: Callable[[], int]) -> None:
         """Runs `read`, which returns how many tokens it read."""

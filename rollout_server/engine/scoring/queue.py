@@ -48,6 +48,8 @@ class ScoringQueue:
         self.wanted = 0
         """KV columns that the first sequence waits for."""
         self._jobs: deque[ScoreJob] = deque()
+        self._began = False
+        """Something was read since the start: before that the reader has no arrays."""
 
     @property
     def busy(self) -> bool:
@@ -66,7 +68,7 @@ class ScoringQueue:
     @property
     def nbytes(self) -> int:
         """KV memory it takes now, bytes."""
-        return self._reader.nbytes
+        return self._reader.nbytes if self._began else 0
 
     @property
     def own_requests(self) -> list[str]:
@@ -75,6 +77,7 @@ class ScoringQueue:
 
     def add(self, job: ScoreJob) -> None:
         self._jobs.append(job)
+        self._began = True
 
     def advance(self, budget: int, *, crowded: bool, alone: bool) -> int:
         """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory; `alone`:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.blame import Blame
+from rollout_server.engine.messages.status import PictureStatus
 from rollout_server.engine.sight.seen import View
 from rollout_server.engine.sight.sight import Sight, sight_of
 from rollout_server.models.vision.family import Features, VisionFamily
@@ -43,6 +44,10 @@ class Eyes:
     def sight(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Sight | None:
         """Where pictures stand among tokens; None without pictures. Raises `InvalidField` where they do not fit."""
         return sight_of(tokens, pictures, self.family, self.look) if pictures else None
+
+    @property
+    def status(self) -> PictureStatus:
+        return PictureStatus(len(self._kept), self.looked, self.hits)
 
     @property
     def cells(self) -> int:
@@ -90,9 +95,11 @@ class Eyes:
             tokens -= count
         return self.looked - before
 
-    def clear(self) -> None:
+    def clear(self) -> int:
+        """Forgets everything; returns how many bytes that were."""
+        freed, self.nbytes = self.nbytes, 0
         self._kept.clear()
-        self.nbytes = 0
+        return freed
 
     def _evict(self) -> None:
         while self.nbytes > self._limit and len(self._kept) > 1:

@@ -26,16 +26,19 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in found]
 
 
-def variables_of(rank: int, ranks: RankOptions, port: int) -> dict[str, str]:
-    """What MLX is to read in a rank of this machine. `port` is one that is free, for backends that meet there."""
-    found = {"MLX_RANK": str(rank)}
+def of_rank(rank: int, ranks: RankOptions) -> dict[str, str]:
+    """What MLX is to read in one rank of this machine; the rest is the same for all, and inherited."""
+    return {"MLX_RANK": str(rank)} | ({"CUDA_VISIBLE_DEVICES": ranks.devices[rank]} if ranks.devices else {})
+
+
+def of_lead(ranks: RankOptions) -> dict[str, str]:
+    """What it is to read in rank 0, from which the others inherit where they meet."""
     if ranks.backend == "nccl":
-        found |= {"MLX_WORLD_SIZE": str(ranks.size), "NCCL_HOST_IP": LOOPBACK, "NCCL_PORT": str(port)}
+        [port] = free_ports(1)
+        shared = {"MLX_WORLD_SIZE": str(ranks.size), "NCCL_HOST_IP": LOOPBACK, "NCCL_PORT": str(port)}
     else:
-        found |= {"MLX_HOSTFILE": HOSTFILE}
-    if ranks.devices:
-        found |= {"CUDA_VISIBLE_DEVICES": ranks.devices[rank]}
-    return found
+        shared = {"MLX_HOSTFILE": HOSTFILE}
+    return of_rank(0, ranks) | shared
 
 
 def hosts_of(size: int) -> str:
@@ -59,8 +62,7 @@ def placed(options: EngineOptions, devices: Sequence[str]) -> tuple[dict[str, st
         return ({"CUDA_VISIBLE_DEVICES": devices[0]} if devices else {}), options
     if ranks.launched:
         return {}, options
-    [port] = free_ports(1)
-    ranks = replace(ranks, devices=tuple(devices), port=port)
+    ranks = replace(ranks, devices=tuple(devices))
     # Without devices of their own, ranks share the memory of one.
     sharing = options.sharing * (1 if devices else ranks.size)
-    return variables_of(0, ranks, port), replace(options, ranks=ranks, sharing=sharing)
+    return of_lead(ranks), replace(options, ranks=ranks, sharing=sharing)

@@ -22,7 +22,7 @@ from rollout_server.engine.messages.options import RankOptions
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, Teller
-from rollout_server.fleet.ranks.environment import file_of, variables_of
+from rollout_server.fleet.ranks.environment import file_of, of_rank
 
 log = logging.getLogger("rollout_server.fleet")
 
@@ -200,7 +200,7 @@ def start_here(ranks: RankOptions, hosts: str, begin: bytes) -> list[Member]:
     members: list[Member] = []
     for rank in range(1, ranks.size):
         own, others = zip(*(socket.socketpair() for _ in range(2)), strict=True)
-        setting = ["env", *(f"{name}={value}" for name, value in variables_of(rank, ranks, ranks.port).items())]
+        setting = ["env", *(f"{name}={value}" for name, value in of_rank(rank, ranks).items())]
         ends = [end.fileno() for end in others]
         command = [*setting, sys.executable, "-m", "rollout_server.fleet.ranks.follower", *map(str, ends)]
         with others[0], others[1], file_of(hosts) as addresses:

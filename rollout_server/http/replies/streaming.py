@@ -1,9 +1,11 @@
-"""Events of a request → a reply: whole, as server-sent events, or as lines of JSON. A client that leaves aborts it."""
+"""Replies while their client waits: events of a request as one reply, as server-sent events, or as lines of JSON; and
+work beside the event loop. A client that leaves ends either."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,10 +17,12 @@ from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.errors import BadBody, RolloutError
 from rollout_server.http.observing.observer import RowEvents as RowEvents
 from rollout_server.http.problems import body_of, error_of_row
+from rollout_server.http.requests.json_body import LONG
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, RowError, Timings
 
 T = TypeVar("T")
-
+GoOn = Callable[[], None]
+"""Called between two pieces of work; raises `BadBody` once nobody waits for it."""
 
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
@@ -44,6 +48,27 @@ async def while_connected(request: Request[Any, Any, Any], work: Awaitable[T]) -
     finally:
         watch.cancel()
         task.cancel()
+
+
+async def beside_client(request: Request[Any, Any, Any], weight: int, work: Callable[[GoOn], T]) -> T:
+    """Does what `json_body.beside` does, for long work that comes in pieces. A thread cannot be stopped, so it has to
+    ask."""
+    if weight < LONG:
+        return work(_always)
+    left = threading.Event()
+
+    def go_on() -> None:
+        if left.is_set():
+            raise BadBody(GONE)
+
+    try:
+        return await while_connected(request, asyncio.to_thread(work, go_on))
+    finally:
+        left.set()
+
+
+def _always() -> None:
+    """While the event loop waits for the work, it would not hear that anybody leaves."""
 
 
 # ---- whole replies ------------------------------------------------------------------------------------------------

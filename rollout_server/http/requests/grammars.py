@@ -62,10 +62,8 @@ def _of_outputs(outputs: StructuredOutputs, place: str) -> tuple[Grammar, str]:
     return Grammar(GrammarKind.JSON, json.dumps(schema, ensure_ascii=False), whitespace), f"{place}.json"
 
 
-def check_given(constraint: Constraint | None, token_ids: Sequence[int], sampled: Sequence[bool], place: str) -> None:
+def check_given(constraint: Constraint, token_ids: Sequence[int], sampled: Sequence[bool], place: str) -> None:
     """A row goes on in its grammar from where the tokens lead that were given to it; `place` is where they are."""
-    if constraint is None:
-        return
     accepted = constraint.accepted(token_ids)
     # What a row sampled itself and the grammar forbids is for `replay` to tell.
     if accepted < len(token_ids) and not sampled[accepted]:

@@ -13,7 +13,7 @@ from rollout_server.http.residents import residents_of
 from rollout_server.http.service import Service
 from rollout_server.quoting import quoted
 from rollout_server.rollout import PolicyAddress
-from rollout_server.schemas.rollouts import RolloutsRequest
+from rollout_server.schemas.rollouts import RewardOptions, RolloutsRequest
 
 MODEL = "reward.model"
 """This route's name of what scores."""
@@ -29,20 +29,18 @@ class RewardModel:
     """True where it has the tokenizer of what it scores."""
 
 
-def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any]) -> RewardModel | None:
-    """What is to score the rows; None where nothing is. Raises `UnknownPolicy`, or `InvalidField` for a model that
+def reward_model(reward: RewardOptions, data: RolloutsRequest, request: Request[Any, Any, Any]) -> RewardModel:
+    """What is to score the rows. Raises `UnknownPolicy`, or `InvalidField` for a model that
     gives no reward and for prompts that are not what it is to read."""
-    if data.reward is None:
-        return None
     residents = residents_of(request)
-    service, own = residents.of(data.reward.model), residents.of(data.policy)
-    address = service.address(data.reward.model, request, param=MODEL)
+    service, own = residents.of(reward.model), residents.of(data.policy)
+    address = service.address(reward.model, request, param=MODEL)
     with renamed({"name": MODEL}):
         task = service.task(address)
     if task != "classify":
         why = "it scores tokens, and not whole sequences" if task == "token_classify" else "it has no head that scores"
-        raise InvalidField(f"{MODEL} {quoted(data.reward.model)} gives no reward: {why}.", param=MODEL)
-    if data.reward.reads == "messages":
+        raise InvalidField(f"{MODEL} {quoted(reward.model)} gives no reward: {why}.", param=MODEL)
+    if reward.reads == "messages":
         for index, prompt in enumerate(data.prompts):
             if prompt.messages is None:
                 kind = "text" if prompt.text is not None else "token_ids"
@@ -52,13 +50,13 @@ def reward_model(data: RolloutsRequest, request: Request[Any, Any, Any]) -> Rewa
                     param="reward.as",
                 )
     same_ids = service is own or service.vocabulary == own.vocabulary
-    if data.reward.reads == "token_ids" and not same_ids:
+    if reward.reads == "token_ids" and not same_ids:
         raise InvalidField(
             f"reward.as is 'token_ids', but {service.name} and {own.name} have different tokenizers: let the reward "
             "model read messages or text.",
             param="reward.as",
         )
-    refuse_unseen(data, same_model=service is own, reads=data.reward.reads)
+    refuse_unseen(data, same_model=service is own, reads=reward.reads)
     return RewardModel(service, address, same_ids)
 
 

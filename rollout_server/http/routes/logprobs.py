@@ -19,8 +19,7 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.spans import read_spans
 from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
 from rollout_server.http.residents import residents_of
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.logprobs import LogprobsReply, LogprobsRequest
 

@@ -25,8 +25,7 @@ from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
 from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
 from rollout_server.http.residents import residents_of
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, SpanAddress
 from rollout_server.schemas.replay_and_probe import (
@@ -169,7 +168,8 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
     service.check_ids(row.sampling.stop_token_ids, f"{place}.sampling.stop_token_ids")
     service.check_bias(row.sampling.logit_bias, f"{place}.sampling.logit_bias")
     constraint = constraint_of(row.sampling, service, prefix=f"{place}.sampling.")
-    check_given(constraint, row.token_ids, judged(row), f"{place}.token_ids")
+    if constraint is not None:
+        check_given(constraint, row.token_ids, judged(row), f"{place}.token_ids")
     # What was returned has a limit; where it was left out, the row's own length is one that it kept.
     longest = row.sampling.max_tokens or max(1, len(row.token_ids), row.sampling.min_tokens)
     return RecordedRow(

@@ -27,23 +27,31 @@ from rollout_server.http.replies.json_entries import (
     usage,
     weight_of,
 )
-from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.reward_reading import RowReader
 from rollout_server.http.replies.row_rewards import Patience, Reading, RewardedRows
 from rollout_server.http.replies.safetensors_file import binary_response, rollouts_file
-from rollout_server.http.replies.streaming import NDJSON, RowEvents, chained, collect, ndjson_line, opening, stream
+from rollout_server.http.replies.streaming import (
+    NDJSON,
+    GoOn,
+    RowEvents,
+    beside_client,
+    chained,
+    collect,
+    ndjson_line,
+    opening,
+    stream,
+)
 from rollout_server.http.requests.grammars import check_given, constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.rewards import MODEL, RewardModel, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
-from rollout_server.http.requests.tokens.prefixes import check_room, read_prefix
+from rollout_server.http.requests.tokens.pictures import NOTHING, Shown, beside_ids, in_messages, picture_weight
+from rollout_server.http.requests.tokens.prefixes import no_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.residents import residents_of
-from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import ARRIVED, Service
+from rollout_server.http.service import ARRIVED, Service, request_id
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
+from rollout_server.rollout import NO_PREFIX, OnUpdate, PolicyAddress, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.rollouts import Prompt, RolloutsReply, RolloutsRequest
 from rollout_server.text.long_texts import Bound
 
@@ -106,8 +114,9 @@ class RolloutsController(Controller):
         service = residents_of(request).of(data.policy)
         binary = wants_binary(request, stream=data.stream)
         weight = len(await request.body()) + sum(prompt.n or data.n for prompt in data.prompts)
-        weight += extra_weight(data.sampling)
-        weight += sum(picture_weight(prompt.messages, prompt.images) for prompt in data.prompts)
+        weight += extra_weight(data.sampling) if data.sampling.constrained else 0
+        may_show = (prompt for prompt in data.prompts if prompt.messages or prompt.images)
+        weight += sum(picture_weight(prompt.messages, prompt.images) for prompt in may_show)
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
@@ -173,7 +182,7 @@ async def lines(
 def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Service, go_on: GoOn) -> Job:
     """Everything that can be wrong with a request is found here, before the engine hears of it."""
     began = request.scope["state"][ARRIVED]
-    scores = reward_model(data, request)
+    scores = None if data.reward is None else reward_model(data.reward, data, request)
     address = service.address(data.policy, request, param="policy")
     if data.on_update != "finish" and not address.follows:
         raise InvalidField(
@@ -194,7 +203,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     )
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
-    constraint = constraint_of(data.sampling, service, prefix="sampling.")
+    constraint = constraint_of(data.sampling, service, prefix="sampling.") if data.sampling.constrained else None
     bound = service.bound(go_on)
     groups = []
     for index, prompt in enumerate(data.prompts):
@@ -222,7 +231,7 @@ def shown_in(prompt: Prompt, service: Service, place: str) -> Shown:
     """The pictures of a prompt, in its messages or beside its ids."""
     if prompt.images is not None:
         return beside_ids(prompt.images, service, f"{place}.images")
-    return in_messages(prompt.messages, service, f"{place}.messages")
+    return NOTHING if prompt.messages is None else in_messages(prompt.messages, service, f"{place}.messages")
 
 
 def plan_row(
@@ -234,13 +243,15 @@ def plan_row(
     tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound, expand=shown.expand)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")
-    prefix = read_prefix(prompt.prefix, f"{place}.prefix", service)
-    check_given(constraint, prefix.token_ids, (False,) * len(prefix), f"{place}.prefix.token_ids")
+    prefix = NO_PREFIX if prompt.prefix is None else read_prefix(prompt.prefix, f"{place}.prefix", service)
+    if constraint is not None:
+        check_given(constraint, prefix.token_ids, (False,) * len(prefix), f"{place}.prefix.token_ids")
     own = prompt.max_tokens is not None
     check_own_limit(prompt, data, place)
     asked, param = (prompt.max_tokens, f"{place}.max_tokens") if own else (data.sampling.max_tokens, MAX_TOKENS)
     max_tokens = room(len(tokens.ids), asked, service.info.max_model_len, prompt_param=place, param=param)
-    check_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
+    if len(prefix) >= max_tokens:
+        raise no_room(prefix, max_tokens, asked=asked is not None, place=f"{place}.prefix", param=param)
     sampling = sampling_params(data.sampling, max_tokens, constraint, prefix="sampling.")
     return {
         "prompt_ids": tuple(tokens.ids),

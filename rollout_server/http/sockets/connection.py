@@ -12,10 +12,14 @@ import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rollout_server.errors import BadBody, EngineUnavailable, RolloutError
+from rollout_server.fleet.joining.challenge import NONCE_HEADER, PATH, UPGRADE
+from rollout_server.fleet.joining.door import Door
 from rollout_server.http.problems import body_of, headers_of, row_of
 from rollout_server.open_files import OpenFiles
 from rollout_server.quoting import shortened
 
+DOOR_KEY = "door"
+"""Key of the application's state: where replicas join its fleet."""
 CROWDED = "crowded"
 """Key of the request's state where the connection is one of the last that fit."""
 PATIENCE_S = 2.0
@@ -67,8 +71,23 @@ class Connection(H11Protocol):
             super().data_received(data)
 
     def _should_upgrade(self) -> bool:
-        """There is nothing to upgrade to, and a client that offers to is answered as any other."""
-        return False
+        """A replica that joins a fleet speaks its own frames; whoever else offers something is answered as any
+        other."""
+        asked = self.scope["method"] == "GET" and self.scope["path"] == PATH
+        return asked and self._get_upgrade() == UPGRADE.encode() and self._door is not None
+
+    @property
+    def _door(self) -> Door | None:
+        """Where replicas join, if this server is a fleet's controller."""
+        app: Any = self.app
+        return app.state.get(DOOR_KEY) if hasattr(app, "state") else None
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        """uvicorn's name for every upgrade: from here on the connection is the fleet's."""
+        self.connections.discard(self)
+        drawn = dict(self.headers).get(NONCE_HEADER.encode(), b"")
+        if self._door is not None:
+            self._door.enter(self.transport, self.conn.trailing_data[0], drawn.decode("latin-1"))
 
     def send_400_response(self, msg: str) -> None:
         """Called where h11 can make nothing of what was sent, in a body too."""

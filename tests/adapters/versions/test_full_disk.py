@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
         return real_write(descriptor, data[: free() * 4096])
 
     monkeypatch.setattr(store_module, "_write_part", write_part)
-    monkeypatch.setattr(reserve_module.os, "write", write)
+    # The module's own `os`: whatever else writes in this process has the real disk.
+    monkeypatch.setattr(reserve_module, "os", SimpleNamespace(**vars(os) | {"write": write}))
 
     def have(count: int | None = None) -> None:
         blocks[0] = blocks[0] - free() if count is None else count

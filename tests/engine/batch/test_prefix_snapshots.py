@@ -251,3 +251,23 @@ def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Mo
             assert_near(one.logprobs[:both], other.logprobs[:both], TINY.of_row(other))
         seen += [list(row.prompt_ids + row.token_ids) for row in results[0]]
     assert on.status.prefix.hits > 0 or memory < 8 * model.info.row_bytes(120)
+
+
+@pytest.mark.parametrize("family", some_long(["mamba2", "qwen3_next", "qwen3"], "mamba2", "qwen3"))
+def test_a_row_that_comes_back_reads_behind_what_is_kept_of_its_prompt(
+    family: str, bare_model: Models, model_path: Paths
+) -> None:
+    """Where state is kept whole, and where columns are."""
+    on, off = pair(model_path(family), bare_model(family))
+    (prompt,) = prompts_of([70], END)
+    options: dict[str, Any] = {"n": 2, "seed": 3, "max_tokens": 20, "ignore_eos": True}
+    expected = off.generate([prompt], **options)
+    id = on.submit([prompt], **options)
+    on.until(lambda: any(len(row.token_ids) > 5 for row in on.batches.rows))
+    on.settle()
+    row, read = on.batches.rows[-1], on.batches.prefilled
+    on.batches.evict(row)
+    unread = row.offset - (len(prompt) - 1)
+    on.finish(id)
+    assert on.batches.prefilled - read == unread > 0
+    assert_all_same(on.rollouts(id), expected, tolerance(off, expected))

@@ -154,3 +154,16 @@ def test_nobody_waits_for_ever(base: Driver) -> None:
     base.engine.stop()
     failed = {event.id for event in base.events if isinstance(event, RequestFailed)}
     assert {"again", scored} <= failed
+
+
+def test_a_request_that_ended_before_it_began_leaves_an_engine_at_rest(base: Driver) -> None:
+    """Its groups stand in the queue until they come to its head: an engine that has nothing else to do looks there."""
+    pause(base, "wait")
+    base.turn()
+    id = base.submit(prompts_of([5], base.model.info.vocab_size), **LONG)
+    base.turn()
+    base.abort(id)
+    base.turn()
+    resume(base)
+    base.turn()
+    assert base.over(id) and not base.busy

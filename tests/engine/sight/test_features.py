@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rollout_server.engine.sight.features import Eyes
+from rollout_server.engine.messages.control import Release, Released
+from rollout_server.engine.sight.features import SHARE, Eyes
 from rollout_server.text.pictures.picture import Picture
 from tests.support.pictures.seeing import Seeing, opened
 
@@ -69,8 +70,15 @@ def test_features_fill_what_rows_and_prompts_leave_and_count_in_it(seeing: Seein
     driver.generate([conversation.ids], pictures=[conversation.pictures], max_tokens=3)
     eyes = driver.model.eyes
     assert eyes is not None and eyes.looked == 2 and eyes.nbytes > 0
+    assert driver.memory_now().kv_pictures == eyes.nbytes and driver.status.pictures.read == 2
+    assert 0 < eyes.nbytes <= driver.kv_limit // SHARE * driver.model.info.kv_bytes_per_token
     driver.generate([conversation.ids], pictures=[conversation.pictures], max_tokens=3, n=4)
-    assert eyes.looked == 2
+    assert eyes.looked == 2 and driver.status.pictures.kept == 2 and driver.status.pictures.hits > 0
+    nbytes = eyes.nbytes
+    driver.send(Release("free"))
+    driver.turn()
+    (released,) = [event for event in driver.events if isinstance(event, Released)]
+    assert eyes.nbytes == 0 and released.kv_bytes >= nbytes and driver.status.pictures.kept == 0
     driver.set_kv_limit(0)
     driver.turn(3)
     assert eyes.nbytes <= eyes.look(conversation.pictures[0]).nbytes + eyes.look(conversation.pictures[1]).nbytes

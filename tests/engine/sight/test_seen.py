@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,12 +102,7 @@ def test_a_prefix_hit_with_pictures_reads_what_is_new_and_no_other_picture(kind:
     driver, conversation = kind.start(), kind.conversations["two"]
     (first,) = asked(driver, [conversation], **GREEDY)
     before = driver.tokens_read
-    longer = Conversation(
-        (*conversation.ids, *first.token_ids, 17, 18, 19),
-        conversation.pictures,
-        conversation.logprobs,
-        conversation.logits,
-    )
+    longer = replace(conversation, ids=(*conversation.ids, *first.token_ids, 17, 18, 19))
     (second,) = asked(driver, [longer], **GREEDY)
     # All but the last sampled token of the first row was there, and the last given one is a step's.
     assert second.cached_tokens == len(conversation.ids) + len(first.token_ids) - 1
@@ -123,7 +119,7 @@ def test_two_pictures_of_one_size_never_meet_in_the_prefix_cache() -> None:
         (picture,) = conversation.pictures
         pixels = np.frombuffer(picture.pixels, "<f4")[::-1].tobytes()
         other = type(picture)("sha256:" + "f" * 64, pixels, picture.shape, picture.grid, picture.tokens)
-        shown = Conversation(conversation.ids, (other,), conversation.logprobs, conversation.logits)
+        shown = replace(conversation, pictures=(other,))
         (row,) = asked(driver, [shown], **GREEDY)
         # The token in front of the picture is the same, and too little to be worth a copy.
         assert row.cached_tokens == 0

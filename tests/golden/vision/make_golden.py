@@ -1,5 +1,5 @@
 """Writes the golden files of vision models: tiny checkpoints as transformers saves them, two pictures, four
-conversations, and what torch computes with them.
+conversations, an adapter on the language half, and what torch and PEFT compute with them.
 
 `make golden-vision`, or `python -m tests.golden.vision.make_golden [FAMILY…]` where torch is installed. Weights are
 float16 in the files and float32 in both computations.
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.golden.make_golden import save_adapter
 from tests.support.peers import vision
 
 HERE = Path(__file__).parent
@@ -41,6 +42,12 @@ def write(name: str, scratch: Path, target: Path) -> None:
         reference[f"{title}.pictures"] = np.array(pictures, np.int32)
         for part, values in vision.read(model, name, ids, pictures).items():
             reference[f"{title}.{part}"] = values
+    adapted = vision.adapted(scratch)
+    adapted.save_pretrained(scratch / "lora")
+    save_adapter(scratch / "lora", target / "lora.safetensors")
+    for title, (ids, pictures) in vision.conversations(name).items():
+        found = vision.read(adapted.base_model.model, name, ids, pictures)
+        reference[f"{title}.lora"] = found["logprobs"]
     save_file({key: np.ascontiguousarray(value) for key, value in reference.items()}, target / "reference.safetensors")
 
 

@@ -9,8 +9,8 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import FakeEngine
+from tests.support.http.shared_routes import make_app
 
 Client = TestClient[Any]
 
@@ -26,7 +26,7 @@ def engine(tokenizer: Any) -> FakeEngine:
 @pytest.fixture(scope="module")
 def client(engine: FakeEngine) -> Iterator[Client]:
     config = ServerConfig(max_body=200_000, max_upload=100_000)
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(config, engine)) as client:  # type: ignore[arg-type]
         yield client
 
 

@@ -12,11 +12,11 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
-from rollout_server.http.app import create_app
 from rollout_server.schemas.system import HealthReply, ModelsReply, ReadyReply
 from tests.support.http.fake_engine import CONTEXT, FakeEngine
 from tests.support.http.fake_versions import BASE_DIGEST
 from tests.support.http.fixtures import PEFT_CONFIG
+from tests.support.http.shared_routes import make_app
 
 Client = TestClient[Any]
 
@@ -66,7 +66,7 @@ def test_while_the_model_loads_every_route_says_so(
 
 
 def test_the_lifespan_starts_and_closes_the_engine(engine: FakeEngine) -> None:
-    with TestClient(create_app(ServerConfig(), engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(), engine)) as client:  # type: ignore[arg-type]
         assert engine.life == ["started"]
         ReadyReply.model_validate(client.get("/ready").json())
     assert engine.life == ["started", "closed"]
@@ -75,7 +75,7 @@ def test_the_lifespan_starts_and_closes_the_engine(engine: FakeEngine) -> None:
 def test_every_start_is_an_instance_of_its_own(engine: FakeEngine, tokenizer: Any) -> None:
     seen = set()
     for _ in range(2):
-        with TestClient(create_app(ServerConfig(), FakeEngine(tokenizer))) as client:  # type: ignore[arg-type]
+        with TestClient(make_app(ServerConfig(), FakeEngine(tokenizer))) as client:  # type: ignore[arg-type]
             seen.add(client.get("/ready").json()["instance"])
     assert len(seen) == 2
 
@@ -96,7 +96,7 @@ def settled(client: Client) -> Any:
 
 def test_configured_adapters_are_published_before_ready(engine: FakeEngine, directory: Path) -> None:
     config = ServerConfig(adapters=(("policy", directory),))
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(config, engine)) as client:  # type: ignore[arg-type]
         assert settled(client).status_code == 200
         assert client.get("/v1/weights/policy").json()["live"] == 1
 
@@ -106,7 +106,7 @@ def test_an_adapter_that_does_not_fit_keeps_the_server_from_being_ready(
 ) -> None:
     (directory / "adapter_model.safetensors").write_bytes(b"nothing")
     config = ServerConfig(adapters=(("policy", directory),))
-    with TestClient(create_app(config, engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(config, engine)) as client:  # type: ignore[arg-type]
         error = problem(settled(client), 503, "engine_unavailable")
         assert "safetensors" in error["message"]
         assert client.get("/health").status_code == 200

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from adapters.errors import AdapterDoesNotFit
 from adapters.formats.read import read_bundle
@@ -15,26 +13,12 @@ from tests.support.numbers.bounds import assert_near
 from tests.support.peers import vision
 from tests.support.pictures.seeing import opened
 
-LANGUAGE = r".*(?:language_model|text_model).*\.(?:q_proj|v_proj|down_proj)"
-
-
-def trained(path: Path, target: object, *, dora: bool) -> torch.nn.Module:
-    """A PEFT model with an adapter that says something."""
-    torch.manual_seed(4)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=target, use_dora=dora)
-    model = get_peft_model(vision.load(path), config)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                value.normal_(0, 0.3)
-    return model.eval()
-
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "idefics3"])
+@pytest.mark.parametrize("family", vision.VISIONS)
 def test_adapters_on_the_language_half_are_those_of_peft(family: str, dora: bool, tmp_path: Path) -> None:
     with opened(family) as seeing:
-        model = trained(seeing.path, LANGUAGE, dora=dora)
+        model = vision.adapted(seeing.path, dora=dora)
         model.save_pretrained(tmp_path)
         driver = seeing.start(prefill_tokens=7)
         config, weights = files_of(tmp_path)
@@ -49,7 +33,7 @@ def test_adapters_on_the_language_half_are_those_of_peft(family: str, dora: bool
 
 def test_what_peft_trains_on_the_tower_is_refused_by_name(tmp_path: Path) -> None:
     with opened("gemma3") as seeing:
-        trained(seeing.path, ["q_proj"], dora=False).save_pretrained(tmp_path)
+        vision.adapted(seeing.path, ["q_proj"]).save_pretrained(tmp_path)
         config, weights = files_of(tmp_path)
         with pytest.raises(AdapterDoesNotFit, match="vision tower are not served"):
             read_bundle(weights, config, layers=seeing.model.info.layers)

@@ -64,6 +64,11 @@ class Door:
         """What length buckets are chosen by, as if it had been measured."""
         self.batches._buckets.costs = costs
 
+    @property
+    def kv_limit(self) -> int:
+        """Columns that all KV may come to."""
+        return self.engine._memory._ledger.limit
+
     def set_kv_limit(self, cells: int) -> None:
         """From now on all KV is at most so many columns."""
         self.engine._memory._ledger.limit = cells

@@ -29,7 +29,7 @@ from rollout_server.engine.messages.scoring import (
     Scored,
     ScoredSequence,
 )
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PrefixStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus
 from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
@@ -233,10 +233,9 @@ class FakeEngine(FakeVersions):
 
     @property
     def status(self) -> EngineStatus:
-        fault = None if self.state == "ready" else "The engine ended: a test."
         return EngineStatus(
             self.state,
-            fault,
+            None if self.state == "ready" else "The engine ended: a test.",
             waiting=len(self.open),
             running=2,
             policies=self.snapshot(),
@@ -246,7 +245,8 @@ class FakeEngine(FakeVersions):
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
             paused=self.paused,
-            memory=MemoryStatus(weights=4000, kv_limit=1024, kv_held=512, kv_filled=256, peak=9000),
+            memory=MemoryStatus(weights=4000, kv_limit=1024, kv_held=512, kv_filled=256, kv_pictures=64, peak=9000),
+            pictures=PictureStatus(kept=2, read=11, hits=12),
         )
 
     async def ping(self, timeout_s: float) -> bool:

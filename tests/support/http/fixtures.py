@@ -15,9 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rollout_server.config import ServerConfig
-from rollout_server.http import app as app_module
-from rollout_server.http.app import create_app
 from tests.support.http.fake_engine import LAYERS, FakeEngine
+from tests.support.http.shared_routes import make_app
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -62,24 +61,10 @@ def config() -> ServerConfig:
 MakeApp = Callable[[ServerConfig, FakeEngine], Litestar]
 
 
-@pytest.fixture(scope="session")
-def routed() -> Litestar:
-    return create_app(ServerConfig(), FakeEngine(byte_level_tokenizer()))  # type: ignore[arg-type]
-
-
 @pytest.fixture
-def made_app(routed: Litestar, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
-    """`create_app`, but that the routes are those of one application of the session: their registration is nearly all
-    that an application costs. Its state, its life and what it answers with are its own."""
-
-    def make(config: ServerConfig, engine: FakeEngine) -> Litestar:
-        with monkeypatch.context() as without:
-            without.setattr(app_module, "CONTROLLERS", ())
-            app = create_app(config, engine)  # type: ignore[arg-type]
-        app.routes, app.asgi_handler, app.plugins = routed.routes, routed.asgi_handler, routed.plugins
-        return app
-
-    return make
+def made_app() -> MakeApp:
+    """Makes applications at little cost, see tests/support/http/shared_routes.py."""
+    return make_app
 
 
 @pytest.fixture

@@ -51,9 +51,10 @@ def toolkit() -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a kernel takes of a GPU: registers a thread, bytes a thread that registers have no room for, and bytes of
-    shared memory a block."""
+    """What a kernel takes of a GPU: threads a block, registers a thread, bytes a thread that registers have no room
+    for, and bytes of shared memory a block."""
 
+    threads: int
     registers: int
     spilled: int
     shared: int
@@ -95,14 +96,14 @@ class NvrtcCompiler:
                 source=source,
             )
             for architecture in ARCHITECTURES:
-                self.taken[name, architecture] = compiled(text, architecture)
+                self.taken[name, architecture] = compiled(text, architecture, call["threadgroup"][0])
             return launch(**call)
 
         return compiled_and_run
 
 
 @cache
-def compiled(text: str, architecture: str) -> Taken:
+def compiled(text: str, architecture: str, threads: int) -> Taken:
     home = toolkit()
     if home is None:
         raise RuntimeError("NVIDIA's compiler is not installed: `make test-nvrtc` installs it.")
@@ -124,6 +125,7 @@ def compiled(text: str, architecture: str) -> Taken:
     if failed:
         raise RuntimeError(said)
     return Taken(
+        threads=threads,
         registers=int(re.findall(r"Used (\d+) registers", said)[0]),
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         shared=sum(map(int, re.findall(r"(\d+) bytes smem", said))),

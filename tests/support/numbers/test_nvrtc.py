@@ -54,8 +54,8 @@ def test_what_it_makes_of_a_kernel_fits_a_gpu(use: Callable[[Compiler], None], c
     for (name, architecture), taken in compiler.taken.items():
         assert taken.spilled == 0, (name, architecture, taken)
         assert taken.shared <= MOST_SHARED["cuda"], (name, architecture, taken)
-        # Two blocks of 256 threads on a multiprocessor at least, so that one computes while the other waits.
-        assert taken.registers * 256 * 2 <= REGISTERS, (name, architecture, taken)
+        # Or a block could not be launched.
+        assert taken.registers * taken.threads <= REGISTERS, (name, architecture, taken)
 
 
 def test_a_text_that_is_wrong_is_an_error(compiler: NvrtcCompiler) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tests.support.tiny_models import VOCAB_SIZE
@@ -16,6 +17,8 @@ from tests.support.tiny_models import VOCAB_SIZE
 PLACEHOLDER, VIDEO, BEGIN, END = 289, 290, 291, 292
 """The first ids behind those of the tiny tokenizer."""
 STOP = 286
+LANGUAGE = r".*(?:language_model|text_model).*\.(?:q_proj|v_proj|down_proj)"
+"""Layers of the language half, by their names in PEFT."""
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -202,6 +205,19 @@ def build(name: str, directory: Path, *, seed: int = 3) -> PreTrainedModel:
                 value.normal_(0 if key.endswith("bias") or name == "gemma3" else 1, 0.1)
     model.half().save_pretrained(directory)
     return load(directory)
+
+
+def adapted(directory: Path, target: str | list[str] = LANGUAGE, *, dora: bool = False, seed: int = 4) -> PeftModel:
+    """The saved model with an adapter of PEFT that says something, and whose values float16 has."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load(directory), LoraConfig(r=4, lora_alpha=8, target_modules=target, use_dora=dora))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(0, 0.3)
+            if "lora_" in name:
+                value.copy_(value.half().float())
+    return model.eval()
 
 
 def load(directory: Path) -> PreTrainedModel:

@@ -40,6 +40,8 @@ class Conversation:
     """float32 [N - 1], torch's, of the tokens behind the first."""
     logits: np.ndarray
     """float32 [V], torch's, behind the last."""
+    adapted: np.ndarray
+    """`logprobs` under the adapter of tests/golden."""
 
     @property
     def within(self) -> float:
@@ -103,5 +105,5 @@ def picture_of(reference: Reference, number: int, model: ResidentModel) -> Pictu
 
 def conversation_of(reference: Reference, name: str, pictures: list[Picture]) -> Conversation:
     shown = tuple(pictures[number] for number in reference.pictures(name))
-    arrays = reference.arrays
-    return Conversation(tuple(reference.ids(name)), shown, arrays[f"{name}.logprobs"], arrays[f"{name}.logits"])
+    arrays = [reference.arrays[f"{name}.{part}"] for part in ("logprobs", "logits", "lora")]
+    return Conversation(tuple(reference.ids(name)), shown, *arrays)

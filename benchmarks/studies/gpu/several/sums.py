@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from benchmarks.studies.gpu.several.engines import Machine
 from rollout_server.engine.messages.options import RankOptions
-from rollout_server.fleet.ranks.environment import file_of, free_ports, hosts_of, variables_of
+from rollout_server.fleet.ranks.environment import file_of, hosts_of, of_lead, of_rank
 
 STEPS = 20
 A_LAYER = 2
@@ -25,8 +25,8 @@ A_LAYER = 2
 
 def seconds_of_sums(machine: Machine, ranks: int, rows: int, width: int, layers: int) -> float:
     """The median of some steps, one after another. Raises `CalledProcessError` where a rank fails."""
-    [port] = free_ports(1)
-    options, hosts = RankOptions(ranks, machine.backend, devices=machine.gpus[:ranks], port=port), hosts_of(ranks)
+    options, hosts = RankOptions(ranks, machine.backend, devices=machine.gpus[:ranks]), hosts_of(ranks)
+    shared = {**os.environ, **of_lead(options)}
     command = [sys.executable, "-m", "benchmarks.studies.gpu.several.sums"]
     command += [machine.backend, str(rows), str(width), str(layers)]
     with ExitStack() as files:
@@ -35,7 +35,7 @@ def seconds_of_sums(machine: Machine, ranks: int, rows: int, width: int, layers:
                 command,
                 stdin=files.enter_context(file_of(hosts)),
                 stdout=subprocess.PIPE,
-                env={**os.environ, **variables_of(rank, options, port)},
+                env={**shared, **of_rank(rank, options)},
             )
             for rank in range(ranks)
         ]

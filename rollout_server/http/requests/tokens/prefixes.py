@@ -9,14 +9,12 @@ from rollout_server.engine.messages.spans import gap_fault
 from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.service import Service
 from rollout_server.quoting import counted, quoted
-from rollout_server.rollout import NO_PREFIX, GivenSpan, Prefix
+from rollout_server.rollout import GivenSpan, Prefix
 from rollout_server.schemas.rollouts import PrefixFields
 
 
-def read_prefix(given: PrefixFields | None, place: str, service: Service) -> Prefix:
+def read_prefix(given: PrefixFields, place: str, service: Service) -> Prefix:
     """`place` is where it stands in the request."""
-    if given is None:
-        return NO_PREFIX
     count = len(given.token_ids)
     service.check_ids(given.token_ids, f"{place}.token_ids")
     for name in ("logprobs", "sampling_logprobs", "loss_mask"):
@@ -51,17 +49,15 @@ def _spans(given: PrefixFields, count: int) -> tuple[GivenSpan, ...]:
     )
 
 
-def check_room(prefix: Prefix, max_tokens: int, *, asked: bool, place: str, param: str) -> None:
-    """Raises where a prefix leaves nothing to sample. `asked`: max_tokens was given, in `param`; else it is what
+def no_room(prefix: Prefix, max_tokens: int, *, asked: bool, place: str, param: str) -> InvalidField | ContextExceeded:
+    """The error for a prefix that leaves nothing to sample. `asked`: max_tokens was given, in `param`; else it is what
     fits."""
-    if max_tokens > len(prefix):
-        return
     held = counted(len(prefix), "token")
     if asked:
-        raise InvalidField(
+        return InvalidField(
             f"{param} is {quoted(max_tokens)} and counts the prefix, which has {held} already: it must be larger.",
             param=param,
         )
-    raise ContextExceeded(
+    return ContextExceeded(
         f"{place} has {held}; behind the prompt the context holds {max_tokens}, the new tokens included.", param=place
     )

@@ -25,8 +25,7 @@ from rollout_server.http.requests.tokens.prompts import room
 from rollout_server.http.requests.tokens.rendering import opens_thinking, render, template_source
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, respond
-from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, request_id
 from rollout_server.rollout import FinishReason, Rollout, RolloutRequest, Wants
 from rollout_server.schemas.openai.chat import ChatReply, ChatRequest
 from rollout_server.text.chat_format import ReplyFormat

@@ -18,16 +18,14 @@ from rollout_server.http.openapi import EventsOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.choices import Choice, ChoiceOptions, Echo, Piece
 from rollout_server.http.replies.json_entries import finite, json_response, policy_headers, usage
-from rollout_server.http.replies.leaving import GoOn, beside_client
-from rollout_server.http.replies.streaming import SSE, sse_event, stream, while_connected
+from rollout_server.http.replies.streaming import SSE, GoOn, beside_client, sse_event, stream, while_connected
 from rollout_server.http.requests.grammars import constraint_of, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
 from rollout_server.http.requests.tokens.prompts import PromptTokens, how_many, prompts_of, room
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS, Job, last_events, respond
-from rollout_server.http.routes.request_ids import request_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, request_id
 from rollout_server.quoting import counted
 from rollout_server.rollout import (
     BASE,

@@ -17,16 +17,14 @@ from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import GoOn, beside_client
-from rollout_server.http.replies.streaming import while_connected
+from rollout_server.http.replies.streaming import GoOn, beside_client, while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.prompts import how_many, prompts_of
 from rollout_server.http.requests.tokens.truncation import bound_of, read_text
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.openai.jobs import OPENAI_WORDS
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import quoted
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply, EmbeddingsRequest
 

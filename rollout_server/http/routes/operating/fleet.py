@@ -46,6 +46,19 @@ class FleetController(Controller):
         await service_of(request).engine.leave(id, at_once=False)
         return json_response({"id": id, "state": "draining"})
 
+    @post(
+        "/{id:str}/restart",
+        guards=(may_administer,),
+        before_request=no_query,
+        status_code=200,
+        summary="Let a replica finish what it has, and start it anew",
+        description="One that joined is told to start anew. It gets its versions again before it gets rows.",
+        responses={200: ResponseSpec(LeaveReply, description="It gets no more rows until it is back."), **failures()},
+    )
+    async def restart(self, id: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
+        await service_of(request).engine.leave(id, at_once=False, again=True)
+        return json_response({"id": id, "state": "restarting"})
+
     @delete(
         "/{id:str}",
         guards=(may_administer,),

@@ -13,14 +13,13 @@ from litestar.params import JSONBody
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import beside_client
+from rollout_server.http.replies.streaming import beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model, read_inputs, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import SCORING, Service
+from rollout_server.http.service import SCORING, Service, header_id
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.pooling.classes import ClassifyReply, ClassifyRequest, PoolingReply, PoolingRequest
 

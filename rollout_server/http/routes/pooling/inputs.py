@@ -11,7 +11,7 @@ from litestar import Request
 from rollout_server.engine.messages.options import Task
 from rollout_server.errors import InvalidField
 from rollout_server.http.problems import renamed
-from rollout_server.http.replies.leaving import GoOn
+from rollout_server.http.replies.streaming import GoOn
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.prompts import how_many, prompts_of, some
 from rollout_server.http.requests.tokens.rendering import render

@@ -15,15 +15,14 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import GoOn, beside_client
+from rollout_server.http.replies.streaming import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.tokens.prompts import PromptTokens, encode, some
 from rollout_server.http.requests.tokens.truncation import bound_of, fitted, fitted_text, read_text
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 from rollout_server.schemas.pooling.inputs import ScoringRequest

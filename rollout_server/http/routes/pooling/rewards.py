@@ -14,8 +14,8 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_infer
 from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
-from rollout_server.http.replies.leaving import GoOn, beside_client
 from rollout_server.http.replies.safetensors_file import binary_response, rewards_file
+from rollout_server.http.replies.streaming import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
@@ -25,8 +25,7 @@ from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import step_positions
-from rollout_server.http.routes.request_ids import header_id
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE
 from rollout_server.schemas.pooling.rewards import (

@@ -13,11 +13,11 @@ from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
 from rollout_server.errors import NonFiniteLogits
-from rollout_server.http.app import create_app
 from rollout_server.http.routes.openai.embeddings import finished
 from rollout_server.rollout import PolicyAddress
 from rollout_server.schemas.openai.embeddings import EmbeddingsReply
 from tests.support.http.fake_engine import CONTEXT, VOCABULARY, FakeEngine, pooled
+from tests.support.http.shared_routes import make_app
 
 Client = TestClient[Any]
 
@@ -98,7 +98,7 @@ def test_what_is_wrong_is_named(
 
 
 def test_too_many_inputs_are_refused_before_they_are_read(engine: FakeEngine, problem: Callable[..., Any]) -> None:
-    with TestClient(create_app(ServerConfig(max_rows_per_request=2), engine)) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(ServerConfig(max_rows_per_request=2), engine)) as client:  # type: ignore[arg-type]
         for given in (["a"] * 3, [[1]] * 3):
             problem(ask(client, input=given), 400, "invalid_field", "input")
         for given in ([1] * 3, "abc", ["a", "b"]):

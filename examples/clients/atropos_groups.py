@@ -1,8 +1,8 @@
 """Scored groups as Atropos has them, from rollouts of this server: for its API (`--send`), or as a file of JSON lines.
 
     rollout-server serve                                        # in one terminal: the embedded model
-    python examples/atropos_groups.py > groups.jsonl            # in another; needs trainer_client only
-    python examples/atropos_groups.py --send http://127.0.0.1:8001      # to a running `run-api` of atroposlib
+    python examples/clients/atropos_groups.py > groups.jsonl            # in another; needs trainer_client only
+    python examples/clients/atropos_groups.py --send http://127.0.0.1:8001      # to a running `run-api` of atroposlib
 
 A group holds the samples of one prompt. `masks` are the tokens, with -100 where nothing is learned; log-probabilities
 are 1.0 there. `loss_mask` decides, so that what a tool said in a longer row is masked like the prompt. The base's

@@ -1,6 +1,6 @@
 """The perplexity of a text by OpenAI's completions route alone: the prompt echoed with its log-probabilities.
 
-python examples/echo_perplexity.py README.md policy
+python examples/clients/echo_perplexity.py README.md policy
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on this server: a `rollout_func` that pushes the PEFT adapter and samples with that version.
 
     rollout-server serve                      # in one terminal: the embedded model
-    python examples/trl_grpo.py               # in another, where trl and peft are installed
+    python examples/clients/trl_grpo.py               # in another, where trl and peft are installed
 
 Only plain sums in digits are rewarded, and the embedded model answers in several styles: the reward rises from 0.4 to
 above 0.9 in a few minutes on a CPU. TRL corrects nothing that its own vLLM did not sample, so the run is on-policy: one

@@ -1,0 +1,54 @@
+"""`rollout-server serve --join`: a replica of another machine's fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from rollout_server.config import ServerConfig
+from rollout_server.fleet.joining.dial import Controller
+from rollout_server.fleet.replica.joiner import Joiner, own_id
+from rollout_server.machine.blas import one_thread_for_numpy
+from rollout_server.versions.startup import engine_options
+
+
+def join(config: ServerConfig) -> None:
+    """Computes for a controller until a signal ends it or the fleet lets it go; where it is to be started anew, its
+    process is replaced. Raises `RolloutError` where it is not taken."""
+    one_thread_for_numpy()
+    if asyncio.run(_until_told(config)):
+        os.execv(sys.executable, [sys.executable, "-m", "rollout_server", *sys.argv[1:]])
+
+
+async def _until_told(config: ServerConfig) -> bool:
+    joining = asyncio.ensure_future(_join(config, lambda id: announce(str(config.join), id)))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, joining.cancel)
+    try:
+        return await joining
+    except asyncio.CancelledError:
+        return False
+
+
+def announce(url: str, id: str) -> None:
+    """The line that a person waits for."""
+    sys.stdout.write(f"rollout-server has joined {url} as {id}\n")
+    sys.stdout.flush()
+
+
+async def _join(config: ServerConfig, joined: Callable[[str], None]) -> bool:
+    at = urlsplit(config.join or "")
+    encrypted, key = at.scheme == "https", config.fleet_key
+    controller = Controller(
+        at.hostname or "",
+        at.port or (443 if encrypted else 80),
+        encrypted,
+        key.get_secret_value() if key is not None else None,
+        config.fleet_cert,
+    )
+    options = await asyncio.to_thread(engine_options, config)
+    return await Joiner(controller, options, config.replica_timeout_s, joined, own_id()).run()

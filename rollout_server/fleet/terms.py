@@ -1,0 +1,44 @@
+"""What every replica of a fleet has to have in common with the others, or two rows of one seed would differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
+from rollout_server.errors import Conflict
+from rollout_server.fleet.wire import libraries
+
+
+class Terms:
+    """One per fleet. What the controller was told of dtype, bits and context holds; the first replica says the rest."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.base: str | None = None
+        """The digest of the controller's own copy of the model, where replicas have theirs from elsewhere."""
+        self._bits, self._context = options.kv_bits, options.context_length
+        self._first: ModelInfo | None = None
+        self._libraries = libraries()
+
+    def check(self, id: str, info: ModelInfo, installed: Mapping[str, str]) -> None:
+        """Raises `Conflict` with all that differs; the first that does not is what later ones are compared with."""
+        if unlike := list(self._unlike(info, installed)):
+            raise Conflict(
+                f"Replica {id} is not taken: {', '.join(unlike)}. Start it with the model, the options and the "
+                "versions of the others."
+            )
+        self._first = self._first or info
+
+    def _unlike(self, info: ModelInfo, installed: Mapping[str, str]) -> Iterator[str]:
+        first = self._first or info
+        # What this machine starts was given its options, and says itself where a model cannot follow them.
+        context = self._context if self.base and self._context and self._first is None else first.max_model_len
+        expected = (
+            ("base", info.digest, self.base or first.digest),
+            ("dtype", info.dtype, first.dtype),
+            ("kv_bits", info.kv_bits, self._bits),
+            ("context", info.max_model_len, context),
+            *((name, installed.get(name, "not there"), version) for name, version in self._libraries.items()),
+        )
+        for what, has, wanted in expected:
+            if has != wanted:
+                yield f"its {what} is {has}, and the fleet's is {wanted}"

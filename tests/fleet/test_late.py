@@ -1,0 +1,165 @@
+"""Replicas that are late with a phase of a push: fenced before anybody is told, and even again before they get rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from safetensors.numpy import save
+
+from adapters.formats.read import read_bundle
+from rollout_server.engine.messages.versions import Publish, Published
+from rollout_server.errors import EngineUnavailable
+from rollout_server.fleet.ledger.ledger import FLIP_S, STAGE_S, Ledger
+from rollout_server.fleet.ledger.records import Drop, Flip, ReplicaState, Settle, Stage
+from rollout_server.fleet.versions import FleetVersions
+from rollout_server.fleet.wire import FlipAlias, StageVersion
+from rollout_server.rollout import PolicyVersion
+from tests.support import tiny_models
+
+LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
+TENSORS, CONFIG = tiny_models.random_adapter(LAYERS, 2, 0)
+BUNDLE = read_bundle(save(TENSORS), CONFIG, layers=LAYERS)
+
+
+class Two:
+    """The versions of a fleet of two replicas, which answer when a test says so, on a clock that it moves."""
+
+    def __init__(self, fewest: int) -> None:
+        self.now, self.sent, self.ledger = 0.0, list[tuple[str, Any]](), Ledger()
+        self.versions = FleetVersions(self.ledger, self.send, self.act, 8, fewest, lambda: self.now)
+        for id in ("quick", "slow"):
+            self.ledger.join(id, 8, self.now)
+
+    def send(self, id: str, message: Any) -> None:
+        self.sent.append((id, message))
+
+    def act(self) -> None:
+        for action in self.ledger.take():
+            match action:
+                case Stage(id, version):
+                    self.versions.stage_on(id, version)
+                case Flip(id, version):
+                    self.versions.flip_on(id, version)
+                case Drop(id, version):
+                    self.versions.drop_on(id, version)
+                case Settle(change):
+                    self.versions.settled(change)
+
+    async def answer(self, id: str) -> None:
+        """Has a replica do what it was told."""
+        await asyncio.sleep(0)
+        for message in [message for to, message in self.sent if to == id]:
+            self.sent.remove((id, message))
+            at = (message.name, message.number)
+            if isinstance(message, StageVersion):
+                version = PolicyVersion(message.name, message.number, message.bundle.digest)
+                self.versions.staged_on(id, at, Published(message.id, version, False, False, 1.0, 0.0))
+            elif isinstance(message, FlipAlias):
+                self.ledger.flipped(id, at)
+            self.act()
+        await asyncio.sleep(0)
+
+    async def passes(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+        self.now += seconds
+        for id in self.ledger.replicas:
+            self.ledger.heard(id, self.now)
+        self.ledger.tick(self.now)
+        self.act()
+        await asyncio.sleep(0)
+
+    def push(self) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.versions.change(Publish("p", "trained", BUNDLE)))
+
+    @property
+    def states(self) -> tuple[ReplicaState, ...]:
+        return tuple(replica.state for replica in self.ledger.replicas.values())
+
+
+BOTH = (ReplicaState.LIVE, ReplicaState.LIVE)
+ONE = (ReplicaState.LIVE, ReplicaState.FENCED)
+
+
+def played(scene: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 60))
+
+
+def test_whoever_is_slow_to_stage_is_fenced_and_the_push_goes_on() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        pushing = fleet.push()
+        await fleet.answer("quick")
+        await fleet.passes(STAGE_S - 1.0)
+        assert not pushing.done() and fleet.states == BOTH
+        await fleet.passes(2.0)
+        assert fleet.states == ONE
+        await fleet.answer("quick")
+        assert (await pushing).version.number == 1
+        await fleet.answer("slow")
+        await fleet.answer("slow")
+        assert fleet.states == BOTH
+
+    played(scene())
+
+
+def test_where_too_few_have_staged_it_the_alias_does_not_move() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=2)
+        pushing = fleet.push()
+        await fleet.answer("quick")
+        await fleet.passes(STAGE_S + 1.0)
+        with pytest.raises(
+            EngineUnavailable, match="1 replicas are live, and versions change where at least 2 are"
+        ) as late:
+            await pushing
+        assert late.value.retryable and fleet.versions.snapshot() == ()
+        # What it had staged is let go, and it is asked for anew.
+        await fleet.answer("slow")
+        await fleet.answer("quick")
+        assert fleet.states == BOTH
+        again = fleet.push()
+        for _ in range(2):
+            await fleet.answer("slow")
+            await fleet.answer("quick")
+        assert (await again).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+def test_whoever_does_not_answer_a_flip_is_fenced_before_the_push_is_told() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        pushing = fleet.push()
+        await fleet.answer("quick")
+        await fleet.answer("slow")
+        await fleet.answer("quick")
+        assert not pushing.done(), "one of them has flipped"
+        await fleet.passes(FLIP_S + 0.5)
+        assert fleet.states == ONE and (await pushing).live
+        await fleet.answer("slow")
+        assert fleet.states == BOTH
+
+    played(scene())
+
+
+def test_where_too_few_have_flipped_the_push_is_refused_and_its_retry_finds_it_done() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=2)
+        pushing = fleet.push()
+        await fleet.answer("quick")
+        await fleet.answer("slow")
+        await fleet.answer("quick")
+        await fleet.passes(FLIP_S + 0.5)
+        with pytest.raises(EngineUnavailable):
+            await pushing
+        (policy,) = fleet.versions.snapshot()
+        assert policy.live is not None and policy.live.number == 1, "the alias has moved"
+        await fleet.answer("slow")
+        assert fleet.states == BOTH
+        retried = await fleet.push()
+        assert retried.unchanged and retried.live and retried.version.number == 1
+
+    played(scene())

@@ -1,0 +1,26 @@
+"""The cluster file of the guide is one that Ray takes, and says what this project's other files say."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "docs" / "guide" / "ray-cluster.yaml"
+
+
+def test_the_cluster_file_is_valid() -> None:
+    config = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    validate_config(prepare_config(config))
+    assert len(config["provider"]["worker_ips"]) == config["min_workers"] == config["max_workers"]
+
+
+def test_the_cluster_file_installs_this_version_with_this_mlx() -> None:
+    text = FILE.read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(re.findall(r"rollout_server-(.+?)-py3", text)) == {project["project"]["version"]}
+    assert f'"{project["dependency-groups"]["cuda13"][0]}"' in text

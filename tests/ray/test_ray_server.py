@@ -1,0 +1,67 @@
+"""`serve --ray-address` over HTTP, as its user runs it: engines are killed and drained, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support import tiny_models
+from tests.support.fleet.ray_nodes import RayNodes, actor_processes, kill_one
+from tests.support.live_server import live_server, server_here, until
+from trainer_client import RolloutClient
+
+PROMPTS = [[5, 9, 33], [44], list(range(1, 40))]
+
+
+def adapter(path: Path, seed: int) -> tuple[Any, Any]:
+    return tiny_models.random_adapter(tiny_models.linear_layers(path), 4, seed)
+
+
+def drawn(client: RolloutClient, policy: str, tokens: int = 12) -> list[list[int]]:
+    batch = client.rollouts(PROMPTS, policy=policy, n=3, max_tokens=tokens, seed=3, temperature=1.0)
+    return [list(row.token_ids) for row in batch.rollouts]
+
+
+def states(client: RolloutClient) -> dict[str, str]:
+    return {replica.id: replica.state for replica in client.fleet()}
+
+
+def test_a_server_whose_engines_ray_places(nodes: RayNodes, path: Path, tmp_path: Path) -> None:
+    options = ("--replicas", "2", "--ray-address", nodes.address, "--state-dir", str(tmp_path / "state"))
+    with server_here(path) as one, RolloutClient(one.url) as alone:
+        alone.push("policy", *adapter(path, 1))
+        expected = {policy: drawn(alone, policy) for policy in ("base", "policy")}
+        longer = drawn(alone, "policy", 200)
+    with live_server(path, *options) as server, RolloutClient(server.url) as client:
+        assert states(client) == {"ray-0": "live", "ray-1": "live"}
+        pushed = client.push("policy", *adapter(path, 1))
+        assert (pushed.version, pushed.live) == (1, True)
+        assert {policy: drawn(client, policy) for policy in ("base", "policy")} == expected
+        kill_one()
+        assert drawn(client, "policy", 200) == longer
+        until(lambda: list(states(client).values()) == ["live", "live"])
+        assert sum(replica.restarts for replica in client.fleet()) == 1
+        client.drain_replica("ray-0")
+        until(lambda: states(client) == {"ray-1": "live"})
+        until(lambda: len(actor_processes()) == 1)
+        assert drawn(client, "policy") == expected["policy"]
+        assert server.stop() == 0
+        until(lambda: not actor_processes())
+
+
+def test_engines_end_with_a_server_that_is_killed(nodes: RayNodes, path: Path) -> None:
+    with live_server(path, "--replicas", "1", "--ray-address", nodes.address) as server:
+        assert len(actor_processes()) == 1
+        server.process.send_signal(signal.SIGKILL)
+        until(lambda: not actor_processes())
+
+
+def test_an_address_without_a_cluster_ends_the_command_with_one_sentence() -> None:
+    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", "--replicas", "2"]
+    ended = subprocess.run([*command, "--ray-address", "127.0.0.1:1"], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    assert "--ray-address 127.0.0.1:1: nobody answers there" in ended.stderr
+    assert "Traceback" not in ended.stderr
