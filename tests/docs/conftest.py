@@ -45,8 +45,8 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(belongings: Path) -> Iterator[str]:
     """Where the quick start has left its server: `policy@1` and `policy@2` are there."""
     with server_here(None) as server, RolloutClient(server.url) as client:
-        client.push("policy", belongings / "adapter")
-        client.push("policy", *random_adapter(linear_layers(belongings / "model"), 4, seed=5))
+        for source in ((belongings / "adapter",), random_adapter(linear_layers(belongings / "model"), 4, seed=5)):
+            client.pin("policy", client.push("policy", *source).version)  # whatever pages push in between
         yield server.url
 
 

@@ -15,10 +15,7 @@ DRAWINGS = frozenset({"mermaid", "text"})
 NOT_RUN: Mapping[tuple[str, str], str] = {
     ("README.md", "make demo"): "minutes; tests/demo does it, and this is what `make test` runs",
     ("docs/quick-start.md", "make setup"): "it installs packages; `make newcomer` does it",
-    (
-        "docs/guide/operations.md",
-        "rollout-server doctor",
-    ): "tests/machine/test_doctor.py does it; it measures for seconds",
+    ("docs/guide/operations.md", "rollout-server doctor"): "tests/machine/test_doctor.py does, for seconds",
 }
 """(Page, first line of a block) → why it is not run here."""
 LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md"})
