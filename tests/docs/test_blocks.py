@@ -18,8 +18,8 @@ NOT_RUN: Mapping[tuple[str, str], str] = {
     ("docs/guide/operations.md", "rollout-server doctor"): "tests/machine/test_doctor.py does, for seconds",
 }
 """(Page, first line of a block) → why it is not run here."""
-LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md"})
-"""Pages that start several engines, or train a model first: `make test-long` reads them."""
+LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md", "docs/guide/operations.md"})
+"""Pages that start several engines, train a model first, or measure: `make test-long` reads them."""
 
 
 def with_code() -> list[Page]:
