@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +18,11 @@ from rollout_server.commands.terminal.engine_options import (
     AllowImageHost,
     Also,
     Attention,
+    Backend,
     FleetCert,
     FleetKeyFile,
     FleetSwitch,
+    Hostfile,
     Join,
     KvBits,
     KvMemory,
@@ -35,9 +38,13 @@ from rollout_server.commands.terminal.engine_options import (
     RayAddress,
     Replicas,
     StateDir,
+    TensorParallel,
     Warm,
     WeightsMemory,
 )
+
+if TYPE_CHECKING:
+    from rollout_server.config import ServerConfig
 
 
 def serve(
@@ -73,6 +80,9 @@ def serve(
     allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
+    tensor_parallel: TensorParallel = None,
+    backend: Backend = None,
+    hostfile: Hostfile = None,
     ray_address: RayAddress = None,
     fleet: FleetSwitch = None,
     join: Join = None,
@@ -101,6 +111,8 @@ def _serve(given: dict[str, Any]) -> None:
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        if config.tensor_parallel is not None and launched_elsewhere(config):
+            return
         if config.join is not None:
             from rollout_server.commands.join import join
 
@@ -108,6 +120,26 @@ def _serve(given: dict[str, Any]) -> None:
         from rollout_server.http.server import serve as serve_http
 
         serve_http(config, ready=partial(greet, page=config.page == "on", protected=config.protected))
+
+
+def launched_elsewhere(config: ServerConfig) -> bool:
+    """With a hostfile this command runs again, as each rank; returns whether this process was a rank that serves no
+    HTTP, whose work is done."""
+    from rollout_server.config import RankSettings
+    from rollout_server.fleet.ranks.hosts import launching
+    from rollout_server.versions.startup import ranks_of
+
+    rank, ranks = RankSettings().mlx_rank, ranks_of(config)
+    if ranks is None or (rank is None and config.hostfile is None):
+        return False
+    if rank is None and config.hostfile is not None:
+        command = launching(config.hostfile, ranks.backend, sys.argv[1:])
+        os.execv(command[0], command)
+    if rank:
+        from rollout_server.fleet.ranks.follower import follow
+
+        sys.exit(follow(ranks))
+    return False
 
 
 def greet(url: str, *, page: bool, protected: bool) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.kv_choice import ChosenStore
+from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.errors import EngineUnavailable
 from rollout_server.machine.device_defaults import (
     ACTIVATIONS,
@@ -32,10 +35,11 @@ def chosen_sizes(
     vocabulary: int,
     dtype: mx.Dtype,
     weight_bytes: int,
+    ranks: Ranks | None = None,
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for."""
+    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
@@ -56,7 +60,7 @@ def chosen_sizes(
     )
     for sentence in sizes.sentences():
         log.info("%s", sentence)
-    return sizes
+    return sizes if ranks is None else least_of(ranks, sizes)
 
 
 def _check_kv(options: EngineOptions, memory: int, weight_bytes: int) -> None:
@@ -73,3 +77,25 @@ def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:
     """The widest of the layers that every token goes through; the head is read at few tokens, and of the embedding one
     entry."""
     return max((max(shape) for shape in layers.values() if vocabulary not in shape), default=vocabulary)
+
+
+def least_of(ranks: Ranks, sizes: DeviceDefaults) -> DeviceDefaults:
+    """What the smallest of several ranks has room for: all of them admit the same rows."""
+    names = ("max_batch", "prefill_tokens", "kv_memory")
+    least = ranks.least([getattr(sizes, name).value for name in names])
+    return replace(
+        sizes, **{name: replace(getattr(sizes, name), value=value) for name, value in zip(names, least, strict=True)}
+    )
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many values a model has, packed ones counted as what they stand for. Reads no weights."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    total = 0
+    for _, layer in module.named_modules():
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            total -= layer.weight.size + layer.scales.size
+            total += layer.weight.size * 32 // layer.bits
+            biases = layer.get("biases")
+            total -= biases.size if biases is not None else 0
+    return total + sum(array.size for _, array in flat)
