@@ -1,0 +1,33 @@
+"""What the page shows of a fleet, while one of its replicas is killed and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from rollout_server.demo.run import model_directory
+from tests.page.browser import Browser
+from tests.support import tiny_models
+from tests.support.live_server import live_server
+from trainer_client import RolloutClient
+
+
+def test_it_shows_the_replicas_of_a_fleet_and_what_becomes_of_them(chromium: Browser) -> None:
+    with live_server(None, "--replicas", "2") as fleet, RolloutClient(fleet.url) as client:
+        chromium.resize(1280, 900)
+        chromium.open(fleet.url)
+        chromium.until(lambda: len(chromium.all("[data-replica] .badge.on")) == 2)
+        assert chromium.text("#replicas-count") == "2 of 2 live, at least 1 have to be"
+        client.push("policy", *tiny_models.random_adapter(tiny_models.linear_layers(model_directory()), 4, 1))
+        lost = client.fleet()[0]
+        shown = f"[data-replica='{lost.id}']"
+        chromium.until(lambda: "versions\n1" in chromium.text(shown))
+        assert str(lost.pid) in chromium.text(shown)
+        os.kill(lost.pid or 0, signal.SIGKILL)
+        chromium.until(lambda: "dead" in chromium.text(shown) or "joining" in chromium.text(shown))
+        chromium.until(lambda: "live" in chromium.text(shown) and "restarts\n1" in chromium.text(shown), 120)
+        assert chromium.complaints() == []
+
+
+def test_a_server_of_one_engine_has_no_section_for_replicas(page: Browser) -> None:
+    assert not page.find("#replicas-section").is_displayed()
