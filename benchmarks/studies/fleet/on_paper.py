@@ -1,6 +1,6 @@
 """Where one controller ends, on paper: what a row and a version take of it is measured, the rest is arithmetic.
 
-    python -m benchmarks.studies.fleet.on_paper [--replicas 64] [--megabytes 200] [--rate 3000] [--row 1000]
+    python -m benchmarks.studies.fleet.on_paper [--replicas 64] [--megabytes 200] [--rate 3000] [--row 1000] [--whole 3.8]
 
 Measured here, below HTTP and without replicas: reading a finished row from its frame, the ledger's part of a row,
 writing it as JSON, and making the frame of a version. The network is a number that is given. A star sends a version to
@@ -155,8 +155,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--rate", type=float, default=3000.0, help="tokens that a replica samples a second")
     parser.add_argument("--row", type=int, default=1000, help="tokens of a row")
+    parser.add_argument("--whole", type=float, help="ms of a row in the controller, as the study itself measures it")
     given = parser.parse_args()
     sys.stdout.write(told(measured(given.row), given.replicas, given.megabytes, given.rate, given.row))
+    if given.whole is not None:
+        rows = given.replicas * given.rate / given.row
+        sys.stdout.write(
+            f"with {given.whole:g} ms for all that a controller does for a row: {rows * given.whole / 10:.0f} % of a core, "
+            f"and one core is full at {1e3 / given.whole:.0f} rows a second: "
+            f"{1e3 / given.whole * given.row / given.rate:.0f} such replicas\n"
+        )
 
 
 if __name__ == "__main__":
