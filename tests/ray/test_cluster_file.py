@@ -1,4 +1,4 @@
-"""The cluster file of the guide is one that Ray takes, and says what this project's other files say."""
+"""The cluster file of the guide is one that Ray takes and says what other files say; its page names what Ray has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import get_auth_token, start
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guide" / "ray.md"
 FILE = ROOT / "docs" / "guide" / "ray-cluster.yaml"
 
 
@@ -24,3 +26,11 @@ def test_the_cluster_file_installs_this_version_with_this_mlx() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(re.findall(r"rollout_server-(.+?)-py3", text)) == {project["project"]["version"]}
     assert f'"{project["dependency-groups"]["cuda13"][0]}"' in text
+
+
+def test_ray_has_the_options_that_the_guide_names() -> None:
+    named = {"ray get-auth-token": {"--generate"}, "ray start": {"--head", "--port", "--address", "--resources"}}
+    for command in (get_auth_token, start):
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert named[f"ray {command.name}"] <= known
+        assert f"ray {command.name}" in PAGE.read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def main() -> int:
 async def measure(model: Path, rounds: int, replicas: list[int]) -> dict[str, float]:
     figures = await beside(model, rounds)
     for count in replicas:
-        figures |= await pushed(model, count)
+        figures |= await pushed(fleet_of(model, count), f"{count} replicas")
     return figures
 
 
@@ -124,9 +124,9 @@ async def sampled(handle: EngineHandle, seed: int) -> int:
     return sum([len(event.rollout.token_ids) async for event in events if isinstance(event, RowFinished)])
 
 
-async def pushed(model: Path, count: int) -> dict[str, float]:
+async def pushed(fleet: EngineHandle, name: str) -> dict[str, float]:
     """Milliseconds until a push is staged everywhere, and until it is live everywhere."""
-    fleet = await started(fleet_of(model, count))
+    await started(fleet)
     stage, flip, nbytes = [], [], 0
     for seed in range(PUSHES):
         tensors, config = random_adapter(fleet.info.layers, RANK, seed)
@@ -137,8 +137,8 @@ async def pushed(model: Path, count: int) -> dict[str, float]:
         flip.append(told.activate_ms)
     await fleet.close()
     return {
-        f"{count} replicas, {nbytes / 1e6:.1f} MB staged, ms": statistics.median(stage[1:]),
-        f"{count} replicas, {nbytes / 1e6:.1f} MB flipped, ms": statistics.median(flip[1:]),
+        f"{name}, {nbytes / 1e6:.1f} MB staged, ms": statistics.median(stage[1:]),
+        f"{name}, {nbytes / 1e6:.1f} MB flipped, ms": statistics.median(flip[1:]),
     }
 
 

@@ -29,8 +29,9 @@ STORE_BYTES = 100_000_000
 class RayNodes:
     """Belongs to the main thread, in which alone Ray starts nodes. The first one has no place for a replica."""
 
-    def __init__(self, places: int) -> None:
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    def __init__(self, places: int, store_bytes: int = STORE_BYTES) -> None:
+        self._store_bytes = store_bytes
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store_bytes}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.add() for _ in range(places)]
 
@@ -39,7 +40,7 @@ class RayNodes:
         return str(self._cluster.address)
 
     def add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, resources={"mlx": 1}, object_store_memory=STORE_BYTES)
+        return self._cluster.add_node(num_cpus=1, resources={"mlx": 1}, object_store_memory=self._store_bytes)
 
     def kill(self, node: Any) -> None:
         """Ends all of a node's processes at once, as a machine that loses power does."""
