@@ -1,6 +1,6 @@
 """Where one controller ends, on paper: what a row and a version take of it is measured, the rest is arithmetic.
 
-    python -m benchmarks.studies.fleet.on_paper [--replicas 64] [--megabytes 200] [--rate 3000] [--row 1000] [--whole 3.8]
+    python -m benchmarks.studies.fleet.on_paper [--replicas 64] [--megabytes 200] [--rate 3000] [--whole 3.8]
 
 Measured here, below HTTP and without replicas: reading a finished row from its frame, the ledger's part of a row,
 writing it as JSON, and making the frame of a version. The network is a number that is given. A star sends a version to
@@ -161,7 +161,7 @@ def main() -> None:
     if given.whole is not None:
         rows = given.replicas * given.rate / given.row
         sys.stdout.write(
-            f"with {given.whole:g} ms for all that a controller does for a row: {rows * given.whole / 10:.0f} % of a core, "
+            f"with {given.whole:g} ms for all of a row in the controller: {rows * given.whole / 10:.0f} % of a core, "
             f"and one core is full at {1e3 / given.whole:.0f} rows a second: "
             f"{1e3 / given.whole * given.row / given.rate:.0f} such replicas\n"
         )
