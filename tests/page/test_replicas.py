@@ -12,6 +12,12 @@ from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
 
+def fact(page: Browser, card: str, word: str) -> str:
+    """What stands behind a word on a card."""
+    words, values = page.all(f"{card} dt"), page.all(f"{card} dd")
+    return {one.text: other.text for one, other in zip(words, values, strict=True)}[word]
+
+
 def test_it_shows_the_replicas_of_a_fleet_and_what_becomes_of_them(chromium: Browser) -> None:
     with live_server(None, "--replicas", "2") as fleet, RolloutClient(fleet.url) as client:
         chromium.resize(1280, 900)
@@ -21,11 +27,11 @@ def test_it_shows_the_replicas_of_a_fleet_and_what_becomes_of_them(chromium: Bro
         client.push("policy", *tiny_models.random_adapter(tiny_models.linear_layers(model_directory()), 4, 1))
         lost = client.fleet()[0]
         shown = f"[data-replica='{lost.id}']"
-        chromium.until(lambda: "versions\n1" in chromium.text(shown))
-        assert str(lost.pid) in chromium.text(shown)
+        chromium.until(lambda: fact(chromium, shown, "versions") == "1")
+        assert fact(chromium, shown, "process") == str(lost.pid)
         os.kill(lost.pid or 0, signal.SIGKILL)
         chromium.until(lambda: "dead" in chromium.text(shown) or "joining" in chromium.text(shown))
-        chromium.until(lambda: "live" in chromium.text(shown) and "restarts\n1" in chromium.text(shown), 120)
+        chromium.until(lambda: fact(chromium, shown, "restarts") == "1" and "live" in chromium.text(shown), 120)
         assert chromium.complaints() == []
 
 
