@@ -34,8 +34,8 @@ class RayNodes:
 
     def __init__(self, places: int, store_bytes: int = STORE_BYTES) -> None:
         self._store_bytes = store_bytes
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store_bytes}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = Cluster()
+        self._started(num_cpus=0, include_dashboard=False)
         self.nodes = [self.add() for _ in range(places)]
 
     @property
@@ -43,10 +43,14 @@ class RayNodes:
         return str(self._cluster.address)
 
     def add(self) -> Any:
-        """A node with a place for a replica. Ray gives it 30 s to start, which a busy machine may need twice."""
+        """A node with a place for a replica."""
+        return self._started(num_cpus=1, resources={"mlx": 1})
+
+    def _started(self, **options: Any) -> Any:
+        """Ray gives a node 30 s to start, which a busy machine may need twice."""
         for left in reversed(range(STARTS)):
             try:
-                return self._cluster.add_node(num_cpus=1, resources={"mlx": 1}, object_store_memory=self._store_bytes)
+                return self._cluster.add_node(object_store_memory=self._store_bytes, **options)
             except Exception:
                 # Ray raises nothing narrower.
                 if not left:
