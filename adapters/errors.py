@@ -98,12 +98,13 @@ class AdapterUnsupported(AdapterError):
 
 
 class AdapterDoesNotFit(AdapterError):
-    """Every fault at once: one sentence for each kind in the message, for each fault in `faults`."""
+    """Every fault at once: one sentence for each kind in the message, for each fault in `faults`. `remedy` is
+    a sentence for all of them."""
 
-    def __init__(self, faults: Sequence[Fault | str]) -> None:
+    def __init__(self, faults: Sequence[Fault | str], remedy: str = "") -> None:
         every = [Fault(fault) if isinstance(fault, str) else fault for fault in faults]
         count = "1 fault" if len(every) == 1 else f"{len(every)} faults"
-        super().__init__(f"The adapter does not fit the base; {count}: {summary(every)}")
+        super().__init__(f"The adapter does not fit the base; {count}: {summary(every)} {remedy}".rstrip())
         self.faults = listed(every)
 
 

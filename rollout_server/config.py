@@ -221,6 +221,12 @@ class ServerConfig(BaseSettings):
     """Engines, each in a process of its own, that serve behind this address; `None`: one in this process."""
     min_replicas: int = Field(default=1, ge=1)
     """So many of them have to be live for the server to be ready and for versions to change."""
+    tensor_parallel: int | None = Field(default=None, ge=1, le=64)
+    """Ranks that compute each engine together, each a process with a part of every layer; `None`: one process."""
+    backend: Literal["ring", "jaccl", "jaccl-ring", "nccl"] | None = None
+    """How MLX sums over ranks; `None`: nccl on CUDA, ring elsewhere."""
+    hostfile: Path | None = None
+    """Hosts of the ranks, as `mlx.launch` reads them; `None`: all are on this machine."""
     replica_timeout_s: float = Field(default=30.0, gt=0)
     """An engine of another process that is not heard of for so long is ended and started again."""
     ray_address: RayAddress = None
@@ -267,6 +273,16 @@ class ServerConfig(BaseSettings):
     def _fleet_rule(self) -> ServerConfig:
         if self.min_replicas > (self.replicas or 1) and not self.fleet:
             raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
+        if self.tensor_parallel is None and (self.hostfile is not None or self.backend is not None):
+            raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
+        if self.hostfile is not None and (self.replicas or 1) > 1:
+            raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
+        if self.tensor_parallel is not None and (self.also or self.memory is not None or self.trace is not None):
+            raise ValueError("--also, --memory and --trace are of engines in this process: not with --tensor-parallel")
+        if self.tensor_parallel is not None and (self.ray_address is not None or self.fleet):
+            raise ValueError(
+                "--tensor-parallel is of engines that this machine starts: not with --ray-address or --fleet"
+            )
         if self.ray_address is not None and self.replicas is None:
             raise ValueError(
                 "--ray-address says where replicas are placed: say with --replicas how many there shall be"
@@ -331,6 +347,15 @@ class ServerConfig(BaseSettings):
     @property
     def on_loopback(self) -> bool:
         return is_loopback(self.host)
+
+
+class RankSettings(BaseSettings):
+    """Which rank of a group this process is, as `mlx.launch` says it."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    mlx_rank: int | None = None
+    """None where nobody launched it as one."""
 
 
 class GpuSettings(BaseSettings):

@@ -61,7 +61,7 @@ def read_bundle(
     reader, proposal = _propose(tensors, config, format, layers, parameters, scoring)
     found = faults(proposal, layers, parameters)
     if found:
-        raise AdapterDoesNotFit(found)
+        raise AdapterDoesNotFit(found, _another_base(config))
     held = {
         f"{module}.{part}": tensor.read().transposed()
         if proposal.transposed and not experts_of(layers[module])
@@ -70,6 +70,13 @@ def read_bundle(
     }
     held |= {path: tensor.read() for path, tensor in (*proposal.dense.items(), *proposal.head.tensors.items())}
     return make_bundle(*reader.complete(proposal.spec, held))
+
+
+def _another_base(config: Mapping[str, Any]) -> str:
+    """What to do about tensors for layers that this base does not have, or has in another shape."""
+    named = config.get("base_model_name_or_path")
+    where = f" ({shown(named)}, by its configuration)" if isinstance(named, str) and named else ""
+    return f"If it was trained on another base{where}, serve that one with --model."
 
 
 def _propose(

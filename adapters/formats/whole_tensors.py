@@ -65,7 +65,7 @@ def read(
     count = _count(config.get("num_layers")) if by_mlx and "kind" not in config else None
     return Proposal(
         spec=AdapterSpec(kind, {}, tuple(dense), tuple(head.tensors), head.task),
-        targets=str,
+        targets=lambda: "",
         tensors={},
         strangers=tuple(strangers),
         transposed=False,

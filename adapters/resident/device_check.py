@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from adapters.kernels.decode import DecodeKernel, decode_kernel
 from adapters.resident.layers.embedding import AdaptedEmbedding
 from adapters.resident.layers.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
-from adapters.resident.layers.linear import AdaptedLinear
+from adapters.resident.layers.linear import AdaptedLinear, SummedLinear
 from adapters.resident.layers.slot_stack import SlotStack
-from adapters.resident.model_layers import bare_layer, holder
+from adapters.resident.model_layers import CUT_INPUTS, bare_layer, holder
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
 
 log = logging.getLogger("rollout_server.engine.model")
@@ -57,7 +57,7 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
     """Kind of layer (`place_of`) → what this device computes wrongly there; empty where all is well.
 
     Tries one layer of each kind, shape and storage of a bare `model`; `layers` is what `adaptable_layers` finds in it,
-    `dtype` that of its activations."""
+    or `own_layers` in a part, `dtype` that of its activations."""
     faults: dict[Place, str] = {}
     tried: set[tuple[Any, ...]] = set()
     for path, shape in layers.items():
@@ -173,6 +173,8 @@ def _check(
     base: Callable[[mx.array], mx.array] = layer.as_linear if place == "tied_head" else layer
     some = compared_outputs(shape[0])
     bias = _plain(layer["bias"])[some] if "bias" in layer else np.zeros(len(some))
+    # Every rank tries the same numbers, and their products are summed.
+    ranks = layer.group.size() if isinstance(layer, CUT_INPUTS) else 1
     given: tuple[mx.array, Array] | None = None
     versions: _Versions | None = None
     for route, length in tried:
@@ -188,7 +190,7 @@ def _check(
         versions.aim(route)
         found = _plain(adapted(x)[..., mx.array(some)])
         for row, slot in enumerate(route):
-            inner = versions.a[slot].T[np.array(x[row])] if table else _plain(x[row]) @ versions.a[slot].T
+            inner = versions.a[slot].T[np.array(x[row])] if table else ranks * _plain(x[row]) @ versions.a[slot].T
             expected = versions.gain[slot][some] * (plain[row] + inner @ versions.b[slot][:, some]) + bias
             if (fault := _difference(found[row], expected, dtype)) is not None:
                 return f"{_spoken(route, length)} {fault}"
@@ -208,7 +210,7 @@ def compared_outputs(count: int) -> NDArray[np.int64]:
 
 def _adapted(layer: Any, stack: SlotStack, place: str) -> Callable[[mx.array], mx.array]:
     if place == "linear":
-        return AdaptedLinear(layer, stack)
+        return SummedLinear(layer, stack) if isinstance(layer, CUT_INPUTS) else AdaptedLinear(layer, stack)
     embedding = AdaptedEmbedding(layer)
     embedding.attach(stack, head=place == "tied_head")
     return embedding.as_linear if place == "tied_head" else embedding

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from adapters.numerics import gained_squares, squared_row_norms, unless_rounding
 from adapters.prepare import HostDelta
+from adapters.resident.cuts import Cut, summed
 
 BLOCK_VALUES = 1 << 24
 """Values of W that are unpacked to float32 at a time: 64 MB."""
@@ -67,7 +68,7 @@ class AdaptedNorms:
     def next_piece(self) -> tuple[list[mx.array], int]:
         """(what to evaluate, what it costs in values of W times a thin A), for the next block of W."""
         if self._turned is None:
-            self._turned = mx.array(self.delta.a.T)
+            self._turned = self.weights.turned(self.delta.a)
         block, fresh = self._left.pop(), self.path not in self.known.squared
         self._products.append(self.weights.products(block, self._turned))
         values = (block.stop - block.start) * _width(self.weights.layer)
@@ -77,13 +78,13 @@ class AdaptedNorms:
         self._squares.append(self.weights.squares(block))
         return [self._products[-1], self._squares[-1]], cost + OWN_NORMS * values
 
-    def gather(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(‖w‖², scale · ⟨w, (B · A)'s row⟩) of each row [out]. Waits for pieces that are still being computed."""
-        if self._squares:
-            self.known.squared[self.path] = self.weights.joined(self._squares)
-        inner = self.delta.scale * self.weights.inner(self._products, self.delta.b)
+    def gather(self) -> tuple[NDArray[np.float64] | None, NDArray[np.float64]]:
+        """(‖w‖² unless it is known, ⟨w, (B · A)'s row⟩) of each row, of a cut layer what this rank has of them. Waits
+        for pieces that are still being computed."""
+        squares = self.weights.joined(self._squares) if self._squares else None
+        inner = self.weights.inner(self._products, self.delta.b)
         self._turned, self._products, self._squares = None, [], []
-        return self.known.squared[self.path], inner
+        return squares, inner
 
     def exact(self, which: NDArray[np.intp]) -> NDArray[np.float64]:
         """‖w + scale · b · A‖² of some rows, from the weights themselves."""
@@ -114,7 +115,15 @@ class AdaptedRows:
     def of(cls, layers: Sequence[AdaptedNorms]) -> AdaptedRows:
         """Waits for pieces that are still being computed."""
         gathered = [layer.gather() for layer in layers]
-        base, inner = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+        fresh = [layer for layer, (squares, _) in zip(layers, gathered, strict=True) if squares is not None]
+        values = [squares for squares, _ in gathered if squares is not None] + [inner for _, inner in gathered]
+        of = [*fresh, *layers]
+        whole = summed([layer.weights.cut for layer in of], values, [len(layer.delta.b) for layer in of])
+        for layer, squares in zip(fresh, whole, strict=False):
+            layer.known.squared[layer.path] = squares
+        base = np.concatenate([layer.known.squared[layer.path] for layer in layers])
+        products = zip(layers, whole[len(fresh) :], strict=True)
+        inner = np.concatenate([layer.delta.scale * product for layer, product in products])
         added = np.concatenate([layer.delta.squared for layer in layers])
         starts = np.cumsum([0, *(layer.delta.squared.size for layer in layers[:-1])])
         squared, cancelled = squared_row_norms(base, inner, added)
@@ -146,6 +155,13 @@ class Rows:
     """W of a linear layer, or of a tied head, whose table it is. A block is some of its rows."""
 
     layer: nn.Module
+    cut: Cut | None = None
+    """How the layer is cut over ranks; None where this one has all of it."""
+
+    def turned(self, a: NDArray[np.float32]) -> mx.array:
+        """Aᵀ [in, rank], of what this rank has of the inputs."""
+        own = a if self.cut is None or self.cut.side == "outputs" else a[:, self.cut.own(a.shape[1])]
+        return mx.array(own.T)
 
     def squares(self, block: slice) -> mx.array:
         """‖W‖² of each row of the block, float32, lazily."""
@@ -158,7 +174,9 @@ class Rows:
 
     def inner(self, products: list[mx.array], b: NDArray[np.float32]) -> NDArray[np.float64]:
         """⟨w, (B · A)'s row⟩ of all rows, from the products of the blocks in their order; B [out, rank]. On the host,
-        where it is next to nothing: each further operation of so many layers holds up the device's queue."""
+        where it is next to nothing: each further operation of so many layers holds up the device's queue. Of a cut
+        layer what this rank has of them."""
+        b = b if self.cut is None else self.cut.gain(b)
         parts = [np.asarray(piece).reshape(-1, b.shape[1]) for piece in products]
         of_rows = np.split(b, np.cumsum([len(part) for part in parts[:-1]], dtype=int))
         return np.concatenate([_row_sums(*pair) for pair in zip(parts, of_rows, strict=True)], dtype=np.float64)
@@ -168,8 +186,18 @@ class Rows:
         return np.concatenate([np.asarray(piece) for piece in pieces], dtype=np.float64)
 
     def rows(self, which: NDArray[np.intp]) -> NDArray[np.float32]:
-        """[which, in]"""
-        return np.array(_rows(self.layer, mx.array(which.astype(np.uint32))))
+        """[which, in]; of a cut layer each rank brings what it has, and all of them ask for the same rows."""
+        if self.cut is None:
+            return np.array(_rows(self.layer, mx.array(which.astype(np.uint32))))
+        size, out, width = self.cut.group.size(), self.layer["weight"].shape[0], _width(self.layer)
+        outputs = self.cut.side == "outputs"
+        found = np.zeros((len(which), width if outputs else width * size), np.float32)
+        own = self.cut.own(out * size) if outputs else slice(0, out)
+        mine = np.flatnonzero((which >= own.start) & (which < own.stop))
+        if len(mine):
+            columns = slice(None) if outputs else self.cut.own(width * size)
+            found[mine, columns] = np.array(_rows(self.layer, mx.array((which[mine] - own.start).astype(np.uint32))))
+        return np.array(mx.distributed.all_sum(mx.array(found), group=self.cut.group))
 
 
 @dataclass(frozen=True, slots=True)

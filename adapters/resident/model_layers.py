@@ -18,7 +18,15 @@ from mlx.utils import tree_flatten
 from adapters.resident.layers.embedding import AdaptedEmbedding
 from adapters.resident.layers.experts import EXPERT_LAYERS, AdaptedExperts
 from adapters.resident.layers.linear import AdaptedLinear
-from adapters.spec import TIED_HEAD, EmbeddingShape, ExpertsShape, Parameter, TiedEmbeddingShape, TiedHeadShape
+from adapters.spec import (
+    TIED_HEAD,
+    EmbeddingShape,
+    ExpertsShape,
+    Parameter,
+    TiedEmbeddingShape,
+    TiedHeadShape,
+    place_of,
+)
 
 PACKED = ("scales", "biases", "global_scale")
 """Names of the arrays that belong to a quantised weight."""
@@ -136,6 +144,20 @@ def holder(model: nn.Module, path: str) -> tuple[Any, str | int]:
     return node, name
 
 
+def own_layers(model: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The same layers with (out, in) of what this rank has of each; `layers` are those of the model before it was cut,
+    by which those are known whose rows are cut by the block around them."""
+    found: dict[str, tuple[int, int]] = {}
+    for path, shape in layers.items():
+        if place_of(shape) not in ("linear", "experts"):
+            found[path] = shape
+            continue
+        parent, name = holder(model, path)
+        own = _own_shape(bare_layer(parent[name]))
+        found[path] = ExpertsShape(*own, shape.experts) if isinstance(shape, ExpertsShape) else own
+    return found
+
+
 def _shape(layer: nn.Module) -> tuple[int, int]:
     """The shape of the weight as it would be unpacked and whole: of a quantised one the groups count the columns."""
     rows, width = _own_shape(layer)
@@ -145,11 +167,8 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _own_shape(layer: nn.Module) -> tuple[int, int]:
-    if "scales" in layer:
-        rows, groups = layer.scales.shape
-        return rows, groups * layer.group_size
-    rows, columns = layer.weight.shape
-    return rows, columns
+    *_, rows, columns = layer.weight.shape
+    return rows, layer.scales.shape[-1] * layer.group_size if "scales" in layer else columns
 
 
 def _experts_shape(layer: nn.Module) -> ExpertsShape:

@@ -15,10 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from adapters.bundle import AdapterBundle, Content
-from adapters.errors import QuantisedBase, WeightsFull
+from adapters.errors import AdapterDoesNotFit, QuantisedBase, WeightsFull
 from adapters.kernels.decode import DecodeKernel
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
+from adapters.resident.cuts import Cut
 from adapters.resident.parameter_sets import Build, NoRoom, ParameterSets
 from adapters.resident.slots import AdapterSlots
 from adapters.resident.staging import Staging
@@ -28,6 +29,10 @@ BUILD_S = 0.02
 """Seconds of each turn that may go to the weights of a parameter set while rows decode."""
 WRITE_S = 0.005
 """Seconds of each turn that may go to writing a version into its slot while rows decode."""
+NOT_CUT = (
+    "Merged versions and those with whole tensors are not served by several ranks, each of which has a part of the "
+    "weights. Push LoRA or DoRA with mode=adapter, or serve without --tensor-parallel."
+)
 
 
 @dataclass(slots=True)
@@ -69,7 +74,8 @@ class _Work:
 
 class ResidentVersions:
     """Versions by content; each `stage` of the same one is one more reference to it. `limit` is the most bytes that
-    stacks and sets may take together, and `clock` says when the share of a turn is over, in seconds."""
+    stacks and sets may take together, and `clock` says when the share of a turn is over, in seconds. `cuts` are those
+    of layers that are cut over ranks."""
 
     def __init__(
         self,
@@ -81,10 +87,12 @@ class ResidentVersions:
         unfit: Mapping[Place, str] = MappingProxyType({}),
         kernel: DecodeKernel | None = None,
         clock: Callable[[], float] = time.monotonic,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
     ) -> None:
-        self.slots = AdapterSlots(model, layers, dtype, unfit, kernel, clock)
+        self.slots = AdapterSlots(model, layers, dtype, unfit, kernel, clock, cuts)
         self.sets = ParameterSets(model, layers, parameters, clock)
         self.limit = limit
+        self._cuts = cuts
         self._residents: dict[Content, _Resident] = {}
         self._work: _Work | None = None
 
@@ -196,6 +204,8 @@ class ResidentVersions:
         work, self._work = self._work, None
         if work is not None and _content(work.prepared) == _content(prepared):
             return work
+        if self._cuts and _has_set(prepared):
+            raise AdapterDoesNotFit([NOT_CUT])
         packed = [] if dequantize else self.sets.quantised(prepared)
         if packed:
             raise QuantisedBase(packed)

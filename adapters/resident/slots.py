@@ -16,18 +16,21 @@ from types import MappingProxyType
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.kernels.decode import DecodeKernel
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
+from adapters.resident.cuts import Cut, own_part
 from adapters.resident.dora_norms import RowNorms, Rows, TableRows
 from adapters.resident.layers.embedding import AdaptedEmbedding
 from adapters.resident.layers.experts import AdaptedExperts
-from adapters.resident.layers.linear import SHARE_AN_INPUT, AdaptedLinear, SharedInput
+from adapters.resident.layers.linear import SHARE_AN_INPUT, AdaptedLinear, SharedInput, SummedLinear
 from adapters.resident.layers.slot_stack import ONE, SlotStack, round_rank, round_width
-from adapters.resident.model_layers import bare_layer, holder
+from adapters.resident.model_layers import CUT_INPUTS, bare_layer, holder
 from adapters.resident.parameter_sets import SplitEmbedding
 from adapters.resident.staging import Gains, Staging, on_device
 from adapters.spec import Place, experts_of, place_of
@@ -56,7 +59,7 @@ class _Resident:
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
     `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused. `kernel` is what
-    `device_check.choose_kernel` found for linear layers.
+    `device_check.choose_kernel` found for linear layers, and `cuts` are those of layers that are cut over ranks.
 
     Layers are wrapped when the first version that targets them is staged; the rest of the model stays as it was.
     """
@@ -69,8 +72,10 @@ class AdapterSlots:
         unfit: Mapping[Place, str] = MappingProxyType({}),
         kernel: DecodeKernel | None = None,
         clock: Callable[[], float] = time.monotonic,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
     ) -> None:
         self._model = model
+        self._cuts = cuts
         self._clock = clock
         self._unfit = unfit
         self._kernel = kernel
@@ -111,7 +116,7 @@ class AdapterSlots:
             rank, gained = stack.shrunk(capacity, in_use)[1:] if stack else (0, False)
             rank = max(rank, round_rank(module.rank) if module else 0)
             gained = gained or (module is not None and bundle.spec.kind == "dora")
-            out, width = self._layers[path]
+            out, width = self._own(path)
             values = rank * (round_width(out) + width)
             one = math.prod(experts_of(self._layers[path])) * values + (out if gained else 0)
             total += capacity * one * self._dtype.size
@@ -134,7 +139,7 @@ class AdapterSlots:
             self._norms_for(path, bundle).begin(path, self._weights(path), delta)
             for path, delta in version.deltas.items()
         )
-        return Staging(version, Gains(version, norms))
+        return Staging(own_part(version, self._cuts), Gains(version, norms))
 
     def _refuse_unfit(self, bundle: AdapterBundle) -> None:
         targeted = {module.place for module in bundle.spec.modules.values()}
@@ -320,7 +325,7 @@ class AdapterSlots:
             if new is None:
                 stack.clear(slot)
             else:
-                gain = on_device([cast(gains[path], self._dtype_name)], self._dtype)[0] if path in gains else None
+                gain = self._gain(path, gains[path]) if path in gains else None
                 stack.write(slot, next(given), next(given), gain)
         mx.eval([self._stacks[path].arrays() for path in paths])
         for path in paths:
@@ -329,13 +334,22 @@ class AdapterSlots:
             if path not in gains:
                 self._stacks[path].gained.discard(slot)
 
+    def _own(self, path: str) -> tuple[int, int]:
+        """(out, in) of what this rank has of a layer."""
+        return self._cuts[path].shape(self._layers[path]) if path in self._cuts else self._layers[path]
+
+    def _gain(self, path: str, whole: NDArray[np.float32]) -> mx.array:
+        own = self._cuts[path].gain(whole) if path in self._cuts else whole
+        return on_device([cast(own, self._dtype_name)], self._dtype)[0]
+
     def _mount(self, path: str) -> SlotStack:
         place = place_of(self._layers[path])
         parent, name = holder(self._model, self._wrapped_path(path))
         kernel = self._kernel if place_of(self._layers[path]) == "linear" else None
-        stack = SlotStack(self._capacity, 0, self._layers[path], self._dtype, kernel)
+        stack = SlotStack(self._capacity, 0, self._own(path), self._dtype, kernel)
         if place == "linear":
-            parent[name] = AdaptedLinear(parent[name], stack, self._shared_input(path) if kernel else None)
+            kind = SummedLinear if isinstance(parent[name], CUT_INPUTS) else AdaptedLinear
+            parent[name] = kind(parent[name], stack, self._shared_input(path) if kernel else None)
         elif place == "experts":
             if not isinstance(parent[name], AdaptedExperts):
                 parent[name] = AdaptedExperts(parent[name])
@@ -359,7 +373,7 @@ class AdapterSlots:
         place, layer = place_of(self._layers[path]), bare_layer(parent[name])
         if isinstance(layer, SplitEmbedding):
             layer = layer["head" if place == "tied_head" else "table"]
-        return TableRows(layer) if place in ("embedding", "tied_embedding") else Rows(layer)
+        return TableRows(layer) if place in ("embedding", "tied_embedding") else Rows(layer, self._cuts.get(path))
 
     def _norms_for(self, path: str, bundle: AdapterBundle) -> RowNorms:
         """A whole tensor of the bundle itself may stand in place of the base's weight."""

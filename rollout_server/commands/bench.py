@@ -22,6 +22,7 @@ from rollout_server.commands.terminal.command_options import (
     option,
     print_json,
 )
+from rollout_server.commands.terminal.completing import policies
 from rollout_server.commands.terminal.progress import Progress
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of each reply.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Requests that each client sends.")] = 2,
-    policy: Annotated[str, option("Address of the policy.")] = "base",
+    policy: Annotated[str, option("Address of the policy.", offered=policies)] = "base",
     adapter: Annotated[Path | None, option("Also time pushes of this adapter.", metavar="DIR")] = None,
     pushes: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,

@@ -11,6 +11,7 @@ import typer
 
 from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
 from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
+from rollout_server.commands.terminal.completing import policies
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +21,7 @@ MAX_TOKENS = 256
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Without it, or as `-`, standard input is the prompt.")] = None,
-    policy: Annotated[str, option("Address of the policy, as NAME, NAME@7 or base.")] = "base",
+    policy: Annotated[str, option("Address of the policy, as NAME, NAME@7 or base.", offered=policies)] = "base",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     system: Annotated[str | None, option("What the chat template is told first; means --chat.")] = None,
     max_tokens: Annotated[int, option("End after so many tokens.")] = MAX_TOKENS,

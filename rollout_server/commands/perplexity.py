@@ -15,6 +15,7 @@ import typer
 
 from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
 from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
+from rollout_server.commands.terminal.completing import policies
 from rollout_server.commands.terminal.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ TOKENS_AT_ONCE = 16_384
 
 def perplexity(
     file: Annotated[str, typer.Argument(help="UTF-8 text; `-` is standard input.")],
-    policy: Annotated[str, option("Address of the policy, as NAME, NAME@7 or base.")] = "base",
+    policy: Annotated[str, option("Address of the policy, as NAME, NAME@7 or base.", offered=policies)] = "base",
     window: Annotated[int | None, option("Tokens read at once.", f"the context, at most {WINDOW}")] = None,
     stride: Annotated[int | None, option("Tokens from one window to the next.", "half a window")] = None,
     url: Url = None,

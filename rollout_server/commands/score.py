@@ -11,6 +11,7 @@ import typer
 
 from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
 from rollout_server.commands.terminal.command_options import Json, Url, one_sentence, option, print_json
+from rollout_server.commands.terminal.completing import policies
 
 if TYPE_CHECKING:
     from trainer_client import Rewards, RolloutClient
@@ -25,7 +26,9 @@ def score(
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts; without them and --file, lines of standard input.")
     ] = None,
-    policy: Annotated[str | None, option("Address of the reward model or classifier.", "the one that scores")] = None,
+    policy: Annotated[
+        str | None, option("Address of the reward model or classifier.", "the one that scores", offered=policies)
+    ] = None,
     file: Annotated[
         str | None,
         option("A text in each line; of a .jsonl file text, messages, token ids or an object.", metavar="FILE"),

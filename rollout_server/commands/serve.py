@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +18,11 @@ from rollout_server.commands.terminal.engine_options import (
     AllowImageHost,
     Also,
     Attention,
+    Backend,
     FleetCert,
     FleetKeyFile,
     FleetSwitch,
+    Hostfile,
     Join,
     KvBits,
     KvMemory,
@@ -35,9 +38,13 @@ from rollout_server.commands.terminal.engine_options import (
     RayAddress,
     Replicas,
     StateDir,
+    TensorParallel,
     Warm,
     WeightsMemory,
 )
+
+if TYPE_CHECKING:
+    from rollout_server.config import ServerConfig
 
 
 def serve(
@@ -73,6 +80,9 @@ def serve(
     allow_image_host: AllowImageHost = None,
     replicas: Replicas = None,
     min_replicas: MinReplicas = None,
+    tensor_parallel: TensorParallel = None,
+    backend: Backend = None,
+    hostfile: Hostfile = None,
     ray_address: RayAddress = None,
     fleet: FleetSwitch = None,
     join: Join = None,
@@ -101,25 +111,50 @@ def _serve(given: dict[str, Any]) -> None:
 
         logs.configure(config.log_format)
         log.log(logging.WARNING if blas.missing else logging.INFO, "%s", blas)
+        if config.tensor_parallel is not None and launched_elsewhere(config):
+            return
         if config.join is not None:
             from rollout_server.commands.join import join
 
             return join(config)
         from rollout_server.http.server import serve as serve_http
 
-        serve_http(config, ready=partial(greet, page=config.page == "on"))
+        serve_http(config, ready=partial(greet, page=config.page == "on", protected=config.protected))
 
 
-def greet(url: str, *, page: bool) -> None:
-    """Says that the server is ready, where to look, and three things to try from another terminal."""
+def launched_elsewhere(config: ServerConfig) -> bool:
+    """With a hostfile this command runs again, as each rank; returns whether this process was a rank that serves no
+    HTTP, whose work is done."""
+    from rollout_server.config import RankSettings
+    from rollout_server.fleet.ranks.hosts import launching
+    from rollout_server.versions.startup import ranks_of
+
+    rank, ranks = RankSettings().mlx_rank, ranks_of(config)
+    if ranks is None or (rank is None and config.hostfile is None):
+        return False
+    if rank is None and config.hostfile is not None:
+        command = launching(config.hostfile, ranks.backend, sys.argv[1:])
+        os.execv(command[0], command)
+    if rank:
+        from rollout_server.fleet.ranks.follower import follow
+
+        sys.exit(follow(ranks))
+    return False
+
+
+def greet(url: str, *, page: bool, protected: bool) -> None:
+    """Says that the server is ready, where to look, and three things to try from another terminal. Commands take keys
+    from the environment, where the server's own is; curl has to be given one."""
     from rollout_server.http.server import announce
 
     announce(url)
+    key = ' -H "Authorization: Bearer $ROLLOUT_API_KEY"' if protected else ""
+    asked = '{"model": "base", "prompt": "12+13=", "max_tokens": 16}'
     lines = [f"  page    {url}/"] if page else []
     lines += [
         f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',
         f"  push    rollout-server push DIR --name policy --url {url}",
-        f"  watch   rollout-server top --url {url}",
+        f"  curl    curl {url}/v1/completions -H 'content-type: application/json'{key} -d '{asked}'",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

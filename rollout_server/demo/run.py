@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -167,8 +168,21 @@ def show(result: dict[str, Any], output: Path) -> None:
     console.print(
         f"largest gap between trainer and server: {result['max_abs_logprob_gap']:.1e} nats over "
         f"{result['sampled_tokens']} tokens\npush {result['push_ms_p50']:.0f} ms (p95 {result['push_ms_p95']:.0f}), "
-        f"{result['tokens_per_s']:.0f} tokens/s, final version {result['final_version']}\nwritten to {output}/",
+        f"{result['tokens_per_s']:.0f} tokens/s, final version {result['final_version']}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+    console.print("\n".join(what_next(output)), highlight=False, markup=False, soft_wrap=True)
+
+
+def what_next(output: Path) -> Iterator[str]:
+    """Where the plot is, and what to do with the adapter that was trained."""
+    plot, adapter = (output / "reward.png").resolve(), (output / "adapter").resolve()
+    if plot.is_file():
+        yield f"reward over the steps: {plot.as_uri()}"
+    yield f"everything else: {plot.parent}"
+    yield "next:"
+    yield f"  serve   rollout-server serve --adapter policy={shlex.quote(str(adapter))}"
+    yield '  sample  rollout-server generate "12+13=" --policy policy --max-tokens 16'
+    yield "  write a loop of your own: examples/grpo_loop.py is this one in a page"

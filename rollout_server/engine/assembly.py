@@ -97,7 +97,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         failures=Failures(policies, reports, batches, admission, scoring, prefix_reuse, blame, device_fault),
         timeline=timeline,
-        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox) if options.warm else lambda: None,
+        prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock, on=options.warm),
         clock=clock,
     )
 
@@ -114,12 +114,19 @@ def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
 
 
 def warmed(
-    model: ResidentModel, policies: PolicyTable, traces: Traces, cells: int, mailbox: queue.SimpleQueue[Command]
+    model: ResidentModel,
+    policies: PolicyTable,
+    traces: Traces,
+    cells: int,
+    mailbox: queue.SimpleQueue[Command],
+    clock: Callable[[], float],
+    *,
+    on: bool,
 ) -> None:
-    """Runs the shapes of a first batch where steps are traced or kernels made. The only thing that anybody may send
-    meanwhile is that the engine shall stop."""
-    if model.head is None and (model.compiles or mx.default_device() != mx.cpu):
-        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit)
+    """Runs the shapes of a first batch, if that is `on`, where steps are traced or kernels made. The only thing that
+    anybody may send meanwhile is that the engine shall stop."""
+    if on and model.head is None and (model.compiles or mx.default_device() != mx.cpu):
+        warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit, clock)
         warm_up.run(lambda: not mailbox.empty())
 
 
@@ -199,7 +206,7 @@ def batch_of(
     return Batch(
         model.forward,
         store,
-        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline),
+        Decoder(decode, store, route, eos, vocabulary, model.filter_kernel, timeline=timeline, ranks=model.ranks),
         route,
         lambda placement: policies.route_rows([placement]),
         model.tokenizer,

@@ -140,7 +140,7 @@ class Engine:
             return
         self._admission.begin_turn(self._budget, paused=self._pause_state.mode is not None)
         self._admission.call_back()
-        if self._pause_state.mode == "keep":
+        if self._pause_state.mode is not None and self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
@@ -239,8 +239,8 @@ class Engine:
         """True if a turn has something to do."""
         if self._changes or self._memory.releases:
             return True
-        if (paused := self._pause_state.mode) is not None:
-            return self._computing and paused != "keep"
+        if self._pause_state.mode is not None:
+            return self._computing and not self._pause_state.frozen
         return self._computing or self._requests.pressing
 
     def _take_commands(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,7 @@ from rollout_server.text.pictures.reader import PictureReader
 if TYPE_CHECKING:
     from rollout_server.engine.encoding.loop import EncoderEngine
     from rollout_server.engine.loop import Engine
+    from rollout_server.engine.ranks.ranks import Ranks
     from rollout_server.engine.sampling.grammars import Grammars
 
 
@@ -67,6 +69,8 @@ class EngineThread(threading.Thread):
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._post = post
         self._show = show
+        self._clock: Callable[[], float] = time.monotonic
+        self._device_fault: Callable[[], str | None] | None = None
 
     def put(self, command: Command) -> None:
         """Hands a command over; from any thread."""
@@ -93,19 +97,38 @@ class EngineThread(threading.Thread):
     def _decoder(self, timeline: Timeline) -> Engine:
         """The engine of a model that reads token after token."""
         from rollout_server.engine.assembly import build_engine
+        from rollout_server.engine.model.device import device_fault
         from rollout_server.engine.model.load import load
         from rollout_server.engine.policies.table import PolicyTable
         from rollout_server.engine.sampling.grammars import Grammars
 
         with timeline.part("load") as part:
             part.note(model=self._options.model_id)
-            model = load(self._options)
-        policies, options = PolicyTable(model, self._options), self._options
-        engine = build_engine(model, policies, self._mailbox, self._post, self._show, options, timeline=timeline)
+            model = load(self._options, self._gather())
+        policies, options = PolicyTable(model, self._options, self._clock), self._options
+        engine = build_engine(
+            model,
+            policies,
+            self._mailbox,
+            self._post,
+            self._show,
+            options,
+            clock=self._clock,
+            device_fault=self._device_fault or device_fault,
+            timeline=timeline,
+        )
         self.grammars = Grammars(model.host_tokenizer, model.info.vocab_size, model.info.eos_token_ids)
         self.pictures = model.eyes.reader if model.eyes is not None else None
         self.info, self.tokenizer = model.info, model.host_tokenizer
+        self._begin()
         return engine
+
+    def _gather(self) -> Ranks | None:
+        """The ranks that each have a part of the model; None where this process has all of it."""
+        return None
+
+    def _begin(self) -> None:
+        """What is left to be done between the model's load and the first turn."""
 
     def _encoder(self, timeline: Timeline) -> EncoderEngine:
         """The engine of one that reads sequences whole, behind the same messages."""

@@ -6,36 +6,40 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.link import BUFFER, Link
+from rollout_server.fleet.ranks.environment import placed
 from rollout_server.fleet.roster import Roster
 from rollout_server.fleet.wire import Hello
 
 
 class Children:
-    """A `Source` of `count` replicas. `devices` name a GPU for each of them, or are empty: then all share the one
-    device that there is."""
+    """A `Source` of `count` replicas. `devices` name a GPU for each rank of each of them, those of a replica together,
+    or are empty: then all share the one device that there is."""
 
     def __init__(self, count: int, devices: Sequence[str], options: EngineOptions, codec: Codec) -> None:
-        self._devices = tuple(devices) if devices else (None,) * count
-        sharing = 1 if devices else count
-        self._hello = Hello(replace(options, sharing=sharing), sharing)
+        each = len(devices) // count
+        self._devices = [devices[index * each : (index + 1) * each] for index in range(count)]
+        self._sharing = 1 if devices else count
+        self._options = replace(options, sharing=self._sharing)
         self._codec = codec
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, roster: Roster) -> None:
         self._tasks = [
-            asyncio.create_task(roster.keep(f"local-{index}", self._opening(device), self._hello))
-            for index, device in enumerate(self._devices)
+            asyncio.create_task(self._keep(roster, f"local-{index}", devices))
+            for index, devices in enumerate(self._devices)
         ]
 
-    def _opening(self, device: str | None) -> Callable[[], Awaitable[Link]]:
-        return partial(start_child, self._codec, {"CUDA_VISIBLE_DEVICES": device} if device else {})
+    async def _keep(self, roster: Roster, id: str, devices: Sequence[str]) -> None:
+        variables, options = placed(self._options, devices)
+        opening = partial(start_child, self._codec, variables)
+        await roster.keep(id, opening, Hello(options, self._sharing))
 
     async def stop(self) -> None:
         await asyncio.gather(*self._tasks)

@@ -87,7 +87,7 @@ class Fleet:
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
         self.pictures: PictureReader | None = None
-        """Replicas are sent none: the controller has no tower to count placeholders by, and refuses pictures."""
+        """Replicas are sent pixels: their towers read them."""
         self.grammars: Grammars | None = None
         self._fleet, self._path = fleet, Path(options.model_path)
         self._terms = Terms(options)
@@ -222,7 +222,7 @@ class Fleet:
         if self.info is None:
             from rollout_server.fleet.tokens import load_tokenizer
 
-            self.tokenizer, self.grammars = await asyncio.to_thread(load_tokenizer, self._path, info)
+            self.tokenizer, self.grammars, self.pictures = await asyncio.to_thread(load_tokenizer, self._path, info)
             self._versions.base = PolicyVersion(BASE, 0, info.digest)
             self.info = info
         if self._readings.paused is not None:

@@ -28,9 +28,7 @@ from rollout_server.fleet.wire import CannotStart, Dismissed, Ready, Refused
 log = logging.getLogger("rollout_server.fleet")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-"""Before a replica that ended is started again; each end soon after a start doubles it."""
-STEADY_S = 60.0
-"""A replica that ran for so long did not end because of how it was started."""
+"""Before a replica that ended is started again; each start that comes to nothing doubles it."""
 STOP_S = 10.0
 """Seconds that a replica may take to end its step and go."""
 
@@ -185,19 +183,18 @@ class Roster:
 
     async def keep(self, id: str, open: Callable[[], Awaitable[Connection]], first: Any) -> None:
         """Runs a replica again and again: `open` starts it, and `first` is what it is told first."""
-        loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
+        pause = FIRST_PAUSE_S
         self._members[id] = Member(id)
         while not self._stopping.is_set() and (member := self._members.get(id)) is not None:
-            began = loop.time()
             try:
                 await self.serve(id, await open(), first)
+                pause = FIRST_PAUSE_S
             except RolloutError as error:
                 log.error("Replica %s could not start: %s", id, error)
                 self._controller.fail(error)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             if self._stopping.is_set() or member.leaving:
                 break
-            steady = member.renewing or loop.time() - began > STEADY_S
-            pause = FIRST_PAUSE_S if steady else min(2 * pause, LONGEST_PAUSE_S)
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)

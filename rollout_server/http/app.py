@@ -13,6 +13,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.routes import HTTPRoute
 from litestar.types import Message, Send
 from pydantic import ValidationError
@@ -36,6 +37,7 @@ from rollout_server.http.routes.openai.chat import ChatController
 from rollout_server.http.routes.openai.completions import CompletionsController
 from rollout_server.http.routes.openai.embeddings import EmbeddingsController
 from rollout_server.http.routes.operating.control import ControlController, PrefixesController
+from rollout_server.http.routes.operating.explorer import explorer_router
 from rollout_server.http.routes.operating.fleet import FleetController
 from rollout_server.http.routes.operating.page import PageController
 from rollout_server.http.routes.operating.pause import PauseController, PauseDoorsController
@@ -143,7 +145,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         },
         request_class=WholeRequest,
         request_max_body_size=None,  # `WholeRequest` and the uploads count for themselves
-        openapi_config=document(),
+        openapi_config=document(config),
         plugins=tracing(on=config.otel == "on"),
         logging_config=None,
     )
@@ -186,14 +188,16 @@ def observer_of(handle: EngineHandle, metrics: Metrics, model: str, *, keep: boo
     return Observer(lambda: handle.status, metrics.rows, model, keep=keep)
 
 
-def document() -> OpenAPIConfig:
-    """What `/schema/openapi.json` is made by."""
+def document(config: ServerConfig) -> OpenAPIConfig:
+    """What `/schema/openapi.json` is made by; it asks for a key where the server does."""
     return OpenAPIConfig(
         title="rollout-server",
         version=__version__,
-        path="/schema",
+        openapi_router=explorer_router(),
         create_examples=False,
-        render_plugins=[ExactJsonPlugin(path="/openapi.json")],
+        components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
+        security=[{"key": []}] if config.protected else None,
+        render_plugins=[ExactJsonPlugin()],
     )
 
 

@@ -23,6 +23,7 @@ from rollout_server.http.app import create_app
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
 from rollout_server.http.sockets.connection import Connection
 from rollout_server.http.sockets.listening import Listener, quietly
+from rollout_server.http.sockets.unusable import unusable
 from rollout_server.machine.blas import one_thread_for_numpy
 from rollout_server.open_files import raise_limit
 
@@ -105,13 +106,13 @@ def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
         family, kind, protocol, _, address = found[0]
         listener = Listener(family, kind, protocol)
     except OSError as error:
-        raise EngineUnavailable(f"The address {config.host}:{config.port} cannot be used: {error}.") from error
+        raise EngineUnavailable(unusable(config.host, config.port, error)) from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            raise EngineUnavailable(f"The address {config.host}:{config.port} cannot be used: {error}.") from error
+            raise EngineUnavailable(unusable(config.host, config.port, error)) from error
         yield listener
 
 

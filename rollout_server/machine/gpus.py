@@ -16,8 +16,8 @@ def gpus_for(count: int, visible: tuple[str, ...] | None, found: Path = NVIDIA) 
     names = visible if visible is not None else tuple(map(str, range(len(list(found.glob("*"))))))
     if len(names) < count:
         raise InvalidField(
-            f"--replicas asks for {count} engines, each with a GPU to itself, and there are {len(names)} GPUs: ask for "
-            "at most as many.",
+            f"{count} engines or ranks of engines are asked for (--replicas, --tensor-parallel), each with a GPU to "
+            f"itself, and there are {len(names)} GPUs: ask for at most as many.",
             param="replicas",
         )
     return names[:count]

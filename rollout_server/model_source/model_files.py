@@ -12,6 +12,10 @@ from rollout_server.quoting import quoted
 
 EMBEDDED_ID = "rollout-demo"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz", "*.h5", "*.safetensors")
+GIVE = (
+    "Give the directory that holds config.json, model*.safetensors and the tokenizer, or a Hub id as OWNER/NAME; "
+    "without a model the embedded one is served."
+)
 NAMED = 3
 """Files that a sentence lists."""
 
@@ -41,7 +45,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> tuple[Path,
             param="model",
         )
     if local.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:
-        raise InvalidField(f"There is no directory {local}.", param="model")
+        raise InvalidField(f"There is no directory {local}. {GIVE}", param="model")
     fetched = hub.fetch(model, revision)
     check_files(fetched, model)
     return fetched, model
@@ -56,7 +60,7 @@ def check_files(directory: Path, name: str) -> None:
                 "--adapter NAME=DIR.",
                 param="model",
             )
-        raise InvalidField(f"{name} holds no config.json, so it is no model directory.", param="model")
+        raise InvalidField(f"{name} holds no config.json, so it is no model directory. {GIVE}", param="model")
     if any(directory.glob("model*.safetensors")):
         return
     others = sorted({path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)})

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from adapters.versions.store import StateStore, StoreError
-from rollout_server.config import GpuSettings, ServerConfig, is_loopback
+from rollout_server.config import GpuSettings, RankSettings, ServerConfig, is_loopback
 from rollout_server.engine.handle import EngineHandle
-from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.messages.options import EngineOptions, RankOptions
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.joining.door import Door, Lock
+from rollout_server.fleet.ranks.hosts import read_hosts
 from rollout_server.fleet.ray.cluster import ONE_GPU, ONE_MLX
 from rollout_server.fleet.ray.placed import Placed, Placement
 from rollout_server.machine.blas import cuda_build
@@ -54,8 +55,22 @@ def engine_options(config: ServerConfig) -> EngineOptions:
         max_queue=config.max_queue,
         max_rows_per_request=config.max_rows_per_request,
         keep_versions=config.keep_versions,
+        ranks=ranks_of(config),
         trace=None if config.trace is None else str(config.trace.expanduser()),
     )
+
+
+def ranks_of(config: ServerConfig) -> RankOptions | None:
+    """How many ranks an engine has, and how they meet; None for an engine of one process. Raises `InvalidField` for
+    hosts that cannot be theirs."""
+    size = config.tensor_parallel or 1
+    if size == 1:
+        return None
+    backend = config.backend or ("nccl" if cuda_build() else "ring")
+    hosts = read_hosts(config.hostfile, size, backend) if config.hostfile is not None else ()
+    launched = RankSettings().mlx_rank is not None
+    ranks = RankOptions(size, backend, launched, silent_s=config.replica_timeout_s)
+    return replace(ranks, address=hosts[0].ips[0]) if hosts else ranks
 
 
 def engines(config: ServerConfig) -> tuple[EngineOptions, ...]:
@@ -129,16 +144,19 @@ def handle_of(config: ServerConfig, options: EngineOptions, door: Door | None = 
         fewest = config.min_replicas
         joined = FleetOptions(fewest, fewest, config.replica_timeout_s, joined=True)
         return EngineHandle(options, partial(Fleet, joined, door.source))
-    if config.replicas is None:
+    if config.replicas is None and options.ranks is None:
         return EngineHandle(options)
-    fleet = FleetOptions(config.replicas, config.min_replicas, config.replica_timeout_s)
+    # An engine of several ranks is a replica: it fails as one, and is started again as one.
+    count, ranks = config.replicas or 1, options.ranks
+    fleet = FleetOptions(count, config.min_replicas, config.replica_timeout_s)
     if config.ray_address is not None:
         need = ONE_GPU if cuda_build() else ONE_MLX
-        placement = Placement(config.ray_address, config.replicas, need, config.replica_place_s)
+        placement = Placement(config.ray_address, count, need, config.replica_place_s)
         return EngineHandle(options, partial(Fleet, fleet, partial(Placed, placement)))
     # Elsewhere than on CUDA all share the one device that there is.
-    gpus = gpus_for(config.replicas, GpuSettings().names) if cuda_build() else ()
-    return EngineHandle(options, partial(Fleet, fleet, partial(Children, config.replicas, gpus)))
+    own = cuda_build() and not (ranks and ranks.launched)
+    gpus = gpus_for(count * (ranks.size if ranks else 1), GpuSettings().names) if own else ()
+    return EngineHandle(options, partial(Fleet, fleet, partial(Children, count, gpus)))
 
 
 def open_state(config: ServerConfig, resident: str = "") -> StateStore | None:
@@ -220,7 +238,10 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         self._publisher.check_name(name)
-        prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
+        try:
+            prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
+        except RolloutError as error:
+            raise InvalidField(f"--adapter {name}={directory}: {error.message}", param="adapters") from error
         publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
         published = await self._publisher.publish(publish)
         log.info("%s is %s from %s", published.version, published.version.digest, directory)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import mlx_lm
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
-from rollout_server.demo.run import DemoFailed, model_directory, run_demo, run_trainer, stop, wait_ready
+from rollout_server.cli import app
+from rollout_server.demo.run import DemoFailed, model_directory, run_demo, run_trainer, stop, wait_ready, what_next
 from rollout_server.demo.trainer.report import GAP_LIMIT, draw
 from rollout_server.demo.trainer.task import Problem, Style
 
@@ -138,3 +142,19 @@ def test_a_demo_that_is_told_to_stop_takes_its_server_along(tmp_path: Path) -> N
         demo.stdout.close()
     finally:
         demo.kill()
+
+
+def test_the_end_says_where_the_plot_is_and_what_to_do_next(tmp_path: Path) -> None:
+    output = tmp_path / "with a space"
+    (output / "adapter").mkdir(parents=True)
+    assert not any("reward.png" in line for line in what_next(output)), "what was not drawn is not shown"
+    (output / "reward.png").touch()
+    plot, rest, _, *commands, loop = what_next(output)
+    assert plot.endswith(f" {(output / 'reward.png').as_uri()}") and rest.endswith(str(output))
+    adapter = f"policy={output / 'adapter'}"
+    for line, options in zip(commands, (["serve", "--adapter", adapter], ["generate", "12+13="]), strict=True):
+        program, *words = shlex.split(line)[1:]
+        assert program == "rollout-server" and words[: len(options)] == options
+        assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0, line
+    (example,) = re.findall(r"examples/\w+\.py", loop)
+    assert (Path(__file__).parents[2] / example).is_file()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver
+from tests.support.engine.loaded_models import loaded
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def bare_model(
 
     def model(family: str) -> ResidentModel:
         if family not in bare_models:
-            bare_models[family] = load(EngineOptions(str(model_path(family)), family, max_batch=64))
+            bare_models[family] = loaded(EngineOptions(str(model_path(family)), family, max_batch=64))
         return bare_models[family]
 
     return model

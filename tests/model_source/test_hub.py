@@ -170,7 +170,7 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
             resolve_model(str(model), revision)
         return refused.value.message
 
-    assert refusal(tmp_path / "nowhere") == f"There is no directory {tmp_path / 'nowhere'}."
+    assert refusal(tmp_path / "nowhere").startswith(f"There is no directory {tmp_path / 'nowhere'}. Give ")
     assert "holds no config.json" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "is an adapter and no model" in refusal(tmp_path)

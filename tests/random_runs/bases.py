@@ -17,10 +17,10 @@ from adapters.bundle import AdapterBundle
 from adapters.formats.read import read_bundle
 from adapters.spec import Mode, Parameter
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from tests.support import tiny_models
 from tests.support.adapter_files import TwoTables, merge
+from tests.support.engine.loaded_models import loaded
 
 KEEP = 2
 OPTIONS: dict[str, Any] = {"max_batch": 4, "prefill_tokens": 16, "keep_versions": KEEP}
@@ -101,7 +101,7 @@ class World:
     @classmethod
     def make(cls, path: Path) -> World:
         tiny_models.build("qwen3", path, num_hidden_layers=2)
-        model = load(EngineOptions(str(path), "tiny", **OPTIONS))
+        model = loaded(EngineOptions(str(path), "tiny", **OPTIONS))
         arrays = dict(tree_flatten(model.module.parameters()))
         weights = {name: np.array(array) for name, array in arrays.items()}
         pushes = [Push(recipe.bundle(model, weights), recipe.mode) for recipe in RECIPES]

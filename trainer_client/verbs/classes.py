@@ -80,14 +80,14 @@ def rewards(
 ) -> Call[Rewards]:
     """Rewards of sequences, and of their steps.
 
-    sequences        a batch, whose prompts and completions are read; or for each sequence its text, token ids (a list
-                     or any array), messages, or an object as the server takes it
+    sequences        a batch, whose prompts, pictures and completions are read; or for each sequence its text, token
+                     ids (a list or any array), messages, or an object as the server takes it
     model            the one that scores, if not given
     steps            `{"token_id": …}`, `{"text": …}` or `{"positions": [[…]…]}`: where a process reward is read
     label_token_ids  labels are these tokens, which any decoder scores by their log-probabilities
     activation       `none` for what the head gives, `model` for probabilities"""
     if isinstance(sequences, RolloutBatch):
-        sequences = [entry["token_ids"] for entry in sequences.sequences]
+        sequences = [{name: value for name, value in entry.items() if name != "start"} for entry in sequences.sequences]
     given = [_sequence(entry) for entry in sequences]
     body = {"sequences": given, "activation": activation, **_model(model)}
     body |= without_none(steps=steps, label_token_ids=label_token_ids)

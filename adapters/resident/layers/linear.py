@@ -3,6 +3,8 @@ by its DoRA gain where it has one."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -62,9 +64,7 @@ class AdaptedLinear(nn.Module):
     dtype of the base's result as long as the stack has that of the activations.
     """
 
-    def __init__(
-        self, base: nn.Linear | nn.QuantizedLinear, stack: SlotStack, shared: SharedInput | None = None
-    ) -> None:
+    def __init__(self, base: nn.Module, stack: SlotStack, shared: SharedInput | None = None) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
@@ -107,11 +107,32 @@ class AdaptedLinear(nn.Module):
         return y + base["bias"] if stack.scales and "bias" in base else y
 
 
-def _without_bias(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
+class SummedLinear(AdaptedLinear):
+    """The same for a layer of which each rank reads some of the inputs: A has those columns alone, what ranks have of
+    both products is summed once, and the gain comes after the sum."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base, stack = self["base"], self.stack
+        if not stack.aimed:
+            return base(x)
+        y = stack.scaled(mx.distributed.all_sum(_product(base, x) + stack.product(x), group=base.group))
+        return y + base["bias"] if "bias" in base else y
+
+    def takes(self, x: mx.array) -> bool:
+        """A kernel would add what comes before the sum to what comes after it."""
+        return False
+
+
+def _without_bias(layer: Any, x: mx.array) -> mx.array:
     """W · x, the very product that the layer computes."""
     if "bias" not in layer:
         return layer(x)
-    if not isinstance(layer, nn.QuantizedLinear):
+    return _product(layer, x)
+
+
+def _product(layer: Any, x: mx.array) -> mx.array:
+    """W · x alone, of what this rank has of W."""
+    if "scales" not in layer:
         return x @ layer["weight"].T
     return mx.quantized_matmul(
         x,

@@ -81,17 +81,22 @@ SIZES = {
 }
 
 
-def write_model(directory: Path, name: str) -> Path:
-    """A random model of this shape, bfloat16, as mlx-lm saves one, with a tokenizer that has a text for every id."""
+def write_model(directory: Path, name: str, dtype: mx.Dtype = mx.bfloat16) -> Path:
+    """A random model of this shape, as mlx-lm saves one, with a tokenizer that has a text for every id."""
     shape = COMMON | SHAPES[name]
     directory.mkdir()
     special = write_tokenizer(directory)
     widen_tokenizer(directory / "tokenizer.json", shape["vocab_size"])
-    config = {**shape, "eos_token_id": special["<|end|>"], "pad_token_id": special["<|pad|>"], "dtype": "bfloat16"}
+    config = {
+        **shape,
+        "eos_token_id": special["<|end|>"],
+        "pad_token_id": special["<|pad|>"],
+        "dtype": str(dtype).removeprefix("mlx.core."),
+    }
     (directory / "config.json").write_text(json.dumps(config))
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs.from_dict(shape))
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype)
     weights: dict[str, mx.array] = {
         path: array for path, array in dict(tree_flatten(model.parameters())).items() if "lm_head" not in path
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rollout_server.commands.terminal.command_options import Json, Url, connected, one_sentence, print_json
+from rollout_server.commands.terminal.completing import names, versions
 
 if TYPE_CHECKING:
     from trainer_client import PolicyLine
@@ -20,7 +21,9 @@ def push(
     directory: Annotated[
         Path, typer.Argument(help="An adapter as PEFT or mlx-lm saves it.", exists=True, file_okay=False)
     ],
-    name: Annotated[str, typer.Option(help="The policy it becomes a version of; of another model MODEL/NAME.")],
+    name: Annotated[
+        str, typer.Option(help="The policy it becomes a version of; of another model MODEL/NAME.", autocompletion=names)
+    ],
     label: Annotated[str | None, typer.Option(help="Your own mark, at most 64 characters.")] = None,
     activate: Annotated[bool, typer.Option(help="Move the name to the new version.")] = True,
     url: Url = None,
@@ -40,7 +43,9 @@ def push(
 
 @app.command("list")
 def list_weights(
-    name: Annotated[str | None, typer.Argument(help="One policy; without it all of them.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One policy; without it all of them.", autocompletion=names)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Those of another model than that of --model.")] = None,
     url: Url = None,
     json_output: Json = False,
@@ -55,8 +60,8 @@ def list_weights(
 
 @app.command("activate")
 def activate_weights(
-    name: Annotated[str, typer.Argument(help="The policy.")],
-    version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.")],
+    name: Annotated[str, typer.Argument(help="The policy.", autocompletion=names)],
+    version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.", autocompletion=versions)],
     url: Url = None,
     json_output: Json = False,
 ) -> None:
@@ -70,8 +75,10 @@ def activate_weights(
 
 @app.command("delete")
 def delete_weights(
-    name: Annotated[str, typer.Argument(help="The policy.")],
-    version: Annotated[int | None, typer.Argument(min=1, help="One version; it must not be live.")] = None,
+    name: Annotated[str, typer.Argument(help="The policy.", autocompletion=names)],
+    version: Annotated[
+        int | None, typer.Argument(min=1, help="One version; it must not be live.", autocompletion=versions)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="The name and all its versions.")] = False,
     url: Url = None,
     json_output: Json = False,
@@ -88,8 +95,8 @@ def delete_weights(
 
 @app.command("export")
 def export_weights(
-    name: Annotated[str, typer.Argument(help="The policy.")],
-    version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.")],
+    name: Annotated[str, typer.Argument(help="The policy.", autocompletion=names)],
+    version: Annotated[int, typer.Argument(min=1, help="The number of a kept version.", autocompletion=versions)],
     directory: Annotated[Path, typer.Argument(help="Where the two files go; it is made.", file_okay=False)],
     format: Annotated[
         Literal["peft", "mlx"] | None, typer.Option(help="Whose files to write; of dense versions mlx takes kind full.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -29,9 +29,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Url = Annotated[str | None, typer.Option(help="The server; default is ROLLOUT_HOST and ROLLOUT_PORT.", metavar="URL")]
 
 
-def option(text: str, default: str | None = None, metavar: str | None = None) -> Any:
-    """An option that is None when not given: environment and configuration decide, help names their default."""
-    return typer.Option(help=f"{text} Default: {default}." if default else text, metavar=metavar)
+def option(
+    text: str, default: str | None = None, metavar: str | None = None, offered: Callable[..., list[str]] | None = None
+) -> Any:
+    """An option that is None when not given: environment and configuration decide, help names their default. A shell
+    completes it with what is `offered`, else with the values that `metavar` lists."""
+    return typer.Option(
+        help=f"{text} Default: {default}." if default else text,
+        metavar=metavar,
+        autocompletion=offered or _one_of(metavar),
+    )
+
+
+def _one_of(metavar: str | None) -> Callable[[str], list[str]] | None:
+    """For an option shown as `on|off`: its values, as far as they begin with what was typed."""
+    values = metavar.split("|") if metavar and "|" in metavar else []
+    return (lambda incomplete: [value for value in values if value.startswith(incomplete)]) if values else None
 
 
 @contextmanager

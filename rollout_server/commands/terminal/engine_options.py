@@ -44,6 +44,9 @@ AllowImageHost = Annotated[
 ]
 Replicas = Annotated[int | None, option("Engines in processes of their own; on CUDA a GPU each.")]
 MinReplicas = Annotated[int | None, option("With fewer live ones it is not ready, and no version changes.", "1")]
+TensorParallel = Annotated[int | None, option("Ranks, each with a part of every layer; on CUDA a GPU each.")]
+Backend = Annotated[str | None, option("How ranks sum; nccl on CUDA, else ring.", metavar="ring|jaccl|jaccl-ring|nccl")]
+Hostfile = Annotated[str | None, option("Hosts of the ranks, as mlx.launch reads them; else this one.", metavar="FILE")]
 RayAddress = Annotated[
     str | None, option("Ray cluster that places the replicas (extra `ray`).", metavar="auto|HOST:PORT")
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from rollout_server.engine.batch.row import Row, TopTokens
 from rollout_server.engine.batch.step_inputs import GrammarMasks, StepInputs, TokenCounts, inputs_of, prepare_rows
 from rollout_server.engine.kv_cache.store import Forward, KVStore
+from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sampling.filters import RowSubset
 from rollout_server.engine.sampling.logits_processors import Pairs
@@ -90,7 +91,7 @@ class Decoder:
     """Seats are rows by place; whoever changes them, or the number of places, calls `seats_changed`.
 
     `forward` computes the logits of one token of every place, `route(slots)` tells the adapter layers which slot each
-    place uses. `eos` are the model's end tokens."""
+    place uses. `eos` are the model's end tokens. All `ranks` take the ids that rank 0 draws."""
 
     def __init__(
         self,
@@ -102,7 +103,9 @@ class Decoder:
         filter_kernel: FilterKernel | None = None,
         *,
         timeline: Timeline,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._forward = forward
         self._store = store
         self._route = route
@@ -204,6 +207,8 @@ class Decoder:
         if self._arrays is None:
             raise RuntimeError("Rows changed between a step's forward and its draw.")
         sampled = sample(pending.logits, self._arrays, pending.draws, pending.banned, seen=self._counts.seen, mask=mask)
+        if self._ranks is not None:
+            sampled = replace(sampled, ids=self._ranks.agree(sampled.ids))
         self._counts.add(sampled.ids)
         return DispatchedStep(pending.number, pending.rows, sampled)
 
@@ -225,4 +230,7 @@ class Decoder:
             copies, self._copies = self._copies, []
             if copies:
                 mx.eval(copies)
-            return dispatched.read()
+            result = dispatched.read()
+        if self._ranks is not None:
+            self._ranks.digest.saw_ids(result.ids)
+        return result

@@ -23,6 +23,23 @@ Activation = Literal["sigmoid", "softmax", "none"]
 
 
 @dataclass(frozen=True, slots=True)
+class RankOptions:
+    """One engine on several ranks, each a process with a device of its own."""
+
+    size: int
+    backend: str = "ring"
+    """What MLX calls the way in which they sum: `ring`, `jaccl`, `jaccl-ring` or `nccl`."""
+    launched: bool = False
+    """All of them were started by `mlx.launch`; else rank 0 starts the others on its machine."""
+    devices: tuple[str, ...] = ()
+    """The GPU of each rank on this machine; empty where they share what there is."""
+    address: str = "127.0.0.1"
+    """Where rank 0 takes the connections of ranks that were launched."""
+    silent_s: float = 30.0
+    """A rank that is not heard of for so long ends the engine."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to start the engine. Sizes in bytes; `None` means chosen from the machine."""
 
@@ -66,6 +83,8 @@ class EngineOptions:
     own."""
     sharing: int = 1
     """How many engines share the device: each has room for its part of the memory."""
+    ranks: RankOptions | None = None
+    """The ranks that compute it together; None: this process alone."""
     tell_admissions: bool = False
     """Say of every group under which version it was admitted."""
 
@@ -130,6 +149,8 @@ class ModelInfo:
     token_types: int = 0
     """How many types of tokens an encoder knows, by which it tells the texts of a pair apart."""
 
+    ranks: int = 1
+    """How many processes compute it together, each with a part of the layers."""
     placeholder: int | None = None
     """The token that stands for what it sees of a picture; None where it sees none."""
 

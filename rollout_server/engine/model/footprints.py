@@ -56,6 +56,17 @@ def memory_of_device() -> int:
     return device_memory()
 
 
+def check_room(directory: Path) -> None:
+    """Raises `EngineUnavailable` where the weights alone are more than the device has: without this, a system ends the
+    process while it loads them, and says nothing."""
+    weights, memory = footprint_of(directory).weights, device_memory()
+    if weights > memory:
+        raise EngineUnavailable(
+            f"The weights of {directory} take {in_words(weights)} in memory, and this device has {in_words(memory)}: "
+            "serve a smaller model, or a copy with fewer bits, which `mlx_lm.convert -q` writes."
+        )
+
+
 def check_share(model_id: str, memory: int | None, weights: int, versions: int | None, kv: int) -> None:
     """Raises `EngineUnavailable` where a model came out larger than its files said, so that what all models were given
     together would not hold. Sizes are in bytes; no `memory` means that nobody counts."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,19 +28,23 @@ from rollout_server.engine.model.checkpoint.corrections.rope import KNOWN, PLAIN
 from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
 from rollout_server.engine.model.checkpoint.files import check_model, read_config
 from rollout_server.engine.model.checkpoint.plan import Bound, Plan, plan_of
+from rollout_server.engine.model.checkpoint.refusals import UNREADABLE, named, refused, unreadable
 from rollout_server.engine.model.checkpoint.renames import head_dim
 from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_factors
 from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
-from rollout_server.engine.model.footprints import check_share
+from rollout_server.engine.model.footprints import check_room, check_share
 from rollout_server.engine.model.kv_choice import choose_store
-from rollout_server.engine.model.load_sizes import chosen_sizes
+from rollout_server.engine.model.load_sizes import chosen_sizes, parameters_of
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.tasks.kinds import Kind, check_width, kind_of, read_head, scoring_of, without_output
 from rollout_server.engine.model.vision.load import nbytes
 from rollout_server.engine.model.vision.sighted import eyes_of, read_tower
+from rollout_server.engine.ranks.check import check_cut
+from rollout_server.engine.ranks.cut import CutModel, cut, whole
+from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.engine.sampling.kernel_choice import choose_filter_kernel
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.errors import EngineUnavailable
@@ -54,39 +56,21 @@ AROUND: dict[str, str] = {"idefics3": "mistral3", "smolvlm": "mistral3"}
 """Vision models that mlx-lm lacks → the module that takes their text model as it stands in theirs."""
 EMBEDDINGS: tuple[Place, ...] = ("embedding", "tied_embedding")
 
-REASON = 400
-"""Characters shown of an error: mlx-lm lists every parameter that is missing."""
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    ImportError,
-    AttributeError,
-    RuntimeError,
-    IndexError,
-    ZeroDivisionError,
-    AssertionError,
-)
-"""What mlx-lm, transformers and the libraries below them raise for files that they do not expect."""
 
-
-def load(options: EngineOptions) -> ResidentModel:
-    """Raises `EngineUnavailable` with the cause if the directory holds no model we can serve."""
+def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
+    """Reads a model, or this rank's part. Raises `EngineUnavailable` with the cause if there is none that we serve."""
     path, on_cpu = Path(options.model_path), mx.default_device() == mx.cpu
-    read = read_model(path)
+    read = read_model(path, ranks)
     module, config = read.module, read.config
     tower = _prepare(path, module, on_cpu=on_cpu)
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
-    wanted = not on_cpu if options.compile_decode is None else options.compile_decode
-    # What only reads has no decode steps.
-    chosen = choose_store(module, vocabulary, options, compiles=wanted and read.head is None)
+    chosen = choose_store(module, vocabulary, options, compiles=_compiles(options, read, ranks, on_cpu=on_cpu))
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
-    layers, dtype_name = adaptable_layers(module), str(dtype).removeprefix("mlx.core.")
-    unfit = _check_device(module, layers, vocabulary, dtype)
+    part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
+    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes)
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
     check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
@@ -97,12 +81,13 @@ def load(options: EngineOptions) -> ResidentModel:
         dtype=dtype_name,
         quantization=config.get("quantization"),
         eos_token_ids=_end_tokens(config, read.tokenizer, vocabulary),
-        parameters=_parameters(module),
+        parameters=read.parameters,
         weight_bytes=weight_bytes,
         layers=layers,
-        weights=replaceable_parameters(module, layers, dtype_name),
+        weights={} if ranks else replaceable_parameters(module, layers, dtype_name),
         unfit=unfit,
-        no_versions=folded_factors(module),
+        no_versions=folded_factors(module) or part.unclear,
+        ranks=1 if ranks is None else ranks.size,
         kv_bytes_per_token=chosen.cell_bytes,
         kv_bytes_per_row=chosen.cell_bytes * chosen.row_cells,
         kv_bits=options.kv_bits,
@@ -116,11 +101,25 @@ def load(options: EngineOptions) -> ResidentModel:
         placeholder=None if eyes is None else eyes.family.placeholder,
         **scoring_of(read.kind, read.head, config),
     )
+    _check_ranks(path, module, ranks, info)
     filters = choose_filter_kernel(vocabulary, dtype)
-    kernel = None if "linear" in unfit else choose_kernel(module, layers, dtype)
+    kernel = None if ranks or "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
     ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways)
+    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, part.cuts, ranks)
+
+
+def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:
+    """Raises `EngineUnavailable` where several ranks do not compute what one would."""
+    if ranks is not None:
+        on_cpu = mx.default_device() == mx.cpu
+        check_cut(module, lambda: _uncut(path, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
+
+
+def _compiles(options: EngineOptions, read: ReadModel, ranks: Ranks | None, *, on_cpu: bool) -> bool:
+    """What only reads has no decode steps; and sums over ranks inside a trace were tried by nobody we know."""
+    wanted = (not on_cpu and ranks is None) if options.compile_decode is None else options.compile_decode
+    return wanted and read.head is None
 
 
 def _check_device(
@@ -187,17 +186,6 @@ def _activation_dtype(module: nn.Module) -> mx.Dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _parameters(module: nn.Module) -> int:
-    total = 0
-    for _, layer in module.named_modules():
-        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            total -= layer.weight.size + layer.scales.size
-            total += layer.weight.size * 32 // layer.bits
-            biases = layer.get("biases")
-            total -= biases.size if biases is not None else 0
-    return total + sum(array.size for array in _arrays(module))
-
-
 def _vocabulary(read: ReadModel) -> int:
     """Width of the logits, which may exceed the tokenizer's vocabulary; rows of the embedding where there are none."""
     module = read.module
@@ -238,49 +226,70 @@ class ReadModel:
     """Up to how many tokens the module is what config.json means."""
     kind: Kind
     pad_token_id: int | None
+    parameters: int
+    """Those of the whole model."""
     head: Head | None = None
     """What scores its hidden states; `module` ends there then."""
+    part: CutModel | None = None
+    """What of it this rank has; None where there is one."""
 
 
-def read_model(path: Path) -> ReadModel:
+def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     """Raises `EngineUnavailable` with the file or the field at fault if the directory cannot be read, or would be
     another model here than it is in transformers."""
     config = read_config(path)
     plan, kind = _planned(path, config), kind_of(config)
     check_model(path)
+    check_room(path)
     head = read_head(path, kind, config) if kind.scores else None
     classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:
+        # No rank reads weights that are another's.
         module, understood = mlx_lm_utils.load_model(
-            path, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
+            path, ranks is not None, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
         )
+        parameters = parameters_of(module)
+        part = None if ranks is None else cut(module, ranks, config)
         mx.eval(module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module)))
         bounds = (*plan.bounds, *window_bounds(module, plan.said, plan.family))
         refusal = _as_said(module, plan)
         engine, host = (AutoTokenizer.from_pretrained(path, trust_remote_code=False) for _ in range(2))
     except UNREADABLE as error:
-        raise EngineUnavailable(_sentence(path, config, error)) from error
+        raise EngineUnavailable(unreadable(path, config, error)) from error
     if refusal is not None:
-        raise EngineUnavailable(_refused(path, config, [refusal]))
+        raise EngineUnavailable(refused(path, config, [refusal]))
     _check_template(path, host)
     if head is not None:
         check_width(path, module, head)
     longest, pad = plan.said.get("max_position_embeddings"), plan.said.get("pad_token_id")
     longest, pad = (number if isinstance(number, int) else None for number in (longest, pad))
-    return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, head)
+    return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, parameters, head, part)
+
+
+def _uncut(path: Path, *, on_cpu: bool) -> nn.Module:
+    """The same model uncut; its weights are read where they are used."""
+    plan = _planned(path, read_config(path))
+    module, _ = mlx_lm_utils.load_model(
+        path, True, model_config=plan.overrides, get_model_classes=classes_of(plan.family), trust_remote_code=False
+    )
+    _as_said(module, plan)
+    if on_cpu:
+        _to_float32(module)
+    module.eval()
+    return module
 
 
 def _planned(path: Path, config: dict[str, Any]) -> Plan:
     if config.get("model_file") is not None:
-        raise EngineUnavailable(_sentence(path, config, ValueError("trust_remote_code")))
+        raise EngineUnavailable(unreadable(path, config, ValueError("trust_remote_code")))
     try:
         plan = plan_of(config, _served_by(config))
     except EngineUnavailable as error:
-        raise EngineUnavailable(f"{_named(path, config)} could not be loaded: {error.message}") from None
+        raise EngineUnavailable(f"{named(path, config)} could not be loaded: {error.message}") from None
     except UNREADABLE as error:
-        raise EngineUnavailable(_sentence(path, config, error)) from error
+        raise EngineUnavailable(unreadable(path, config, error)) from error
     if plan.refusals:
-        raise EngineUnavailable(_refused(path, config, plan.refusals))
+        raise EngineUnavailable(refused(path, config, plan.refusals))
     return plan
 
 
@@ -339,54 +348,3 @@ def _check_template(path: Path, tokenizer: Any) -> None:
         )  # fmt: skip
     except (TemplateError, *UNREADABLE):
         log.debug("The chat template of %s does not take one message of a user.", path)
-
-
-def _named(path: Path, config: Mapping[str, Any]) -> str:
-    return f"The model at {path} ({config.get('model_type', 'no model_type')})"
-
-
-def _refused(path: Path, config: Mapping[str, Any], faults: list[str] | tuple[str, ...]) -> str:
-    listed = "; ".join(faults)
-    return f"{_named(path, config)} would not be here what it is in transformers: {listed}."
-
-
-def _sentence(path: Path, config: dict[str, Any], error: Exception) -> str:
-    named = _named(path, config)
-    if "trust_remote_code" in str(error):
-        return (
-            f"{named} needs code of its own to be run, which this server never does: take a model of a family that "
-            "mlx-lm and transformers know, or a copy without custom code."
-        )
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
-    family = _family_at_fault(error)
-    if isinstance(error, KeyError | AttributeError | TypeError) or family or not reason:
-        reason = f"{type(error).__name__}: {reason}"
-    if family:
-        reason = f"mlx-lm's {family} cannot be made from these values of config.json, and ends in {reason}"
-    return f"{named} could not be loaded: {reason.removesuffix('.')}.{_perhaps(path, config)}"
-
-
-def _family_at_fault(error: Exception) -> str | None:
-    """The module of mlx-lm's models whose own code raised this: its message says nothing to who wrote a file."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    where = Path(last[0].filename) if last else Path()
-    return where.stem if where.parts[-3:-1] == ("mlx_lm", "models") else None
-
-
-def _perhaps(path: Path, config: dict[str, Any]) -> str:
-    """What about the model may be the cause, when the error does not say so itself."""
-    packing = config.get("quantization_config")
-    method = packing.get("quant_method") if isinstance(packing, dict) else None
-    said = "" if method is None else f" Its weights are packed by {method}, of which mlx-lm reads a part only."
-    if "auto_map" in config or "auto_map" in _read(path / "tokenizer_config.json"):
-        said += " It brings code of its own, which this server never runs."
-    return said
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -7,10 +7,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.kv_choice import ChosenStore
-from rollout_server.machine.device_defaults import ACTIVATIONS, ADAPTERS, LOGITS, DeviceDefaults, Footprint, choose
+from rollout_server.engine.ranks.ranks import Ranks
+from rollout_server.errors import EngineUnavailable
+from rollout_server.machine.device_defaults import (
+    ACTIVATIONS,
+    ADAPTERS,
+    LOGITS,
+    DeviceDefaults,
+    Footprint,
+    choose,
+    in_words,
+)
 from rollout_server.machine.this_device import this_device
 
 log = logging.getLogger("rollout_server.engine.model")
@@ -23,10 +35,11 @@ def chosen_sizes(
     vocabulary: int,
     dtype: mx.Dtype,
     weight_bytes: int,
+    ranks: Ranks | None = None,
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for."""
+    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
@@ -36,8 +49,10 @@ def chosen_sizes(
         kv_row=store.cell_bytes * store.row_cells,
     )
     device = this_device()
+    device = replace(device, memory=device.memory // options.sharing)
+    _check_kv(options, device.memory, weight_bytes)
     sizes = choose(
-        replace(device, memory=device.memory // options.sharing),
+        device,
         footprint,
         max_batch=1 if store.kind == "serial" else options.max_batch,
         prefill_tokens=options.prefill_tokens,
@@ -45,10 +60,42 @@ def chosen_sizes(
     )
     for sentence in sizes.sentences():
         log.info("%s", sentence)
-    return sizes
+    return sizes if ranks is None else least_of(ranks, sizes)
+
+
+def _check_kv(options: EngineOptions, memory: int, weight_bytes: int) -> None:
+    """Raises `EngineUnavailable` where rows could never fill what they are promised. With --memory it was counted."""
+    asked, left = options.kv_memory, memory - weight_bytes
+    if asked is not None and options.memory is None and asked > left:
+        raise EngineUnavailable(
+            f"--kv-memory is {in_words(asked)}, but of this device's {in_words(memory)} the weights leave "
+            f"{in_words(max(left, 0))}: give less, or leave the option out, and a part of that is taken."
+        )
 
 
 def _widest(layers: Mapping[str, tuple[int, int]], vocabulary: int) -> int:
     """The widest of the layers that every token goes through; the head is read at few tokens, and of the embedding one
     entry."""
     return max((max(shape) for shape in layers.values() if vocabulary not in shape), default=vocabulary)
+
+
+def least_of(ranks: Ranks, sizes: DeviceDefaults) -> DeviceDefaults:
+    """What the smallest of several ranks has room for: all of them admit the same rows."""
+    names = ("max_batch", "prefill_tokens", "kv_memory")
+    least = ranks.least([getattr(sizes, name).value for name in names])
+    return replace(
+        sizes, **{name: replace(getattr(sizes, name), value=value) for name, value in zip(names, least, strict=True)}
+    )
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many values a model has, packed ones counted as what they stand for. Reads no weights."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    total = 0
+    for _, layer in module.named_modules():
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            total -= layer.weight.size + layer.scales.size
+            total += layer.weight.size * 32 // layer.bits
+            biases = layer.get("biases")
+            total -= biases.size if biases is not None else 0
+    return total + sum(array.size for _, array in flat)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from adapters.kernels.decode import DecodeKernel
+from adapters.resident.cuts import Cut
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
@@ -20,6 +21,7 @@ from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.vision.sighted import logits_of, states_of
+from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.sight.features import Eyes
 from rollout_server.engine.sight.seen import Seen
@@ -42,6 +44,9 @@ class VersionedModel(Protocol):
 
     @property
     def head(self) -> Head | None: ...
+
+    @property
+    def cuts(self) -> Mapping[str, Cut]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +75,10 @@ class ResidentModel:
     """What scores those states; `module` itself gives them then."""
     eyes: Eyes | None = None
     """What makes vectors of pictures; None for a model of text."""
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    """How layers are cut over ranks, by path."""
+    ranks: Ranks | None = None
+    """Who else computes it; None where it is whole."""
 
     def forward(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""

@@ -52,7 +52,7 @@ class PolicyTable:
         self._dtype, self._parameters, self._no_versions = info.dtype, info.weights, info.no_versions
         self._resident = ResidentVersions(
             model.module, info.layers, info.weights, model.dtype, options.weights_memory, info.unfit,
-            model.adapter_kernel, clock,
+            model.adapter_kernel, clock, model.cuts,
         )  # fmt: skip
         self._registry = Registry(options.keep_versions)
         self._scorers = Scorers(info, model.head)

@@ -49,7 +49,8 @@ class StartedReplica:
         hello = self._read()
         if not isinstance(hello, Hello):
             return 2
-        share_cores(hello.cores)
+        ranks = hello.options.ranks
+        share_cores(hello.cores * (1 if ranks is None or ranks.launched else ranks.size))
         self._engine = engine = ReplicaEngine(hello.options, self._out.put)
         writer = threading.Thread(target=self._write, name="link", daemon=True)
         writer.start()

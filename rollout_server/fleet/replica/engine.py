@@ -24,6 +24,7 @@ from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import EngineEnded, EngineUnavailable
 from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.ledger.records import Version
+from rollout_server.fleet.ranks.lead import LeadEngine
 from rollout_server.fleet.wire import (
     VERSIONS,
     AdoptVersion,
@@ -59,7 +60,8 @@ class ReplicaEngine:
         """What is not answered yet."""
         self._scorers: set[str] = set()
         self._paused = False
-        self._engine = EngineThread(options, self._post, self._show)
+        make = EngineThread if options.ranks is None else LeadEngine
+        self._engine = make(options, self._post, self._show)
 
     def load(self) -> Ready | CannotStart:
         """Blocks until the model is loaded, or cannot be."""

@@ -10,6 +10,7 @@ from importlib.resources import files
 from types import MappingProxyType
 
 INDEX = "index.html"
+PAGE = "rollout_server.http.page"
 MEDIA_TYPES: Mapping[str, str] = MappingProxyType(
     {
         "html": "text/html; charset=utf-8",
@@ -54,10 +55,10 @@ class Asset:
 
 
 @cache
-def assets() -> Mapping[str, Asset]:
-    """Every file of the page by its name, read once."""
+def assets(package: str = PAGE) -> Mapping[str, Asset]:
+    """Every file of a package's page by its name, read once."""
     found = {}
-    for file in files("rollout_server.http.page").joinpath("static").iterdir():
+    for file in files(package).joinpath("static").iterdir():
         content = file.read_bytes()
         media_type = MEDIA_TYPES.get(file.name.rpartition(".")[2])
         if media_type is not None:

@@ -24,7 +24,7 @@ RANKS = {1: 4, 2: 16, 3: 11}
 @pytest.fixture(scope="module", params=["the GPU", *TEXTS])
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecodeKernel:
     if request.param in TEXTS:
-        return DecodeKernel(TEXTS[request.param], host_compiler(tmp_path_factory.mktemp("kernels")))
+        return DecodeKernel(TEXTS[request.param], host_compiler(tmp_path_factory))
     found = decode_kernel()
     if found is None:
         pytest.skip("There is no GPU.")

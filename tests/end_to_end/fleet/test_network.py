@@ -19,7 +19,7 @@ from trainer_client import RolloutClient
 pytestmark = pytest.mark.long
 
 PAIR, NEAR, FAR = "rollouts", "10.213.77.1", "10.213.77.2"
-SILENT_S = "6"
+SILENT = ("ROLLOUT_REPLICA_TIMEOUT_S", "6")
 
 
 def ip(*words: str) -> None:
@@ -53,9 +53,12 @@ def drawn(client: RolloutClient, **more: Any) -> list[list[int]]:
     return [list(row.token_ids) for row in batch.rollouts]
 
 
-def test_a_machine_that_drops_off_loses_nobody_a_row(cable: str, tmp_path: Path) -> None:
+def test_a_machine_that_drops_off_loses_nobody_a_row(
+    cable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*SILENT)
     model = tiny_models.build("qwen3", tmp_path / "tiny")
-    options = ("--host", NEAR, "--insecure", "--replica-timeout-s", SILENT_S)
+    options = ("--host", NEAR, "--insecure")
     with controller(model, tmp_path / "state", *options) as fleet:
         space = f"{PAIR}-{os.getpid()}"
         beyond = ("ip", "netns", "exec", space)

@@ -18,9 +18,9 @@ import pytest
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from tests.support.golden_vision import copied, whole_logits
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import Server, server_here
 from tests.support.numbers.bounds import assert_near
-from tests.support.pictures.files import UNREADABLE, bomb, drawn, saved
+from tests.support.pictures.files import READABLE, UNREADABLE, bomb, drawn, mutated, saved
 from tests.support.pictures.seeing import DEEPEST, MOST
 from trainer_client import RolloutClient
 from trainer_client.errors import InvalidField
@@ -42,7 +42,7 @@ def shown(*urls: str, text: str = "what is it?", ending: str = "") -> list[dict[
 
 
 class Served:
-    def __init__(self, server: LiveServer, directory: Path) -> None:
+    def __init__(self, server: Server, directory: Path) -> None:
         self.server, self.directory = server, directory
         self.http = httpx.Client(base_url=server.url, timeout=120)
         self.client = RolloutClient(server.url)
@@ -68,9 +68,8 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = copied(FAMILY, tmp_path_factory.mktemp("pictures") / FAMILY)
-    limits = ("--max-picture-pixels", str(MOST_PIXELS), "--max-picture-bytes", str(MOST_BYTES))
-    more = ("--max-pictures", str(MOST_PICTURES), "--allow-image-host", "127.0.0.1")
-    with live_server(directory, *limits, *more) as server:
+    limits = {"max_picture_pixels": MOST_PIXELS, "max_picture_bytes": MOST_BYTES, "max_pictures": MOST_PICTURES}
+    with server_here(directory, allow_image_host=("127.0.0.1",), **limits) as server:
         yield Served(server, directory)
 
 
@@ -239,3 +238,21 @@ def test_pictures_and_placeholders_that_disagree_are_refused(served: Served) -> 
     assert "does not read" in served.refused("/tokenize", messages=shown(url(PICTURE)))["message"]
     # Nothing of all this is left behind.
     assert served.rollout(messages=shown(url(PICTURE), ending="say."))["token_ids"] == row["token_ids"]
+
+
+@pytest.mark.long  # A thousand requests.
+def test_a_thousand_mutated_pictures_are_read_or_refused_and_change_nothing(served: Served) -> None:
+    generator, before = np.random.default_rng(5), served.rollout(messages=shown(url(PICTURE), ending="say."))
+    kinds, statuses = ["png", "jpeg", "webp", "still gif", "bmp"], set()
+    for number in range(1000):
+        data = mutated(READABLE[kinds[number % len(kinds)]], generator)
+        body = {"model": "base", "messages": shown(url(data)), "max_tokens": 1}
+        reply = served.http.post("/v1/chat/completions", json=body)
+        statuses.add(reply.status_code)
+        if reply.status_code != 200:
+            error = reply.json()["error"]
+            assert reply.status_code == 400, reply.text
+            assert error["param"] == "messages[0].content[1].image_url.url" and error["message"].endswith(".")
+    assert statuses == {200, 400}
+    after = served.rollout(messages=shown(url(PICTURE), ending="say."))
+    assert (after["token_ids"], after["logprobs"]) == (before["token_ids"], before["logprobs"])

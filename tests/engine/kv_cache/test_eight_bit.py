@@ -18,7 +18,6 @@ from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.kv_cache.eight_bit import Packing
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
@@ -26,6 +25,7 @@ from tests.engine.scheduling.test_preemption import watched
 from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
+from tests.support.engine.loaded_models import loaded
 
 DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4
@@ -37,7 +37,7 @@ ASKED: dict[str, Any] = {"n": 2, "seed": 4, "max_tokens": 30, "ignore_eos": True
 @pytest.fixture(scope="module")
 def demo() -> ResidentModel:
     """A trained model."""
-    return load(EngineOptions(str(DEMO), "demo", kv_bits=8))
+    return loaded(EngineOptions(str(DEMO), "demo", kv_bits=8))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_it_is_the_format_of_mlx() -> None:
 )
 def test_what_cannot_be_packed_is_refused(family: str, why: str, model_path: Callable[[str], Path]) -> None:
     with pytest.raises(EngineUnavailable, match=why) as raised:
-        load(EngineOptions(str(model_path(family)), family, kv_bits=8))
+        loaded(EngineOptions(str(model_path(family)), family, kv_bits=8))
     assert "leave --kv-bits out" in raised.value.message
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_packed_is_refused(family: str, why: str, model_path: Cal
 
 
 def test_bytes_are_counted_as_they_are(demo: ResidentModel, qwen: Path) -> None:
-    full = load(EngineOptions(str(DEMO), "demo"))
+    full = loaded(EngineOptions(str(DEMO), "demo"))
     # Layers × keys and values × heads × (codes, a scale and an offset).
     assert demo.info.kv_bytes_per_token == 5 * 2 * 2 * (32 + 4 + 4)
     assert (demo.info.kv_bits, full.info.kv_bits) == (8, None)

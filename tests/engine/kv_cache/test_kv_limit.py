@@ -14,7 +14,6 @@ import pytest
 from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.messages.control import Release
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scoring.reader import LEAST_BYTES, SLICES
 from rollout_server.rollout import Wants
@@ -23,6 +22,7 @@ from tests.engine.scheduling.test_preemption import small
 from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
+from tests.support.engine.loaded_models import loaded
 
 ASK = {"ignore_eos": True}
 
@@ -154,7 +154,7 @@ def test_memory_given_back_while_a_merged_version_served_last_leaves_the_engine_
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ResidentModel]:
     """A model whose logits weigh more than its KV, as real ones do."""
     path = tiny_models.build("qwen3", tmp_path_factory.mktemp("wide"), vocab_size=16384, num_hidden_layers=1)
-    model = load(EngineOptions(str(path), "wide", max_batch=16))
+    model = loaded(EngineOptions(str(path), "wide", max_batch=16))
     return path, replace(model, info=replace(model.info, kv_memory=4 * 2**20))
 
 

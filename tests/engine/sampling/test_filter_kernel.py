@@ -35,7 +35,6 @@ KINDS = ["numpy", "CUDA's text", "Metal's text", "the GPU"]
 @pytest.fixture(scope="session")
 def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FilterKernel]:
     """Kernels by what runs them; compiled once."""
-    folder = tmp_path_factory.mktemp("kernels")
 
     def kernel(kind: str, threads: int = 8) -> FilterKernel:
         if kind == "the GPU":
@@ -45,7 +44,7 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FilterK
             return FilterKernel(build_kernel(device))
         if kind == "numpy":
             return FilterKernel(FilterPasses(), threads)
-        return FilterKernel(build_kernel(TEXTS[kind], host_compiler(folder)), threads)
+        return FilterKernel(build_kernel(TEXTS[kind], host_compiler(tmp_path_factory)), threads)
 
     return kernel
 

@@ -39,6 +39,7 @@ from rollout_server.rollout import (
     Timings,
     Wants,
 )
+from rollout_server.text.pictures.picture import Picture
 
 KINDS = (*get_args(rollouts.Command), *get_args(rollouts.Event))
 ALSO = (status.EngineStatus, options.EngineOptions, Described)
@@ -75,6 +76,7 @@ PREFIX = Prefix(
     (1, 0),
     (GivenSpan(None, None, None, None, 0, 1), GivenSpan("p", 1, "d", "l", 1, 2)),
 )
+PICTURE = Picture("sha256:" + "cd" * 32, np.arange(24, dtype="<f4").tobytes(), (1, 24), (1, 2, 2), 1)
 GROUP = RolloutRequest(
     "r",
     (1, 2, 3),
@@ -130,9 +132,10 @@ def bundle(seed: int = 0) -> AdapterBundle:
 
 EXAMPLES: tuple[Any, ...] = (
     rollouts.Submit("r", (GROUP, replace(GROUP, sampling=SamplingParams(max_tokens=4))), 12.5),
+    rollouts.Submit("v", (replace(GROUP, pictures=(PICTURE,)),), None),
     scoring.Score("s", ADDRESS, ((1, 2), ()), (1, 0), 0.5, True, 3, ((SpanAddress(ADDRESS, 0, 1),), None), True),
-    scoring.Replay("y", (RECORDED,)),
-    scoring.Embed("e", ADDRESS, ((1, 2),)),
+    scoring.Replay("y", (RECORDED, replace(RECORDED, pictures=(PICTURE,)))),
+    scoring.Embed("e", ADDRESS, ((1, 2),), ((PICTURE,),)),
     scoring.Classify("c", ADDRESS, ((1,),), ((0,),), (4,), ((0,),), "/hold/1"),
     scoring.HoldScorer("h", "r", ADDRESS, True),
     scoring.LetScorerGo("h"),

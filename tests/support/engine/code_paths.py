@@ -19,10 +19,10 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import modules_of
 from rollout_server.engine.model.attention.choice import ChosenAttention
 from rollout_server.engine.model.attention.plain import attend_plainly
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.support.engine.driver import Driver
+from tests.support.engine.loaded_models import loaded
 
 
 class Way:
@@ -58,7 +58,7 @@ def compiled(path: Path) -> ResidentModel:
     """The model at `path`, whose decode steps are traced."""
     if mx.default_device() == mx.cpu and not shutil.which("g++"):
         pytest.skip("MLX compiles for the CPU with g++")
-    return load(EngineOptions(str(path), path.name, max_batch=16, prefill_tokens=96, compile_decode=True))
+    return loaded(EngineOptions(str(path), path.name, max_batch=16, prefill_tokens=96, compile_decode=True))
 
 
 class Compiled(Way):

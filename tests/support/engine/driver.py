@@ -45,7 +45,6 @@ from rollout_server.engine.messages.scoring import (
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Activate, PolicyCommand, PolicyReply, Publish, Published
 from rollout_server.engine.model.device import device_fault
-from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.rollout import (
@@ -63,6 +62,7 @@ from rollout_server.rollout import (
 from rollout_server.text.pictures.picture import Picture
 from tests.support import tiny_models
 from tests.support.engine.door import Door
+from tests.support.engine.loaded_models import loaded
 
 
 class Mailbox(queue.SimpleQueue[Command]):
@@ -98,7 +98,7 @@ class Driver(Door):
         if model is not None and "max_batch" in options:
             rows = 1 if model.info.cache == "serial" else options["max_batch"]
             model = replace(model, info=replace(model.info, max_batch=rows))
-        model = model or load(chosen)
+        model = model or loaded(chosen)
         mailbox = Mailbox()
         events: list[Event] = []
         engine = build_engine(

@@ -35,7 +35,7 @@ from rollout_server.rollout import FinishReason, PolicyAddress, Rollout, Rollout
 from tests.support import tiny_models
 
 NAME, CONTENTS, TOKENS, SAMPLES = "trained", 6, 24, 3
-PUSH_S = 0.3
+PUSH_S, TOLD_EVERY = 0.3, 25
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Run:
             if len(live) > 1:
                 os.kill(self.random.choice(live).pid or 0, signal.SIGKILL)
                 self.seen.kills += 1
+                if self.seen.kills % TOLD_EVERY == 0:
+                    sys.stderr.write(f"{self.seen.kills} kills, {len(self.seen.rows)} rows\n")
         self.over = True
 
 

@@ -39,7 +39,8 @@ class Machine(LiveServer):
 @contextmanager
 def machine(*arguments: str, key: str | None = KEY, within: Sequence[str] = ()) -> Iterator[Machine]:
     """`rollout-server serve` with these arguments, until the context ends; `within` are words before the command."""
-    inherited = {name: value for name, value in environ.items() if not name.startswith("ROLLOUT_")}
+    given = {"ROLLOUT_REPLICA_TIMEOUT_S"}
+    inherited = {name: value for name, value in environ.items() if name in given or not name.startswith("ROLLOUT_")}
     process = subprocess.Popen(
         [*within, sys.executable, "-m", "rollout_server", "serve", *arguments],
         stdout=subprocess.PIPE,

@@ -60,16 +60,20 @@ const char* run(void** given, const unsigned* blocks, unsigned threads, unsigned
 """
 
 
-def host_compiler(folder: Path) -> HostCompiler:
-    """Skips the test where nothing can be compiled, and where arrays are a GPU's, which runs kernels itself."""
+def host_compiler(folders: pytest.TempPathFactory) -> HostCompiler:
+    """Skips the test where nothing can be compiled, and where arrays are a GPU's, which runs kernels itself. What was
+    compiled is there for all tests of a run, in whichever process."""
     if COMPILER is None or mx.default_device() != mx.cpu:
         pytest.skip("There is no g++ on Linux here, or a GPU.")
+    own = folders.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    folder.mkdir(exist_ok=True)
     return HostCompiler(folder)
 
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """Called as `adapters.kernels.text.compile_kernel`. What it compiled stays in a folder of its own."""
+    """Called as `adapters.kernels.text.compile_kernel`. What it compiled stays in the folder."""
 
     folder: Path
 
@@ -151,17 +155,14 @@ class HostKernel:
         self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype], template: Sequence[tuple[str, int | mx.Dtype]]
     ) -> Any:
         text = self._text(inputs, outputs, template)
-        built = self.folder / f"{sha256(text.encode()).hexdigest()[:16]}.so"
+        around, built = self.folder / "host_block.o", self.folder / f"{sha256(text.encode()).hexdigest()[:16]}.so"
+        if not around.exists():
+            compiled([*OPTIONS, "-std=c++17", "-c", str(HERE / "host_block.cpp")], around)
         if not built.exists():
-            written = built.with_suffix(".cpp")
+            written = self.folder / f"{built.stem}-{os.getpid()}.cpp"
             written.write_text(text)
-            around = self.folder / "host_block.o"
-            if not around.exists():
-                compiled([*OPTIONS, "-std=c++17", "-c", str(HERE / "host_block.cpp"), "-o", str(around)])
-            object_file = str(built.with_suffix(".o"))
             language = [LANGUAGE[self.device], *CHECKS, "-I", str(HERE)]
-            compiled([*OPTIONS, *language, "-c", str(written), "-o", object_file])
-            compiled(["-shared", object_file, str(around), "-o", str(built)])
+            compiled([*OPTIONS, *language, "-shared", str(written), str(around)], built)
         library = ctypes.CDLL(str(built))
         library.run.restype = ctypes.c_char_p
         return library
@@ -204,8 +205,12 @@ def memory_of(array: mx.array) -> np.ndarray:
     return np.asarray(memoryview(seen))
 
 
-def compiled(command: Sequence[str]) -> None:
+def compiled(command: Sequence[str], target: Path) -> None:
+    """The target is there when it is whole: other processes may be making it."""
+    unfinished = target.with_name(f"{target.name}-{os.getpid()}")
+    command = [str(COMPILER), *command, "-o", str(unfinished)]
     # What it says is told in English whatever the terminal speaks.
-    done = subprocess.run([str(COMPILER), *command], capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     if done.returncode:
         raise RuntimeError(done.stderr)
+    unfinished.rename(target)

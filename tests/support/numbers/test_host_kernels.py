@@ -23,7 +23,7 @@ THREADS = 64
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> HostCompiler:
-    return host_compiler(tmp_path_factory.mktemp("kernels"))
+    return host_compiler(tmp_path_factory)
 
 
 @pytest.fixture(params=TEXTS)

@@ -24,7 +24,7 @@ REGISTERS = 65_536
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> NvrtcCompiler:
     if toolkit() is None:
         pytest.skip("NVIDIA's compiler is not installed: `make test-nvrtc` installs it.")
-    return NvrtcCompiler(host_compiler(tmp_path_factory.mktemp("kernels")))
+    return NvrtcCompiler(host_compiler(tmp_path_factory))
 
 
 def attend_in_every_dtype(compiler: Compiler) -> None:

@@ -22,6 +22,7 @@ from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.passages import Limits
 from rollout_server.engine.model.encoders.pooling import Pooling, read_pooling
 from rollout_server.engine.model.encoders.reading import padding_fault
+from rollout_server.engine.model.footprints import check_room
 from rollout_server.errors import EngineUnavailable
 from rollout_server.models.encoders.heads import Headed
 from rollout_server.quoting import counted
@@ -45,6 +46,7 @@ def read_encoder(directory: Path) -> EncoderModel:
             f"{'; '.join(faults)}."
         )
     check_model(directory)
+    check_room(directory)
     pooling = read_pooling(directory) if architecture.task == "embed" else Pooling()
     try:
         module, labels = _module(directory, architecture, said)

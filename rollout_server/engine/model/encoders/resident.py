@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from transformers import AutoTokenizer
 
+from adapters.resident.cuts import Cut
 from adapters.resident.device_check import check_adapters
 from adapters.resident.model_layers import replaceable_parameters
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -50,6 +52,11 @@ class ResidentEncoder:
     @property
     def adapter_kernel(self) -> None:
         """None: kernels are for decode steps."""
+
+    @property
+    def cuts(self) -> Mapping[str, Cut]:
+        """None: its layers are whole."""
+        return {}
 
     @property
     def head(self) -> None:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from transformers import AutoImageProcessor
 
+from rollout_server.engine.model.checkpoint.files import read_config
 from rollout_server.engine.model.vision.load import settled
+from rollout_server.models.vision.families import kind_of
 from rollout_server.models.vision.family import Grid, VisionFamily
 from rollout_server.text.pictures import placeholders
 from rollout_server.text.pictures.decode import BROKEN, decoded, said
@@ -80,6 +83,18 @@ def read_pictures(
         log.warning("The image processor of %s cannot be used (%s): pictures are refused.", directory, error)
         return None
     return ModelPictures(processor, options, cut, family.tokens, marks)
+
+
+def read_pictures_for(directory: Path, tokenizer: Any) -> ModelPictures | None:
+    """As `read_pictures`, of a model whose tower is in another process; None for one without a tower, too."""
+    config = read_config(directory)
+    kind = kind_of(config)
+    if kind is None:
+        return None
+    # How many placeholders a grid has does not depend on weights, which are never computed here.
+    with mx.stream(mx.cpu):
+        family = kind.make(settled(config))
+    return read_pictures(directory, config, family, tokenizer)
 
 
 Made = tuple[dict[str, Any], Cut, Placeholders]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from litestar import Controller, Request, Response, get
@@ -9,7 +10,7 @@ from litestar.params import FromPath
 
 from rollout_server.errors import NotFound
 from rollout_server.http.auth import may_infer
-from rollout_server.http.page.assets import HEADERS, INDEX, assets
+from rollout_server.http.page.assets import HEADERS, INDEX, PAGE, assets
 from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.page.rollout_view import rollout_view
 from rollout_server.http.replies.json_entries import json_response
@@ -67,12 +68,14 @@ def frames_of(request: Request[Any, Any, Any]) -> Frames:
     return frames
 
 
-def file_of(request: Request[Any, Any, Any], name: str) -> Response[bytes]:
-    """One of the page's files; only its tag where the browser has it already."""
-    asset = assets().get(name)
+def file_of(
+    request: Request[Any, Any, Any], name: str, package: str = PAGE, headers: Mapping[str, str] = HEADERS
+) -> Response[bytes]:
+    """One of a page's files; only its tag where the browser has it already."""
+    asset = assets(package).get(name)
     if asset is None:
         raise NotFound(f"The page has no file {quoted(name)}.", param="name")
-    headers = {**HEADERS, "etag": asset.etag}
+    tagged = {**headers, "etag": asset.etag}
     if request.headers.get("if-none-match") == asset.etag:
-        return Response(b"", status_code=304, headers=headers, media_type=asset.media_type)
-    return Response(asset.content, headers=headers, media_type=asset.media_type)
+        return Response(b"", status_code=304, headers=tagged, media_type=asset.media_type)
+    return Response(asset.content, headers=tagged, media_type=asset.media_type)

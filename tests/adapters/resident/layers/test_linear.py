@@ -33,7 +33,7 @@ class Counted(DecodeKernel):
 @pytest.fixture(params=["the GPU", *TEXTS])
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counted:
     if request.param in TEXTS:
-        found = Counted(TEXTS[request.param], host_compiler(tmp_path_factory.mktemp("kernels")))
+        found = Counted(TEXTS[request.param], host_compiler(tmp_path_factory))
     else:
         own = decode_kernel()
         if own is None:

@@ -22,7 +22,7 @@ HEADS = {(16, 8): 128, (8, 1): 64, (7, 1): 64, (4, 4): 80, (12, 2): 128}
 @pytest.fixture(scope="module", params=["the GPU", *TEXTS])
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowKernel:
     if request.param in TEXTS:
-        return RowKernel(TEXTS[request.param], host_compiler(tmp_path_factory.mktemp("kernels")))
+        return RowKernel(TEXTS[request.param], host_compiler(tmp_path_factory))
     found = row_kernel()
     if found is None:
         pytest.skip("There is no GPU.")

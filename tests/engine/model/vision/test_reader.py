@@ -24,6 +24,7 @@ from rollout_server.engine.model.checkpoint.files import read_config
 from rollout_server.engine.model.vision.load import read_vision
 from rollout_server.engine.model.vision.reader import ModelPictures, read_pictures
 from rollout_server.models.vision.family import VisionFamily
+from tests.laws.grids import some_long
 from tests.support.golden_vision import FAMILIES, MARKS, SPECIAL, copied
 from tests.support.pictures.files import READABLE, UNREADABLE, drawn, saved
 
@@ -126,3 +127,17 @@ def test_a_model_that_says_nothing_of_pictures_refuses_them(tmp_path: Path, capl
         (tmp_path / "preprocessor_config.json").unlink()
         assert read_pictures(tmp_path, config, vision, tokenizer) is None
     assert [record.message.count("refuse") for record in caplog.records] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("family", some_long(FAMILIES, "qwen3_vl", "pixtral"))
+def test_a_picture_of_any_shape_has_as_many_features_as_placeholders_or_is_refused(family: str, tmp_path: Path) -> None:
+    pictures, vision = opened(family, tmp_path)
+    for width, height in ((1, 1), (2, 2), (3, 7), (5, 900), (1, 300), (300, 1), (100, 99)):
+        try:
+            picture = pictures.read(saved(drawn(width, height)), LIMIT)
+        except ValueError as error:
+            assert max(width, height) / min(width, height) > 100 and f"{width} × {height} pixels" in str(error)
+            continue
+        pixels = np.frombuffer(picture.pixels, "<f4").reshape(picture.shape)
+        features = np.array(vision.features(mx.array(pixels), picture.grid).embeddings)
+        assert len(features) == picture.tokens and np.isfinite(features).all()

@@ -1,0 +1,1 @@
+"""Several GPUs of one host: whole copies on each, and one model cut over all of them."""

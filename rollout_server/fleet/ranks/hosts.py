@@ -1,0 +1,80 @@
+"""The hosts of ranks, as the file names them that `mlx.launch` reads, and the command that starts a rank on each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout_server.errors import InvalidField
+from rollout_server.quoting import quoted
+
+RDMA = ("jaccl", "jaccl-ring")
+LAUNCH = "mlx.launch"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where one rank runs."""
+
+    ssh: str
+    ips: tuple[str, ...]
+
+
+def read_hosts(path: Path, size: int, backend: str) -> tuple[Host, ...]:
+    """One host for each rank, rank 0 first. Raises `InvalidField` with what is wrong where: `mlx.launch` itself would
+    start what it can, and the ranks would wait for the rest."""
+    try:
+        content = json.loads(path.expanduser().read_bytes())
+    except OSError as error:
+        raise _wrong(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _wrong(path, f"is no JSON: {error}") from error
+    entries = content.get("hosts") if isinstance(content, dict) else content
+    if not isinstance(entries, list):
+        raise _wrong(path, 'is neither a list of hosts nor an object with "hosts"')
+    if len(entries) != size:
+        raise _wrong(
+            path, f"names {len(entries)} hosts, and --tensor-parallel asks for {size} ranks: one host for each"
+        )
+    hosts = tuple(_host(path, number, entry) for number, entry in enumerate(entries))
+    if backend in RDMA:
+        for number, entry in enumerate(entries):
+            _check_rdma(path, number, entry.get("rdma"), size)
+    return hosts
+
+
+def _host(path: Path, number: int, entry: Any) -> Host:
+    where = f"host {number}"
+    if not isinstance(entry, dict):
+        raise _wrong(path, f'{where} is no object with "ssh" and "ips"')
+    ssh, ips = entry.get("ssh"), entry.get("ips", [])
+    if not isinstance(ssh, str) or not ssh:
+        raise _wrong(path, f'{where} has no "ssh", the name that it is reached by')
+    if not isinstance(ips, list) or not all(isinstance(ip, str) and ip for ip in ips):
+        raise _wrong(path, f'"ips" of {where} ({quoted(ssh)}) is no list of addresses')
+    if not ips:
+        raise _wrong(path, f'{where} ({quoted(ssh)}) has no "ips", the addresses at which other ranks reach it')
+    return Host(ssh, tuple(ips))
+
+
+def _check_rdma(path: Path, number: int, devices: Any, size: int) -> None:
+    if not isinstance(devices, list) or len(devices) != size:
+        raise _wrong(path, f'"rdma" of host {number} does not list a device for each of {size} hosts')
+    if devices[number] is not None:
+        raise _wrong(path, f'"rdma" of host {number} names a device for itself, where null belongs')
+
+
+def _wrong(path: Path, what: str) -> InvalidField:
+    return InvalidField(f"--hostfile {path} {what}.", param="hostfile")
+
+
+def launching(path: Path, backend: str, arguments: list[str]) -> list[str]:
+    """The command that runs this very command on every host. Raises `InvalidField` where MLX brings no launcher."""
+    launcher = Path(sys.executable).with_name(LAUNCH)
+    if not launcher.exists():
+        raise InvalidField(f"{LAUNCH} is not beside {sys.executable}: install mlx there.", param="hostfile")
+    own = [sys.executable, "-m", "rollout_server", *arguments]
+    return [str(launcher), "--hostfile", str(path.expanduser()), "--backend", backend, "--", *own]

@@ -1,0 +1,67 @@
+"""What a shell is told behind TAB, in the way in which bash asks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.live_server import Server
+from trainer_client import RolloutClient
+
+
+def offered(*words: str, **environment: str) -> list[str]:
+    """For the last of the words."""
+    asked = {"_ROLLOUT_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("rollout-server", *words))}
+    asked["COMP_CWORD"] = str(len(words))
+    program = "import sys; sys.argv = ['rollout-server']; from rollout_server.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **asked, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def url(server: Server, adapter: Path) -> str:
+    with RolloutClient(server.url) as client:
+        client.push("offered", adapter)
+    return server.url
+
+
+def test_policies_of_the_server_that_is_asked(url: str) -> None:
+    assert offered("generate", "--url", url, "--policy", "off") == ["offered", "offered@1"]
+    assert "base" in offered("perplexity", "--url", url, "--policy", "b")
+
+
+def test_names_and_their_versions(url: str) -> None:
+    assert offered("weights", "activate", "--url", url, "off") == ["offered"]
+    assert offered("weights", "activate", "--url", url, "offered", "1") == ["1"]
+    assert offered("push", "--url", url, "--name", "off") == ["offered"]
+
+
+def test_the_address_of_the_environment(url: str) -> None:
+    port = url.rpartition(":")[2]
+    assert offered("weights", "list", "off", ROLLOUT_PORT=port, ROLLOUT_HOST="127.0.0.1") == ["offered"]
+
+
+def test_without_a_server_only_the_base_is_offered_and_nothing_is_said() -> None:
+    assert offered("generate", "--url", "http://127.0.0.1:9", "--policy", "b") == ["base"]
+    assert offered("weights", "list", "--url", "nonsense", "a") == []
+
+
+def test_values_of_options() -> None:
+    assert offered("serve", "--page", "o") == ["on", "off"]
+    assert offered("serve", "--prefer", "t") == ["throughput"]
+
+
+def test_paths_are_left_to_the_shell(tmp_path: Path) -> None:
+    assert offered("push", str(tmp_path)) == []
+    assert offered("serve", "--model", str(tmp_path)) == []

@@ -1,0 +1,231 @@
+"""An engine of two ranks is one engine: same rows, same versions, same answers, and it does not outlive a rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from adapters.bundle import AdapterBundle
+from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.messages.options import EngineOptions, RankOptions
+from rollout_server.engine.messages.rollouts import RowFinished
+from rollout_server.engine.messages.scoring import Score
+from rollout_server.engine.messages.versions import Publish
+from rollout_server.errors import AdapterMismatch, EngineUnavailable
+from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams
+from tests.support import tiny_models
+from tests.support.adapter_files import make
+from tests.support.fleet.kill_replicas import fleet_handle, until
+
+T = TypeVar("T")
+PROMPTS = [(5, 9, 33), (44,), tuple(range(1, 41)), (7, 7, 7)]
+CLOSE = 1e-4
+"""Log-probabilities of float32: sums over ranks add in another order."""
+
+
+class Started:
+    """Two ranks and one process of the same model, on an event loop of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._pool = ThreadPoolExecutor(1)
+        self._pool.submit(self._loop.run_forever)
+        self.two = fleet_handle(path, 1, ranks=RankOptions(2, silent_s=6.0), context_length=1500)
+        self.one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, context_length=1500))
+        self.run(self._start())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(400)
+
+    async def _start(self) -> None:
+        for handle in (self.two, self.one):
+            handle.start()
+        for handle in (self.two, self.one):
+            await handle.wait_ready()
+
+    async def _close(self) -> None:
+        await asyncio.gather(self.two.close(), self.one.close())
+
+    def close(self) -> None:
+        self.run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._pool.shutdown()
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    both = Started(tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny"))
+    yield both
+    both.close()
+
+
+def contents(handle: EngineHandle) -> list[AdapterBundle]:
+    """LoRA, DoRA and LoRA of another rank, on every linear layer."""
+    layers = handle.info.layers
+    return [make(layers, 1, 8), make(layers, 2, 16, dora=True), make(layers, 3, 4)]
+
+
+async def push(handle: EngineHandle, bundle: AdapterBundle, name: str) -> int:
+    published = await handle.publish(Publish(handle.new_id("publish"), name, bundle))
+    return published.version.number
+
+
+def groups(policy: str, *, n: int = 2, max_tokens: int = 12, temperature: float = 1.0) -> list[RolloutRequest]:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature)
+    address = PolicyAddress.parse(policy)
+    return [
+        RolloutRequest("", prompt, sampling, address, n, index, tuple(range(index * 100, index * 100 + n)))
+        for index, prompt in enumerate(PROMPTS)
+    ]
+
+
+async def rows(handle: EngineHandle, asked: list[RolloutRequest]) -> list[Rollout]:
+    id = handle.new_id("test")
+    renamed = [replace(group, id=id) for group in asked]
+    found = [event.rollout async for event in handle.submit(id, renamed) if isinstance(event, RowFinished)]
+    return sorted(found, key=lambda row: (row.prompt_index, row.sample_index))
+
+
+def assert_same(found: list[Rollout], expected: list[Rollout]) -> None:
+    assert [row.token_ids for row in found] == [row.token_ids for row in expected]
+    gaps = [np.abs(np.subtract(row.logprobs, other.logprobs)).max() for row, other in zip(found, expected, strict=True)]
+    assert max(gaps) <= CLOSE
+
+
+def assert_rows_are_those_of_one_process(started: Started) -> None:
+    async def script(handle: EngineHandle) -> list[list[Rollout]]:
+        for name, bundle in zip("abc", contents(handle), strict=True):
+            await push(handle, bundle, name)
+        drawn = {"base": 0.0, "a": 1.0, "b": 0.0, "c": 1.0}
+        asked = [groups(policy, temperature=temperature) for policy, temperature in drawn.items()]
+        return await asyncio.gather(*(rows(handle, groups) for groups in asked))
+
+    async def both() -> None:
+        found, expected = await asyncio.gather(script(started.two), script(started.one))
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_same(mine, theirs)
+        assert len({tuple(row.token_ids for row in of) for of in expected}) == 4, "the adapters change what is drawn"
+
+    started.run(both())
+
+
+def test_rows_of_base_lora_and_dora_in_one_batch_are_those_of_one_process(started: Started) -> None:
+    assert_rows_are_those_of_one_process(started)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_rows_of_other_families_are_those_of_one_process(family: str, tmp_path: Path) -> None:
+    """Layers with a bias, heads that share the embedding's weight or have one of their own, and experts."""
+    both = Started(tiny_models.build(family, tmp_path / family))
+    try:
+        assert_rows_are_those_of_one_process(both)
+    finally:
+        both.close()
+
+
+def test_what_is_known_of_the_model_is_what_one_process_knows(started: Started) -> None:
+    two, one = started.two.info, started.one.info
+    assert (two.ranks, two.layers, two.parameters, two.digest) == (2, one.layers, one.parameters, one.digest)
+    assert two.weight_bytes < one.weight_bytes and two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
+
+
+def test_versions_change_while_rows_decode(started: Started) -> None:
+    """Every row is that of the version which its group was admitted under, whatever was pushed meanwhile."""
+
+    async def swap() -> None:
+        names = {}
+        for bundle in contents(started.two):
+            number = await push(started.two, bundle, "swapped")
+            names[number] = bundle
+            names[f"running {number}"] = asyncio.create_task(rows(started.two, groups("swapped", max_tokens=60)))
+            await asyncio.sleep(0.3)
+        for number in [number for number in names if isinstance(number, int)]:
+            found = await names[f"running {number}"]
+            assert {span.version.number for row in found for span in row.spans} == {number}
+            await push(started.one, names[number], f"kept{number}")
+            assert_same(found, await rows(started.one, groups(f"kept{number}", max_tokens=60)))
+
+    started.run(swap())
+
+
+def test_scores_are_those_of_one_process(started: Started) -> None:
+    async def both() -> None:
+        for handle in (started.two, started.one):
+            await push(handle, contents(handle)[1], "scored")
+        sequences = tuple((*prompt, 3, 1, 4) for prompt in PROMPTS)
+        starts, address = tuple(map(len, PROMPTS)), PolicyAddress("scored")
+        found, expected = [
+            await handle.score(Score(handle.new_id("score"), address, sequences, starts))
+            for handle in (started.two, started.one)
+        ]
+        for mine, theirs in zip(found.sequences, expected.sequences, strict=True):
+            assert np.abs(np.subtract(mine.logprobs, theirs.logprobs)).max() <= CLOSE
+
+    started.run(both())
+
+
+def test_a_merged_version_is_refused_by_name(started: Started) -> None:
+    async def push_merged() -> None:
+        bundle = contents(started.two)[0]
+        with pytest.raises(AdapterMismatch, match="not served by several ranks"):
+            await started.two.publish(Publish(started.two.new_id("p"), "merged", bundle, mode="merged"))
+        assert await push(started.two, bundle, "as_it_is") == 1, "the engine goes on"
+
+    started.run(push_merged())
+
+
+def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: Started) -> None:
+    """One that did not would have ended the engine: digests of every turn are compared."""
+
+    async def long() -> None:
+        group = groups("base", n=1, max_tokens=1050)[0]
+        [row] = await rows(started.two, [group])
+        assert len(row.token_ids) == 1050
+        assert_same([row], await rows(started.one, [group]))
+        assert started.two.status.replicas[0].restarts == 0
+
+    started.run(long())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_rows_of_ranks_of_which_one_is_killed_or_stopped_come_back(started: Started, how: signal.Signals) -> None:
+    """The engine ends by name, at once or when the rank was silent for as long as it may be; versions do not change
+    while there is none, and its rows are drawn again by the next."""
+
+    async def kill() -> None:
+        handle, asked = started.two, groups("base", max_tokens=200)
+        before = handle.status.replicas[0]
+        running = asyncio.create_task(rows(handle, asked))
+        await until(lambda: handle.status.replicas[0].running > 0)
+        os.kill(follower_of(before.pid), how)
+        await until(lambda: handle.status.replicas[0].state != "live", 30)
+        with pytest.raises(EngineUnavailable) as refused:
+            await push(handle, contents(handle)[0], "meanwhile")
+        assert refused.value.retryable
+        assert_same(await running, await rows(started.one, asked))
+        assert handle.status.replicas[0].restarts == before.restarts + 1
+
+    started.run(kill())
+
+
+def follower_of(pid: int | None) -> int:
+    """The process of rank 1, a child of rank 0's."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    # Started by the engine's thread, whose children are listed apart.
+    children += [
+        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    found = {int(child) for child in children if "ranks.follower" in Path(f"/proc/{child}/cmdline").read_text()}
+    assert len(found) == 1, children
+    return found.pop()

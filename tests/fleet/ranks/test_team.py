@@ -1,0 +1,106 @@
+"""Rank 0 finds out what has become of the others, and says it once."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from rollout_server.engine.messages.control import Ping
+from rollout_server.engine.ranks.digest import TurnDigest
+from rollout_server.fleet.codec.frames import LENGTH
+from rollout_server.fleet.ranks.decisions import DECISION, OTHER, SAME, Teller
+from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, Member, Team
+from rollout_server.fleet.ranks.words import rank_codec, uncompiled
+from tests.support.live_server import until
+
+
+@dataclass
+class Watched:
+    """A team with one other rank, which the test plays."""
+
+    team: Team
+    decisions: socket.socket
+    commands: socket.socket
+    messages: queue.SimpleQueue[Any]
+    fell: list[str] = field(default_factory=list)
+
+    def why(self) -> str:
+        until(lambda: self.fell)
+        assert len(self.fell) == 1 and self.team.fault == self.fell[0]
+        return self.fell[0]
+
+
+def watched(process: subprocess.Popen[bytes] | None = None, silent_s: float = 60.0) -> Watched:
+    near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    fell: list[str] = []
+    team = Team([Member(1, near[0], near[1], process)], rank_codec(uncompiled), messages, silent_s, fell.append)
+    team.start()
+    return Watched(team, far[0], far[1], messages, fell)
+
+
+@pytest.fixture
+def other() -> Iterator[Watched]:
+    found = watched()
+    yield found
+    found.team.close()
+
+
+def test_a_command_is_sent_to_every_rank(other: Watched) -> None:
+    other.messages.put(Ping("here"))
+    (length,) = LENGTH.unpack(other.commands.recv(LENGTH.size, socket.MSG_WAITALL))
+    assert rank_codec(uncompiled).decode(other.commands.recv(length, socket.MSG_WAITALL)) == Ping("here")
+
+
+def test_a_rank_that_ends_is_told_of_with_its_status() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    other = watched(process)
+    process.kill()
+    process.wait()
+    other.commands.close()
+    assert "Rank 1 has ended (exit status -9)" in other.why()
+
+
+def test_a_rank_that_says_what_went_wrong_is_quoted(other: Watched) -> None:
+    other.commands.sendall(ALIVE + b"\n" + FAILED + b"the model is not there\n")
+    assert "Rank 1: the model is not there" in other.why()
+
+
+def test_a_rank_that_did_something_else_ends_the_engine(other: Watched) -> None:
+    other.decisions.sendall(DECISION.pack(SAME, b"") * 2 + DECISION.pack(OTHER, b""))
+    assert "Before turn 3 rank 1 did something else than rank 0" in other.why()
+
+
+def test_a_rank_that_says_nothing_ends_the_engine_in_time() -> None:
+    other, began = watched(silent_s=1.0), time.monotonic()
+    other.commands.sendall(ALIVE + b"\n")
+    assert "Rank 1 was not heard of for 1 s" in other.why()
+    assert time.monotonic() - began >= 1.0
+
+
+def test_a_turn_that_never_ends_ends_the_engine_though_all_look_alive() -> None:
+    other = watched(silent_s=0.3)
+    teller = Teller([], TurnDigest())
+    other.team.lead(teller)
+    teller.clock()
+    began = time.monotonic()
+    while not other.fell and time.monotonic() - began < 60:
+        other.commands.sendall(ALIVE + b"\n")
+        time.sleep(0.05)
+    assert f"No rank has got any further for {LONG_TURN * 0.3:g} s" in other.why()
+
+
+def test_an_engine_that_was_told_to_end_misses_nobody(other: Watched) -> None:
+    other.team.close()
+    other.commands.close()
+    other.decisions.close()
+    time.sleep(0.5)
+    assert other.fell == [] and other.team.fault is None
