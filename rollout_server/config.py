@@ -283,6 +283,10 @@ class ServerConfig(BaseSettings):
             raise ValueError(
                 "--tensor-parallel is of engines that this machine starts: not with --ray-address or --fleet"
             )
+        if self.join is not None and self.tensor_parallel is not None and self.hostfile is None:
+            raise ValueError(
+                "with --join ranks are started from --hostfile, which names this host for each of its ranks"
+            )
         if self.ray_address is not None and self.replicas is None:
             raise ValueError(
                 "--ray-address says where replicas are placed: say with --replicas how many there shall be"
