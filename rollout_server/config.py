@@ -309,9 +309,11 @@ class ServerConfig(BaseSettings):
             )
         if (self.fleet_cert is None) != (self.fleet_key_file is None):
             raise ValueError("--fleet-cert and --fleet-key-file belong together: give both, or leave links unencrypted")
-        for other, field in (("--replicas", self.replicas), ("--memory", self.memory), ("--trace", self.trace)):
-            if field is not None:
-                raise ValueError(f"{other} is about engines of this machine, and --fleet has none: leave one out")
+        for name in ("replicas", "memory", "trace", "ray_address"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is about engines of this machine, and --fleet has none: leave one out"
+                )
         if self.also:
             raise ValueError("--also serves several models in one process: leave it out with --fleet")
         return self
@@ -324,7 +326,7 @@ class ServerConfig(BaseSettings):
             return self
         if self.fleet_key_file is not None:
             raise ValueError("--fleet-key-file is the controller's: a replica has no private key")
-        for name in ("fleet", "replicas", "also", "adapters", "adapter_dir", "state_dir", "memory"):
+        for name in ("fleet", "replicas", "ray_address", "also", "adapters", "adapter_dir", "state_dir", "memory"):
             if getattr(self, name):
                 option = name.replace("_", "-").replace("adapters", "adapter")
                 raise ValueError(f"--{option} is for a server, and with --join this is a replica of another's fleet")
