@@ -19,7 +19,7 @@ RAY := .venv-ray
 RAY_READY := $(RAY)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel sbom containers lock clean
+.PHONY: help setup demo serve test test-fast test-all test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel sbom containers lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,14 +42,19 @@ serve: $(READY)  ## serve the embedded model (ARGS="--model DIR")
 # Wherever it is set, every process that a test starts would compile the sources anew, and pytest its tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Files of tests side by side.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+# Files of tests side by side, those that are likely to take long first (tests/laws/marks.py). Three processes keep two
+# cores busy while a test waits; each more costs ten seconds of imports and collection.
+SPREAD := -n $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4))) \
+	--dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## run the tests but those of test-long (ARGS="tests/engine -k swap")
 	$(BIN)/python -m pytest -q $(or $(ARGS),-m "not long" $(SPREAD))
 
 test-fast: $(READY)  ## a minute's worth of them: no server, no kill, no model that is loaded
 	$(BIN)/python -m pytest -q -m "not server and not model and not numeric and not long" $(SPREAD) $(ARGS)
+
+test-all: $(READY)  ## test and test-long in one run, which is shorter than both: what CI runs
+	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
 
 test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full disk, the demo to its end, grids to their corners
 	$(BIN)/python -m pytest -q -m long $(SPREAD) $(ARGS)
