@@ -28,7 +28,7 @@ def test_it_shows_the_replicas_of_a_fleet_and_what_becomes_of_them(chromium: Bro
         lost = client.fleet()[0]
         shown = f"[data-replica='{lost.id}']"
         chromium.until(lambda: fact(chromium, shown, "versions") == "1")
-        assert fact(chromium, shown, "process") == str(lost.pid)
+        chromium.until(lambda: fact(chromium, shown, "process") == str(lost.pid))
         os.kill(lost.pid or 0, signal.SIGKILL)
         chromium.until(lambda: "dead" in chromium.text(shown) or "joining" in chromium.text(shown))
         chromium.until(lambda: fact(chromium, shown, "restarts") == "1" and "live" in chromium.text(shown), 120)
