@@ -277,11 +277,12 @@ class ServerConfig(BaseSettings):
             raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
         if self.hostfile is not None and (self.replicas or 1) > 1:
             raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
-        if self.tensor_parallel is not None and (self.also or self.memory is not None or self.trace is not None):
-            raise ValueError("--also, --memory and --trace are of engines in this process: not with --tensor-parallel")
-        if self.tensor_parallel is not None and (self.ray_address is not None or self.fleet):
+        apart = self.also or self.memory or self.trace or self.ray_address or self.fleet
+        if self.tensor_parallel is not None and apart:
+            raise ValueError("--also, --memory, --trace, --ray-address and --fleet do not go with --tensor-parallel")
+        if self.join is not None and self.tensor_parallel is not None and self.hostfile is None:
             raise ValueError(
-                "--tensor-parallel is of engines that this machine starts: not with --ray-address or --fleet"
+                "with --join ranks are started from --hostfile, which names this host for each of its ranks"
             )
         if self.ray_address is not None and self.replicas is None:
             raise ValueError(
