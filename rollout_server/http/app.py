@@ -190,13 +190,14 @@ def observer_of(handle: EngineHandle, metrics: Metrics, model: str, *, keep: boo
 
 def document(config: ServerConfig) -> OpenAPIConfig:
     """What `/schema/openapi.json` is made by; it asks for a key where the server does."""
+    keys = {"key": SecurityScheme(type="http", scheme="bearer")} if config.protected else {}
     return OpenAPIConfig(
         title="rollout-server",
         version=__version__,
         openapi_router=explorer_router(),
         create_examples=False,
-        components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
-        security=[{"key": []}] if config.protected else None,
+        components=Components(security_schemes=dict(keys)),
+        security=[{name: []} for name in keys] or None,
         render_plugins=[ExactJsonPlugin()],
     )
 

@@ -104,3 +104,11 @@ def sources() -> str:
 def spoken_of(option: str) -> bool:
     """Whether a program of ours that is no command of `rollout-server` has the option."""
     return f'"{option}"' in sources() or f" {option} " in makefile()
+
+
+def test_every_page_of_the_guide_is_in_its_list_and_in_the_site() -> None:
+    own = {page.name for page in pages() if page.name.startswith("docs/guide/")}
+    tree = (ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8")
+    assert own == set(re.findall(r'"(docs/guide/[\w-]+\.md)"', tree))
+    listed = page_of(ROOT / "docs" / "guide" / "README.md").links
+    assert {name.removeprefix("docs/guide/") for name in own} - {"README.md"} <= set(listed)
