@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from rollout_server.open_files import OpenFiles
+from tests.laws.grids import some_long
 from tests.support.live_server import server_here
 
 ROOT = Path(__file__).parent.parent
@@ -53,14 +54,18 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        ((1024, 1024), "1024 1024"),
-        ((256, 256), "256 256"),
-        # What mlx-lm is after is done as far as it may be.
+    some_long(
+        [
+            ((1024, 1024), "1024 1024"),
+            ((256, 256), "256 256"),
+            # What mlx-lm is after is done as far as it may be.
+            ((256, 1500), "1500 1500"),
+            ((256, 6000), "2048 6000"),
+            ((6000, 6000), "6000 6000"),
+        ],
         ((256, 1500), "1500 1500"),
-        ((256, 6000), "2048 6000"),
         ((6000, 6000), "6000 6000"),
-    ],
+    ),
 )
 def test_importing_mlx_lm_raises_the_limit_as_far_as_it_may_and_never_lowers_it(
     before: tuple[int, int], after: str

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
@@ -16,6 +17,8 @@ MODELS = frozenset({"Driver", "EngineOptions"})
 BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "relative", "of_softmax"})
 """The names of tests/support/numbers/bounds.py."""
 FOLLOWED = ("tests.", "rollout_server.demo.")
+SECONDS = {"long": 10.0, "server": 2.0, "model": 0.5}
+"""Of a test with the mark, the first that it has."""
 
 
 def names_in(code: CodeType) -> Iterator[str]:
@@ -57,6 +60,20 @@ def ours(value: object, names: frozenset[str]) -> list[FunctionType]:
         found = list(vars(value).values()) if inspect.isclass(value) else [value]
     plain = [inspect.unwrap(each) for each in found if callable(each)]
     return [each for each in plain if isinstance(each, FunctionType) and each.__module__.startswith(FOLLOWED)]
+
+
+def seconds(item: pytest.Item) -> float:
+    """About how long a test of its kind takes."""
+    return next((long for name, long in SECONDS.items() if item.get_closest_marker(name)), 0.02)
+
+
+def heaviest_first(items: list[pytest.Item]) -> None:
+    """Puts files that are likely to take long before the others, for processes that take them one by one: a long file
+    at the end would be waited for."""
+    taken: dict[Path, float] = {}
+    for item in items:
+        taken[item.path] = taken.get(item.path, 0.0) + seconds(item)
+    items.sort(key=lambda item: -taken[item.path])
 
 
 def mark(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.laws.grids import corners
 from tests.openai_sdk.routes import PROMPT, ROUTES, arguments, resource, streamed, whole
 from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
@@ -57,8 +58,7 @@ def call(route: str, case: str, **more: Any) -> dict[str, Any]:
     return arguments(route, **fields, **more, extra_body=extra)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "case"), corners(list(ROUTES), list(CASES)))
 def test_whole(client: OpenAI, tokenizer: Any, route: str, case: str) -> None:
     asked = call(route, case)
     raw = resource(client, route).with_raw_response.create(**asked)
@@ -85,8 +85,7 @@ def test_whole(client: OpenAI, tokenizer: Any, route: str, case: str) -> None:
         assert answer.mode == asked["extra_body"].get("logprobs_mode", "raw_logprobs")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "case"), corners(list(ROUTES), list(CASES)))
 def test_a_stream_adds_up_to_the_same(client: OpenAI, route: str, case: str) -> None:
     asked = call(route, case)
     reply = resource(client, route).create(**asked)

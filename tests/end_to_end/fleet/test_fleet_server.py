@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support import tiny_models
-from tests.support.live_server import live_server, until
+from tests.support.live_server import live_server, server_here, until
 from trainer_client import RolloutClient, TrainerClientError
 
 PROMPTS = [[5, 9, 33], [44], list(range(1, 40))]
@@ -82,7 +82,7 @@ def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_of_one_process_has_no_replicas(model: Path) -> None:
-    with live_server(model) as server, RolloutClient(server.url) as client:
+    with server_here(model) as server, RolloutClient(server.url) as client:
         assert client.fleet() == ()
         with pytest.raises(TrainerClientError, match="no replica"):
             client.drain_replica("local-0")
