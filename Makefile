@@ -19,7 +19,7 @@ RAY := .venv-ray
 RAY_READY := $(RAY)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-all test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel lock clean
+.PHONY: help setup demo serve test test-fast test-all test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel sbom containers lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -151,8 +151,26 @@ bench-peers: $(PEERS_READY)  ## generate of transformers against the engine; set
 bench-pushes: $(READY)  ## what pushes cost the rows that run (ARGS="--rounds 1")
 	$(BIN)/python -m benchmarks.pushes $(ARGS)
 
-wheel: $(READY)  ## build dist/*.whl
-	$(BIN)/python -m hatchling build --target wheel
+wheel: $(READY)  ## build dist/*.whl and dist/*.tar.gz, of the version in rollout_server/__init__.py
+	$(BIN)/python -m hatchling build
+
+# $(call tool,PROGRAM,GROUP): what only one target needs is installed when it is asked for.
+tool = test -x $(BIN)/$(1) \
+	|| $(UV) pip install --quiet --python $(BIN)/python --group $(2) 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --group $(2)
+
+sbom: $(READY)  ## what the lock brings, as CycloneDX in dist/sbom.json; installs cyclonedx-bom into .venv
+	@$(call tool,cyclonedx-py,sbom)
+	@mkdir -p dist
+	@version=$$($(BIN)/python -c 'import rollout_server; print(rollout_server.__version__)') \
+		&& sed "s/^dynamic = \[\"version\"\]/version = \"$$version\"/" pyproject.toml >dist/pyproject.toml
+	$(BIN)/cyclonedx-py requirements --pyproject dist/pyproject.toml --output-reproducible --of JSON -o dist/sbom.json \
+		requirements.lock.txt
+	@rm dist/pyproject.toml
+
+containers: $(READY)  ## lint the container files; installs hadolint into .venv. Building them needs docker (see each file's head)
+	@$(call tool,hadolint,containers)
+	$(BIN)/hadolint packaging/containers/*.Dockerfile
 
 LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock" $(ARGS)

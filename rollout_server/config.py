@@ -277,11 +277,12 @@ class ServerConfig(BaseSettings):
             raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
         if self.hostfile is not None and (self.replicas or 1) > 1:
             raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
-        if self.tensor_parallel is not None and (self.also or self.memory is not None or self.trace is not None):
-            raise ValueError("--also, --memory and --trace are of engines in this process: not with --tensor-parallel")
-        if self.tensor_parallel is not None and (self.ray_address is not None or self.fleet):
+        apart = self.also or self.memory or self.trace or self.ray_address or self.fleet
+        if self.tensor_parallel is not None and apart:
+            raise ValueError("--also, --memory, --trace, --ray-address and --fleet do not go with --tensor-parallel")
+        if self.join is not None and self.tensor_parallel is not None and self.hostfile is None:
             raise ValueError(
-                "--tensor-parallel is of engines that this machine starts: not with --ray-address or --fleet"
+                "with --join ranks are started from --hostfile, which names this host for each of its ranks"
             )
         if self.ray_address is not None and self.replicas is None:
             raise ValueError(
@@ -308,9 +309,11 @@ class ServerConfig(BaseSettings):
             )
         if (self.fleet_cert is None) != (self.fleet_key_file is None):
             raise ValueError("--fleet-cert and --fleet-key-file belong together: give both, or leave links unencrypted")
-        for other, field in (("--replicas", self.replicas), ("--memory", self.memory), ("--trace", self.trace)):
-            if field is not None:
-                raise ValueError(f"{other} is about engines of this machine, and --fleet has none: leave one out")
+        for name in ("replicas", "memory", "trace", "ray_address"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is about engines of this machine, and --fleet has none: leave one out"
+                )
         if self.also:
             raise ValueError("--also serves several models in one process: leave it out with --fleet")
         return self
@@ -323,7 +326,7 @@ class ServerConfig(BaseSettings):
             return self
         if self.fleet_key_file is not None:
             raise ValueError("--fleet-key-file is the controller's: a replica has no private key")
-        for name in ("fleet", "replicas", "also", "adapters", "adapter_dir", "state_dir", "memory"):
+        for name in ("fleet", "replicas", "ray_address", "also", "adapters", "adapter_dir", "state_dir", "memory"):
             if getattr(self, name):
                 option = name.replace("_", "-").replace("adapters", "adapter")
                 raise ValueError(f"--{option} is for a server, and with --join this is a replica of another's fleet")

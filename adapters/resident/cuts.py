@@ -64,8 +64,6 @@ class Cut:
 
 def own_part(prepared: PreparedBundle, cuts: Mapping[str, Cut]) -> PreparedBundle:
     """A version as this rank's layers take it. What a gain is made of stays whole, since every rank finds all gains."""
-    if not cuts:
-        return prepared
     factors = {path: cuts[path].factors(of) if path in cuts else of for path, of in prepared.factors.items()}
     return replace(prepared, factors=factors)
 

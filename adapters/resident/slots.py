@@ -139,7 +139,7 @@ class AdapterSlots:
             self._norms_for(path, bundle).begin(path, self._weights(path), delta)
             for path, delta in version.deltas.items()
         )
-        return Staging(own_part(version, self._cuts), Gains(version, norms))
+        return Staging(own_part(version, self._cuts) if self._cuts else version, Gains(version, norms))
 
     def _refuse_unfit(self, bundle: AdapterBundle) -> None:
         targeted = {module.place for module in bundle.spec.modules.values()}

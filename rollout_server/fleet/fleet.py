@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -91,6 +91,7 @@ class Fleet:
         self.grammars: Grammars | None = None
         self._fleet, self._path = fleet, Path(options.model_path)
         self._terms = Terms(options)
+        self._name = options.model_id
         self._post, self._show_status, self._clock = post, show, clock
         self._ledger = Ledger(silent_s=fleet.silent_s)
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
@@ -224,7 +225,9 @@ class Fleet:
 
             self.tokenizer, self.grammars, self.pictures = await asyncio.to_thread(load_tokenizer, self._path, info)
             self._versions.base = PolicyVersion(BASE, 0, info.digest)
-            self.info = info
+            self.info = replace(info, id=self._name)
+        # A row that is taken has to fit wherever it goes.
+        self.info = replace(self.info, kv_memory=min(self.info.kv_memory, info.kv_memory))
         if self._readings.paused is not None:
             self._send(id, self._readings.paused)
         self._versions.claim(id, ready.held)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
 
 BUFFER = 1 << 20
 """Bytes that are read ahead; frames may be longer."""
+PIECE = 1 << 18
+"""Bytes that are written at once."""
 FLUSH_S = 1.0
 """Seconds that the last words to the other end may take."""
 
@@ -29,6 +33,9 @@ class Link:
         self._codec = codec
         self._reader = reader
         self._writer = writer
+        self._waiting: deque[memoryview] = deque()
+        """Pieces of long frames and what was sent behind them."""
+        self._pump: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -36,8 +43,24 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Messages arrive in their order, or the link closes; what is sent to a closed one is forgotten."""
-        if not self._writer.is_closing():
-            self._writer.write(self._codec.encode(message))
+        if self._writer.is_closing():
+            return
+        frame = self._codec.encode(message)
+        if self._pump is None and len(frame) <= PIECE:
+            self._writer.write(frame)
+            return
+        # A frame that goes to many replicas is in memory once: each link writes a piece when the last one has left.
+        self._waiting.extend(memoryview(frame)[at : at + PIECE] for at in range(0, len(frame), PIECE))
+        if self._pump is None:
+            self._pump = asyncio.get_running_loop().create_task(self._write())
+
+    async def _write(self) -> None:
+        with suppress(OSError):
+            while self._waiting and not self._writer.is_closing():
+                self._writer.write(self._waiting.popleft())
+                await self._writer.drain()
+        self._waiting.clear()
+        self._pump = None
 
     async def receive(self) -> Any:
         """The next message; None once the link is closed. Raises `BadFrame`."""

@@ -70,6 +70,8 @@ class FleetVersions:
         self._told: dict[Content, Published] = {}
         """What a replica said of staging it."""
         self._settled: dict[int, asyncio.Future[None]] = {}
+        self._stages: dict[Version, StageVersion] = {}
+        """What all replicas are sent of a version that is being staged."""
         self._staging: set[Version] = set()
         """Versions that are not in the registry yet."""
         self._refused: dict[Version, RolloutError] = {}
@@ -133,10 +135,13 @@ class FleetVersions:
             return
         if claimed is not None:
             self._send(replica, DropVersion(f"/drop/{number}/{name}", name, number))
-        self._send(
-            replica,
-            StageVersion(f"/stage/{number}/{name}", name, number, bundle, self._labels.get(version), mode, dequantize),
-        )
+        message = self._stages.get(version)
+        if message is None:
+            label = self._labels.get(version)
+            message = StageVersion(f"/stage/{number}/{name}", name, number, bundle, label, mode, dequantize)
+        if version in self._staging:
+            self._stages[version] = message
+        self._send(replica, message)
 
     def flip_on(self, replica: str, version: Version) -> None:
         name, number = version
@@ -259,6 +264,8 @@ class FleetVersions:
             self._staging.discard(version)
             self._free()
             raise
+        finally:
+            self._stages.pop(version, None)
 
     async def _flip(self, version: Version) -> None:
         await self._settle(self._ledger.flip(version, self._clock()))

@@ -66,9 +66,10 @@ class CannotStart:
     error: RolloutError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class StageVersion:
-    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`."""
+    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`. One message for
+    all replicas is one frame."""
 
     id: str
     name: str

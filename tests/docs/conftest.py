@@ -34,7 +34,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_adapter(folder / name, tensors, config | {"task_type": task, "modules_to_save": ["classifier", "score"]})
     tiny_scorers.build("llama", folder / "reward-model")
     save_adapter(folder / "rm-adapter", *random_adapter(linear_layers(folder / "reward-model"), 4, seed=4))
-    (folder / "text.txt").write_text("\n".join(f"{a}+{b}={a + b}" for a in range(20) for b in range(20)))
+    (folder / "text.txt").write_text("\n".join(f"{a}+{b}={a + b}" for a in range(9) for b in range(9)))
     (folder / "state.safetensors").write_bytes(RECURRENT.read_bytes())
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -45,8 +45,8 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(belongings: Path) -> Iterator[str]:
     """Where the quick start has left its server: `policy@1` and `policy@2` are there."""
     with server_here(None) as server, RolloutClient(server.url) as client:
-        client.push("policy", belongings / "adapter")
-        client.push("policy", *random_adapter(linear_layers(belongings / "model"), 4, seed=5))
+        for source in ((belongings / "adapter",), random_adapter(linear_layers(belongings / "model"), 4, seed=5)):
+            client.pin("policy", client.push("policy", *source).version)  # whatever pages push in between
         yield server.url
 
 

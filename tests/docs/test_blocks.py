@@ -15,14 +15,11 @@ DRAWINGS = frozenset({"mermaid", "text"})
 NOT_RUN: Mapping[tuple[str, str], str] = {
     ("README.md", "make demo"): "minutes; tests/demo does it, and this is what `make test` runs",
     ("docs/quick-start.md", "make setup"): "it installs packages; `make newcomer` does it",
-    (
-        "docs/guide/operations.md",
-        "rollout-server doctor",
-    ): "tests/machine/test_doctor.py does it; it measures for seconds",
+    ("docs/guide/operations.md", "rollout-server doctor"): "tests/machine/test_doctor.py does, for seconds",
 }
 """(Page, first line of a block) → why it is not run here."""
-LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md"})
-"""Pages that start several engines, or train a model first: `make test-long` reads them."""
+LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md", "docs/guide/operations.md"})
+"""Pages that start several engines, train a model first, or measure: `make test-long` reads them."""
 
 
 def with_code() -> list[Page]:

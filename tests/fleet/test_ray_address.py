@@ -1,4 +1,4 @@
-"""`--ray-address` without Ray, which most servers do without."""
+"""What of `--ray-address` needs no Ray, which most servers do without."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from rollout_server.errors import InvalidField
+from rollout_server.fleet.codec.frames import LENGTH
 from rollout_server.fleet.ray.cluster import ONE_MLX, connect
+from rollout_server.fleet.ray.connection import take_whole
 
 
 def test_a_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +24,14 @@ def test_a_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest
         "--ray-address needs Ray, which is not installed: pip install 'rollout-server[ray]', here and on every node of "
         "the cluster."
     )
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_frames_come_out_whole_and_in_order_however_they_are_cut(step: int) -> None:
+    bodies = [b"", b"a", b"bc" * 3, b"", b"d" * 40]
+    stream = b"".join(LENGTH.pack(len(body)) + body for body in bodies)
+    came, found = bytearray(), []
+    for at in range(0, len(stream), step):
+        came += stream[at : at + step]
+        found += take_whole(came)
+    assert found == bodies and not came

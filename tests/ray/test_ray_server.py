@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import tiny_models
-from tests.support.fleet.ray_nodes import RayNodes, actor_processes, kill_one
+from tests.support.fleet.ray_nodes import PLACE_S, RayNodes, actor_processes, kill_one
 from tests.support.live_server import live_server, server_here, until
 from trainer_client import RolloutClient
 
+PATIENT = {"ROLLOUT_REPLICA_PLACE_S": str(PLACE_S)}
 PROMPTS = [[5, 9, 33], [44], list(range(1, 40))]
 
 
@@ -35,7 +36,7 @@ def test_a_server_whose_engines_ray_places(nodes: RayNodes, path: Path, tmp_path
         alone.push("policy", *adapter(path, 1))
         expected = {policy: drawn(alone, policy) for policy in ("base", "policy")}
         longer = drawn(alone, "policy", 200)
-    with live_server(path, *options) as server, RolloutClient(server.url) as client:
+    with live_server(path, *options, environment=PATIENT) as server, RolloutClient(server.url) as client:
         assert states(client) == {"ray-0": "live", "ray-1": "live"}
         pushed = client.push("policy", *adapter(path, 1))
         assert (pushed.version, pushed.live) == (1, True)
@@ -53,7 +54,8 @@ def test_a_server_whose_engines_ray_places(nodes: RayNodes, path: Path, tmp_path
 
 
 def test_engines_end_with_a_server_that_is_killed(nodes: RayNodes, path: Path) -> None:
-    with live_server(path, "--replicas", "1", "--ray-address", nodes.address) as server:
+    options = ("--replicas", "1", "--ray-address", nodes.address)
+    with live_server(path, *options, environment=PATIENT) as server:
         assert len(actor_processes()) == 1
         server.process.send_signal(signal.SIGKILL)
         until(lambda: not actor_processes())

@@ -45,6 +45,13 @@ class LiveServer(Server):
         return self.process.wait(timeout=within_s)
 
 
+def ranks(options: tuple[str, ...]) -> list[str]:
+    """The same tests against an engine of several ranks, but for those that are about something else of processes."""
+    count = os.environ.get("TEST_TENSOR_PARALLEL")
+    own = {"--tensor-parallel", "--replicas", "--trace", "--also", "--memory", "--fleet", "--join"}
+    return ["--tensor-parallel", count] if count and own.isdisjoint(options) else []
+
+
 def replicas(options: tuple[str, ...]) -> list[str]:
     """What `make test-fleet` asks for: the same tests against several engines, but for those that say how many."""
     count = os.environ.get("TEST_REPLICAS")
@@ -56,7 +63,17 @@ def live_server(
     model: Path | None, *options: str, environment: dict[str, str] | None = None, folder: Path = ROOT
 ) -> Iterator[LiveServer]:
     """`rollout-server serve` on a free port, in a folder; without `model` it serves the embedded one."""
-    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", *replicas(options), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "rollout_server",
+        "serve",
+        "--port",
+        "0",
+        *replicas(options),
+        *ranks(options),
+        *options,
+    ]
     if model is not None:
         command += ["--model", str(model)]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ROLLOUT_")}

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 from tests.docs.pages import ROOT, Block, page_of
@@ -41,6 +41,17 @@ class Step:
     name: str
     seconds: float
     said: str
+
+
+class Steps(NamedTuple):
+    """The blocks of the page, in its order."""
+
+    install: Block
+    serve: Block
+    ask: Block
+    teach: Block
+    push: Block
+    again: Block
 
 
 class Newcomer:
@@ -127,20 +138,20 @@ def main() -> None:
 
 def first_steps(newcomer: Newcomer) -> list[Step]:
     """The blocks of the quick start, in its order."""
-    install, serve, ask, teach, push, again = page_of(QUICK_START).blocks
+    steps = Steps(*page_of(QUICK_START).blocks)
     copy_of_the_repository(newcomer.clone)
     with newcomer.timed("install") as said:
-        newcomer.bash(install.code, INSTALL_S)
+        newcomer.bash(steps.install.code, INSTALL_S)
         said.append("packages are there")
-    with newcomer.serving(serve.code.strip()):
+    with newcomer.serving(steps.serve.code.strip()):
         with newcomer.timed("first completion") as said:
-            before = texts(newcomer.bash(ask.code))
+            before = texts(newcomer.bash(steps.ask.code))
             said.append(f"{before}")
-        (newcomer.clone / teach.title).write_text(newcomer.here(teach.code), encoding="utf-8")
+        (newcomer.clone / steps.teach.title).write_text(newcomer.here(steps.teach.code), encoding="utf-8")
         with newcomer.timed("push") as said:
-            said.append("; ".join(newcomer.bash(push.code).splitlines()))
+            said.append("; ".join(newcomer.bash(steps.push.code).splitlines()))
         with newcomer.timed("changed completion") as said:
-            after = texts(newcomer.bash(completion_of(again)))
+            after = texts(newcomer.bash(completion_of(steps.again)))
             said.append(f"{after}")
         if after == before:
             raise SystemExit(f"The completions are what they were: {after}.")

@@ -159,11 +159,15 @@ class Batch:
         places = [place for place, row in self._seats.items() if row.group is group and row.holds_prompt]
         return (self.store, places[0]) if places and self.store.cuts else None
 
+    def look_up(self) -> None:
+        """Gives prompts that join what there is of them from before. No step in flight."""
+        if self._prefixes is not None:
+            self._prefixes.enter([joining.group for joining in self.joining])
+
     def prefill(self, budget: int) -> list[Row]:
         """Feeds at most about `budget` prompt tokens; returns the rows that are ready to decode. No step in flight."""
         budget -= self._recover(budget) if self._recovering.open else 0
-        if self._prefixes is not None:
-            self._prefixes.enter([joining.group for joining in self.joining])
+        self.look_up()
         while budget > 0 and (read := self._read(budget)):
             budget -= read
         # When all is read: a row that sat down before a failure would be one that nobody was told of.

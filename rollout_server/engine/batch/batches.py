@@ -195,12 +195,15 @@ class Batches:
         if not self._batches:  # One is always there: it knows what rows take that are still to join another.
             self._batches[FIRST] = self._make(BASE_SET)
 
+    def look_up(self) -> None:
+        """See `Batch.look_up`."""
+        for batch in self._batches.values():
+            batch.look_up()
+
     def prefill(self, budget: int) -> list[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
-        reading = sorted(batch_key for batch_key, batch in self._batches.items() if batch.reading)
-        self._fed_last = next(
-            (batch_key for batch_key in reading if batch_key > self._fed_last), min(reading, default=FIRST)
-        )
+        reading = sorted(key for key, batch in self._batches.items() if batch.reading)
+        self._fed_last = next((key for key in reading if key > self._fed_last), min(reading, default=FIRST))
         if self._fed_last not in self._batches:
             return []
         with self._blame(self._fed_last):

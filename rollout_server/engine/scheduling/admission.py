@@ -60,8 +60,9 @@ class AdmissionControl:
         return self._eyes is not None and any(joining.prompt.sight is not None for joining in self._batches.joining)
 
     def look(self, tokens: int) -> int:
-        """Has the tower read the pictures among the next `tokens` tokens of prompts; returns how many. It works apart
-        from reading, so that what a token costs is learnt without it."""
+        """Has the tower read the pictures among the next `tokens` tokens of prompts, but those whose KV is there from
+        before; returns how many. It works apart from reading, so that what a token costs is learnt without it."""
+        self._batches.look_up()
         prompts = [joining.prompt for joining in self._batches.joining]
         views = [(prompt.sight, prompt.prefilled, len(prompt.tokens) - prompt.prefilled) for prompt in prompts]
         return self._eyes.look_ahead(views, tokens) if self._eyes is not None else 0

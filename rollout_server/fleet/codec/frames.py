@@ -7,6 +7,7 @@ another type. Nothing on the wire names code, so there is nothing that a strange
 from __future__ import annotations
 
 import struct
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,8 @@ T = TypeVar("T", RolloutRequest, RecordedRow, Rollout)
 
 LENGTH = struct.Struct("<I")
 """How long a frame is stands before it."""
-LONGEST = 2**32 - 1
+LONGEST, LONG = 2**32 - 1, 2**20
+"""Bytes of the longest frame that there may be, and of one that is not made twice for one message."""
 
 
 class BadFrame(Exception):
@@ -40,16 +42,24 @@ class Codec:
         }
         self._names = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
         self._encoder = msgspec.msgpack.Encoder(enc_hook=to_wire)
+        self._long: dict[int, tuple[weakref.ref[Any], bytes]] = {}
+        """Long frames of messages that somebody still has, by the message's identity."""
 
     def encode(self, message: Any) -> bytes:
         """A frame with its length before it. Raises `BadFrame` for a type that is none of this protocol."""
+        if id(message) in self._long:
+            return self._long[id(message)][1]
         name = type(message).__name__
         if name not in self._decoders:
             raise BadFrame(f"{name} is no message of this protocol.")
         body = self._encoder.encode((name, travelling(message)))
         if len(body) > LONGEST:
             raise BadFrame(f"A {name} of {len(body)} bytes is longer than a frame can be.")
-        return LENGTH.pack(len(body)) + body
+        frame = LENGTH.pack(len(body)) + body
+        if len(frame) >= LONG and hasattr(message, "__weakref__"):
+            at = id(message)
+            self._long[at] = (weakref.ref(message, lambda _: self._long.pop(at, None)), frame)
+        return frame
 
     def decode(self, body: bytes | bytearray | memoryview) -> Any:
         """The message of a frame without its length. Raises `BadFrame`."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.errors import EngineUnavailable
+
+MEET_S, PAUSE_S = 120.0, 0.5
+"""MLX gives up on a rank that is not there yet: on a busy machine one may start so much later than another."""
 
 
 def join(ranks: RankOptions) -> Ranks:
@@ -15,12 +20,20 @@ def join(ranks: RankOptions) -> Ranks:
         raise EngineUnavailable(
             f"The MLX that is installed here has no backend {ranks.backend}: name another one with --backend."
         )
-    try:
-        group = mx.distributed.init(strict=True, backend=ranks.backend)
-    except (RuntimeError, ValueError) as error:
-        raise EngineUnavailable(f"The ranks did not meet: {' '.join(str(error).split())[:300]}") from error
+    until = time.monotonic() + MEET_S
+    while (group := _tried(ranks.backend, last=time.monotonic() >= until)) is None:
+        time.sleep(PAUSE_S)
     if group.size() != ranks.size:
         raise EngineUnavailable(
             f"--tensor-parallel is {ranks.size}, and {group.size()} ranks were launched: give both the same number."
         )
     return Ranks(group)
+
+
+def _tried(backend: str, *, last: bool) -> mx.distributed.Group | None:
+    try:
+        return mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        if last or "connect" not in str(error):
+            raise EngineUnavailable(f"The ranks did not meet: {' '.join(str(error).split())[:300]}") from error
+        return None

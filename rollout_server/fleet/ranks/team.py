@@ -33,7 +33,7 @@ ALIVE, FAILED = b"alive", b"failed "
 ALIVE_EVERY_S = 1.0
 LONG_TURN = 10
 """A turn may take so many times as long as a rank may be silent."""
-WATCH_S = 0.2
+WATCH_S, STATUS_S = 0.2, 1.0
 GOES_NOT_ON = "An engine of several ranks does not go on without one of them, or with one that is out of step."
 
 
@@ -53,8 +53,11 @@ class Member:
     """Those that it did as rank 0 did."""
 
     def ended(self) -> str:
-        """How its process ended, as far as that is known here."""
-        status = None if self.process is None else self.process.poll()
+        """How its process ended, as far as that is known here: a moment after its connections close."""
+        try:
+            status = None if self.process is None else self.process.wait(STATUS_S)
+        except subprocess.TimeoutExpired:
+            status = None
         return "" if status is None else f" (exit status {status})"
 
 
@@ -142,18 +145,8 @@ class Team:
         except OSError:
             data = b""
         if not data:
-            if member.process is not None:
-                self._wait(member.process)
             return f"Rank {member.rank} has ended{member.ended()}. {GOES_NOT_ON}"
         return read(member, data)
-
-    @staticmethod
-    def _wait(process: subprocess.Popen[bytes]) -> None:
-        """Its status is known a moment after its connections close."""
-        try:
-            process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return
 
     def _said(self, member: Member, data: bytes) -> str | None:
         member.heard_at = time.monotonic()
@@ -220,6 +213,4 @@ def _await_alive(member: Member) -> None:
         alive = False
     member.commands.settimeout(None)
     if not alive:
-        if member.process is not None:
-            Team._wait(member.process)
         raise EngineUnavailable(f"Rank {member.rank} did not start{member.ended()}; its log says why.")

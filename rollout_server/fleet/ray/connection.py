@@ -140,18 +140,23 @@ class ActorConnection:
         try:
             while data := await self._actor.receive.remote(self._number):
                 came += data
-                for frame in _whole(came):
+                for frame in take_whole(came):
                     self._in.put_nowait(frame)
         except self._ray.exceptions.RayError as error:
             log.warning("A replica is gone: %s", str(error).partition("\n")[0])
         self._in.put_nowait(None)
 
 
-def _whole(came: bytearray) -> Iterator[bytes]:
-    """Takes the frames out of it that have come whole, without their lengths."""
-    while len(came) >= LENGTH.size:
-        end = LENGTH.size + LENGTH.unpack_from(came)[0]
-        if len(came) < end:
-            return
-        yield bytes(came[LENGTH.size : end])
-        del came[:end]
+def take_whole(came: bytearray) -> list[bytes]:
+    """Takes out of it the frames that have come whole, without their lengths."""
+    frames, at = [], 0
+    while len(came) - at >= LENGTH.size:
+        begin = at + LENGTH.size
+        end = begin + LENGTH.unpack_from(came, at)[0]
+        if end > len(came):
+            break
+        frames.append(bytes(came[begin:end]))
+        at = end
+    # Once for all of them: what stays behind is moved each time.
+    del came[:at]
+    return frames

@@ -108,12 +108,11 @@ class Joiner:
     async def _made_ready(self, link: Link, welcome: Welcome) -> ReplicaEngine:
         """The engine, with nothing that it still does for an earlier link."""
         if self._engine is None:
-            engine = ReplicaEngine(self._options, self._hand_on)
-            first = await asyncio.to_thread(engine.load)
+            self._engine = ReplicaEngine(self._options, self._hand_on)
+            first = await asyncio.to_thread(self._engine.load)
             if isinstance(first, CannotStart):
                 link.send(first)
                 raise first.error
-            self._engine = engine
         elif self._instance != welcome.instance:
             await asyncio.to_thread(self._engine.forget_versions)
         self._instance = welcome.instance

@@ -13,7 +13,7 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.observing.latest_rollouts import Kept
 from rollout_server.http.observing.observer import Sample
 from rollout_server.http.observing.version_totals import VersionTotals
-from rollout_server.http.replies.json_entries import version_status
+from rollout_server.http.replies.json_entries import replica_entry, version_status
 from rollout_server.http.replies.streaming import sse_event
 from rollout_server.http.service import Service
 from rollout_server.rollout import BASE, Rollout
@@ -88,6 +88,8 @@ class Frames:
             "now": observer.sample(),
             "base": self._base(),
             "rows": rows_entry(await self._rows()),
+            "replicas": [replica_entry(replica) for replica in status.replicas],
+            "min_replicas": status.fewest,
             "policies": [self._policy(policy) for policy in named[:MOST_POLICIES]],
             "more_policies": max(0, len(named) - MOST_POLICIES),
             "rollouts": [summary(kept) for kept in observer.rollouts],

@@ -245,3 +245,17 @@ def version_status(status: VersionStatus) -> dict[str, Any]:
         "task": status.task,
         "labels": status.labels,
     }
+
+
+def replica_entry(replica: ReplicaStatus) -> dict[str, Any]:
+    """One engine of a fleet, as lists of them show it."""
+    return {
+        "id": replica.id,
+        "state": replica.state,
+        "device": replica.device,
+        "pid": replica.pid,
+        "rows": replica.rows,
+        "versions_staged": replica.versions_staged,
+        "last_seen_s": round(replica.last_seen_s, 3),
+        "restarts": replica.restarts,
+    }

@@ -78,7 +78,7 @@ def test_replicas_join_are_filled_and_outlive_their_controller(model: Path, tmp_
 def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
     other = tiny_models.build("qwen3", tmp_path / "other", seed=1)
     with ExitStack() as machines:
-        fleet = machines.enter_context(controller(model, tmp_path / "state"))
+        fleet = machines.enter_context(controller(model, tmp_path / "state", "--served-model-name", "ours"))
         began: list[tuple[Machine, str]] = [
             (machines.enter_context(replica(other, fleet.url)), r"its base is sha256:\w+, and the fleet's is sha256:"),
             (
@@ -96,6 +96,7 @@ def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: P
         until(lambda: ready(fleet.url))
         with RolloutClient(fleet.url) as client:
             assert states(client) == ["live"] and drawn(client, "base")
+            assert httpx.get(f"{fleet.url}/v1/models", timeout=60).json()["data"][0]["id"] == "ours"
             late = machines.enter_context(replica(model, fleet.url, "--context-length", "512"))
             late.wait_for("its context is 512, and the fleet's is 2048")
             assert late.process.wait(60) != 0 and states(client) == ["live"]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.fleet.machines import controller, replica
-from tests.support.live_server import until
+from tests.support.live_server import START_S, until
 from trainer_client import RolloutClient
 
 pytestmark = pytest.mark.long
@@ -67,7 +67,7 @@ def test_a_machine_that_drops_off_loses_nobody_a_row(
             replica(model, fleet.url) as near,
             RolloutClient(fleet.url) as client,
         ):
-            until(lambda: far.said("has joined") and near.said("has joined"))
+            until(lambda: far.said("has joined") and near.said("has joined"), START_S)
             until(lambda: httpx.get(f"{fleet.url}/ready", timeout=60).status_code == 200)
             until(lambda: [each.state for each in client.fleet()] == ["live", "live"])
             layers = tiny_models.linear_layers(model)

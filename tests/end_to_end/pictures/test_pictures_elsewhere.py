@@ -93,3 +93,4 @@ def test_a_fleet_of_two_sees_as_one_does(seeing: Path, alone: list[tuple[list[in
         assert all(row.exact for row in client.replay(batch))
         assert_near(client.logprobs(batch).logprobs, batch.logprobs, MOST)
         assert all(card["vision"] for card in httpx.get(f"{server.url}/v1/models").json()["data"])
+        assert server.stop() == 0

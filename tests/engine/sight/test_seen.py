@@ -104,12 +104,15 @@ def test_rows_that_step_aside_see_the_same_when_they_come_back(kind: Seeing) -> 
 def test_a_prefix_hit_with_pictures_reads_what_is_new_and_no_other_picture(kind: Seeing) -> None:
     driver, conversation = kind.start(), kind.conversations["two"]
     (first,) = asked(driver, [conversation], **GREEDY)
-    before = driver.tokens_read
+    before, eyes = driver.tokens_read, driver.model.eyes
+    assert eyes is not None and eyes.looked == 2
+    eyes.clear()
     longer = replace(conversation, ids=(*conversation.ids, *first.token_ids, 17, 18, 19))
     (second,) = asked(driver, [longer], **GREEDY)
     # All but the last sampled token of the first row was there, and the last given one is a step's.
     assert second.cached_tokens == len(conversation.ids) + len(first.token_ids) - 1
     assert driver.tokens_read - before == len(longer.ids) - 1 - second.cached_tokens
+    assert eyes.looked == 2, "what their KV is there of needs no tower"
     (fresh,) = asked(kind.start(prefix_cache=False), [longer], **GREEDY)
     assert fresh.token_ids == second.token_ids
     assert_near(second.logprobs, fresh.logprobs, conversation.within)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from rollout_server.engine.messages import control, options, rollouts, scoring, 
 from rollout_server.errors import RolloutError
 from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
 from rollout_server.fleet.codec.values import Described, described, model_info
+from rollout_server.fleet.wire import StageVersion, link_codec
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.http.problems import subclasses
 from rollout_server.rollout import (
@@ -120,10 +122,10 @@ SCORED = scoring.ScoredSequence((None, -1.0), (0.5,), (None, ((1, -1.0),)), (Spa
 STATUS = versions.VersionStatus(VERSION, "lora", "adapter", 8, 2, True, False, 3, 4096, 1.7e9, 99, "classify", 2)
 
 
-def bundle(seed: int = 0) -> AdapterBundle:
+def bundle(seed: int = 0, width: int = 6) -> AdapterBundle:
     values = np.random.default_rng(seed)
     tensors = {
-        "layer.lora_A": AdapterTensor("F32", values.standard_normal((2, 6), np.float32)),
+        "layer.lora_A": AdapterTensor("F32", values.standard_normal((2, width), np.float32)),
         "layer.lora_B": AdapterTensor("BF16", values.integers(0, 15000, (4, 2)).astype("<u2")),
         "layer.lora_magnitude_vector": AdapterTensor("F16", values.standard_normal(4).astype("<f2")),
     }
@@ -276,6 +278,19 @@ def test_a_model_keeps_what_its_layers_are() -> None:
 def test_what_is_no_message_is_refused(body: bytes) -> None:
     with pytest.raises(BadFrame):
         CODEC.decode(body)
+
+
+def test_a_long_frame_is_made_once_for_a_message_that_is_sent_to_many() -> None:
+    codec, made = link_codec(Compiled), bundle(width=300_000)
+    message = StageVersion("/stage/1/p", "p", 1, made, None, "adapter", dequantize=False)
+    frame = codec.encode(message)
+    assert len(frame) > 2**20 and codec.encode(message) is frame
+    assert codec.encode(replace(message, number=2)) != frame
+    again = codec.decode(memoryview(frame)[LENGTH.size :])
+    assert same_bundle(again.bundle, made)
+    kept = weakref.ref(message)
+    del message
+    assert kept() is None and not codec._long, "it is forgotten with the message"
 
 
 def test_types_outside_the_protocol_do_not_leave() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save
 
+from adapters.formats.read import read_bundle
 from rollout_server.engine.messages.control import Ping, Pong
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Event
@@ -20,7 +22,8 @@ from rollout_server.fleet.joining.dial import Controller, dial
 from rollout_server.fleet.joining.door import Door, Lock
 from rollout_server.fleet.link import Link
 from rollout_server.fleet.roster import Roster
-from rollout_server.fleet.wire import Ready, Refused, link_codec
+from rollout_server.fleet.wire import Ready, Refused, StageVersion, link_codec
+from tests.support import tiny_models
 from tests.support.fleet.certificates import certificate
 from tests.support.fleet.joined_here import Asked
 from tests.support.fleet.kill_replicas import until
@@ -134,6 +137,30 @@ def test_on_one_machine_no_key_is_needed() -> None:
             assert welcome.proof == ""
             with pytest.raises(Forbidden, match="cannot be called"):
                 await dial(replace(opened.at, key=None), "two words", CODEC)
+
+    running(scenes())
+
+
+def test_a_long_frame_and_what_is_sent_behind_it_arrive_in_their_order() -> None:
+    layers = {"model.layers.0.self_attn.q_proj": (1024, 1024)}
+    tensors, config = tiny_models.random_adapter(layers, 256, 0)
+    bundle = read_bundle(save(tensors), config, layers=layers)
+
+    async def scenes() -> None:
+        async with Opened(Lock(KEY)) as opened:
+            link, _ = await dial(opened.at, "studio", CODEC)
+            link.send(READY)
+            await until(lambda: opened.told.here == ["studio"])
+            sent: list[Any] = [Ping("before")]
+            for number in (1, 2):
+                sent.append(StageVersion("s", "p", number, bundle, None, "adapter", dequantize=False))
+                sent.append(Ping(f"behind {number}"))
+            for message in sent:
+                opened.roster.send("studio", message)
+            assert bundle.nbytes >= 2**21
+            for message in sent:
+                got = await link.receive()
+                assert got == message if isinstance(message, Ping) else got.bundle.digest == bundle.digest
 
     running(scenes())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import signal
@@ -117,8 +118,9 @@ class Run:
                 self.seen.digests[number] = bundle.digest
             await asyncio.sleep(PUSH_S)
 
-    async def killer(self, kills: int) -> None:
-        while self.seen.kills < kills:
+    async def killer(self, kills: int, within_s: float) -> None:
+        end = time.monotonic() + within_s
+        while self.seen.kills < kills and time.monotonic() < end:
             await asyncio.sleep(self.random.uniform(0.1, 1.0))
             live = [replica for replica in self.handle.status.replicas if replica.state == "live" and replica.pid]
             # The last one is left, or most of the time would be spent in waiting for another.
@@ -130,8 +132,10 @@ class Run:
         self.over = True
 
 
-async def run(path: Path, kills: int, replicas: int = 3, seed: int = 0, clients: int = 4) -> Seen:
-    """Raises `AssertionError` with what was wrong."""
+async def run(
+    path: Path, kills: int, replicas: int = 3, seed: int = 0, clients: int = 4, within_s: float = math.inf
+) -> Seen:
+    """Raises `AssertionError` with what was wrong. Beyond `within_s` seconds nobody is killed any more."""
     handle = fleet_handle(path, replicas)
     handle.start()
     await handle.wait_ready()
@@ -141,7 +145,7 @@ async def run(path: Path, kills: int, replicas: int = 3, seed: int = 0, clients:
     going.seen.digests[going.acknowledged] = contents[-1].digest
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(going.trainer(contents))
-        tasks.create_task(going.killer(kills))
+        tasks.create_task(going.killer(kills, within_s))
         for number in range(clients):
             tasks.create_task(going.clients(number))
     await handle.close()
@@ -198,10 +202,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds after which nobody is killed any more")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.build("qwen3", Path(folder) / "tiny")
-        seen = asyncio.run(run(model, given.kills, given.replicas, given.seed))
+        seen = asyncio.run(run(model, given.kills, given.replicas, given.seed, within_s=given.within))
     sys.stdout.write(
         f"{seen.kills} kills, {len(seen.rows)} rows, {seen.pushes} pushes ({seen.refused} told to come again): every "
         "request answered once, no row under an older version, all as in an engine that nobody kills\n"

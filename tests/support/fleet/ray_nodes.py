@@ -24,6 +24,9 @@ from rollout_server.fleet.ray.placed import Placed, Placement
 T = TypeVar("T")
 STORE_BYTES = 100_000_000
 """Of each node's object store."""
+STARTS = 3
+PLACE_S = 240.0
+"""Until Ray has started an actor's process: seconds, or minutes on a machine that does ten other things."""
 
 
 class RayNodes:
@@ -31,8 +34,8 @@ class RayNodes:
 
     def __init__(self, places: int, store_bytes: int = STORE_BYTES) -> None:
         self._store_bytes = store_bytes
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store_bytes}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = Cluster()
+        self._started(num_cpus=0, include_dashboard=False)
         self.nodes = [self.add() for _ in range(places)]
 
     @property
@@ -40,7 +43,19 @@ class RayNodes:
         return str(self._cluster.address)
 
     def add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, resources={"mlx": 1}, object_store_memory=self._store_bytes)
+        """A node with a place for a replica."""
+        return self._started(num_cpus=1, resources={"mlx": 1})
+
+    def _started(self, **options: Any) -> Any:
+        """Ray gives a node 30 s to start, which a busy machine may need twice."""
+        for left in reversed(range(STARTS)):
+            try:
+                return self._cluster.add_node(object_store_memory=self._store_bytes, **options)
+            except Exception:
+                # Ray raises nothing narrower.
+                if not left:
+                    raise
+        raise AssertionError("a node is started at least once")
 
     def kill(self, node: Any) -> None:
         """Ends all of a node's processes at once, as a machine that loses power does."""
@@ -106,7 +121,7 @@ def engine_options(path: Path) -> EngineOptions:
 
 
 def placed_fleet(
-    address: str, path: Path, replicas: int, *, need: Need = ONE_MLX, within_s: float = 120.0, silent_s: float = 30.0
+    address: str, path: Path, replicas: int, *, need: Need = ONE_MLX, within_s: float = PLACE_S, silent_s: float = 30.0
 ) -> EngineHandle:
     source = partial(Placed, Placement(address, replicas, need, within_s))
     return EngineHandle(engine_options(path), partial(Fleet, FleetOptions(replicas, silent_s=silent_s), source))

@@ -86,14 +86,18 @@ def read_pictures(
 
 
 def read_pictures_for(directory: Path, tokenizer: Any) -> ModelPictures | None:
-    """As `read_pictures`, of a model whose tower is in another process; None for one without a tower, too."""
+    """As `read_pictures`, of a model whose tower is in another process; None for one without a tower, too. Called on a
+    thread that computes nothing else."""
     config = read_config(directory)
     kind = kind_of(config)
     if kind is None:
         return None
     # How many placeholders a grid has does not depend on weights, which are never computed here.
-    with mx.stream(mx.cpu):
-        family = kind.make(settled(config))
+    try:
+        with mx.stream(mx.cpu):
+            family = kind.make(settled(config))
+    finally:
+        mx.clear_streams()  # MLX's worker of a thread, left running, can abort the process at its exit.
     return read_pictures(directory, config, family, tokenizer)
 
 

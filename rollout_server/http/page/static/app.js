@@ -4,6 +4,7 @@ import { charts, Samples } from "./charts.js";
 import { Compare } from "./compare.js";
 import { Server } from "./connection.js";
 import { byId, device, say } from "./dom.js";
+import { showReplicas } from "./replicas.js";
 import { Rollouts } from "./rollouts.js";
 import { showRows } from "./rows.js";
 import { Versions } from "./versions.js";
@@ -111,6 +112,7 @@ function show(frame) {
   say(byId("instance"), `instance ${frame.instance}`);
   byId("key").hidden = !frame.keys.inference;
   showRows(frame.rows);
+  showReplicas(frame);
   versions.show(frame);
   rollouts.show(frame);
   compare.show(frame);

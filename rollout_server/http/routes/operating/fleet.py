@@ -8,10 +8,9 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
 
-from rollout_server.engine.messages.status import ReplicaStatus
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.openapi import failures
-from rollout_server.http.replies.json_entries import json_response
+from rollout_server.http.replies.json_entries import json_response, replica_entry
 from rollout_server.http.requests.json_body import no_query
 from rollout_server.http.service import service_of
 from rollout_server.schemas.system import FleetReply, LeaveReply
@@ -32,7 +31,9 @@ class FleetController(Controller):
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         status = service_of(request).engine.status
-        return json_response({"replicas": [entry(each) for each in status.replicas], "min_replicas": status.fewest})
+        return json_response(
+            {"replicas": [replica_entry(each) for each in status.replicas], "min_replicas": status.fewest}
+        )
 
     @post(
         "/{id:str}/drain",
@@ -71,16 +72,3 @@ class FleetController(Controller):
     async def remove(self, id: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
         await service_of(request).engine.leave(id, at_once=True)
         return json_response({"id": id, "state": "removed"})
-
-
-def entry(replica: ReplicaStatus) -> dict[str, Any]:
-    return {
-        "id": replica.id,
-        "state": replica.state,
-        "device": replica.device,
-        "pid": replica.pid,
-        "rows": replica.rows,
-        "versions_staged": replica.versions_staged,
-        "last_seen_s": round(replica.last_seen_s, 3),
-        "restarts": replica.restarts,
-    }

@@ -175,6 +175,10 @@ def test_a_dead_engine_is_shown_dead(client: Client, engine: FakeEngine) -> None
     assert said["state"] == "dead" and said["fault"] and said["rows"]["count"] == 0
 
 
+def test_a_server_of_one_engine_shows_no_replicas(client: Client) -> None:
+    assert frame(client)["replicas"] == [] and frame(client)["min_replicas"] == 0
+
+
 def test_head_of_an_endless_stream_ends(client: Client) -> None:
     response = client.head("/page/events")
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
