@@ -147,6 +147,7 @@ PATHS = {
     "/v1/fleet",
     "/v1/fleet/{id}",
     "/v1/fleet/{id}/drain",
+    "/v1/fleet/{id}/restart",
     "/v1/models",
     "/v1/models/{model}",
     "/health",
