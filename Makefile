@@ -81,7 +81,7 @@ $(RAY_READY): pyproject.toml requirements.lock.txt .ci/install
 	@touch $@
 
 test-ray: $(RAY_READY)  ## replicas placed by a Ray cluster of several nodes, cut off from every network; sets up .venv-ray (ARGS="-k node")
-	$(RAY)/bin/python -m tests.support.fleet.alone -m pytest -q tests/ray $(ARGS)
+	$(RAY)/bin/python -m tests.support.fleet.alone -m pytest -q --timeout 600 tests/ray $(ARGS)
 
 golden: $(PEERS_READY)  ## write tests/golden anew from torch and PEFT (ARGS="llama phi3")
 	$(PEERS)/bin/python -m tests.golden.make_golden $(ARGS)

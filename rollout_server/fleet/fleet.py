@@ -183,9 +183,12 @@ class Fleet:
 
     async def _stop(self) -> None:
         self._state = "stopping"
-        await self._roster.stop(self._source)
-        self._requests.stop()
-        self._over()
+        try:
+            await self._roster.stop(self._source)
+        finally:
+            # Whoever waits is told, whatever went wrong with a replica.
+            self._requests.stop()
+            self._over()
 
     def _over(self) -> None:
         if self._main is not None:

@@ -193,6 +193,11 @@ class Roster:
                 log.error("Replica %s could not start: %s", id, error)
                 self._controller.fail(error)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+            except OSError as error:
+                # No process, file or memory is left for one just now.
+                log.error("Replica %s could not be started: %s", id, error)
+                self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {error}."))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             if self._stopping.is_set() or member.leaving:
                 break
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)

@@ -20,10 +20,11 @@ import pytest
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
-from rollout_server.http.server import StoppableServer, bound_socket, serve_app
+from rollout_server.http.server import StoppableServer, bound_socket, serve_app, served
 from rollout_server.rollout import RolloutRequest
 from tests.support.http.fake_engine import FakeEngine, Row
 from tests.support.http.fixtures import MakeApp
+from tests.support.live_server import until as reached
 
 HANGS = {"policy": "base", "prompts": [{"token_ids": [1]}]}
 ENDS = {"policy": "base", "prompts": [{"token_ids": [1, 2]}]}
@@ -258,3 +259,31 @@ async def stopped_under(url: str, stop: Callable[[], None]) -> tuple[httpx.Respo
         await until(both_open)
         stop()
         return await asking, [first, *[line async for line in lines]]
+
+
+def test_a_server_that_died_refuses_its_clients(
+    engine: FakeEngine, made_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would take them from the backlog of a socket that stays open."""
+    dies = threading.Event()
+
+    async def tick(server: StoppableServer, _: int) -> bool:
+        if dies.is_set():
+            raise RuntimeError("it dies")
+        return server.should_exit
+
+    def refused() -> bool:
+        try:
+            httpx.get(f"{url}/health", timeout=SECONDS)
+        except httpx.ConnectError:
+            return True
+        except httpx.TransportError:  # The one that it took last.
+            pass
+        return False
+
+    monkeypatch.setattr(StoppableServer, "on_tick", tick)
+    make = partial(made_app, engine=engine)
+    with pytest.raises(RuntimeError, match="it dies"), served(ServerConfig(port=0), make) as url:
+        assert not refused()
+        dies.set()
+        reached(refused, SECONDS)

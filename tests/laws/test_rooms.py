@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.laws.test_house import nodes_of
+from tests.laws.test_house import trees as trees
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rollout_server", "adapters", "trainer_client", "benchmarks")
 MOST_MODULES = 10
@@ -115,7 +118,7 @@ def modules(*packages: str) -> dict[str, Path]:
 def imported(module: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
     """Our own modules that a module imports, wherever the statement stands."""
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -190,7 +193,7 @@ def test_a_docstring_is_no_half_of_a_sentence() -> None:
     """It neither goes on where another ended, nor hangs on a name, as "of its prompt" and "whether it runs" do."""
     found = []
     for path in modules(*PACKAGES).values():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
             if isinstance(text, str) and text.lower().startswith(("and ", "of ", "whether ")):
                 found.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.servers.processes import Served, server
 from examples.async_grpo import Update, accuracies, train
+from rollout_server.demo.run import ending_in_order
 from trainer_client import RolloutClient
 
 GOALS = (0.9, 0.95, 0.98)
@@ -83,7 +84,8 @@ def main() -> int:
 
 def measure(loops: tuple[Loop, ...], options: argparse.Namespace) -> dict[Loop, list[Run]]:
     runs: dict[Loop, list[Run]] = {loop: [] for loop in loops}
-    with ExitStack() as stack:
+    # A study that is told to stop takes its servers along.
+    with ending_in_order(), ExitStack() as stack:
         served = {
             threads: stack.enter_context(
                 server("-m", "rollout_server", "serve", "--port", "0", OPENBLAS_NUM_THREADS=str(threads))

@@ -161,11 +161,17 @@ class Follower:
         return self._engine.grammars.compile(grammar, "grammar")
 
 
+def say_little() -> None:
+    """Rank 0 says what all of them would say."""
+    logging.getLogger("rollout_server").setLevel(logging.WARNING)
+
+
 def follow(ranks: RankOptions) -> int:
     """Serves as a rank that was launched with the command of rank 0; returns the exit status."""
     from rollout_server.fleet.ranks.group import join
     from rollout_server.fleet.ranks.meeting import find_lead
 
+    say_little()
     joined = join(ranks)
     decisions, commands = find_lead(joined.group)
     with decisions, commands:
@@ -177,8 +183,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logs.configure("text")
-    # Rank 0 says what all of them say.
-    logging.getLogger("rollout_server").setLevel(logging.WARNING)
+    say_little()
     load_fast_blas()
     one_thread_for_numpy()
     with socket.socket(fileno=int(sys.argv[1])) as decisions, socket.socket(fileno=int(sys.argv[2])) as commands:

@@ -170,11 +170,12 @@ def test_a_turn_begins_without_the_tokenizer_s_space_and_a_continued_message_wit
         assert (row["token_ids"], row["text"]) == ([space], expected)
 
 
-def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[str, Served]) -> None:
+@pytest.mark.parametrize("trials", [range(5), pytest.param(range(5, 14), marks=pytest.mark.long)], ids=["some", "more"])
+def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[str, Served], trials: range) -> None:
     """Nearly uniform over the vocabulary: bytes that are no characters, stops among them, prompts that end anywhere."""
-    generator = random.Random(5)
+    generator = random.Random(trials.start)
     broken = 0
-    for trial in range(14):
+    for trial in trials:
         ids = [generator.randrange(len(served.tokenizer)) for _ in range(generator.randrange(1, 9))]
         prompt = generator.choice([ids, "x = ", "é", "the cat"])
         asked = {"prompt": prompt, "temperature": 50.0, "n": 3, "seed": trial, "max_tokens": generator.randrange(1, 20)}
@@ -189,7 +190,7 @@ def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[st
             if not asked["echo"] and choice["finish_reason"] == "length":
                 assert not any(stop in choice["text"] for stop in asked["stop"])
             broken += REPLACEMENT in choice["text"]
-    assert broken > 2 or served is servers["metaspace"]
+    assert broken > 1 or served is servers["metaspace"]
 
 
 def check_arrays(choice: dict[str, Any], *, echo: bool) -> None:
