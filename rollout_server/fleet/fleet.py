@@ -131,6 +131,8 @@ class Fleet:
                     self._readings.abort(id, reason)
             case Pause() | Resume() | Release() | ResetPrefixCache() | LookAtRows():
                 self._readings.order(command)
+                if isinstance(command, Pause) and command.mode == "abort":
+                    self._requests.pause()
             case Ping(id=id):
                 if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:
                     self._post([Pong(id)])
