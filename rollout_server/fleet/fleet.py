@@ -30,7 +30,7 @@ from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, Scor
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
 from rollout_server.engine.model.digest import base_digest
-from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, NotFound, RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import model_info
 from rollout_server.fleet.ledger.ledger import Ledger
@@ -156,6 +156,9 @@ class Fleet:
             reply: Event = await self._versions.change(command)
         except RolloutError as error:
             reply = RequestFailed(command.id, error)
+        except Exception as error:
+            log.exception("A change of versions came to nothing.")
+            reply = RequestFailed(command.id, EngineFault(f"The change of versions came to nothing: {error!r}"))
         self._show()
         self._post([reply])
 

@@ -31,7 +31,8 @@ from rollout_server.engine.messages.versions import (
     Restored,
 )
 from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
-from rollout_server.errors import EngineUnavailable, RolloutError, UnknownPolicy
+from rollout_server.errors import BodyTooLarge, EngineUnavailable, RolloutError, UnknownPolicy
+from rollout_server.fleet.codec.frames import LONGEST
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState, Version
 from rollout_server.fleet.wire import AdoptVersion, DropVersion, FlipAlias, HeldVersion, StageVersion
@@ -41,6 +42,8 @@ log = logging.getLogger("rollout_server.fleet")
 
 ONE_MODEL = ""
 """A fleet serves one base: its policies have no model's name before them."""
+LARGEST = LONGEST - 2**20
+"""Bytes of the largest version: it goes to a replica in one frame, with the names of its tensors."""
 
 
 class FleetVersions:
@@ -252,6 +255,12 @@ class FleetVersions:
     async def _stage(
         self, version: Version, bundle: AdapterBundle, mode: Mode, label: str | None, dequantize: bool
     ) -> None:
+        if bundle.nbytes > LARGEST:
+            raise BodyTooLarge(
+                f"{version[0]}@{version[1]} has {bundle.nbytes:,} bytes, and a fleet sends its replicas versions of up "
+                f"to {LARGEST:,}: push an adapter, or have one engine serve it.",
+                param="weights",
+            )
         self._bundles[version] = (bundle, mode, dequantize)
         self._labels[version] = label
         self._staging.add(version)
@@ -260,7 +269,7 @@ class FleetVersions:
             if (error := self._refused.pop(version, None)) is not None:
                 raise error
             self._require_enough()
-        except RolloutError:
+        except Exception:
             self._staging.discard(version)
             self._free()
             raise
