@@ -19,7 +19,16 @@ from rollout_server.engine.messages.control import (
     RowsSeen,
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
-from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, ScorerHeld, ScoringCommand
+from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
+    Embedded,
+    HoldScorer,
+    LetScorerGo,
+    Scored,
+    ScorerHeld,
+    ScoringCommand,
+)
 from rollout_server.errors import EngineUnavailable, ReplicaLost, RolloutError
 from rollout_server.fleet.ledger.ledger import MOST_DEATHS, Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
@@ -151,8 +160,18 @@ class FleetReadings:
             held.kept = event.version if self._versions.hold(event.version, 1) else None
         elif held is not None:
             del self._held[event.id]
-        self._post([event])
+        self._post([self._labelled(event)])
         return True
+
+    def _labelled(self, event: Event) -> Event:
+        """With the labels that versions have now."""
+        match event:
+            case Scored(version=version, sequences=sequences):
+                read = tuple(replace(each, spans=self._versions.spans_labelled(each.spans)) for each in sequences)
+                return replace(event, version=self._versions.labelled(version), sequences=read)
+            case Embedded(version=version) | Classified(version=version) | ScorerHeld(version=version):
+                return replace(event, version=self._versions.labelled(version))
+        return event
 
     # ---- orders -----------------------------------------------------------------------------------------------------
 

@@ -202,6 +202,7 @@ class FleetRequests:
         match event:
             case Admitted(version=version):
                 opened.begun = True
+                version = self._versions.labelled(version)
                 self._ledger.admitted(number, (version.name, version.number))
                 if group.held is None and self._versions.hold(version, len(attempt.missing)):
                     group.held = version
@@ -210,7 +211,8 @@ class FleetRequests:
             case RowFinished(rollout=rollout):
                 sample = attempt.samples[rollout.sample_index]
                 if self._ledger.row(number, sample):
-                    told = replace(rollout, sample_index=sample, sampling=group.request.sampling)
+                    spans = self._versions.spans_labelled(rollout.spans)
+                    told = replace(rollout, sample_index=sample, sampling=group.request.sampling, spans=spans)
                     self._report(opened, group, [told])
                 if rollout.finish_reason is FinishReason.ABORTED and rollout.stop_reason == PAUSE:
                     # It was admitted there a moment before the pause came, and here that was not known yet.
@@ -231,7 +233,8 @@ class FleetRequests:
         if at > group.streamed[sample] and sample in attempt.missing:
             group.streamed[sample] = at
             group.work.shown = True
-            self._post([replace(event, id=opened.id, sample_index=sample)])
+            version = self._versions.labelled(event.version)
+            self._post([replace(event, id=opened.id, sample_index=sample, version=version)])
 
     # ---- reports ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from adapters.bundle import AdapterBundle, Content
@@ -36,7 +37,7 @@ from rollout_server.fleet.codec.frames import LONGEST
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState, Version
 from rollout_server.fleet.wire import AdoptVersion, DropVersion, FlipAlias, HeldVersion, StageVersion
-from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span
 
 log = logging.getLogger("rollout_server.fleet")
 
@@ -119,6 +120,14 @@ class FleetVersions:
         except RegistryError:
             return False
         return True
+
+    def labelled(self, version: PolicyVersion) -> PolicyVersion:
+        """The version with the label that it has now: a push that changes nothing else tells no replica."""
+        label = self._labels.get((version.name, version.number), version.label)
+        return version if label == version.label else replace(version, label=label)
+
+    def spans_labelled(self, spans: tuple[Span, ...]) -> tuple[Span, ...]:
+        return tuple(replace(span, version=self.labelled(span.version)) for span in spans)
 
     def let_go(self, version: PolicyVersion, rows: int) -> None:
         """Ends `hold` for some rows; a version that nobody keeps is freed everywhere."""

@@ -20,7 +20,7 @@ from rollout_server.fleet.ledger.ledger import FLIP_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import Drop, Flip, ReplicaState, Settle, Stage
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import FlipAlias, StageVersion
-from rollout_server.rollout import PolicyVersion
+from rollout_server.rollout import PolicyVersion, Span
 from tests.support import tiny_models
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
@@ -182,5 +182,22 @@ def test_a_version_that_fits_in_no_frame_is_refused_and_leaves_nothing() -> None
             await fleet.answer("slow")
             await fleet.answer("quick")
         assert (await pushing).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+def test_a_push_that_changes_only_the_label_has_rows_told_under_it() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        pushing = fleet.push(label="before")
+        for _ in range(2):
+            await fleet.answer("slow")
+            await fleet.answer("quick")
+        version = (await pushing).version
+        assert version.label == "before" and fleet.versions.labelled(version) == version
+        again = await fleet.push(label="after")
+        assert again.unchanged and fleet.sent == [], "no replica is told"
+        (span,) = fleet.versions.spans_labelled((Span(version, 0, 4),))
+        assert span == Span(replace(version, label="after"), 0, 4)
 
     played(scene())

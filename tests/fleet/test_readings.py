@@ -20,6 +20,9 @@ class Pinning:
     def pinned(self, address: PolicyAddress) -> PolicyAddress:
         return address
 
+    def labelled(self, version: PolicyVersion) -> PolicyVersion:
+        return version
+
     def hold(self, version: PolicyVersion, rows: int) -> bool:
         return bool(version.number)
 
