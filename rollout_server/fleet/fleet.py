@@ -247,16 +247,19 @@ class Fleet:
         self._show()
         return info
 
-    def left(self, id: str) -> None:
-        """Its link is closed. Where all are told to stop, nothing is drawn again."""
+    def left(self, id: str) -> bool:
+        """Its link is closed; returns whether it had become live. Where all shall stop, nothing is drawn again."""
         self._versions.unclaim(id)
-        if id in self._ledger.replicas and self._state != "stopping":
+        known = self._ledger.replicas.get(id)
+        was_live = known is not None and known.state is not ReplicaState.RESTORING
+        if known is not None and self._state != "stopping":
             self._ledger.lost(id)
             self._act()
             self._readings.lost(id)
             self._ledger.remove(id)
             self._act()
             self._show()
+        return was_live
 
     def heard(self, id: str, message: Event) -> None:
         """What a replica says."""
@@ -280,7 +283,8 @@ class Fleet:
         if isinstance(message, Published):
             self._versions.staged_on(id, version, message)
         elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):
-            self._roster.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
+            reason = f"it cannot have {version[0]}@{version[1]}: {message.error.message}"
+            self._roster.end(id, reason, message.error)
 
     def _leave(self, leave: Leave) -> None:
         """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere. With
