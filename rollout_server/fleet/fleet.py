@@ -38,7 +38,7 @@ from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Fli
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.fleet.requests import FleetRequests
 from rollout_server.fleet.roster import Roster, Source, fleet_status
-from rollout_server.fleet.terms import Terms
+from rollout_server.fleet.terms import Terms, with_least_room
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import Ready, as_replica, link_codec
 from rollout_server.grammar import Constraint, Grammar
@@ -234,8 +234,7 @@ class Fleet:
             self.tokenizer, self.grammars, self.pictures = await asyncio.to_thread(load_tokenizer, self._path, info)
             self._versions.base = PolicyVersion(BASE, 0, info.digest)
             self.info = replace(info, id=self._name)
-        # A row that is taken has to fit wherever it goes.
-        self.info = replace(self.info, kv_memory=min(self.info.kv_memory, info.kv_memory))
+        self.info = with_least_room(self.info, info)
         if self._readings.paused is not None:
             self._send(id, self._readings.paused)
         self._versions.claim(id, ready.held)
