@@ -109,6 +109,14 @@ class Fleet:
 
     def start(self) -> None:
         self._main = asyncio.get_running_loop().create_task(self._run())
+        self._main.add_done_callback(self._stopped)
+
+    def _stopped(self, main: asyncio.Task[None]) -> None:
+        """Nobody awaits it, and without it nothing goes on: where it fails, the fleet ends and says why."""
+        error = None if main.cancelled() else main.exception()
+        if error is not None and self._state != "stopping":
+            log.critical("The fleet cannot go on.", exc_info=error)
+            self._end(error.message if isinstance(error, RolloutError) else f"The fleet cannot go on: {error!r}.")
 
     def is_alive(self) -> bool:
         return not self._ended.is_set()
@@ -198,15 +206,20 @@ class Fleet:
     def _over(self) -> None:
         if self._main is not None:
             self._main.cancel()
-        self._show()
-        self._ended.set()
+        try:
+            self._show()
+        finally:
+            self._ended.set()
 
     def fail(self, error: RolloutError) -> None:
         """No replica can be had: the fleet ends, and says why."""
         if self._state == "starting":
-            self._state, self._fault = "dead", error.message
-            self._roster.kill()
-            self._over()
+            self._end(error.message)
+
+    def _end(self, fault: str) -> None:
+        self._state, self._fault = "dead", fault
+        self._roster.kill()
+        self._over()
 
     def _show(self) -> None:
         self._show_status(

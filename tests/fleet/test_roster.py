@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.messages.options import ModelInfo
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Event
+from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.errors import RolloutError, WeightsMemoryExceeded
 from rollout_server.fleet.codec.values import described
+from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.roster import Connection, Roster
 from rollout_server.fleet.wire import Ready, Refused
 from tests.support.fleet.kill_replicas import until
@@ -144,5 +146,22 @@ def test_one_that_cannot_have_a_version_is_told_so() -> None:
         source.said.put_nowait(None)
         assert not await serving
         assert source.sent == ["hello", Refused(refusal)]
+
+    asyncio.run(scene())
+
+
+class Faulty(Nobody):
+    def start(self, roster: Roster) -> None:
+        raise KeyError("a fault of ours")
+
+
+def test_a_fleet_that_cannot_go_on_ends_and_says_why() -> None:
+    async def scene() -> None:
+        shown: list[EngineStatus] = []
+        options = EngineOptions("nowhere", "tiny")
+        fleet = Fleet(FleetOptions(), lambda options, codec: Faulty(), options, lambda events: None, shown.append)
+        fleet.start()
+        await until(lambda: not fleet.is_alive())
+        assert (shown[-1].state, shown[-1].fault) == ("dead", "The fleet cannot go on: KeyError('a fault of ours').")
 
     asyncio.run(scene())
