@@ -305,6 +305,8 @@ class Fleet:
             self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
             return
         if leave.at_once or leave.replica not in self._ledger.replicas:
+            if leave.replica in self._ledger.replicas:
+                self._ledger.leaves(leave.replica)
             self._roster.end(leave.replica, "it was removed")
         else:
             self._ledger.drain(leave.replica)
