@@ -96,7 +96,7 @@ class Fleet:
         self._ledger = Ledger(silent_s=fleet.silent_s)
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
         self._requests = FleetRequests(self._ledger, self._versions, post, self._send, clock)
-        self._readings = FleetReadings(self._ledger, self._versions, post, self._send)
+        self._readings = FleetReadings(self._ledger, self._versions, post, self._send, self._requests.seen)
         self._roster = Roster(self)
         self._source = source(as_replica(options), link_codec(self._compile))
         self._state = "starting"

@@ -16,6 +16,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowSeen,
     RowsSeen,
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
@@ -64,7 +65,7 @@ class _Ordered:
 
 
 class FleetReadings:
-    """Belongs to the event loop; `post` and `send` as in `FleetRequests`."""
+    """Belongs to the event loop; `post` and `send` as in `FleetRequests`, `seen` is its `seen`."""
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class FleetReadings:
         versions: FleetVersions,
         post: Callable[[list[Event]], None],
         send: Callable[[str, Any], None],
+        seen: Callable[[RowSeen], RowSeen | None],
     ) -> None:
         self._ledger = ledger
+        self._seen = seen
         self._versions = versions
         self._post = post
         self._send = send
@@ -219,7 +222,7 @@ class FleetReadings:
                 self._post([PrefixCacheReset(id, freed)])
             case LookAtRows():
                 seen = [event for event in ordered.events if isinstance(event, RowsSeen)]
-                rows = tuple(row for each in seen for row in each.rows)
+                rows = tuple(own for each in seen for row in each.rows if (own := self._seen(row)) is not None)
                 self._post([RowsSeen(id, rows, sum(each.count for each in seen))])
 
     # ---- replicas ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def readings_of(posted: list[Event], sent: list[Any], ledger: Ledger | None = No
     def send(id: str, message: Any) -> None:
         sent.append((id, message))
 
-    return FleetReadings(ledger or Ledger(), Pinning(), posted.extend, send)  # type: ignore[arg-type]
+    return FleetReadings(ledger or Ledger(), Pinning(), posted.extend, send, lambda row: row)  # type: ignore[arg-type]
 
 
 def classify(id: str) -> Classify:
