@@ -16,24 +16,39 @@ from trainer_client import RolloutClient
 pytestmark = pytest.mark.timeout(900)
 
 
-def serve(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", "--tensor-parallel", "2", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=START_S, stdin=subprocess.DEVNULL)
+def serve(*options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rollout_server", "serve", "--port", "0", "--tensor-parallel", str(ranks)]
+    return subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=START_S, stdin=subprocess.DEVNULL
+    )
+
+
+def assert_refused(ended: subprocess.CompletedProcess[str], sentence: str) -> None:
+    """With the status of an error, and with the sentence as the last thing that is said."""
+    assert ended.returncode == 1, ended.stderr
+    assert sentence in ended.stderr.splitlines()[-1], ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_file_of_hosts_with_an_error_ends_the_command_before_anything_is_started(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([{"ssh": "one", "ips": ["10.0.0.1"]}]))
     ended = serve("--hostfile", str(hosts))
-    assert ended.returncode == 1 and "names 1 hosts, and --tensor-parallel asks for 2 ranks" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert_refused(ended, "names 1 hosts, and --tensor-parallel asks for 2 ranks")
 
 
-@pytest.mark.long
-def test_a_family_that_cannot_be_cut_ends_the_command_by_name(tmp_path: Path) -> None:
-    model = tiny_models.build("gemma3", tmp_path / "gemma3")
-    ended = serve("--model", str(model))
-    assert ended.returncode == 1 and "cannot serve a gemma3" in ended.stderr + ended.stdout
+@pytest.mark.parametrize(
+    ("family", "ranks", "sentence"),
+    [
+        ("gemma2", 2, "--tensor-parallel 2 cannot serve a gemma2 model: mlx-lm's class for it has no shard()"),
+        ("qwen3", 3, "this qwen3 model: its num_attention_heads is 4, which 3 ranks cannot share out evenly"),
+        ("qwen3", 4, "this qwen3 model: its num_key_value_heads is 2, which 4 ranks cannot share out evenly"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_ends_the_command_by_name(
+    family: str, ranks: int, sentence: str, tmp_path: Path
+) -> None:
+    assert_refused(serve("--model", str(tiny_models.build(family, tmp_path / family)), ranks=ranks), sentence)
 
 
 @pytest.mark.long
