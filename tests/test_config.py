@@ -229,7 +229,7 @@ FLEET: dict[str, Any] = {"fleet": True, "state_dir": "s"}
         (FLEET | {"fleet_key": "short"}, "at least 16 characters"),
         (FLEET | {"fleet_cert": "c.pem"}, "--fleet-cert and --fleet-key-file belong together"),
         (FLEET | {"replicas": 2}, "--replicas is about engines of this machine"),
-        (FLEET | {"tensor_parallel": 2}, "--tensor-parallel is of engines that this machine starts"),
+        (FLEET | {"tensor_parallel": 2}, "--ray-address and --fleet do not go with --tensor-parallel"),
         (FLEET | {"also": "judge=/models/judge"}, "--also serves several models in one process"),
         ({"fleet_cert": "c.pem"}, "--fleet-cert and --fleet-key-file are about a fleet"),
         ({"join": "studio:8000"}, "is no controller's URL"),

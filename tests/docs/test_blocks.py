@@ -12,10 +12,12 @@ from tests.docs.reading import SMALLER, Reader
 
 DRAWINGS = frozenset({"mermaid", "text"})
 """Languages that nobody runs: pictures, and what a command printed."""
+ACROSS_HOSTS = "rollout-server serve --tensor-parallel 2 --hostfile hosts.json --backend jaccl"
 NOT_RUN: Mapping[tuple[str, str], str] = {
     ("README.md", "make demo"): "minutes; tests/demo does it, and this is what `make test` runs",
     ("docs/quick-start.md", "make setup"): "it installs packages; `make newcomer` does it",
     ("docs/guide/operations.md", "rollout-server doctor"): "tests/machine/test_doctor.py does, for seconds",
+    ("docs/guide/fleets.md", ACROSS_HOSTS): "it starts ranks on other hosts by ssh",
 }
 """(Page, first line of a block) → why it is not run here."""
 LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md", "docs/guide/operations.md"})
