@@ -25,6 +25,10 @@ ON_TOWER = (
     "adapters on a vision tower are not served, since what it makes of a picture would be another thing under each "
     "version: train the layers of the language model alone"
 )
+NOT_REPLACED = (
+    "none of this base's parameters can be replaced: whole tensors are not served by several ranks, each of which has "
+    "a part of them; push LoRA or DoRA, or serve without --tensor-parallel"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,9 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
 
 
 def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
+    if not parameters:
+        yield _unexpected(tensor, NOT_REPLACED, NOT_REPLACED)
+        return
     parameter = parameters.get(path)
     if parameter is None:
         prefix = _prefix(path, parameters)
