@@ -115,6 +115,18 @@ def test_bad_options_are_all_named_and_nothing_starts() -> None:
         assert option in refused.stderr
 
 
+def test_lists_come_from_the_environment_where_their_options_are_not_given() -> None:
+    wrong = {
+        "ROLLOUT_ADAPTERS": "nowhere",
+        "ROLLOUT_ALSO": "nothing",
+        "ROLLOUT_ALLOW_HOST": "http://proxy",
+        "ROLLOUT_ALLOW_IMAGE_HOST": "http://pictures",
+    }
+    refused = run("serve", "--port", "0", **wrong)
+    assert refused.exit_code == 1
+    assert all(f"({name}): " in refused.stderr for name in wrong), refused.stderr
+
+
 def test_without_keys_only_loopback() -> None:
     refused = run("serve", "--host", "0.0.0.0")
     assert refused.exit_code == 1

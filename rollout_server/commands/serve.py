@@ -99,7 +99,7 @@ def serve(
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only, and the key of a fleet from ROLLOUT_FLEET_KEY."""
-    _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
+    _serve({name: value for name, value in ctx.params.items() if value not in (None, [], ())})
 
 
 def _serve(given: dict[str, Any]) -> None:
