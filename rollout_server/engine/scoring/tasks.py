@@ -236,15 +236,18 @@ class ScoringTasks:
         """The log-probabilities of a group's prompt under its version; its rows wait for them."""
         group.unscored = True
         self._policies.acquire_again(version, 1)
-        prompt = group.request.prompt_ids
+        count, sight = len(group.request.prompt_ids), group.sight
+        # A picture that begins in the prompt, and is read in one chunk, is read to its end.
+        inputs = count - 1 if sight is None else sight.chunk(0, count - 1)
+        tokens = group.request.given_ids[: inputs + 1]
         job = ScoreJob(
             group.request.id,
             (version,),
-            lambda sequences: self._reports.prompt_scored(group, sequences[0].logprobs),
+            lambda sequences: self._reports.prompt_scored(group, sequences[0].logprobs[:count]),
             lambda error: self._reports.fail_group(group, error),
             group=group,
         )
-        job.add([(prompt, 0, [(Span(version, 0, len(prompt)), group.placement)])], sight=group.sight)
+        job.add([(tokens, 0, [(Span(version, 0, len(tokens)), group.placement)])], sight=sight)
         self._queue.add(job)
 
     def score_rows(self, group: Group) -> None:
