@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,10 @@ def test_ranks_that_mlx_launch_starts_serve_as_one(tmp_path: Path) -> None:
     for ranks in ((), ("--tensor-parallel", "2", "--hostfile", str(hosts))):
         with live_server(model, *options, *ranks) as server, RolloutClient(server.url) as client:
             batch = client.rollouts([[1, 2, 3], [4, 5]], n=2, seed=7, max_tokens=12)
-            rows.append([row.token_ids for row in batch])
-            server.stop()
+            rows.append([list(row.token_ids) for row in batch])
+            assert server.stop() == 0
+            # Whatever served has ended, and not only the command that started it.
+            with socket.socket() as asking:
+                assert asking.connect_ex(("127.0.0.1", int(server.url.rpartition(":")[2]))) == errno.ECONNREFUSED
+            assert not any("KeyboardInterrupt" in line or "Traceback" in line for line in server.log)
     assert rows[0] == rows[1]
