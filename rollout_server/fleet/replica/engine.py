@@ -42,6 +42,9 @@ log = logging.getLogger("rollout_server.fleet")
 
 STOP_S = 60.0
 """An engine that is told to stop has so long to end its step."""
+AGAIN = 75
+"""Exit status of a replica whose engine failed: what starts it again (systemd, launchd) does so, and not after 1, with
+which a replica ends that cannot be started like this."""
 
 
 class ReplicaEngine:
@@ -211,4 +214,4 @@ class ReplicaEngine:
             self._settled.set()
         if status.state == "dead" and self._engine.info is not None:
             log.critical("The engine of this replica ended, so the replica ends: %s", status.fault)
-            os._exit(1)
+            os._exit(AGAIN)
