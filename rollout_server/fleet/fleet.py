@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -151,24 +152,29 @@ class Fleet:
             case _ if isinstance(command, get_args(ScoringCommand)):
                 self._readings.read(command)
             case _ if isinstance(command, get_args(PolicyCommand)):
-                self._begin(self._change(command))
+                self._begin(self._change(command)).add_done_callback(partial(self._changed, command.id))
         self._act()
 
-    def _begin(self, work: Any) -> None:
+    def _begin(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _change(self, command: Any) -> None:
         try:
             reply: Event = await self._versions.change(command)
         except RolloutError as error:
             reply = RequestFailed(command.id, error)
-        except Exception as error:
-            log.exception("A change of versions came to nothing.")
-            reply = RequestFailed(command.id, EngineFault(f"The change of versions came to nothing: {error!r}"))
         self._show()
         self._post([reply])
+
+    def _changed(self, id: str, task: asyncio.Task[None]) -> None:
+        """Whoever asked is answered also where the change ended by what nobody expected."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("A change of versions came to nothing.", exc_info=error)
+            self._post([RequestFailed(id, EngineFault(f"The change of versions came to nothing: {error!r}."))])
 
     def _compile(self, grammar: Grammar) -> Constraint:
         if self.grammars is None:

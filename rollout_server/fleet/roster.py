@@ -189,26 +189,31 @@ class Roster:
         pause = FIRST_PAUSE_S
         self._members[id] = Member(id)
         while not self._stopping.is_set() and (member := self._members.get(id)) is not None:
-            was_live = False
-            try:
-                was_live = await self.serve(id, await open(), first)
-            except RolloutError as error:
-                log.error("Replica %s could not start: %s", id, error)
-                self._controller.fail(error)
-            except OSError as error:
-                # No process, file or memory is left for one just now.
-                log.error("Replica %s could not be started: %s", id, error)
-                self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {error}."))
-            except Exception as error:
-                # Nobody else would see it, and the replica would never be started again.
-                log.exception("Replica %s could not be served.", id)
-                self._controller.fail(EngineFault(f"Replica {id} could not be served: {error!r}."))
+            # Whatever it is: nobody else would see it, and the replica would never be started again.
+            (ended,) = await asyncio.gather(self._opened(id, open, first), return_exceptions=True)
+            was_live = ended is True
+            match ended:
+                case RolloutError():
+                    log.error("Replica %s could not start: %s", id, ended)
+                    self._controller.fail(ended)
+                case OSError():
+                    # No process, file or memory is left for one just now.
+                    log.error("Replica %s could not be started: %s", id, ended)
+                    self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {ended}."))
+                case Exception():
+                    log.error("Replica %s could not be served.", id, exc_info=ended)
+                    self._controller.fail(EngineFault(f"Replica {id} could not be served: {ended!r}."))
+                case BaseException():
+                    raise ended
             pause = FIRST_PAUSE_S if was_live else min(2 * pause, LONGEST_PAUSE_S)
             if self._stopping.is_set() or member.leaving:
                 break
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
+
+    async def _opened(self, id: str, open: Callable[[], Awaitable[Connection]], first: Any) -> bool:
+        return await self.serve(id, await open(), first)
 
     async def serve(self, id: str, link: Connection, first: Any) -> bool:
         """Listens to a replica until its connection closes; returns whether it had become live. Raises what kept it

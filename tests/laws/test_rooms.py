@@ -45,7 +45,6 @@ SMALL = {
     "rollout_server/fleet/ranks/words.py": "what both sides of a connection read and write",
     "rollout_server/engine/sampling/margins.py": "plain, for replies as for the device's checks",
     "rollout_server/fleet/ledger/placement.py": "one decision of the ledger, to be read by itself",
-    "rollout_server/fleet/terms.py": "one rule of a fleet, to be read by itself",
     "rollout_server/fleet/tokens.py": "the one door from the controller to transformers and llguidance",
     "rollout_server/machine/gpus.py": "one thing that a fleet asks of the machine",
     "rollout_server/http/observing/tracing.py": "an extra that most servers do without",
