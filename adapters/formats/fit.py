@@ -78,7 +78,7 @@ def faults(
             f"The configuration targets {shown(proposal.targets())}, which is no layer of this base; "
             f"layers that can be adapted are called {shown(', '.join(known))}."
         )
-        found.append(Fault(text))
+        found.append(Fault(text, misfit=True))
     there = {module.removeprefix(prefix) for module, prefix in prefixed.items()}
     found += (fault for module, fault in _missing(proposal) if module not in there)
     for (module, part), tensor in sorted(proposal.tensors.items()):
@@ -87,9 +87,8 @@ def faults(
         elif module not in layers and TOWER.search(module):
             found.append(_unexpected(tensor, ON_TOWER, ON_TOWER))
         elif module not in layers:
-            found.append(
-                _unexpected(tensor, f"the base has no adaptable layer {shown(module)}", "the base has no such layers")
-            )
+            why = f"the base has no adaptable layer {shown(module)}"
+            found.append(_unexpected(tensor, why, "the base has no such layers", misfit=True))
         elif module not in proposal.spec.modules:
             why = "the configuration does not target"
             found.append(_unexpected(tensor, f"{why} {shown(module)}", f"{why} their layers"))
@@ -119,9 +118,10 @@ def _prefixed(tensor: FileTensor, path: str, prefix: str) -> Fault:
     )
 
 
-def _unexpected(tensor: FileTensor, why: str, all_because: str) -> Fault:
+def _unexpected(tensor: FileTensor, why: str, all_because: str, *, misfit: bool = False) -> Fault:
     name = shown(tensor.name)
-    return Fault(f"{name} is unexpected: {why}.", f"tensors are unexpected, since {all_because}", name)
+    kind = f"tensors are unexpected, since {all_because}"
+    return Fault(f"{name} is unexpected: {why}.", kind, name, misfit=misfit)
 
 
 def _missing(proposal: Proposal) -> Iterator[tuple[str, Fault]]:
@@ -167,7 +167,8 @@ def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Paramet
         if prefix:
             yield _prefixed(tensor, path, prefix)
         else:
-            yield _unexpected(tensor, f"the base has no parameter {shown(path)}", "the base has no such parameters")
+            why = f"the base has no parameter {shown(path)}"
+            yield _unexpected(tensor, why, "the base has no such parameters", misfit=True)
         return
     turned = tensor.shape == parameter.shape[::-1]
     yield from _wrong_values(tensor, parameter.shape, *(TRANSPOSED if turned else ("", "")))
@@ -182,6 +183,7 @@ def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_b
             f"{name} {what}{f': {why}' if why else ''}.",
             f"tensors have shapes that do not fit{f' ({all_because})' if all_because else ''}",
             f"{name} {what}",
+            misfit=not why,
         )
     elif tensor.readable and not tensor.read().finite():
         name, what = shown(tensor.name), "values that are not finite (NaN or infinity)"

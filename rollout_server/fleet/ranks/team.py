@@ -20,7 +20,7 @@ from typing import Any
 
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.errors import EngineUnavailable
-from rollout_server.fleet.codec.frames import Codec
+from rollout_server.fleet.codec.frames import BadFrame, Codec
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, Teller
 from rollout_server.fleet.ranks.environment import file_of, of_rank
 
@@ -121,6 +121,8 @@ class Team:
                 frame = self._codec.encode(self._messages.get(timeout=ALIVE_EVERY_S))
             except queue.Empty:
                 continue
+            except BadFrame as error:
+                return self.end(f"The other ranks could not be told a command: {error} {GOES_NOT_ON}")
             for member in self.members:
                 try:
                     member.commands.sendall(frame)

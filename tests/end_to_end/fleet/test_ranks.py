@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -68,7 +70,11 @@ def test_ranks_that_mlx_launch_starts_serve_as_one(tmp_path: Path) -> None:
         with live_server(model, *options, *ranks) as server, RolloutClient(server.url) as client:
             batch = client.rollouts([[1, 2, 3], [4, 5]], n=2, seed=7, max_tokens=12)
             rows.append([row.token_ids.tolist() for row in batch])
-            server.stop()
+            assert server.stop() == 0
+            # Whatever served has ended, and not only the command that started it.
+            with socket.socket() as asking:
+                assert asking.connect_ex(("127.0.0.1", int(server.url.rpartition(":")[2]))) == errno.ECONNREFUSED
+            assert not any("KeyboardInterrupt" in line or "Traceback" in line for line in server.log)
     assert rows[0] == rows[1]
 
 
