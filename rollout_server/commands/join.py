@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from rollout_server.config import ServerConfig
+from rollout_server.config import RankSettings, ServerConfig
 from rollout_server.fleet.joining.dial import Controller
 from rollout_server.fleet.replica.joiner import Joiner, own_id
 from rollout_server.machine.blas import one_thread_for_numpy
@@ -18,9 +18,12 @@ from rollout_server.versions.startup import engine_options
 
 def join(config: ServerConfig) -> None:
     """Computes for a controller until a signal ends it or the fleet lets it go; where it is to be started anew, its
-    process is replaced. Raises `RolloutError` where it is not taken."""
+    process is replaced. One of several ranks is nothing without the others, so it leaves that to whoever started them
+    all. Raises `RolloutError` where it is not taken."""
     one_thread_for_numpy()
     if asyncio.run(_until_told(config)):
+        if RankSettings().mlx_rank is not None:
+            sys.exit(os.EX_TEMPFAIL)
         os.execv(sys.executable, [sys.executable, "-m", "rollout_server", *sys.argv[1:]])
 
 
