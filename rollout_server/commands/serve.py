@@ -127,7 +127,7 @@ def _serve(given: dict[str, Any]) -> None:
 def launched_elsewhere(config: ServerConfig) -> bool:
     """With a hostfile this command runs again, as each rank; returns whether this process was one that serves no HTTP,
     whose work is done."""
-    from rollout_server.config import RankSettings
+    from rollout_server.config import RankSettings, forwarded
     from rollout_server.versions.startup import ranks_of
 
     rank, ranks = RankSettings().mlx_rank, ranks_of(config)
@@ -137,7 +137,7 @@ def launched_elsewhere(config: ServerConfig) -> bool:
         from rollout_server.fleet.ranks.hosts import launch, launching, read_hosts
 
         hosts = read_hosts(config.hostfile, ranks.size, ranks.backend)
-        command = launching(config.hostfile, ranks.backend, {}, sys.argv[1:])
+        command = launching(config.hostfile, ranks.backend, forwarded(), sys.argv[1:])
         sys.exit(launch(command, hosts[0], config.shutdown_s + RANKS_END_S))
     if rank:
         from rollout_server.fleet.ranks.follower import follow

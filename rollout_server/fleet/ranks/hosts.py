@@ -61,6 +61,19 @@ def read_hosts(path: Path, size: int, backend: str) -> tuple[Host, ...]:
     return hosts
 
 
+def lead_address(nccl_ip: str | None, coordinator: str | None, ring: Path | None) -> str | None:
+    """Where the other ranks reach rank 0, as `mlx.launch` has told a rank of each backend: by the variable alone, by
+    one with a port, or by a file of each rank's addresses. None where it has told nothing."""
+    if nccl_ip is not None:
+        return nccl_ip
+    if coordinator is None and ring is not None:
+        try:
+            coordinator = json.loads(ring.read_bytes())[0][0]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InvalidField(f"MLX_HOSTFILE {ring} lists no addresses of ranks.", param="hostfile") from error
+    return None if coordinator is None else coordinator.rpartition(":")[0].strip("[]")
+
+
 def _host(path: Path, number: int, entry: Any) -> Host:
     where = f"host {number}"
     if not isinstance(entry, dict):

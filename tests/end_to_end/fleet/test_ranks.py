@@ -49,7 +49,7 @@ def test_ranks_that_mlx_launch_starts_serve_as_one(tmp_path: Path) -> None:
     for ranks in ((), ("--tensor-parallel", "2", "--hostfile", str(hosts))):
         with live_server(model, *options, *ranks) as server, RolloutClient(server.url) as client:
             batch = client.rollouts([[1, 2, 3], [4, 5]], n=2, seed=7, max_tokens=12)
-            rows.append([list(row.token_ids) for row in batch])
+            rows.append([row.token_ids.tolist() for row in batch])
             assert server.stop() == 0
             # Whatever served has ended, and not only the command that started it.
             with socket.socket() as asking:
