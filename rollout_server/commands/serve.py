@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,14 +102,15 @@ def serve(
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only, and the key of a fleet from ROLLOUT_FLEET_KEY."""
-    _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
+    options = {str(parameter.name): parameter.opts[0] for parameter in ctx.command.params}
+    _serve({name: value for name, value in ctx.params.items() if value not in (None, [], ())}, options)
 
 
-def _serve(given: dict[str, Any]) -> None:
+def _serve(given: dict[str, Any], options: Mapping[str, str]) -> None:
     """Reads the configuration, and serves until it is told to stop."""
     with one_sentence():
         blas = load_blas()
-        config = configure(given)
+        config = configure(given, options)
         from rollout_server import logs
 
         logs.configure(config.log_format)

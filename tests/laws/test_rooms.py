@@ -41,6 +41,7 @@ SMALL = {
     "rollout_server/engine/ranks/digest.py": "plain, for whoever compares digests and has no arrays",
     "rollout_server/engine/ranks/ranks.py": "what the decoder and the self-test ask of the others",
     "rollout_server/fleet/ranks/group.py": "the one door from processes of ranks to MLX's group",
+    "rollout_server/fleet/ranks/patience.py": "a process beside the one it watches, where nothing of MLX is imported",
     "rollout_server/fleet/ranks/words.py": "what both sides of a connection read and write",
     "rollout_server/engine/sampling/margins.py": "plain, for replies as for the device's checks",
     "rollout_server/fleet/ledger/placement.py": "one decision of the ledger, to be read by itself",
