@@ -110,10 +110,9 @@ def launching(path: Path, backend: str, variables: Mapping[str, str], arguments:
     return [str(launcher), "--hostfile", str(path.expanduser()), "--backend", backend, *given, "--", *own]
 
 
-def launch(command: Sequence[str], lead: Host, within_s: float) -> int:
-    """Runs the launcher until all ranks have ended, or a signal ends them; returns the exit status, which is 0 only
-    after a signal. Rank 0 may take `within_s` seconds to end what it serves, and is cut off where it runs elsewhere:
-    ssh passes no signal on."""
+def launch(command: Sequence[str], lead: Host, within_s: float) -> bool:
+    """Runs the launcher until all ranks have ended; returns whether a signal has ended them. Rank 0 may take `within_s`
+    seconds to end what it serves, and is cut off where it runs elsewhere: ssh passes no signal on."""
     # Its input stays open and empty: at the end of it the launcher would read without end.
     launcher = subprocess.Popen(["sh", "-c", SPARED, "sh", *command], stdin=subprocess.PIPE, start_new_session=True)
     told = threading.Event()
@@ -131,7 +130,7 @@ def launch(command: Sequence[str], lead: Host, within_s: float) -> int:
     launcher.wait()
     late.cancel()
     _signal(launcher.pid, signal.SIGKILL)
-    return 0 if told.is_set() else 1
+    return told.is_set()
 
 
 def _signal(group: int, number: signal.Signals) -> None:
