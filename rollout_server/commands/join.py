@@ -70,5 +70,6 @@ async def _join(config: ServerConfig, joined: Callable[[str], None]) -> bool:
         key.get_secret_value() if key is not None else None,
         config.fleet_cert,
     )
+    controller.context()  # A file that cannot be used is said now, and not at each try.
     options = await asyncio.to_thread(engine_options, config)
     return await Joiner(controller, options, config.replica_timeout_s, joined, own_id()).run()
