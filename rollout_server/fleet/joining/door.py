@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,24 +109,23 @@ class Door:
 
     async def _take(self, transport: asyncio.Transport, early: bytes, drawn: str, roster: Roster, codec: Codec) -> None:
         self._strangers += 1
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                link, who, welcome = await self._introduced(transport, early, drawn, codec)
-        except BROKEN as error:
-            log.warning("A replica at %s did not introduce itself: %r", transport.get_extra_info("peername"), error)
-            transport.abort()
-            return
-        except RolloutError as error:
-            log.warning("A replica at %s was refused: %s", transport.get_extra_info("peername"), error)
-            asyncio.get_running_loop().call_later(FLUSH_S, transport.abort)
-            return
-        except Exception:
-            # Whatever a stranger's bytes have brought about, it keeps no descriptor of this process.
-            log.exception("A replica at %s was not let in.", transport.get_extra_info("peername"))
-            transport.abort()
-            return
-        finally:
-            self._strangers -= 1
+        with ExitStack() as unless_let_in:
+            # Whatever a stranger's bytes bring about, it keeps no descriptor of this process.
+            unless_let_in.callback(transport.abort)
+            try:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    link, who, welcome = await self._introduced(transport, early, drawn, codec)
+            except BROKEN as error:
+                log.warning("A replica at %s did not introduce itself: %r", transport.get_extra_info("peername"), error)
+                return
+            except RolloutError as error:
+                log.warning("A replica at %s was refused: %s", transport.get_extra_info("peername"), error)
+                asyncio.get_running_loop().call_later(FLUSH_S, transport.abort)
+                unless_let_in.pop_all()
+                return
+            finally:
+                self._strangers -= 1
+            unless_let_in.pop_all()
         if (last := self._parted.get((who.id, who.process))) is not None:
             await self._dismiss(who.id, link, welcome, last)
         else:

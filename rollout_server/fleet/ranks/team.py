@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,16 +218,19 @@ def start_here(ranks: RankOptions, hosts: str, begin: bytes) -> list[Member]:
 @contextmanager
 def ending(members: Sequence[Member]) -> Iterator[None]:
     """Whatever fails within kills these ranks: nobody else knows of them yet, and they would wait for rank 0."""
-    try:
-        yield
-    except BaseException:
+    with ExitStack() as unless_all_is_well:
         for member in members:
-            if member.process is not None and member.process.poll() is None:
-                member.process.kill()
-                member.process.wait()
-            member.decisions.close()
-            member.commands.close()
-        raise
+            unless_all_is_well.callback(_discard, member)
+        yield
+        unless_all_is_well.pop_all()
+
+
+def _discard(member: Member) -> None:
+    if member.process is not None and member.process.poll() is None:
+        member.process.kill()
+        member.process.wait()
+    member.decisions.close()
+    member.commands.close()
 
 
 def _await_alive(member: Member) -> None:
