@@ -180,3 +180,33 @@ def test_a_change_of_versions_that_fails_as_nobody_expected_is_answered() -> Non
         assert isinstance(failed, RequestFailed) and failed.id == "push" and isinstance(failed.error, EngineFault)
 
     asyncio.run(scene())
+
+
+class Slow(Passing):
+    """Its place is found only when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.killed = asyncio.Event(), False
+
+    async def open(self) -> Connection:
+        self.opened += 1
+        await self.found.wait()
+        return self
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_one_that_is_removed_while_it_waits_for_a_place_does_not_join() -> None:
+    async def scene() -> None:
+        source, roster = Slow(), Roster(Told())
+        source.start(roster)
+        await until(lambda: source.opened == 1)
+        assert roster.leave("one", again=False)
+        source.found.set()
+        await asyncio.wait_for(source.task, 30)
+        assert source.killed and source.sent == []
+        assert not roster.leave("one", again=False), "it is not there"
+
+    asyncio.run(scene())
