@@ -186,21 +186,21 @@ def test_help_and_push_start_without_mlx() -> None:
 
 def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Options are read before help is shown: one that does not exist would be refused."""
-    greet("http://127.0.0.1:8000", page=True, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=True, protected=False)
     ready, page, *commands, curl = capsys.readouterr().out.splitlines()
     assert ready == "rollout-server is ready at http://127.0.0.1:8000"
     assert page.split() == ["page", "http://127.0.0.1:8000/"]
-    assert [line.split()[0] for line in commands] == ["sample", "push"]
+    assert [line.split()[0] for line in commands] == ["generate", "push"]
     for line in commands:
         program, *arguments = shlex.split(line)[1:]
         assert program == "rollout-server" and run(*arguments, "--help").exit_code == 0, line
-    greet("http://127.0.0.1:8000", page=False, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=False, protected=False)
     assert capsys.readouterr().out.splitlines() == [ready, *commands, curl]
 
 
 def test_the_curl_that_serve_greets_with_samples(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell runs it, which puts the key in where keys are set."""
-    greet(url, page=True, protected=True)
+    greet(url, "generate", page=True, protected=True)
     curl = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1]
     for key, answered in ((KEY, '"text"'), ("another", '"unauthorized"')):
         done = subprocess.run(
