@@ -118,9 +118,7 @@ pictures: $(READY)  ## the page's pictures in docs/pictures, of the demo as it t
 	$(BIN)/python -m tests.page.make_pictures $(ARGS)
 
 docs: $(READY)  ## the site of README and docs/, in site/html; a dead link fails; installs zensical into .venv
-	@$(BIN)/python -c "import zensical, mermaidx" 2>/dev/null \
-		|| $(UV) pip install --quiet --python $(BIN)/python --group docs 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet --group docs
+	@$(call tool,zensical,docs)
 	$(BIN)/python -m tests.docs.build_site
 
 api: $(READY)  ## docs/api.md anew, from the document that a server gives

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
@@ -176,6 +178,16 @@ def test_version_and_commands() -> None:
     listed = run("--help").stdout
     for command in ("serve", "demo", "push", "weights", "download", "generate", "top", "bench", "doctor"):
         assert f" {command} " in listed
+
+
+def test_every_command_but_serve_prints_json_where_it_is_asked_to() -> None:
+    def without(command: Any, name: str) -> list[str]:
+        inner = getattr(command, "commands", {})
+        options = [option for parameter in command.params for option in parameter.opts]
+        found = [line for own, each in inner.items() for line in without(each, f"{name} {own}".strip())]
+        return found if inner or "--json" in options else [name]
+
+    assert without(typer.main.get_command(app), "") == ["serve"]
 
 
 def test_help_and_push_start_without_mlx() -> None:
