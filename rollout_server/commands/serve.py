@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -71,6 +70,9 @@ TRIED: Mapping[Task, tuple[str | None, str, dict[str, Any]]] = MappingProxyType(
     }
 )
 """What somebody may try first with a model of a task: a command, and a route with its body."""
+
+RANKS_END_S = 20.0
+"""Beyond what replies may take, seconds until ranks that do not end are killed."""
 
 
 def serve(
@@ -150,18 +152,20 @@ def _serve(given: dict[str, Any], options: Mapping[str, str]) -> None:
 
 
 def launched_elsewhere(config: ServerConfig) -> bool:
-    """With a hostfile this command runs again, as each rank; returns whether this process was a rank that serves no
-    HTTP, whose work is done."""
+    """With a hostfile this command runs again, as each rank; returns whether this process was one that serves no HTTP,
+    whose work is done."""
     from rollout_server.config import RankSettings
-    from rollout_server.fleet.ranks.hosts import launching
     from rollout_server.versions.startup import ranks_of
 
     rank, ranks = RankSettings().mlx_rank, ranks_of(config)
     if ranks is None or (rank is None and config.hostfile is None):
         return False
     if rank is None and config.hostfile is not None:
-        command = launching(config.hostfile, ranks.backend, sys.argv[1:])
-        os.execv(command[0], command)
+        from rollout_server.fleet.ranks.hosts import launch, launching, read_hosts
+
+        hosts = read_hosts(config.hostfile, ranks.size, ranks.backend)
+        command = launching(config.hostfile, ranks.backend, {}, sys.argv[1:])
+        sys.exit(launch(command, hosts[0], config.shutdown_s + RANKS_END_S))
     if rank:
         from rollout_server.fleet.ranks.follower import follow
 

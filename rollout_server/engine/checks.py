@@ -123,9 +123,12 @@ def check_group(group: RolloutRequest, info: ModelInfo) -> None:
     check_ids(group.prompt_ids, "prompt", info)
     check_ids(group.prefix.token_ids, "prefix", info)
     check_pictures(group.prompt_ids, group.given_ids, group.pictures, "prompt", info)
-    if info.placeholder is not None and group.prompt_ids[-1] == info.placeholder:
+    given, needed = group.given_ids, sum(picture.tokens for picture in group.pictures)
+    # A placeholder behind the last picture is text, since a model may sample one.
+    if group.pictures and given[-1] == info.placeholder and given.count(info.placeholder) <= needed:
+        where = "prefix" if group.prefix.token_ids else "prompt"
         raise InvalidField(
-            "The prompt ends in a picture: put a token behind it, from which the next one is sampled.", param="prompt"
+            f"The {where} ends in a picture: put a token behind it, from which the next one is sampled.", param=where
         )
     for token in group.sampling.stop_token_ids:
         if not 0 <= token < info.vocab_size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import pytest
 
 from rollout_server.http.sockets.unusable import holder_of, unusable
 from rollout_server.machine.this_device import device_memory
+from tests.engine.model.test_footprints import hollow
 from tests.support import tiny_models
 
 
@@ -101,17 +101,7 @@ def test_an_adapter_for_another_base(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_larger_than_the_device(tmp_path: Path) -> None:
-    """Its file is as long as it says, and holds nothing."""
-    model = tiny_models.build("qwen3", tmp_path / "model")
-    side = 1 << 20
-    size = (2 * device_memory() // (4 * side) + 1) * 4 * side
-    header = {
-        "model.embed_tokens.weight": {"dtype": "F32", "shape": [size // (4 * side), side], "data_offsets": [0, size]}
-    }
-    text = json.dumps(header).encode()
-    with (model / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
+    model = hollow(tmp_path / "model", 2 * device_memory())
     said = refused("--port", "0", "--model", str(model))
     assert re.search(r"The weights of \S+ take [\d.]+ GiB in memory, and this device has [\d.]+ GiB: ", said), said
     assert "smaller model" in said and "mlx_lm.convert -q" in said

@@ -197,8 +197,9 @@ class Batches:
 
     def look_up(self) -> None:
         """See `Batch.look_up`."""
-        for batch in self._batches.values():
-            batch.look_up()
+        for batch_key, batch in self._batches.items():
+            with self._blame(batch_key):
+                batch.look_up()
 
     def prefill(self, budget: int) -> list[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
@@ -335,8 +336,7 @@ class Batches:
         self._turns += 1
         if self._measure is None or self._turns % ARRANGED_EVERY:
             return
-        moves = [move for parameters in self.sets for move in self._moves(parameters)]
-        if not moves:
+        if not (moves := [move for parameters in self.sets for move in self._moves(parameters)]):
             return
         self.settle_and_release()
         sources = set()

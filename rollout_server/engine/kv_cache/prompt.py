@@ -37,7 +37,8 @@ class Prompt:
 
     def chunk(self, count: int) -> int:
         """How many tokens are read next where about `count` are to be."""
-        return count if self.sight is None else self.sight.chunk(self.prefilled, count)
+        left = len(self.tokens) - self.prefilled
+        return count if self.sight is None else min(self.sight.chunk(self.prefilled, count), left)
 
     @property
     def ahead(self) -> int:

@@ -56,14 +56,17 @@ def memory_of_device() -> int:
     return device_memory()
 
 
-def check_room(directory: Path) -> None:
-    """Raises `EngineUnavailable` where the weights alone are more than the device has: without this, a system ends the
-    process while it loads them, and says nothing."""
+def check_room(directory: Path, parts: int = 1) -> None:
+    """Raises `EngineUnavailable` where the weights alone, cut into so many parts, are more than the device has: without
+    this, a system ends the process while it loads them, and says nothing."""
     weights, memory = footprint_of(directory).weights, device_memory()
-    if weights > memory:
+    if weights // parts > memory:
+        each = "" if parts == 1 else f", {in_words(weights // parts)} of them on each of {parts} ranks"
+        more = "a part on each of several devices" if parts == 1 else "parts on more of them"
         raise EngineUnavailable(
-            f"The weights of {directory} take {in_words(weights)} in memory, and this device has {in_words(memory)}: "
-            "serve a smaller model, or a copy with fewer bits, which `mlx_lm.convert -q` writes."
+            f"The weights of {directory} take {in_words(weights)} in memory{each}, and this device has "
+            f"{in_words(memory)}: serve a smaller model, a copy with fewer bits, which `mlx_lm.convert -q` writes, or "
+            f"{more} with --tensor-parallel."
         )
 
 

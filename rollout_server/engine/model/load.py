@@ -240,7 +240,7 @@ def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     config = read_config(path)
     plan, kind = _planned(path, config), kind_of(config)
     check_model(path)
-    check_room(path)
+    check_room(path, parts=1 if ranks is None else ranks.size)
     head = read_head(path, kind, config) if kind.scores else None
     classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:

@@ -4,6 +4,7 @@ a group's rows under the base."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rollout_server.engine.batch.prefix_reuse import key_of
@@ -27,7 +28,7 @@ from rollout_server.engine.policies.held_scorers import HeldScorers
 from rollout_server.engine.policies.scorers import Scorer
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.reports import Reports
-from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob
+from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, runs_of
 from rollout_server.engine.scoring.labels import LabelReading
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.replay import RowReplay
@@ -129,6 +130,8 @@ class ScoringTasks:
         try:
             version, _ = self._hold(held, score.policy)
             members = [self._member(score, index, held) for index in range(len(score.sequences))]
+            for index, (member, sight) in enumerate(zip(members, sights, strict=True)):
+                check_borders(sight, *member[1:], f"sequences[{index}]")
         except RolloutError:
             self._let_go(held)
             raise
@@ -201,11 +204,12 @@ class ScoringTasks:
     def replay(self, replay: Replay) -> None:
         """Rows drawn again. Raises `UnknownPolicy` or `VersionGone`, holding nothing."""
         held: Held = {}
-        sights = self._sights([row.prompt_ids for row in replay.rows], [row.pictures for row in replay.rows])
+        sequences = [row.prompt_ids + row.token_ids for row in replay.rows]
+        sights = self._sights(sequences, [row.pictures for row in replay.rows])
         try:
-            found = [
-                self._spans(held, row.spans, f"rollouts[{index}]", by_digest=True)
-                for index, row in enumerate(replay.rows)
+            members = [
+                self._replayed(held, index, row, sight)
+                for index, (row, sight) in enumerate(zip(replay.rows, sights, strict=True))
             ]
         except RolloutError:
             self._let_go(held)
@@ -221,12 +225,29 @@ class ScoringTasks:
             finished,
             lambda error: self._reports.fail(replay.id, error),
         )
-        for row, spans, sight in zip(replay.rows, found, sights, strict=True):
-            job.add([(row.prompt_ids + row.token_ids, len(row.prompt_ids), spans)], sight=sight)
+        for row, member, sight in zip(replay.rows, members, sights, strict=True):
+            job.add([member], sight=sight)
             job.sequences[-1].replay = RowReplay(
                 row.prompt_ids, row.token_ids, row.judged, row.sampling, row.seed, self._eos
             )
         self._queue.add(job)
+
+    def _replayed(
+        self, held: Held, index: int, row: RecordedRow, sight: Sight | None
+    ) -> tuple[tuple[int, ...], int, list[tuple[Span, Any]]]:
+        """A recorded row, the first position of it that gives a value, and its spans, which count from there."""
+        place = f"rollouts[{index}]"
+        spans = self._spans(held, row.spans, place, by_digest=True)
+        first = len(row.prompt_ids) - 1
+        # What was given of a picture that begins in the prompt has no values where it is read in one chunk.
+        given = 0 if sight is None else sight.chunk(0, first) - first
+        if given and spans and spans[0][0].end > given and not any(row.judged[:given]):
+            spans = [(replace(span, start=max(0, span.start - given), end=span.end - given), at) for span, at in spans]
+        else:
+            given = 0
+        start = len(row.prompt_ids) + given
+        check_borders(sight, start, spans, place)
+        return row.prompt_ids + row.token_ids, start, spans
 
     def _let_go(self, held: Held) -> None:
         for taken, _ in held.values():
@@ -236,15 +257,18 @@ class ScoringTasks:
         """The log-probabilities of a group's prompt under its version; its rows wait for them."""
         group.unscored = True
         self._policies.acquire_again(version, 1)
-        prompt = group.request.prompt_ids
+        count, sight = len(group.request.prompt_ids), group.sight
+        # A picture that begins in the prompt, and is read in one chunk, is read to its end.
+        inputs = count - 1 if sight is None else sight.chunk(0, count - 1)
+        tokens = group.request.given_ids[: inputs + 1]
         job = ScoreJob(
             group.request.id,
             (version,),
-            lambda sequences: self._reports.prompt_scored(group, sequences[0].logprobs),
+            lambda sequences: self._reports.prompt_scored(group, sequences[0].logprobs[:count]),
             lambda error: self._reports.fail_group(group, error),
             group=group,
         )
-        job.add([(prompt, 0, [(Span(version, 0, len(prompt)), group.placement)])], sight=group.sight)
+        job.add([(tokens, 0, [(Span(version, 0, len(tokens)), group.placement)])], sight=sight)
         self._queue.add(job)
 
     def score_rows(self, group: Group) -> None:
@@ -285,9 +309,26 @@ def check_start(sight: Sight | None, start: int) -> None:
         )
 
 
+def check_borders(sight: Sight | None, start: int, spans: Sequence[tuple[Span, Any]], place: str) -> None:
+    """Raises `InvalidField` where a picture that is read in one chunk would be read under two versions, or is not
+    followed by what its last token predicts."""
+    if sight is None:
+        return
+    for border in (border for run in runs_of(start, spans) for border in (run.scored, run.end)):
+        if (before := sight.before(border)) != border:
+            raise InvalidField(
+                f"{place} changes its version or ends in front of its token {border + 1}, within a picture whose "
+                f"tokens see each other: let it do so in front of token {before + 1}, or behind the token that follows "
+                "the picture.",
+                param=place,
+            )
+
+
 def _compared(row: RecordedRow, sequence: ScoredSequenceState, scored: ScoredSequence) -> ReplayedRow:
     """What became of a row that was read again; only judged tokens count."""
-    known = zip(row.judged, row.logprobs, scored.logprobs, strict=bool(row.spans))
+    # Given tokens at its beginning may have no values, see `ScoringTasks._replayed`.
+    missing = (None,) * (len(row.judged) - len(scored.logprobs))
+    known = zip(row.judged, row.logprobs, missing + scored.logprobs, strict=bool(row.spans))
     gaps = [abs(old - new) for judged, old, new in known if judged and old is not None and new is not None]
     drawn = sequence.replay
     return ReplayedRow(

@@ -36,10 +36,12 @@ class Eyes:
         self._dtype = dtype
         self._cell_bytes = cell_bytes
         self._kept: OrderedDict[str, Features] = OrderedDict()
+        self._ahead: set[str] = set()
+        """Digests of those that were read for somebody who has not come to them yet."""
         self._limit = 0
         self.nbytes = 0
         self.looked = self.hits = 0
-        """Pictures that the tower read, and those that were there."""
+        """Pictures that the tower read, and how often one was there already when its first placeholder was read."""
 
     def sight(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Sight | None:
         """Where pictures stand among tokens; None without pictures. Raises `InvalidField` where they do not fit."""
@@ -59,17 +61,20 @@ class Eyes:
         self._limit = cells * self._cell_bytes
         self._evict()
 
-    def look(self, picture: Picture) -> Features:
-        """The features of a picture, evaluated."""
-        found = self._kept.get(picture.digest)
+    def look(self, picture: Picture, begins: bool = False) -> Features:
+        """The features of a picture, evaluated. `begins`: its first placeholder is what is read."""
+        digest = picture.digest
+        found = self._kept.get(digest)
+        if begins:
+            self.hits += found is not None and digest not in self._ahead
+            self._ahead.discard(digest)
         if found is not None:
-            self.hits += 1
-            self._kept.move_to_end(picture.digest)
+            self._kept.move_to_end(digest)
             return found
         with self.blame(picture):
             found = self._features(picture)
         self.looked += 1
-        self._kept[picture.digest] = found
+        self._kept[digest] = found
         self.nbytes += found.nbytes
         self._evict()
         return found
@@ -90,8 +95,11 @@ class Eyes:
         for sight, begin, count in views:
             if tokens <= 0:
                 break
-            for picture, *_ in sight.shown(begin, min(count, tokens)) if sight is not None else ():
+            for picture, first, *_ in sight.shown(begin, min(count, tokens)) if sight is not None else ():
+                known = self.looked
                 self.look(picture)
+                if first == 0 and self.looked > known:
+                    self._ahead.add(picture.digest)
             tokens -= count
         return self.looked - before
 
@@ -99,9 +107,11 @@ class Eyes:
         """Forgets everything; returns how many bytes that were."""
         freed, self.nbytes = self.nbytes, 0
         self._kept.clear()
+        self._ahead.clear()
         return freed
 
     def _evict(self) -> None:
         while self.nbytes > self._limit and len(self._kept) > 1:
-            _, gone = self._kept.popitem(last=False)
+            digest, gone = self._kept.popitem(last=False)
+            self._ahead.discard(digest)
             self.nbytes -= gone.nbytes

@@ -49,7 +49,7 @@ def seen_of(views: Sequence[View], length: int) -> Seen | None:
         if sight is None:
             continue
         for picture, start, stop, columns in sight.shown(begin, count):
-            features = sight.look(picture)
+            features = sight.look(picture, start == 0)
             at.append(row * length + columns - begin)
             embeddings.append(features.embeddings[start:stop])
             deepstack.append(tuple(each[start:stop] for each in features.deepstack))

@@ -36,8 +36,8 @@ class Sight:
     """The position of a token behind the pictures, less its column."""
     sees_both_ways: bool
     """The tokens of one picture see each other, and are read in one chunk."""
-    look: Callable[[Picture], Features]
-    """What the tower makes of a picture."""
+    look: Callable[[Picture, bool], Features]
+    """What the tower makes of a picture; True where its first placeholder is what is read."""
 
     @property
     def end(self) -> int:
@@ -105,7 +105,7 @@ class Sight:
 
 
 def sight_of(
-    tokens: Sequence[int], pictures: Sequence[Picture], family: VisionFamily, look: Callable[[Picture], Features]
+    tokens: Sequence[int], pictures: Sequence[Picture], family: VisionFamily, look: Callable[[Picture, bool], Features]
 ) -> Sight:
     """Placeholders belong to the pictures in their order. Raises `InvalidField` where they are too few, or do not stand
     as those of such pictures do."""

@@ -81,3 +81,25 @@ def test_rows_that_come_back_fail_with_their_tokens_and_those_that_never_left_go
         assert row.token_ids == expected[row.sample_index].token_ids[: len(row.token_ids)]
     broken.clear()
     assert len(driver.generate([conversation.ids], pictures=[conversation.pictures], **GREEDY)[0].token_ids) == 12
+
+
+def test_a_beginning_that_cannot_be_copied_fails_the_rows_of_its_set_alone(seeing: Seeing) -> None:
+    driver, conversation = seeing.start(), seeing.conversations["two"]
+    driver.push("other", driver.bundle(2), mode="merged")
+    driver.generate([conversation.ids], pictures=[conversation.pictures], **GREEDY)
+    running = asked(driver, seeing, "none", policy="other", **(GREEDY | {"max_tokens": 40}))
+    driver.turn(3)
+    # Its batch is there, so that its store can be broken.
+    beside = asked(driver, seeing, "none", **(GREEDY | {"max_tokens": 40}))
+    driver.turn(3)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory for a copy")
+
+    driver.batch(0).store.paste = broken
+    wrong = asked(driver, seeing, "two", **GREEDY)
+    driver.finish(running, beside, wrong)
+    assert "no memory for a copy" in driver.error(wrong).message
+    assert driver.rollouts(beside)[0].finish_reason is FinishReason.ERROR
+    (row,) = driver.rollouts(running)
+    assert row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 40
