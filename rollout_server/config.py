@@ -144,8 +144,6 @@ FleetKey = Annotated[SecretStr | None, AfterValidator(check_key), AfterValidator
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)]
 AdapterDirectories = Annotated[tuple[tuple[str, Path], ...], NoDecode, BeforeValidator(parse_adapters)]
-
-
 Models = Annotated[tuple[tuple[str, str], ...], NoDecode, BeforeValidator(parse_also)]
 
 

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
@@ -178,6 +180,16 @@ def test_version_and_commands() -> None:
         assert f" {command} " in listed
 
 
+def test_every_command_but_serve_prints_json_where_it_is_asked_to() -> None:
+    def without(command: Any, name: str) -> list[str]:
+        inner = getattr(command, "commands", {})
+        options = [option for parameter in command.params for option in parameter.opts]
+        found = [line for own, each in inner.items() for line in without(each, f"{name} {own}".strip())]
+        return found if inner or "--json" in options else [name]
+
+    assert without(typer.main.get_command(app), "") == ["serve"]
+
+
 def test_help_and_push_start_without_mlx() -> None:
     code = "import sys, rollout_server.cli, trainer_client; print([m for m in sys.modules if m.startswith('mlx')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -186,21 +198,21 @@ def test_help_and_push_start_without_mlx() -> None:
 
 def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Options are read before help is shown: one that does not exist would be refused."""
-    greet("http://127.0.0.1:8000", page=True, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=True, protected=False)
     ready, page, *commands, curl = capsys.readouterr().out.splitlines()
     assert ready == "rollout-server is ready at http://127.0.0.1:8000"
     assert page.split() == ["page", "http://127.0.0.1:8000/"]
-    assert [line.split()[0] for line in commands] == ["sample", "push"]
+    assert [line.split()[0] for line in commands] == ["generate", "push"]
     for line in commands:
         program, *arguments = shlex.split(line)[1:]
         assert program == "rollout-server" and run(*arguments, "--help").exit_code == 0, line
-    greet("http://127.0.0.1:8000", page=False, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=False, protected=False)
     assert capsys.readouterr().out.splitlines() == [ready, *commands, curl]
 
 
 def test_the_curl_that_serve_greets_with_samples(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell runs it, which puts the key in where keys are set."""
-    greet(url, page=True, protected=True)
+    greet(url, "generate", page=True, protected=True)
     curl = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1]
     for key, answered in ((KEY, '"text"'), ("another", '"unauthorized"')):
         done = subprocess.run(

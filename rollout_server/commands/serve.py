@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +47,29 @@ from rollout_server.commands.terminal.engine_options import (
 
 if TYPE_CHECKING:
     from rollout_server.config import ServerConfig
+    from rollout_server.engine.messages.options import Task
+
+TRIED: Mapping[Task, tuple[str | None, str, dict[str, Any]]] = MappingProxyType(
+    {
+        "generate": (
+            'generate "12+13=" --max-tokens 16',
+            "/v1/completions",
+            {"model": "base", "prompt": "12+13=", "max_tokens": 16},
+        ),
+        "classify": ('score "12+13=25"', "/v1/rewards", {"model": "base", "sequences": [{"text": "12+13=25"}]}),
+        "token_classify": (
+            None,
+            "/v1/rewards",
+            {"model": "base", "sequences": [{"text": "12+13=25"}], "steps": {"text": "="}},
+        ),
+        "embed": (
+            'score "a cat sat" "12+13=25" --query "who sat?"',
+            "/v1/embeddings",
+            {"model": "base", "input": "12+13="},
+        ),
+    }
+)
+"""What somebody may try first with a model of a task: a command, and a route with its body."""
 
 RANKS_END_S = 20.0
 """Beyond what replies may take, seconds until ranks that do not end are killed."""
@@ -150,19 +175,19 @@ def launched_elsewhere(config: ServerConfig) -> bool:
     return False
 
 
-def greet(url: str, *, page: bool, protected: bool) -> None:
-    """Says that the server is ready, where to look, and three things to try from another terminal. Commands take keys
-    from the environment, where the server's own is; curl has to be given one."""
+def greet(url: str, task: Task, *, page: bool, protected: bool) -> None:
+    """Says that the server is ready, where to look, and what to try from another terminal, of what its model does.
+    Commands take keys from the environment, where the server's own is; curl has to be given one."""
     from rollout_server.http.server import announce
 
     announce(url)
     key = ' -H "Authorization: Bearer $ROLLOUT_API_KEY"' if protected else ""
-    asked = '{"model": "base", "prompt": "12+13=", "max_tokens": 16}'
+    command, route, asked = TRIED[task]
     lines = [f"  page    {url}/"] if page else []
+    lines += [f"  {command.split()[0]:7} rollout-server {command} --url {url}"] if command else []
     lines += [
-        f'  sample  rollout-server generate "12+13=" --max-tokens 16 --url {url}',
         f"  push    rollout-server push DIR --name policy --url {url}",
-        f"  curl    curl {url}/v1/completions -H 'content-type: application/json'{key} -d '{asked}'",
+        f"  curl    curl {url}{route} -H 'content-type: application/json'{key} -d '{json.dumps(asked)}'",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

@@ -1,15 +1,23 @@
-"""What the OpenAPI document cannot learn from signatures: the table of errors, streams beside whole replies, and the
-two encodings of a push."""
+"""What the OpenAPI document cannot learn from signatures: the table of errors, streams beside whole replies, queries
+and headers that routes read by themselves, and the two encodings of a push."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from litestar import Litestar, Request
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType, Operation, RequestBody, Schema
+from litestar.openapi.spec import (
+    OpenAPIMediaType,
+    OpenAPIResponse,
+    OpenAPIType,
+    Operation,
+    Parameter,
+    RequestBody,
+    Schema,
+)
 from litestar.routes import HTTPRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -19,6 +27,31 @@ from rollout_server.http.replies.streaming import NDJSON, SSE
 from rollout_server.schemas.system import ErrorReply
 
 REFERENCE = "#/components/schemas/{model}"
+
+
+def _choice(name: str, *values: str) -> Parameter:
+    return Parameter(name, "query", Schema(type=OpenAPIType.STRING, enum=list(values)))
+
+
+def _flag(name: str) -> Parameter:
+    return _choice(name, "true", "false", "1", "0")
+
+
+CONDITION = r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"'
+"""What `If-Match` says: `"7"`, or `"sha256:…"`."""
+IF_MATCH = Parameter(
+    "If-Match",
+    "header",
+    Schema(type=OpenAPIType.STRING, pattern=f"^{CONDITION}$"),
+    'The version, `"7"`, or the digest, `"sha256:…"`, at which the name has to be; else 412, and nothing changes.',
+)
+_OF_MODEL = Schema(
+    type=OpenAPIType.STRING,
+    min_length=1,
+    max_length=256,
+    description="The model that is meant, by its name among several; without it that of --model.",
+)
+MODEL = Parameter("model", "query", _OF_MODEL)
 
 
 def failures() -> dict[int, ResponseSpec]:
@@ -34,19 +67,22 @@ def failures() -> dict[int, ResponseSpec]:
 
 def _upload_body() -> RequestBody:
     text = Schema(type=OpenAPIType.STRING)
-    file = Schema(type=OpenAPIType.STRING, content_media_type="application/octet-stream", description="safetensors")
-    choice = {
-        name: Schema(type=OpenAPIType.STRING, enum=list(values), default=values[0])
-        for name, values in (("format", ("auto", "peft", "mlx")), ("activate", ("true", "false")))
-    }
+    file = Schema(
+        type=OpenAPIType.STRING, content_media_type="application/octet-stream", description="A safetensors file."
+    )
+    choices = (("format", ("auto", "peft", "mlx")), ("activate", ("true", "false")), ("dequantize", ("false", "true")))
+    choice = {name: Schema(type=OpenAPIType.STRING, enum=list(values), default=values[0]) for name, values in choices}
+    mode = "How it is served; without it `adapter`, and `merged` for dense versions."
     form = Schema(
         type=OpenAPIType.OBJECT,
         required=["name", "weights"],
         properties={
             "name": text,
             "weights": file,
-            "config": Schema(type=OpenAPIType.STRING, description="adapter_config.json of PEFT or mlx-lm"),
+            "config": Schema(type=OpenAPIType.STRING, description="adapter_config.json of PEFT or mlx-lm."),
             "label": Schema(type=OpenAPIType.STRING, max_length=64),
+            "model": _OF_MODEL,
+            "mode": Schema(type=OpenAPIType.STRING, enum=["adapter", "merged"], description=mode),
             **choice,
         },
     )
@@ -62,10 +98,52 @@ def _upload_body() -> RequestBody:
 
 
 @dataclass
-class UploadOperation(Operation):
-    """`POST /v1/weights`, whose body is read as a stream."""
+class AskingOperation(Operation):
+    """A route that reads its query and headers itself: which ones."""
+
+    asked: ClassVar[tuple[Parameter, ...]] = ()
 
     def __post_init__(self) -> None:
+        self.parameters = [*(self.parameters or ()), *self.asked]
+
+
+class ModelOperation(AskingOperation):
+    """A route about the versions of one model."""
+
+    asked = (MODEL,)
+
+
+class ActivateOperation(AskingOperation):
+    """A route that moves a name."""
+
+    asked = (MODEL, IF_MATCH)
+
+
+class ExportOperation(AskingOperation):
+    """A version as a file."""
+
+    asked = (_choice("format", "peft", "mlx"), MODEL)
+
+
+class PauseOperation(AskingOperation):
+    """vLLM's `/pause`."""
+
+    asked = (_choice("mode", "abort", "wait", "keep"), _flag("clear_cache"), _flag("wait_for_inflight_requests"))
+
+
+class ResetOperation(AskingOperation):
+    """vLLM's `/reset_prefix_cache`."""
+
+    asked = (_flag("reset_running_requests"), _flag("reset_external"))
+
+
+class UploadOperation(AskingOperation):
+    """`POST /v1/weights`, whose body is read as a stream."""
+
+    asked = (IF_MATCH,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.request_body = _upload_body()
 
 

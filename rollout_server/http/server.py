@@ -8,9 +8,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -18,6 +19,7 @@ from litestar import Litestar
 
 from rollout_server import logs
 from rollout_server.config import ServerConfig
+from rollout_server.engine.messages.options import Task
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
 from rollout_server.http.residents import RESIDENTS_KEY, Residents
@@ -40,11 +42,16 @@ would wait for Python's usual 5 ms each time that a push is read or a reply is w
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+Ready = Callable[[str, Task], None]
+EVERYWHERE: Mapping[str, str] = MappingProxyType({"0.0.0.0": "127.0.0.1", "::": "::1"})
+"""Addresses that a server listens on and nobody can ask → the one at which this machine asks."""
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def announce(url: str) -> None:
+def announce(url: str, _: Task = "generate") -> None:
     """The line that a person waits for, or a process that started the server."""
     sys.stdout.write(f"rollout-server is ready at {url}\n")
     sys.stdout.flush()
@@ -56,9 +63,10 @@ def takes_replicas(url: str) -> None:
     sys.stdout.flush()
 
 
-def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> None:
-    """Runs until SIGTERM or SIGINT, then ends open requests by name and returns. `ready` is called with the URL when
-    the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is taken."""
+def serve(config: ServerConfig, *, ready: Ready = announce) -> None:
+    """Runs until SIGTERM or SIGINT, then ends open requests by name and returns. `ready` is called with the URL and the
+    model's task when the model and the adapters are loaded. Raises `RolloutError` if they cannot be, or the address is
+    taken."""
     logs.configure(config.log_format)
     raise_file_limit()
     one_thread_for_numpy()
@@ -66,7 +74,7 @@ def serve(config: ServerConfig, *, ready: Callable[[str], None] = announce) -> N
     serve_app(lambda: create_app(config), config, ready)
 
 
-def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Callable[[str], None]) -> None:
+def serve_app(make: Callable[[], Litestar], config: ServerConfig, ready: Ready) -> None:
     """`serve` for the application that `make` makes, once the address is ours: it may download a model first. It is the
     last that its process does: signals that still come are passed over, or they would end it with a trace."""
     with bound_socket(config) as listener:
@@ -82,7 +90,7 @@ def served(config: ServerConfig, make: Callable[[ServerConfig], Litestar] = crea
     gives the application. Raises as `serve` does."""
     ready: Future[str] = Future()
     with bound_socket(config) as listener, ThreadPoolExecutor(1, "server") as pool:
-        server = StoppableServer(make(config), config, listener, ready.set_result)
+        server = StoppableServer(make(config), config, listener, lambda url, _: ready.set_result(url))
         running = pool.submit(lambda: asyncio.run(server.until_stopped()))
         # Whoever asks a server that has died is refused, instead of waiting in the backlog of its socket.
         running.add_done_callback(lambda _: listener.close())
@@ -116,8 +124,11 @@ def bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
         yield listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, everywhere: str | None = None) -> str:
+    """Where a server is asked; one that listens on every address, under that name, or on loopback."""
     host, port = listener.getsockname()[:2]
+    if host in EVERYWHERE:
+        host = everywhere or EVERYWHERE[host]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -134,9 +145,7 @@ class StoppableServer(uvicorn.Server):
     """uvicorn, but open requests are ended by the engine before connections are waited for, and a signal that was
     obeyed is not raised again."""
 
-    def __init__(
-        self, app: Litestar, config: ServerConfig, listener: socket.socket, ready: Callable[[str], None]
-    ) -> None:
+    def __init__(self, app: Litestar, config: ServerConfig, listener: socket.socket, ready: Ready) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -172,7 +181,7 @@ class StoppableServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._service.config.fleet:
-            takes_replicas(url_of(self._listener))
+            takes_replicas(url_of(self._listener, socket.gethostname()))
         self._starting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:
@@ -185,7 +194,7 @@ class StoppableServer(uvicorn.Server):
         url = url_of(self._listener)
         for info in (service.info for service in self._residents.every):
             log.info("%s (%s, %s, cache %s) is ready at %s", info.id, info.dtype, info.device, info.cache, url)
-        self._ready(url)
+        self._ready(url, self._service.info.task)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.live_server import Server
+from tests.support.live_server import Server, server_here
 from trainer_client import RolloutClient
 
 
@@ -45,6 +45,18 @@ def test_names_and_their_versions(url: str) -> None:
     assert offered("weights", "activate", "--url", url, "off") == ["offered"]
     assert offered("weights", "activate", "--url", url, "offered", "1") == ["1"]
     assert offered("push", "--url", url, "--name", "off") == ["offered"]
+
+
+def test_names_of_another_model(model: Path, adapter: Path) -> None:
+    with (
+        server_here(model, kv_memory="16MiB", also=(("judge", str(model)),)) as live,
+        RolloutClient(live.url) as client,
+    ):
+        client.push("first", adapter)
+        client.push("judge/helpful", adapter)
+        assert offered("weights", "list", "--url", live.url, "--model", "judge", "h") == ["helpful"]
+        assert offered("weights", "list", "--url", live.url, "f") == ["first"]
+        assert offered("weights", "list", "--url", live.url, "--model", "judge", "f") == []
 
 
 def test_the_address_of_the_environment(url: str) -> None:

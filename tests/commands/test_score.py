@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
+from rollout_server.commands.serve import greet
+from rollout_server.engine.messages.options import Task
 from tests.support import tiny_scorers
 from tests.support.live_server import Server, server_here
 
@@ -95,3 +98,22 @@ def test_a_decoder_scores_nothing(server: Server) -> None:
     done = score("a", "--policy", "base", "--url", server.url)
     assert done.exit_code == 1
     assert "generates" in done.output
+
+
+def test_what_a_server_that_scores_greets_with(judge: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    greet(judge.url, "classify", page=False, protected=False)
+    _, said, _, curl = capsys.readouterr().out.splitlines()
+    program, *words = shlex.split(said)[1:]
+    done = CliRunner().invoke(app, words)
+    assert program == "rollout-server" and done.exit_code == 0, done.output
+    asked = json.loads(shlex.split(curl)[-1])
+    assert rewards(judge, **asked) == pytest.approx([float(done.stdout.split()[0])], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["token_classify", "embed"])
+def test_what_other_models_greet_with_can_be_typed(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    greet("http://127.0.0.1:8000", task, page=True, protected=True)
+    *_, curl = said = capsys.readouterr().out.splitlines()
+    assert json.loads(shlex.split(curl)[-1])["model"] == "base" and "Bearer $ROLLOUT_API_KEY" in curl
+    commands = [shlex.split(line)[2:] for line in said if " rollout-server " in line and line.startswith("  ")]
+    assert commands and all(CliRunner().invoke(app, [*words, "--help"]).exit_code == 0 for words in commands)

@@ -73,13 +73,28 @@ def route(path: str, method: str, operation: Mapping[str, Any]) -> str:
     lines = [f"### `{method.upper()} {path}`\n", sentence(operation["summary"])]
     if said := operation.get("description"):
         lines.append(text(said))
-    body = operation.get("requestBody", {}).get("content", {})
-    lines += ["", *(f"- reads {kind(media)}{of(content)}" for media, content in body.items())]
+    reads = operation.get("requestBody", {})
+    if said := reads.get("description"):
+        lines.append(text(said))
+    body = reads.get("content", {})
+    lines += [""]
+    lines += [asked(parameter) for parameter in operation.get("parameters", []) if parameter["in"] != "path"]
+    lines += [f"- reads {kind(media)}{of(content)}" for media, content in body.items()]
     for status, reply in operation["responses"].items():
         if status.startswith("2"):
             media = reply.get("content", {})
             lines += [f"- {status}: {kind(name)}{of(content)}" for name, content in media.items()]
+    inline = [content["schema"] for content in body.values() if "properties" in content.get("schema", {})]
+    lines += [line for schema in inline for line in ("", *table(schema, sent=True))]
     return "\n".join(lines) + "\n"
+
+
+def asked(parameter: Mapping[str, Any]) -> str:
+    """What a route takes beside its body."""
+    where = "header" if parameter["in"] == "header" else "query"
+    schema = parameter["schema"]
+    said = " ".join(filter(None, [text(parameter.get("description", "")), about(schema, parameter["required"])]))
+    return f"- {where} `{parameter['name']}`: {shape(schema)}{f'. {said}' if said else ''}"
 
 
 def sentence(words: str) -> str:
@@ -128,11 +143,18 @@ def model(name: str, schema: Mapping[str, Any], *, sent: bool) -> str:
         lines += [text(said), ""]
     if "properties" not in schema:
         return "\n".join([*lines, f"{shape(schema)}.\n"])
-    lines += ["| field | is | |", "|---|---|---|"]
+    return "\n".join([*lines, *table(schema, sent=sent)]) + "\n"
+
+
+def table(schema: Mapping[str, Any], *, sent: bool) -> list[str]:
+    """The fields of a schema, in lines of a table."""
     required = schema.get("required", []) if sent else []
-    for field, own in schema["properties"].items():
-        lines.append(f"| `{field}` | {shape(own)} | {about(own, field in required)} |")
-    return "\n".join(lines) + "\n"
+    fields = schema["properties"].items()
+    return [
+        "| field | is | |",
+        "|---|---|---|",
+        *(f"| `{field}` | {shape(own)} | {about(own, field in required)} |" for field, own in fields),
+    ]
 
 
 def about(schema: Mapping[str, Any], required: bool) -> str:

@@ -33,7 +33,6 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors["base_model.model.score.weight"] = head
         save_adapter(folder / name, tensors, config | {"task_type": task, "modules_to_save": ["classifier", "score"]})
     tiny_scorers.build("llama", folder / "reward-model")
-    save_adapter(folder / "rm-adapter", *random_adapter(linear_layers(folder / "reward-model"), 4, seed=4))
     (folder / "text.txt").write_text("\n".join(f"{a}+{b}={a + b}" for a in range(9) for b in range(9)))
     (folder / "state.safetensors").write_bytes(RECURRENT.read_bytes())
     for name in ("examples", "benchmarks"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from rollout_server.schemas.weights import WeightsOptions
 from tests.docs.api_page import PAGE, document, written
+from tests.docs.pages import ROOT
 
 
 def test_the_page_is_written_from_the_document() -> None:
@@ -18,3 +20,22 @@ def test_every_route_is_on_the_page() -> None:
     for path, methods in api["paths"].items():
         for method in methods:
             assert f"### `{method.upper()} {path}`" in page
+
+
+def test_a_push_is_there_with_all_its_fields() -> None:
+    api = document()
+    push = api["paths"]["/v1/weights"]["post"]
+    form = push["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert set(form) == {*WeightsOptions.model_fields, "weights", "config"}
+    page = written(api)
+    section = page.partition("### `POST /v1/weights`")[2].partition("###")[0]
+    assert all(f"| `{field}` |" in section for field in form) and "- header `If-Match`" in section
+
+
+def test_what_routes_read_of_a_query_is_declared() -> None:
+    export = document()["paths"]["/v1/weights/{name}/{version}/export"]["get"]["parameters"]
+    assert {each["name"] for each in export if each["in"] == "query"} == {"format", "model"}
+    reading = ("asked_resident(request)", "read_query(request", "read_flags(request")
+    for file in (ROOT / "rollout_server" / "http" / "routes").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert not any(word in text for word in reading) or "operation_class=" in text, file

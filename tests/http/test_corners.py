@@ -27,7 +27,7 @@ def url(engine: FakeEngine, made_app: MakeApp) -> Iterator[str]:
     """A server without keys on a free port."""
     config, ready, told = ServerConfig(port=0), [], threading.Event()
 
-    def announced(url: str) -> None:
+    def announced(url: str, _: str) -> None:
         ready.append(url)
         told.set()
 

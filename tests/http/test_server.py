@@ -20,7 +20,7 @@ import pytest
 from rollout_server.config import ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.http.app import create_app
-from rollout_server.http.server import StoppableServer, bound_socket, serve_app, served
+from rollout_server.http.server import StoppableServer, bound_socket, serve_app, served, url_of
 from rollout_server.rollout import RolloutRequest
 from tests.support.http.fake_engine import FakeEngine, Row
 from tests.support.http.fixtures import MakeApp
@@ -48,7 +48,7 @@ def url(engine: FakeEngine, made_app: MakeApp) -> Iterator[str]:
     ready: asyncio.Future[str] | list[str] = []
     told = threading.Event()
 
-    def announced(url: str) -> None:
+    def announced(url: str, _: str) -> None:
         ready.append(url)
         told.set()
 
@@ -216,6 +216,14 @@ def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
         config = ServerConfig(port=listener.getsockname()[1])
         with pytest.raises(EngineUnavailable, match="cannot be used"):
             serve_app(lambda: pytest.fail("it was made, which may download a model"), config, print)
+
+
+@pytest.mark.parametrize(("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+def test_a_server_is_asked_where_one_can_ask(host: str, asked: str) -> None:
+    with bound_socket(ServerConfig(host=host, port=0, insecure=True)) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://{asked}:{port}"
+        assert url_of(listener, "studio") == f"http://{'studio' if host == '0.0.0.0' else asked}:{port}"
 
 
 def test_a_start_that_fails_raises_its_cause(engine: FakeEngine) -> None:

@@ -77,6 +77,6 @@ def test_the_source_archive_makes_the_same_wheel(built: Path, unpacked: Path, tm
 
 def test_the_source_archive_has_what_its_checks_and_containers_need(unpacked: Path) -> None:
     wanted = files("tests", "examples", "benchmarks", "docs", "packaging", ".ci", ".github")
-    wanted |= {"Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
+    wanted |= {"Makefile", "README.md", "AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
     wanted |= {path.name for path in ROOT.glob("requirements*.txt")}
     assert not {name for name in wanted if not (unpacked / name).is_file()}

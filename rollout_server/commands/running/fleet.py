@@ -38,10 +38,13 @@ def list_replicas(url: Url = None, json_output: Json = False) -> None:
 def drain_replica(
     replica: Annotated[str, typer.Argument(help="Its id, as `list` shows it.")],
     url: Url = None,
+    json_output: Json = False,
 ) -> None:
     """Give REPLICA no more rows, and end it when it has none."""
     with one_sentence(), connected(url) as client:
         client.drain_replica(replica)
+        if json_output:
+            return print_json({"drained": replica})
         typer.echo(f"{replica} gets no more rows and goes when it has none")
 
 
@@ -49,10 +52,13 @@ def drain_replica(
 def remove_replica(
     replica: Annotated[str, typer.Argument(help="Its id, as `list` shows it.")],
     url: Url = None,
+    json_output: Json = False,
 ) -> None:
     """End REPLICA at once. Its rows are drawn again elsewhere."""
     with one_sentence(), connected(url) as client:
         client.remove_replica(replica)
+        if json_output:
+            return print_json({"removed": replica})
         typer.echo(f"{replica} is ended")
 
 
@@ -61,22 +67,25 @@ def restart_replicas(
     replica: Annotated[str | None, typer.Argument(help="Its id, as `list` shows it; without it each in turn.")] = None,
     url: Url = None,
     within: Annotated[float, option("Seconds that one may take to finish, load and be live.", "600")] = WITHIN_S,
+    json_output: Json = False,
 ) -> None:
     """Start the replicas anew, one after the other: each finishes what it has, and is live again before the next goes.
     Nobody who asks the server notices."""
     with one_sentence(), connected(url) as client:
-        for known in client.fleet():
+        wanted = [known for known in client.fleet() if replica in (None, known.id)]
+        if replica is not None and not wanted:
+            client.restart_replica(replica)  # The server says that it has none of this id.
+        again = {}
+        for known in wanted:
             if replica is None and known.state == "dead":
-                typer.echo(f"{known.id} is dead, and is left alone")
-            elif replica in (None, known.id):
-                typer.echo(f"{known.id} finishes what it has")
-                client.restart_replica(known.id)
-                took = _live_again(client, known.id, known.restarts, within)
-                typer.echo(f"{known.id} is live again after {took:.1f} s")
-                if replica is not None:
-                    return
-        if replica is not None:
-            client.restart_replica(replica)
+                typer.echo(f"{known.id} is dead, and is left alone", err=json_output)
+                continue
+            typer.echo(f"{known.id} finishes what it has", err=json_output)
+            client.restart_replica(known.id)
+            again[known.id] = _live_again(client, known.id, known.restarts, within)
+            typer.echo(f"{known.id} is live again after {again[known.id]:.1f} s", err=json_output)
+        if json_output:
+            print_json({"restarted": [{"id": id, "seconds": round(took, 3)} for id, took in again.items()]})
 
 
 def _live_again(client: RolloutClient, id: str, restarts: int, within_s: float) -> float:

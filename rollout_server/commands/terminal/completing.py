@@ -23,8 +23,10 @@ def policies(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Names that have versions."""
-    return [name for name, _ in _kept(ctx) if name.startswith(incomplete)]
+    """Names that have versions: of the first model, or where the command has been told --model, that one's."""
+    model = ctx.params.get("model")
+    own = [name if model is None else name.rpartition("/")[2] for name, _ in _kept(ctx, model)]
+    return [name for name in own if name.startswith(incomplete)]
 
 
 def versions(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -38,14 +40,14 @@ def _addresses(name: str, numbers: list[int]) -> Iterator[str]:
     yield from (f"{name}@{number}" for number in numbers)
 
 
-def _kept(ctx: typer.Context) -> list[tuple[str, list[int]]]:
+def _kept(ctx: typer.Context, model: str | None = None) -> list[tuple[str, list[int]]]:
     """Names and numbers, newest first; nothing where no server answers at once: a shell shows no errors."""
     from trainer_client import Retry, RolloutClient, TrainerClientError
 
     try:
         where, key = address(ctx.params.get("url"))
         with RolloutClient(where, api_key=key, timeout_s=ANSWER_S, retry=Retry(attempts=1)) as client:
-            lines = client.weights()
+            lines = client.weights(model)
     except (TrainerClientError, ValueError):
         return []
     return [(line.name, sorted((kept.version for kept in line.versions), reverse=True)) for line in lines]

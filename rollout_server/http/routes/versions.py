@@ -18,7 +18,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import Delete, Deleted, Export, Pin
 from rollout_server.errors import Conflict, InvalidField, UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.openapi import failures
+from rollout_server.http.openapi import ExportOperation, ModelOperation, failures
 from rollout_server.http.replies.json_entries import json_response, version_status
 from rollout_server.http.requests.json_body import SAFETENSORS, StrictJson, read_body
 from rollout_server.http.requests.queries import asked_resident, read_query
@@ -42,6 +42,7 @@ class VersionController(Controller):
         before_request=read_body,
         dto=StrictJson[PinRequest],
         return_dto=None,
+        operation_class=ModelOperation,
         summary="Keep a version whatever its age, or no longer",
         responses={200: ResponseSpec(PinReply, description="The version as it is now."), **failures()},
     )
@@ -57,6 +58,7 @@ class VersionController(Controller):
     @delete(
         guards=[may_administer],
         status_code=200,
+        operation_class=ModelOperation,
         summary="Delete a version that is not live",
         description="Its rows run on; the memory is given back when the last of them ends. Never waits.",
         responses={200: ResponseSpec(DeleteReply, description="What was deleted."), **failures()},
@@ -69,6 +71,7 @@ class VersionController(Controller):
     @get(
         "/export",
         guards=[may_infer],
+        operation_class=ExportOperation,
         summary="A version as a file of PEFT or mlx-lm",
         description="`format` is `peft` (default for low-rank versions) or `mlx`; dense versions have a form of their "
         "own, without one, and those of kind `full` also that of mlx-lm. The configuration is in the metadata under "

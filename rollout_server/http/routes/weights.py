@@ -21,7 +21,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.openapi import UploadOperation, failures
+from rollout_server.http.openapi import CONDITION, ActivateOperation, ModelOperation, UploadOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response, milliseconds, policy_entry
 from rollout_server.http.requests.json_body import StrictJson, read_body
@@ -40,7 +40,7 @@ from rollout_server.schemas.weights import (
     PushReply,
 )
 
-MATCH = re.compile(r'"(?:(0|[1-9][0-9]{0,11})|(sha256:[0-9a-f]{8,64}))"')
+MATCH = re.compile(CONDITION)
 
 
 class WeightsController(Controller):
@@ -103,8 +103,8 @@ class WeightsController(Controller):
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(
+        operation_class=ModelOperation,
         summary="All policies of a model and their kept versions",
-        description="`model` in the query names another one than that of --model.",
         responses={200: ResponseSpec(PoliciesReply, description="Policies by name."), **failures()},
     )
     async def all(self, request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -116,6 +116,7 @@ class WeightsController(Controller):
 
     @get(
         "/{name:str}",
+        operation_class=ModelOperation,
         summary="One policy and its kept versions",
         responses={
             200: ResponseSpec(OnePolicyReply, description="The policy, its oldest version first."),
@@ -129,6 +130,7 @@ class WeightsController(Controller):
         "/{name:str}",
         guards=[may_administer],
         status_code=200,
+        operation_class=ModelOperation,
         summary="Delete a name and all its versions",
         description="Its versions are gone from then on; pushed again, the name goes on numbering where it was.",
         responses={200: ResponseSpec(DeleteReply, description="What was deleted."), **failures()},
@@ -149,6 +151,7 @@ class AliasController(Controller):
         dto=StrictJson[ActivateRequest],
         return_dto=None,
         status_code=200,
+        operation_class=ActivateOperation,
         summary="Move the alias to a kept version",
         responses={200: ResponseSpec(ActivateReply, description="The version that is live now."), **failures()},
     )

@@ -10,7 +10,7 @@ from litestar.params import JSONBody
 
 from rollout_server.errors import UnsupportedField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.openapi import failures
+from rollout_server.http.openapi import ResetOperation, failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.requests.queries import read_flags
@@ -27,6 +27,7 @@ class PrefixesController(Controller):
 
     @post(
         status_code=200,
+        operation_class=ResetOperation,
         summary="Forget the KV that is kept for later requests",
         description="Rows go on. Results do not depend on it: a version never meets what another has read. Of vLLM's "
         "query parameters `reset_external` changes nothing, there being no cache elsewhere; `reset_running_requests` "

@@ -13,7 +13,7 @@ from litestar.params import JSONBody
 from rollout_server.engine.messages.control import PauseMode
 from rollout_server.errors import BadBody, InvalidField
 from rollout_server.http.auth import may_administer, may_infer
-from rollout_server.http.openapi import failures
+from rollout_server.http.openapi import PauseOperation, failures
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, no_query, read_json
@@ -74,6 +74,7 @@ class PauseDoorsController(Controller):
         "/pause",
         guards=(may_administer,),
         status_code=200,
+        operation_class=PauseOperation,
         summary="Pause as vLLM does",
         description="`mode` is `abort` (default), `wait` or `keep`; the reply comes when nothing runs any more. "
         "`clear_cache` changes nothing: what is kept is kept by version, so none of it outlives its weights. "

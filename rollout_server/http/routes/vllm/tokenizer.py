@@ -9,7 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 
 from rollout_server.http.auth import may_infer
-from rollout_server.http.openapi import failures
+from rollout_server.http.openapi import ModelOperation, failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
@@ -71,8 +71,8 @@ class TokensController(Controller):
 
     @get(
         "/tokenizer_info",
+        operation_class=ModelOperation,
         summary="Special tokens and the chat template",
-        description="`model` in the query names another one than that of --model.",
         responses={200: ResponseSpec(TokenizerInfoReply, description="What the served tokenizer has."), **failures()},
     )
     async def tokenizer_info(self, request: Request[Any, Any, Any]) -> Response[bytes]:
