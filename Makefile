@@ -118,9 +118,7 @@ pictures: $(READY)  ## the page's pictures in docs/pictures, of the demo as it t
 	$(BIN)/python -m tests.page.make_pictures $(ARGS)
 
 docs: $(READY)  ## the site of README and docs/, in site/html; a dead link fails; installs zensical into .venv
-	@$(BIN)/python -c "import zensical, mermaidx" 2>/dev/null \
-		|| $(UV) pip install --quiet --python $(BIN)/python --group docs 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet --group docs
+	@$(BIN)/python -c "import zensical, mermaidx" 2>/dev/null || $(ADD) docs
 	$(BIN)/python -m tests.docs.build_site
 
 api: $(READY)  ## docs/api.md anew, from the document that a server gives
@@ -155,9 +153,7 @@ wheel: $(READY)  ## build dist/*.whl and dist/*.tar.gz, of the version in rollou
 	$(BIN)/python -m hatchling build
 
 # $(call tool,PROGRAM,GROUP): what only one target needs is installed when it is asked for.
-tool = test -x $(BIN)/$(1) \
-	|| $(UV) pip install --quiet --python $(BIN)/python --group $(2) 2>/dev/null \
-	|| $(BIN)/python -m pip install --quiet --group $(2)
+tool = test -x $(BIN)/$(1) || $(ADD) $(2)
 
 sbom: $(READY)  ## what the lock brings, as CycloneDX in dist/sbom.json; installs cyclonedx-bom into .venv
 	@$(call tool,cyclonedx-py,sbom)

@@ -30,6 +30,8 @@ class Fault:
     """The fault as one item of the list behind a colon."""
     remedy: str = ""
     """A sentence: what to do about all of them."""
+    misfit: bool = False
+    """The base lacks something, or has it in another shape: on another base it might be no fault."""
 
 
 def listed(faults: Sequence[Fault]) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def prepare(
     bundle: AdapterBundle, dtype: str, *, mode: Mode | None = None, parameters: Mapping[str, Parameter] = NO_PARAMETERS
 ) -> PreparedBundle:
     """Prepares a bundle for one of its modes, the usual one by default. Raises `AdapterDoesNotFit` where a value leaves
-    the range of `dtype`, that of the model's activations, or of the parameter in whose place it is."""
+    the range of `dtype`, that of the model's activations, or of the parameter in whose place it is, or where there is
+    no such parameter, as in an engine of several ranks."""
     mode = mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:
         raise ValueError(f"A bundle of kind {bundle.spec.kind} is not served in mode {mode}.")
@@ -86,7 +87,7 @@ def prepare(
         for path, measure in bundle.measures.items()
         if measure.largest > LARGEST[dtype]
     ]
-    faults += [fault for path in bundle.spec.dense if not adds for fault in _too_large(bundle, path, parameters)]
+    faults += [fault for path in bundle.spec.dense if not adds for fault in _unlike(bundle, path, parameters)]
     if faults:
         raise AdapterDoesNotFit(faults)
     factors: dict[str, HostFactors] = {}
@@ -106,7 +107,15 @@ def prepare(
     )
 
 
-def _too_large(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
+def _unlike(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
+    if path not in parameters:
+        yield Fault(
+            f"{path} is no parameter that a version can replace here.",
+            "tensors are no parameters that a version can replace here",
+            path,
+            "An engine of several ranks serves LoRA and DoRA only.",
+        )
+        return
     dtype = parameters[path].dtype
     largest = float(np.abs(bundle.tensors[path].float32()).max(initial=0.0))
     if largest > LARGEST[dtype]:

@@ -262,7 +262,8 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _loopback_rule(self) -> ServerConfig:
-        if self.protected or self.insecure or self.on_loopback:
+        # A replica of another's fleet listens on no port, whatever a container sets.
+        if self.protected or self.insecure or self.on_loopback or self.join is not None:
             return self
         raise ValueError(
             f"without keys the server listens only on loopback, not on {self.host}: set ROLLOUT_API_KEY and "

@@ -115,6 +115,40 @@ def test_bad_options_are_all_named_and_nothing_starts() -> None:
         assert option in refused.stderr
 
 
+def test_what_has_no_option_is_named_by_its_variable_alone() -> None:
+    wrong = {
+        "ROLLOUT_FLEET_KEY": "short",
+        "ROLLOUT_API_KEY": "two words",
+        "ROLLOUT_REPLICA_TIMEOUT_S": "0",
+        "ROLLOUT_SHUTDOWN_S": "soon",
+        "ROLLOUT_MAX_QUEUE": "0",
+        "ROLLOUT_PAGE": "maybe",
+    }
+    said = run("serve", "--port", "70000", **wrong).stderr.removeprefix("rollout-server: ").strip().split("; ")
+    assert sorted(fault for fault in said if "KEY" not in fault) == [
+        "--max-queue (ROLLOUT_MAX_QUEUE): '0' is not 1 or more",
+        "--page (ROLLOUT_PAGE): 'maybe' is not 'on' or 'off'",
+        "--port (ROLLOUT_PORT): 70000 is not 65535 or less",
+        "ROLLOUT_REPLICA_TIMEOUT_S: '0' is not above 0",
+        "ROLLOUT_SHUTDOWN_S: 'soon' is not a number",
+    ]
+    assert {fault.partition(":")[0] for fault in said if "KEY" in fault} == {"ROLLOUT_API_KEY", "ROLLOUT_FLEET_KEY"}
+    elsewhere = run("weights", "list", ROLLOUT_PORT="0").stderr
+    assert elsewhere == "rollout-server: ROLLOUT_PORT: '0' is not 1 or more\n", "weights has no --port"
+
+
+def test_lists_come_from_the_environment_where_their_options_are_not_given() -> None:
+    wrong = {
+        "ROLLOUT_ADAPTERS": "nowhere",
+        "ROLLOUT_ALSO": "nothing",
+        "ROLLOUT_ALLOW_HOST": "http://proxy",
+        "ROLLOUT_ALLOW_IMAGE_HOST": "http://pictures",
+    }
+    refused = run("serve", "--port", "0", **wrong)
+    assert refused.exit_code == 1
+    assert all(f"({name}): " in refused.stderr for name in wrong), refused.stderr
+
+
 def test_without_keys_only_loopback() -> None:
     refused = run("serve", "--host", "0.0.0.0")
     assert refused.exit_code == 1

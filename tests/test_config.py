@@ -174,6 +174,10 @@ def test_other_addresses_need_a_key_or_a_word(host: str) -> None:
     assert ServerConfig(host=host, api_key="x").protected  # type: ignore[arg-type]
 
 
+def test_a_replica_needs_no_key_since_it_listens_nowhere() -> None:
+    assert ServerConfig(host="0.0.0.0", join="http://studio:8000").join == "http://studio:8000"
+
+
 def test_nothing_can_be_changed_or_added() -> None:
     with pytest.raises(ValidationError):
         ServerConfig().port = 5  # type: ignore[misc]

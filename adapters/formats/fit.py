@@ -25,6 +25,10 @@ ON_TOWER = (
     "adapters on a vision tower are not served, since what it makes of a picture would be another thing under each "
     "version: train the layers of the language model alone"
 )
+NOT_REPLACED = (
+    "none of this base's parameters can be replaced: whole tensors are not served by several ranks, each of which has "
+    "a part of them; push LoRA or DoRA, or serve without --tensor-parallel"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def faults(
             f"The configuration targets {shown(proposal.targets())}, which is no layer of this base; "
             f"layers that can be adapted are called {shown(', '.join(known))}."
         )
-        found.append(Fault(text))
+        found.append(Fault(text, misfit=True))
     there = {module.removeprefix(prefix) for module, prefix in prefixed.items()}
     found += (fault for module, fault in _missing(proposal) if module not in there)
     for (module, part), tensor in sorted(proposal.tensors.items()):
@@ -83,9 +87,8 @@ def faults(
         elif module not in layers and TOWER.search(module):
             found.append(_unexpected(tensor, ON_TOWER, ON_TOWER))
         elif module not in layers:
-            found.append(
-                _unexpected(tensor, f"the base has no adaptable layer {shown(module)}", "the base has no such layers")
-            )
+            why = f"the base has no adaptable layer {shown(module)}"
+            found.append(_unexpected(tensor, why, "the base has no such layers", misfit=True))
         elif module not in proposal.spec.modules:
             why = "the configuration does not target"
             found.append(_unexpected(tensor, f"{why} {shown(module)}", f"{why} their layers"))
@@ -115,9 +118,10 @@ def _prefixed(tensor: FileTensor, path: str, prefix: str) -> Fault:
     )
 
 
-def _unexpected(tensor: FileTensor, why: str, all_because: str) -> Fault:
+def _unexpected(tensor: FileTensor, why: str, all_because: str, *, misfit: bool = False) -> Fault:
     name = shown(tensor.name)
-    return Fault(f"{name} is unexpected: {why}.", f"tensors are unexpected, since {all_because}", name)
+    kind = f"tensors are unexpected, since {all_because}"
+    return Fault(f"{name} is unexpected: {why}.", kind, name, misfit=misfit)
 
 
 def _missing(proposal: Proposal) -> Iterator[tuple[str, Fault]]:
@@ -154,13 +158,17 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
 
 
 def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
+    if not parameters:
+        yield _unexpected(tensor, NOT_REPLACED, NOT_REPLACED)
+        return
     parameter = parameters.get(path)
     if parameter is None:
         prefix = _prefix(path, parameters)
         if prefix:
             yield _prefixed(tensor, path, prefix)
         else:
-            yield _unexpected(tensor, f"the base has no parameter {shown(path)}", "the base has no such parameters")
+            why = f"the base has no parameter {shown(path)}"
+            yield _unexpected(tensor, why, "the base has no such parameters", misfit=True)
         return
     turned = tensor.shape == parameter.shape[::-1]
     yield from _wrong_values(tensor, parameter.shape, *(TRANSPOSED if turned else ("", "")))
@@ -175,6 +183,7 @@ def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_b
             f"{name} {what}{f': {why}' if why else ''}.",
             f"tensors have shapes that do not fit{f' ({all_because})' if all_because else ''}",
             f"{name} {what}",
+            misfit=not why,
         )
     elif tensor.readable and not tensor.read().finite():
         name, what = shown(tensor.name), "values that are not finite (NaN or infinity)"

@@ -61,7 +61,8 @@ def read_bundle(
     reader, proposal = _propose(tensors, config, format, layers, parameters, scoring)
     found = faults(proposal, layers, parameters)
     if found:
-        raise AdapterDoesNotFit(found, _another_base(config))
+        misfit = any(fault.misfit for fault in found)
+        raise AdapterDoesNotFit(found, _another_base(config) if misfit else "")
     held = {
         f"{module}.{part}": tensor.read().transposed()
         if proposal.transposed and not experts_of(layers[module])

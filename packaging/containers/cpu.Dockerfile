@@ -5,6 +5,10 @@
 #     --volume rollout-server:/var/lib/rollout-server rollout-server
 #
 # Options of `serve` go behind the image's name. Without keys it does not listen: it is reached from outside.
+# A replica of another machine's fleet keeps no versions and has no port at which it could be found healthy:
+#
+#   docker run --rm --no-healthcheck --env ROLLOUT_STATE_DIR= --env ROLLOUT_FLEET_KEY \
+#     --volume rollout-server:/var/lib/rollout-server rollout-server serve --join http://studio:8000
 
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source

@@ -9,8 +9,12 @@ import sys
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import typer
+
 from rollout_server.config import ServerConfig
+from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.joining.dial import Controller
+from rollout_server.fleet.replica.engine import AGAIN
 from rollout_server.fleet.replica.joiner import Joiner, own_id
 from rollout_server.machine.blas import one_thread_for_numpy
 from rollout_server.versions.startup import engine_options
@@ -18,14 +22,28 @@ from rollout_server.versions.startup import engine_options
 
 def join(config: ServerConfig) -> None:
     """Computes for a controller until a signal ends it or the fleet lets it go; where it is to be started anew, its
-    process is replaced. Raises `RolloutError` where it is not taken."""
+    process is replaced. Raises `RolloutError` where it is not taken; an engine that fails after that ends it with the
+    status `AGAIN`."""
     one_thread_for_numpy()
-    if asyncio.run(_until_told(config)):
+    ids: list[str] = []
+
+    def joined(id: str) -> None:
+        ids.append(id)
+        announce(str(config.join), id)
+
+    try:
+        again = asyncio.run(_until_told(config, joined))
+    except EngineUnavailable as error:
+        if not ids:
+            raise
+        typer.echo(f"rollout-server: {error.message}", err=True)
+        raise typer.Exit(AGAIN) from error
+    if again:
         os.execv(sys.executable, [sys.executable, "-m", "rollout_server", *sys.argv[1:]])
 
 
-async def _until_told(config: ServerConfig) -> bool:
-    joining = asyncio.ensure_future(_join(config, lambda id: announce(str(config.join), id)))
+async def _until_told(config: ServerConfig, joined: Callable[[str], None]) -> bool:
+    joining = asyncio.ensure_future(_join(config, joined))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, joining.cancel)
     try:

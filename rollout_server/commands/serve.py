@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +45,9 @@ from rollout_server.commands.terminal.engine_options import (
 
 if TYPE_CHECKING:
     from rollout_server.config import ServerConfig
+
+RANKS_END_S = 20.0
+"""Beyond what replies may take, seconds until ranks that do not end are killed."""
 
 
 def serve(
@@ -99,14 +102,15 @@ def serve(
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
     ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY only, and the key of a fleet from ROLLOUT_FLEET_KEY."""
-    _serve({name: value for name, value in ctx.params.items() if value not in (None, [])})
+    options = {str(parameter.name): parameter.opts[0] for parameter in ctx.command.params}
+    _serve({name: value for name, value in ctx.params.items() if value not in (None, [], ())}, options)
 
 
-def _serve(given: dict[str, Any]) -> None:
+def _serve(given: dict[str, Any], options: Mapping[str, str]) -> None:
     """Reads the configuration, and serves until it is told to stop."""
     with one_sentence():
         blas = load_blas()
-        config = configure(given)
+        config = configure(given, options)
         from rollout_server import logs
 
         logs.configure(config.log_format)
@@ -123,18 +127,20 @@ def _serve(given: dict[str, Any]) -> None:
 
 
 def launched_elsewhere(config: ServerConfig) -> bool:
-    """With a hostfile this command runs again, as each rank; returns whether this process was a rank that serves no
-    HTTP, whose work is done."""
+    """With a hostfile this command runs again, as each rank; returns whether this process was one that serves no HTTP,
+    whose work is done."""
     from rollout_server.config import RankSettings
-    from rollout_server.fleet.ranks.hosts import launching
     from rollout_server.versions.startup import ranks_of
 
     rank, ranks = RankSettings().mlx_rank, ranks_of(config)
     if ranks is None or (rank is None and config.hostfile is None):
         return False
     if rank is None and config.hostfile is not None:
-        command = launching(config.hostfile, ranks.backend, sys.argv[1:])
-        os.execv(command[0], command)
+        from rollout_server.fleet.ranks.hosts import launch, launching, read_hosts
+
+        hosts = read_hosts(config.hostfile, ranks.size, ranks.backend)
+        command = launching(config.hostfile, ranks.backend, {}, sys.argv[1:])
+        sys.exit(launch(command, hosts[0], config.shutdown_s + RANKS_END_S))
     if rank:
         from rollout_server.fleet.ranks.follower import follow
 

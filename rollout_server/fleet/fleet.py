@@ -30,7 +30,7 @@ from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, Scor
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
 from rollout_server.engine.model.digest import base_digest
-from rollout_server.errors import EngineUnavailable, NotFound, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, NotFound, RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import model_info
 from rollout_server.fleet.ledger.ledger import Ledger
@@ -38,7 +38,7 @@ from rollout_server.fleet.ledger.records import Cancel, Dispatch, Drop, End, Fli
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.fleet.requests import FleetRequests
 from rollout_server.fleet.roster import Roster, Source, fleet_status
-from rollout_server.fleet.terms import Terms
+from rollout_server.fleet.terms import Terms, with_least_room
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import Ready, as_replica, link_codec
 from rollout_server.grammar import Constraint, Grammar
@@ -109,6 +109,14 @@ class Fleet:
 
     def start(self) -> None:
         self._main = asyncio.get_running_loop().create_task(self._run())
+        self._main.add_done_callback(self._stopped)
+
+    def _stopped(self, main: asyncio.Task[None]) -> None:
+        """Nobody awaits it, and without it nothing goes on: where it fails, the fleet ends and says why."""
+        error = None if main.cancelled() else main.exception()
+        if error is not None and self._state != "stopping":
+            log.critical("The fleet cannot go on.", exc_info=error)
+            self._end(error.message if isinstance(error, RolloutError) else f"The fleet cannot go on: {error!r}.")
 
     def is_alive(self) -> bool:
         return not self._ended.is_set()
@@ -131,6 +139,8 @@ class Fleet:
                     self._readings.abort(id, reason)
             case Pause() | Resume() | Release() | ResetPrefixCache() | LookAtRows():
                 self._readings.order(command)
+                if isinstance(command, Pause) and command.mode == "abort":
+                    self._requests.pause()
             case Ping(id=id):
                 if len(self._ledger.in_state(ReplicaState.LIVE)) >= self._fleet.fewest:
                     self._post([Pong(id)])
@@ -154,6 +164,9 @@ class Fleet:
             reply: Event = await self._versions.change(command)
         except RolloutError as error:
             reply = RequestFailed(command.id, error)
+        except Exception as error:
+            log.exception("A change of versions came to nothing.")
+            reply = RequestFailed(command.id, EngineFault(f"The change of versions came to nothing: {error!r}"))
         self._show()
         self._post([reply])
 
@@ -193,15 +206,20 @@ class Fleet:
     def _over(self) -> None:
         if self._main is not None:
             self._main.cancel()
-        self._show()
-        self._ended.set()
+        try:
+            self._show()
+        finally:
+            self._ended.set()
 
     def fail(self, error: RolloutError) -> None:
         """No replica can be had: the fleet ends, and says why."""
         if self._state == "starting":
-            self._state, self._fault = "dead", error.message
-            self._roster.kill()
-            self._over()
+            self._end(error.message)
+
+    def _end(self, fault: str) -> None:
+        self._state, self._fault = "dead", fault
+        self._roster.kill()
+        self._over()
 
     def _show(self) -> None:
         self._show_status(
@@ -229,8 +247,7 @@ class Fleet:
             self.tokenizer, self.grammars, self.pictures = await asyncio.to_thread(load_tokenizer, self._path, info)
             self._versions.base = PolicyVersion(BASE, 0, info.digest)
             self.info = replace(info, id=self._name)
-        # A row that is taken has to fit wherever it goes.
-        self.info = replace(self.info, kv_memory=min(self.info.kv_memory, info.kv_memory))
+        self.info = with_least_room(self.info, info)
         if self._readings.paused is not None:
             self._send(id, self._readings.paused)
         self._versions.claim(id, ready.held)
@@ -242,16 +259,19 @@ class Fleet:
         self._show()
         return info
 
-    def left(self, id: str) -> None:
-        """Its link is closed. Where all are told to stop, nothing is drawn again."""
+    def left(self, id: str) -> bool:
+        """Its link is closed; returns whether it had become live. Where all shall stop, nothing is drawn again."""
         self._versions.unclaim(id)
-        if id in self._ledger.replicas and self._state != "stopping":
+        known = self._ledger.replicas.get(id)
+        was_live = known is not None and known.state is not ReplicaState.RESTORING
+        if known is not None and self._state != "stopping":
             self._ledger.lost(id)
             self._act()
             self._readings.lost(id)
             self._ledger.remove(id)
             self._act()
             self._show()
+        return was_live
 
     def heard(self, id: str, message: Event) -> None:
         """What a replica says."""
@@ -275,7 +295,8 @@ class Fleet:
         if isinstance(message, Published):
             self._versions.staged_on(id, version, message)
         elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):
-            self._roster.end(id, f"it has no room for {version[0]}@{version[1]}: {message.error.message}")
+            reason = f"it cannot have {version[0]}@{version[1]}: {message.error.message}"
+            self._roster.end(id, reason, message.error)
 
     def _leave(self, leave: Leave) -> None:
         """Gives a replica no more rows and ends it when it has none; or ends it, and its rows go elsewhere. With

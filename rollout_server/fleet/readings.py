@@ -19,7 +19,16 @@ from rollout_server.engine.messages.control import (
     RowsSeen,
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
-from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, ScorerHeld, ScoringCommand
+from rollout_server.engine.messages.scoring import (
+    Classified,
+    Classify,
+    Embedded,
+    HoldScorer,
+    LetScorerGo,
+    Scored,
+    ScorerHeld,
+    ScoringCommand,
+)
 from rollout_server.errors import EngineUnavailable, ReplicaLost, RolloutError
 from rollout_server.fleet.ledger.ledger import MOST_DEATHS, Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
@@ -38,10 +47,11 @@ class _Reading:
 
 @dataclass(slots=True)
 class _Held:
-    """A version that is kept for the rows of a call. `replica` is where that was asked for last."""
+    """A version that is kept for the rows of a call."""
 
     command: HoldScorer
-    replica: str
+    replicas: set[str]
+    """Those that were asked to keep it: what one of them reads may still wait there when rows go elsewhere."""
     kept: PolicyVersion | None = None
     """What the controller's registry keeps for it."""
 
@@ -100,25 +110,23 @@ class FleetReadings:
         command = reading.command
         held = self._held.get(command.held) if isinstance(command, Classify) else None
         busy = [other.replica for other in self._readings.values()]
-        chosen = min(live, key=lambda replica: (busy.count(replica.id), replica.rows)).id
-        if held is not None:
-            if all(replica.id != held.replica for replica in live):
-                held.replica = chosen
-                self._send(chosen, held.command)
-            chosen = held.replica
+        keeps = [replica for replica in live if held is not None and replica.id in held.replicas]
+        chosen = min(keeps or live, key=lambda replica: (busy.count(replica.id), replica.rows)).id
+        if held is not None and chosen not in held.replicas:
+            held.replicas.add(chosen)
+            self._send(chosen, held.command)
         if isinstance(command, HoldScorer):
-            self._held[command.id] = _Held(command, chosen)
+            self._held[command.id] = _Held(command, {chosen})
         reading.replica = chosen
         self._send(chosen, command)
 
     def let_go(self, command: LetScorerGo) -> None:
+        """Nobody waits for its answer any more, if it has none yet."""
+        self._readings.pop(command.id, None)
         held = self._held.pop(command.id, None)
-        if held is None:
-            reading = self._readings.get(command.id)
-            if reading is not None and reading.replica is None:
-                del self._readings[command.id]
-        else:
-            self._send(held.replica, command)
+        if held is not None:
+            for replica in sorted(held.replicas):
+                self._send(replica, command)
             if held.kept is not None:
                 self._versions.let_go(held.kept, 1)
 
@@ -152,8 +160,18 @@ class FleetReadings:
             held.kept = event.version if self._versions.hold(event.version, 1) else None
         elif held is not None:
             del self._held[event.id]
-        self._post([event])
+        self._post([self._labelled(event)])
         return True
+
+    def _labelled(self, event: Event) -> Event:
+        """With the labels that versions have now."""
+        match event:
+            case Scored(version=version, sequences=sequences):
+                read = tuple(replace(each, spans=self._versions.spans_labelled(each.spans)) for each in sequences)
+                return replace(event, version=self._versions.labelled(version), sequences=read)
+            case Embedded(version=version) | Classified(version=version) | ScorerHeld(version=version):
+                return replace(event, version=self._versions.labelled(version))
+        return event
 
     # ---- orders -----------------------------------------------------------------------------------------------------
 
@@ -204,6 +222,9 @@ class FleetReadings:
         for id, ordered in list(self._orders.items()):
             ordered.waiting.discard(replica)
             self._carried_out(id)
+        for held in self._held.values():
+            # One that is started again under this id keeps nothing.
+            held.replicas.discard(replica)
         for id, reading in list(self._readings.items()):
             if reading.replica != replica:
                 continue

@@ -25,6 +25,9 @@ from rollout_server.fleet.ledger.records import Attempt, ReplicaState, Work
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.rollout import BASE, FinishReason, OnUpdate, PolicyAddress, PolicyVersion, Rollout, RolloutRequest
 
+PAUSE = "pause"
+"""The stop reason of rows that a pause ends."""
+
 
 @dataclass(slots=True, eq=False)
 class OpenGroup:
@@ -120,6 +123,12 @@ class FleetRequests:
                 else:
                     self._ledger.abort(group.work)
 
+    def pause(self) -> None:
+        """Ends the requests that have begun, with all of their groups: replicas know only of their own."""
+        for opened in list(self._open.values()):
+            if opened.begun:
+                self.abort(opened.id, PAUSE)
+
     def tick(self, now: float) -> None:
         """Ends what still waits here after its deadline; replicas see to what they have."""
         for opened in list(self._open.values()):
@@ -193,6 +202,7 @@ class FleetRequests:
         match event:
             case Admitted(version=version):
                 opened.begun = True
+                version = self._versions.labelled(version)
                 self._ledger.admitted(number, (version.name, version.number))
                 if group.held is None and self._versions.hold(version, len(attempt.missing)):
                     group.held = version
@@ -201,8 +211,12 @@ class FleetRequests:
             case RowFinished(rollout=rollout):
                 sample = attempt.samples[rollout.sample_index]
                 if self._ledger.row(number, sample):
-                    told = replace(rollout, sample_index=sample, sampling=group.request.sampling)
+                    spans = self._versions.spans_labelled(rollout.spans)
+                    told = replace(rollout, sample_index=sample, sampling=group.request.sampling, spans=spans)
                     self._report(opened, group, [told])
+                if rollout.finish_reason is FinishReason.ABORTED and rollout.stop_reason == PAUSE:
+                    # It was admitted there a moment before the pause came, and here that was not known yet.
+                    self.abort(opened.id, PAUSE)
             case RequestDone() | RequestFailed():
                 left = tuple(sorted(attempt.missing))
                 if isinstance(event, RequestFailed):
@@ -219,7 +233,8 @@ class FleetRequests:
         if at > group.streamed[sample] and sample in attempt.missing:
             group.streamed[sample] = at
             group.work.shown = True
-            self._post([replace(event, id=opened.id, sample_index=sample)])
+            version = self._versions.labelled(event.version)
+            self._post([replace(event, id=opened.id, sample_index=sample, version=version)])
 
     # ---- reports ----------------------------------------------------------------------------------------------------
 

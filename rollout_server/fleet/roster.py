@@ -19,7 +19,7 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.rollouts import Event
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, ReplicaStatus
 from rollout_server.engine.messages.versions import PolicyStatus
-from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import BadFrame
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState
@@ -39,7 +39,8 @@ class Controller(Protocol):
     async def joined(self, id: str, ready: Ready) -> ModelInfo:
         """It has loaded its model. Raises `RolloutError` where it is not taken."""
 
-    def left(self, id: str) -> None: ...
+    def left(self, id: str) -> bool:
+        """Its connection is closed; returns whether it had become live."""
 
     def heard(self, id: str, message: Event) -> None: ...
 
@@ -105,12 +106,14 @@ class Roster:
         if member is not None and member.link is not None:
             member.link.send(message)
 
-    def end(self, id: str, reason: str) -> None:
-        """Ends a replica at once."""
+    def end(self, id: str, reason: str, refusal: RolloutError | None = None) -> None:
+        """Ends a replica at once. One that joined and is told a `refusal` does not come back as it is."""
         member = self._members.get(id)
         log.warning("Replica %s is ended: %s.", id, reason)
         if member is not None and member.link is not None:
-            if member.leaving or member.renewing:
+            if refusal is not None:
+                member.link.send(Refused(refusal))
+            elif member.leaving or member.renewing:
                 # One that joined would come back, as it was.
                 member.link.send(Dismissed(reason, again=member.renewing))
             member.link.kill()
@@ -186,29 +189,34 @@ class Roster:
         pause = FIRST_PAUSE_S
         self._members[id] = Member(id)
         while not self._stopping.is_set() and (member := self._members.get(id)) is not None:
+            was_live = False
             try:
-                await self.serve(id, await open(), first)
-                pause = FIRST_PAUSE_S
+                was_live = await self.serve(id, await open(), first)
             except RolloutError as error:
                 log.error("Replica %s could not start: %s", id, error)
                 self._controller.fail(error)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
             except OSError as error:
                 # No process, file or memory is left for one just now.
                 log.error("Replica %s could not be started: %s", id, error)
                 self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {error}."))
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+            except Exception as error:
+                # Nobody else would see it, and the replica would never be started again.
+                log.exception("Replica %s could not be served.", id)
+                self._controller.fail(EngineFault(f"Replica {id} could not be served: {error!r}."))
+            pause = FIRST_PAUSE_S if was_live else min(2 * pause, LONGEST_PAUSE_S)
             if self._stopping.is_set() or member.leaving:
                 break
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
-    async def serve(self, id: str, link: Connection, first: Any) -> None:
-        """Listens to a replica until its connection closes. Raises what kept it from being taken."""
+    async def serve(self, id: str, link: Connection, first: Any) -> bool:
+        """Listens to a replica until its connection closes; returns whether it had become live. Raises what kept it
+        from being taken."""
         member = self._members.setdefault(id, Member(id))
         member.restarts += member.served
         member.link, member.served, member.renewing = link, True, False
+        was_live = False
         try:
             link.send(first)
             match told := await link.receive():
@@ -231,11 +239,12 @@ class Roster:
             raise
         finally:
             member.link = None
-            self._controller.left(id)
+            was_live = self._controller.left(id)
             self._count(member)
             if member.leaving:
                 self._members.pop(id, None)
             await link.ended(STOP_S if self._stopping.is_set() else 1.0)
+        return was_live
 
     def _count(self, member: Member) -> None:
         """Counts go on over restarts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.errors import Conflict
@@ -42,3 +43,21 @@ class Terms:
         for what, has, wanted in expected:
             if has != wanted:
                 yield f"its {what} is {has}, and the fleet's is {wanted}"
+
+
+def with_least_room(told: ModelInfo, joined: ModelInfo) -> ModelInfo:
+    """`told` with the KV of the replica where the fewest tokens have room: a row that is taken has to fit wherever it
+    goes."""
+    if _tokens_of(joined) >= _tokens_of(told):
+        return told
+    return replace(
+        told,
+        kv_memory=joined.kv_memory,
+        kv_bytes_per_token=joined.kv_bytes_per_token,
+        kv_bytes_per_row=joined.kv_bytes_per_row,
+    )
+
+
+def _tokens_of(info: ModelInfo) -> int:
+    """How long a row can be whose KV fits, as far as its memory says."""
+    return (info.kv_memory - info.kv_bytes_per_row) // max(1, info.kv_bytes_per_token)

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from adapters.bundle import AdapterBundle, Content
@@ -31,16 +32,19 @@ from rollout_server.engine.messages.versions import (
     Restored,
 )
 from rollout_server.engine.policies.entries import entry_of, facts_of, line_of, mode_of, status_of, version_of
-from rollout_server.errors import EngineUnavailable, RolloutError, UnknownPolicy
+from rollout_server.errors import BodyTooLarge, EngineUnavailable, RolloutError, UnknownPolicy
+from rollout_server.fleet.codec.frames import LONGEST
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import ReplicaState, Version
 from rollout_server.fleet.wire import AdoptVersion, DropVersion, FlipAlias, HeldVersion, StageVersion
-from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
+from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion, Span
 
 log = logging.getLogger("rollout_server.fleet")
 
 ONE_MODEL = ""
 """A fleet serves one base: its policies have no model's name before them."""
+LARGEST = LONGEST - 2**20
+"""Bytes of the largest version: it goes to a replica in one frame, with the names of its tensors."""
 
 
 class FleetVersions:
@@ -116,6 +120,14 @@ class FleetVersions:
         except RegistryError:
             return False
         return True
+
+    def labelled(self, version: PolicyVersion) -> PolicyVersion:
+        """The version with the label that it has now: a push that changes nothing else tells no replica."""
+        label = self._labels.get((version.name, version.number), version.label)
+        return version if label == version.label else replace(version, label=label)
+
+    def spans_labelled(self, spans: tuple[Span, ...]) -> tuple[Span, ...]:
+        return tuple(replace(span, version=self.labelled(span.version)) for span in spans)
 
     def let_go(self, version: PolicyVersion, rows: int) -> None:
         """Ends `hold` for some rows; a version that nobody keeps is freed everywhere."""
@@ -252,6 +264,12 @@ class FleetVersions:
     async def _stage(
         self, version: Version, bundle: AdapterBundle, mode: Mode, label: str | None, dequantize: bool
     ) -> None:
+        if bundle.nbytes > LARGEST:
+            raise BodyTooLarge(
+                f"{version[0]}@{version[1]} has {bundle.nbytes:,} bytes, and a fleet sends its replicas versions of up "
+                f"to {LARGEST:,}: push an adapter, or have one engine serve it.",
+                param="weights",
+            )
         self._bundles[version] = (bundle, mode, dequantize)
         self._labels[version] = label
         self._staging.add(version)
@@ -260,7 +278,7 @@ class FleetVersions:
             if (error := self._refused.pop(version, None)) is not None:
                 raise error
             self._require_enough()
-        except RolloutError:
+        except Exception:
             self._staging.discard(version)
             self._free()
             raise

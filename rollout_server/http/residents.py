@@ -99,7 +99,9 @@ class Residents:
         await asyncio.gather(*(service.startup.finished() for service in self.every))
 
     async def close(self) -> None:
-        """Ends every engine's thread; open requests get `EngineUnavailable`."""
+        """Ends every engine's thread; open requests get `EngineUnavailable`, and starts are given up."""
+        for service in self.every:
+            service.startup.give_up()
         await asyncio.gather(*(service.engine.close() for service in self.every))
 
     def check(self, service: Service) -> None:

@@ -157,13 +157,17 @@ class StoppableServer(uvicorn.Server):
         self._ready = ready
         self._patience_s = config.shutdown_s
         self._starting: asyncio.Task[None] | None = None
+        self._told_to_stop = False
 
     async def until_stopped(self) -> None:
-        """Serves until a signal comes, or the start fails: then its error is raised."""
+        """Serves until a signal comes, or the start fails: then its error is raised, unless a signal came first."""
         asyncio.get_running_loop().set_exception_handler(quietly)
         await self.serve(sockets=[self._listener])
-        if self._starting is not None and self._starting.done():
-            self._starting.result()
+        if self._starting is None or not self._starting.done():
+            return
+        fault = None if self._starting.cancelled() else self._starting.exception()
+        if fault is not None and not self._told_to_stop:
+            raise fault
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -192,6 +196,7 @@ class StoppableServer(uvicorn.Server):
         yield
 
     def _stop(self) -> None:
+        self._told_to_stop = self._told_to_stop or not self.should_exit
         if self.should_exit and self._connections:
             log.info("Stopping at once: connections are cut.")
             self._cut()

@@ -191,6 +191,7 @@ class Startup:
         self._resident = resident
         self._after = after
         self._task: asyncio.Task[None] | None = None
+        self._wanted = True
 
     def begin(self) -> asyncio.Task[None]:
         """Starts on the running event loop; `check` and `finished` tell how it went."""
@@ -265,8 +266,12 @@ class Startup:
         if self._task is None or not self._task.done():
             raise EngineUnavailable("Kept versions and configured adapters are still being loaded.")
 
+    def give_up(self) -> None:
+        """The server stops: that a start comes to nothing is no fault from now on."""
+        self._wanted = False
+
     def _log_fault(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or (fault := task.exception()) is None:
+        if task.cancelled() or (fault := task.exception()) is None or not self._wanted:
             return
         if self._after is None or not self._after.failed:
             known = isinstance(fault, RolloutError)

@@ -9,12 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from adapters.bundle import make_bundle
+from adapters.errors import AdapterDoesNotFit
+from adapters.formats.read import read_bundle
 from adapters.prepare import cast, prepare
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from adapters.spec import AdapterSpec
+from adapters.spec import AdapterSpec, Parameter
 from adapters.tensors import AdapterTensor
 from tests.support.adapter_files import Layers, logits, make, merge, tokens
 from tests.support.numbers.bounds import assert_near
@@ -89,3 +92,13 @@ def test_memory_of_versions_that_are_gone_is_given_back(load: Load, layers: Laye
     assert np.array_equal(logits(model, text), before)
     slots.route([slot, 0])
     assert_near(logits(model, text)[0], logits(merge(load(), last), text)[0])
+
+
+def test_a_whole_tensor_of_a_parameter_that_is_not_there_is_refused_by_name() -> None:
+    parameters = {"norm.weight": Parameter((4,), "float32")}
+    bundle = read_bundle(
+        save({"norm.weight": np.ones(4, np.float32)}), {"kind": "full"}, layers={}, parameters=parameters
+    )
+    assert "norm.weight" in prepare(bundle, "float32", parameters=parameters).dense
+    with pytest.raises(AdapterDoesNotFit, match=r"norm\.weight is no parameter that a version can replace here"):
+        prepare(bundle, "float32")

@@ -142,6 +142,9 @@ def test_versions_are_numbered_kept_and_refused_as_by_one_engine(started: Starte
             said.append((published.version, published.live, published.unchanged, published.mode))
         again = await handle.publish(Publish(handle.new_id("p"), "p", contents[1]))
         said.append((again.version, again.unchanged))
+        renamed = await handle.publish(Publish(handle.new_id("p"), "p", contents[1], label="renamed"))
+        spans = {span for row in await rows(handle, groups("x", "p")) for span in row.spans}
+        said.append((renamed.version, renamed.unchanged, spans))
         with pytest.raises(PreconditionFailed):
             await handle.publish(Publish(handle.new_id("p"), "p", contents[2], if_match="1"))
         said.append(drawn(await rows(handle, groups("x", "p"))))

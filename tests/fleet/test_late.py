@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from adapters.bundle import AdapterBundle
 from adapters.formats.read import read_bundle
+from adapters.tensors import AdapterTensor
 from rollout_server.engine.messages.versions import Publish, Published
-from rollout_server.errors import EngineUnavailable
+from rollout_server.errors import BodyTooLarge, EngineUnavailable
 from rollout_server.fleet.ledger.ledger import FLIP_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import Drop, Flip, ReplicaState, Settle, Stage
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import FlipAlias, StageVersion
-from rollout_server.rollout import PolicyVersion
+from rollout_server.rollout import PolicyVersion, Span
 from tests.support import tiny_models
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
@@ -71,8 +75,8 @@ class Two:
         self.act()
         await asyncio.sleep(0)
 
-    def push(self) -> asyncio.Task[Any]:
-        return asyncio.create_task(self.versions.change(Publish("p", "trained", BUNDLE)))
+    def push(self, bundle: AdapterBundle = BUNDLE, label: str | None = None) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.versions.change(Publish("p", "trained", bundle, label=label)))
 
     @property
     def states(self) -> tuple[ReplicaState, ...]:
@@ -161,5 +165,39 @@ def test_where_too_few_have_flipped_the_push_is_refused_and_its_retry_finds_it_d
         assert fleet.states == BOTH
         retried = await fleet.push()
         assert retried.unchanged and retried.live and retried.version.number == 1
+
+    played(scene())
+
+
+def test_a_version_that_fits_in_no_frame_is_refused_and_leaves_nothing() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        # It says that it has 4 GiB, and takes none.
+        large = AdapterTensor("F32", np.broadcast_to(np.float32(0.0), (2**30, 1)))
+        with pytest.raises(BodyTooLarge, match="has 4,294,9"):
+            await fleet.push(replace(BUNDLE, tensors={**BUNDLE.tensors, "large": large}, digest="sha256:large"))
+        assert fleet.sent == [] and fleet.ledger.kept == set() and fleet.versions.snapshot() == ()
+        pushing = fleet.push()
+        for _ in range(2):
+            await fleet.answer("slow")
+            await fleet.answer("quick")
+        assert (await pushing).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+def test_a_push_that_changes_only_the_label_has_rows_told_under_it() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        pushing = fleet.push(label="before")
+        for _ in range(2):
+            await fleet.answer("slow")
+            await fleet.answer("quick")
+        version = (await pushing).version
+        assert version.label == "before" and fleet.versions.labelled(version) == version
+        again = await fleet.push(label="after")
+        assert again.unchanged and fleet.sent == [], "no replica is told"
+        (span,) = fleet.versions.spans_labelled((Span(version, 0, 4),))
+        assert span == Span(replace(version, label="after"), 0, 4)
 
     played(scene())

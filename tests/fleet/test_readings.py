@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
-from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, Score
+from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, Score, ScorerHeld
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.readings import FleetReadings
-from rollout_server.rollout import PolicyAddress
+from rollout_server.rollout import PolicyAddress, PolicyVersion
 
 BASE = PolicyAddress("base")
 
@@ -20,9 +20,26 @@ class Pinning:
     def pinned(self, address: PolicyAddress) -> PolicyAddress:
         return address
 
+    def labelled(self, version: PolicyVersion) -> PolicyVersion:
+        return version
 
-def readings_of(posted: list[Event], sent: list[Any]) -> FleetReadings:
-    return FleetReadings(Ledger(), Pinning(), posted.extend, lambda id, message: sent.append((id, message)))  # type: ignore[arg-type]
+    def hold(self, version: PolicyVersion, rows: int) -> bool:
+        return bool(version.number)
+
+
+def readings_of(posted: list[Event], sent: list[Any], ledger: Ledger | None = None) -> FleetReadings:
+    def send(id: str, message: Any) -> None:
+        sent.append((id, message))
+
+    return FleetReadings(ledger or Ledger(), Pinning(), posted.extend, send)  # type: ignore[arg-type]
+
+
+def classify(id: str) -> Classify:
+    return Classify(id, BASE, ((1, 2),), ((1,),), held="h")
+
+
+def kinds(sent: list[Any]) -> list[tuple[str, str]]:
+    return [(id, type(message).__name__) for id, message in sent]
 
 
 def test_an_ended_reading_is_answered_and_forgotten() -> None:
@@ -45,3 +62,40 @@ def test_what_is_let_go_before_a_replica_holds_it_is_never_held() -> None:
     readings.let_go(LetScorerGo("h"))
     readings.place_waiting()
     assert posted == [] and sent == []
+
+
+def test_a_replica_that_is_started_again_under_its_id_holds_the_scorer_anew() -> None:
+    ledger, sent = Ledger(), list[Any]()
+    ledger.join("a", 8, 0.0)
+    readings = readings_of([], sent, ledger)
+    readings.read(HoldScorer("h", "rows", BASE))
+    readings.answered("a", ScorerHeld("h", PolicyVersion("base", 0, "sha256:0"), (None,)))
+    readings.read(classify("c1"))
+    assert kinds(sent) == [("a", "HoldScorer"), ("a", "Classify")]
+    sent.clear()
+    ledger.lost("a")
+    readings.lost("a")
+    ledger.remove("a")
+    ledger.join("a", 8, 0.0)
+    readings.place_waiting()
+    readings.read(classify("c2"))
+    assert kinds(sent) == [("a", "HoldScorer"), ("a", "Classify"), ("a", "Classify")]
+
+
+def test_a_scorer_is_let_go_wherever_it_was_held() -> None:
+    ledger, sent = Ledger(), list[Any]()
+    ledger.join("a", 8, 0.0)
+    readings = readings_of([], sent, ledger)
+    readings.read(HoldScorer("h", "rows", BASE))
+    readings.answered("a", ScorerHeld("h", PolicyVersion("base", 0, "sha256:0"), (None,)))
+    ledger.join("b", 8, 0.0)
+    ledger.drain("a")
+    readings.read(classify("c"))
+    readings.let_go(LetScorerGo("h"))
+    assert kinds(sent) == [
+        ("a", "HoldScorer"),
+        ("b", "HoldScorer"),
+        ("b", "Classify"),
+        ("a", "LetScorerGo"),
+        ("b", "LetScorerGo"),
+    ]

@@ -8,7 +8,7 @@ import pytest
 
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.errors import Conflict
-from rollout_server.fleet.terms import Terms
+from rollout_server.fleet.terms import Terms, with_least_room
 from rollout_server.fleet.wire import libraries
 
 INFO = ModelInfo("tiny", "sha256:1", "qwen3", 320, 2048, "float32", None, (1,), 1000, {}, 96, 2**24, "slots", 8, "cpu")
@@ -59,3 +59,12 @@ def test_the_first_that_joins_is_compared_with_what_the_controller_has() -> None
         terms("sha256:1", context_length=512).check("one", INFO, libraries())
     with pytest.raises(Conflict, match="its kv_bits is None, and the fleet's is 8"):
         terms("sha256:1", kv_bits=8).check("one", INFO, libraries())
+
+
+def test_what_a_row_may_take_is_what_has_room_wherever_it_goes() -> None:
+    """More memory holds fewer tokens where each takes more."""
+    wide = replace(INFO, kv_memory=2 * INFO.kv_memory, kv_bytes_per_token=4 * INFO.kv_bytes_per_token)
+    for first, second in ((INFO, wide), (wide, INFO)):
+        told = with_least_room(replace(first, id="served"), second)
+        assert told == replace(first, id="served", kv_memory=wide.kv_memory, kv_bytes_per_token=wide.kv_bytes_per_token)
+    assert with_least_room(INFO, replace(INFO, kv_memory=2**30)) == INFO

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from rollout_server.cli import app
 from rollout_server.config import ServerConfig
+from rollout_server.fleet.replica.engine import AGAIN
 from tests.support.live_server import server_here
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,16 @@ def test_a_container_runs_what_there_is(path: Path) -> None:
     assert said == [path.relative_to(ROOT).as_posix()]
 
 
+@pytest.mark.parametrize("path", CONTAINERS, ids=lambda path: path.stem)
+def test_a_container_can_be_a_replica_as_its_head_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = re.sub(r"\\\n#\s*", "", path.read_text())
+    (said,) = re.findall(r"docker run (.* serve --join .*)", head)
+    assert "--no-healthcheck" in said, "nothing answers at its port"
+    for name, value in re.findall(r"(ROLLOUT_\w+)=(\S*)", " ".join(of(path, "ENV")) + " " + said):
+        monkeypatch.setenv(name, value)
+    assert ServerConfig(join="http://studio:8000").state_dir is None
+
+
 def test_there_is_a_container_for_each_kind_of_machine() -> None:
     assert [path.stem for path in CONTAINERS] == ["cpu", "cuda"]
 
@@ -94,6 +105,8 @@ def test_the_unit_of_systemd_runs_what_there_is() -> None:
     settings = [line.partition("=") for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
     (started,) = (value for name, _, value in settings if name == "ExecStart")
     assert is_a_command(*started.split())
+    (never,) = (value for name, _, value in settings if name == "RestartPreventExitStatus")
+    assert never == "1" and str(AGAIN) != never and ("Restart", "=", "on-failure") in settings
     assert not unknown_settings([value.partition("=")[0] for name, _, value in settings if name == "Environment"])
 
 
@@ -114,6 +127,10 @@ def test_the_agent_of_launchd_runs_what_there_is() -> None:
     agent = plistlib.loads(PLIST.read_bytes())
     assert f"{agent['Label']}.plist" == PLIST.name
     assert is_a_command(*agent["ProgramArguments"])
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}, "started again, also by a status that is no crash"
+    (own,) = re.findall(r'sudo install -d -o "\$USER" (\S+)', PLIST.read_text())
+    paths = [*agent["ProgramArguments"][:1], agent["StandardOutPath"], agent["StandardErrorPath"]]
+    assert all(path.startswith(f"{own}/") for path in paths), "in a folder that the user may write"
     assert not unknown_settings(list(agent["EnvironmentVariables"]))
 
 

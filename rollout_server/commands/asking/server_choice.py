@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,8 @@ Model = Annotated[
     str | None, typer.Option(help="Start this directory or Hub id for the command.", metavar="DIR_OR_HUB_ID")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub id.")]
+OPTIONS: Mapping[str, str] = MappingProxyType({"model": "--model", "revision": "--revision", "adapters": "--adapter"})
+"""What commands that may start a server have of its options."""
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="Publish first; repeatable.", metavar="NAME=DIR")]
 
 
@@ -43,7 +46,7 @@ def client_of(
     load_blas()
     own = {"host": "127.0.0.1", "port": 0, "api_key": None, "admin_key": None, "state_dir": None, "adapters": ()}
     given = own | {"model": model, "revision": revision} | ({"adapters": adapters} if adapters else {})
-    config = configure(given)
+    config = configure(given, OPTIONS)
 
     from rollout_server import logs
     from rollout_server.http.server import served

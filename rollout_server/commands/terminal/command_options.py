@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from rollout_server.errors import RolloutError
+from rollout_server.quoting import quoted
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from pydantic_settings import BaseSettings
 
     from rollout_server.config import ServerConfig
@@ -24,6 +27,22 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=BaseSettings)
 
 log = logging.getLogger("rollout_server")
+
+RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_parsing": "a number",
+        "bool_parsing": "true or false",
+        "greater_than": "above {gt:g}",
+        "greater_than_equal": "{ge} or more",
+        "less_than_equal": "{le} or less",
+        "literal_error": "{expected}",
+        "string_too_short": "a text of {min_length} characters or more",
+        "string_too_long": "a text of {max_length} characters or less",
+    }
+)
+"""Types of pydantic's errors → what a value has to be."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Url = Annotated[str | None, typer.Option(help="The server; default is ROLLOUT_HOST and ROLLOUT_PORT.", metavar="URL")]
@@ -76,30 +95,38 @@ def load_blas() -> BlasChoice:
     return load_fast_blas()
 
 
-def configure(given: dict[str, Any]) -> ServerConfig:
-    """The configuration from options and environment. Raises ValueError with one line that names every bad option."""
+def configure(given: dict[str, Any], options: Mapping[str, str]) -> ServerConfig:
+    """The configuration from options and environment. Raises ValueError with one line that names everything bad: by its
+    option, where the command has one (`options`, by the names of fields), and by its variable."""
     from rollout_server.config import ServerConfig
 
-    return _read(ServerConfig, given)
+    return _read(ServerConfig, given, options)
 
 
-def _read(settings: type[S], given: dict[str, Any]) -> S:
+def _read(settings: type[S], given: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> S:
     from pydantic import ValidationError
 
     try:
         return settings(**given)
     except ValidationError as error:
-        faults = [_fault(fault["loc"], fault["msg"]) for fault in error.errors()]
+        faults = [_fault(fault["loc"], _sentence(fault), options) for fault in error.errors()]
         raise ValueError("; ".join(faults)) from None
 
 
-def _fault(loc: tuple[int | str, ...], message: str) -> str:
-    text = message.removeprefix("Value error, ")
+def _fault(loc: tuple[int | str, ...], text: str, options: Mapping[str, str]) -> str:
     if not loc:
         return text
     field = str(loc[0])
-    flag = "adapter" if field == "adapters" else field.replace("_", "-")
-    return f"--{flag} (ROLLOUT_{field.upper()}): {text}"
+    variable = f"ROLLOUT_{field.upper()}"
+    return f"{options[field]} ({variable}): {text}" if field in options else f"{variable}: {text}"
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    """What is wrong with a value. Rules of ours say so themselves."""
+    rule = RULES.get(fault["type"])
+    if rule is None:
+        return fault["msg"].removeprefix("Value error, ")
+    return f"{quoted(fault['input'])} is not {rule.format(**fault.get('ctx', {}))}"
 
 
 def address(url: str | None) -> tuple[str, str | None]:

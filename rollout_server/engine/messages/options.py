@@ -37,6 +37,9 @@ class RankOptions:
     """Where rank 0 takes the connections of ranks that were launched."""
     silent_s: float = 30.0
     """A rank that is not heard of for so long ends the engine."""
+    load_s: float = 1800.0
+    """They may take so long to load their parts and to try them together: a rank that waits for another there waits
+    for ever."""
 
 
 @dataclass(frozen=True, slots=True)

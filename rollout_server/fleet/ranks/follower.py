@@ -172,16 +172,22 @@ def follow(ranks: RankOptions) -> int:
     from rollout_server.fleet.ranks.meeting import find_lead
 
     say_little()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     joined = join(ranks)
     decisions, commands = find_lead(joined.group)
+    rank_0_ends_it()
     with decisions, commands:
         return Follower(decisions, commands).run(joined)
 
 
-def main() -> int:
+def rank_0_ends_it() -> None:
     """A terminal's Ctrl-C and a manager's SIGTERM reach the whole group: rank 0 is who ends ranks."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def main() -> int:
+    rank_0_ends_it()
     logs.configure("text")
     say_little()
     load_fast_blas()

@@ -9,9 +9,12 @@ import mlx.core as mx
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.errors import EngineUnavailable
+from rollout_server.fleet.ranks.patience import patience
 
 MEET_S, PAUSE_S = 120.0, 0.5
 """MLX gives up on a rank that is not there yet: on a busy machine one may start so much later than another."""
+MET_S = 1.5 * MEET_S
+"""The last try may take a while itself; and MLX does not give up at all on a rank that it expects to be called by."""
 
 
 def join(ranks: RankOptions) -> Ranks:
@@ -21,8 +24,9 @@ def join(ranks: RankOptions) -> Ranks:
             f"The MLX that is installed here has no backend {ranks.backend}: name another one with --backend."
         )
     until = time.monotonic() + MEET_S
-    while (group := _tried(ranks.backend, last=time.monotonic() >= until)) is None:
-        time.sleep(PAUSE_S)
+    with patience(MET_S):
+        while (group := _tried(ranks.backend, last=time.monotonic() >= until)) is None:
+            time.sleep(PAUSE_S)
     if group.size() != ranks.size:
         raise EngineUnavailable(
             f"--tensor-parallel is {ranks.size}, and {group.size()} ranks were launched: give both the same number."

@@ -1,11 +1,22 @@
-"""The hosts of ranks, as the file names them that `mlx.launch` reads, and the command that starts a rank on each."""
+"""The hosts of ranks, as the file names them that `mlx.launch` reads, and that launcher as a child of this command.
+
+It passes no signal on: whoever ends it alone leaves the ranks running. So it has a group of processes of its own, which
+ends as a whole, and what it has started over ssh ends with the connection that it was started by.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rollout_server.errors import InvalidField
@@ -13,6 +24,10 @@ from rollout_server.quoting import quoted
 
 RDMA = ("jaccl", "jaccl-ring")
 LAUNCH = "mlx.launch"
+HERE = "127.0.0.1"
+"""The only name that it starts a rank by without ssh."""
+SPARED = 'trap "" TERM; exec "$@"'
+"""The launcher itself passes over the signal that rank 0 ends at, and so tells what rank 0 still says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +86,41 @@ def _wrong(path: Path, what: str) -> InvalidField:
     return InvalidField(f"--hostfile {path} {what}.", param="hostfile")
 
 
-def launching(path: Path, backend: str, arguments: list[str]) -> list[str]:
-    """The command that runs this very command on every host. Raises `InvalidField` where MLX brings no launcher."""
+def launching(path: Path, backend: str, variables: Mapping[str, str], arguments: list[str]) -> list[str]:
+    """The command that runs this very command on every host, with these variables. Raises `InvalidField` where MLX
+    brings no launcher."""
     launcher = Path(sys.executable).with_name(LAUNCH)
     if not launcher.exists():
         raise InvalidField(f"{LAUNCH} is not beside {sys.executable}: install mlx there.", param="hostfile")
     own = [sys.executable, "-m", "rollout_server", *arguments]
-    return [str(launcher), "--hostfile", str(path.expanduser()), "--backend", backend, "--", *own]
+    given = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
+    return [str(launcher), "--hostfile", str(path.expanduser()), "--backend", backend, *given, "--", *own]
+
+
+def launch(command: Sequence[str], lead: Host, within_s: float) -> int:
+    """Runs the launcher until all ranks have ended, or a signal ends them; returns the exit status, which is 0 only
+    after a signal. Rank 0 may take `within_s` seconds to end what it serves, and is cut off where it runs elsewhere:
+    ssh passes no signal on."""
+    # Its input stays open and empty: at the end of it the launcher would read without end.
+    launcher = subprocess.Popen(["sh", "-c", SPARED, "sh", *command], stdin=subprocess.PIPE, start_new_session=True)
+    told = threading.Event()
+    late = threading.Timer(within_s, _signal, (launcher.pid, signal.SIGKILL))
+    late.daemon = True
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not told.is_set():
+            told.set()
+            _signal(launcher.pid, signal.SIGTERM if lead.ssh == HERE else signal.SIGKILL)
+            late.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    launcher.wait()
+    late.cancel()
+    _signal(launcher.pid, signal.SIGKILL)
+    return 0 if told.is_set() else 1
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)

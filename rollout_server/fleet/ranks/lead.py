@@ -66,7 +66,7 @@ class LeadEngine(EngineThread):
             with file_of(hosts) as addresses:
                 os.dup2(addresses.fileno(), 0)
             joined = join(ranks)
-        self._team = team = Team(members, codec, self._messages, ranks.silent_s, self._fall)
+        self._team = team = Team(members, codec, self._messages, ranks, self._fall)
         self._digest, self._teller = joined.digest, Teller(team.decisions, joined.digest)
         team.start()
         return joined

@@ -20,7 +20,7 @@ from typing import Any
 
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.errors import EngineUnavailable
-from rollout_server.fleet.codec.frames import Codec
+from rollout_server.fleet.codec.frames import BadFrame, Codec
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, Teller
 from rollout_server.fleet.ranks.environment import file_of, of_rank
 
@@ -70,13 +70,14 @@ class Team:
         members: Sequence[Member],
         codec: Codec,
         messages: queue.SimpleQueue[Any],
-        silent_s: float,
+        ranks: RankOptions,
         fell: Callable[[str], None],
     ) -> None:
         self.members = members
         self._codec = codec
         self._messages = messages
-        self._silent_s = silent_s
+        self._silent_s, self._load_s = ranks.silent_s, ranks.load_s
+        self._began = time.monotonic()
         self._fell = fell
         self._teller: Teller | None = None
         self._over = threading.Event()
@@ -120,6 +121,8 @@ class Team:
                 frame = self._codec.encode(self._messages.get(timeout=ALIVE_EVERY_S))
             except queue.Empty:
                 continue
+            except BadFrame as error:
+                return self.end(f"The other ranks could not be told a command: {error} {GOES_NOT_ON}")
             for member in self.members:
                 try:
                     member.commands.sendall(frame)
@@ -174,6 +177,11 @@ class Team:
         for member in self.members:
             if now - member.heard_at > self._silent_s:
                 return f"Rank {member.rank} was not heard of for {self._silent_s:g} s. {GOES_NOT_ON}"
+        if self._teller is None and now - self._began > self._load_s:
+            return (
+                f"{len(self.members) + 1} ranks have not loaded the model and tried it together within "
+                f"{self._load_s:g} s. {GOES_NOT_ON}"
+            )
         told_at = self._teller.told_at if self._teller is not None else None
         if told_at is not None and now - told_at > LONG_TURN * self._silent_s:
             return f"No rank has got any further for {LONG_TURN * self._silent_s:g} s. {GOES_NOT_ON}"

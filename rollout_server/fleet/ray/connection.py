@@ -9,7 +9,7 @@ from typing import Any
 
 from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.errors import WeightsMemoryExceeded
-from rollout_server.fleet.codec.frames import LENGTH, Codec
+from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
 from rollout_server.fleet.wire import DropVersion, StageVersion
 
 log = logging.getLogger("rollout_server.fleet")
@@ -109,7 +109,7 @@ class ActorConnection:
         except self._ray.exceptions.RayActorError:
             # Whoever receives is told of it.
             return
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, BadFrame) as error:
             log.error("What a replica was to be told did not reach it: %s", error)
             self.kill()
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.errors import EngineUnavailable, RolloutError
+from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.ray.actor import ReplicaActor
 from rollout_server.fleet.ray.cluster import Cluster, Need, connect
@@ -54,6 +54,13 @@ class Placed:
 
     def start(self, roster: Roster) -> None:
         self._main = asyncio.create_task(self._run(roster))
+        self._main.add_done_callback(partial(self._ended, roster))
+
+    def _ended(self, roster: Roster, main: asyncio.Task[None]) -> None:
+        """Nobody awaits it before the server stops."""
+        if not main.cancelled() and (error := main.exception()) is not None:
+            log.error("Ray's replicas are not kept any more.", exc_info=error)
+            roster.refuse(EngineFault(f"Replicas cannot be placed: {error!r}."))
 
     async def stop(self) -> None:
         for task in self._opening:
@@ -73,7 +80,9 @@ class Placed:
             hello = Hello(replace(self._options, sharing=sharing), sharing)
             places = [_Place(f"ray-{index}") for index in range(self._placement.replicas)]
             kept = (self._keep(roster, cluster, place, versions, hello) for place in places)
-            await asyncio.gather(*kept, return_exceptions=True)
+            for ended in await asyncio.gather(*kept, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    log.error("A replica is not kept any more.", exc_info=ended)
         finally:
             await asyncio.to_thread(cluster.close)
 

@@ -21,7 +21,7 @@ from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, Scor
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Delete, Publish, Published
 from rollout_server.engine.thread import EngineThread
-from rollout_server.errors import EngineEnded, EngineUnavailable
+from rollout_server.errors import EngineEnded, EngineFault, EngineUnavailable
 from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.ledger.records import Version
 from rollout_server.fleet.ranks.lead import LeadEngine
@@ -42,6 +42,9 @@ log = logging.getLogger("rollout_server.fleet")
 
 STOP_S = 60.0
 """An engine that is told to stop has so long to end its step."""
+AGAIN = 75
+"""Exit status of a replica whose engine failed: what starts it again (systemd, launchd) does so, and not after 1, with
+which a replica ends that cannot be started like this."""
 
 
 class ReplicaEngine:
@@ -100,7 +103,7 @@ class ReplicaEngine:
         """Has the engine do what a controller says."""
         match message:
             case StageVersion() | AdoptVersion() | FlipAlias() | DropVersion():
-                self._versions.submit(self._change, message)
+                self._versions.submit(self._answered, message)
                 return
             case Submit(id=id, deadline=seconds):
                 self._open.add(id)
@@ -143,6 +146,14 @@ class ReplicaEngine:
     def busy(self) -> bool:
         """Something is not answered yet."""
         return bool(self._open)
+
+    def _answered(self, message: VERSIONS) -> None:
+        """Whoever asked is told also of what nobody expected."""
+        try:
+            self._change(message)
+        except Exception as error:
+            log.exception("A change of versions came to nothing.")
+            self._tell([RequestFailed(message.id, EngineFault(f"The replica could not do it: {error!r}"))])
 
     def _change(self, message: VERSIONS) -> None:
         """Runs beside the engine, which only copies what is ready; one after another, so that none overtakes."""
@@ -203,4 +214,4 @@ class ReplicaEngine:
             self._settled.set()
         if status.state == "dead" and self._engine.info is not None:
             log.critical("The engine of this replica ended, so the replica ends: %s", status.fault)
-            os._exit(1)
+            os._exit(AGAIN)

@@ -13,12 +13,13 @@ INDEX = "index.html"
 PAGE = "rollout_server.http.page"
 MEDIA_TYPES: Mapping[str, str] = MappingProxyType(
     {
-        "html": "text/html; charset=utf-8",
-        "css": "text/css; charset=utf-8",
-        "js": "text/javascript; charset=utf-8",
+        "html": "text/html",
+        "css": "text/css",
+        "js": "text/javascript",
         "svg": "image/svg+xml",
     }
 )
+"""By the end of a file's name. Litestar says of text that it is UTF-8."""
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",

@@ -146,6 +146,16 @@ def test_all_faults_of_dense_tensors_come_at_once(load: Load) -> None:
     )
 
 
+def test_a_base_of_which_nothing_can_be_replaced_says_why_and_still_takes_adapters(load: Load) -> None:
+    """One that several ranks serve: each has a part of it."""
+    base = Base(load())
+    with pytest.raises(AdapterDoesNotFit, match="whole tensors are not served by several ranks") as caught:
+        read_bundle(save({"model.norm.weight": np.ones(64, np.float32)}), {"kind": "full"}, layers=base.layers)
+    assert len(caught.value.faults) == 1
+    tensors, config = tiny_models.random_adapter(base.layers, 4, 1)
+    assert read_bundle(save(tensors), config, layers=base.layers).rank == 4
+
+
 def test_whole_layers_beside_an_adapter_have_a_set_and_a_slot(load: Load, tied: Load) -> None:
     for model, head in ((load(), "lm_head.weight"), (tied(), f"{EMBED}.weight")):
         base = Base(model)

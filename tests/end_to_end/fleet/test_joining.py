@@ -75,6 +75,14 @@ def test_replicas_join_are_filled_and_outlive_their_controller(model: Path, tmp_
                 assert again.stop() == 0
 
 
+def test_a_server_that_is_told_to_stop_before_it_is_ready_does_so_without_a_word_of_error(
+    model: Path, tmp_path: Path
+) -> None:
+    with controller(model, tmp_path / "state") as alone:
+        assert alone.stop() == 0
+        assert not alone.said("cannot start"), "".join(alone.log)
+
+
 def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
     other = tiny_models.build("qwen3", tmp_path / "other", seed=1)
     with ExitStack() as machines:

@@ -55,8 +55,9 @@ class Told:
         self.here.append(id)
         return ready.model.info
 
-    def left(self, id: str) -> None:
+    def left(self, id: str) -> bool:
         self.gone.append(id)
+        return True
 
     def heard(self, id: str, message: Event) -> None:
         self.heard_of.append(message)

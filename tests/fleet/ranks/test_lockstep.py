@@ -161,6 +161,21 @@ def test_versions_change_while_rows_decode(started: Started) -> None:
     started.run(swap())
 
 
+def test_a_load_that_takes_too_long_ends_by_name_though_both_ranks_live(tmp_path: Path) -> None:
+    """As one does in which a rank waits for another that does not come to the same check."""
+
+    async def start() -> None:
+        handle = fleet_handle(tiny_models.build("qwen3", tmp_path / "tiny"), 1, ranks=RankOptions(2, load_s=0.01))
+        handle.start()
+        try:
+            with pytest.raises(EngineUnavailable, match="2 ranks have not loaded the model and tried it together"):
+                await asyncio.wait_for(handle.wait_ready(), 400)
+        finally:
+            await handle.close()
+
+    asyncio.run(start())
+
+
 def test_scores_are_those_of_one_process(started: Started) -> None:
     async def both() -> None:
         for handle in (started.two, started.one):

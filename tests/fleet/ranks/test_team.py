@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.messages.control import Ping
+from rollout_server.engine.messages.options import RankOptions
 from rollout_server.engine.ranks.digest import TurnDigest
 from rollout_server.fleet.codec.frames import LENGTH
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, SAME, Teller
@@ -38,11 +39,17 @@ class Watched:
         return self.fell[0]
 
 
-def watched(process: subprocess.Popen[bytes] | None = None, silent_s: float = 60.0) -> Watched:
+def watched(process: subprocess.Popen[bytes] | None = None, silent_s: float = 60.0, load_s: float = 60.0) -> Watched:
     near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     fell: list[str] = []
-    team = Team([Member(1, near[0], near[1], process)], rank_codec(uncompiled), messages, silent_s, fell.append)
+    team = Team(
+        [Member(1, near[0], near[1], process)],
+        rank_codec(uncompiled),
+        messages,
+        RankOptions(2, silent_s=silent_s, load_s=load_s),
+        fell.append,
+    )
     team.start()
     return Watched(team, far[0], far[1], messages, fell)
 
@@ -96,6 +103,24 @@ def test_a_turn_that_never_ends_ends_the_engine_though_all_look_alive() -> None:
         other.commands.sendall(ALIVE + b"\n")
         time.sleep(0.05)
     assert f"No rank has got any further for {LONG_TURN * 0.3:g} s" in other.why()
+
+
+def test_ranks_that_never_finish_loading_end_the_engine_though_all_look_alive() -> None:
+    """One that fails says so; one that waits for a sum which another does not join says nothing."""
+    other, began = watched(load_s=1.0), time.monotonic()
+    while not other.fell and time.monotonic() - began < 60:
+        other.commands.sendall(ALIVE + b"\n")
+        time.sleep(0.05)
+    assert "2 ranks have not loaded the model and tried it together within 1 s" in other.why()
+    assert time.monotonic() - began >= 1.0
+
+
+def test_a_model_that_is_loaded_may_serve_for_longer_than_it_may_load() -> None:
+    other = watched(load_s=0.2)
+    other.team.lead(Teller([], TurnDigest()))
+    time.sleep(0.8)
+    other.team.close()
+    assert other.fell == []
 
 
 def test_an_engine_that_was_told_to_end_misses_nobody(other: Watched) -> None:

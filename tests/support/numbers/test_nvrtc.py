@@ -16,6 +16,8 @@ from tests.support.numbers.host_kernels import MOST_SHARED, host_compiler
 from tests.support.numbers.nvrtc import ARCHITECTURES, NvrtcCompiler, toolkit
 from tests.support.numbers.test_host_kernels import add_products, attend, filter_rows
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
 REGISTERS = 65_536
 """Of a multiprocessor, on every architecture here."""
 

@@ -73,11 +73,10 @@ def adapter(handle: EngineHandle, rank: int, seed: int, *, dora: bool = False) -
     return read_bundle(save(tensors), config, layers=handle.info.layers)
 
 
-async def push(handle: EngineHandle, name: str, bundle: AdapterBundle) -> float:
-    """Seconds until every live engine has it and the name means it everywhere."""
-    began = time.perf_counter()
-    await handle.publish(Publish(handle.new_id("push"), name, bundle))
-    return time.perf_counter() - began
+async def push(handle: EngineHandle, name: str, bundle: AdapterBundle) -> tuple[float, float]:
+    """Milliseconds until every live engine has it, and from then until the name means it everywhere."""
+    published = await handle.publish(Publish(handle.new_id("push"), name, bundle))
+    return published.stage_ms, published.activate_ms
 
 
 async def rows(

@@ -72,8 +72,10 @@ async def replicas(study: Study) -> AsyncIterator[Figure]:
                 linear = tuple(count * rate for rate in one)
                 yield Figure(f"{count} replicas / {count} times one", "", over(found, linear), LINEAR)
             bundles = [adapter(handle, study.push_rank, seed) for seed in range(study.rounds)]
-            pushed = tuple([1e3 * await push(handle, "pushed", bundle) for bundle in bundles])
-            yield Figure(f"{count} replicas, push of {bundles[0].nbytes / 1e6:.0f} MB to all", "ms", pushed)
+            staged, flipped = zip(*[await push(handle, "pushed", bundle) for bundle in bundles], strict=True)
+            pushed = f"{count} replicas, push of {bundles[0].nbytes / 1e6:.0f} MB to all"
+            yield Figure(f"{pushed}: staged", "ms", staged)
+            yield Figure(f"{pushed}: flipped", "ms", flipped)
 
 
 async def replica_killed(study: Study) -> AsyncIterator[Figure]:

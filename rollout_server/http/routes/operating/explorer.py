@@ -53,6 +53,9 @@ async def page_for_browsers(request: Request[Any, Any, Any]) -> Response[bytes] 
     """The page, where the document's own address is asked for by who would rather have a page."""
     if request.scope["path"].rstrip("/") != PATH or request.accept.best_match([PLAIN, PAGE]) != PAGE:
         return None
+    if request.scope["raw_path"].endswith(b"/"):
+        # The page's links are relative, so that a proxy may serve it under another path: they hold at one address.
+        return Response(b"", status_code=308, headers={**EXPLORER_HEADERS, "location": f"..{PATH}"}, media_type=PAGE)
     return file_of(request, INDEX, FILES, EXPLORER_HEADERS)
 
 

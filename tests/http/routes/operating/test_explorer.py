@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -29,6 +30,18 @@ def test_a_program_gets_the_document_and_a_browser_the_page(client: Client) -> N
     page = client.get("/schema", headers={"accept": BROWSER})
     assert page.headers["content-type"].startswith("text/html") and page.headers["vary"] == "accept"
     assert client.get("/schema/openapi.json", headers={"accept": BROWSER}).json()["openapi"].startswith("3.1")
+
+
+def test_what_the_page_links_to_is_there_with_and_without_a_slash_at_the_end(client: Client) -> None:
+    for path in ("/schema", "/schema/"):
+        page = client.get(path, headers={"accept": BROWSER})
+        linked = re.findall(r'(?:href|src)="(schema/[^"]+)"', page.text)
+        assert len(linked) == 3
+        for link in (*linked, "schema/openapi.json"):
+            found = client.get(str(page.url.join(link)))
+            assert found.status_code == 200 and found.headers["content-type"].count("charset") <= 1, link
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert client.get("/schema/", headers={"accept": "application/json"}).json()["openapi"].startswith("3.1")
 
 
 def test_the_page_names_no_other_place_and_runs_no_other_script(client: Client) -> None:
