@@ -4,6 +4,7 @@ environment (`ROLLOUT_…`)."""
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from rollout_server.fleet.joining.options import check_fleet
 from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE, NAME_PATTERN, NAME_RULE
 
@@ -270,65 +272,7 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _fleet_rule(self) -> ServerConfig:
-        if self.min_replicas > (self.replicas or 1) and not self.fleet:
-            raise ValueError(f"--min-replicas is {self.min_replicas}, and there are only {self.replicas or 1} replicas")
-        if self.tensor_parallel is None and (self.hostfile is not None or self.backend is not None):
-            raise ValueError("--hostfile and --backend are of ranks: say how many with --tensor-parallel")
-        if self.hostfile is not None and (self.replicas or 1) > 1:
-            raise ValueError("--hostfile names the hosts of one engine: leave --replicas out, and join others with it")
-        apart = self.also or self.memory or self.trace or self.ray_address or self.fleet
-        if self.tensor_parallel is not None and apart:
-            raise ValueError("--also, --memory, --trace, --ray-address and --fleet do not go with --tensor-parallel")
-        if self.join is not None and self.tensor_parallel is not None and self.hostfile is None:
-            raise ValueError(
-                "with --join ranks are started from --hostfile, which names this host for each of its ranks"
-            )
-        if self.ray_address is not None and self.replicas is None:
-            raise ValueError(
-                "--ray-address says where replicas are placed: say with --replicas how many there shall be"
-            )
-        if self.replicas is not None and self.also:
-            raise ValueError("--also serves several models in one process: leave it out with --replicas")
-        if self.replicas is not None and self.memory is not None:
-            raise ValueError("--memory is shared out in one process: with --replicas give each --kv-memory of its own")
-        if self.replicas is not None and self.trace is not None:
-            raise ValueError("--trace records the turns of an engine in this process: leave it out with --replicas")
-        return self
-
-    @model_validator(mode="after")
-    def _controller_rule(self) -> ServerConfig:
-        if not self.fleet:
-            return self
-        if self.state_dir is None:
-            raise ValueError("--fleet needs --state-dir, since replicas that join are filled with the versions there")
-        if not self.on_loopback and self.fleet_key is None:
-            raise ValueError(
-                f"on {self.host} replicas of other machines may join: set ROLLOUT_FLEET_KEY there and here, so that "
-                "nobody else is sent prompts and weights"
-            )
-        if (self.fleet_cert is None) != (self.fleet_key_file is None):
-            raise ValueError("--fleet-cert and --fleet-key-file belong together: give both, or leave links unencrypted")
-        for name in ("replicas", "memory", "trace", "ray_address"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is about engines of this machine, and --fleet has none: leave one out"
-                )
-        if self.also:
-            raise ValueError("--also serves several models in one process: leave it out with --fleet")
-        return self
-
-    @model_validator(mode="after")
-    def _replica_rule(self) -> ServerConfig:
-        if self.join is None:
-            if not self.fleet and (self.fleet_cert or self.fleet_key_file):
-                raise ValueError("--fleet-cert and --fleet-key-file are about a fleet: give --fleet or --join, too")
-            return self
-        if self.fleet_key_file is not None:
-            raise ValueError("--fleet-key-file is the controller's: a replica has no private key")
-        for name in ("fleet", "replicas", "ray_address", "also", "adapters", "adapter_dir", "state_dir", "memory"):
-            if getattr(self, name):
-                option = name.replace("_", "-").replace("adapters", "adapter")
-                raise ValueError(f"--{option} is for a server, and with --join this is a replica of another's fleet")
+        check_fleet(self, launched=RankSettings().mlx_rank is not None)
         return self
 
     @field_validator("join")
@@ -352,12 +296,24 @@ class ServerConfig(BaseSettings):
 
 
 class RankSettings(BaseSettings):
-    """Which rank of a group this process is, as `mlx.launch` says it."""
+    """Which rank of a group this process is, and where rank 0 is, as `mlx.launch` says it."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
 
     mlx_rank: int | None = None
     """None where nobody launched it as one."""
+    mlx_hostfile: Path | None = None
+    """Addresses of all ranks, for the ring."""
+    mlx_jaccl_coordinator: str | None = None
+    """Address and port of rank 0."""
+    nccl_host_ip: str | None = None
+
+
+def forwarded() -> dict[str, str]:
+    """The variables of this server that ranks on other hosts are to have. Keys are none of them: they would stand in a
+    command line, which others can read."""
+    ours = (f"ROLLOUT_{name}".upper() for name in ServerConfig.model_fields if not name.endswith("_key"))
+    return {name: os.environ[name] for name in ours if name in os.environ}
 
 
 class GpuSettings(BaseSettings):

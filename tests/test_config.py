@@ -236,6 +236,10 @@ FLEET: dict[str, Any] = {"fleet": True, "state_dir": "s"}
         (FLEET | {"tensor_parallel": 2}, "--ray-address and --fleet do not go with --tensor-parallel"),
         (FLEET | {"also": "judge=/models/judge"}, "--also serves several models in one process"),
         ({"fleet_cert": "c.pem"}, "--fleet-cert and --fleet-key-file are about a fleet"),
+        (FLEET | {"kv_memory": "1GiB"}, "--kv-memory is each replica's own"),
+        (FLEET | {"warm": "on"}, "--warm is each replica's own"),
+        ({"join": "http://studio", "max_queue": 8}, "--max-queue is the controller's to say"),
+        ({"tensor_parallel": 1, "backend": "ring"}, "--hostfile and --backend are of ranks"),
         ({"join": "studio:8000"}, "is no controller's URL"),
         ({"join": "http://studio/v1"}, "is no controller's URL"),
         ({"join": "http://studio", "state_dir": "s"}, "--state-dir is for a server"),
@@ -246,3 +250,10 @@ FLEET: dict[str, Any] = {"fleet": True, "state_dir": "s"}
 def test_a_fleet_that_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ServerConfig(**given)
+
+
+def test_ranks_that_were_launched_are_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_RANK", "0")
+    with pytest.raises(ValidationError, match="these ranks were launched as one engine"):
+        ServerConfig(tensor_parallel=2, replicas=2)
+    assert ServerConfig(tensor_parallel=2, join="http://studio:8000").hostfile is None

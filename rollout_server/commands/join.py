@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from rollout_server.config import ServerConfig
+from rollout_server.config import RankSettings, ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.joining.dial import Controller
 from rollout_server.fleet.replica.engine import AGAIN
@@ -23,7 +23,7 @@ from rollout_server.versions.startup import engine_options
 def join(config: ServerConfig) -> None:
     """Computes for a controller until a signal ends it or the fleet lets it go; where it is to be started anew, its
     process is replaced. Raises `RolloutError` where it is not taken; an engine that fails after that ends it with the
-    status `AGAIN`."""
+    status `AGAIN`, and so does one of several ranks that is to be started anew: alone it has nobody to meet."""
     one_thread_for_numpy()
     ids: list[str] = []
 
@@ -39,6 +39,8 @@ def join(config: ServerConfig) -> None:
         typer.echo(f"rollout-server: {error.message}", err=True)
         raise typer.Exit(AGAIN) from error
     if again:
+        if RankSettings().mlx_rank is not None:
+            raise typer.Exit(AGAIN)
         os.execv(sys.executable, [sys.executable, "-m", "rollout_server", *sys.argv[1:]])
 
 
@@ -68,5 +70,6 @@ async def _join(config: ServerConfig, joined: Callable[[str], None]) -> bool:
         key.get_secret_value() if key is not None else None,
         config.fleet_cert,
     )
+    controller.context()  # A file that cannot be used is said now, and not at each try.
     options = await asyncio.to_thread(engine_options, config)
     return await Joiner(controller, options, config.replica_timeout_s, joined, own_id()).run()

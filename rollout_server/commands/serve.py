@@ -154,7 +154,7 @@ def _serve(given: dict[str, Any], options: Mapping[str, str]) -> None:
 def launched_elsewhere(config: ServerConfig) -> bool:
     """With a hostfile this command runs again, as each rank; returns whether this process was one that serves no HTTP,
     whose work is done."""
-    from rollout_server.config import RankSettings
+    from rollout_server.config import RankSettings, forwarded
     from rollout_server.versions.startup import ranks_of
 
     rank, ranks = RankSettings().mlx_rank, ranks_of(config)
@@ -162,10 +162,12 @@ def launched_elsewhere(config: ServerConfig) -> bool:
         return False
     if rank is None and config.hostfile is not None:
         from rollout_server.fleet.ranks.hosts import launch, launching, read_hosts
+        from rollout_server.fleet.replica.engine import AGAIN
 
         hosts = read_hosts(config.hostfile, ranks.size, ranks.backend)
-        command = launching(config.hostfile, ranks.backend, {}, sys.argv[1:])
-        sys.exit(launch(command, hosts[0], config.shutdown_s + RANKS_END_S))
+        command = launching(config.hostfile, ranks.backend, forwarded(), sys.argv[1:])
+        # The launcher says of no rank how it has ended: one that could not go on is to be started again.
+        sys.exit(0 if launch(command, hosts[0], config.shutdown_s + RANKS_END_S) else AGAIN)
     if rank:
         from rollout_server.fleet.ranks.follower import follow
 

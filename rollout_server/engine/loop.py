@@ -138,9 +138,9 @@ class Engine:
         if not (self._computing or self._requests.pressing or self._requests.open_requests):
             self._batches.keep(self._policies.sets)
             return
-        self._admission.begin_turn(self._budget, paused=self._pause_state.mode is not None)
+        self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
         self._admission.call_back()
-        if self._pause_state.mode is not None and self._pause_state.frozen:
+        if self._pause_state.frozen:
             # What is in flight is read, and what was ended meanwhile leaves.
             self._batches.settle_and_release()
             self._batches.drop_cancelled()
@@ -162,7 +162,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
-        if self._preemption.resume() and self._pause_state.mode is None and self._budget.admits():
+        if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []
         if self._batches.reading:
@@ -239,7 +239,7 @@ class Engine:
         """True if a turn has something to do."""
         if self._changes or self._memory.releases:
             return True
-        if self._pause_state.mode is not None:
+        if self._pause_state.paused:
             return self._computing and not self._pause_state.frozen
         return self._computing or self._requests.pressing
 

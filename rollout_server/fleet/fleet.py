@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -96,7 +97,7 @@ class Fleet:
         self._ledger = Ledger(silent_s=fleet.silent_s)
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
         self._requests = FleetRequests(self._ledger, self._versions, post, self._send, clock)
-        self._readings = FleetReadings(self._ledger, self._versions, post, self._send)
+        self._readings = FleetReadings(self._ledger, self._versions, post, self._send, self._requests.seen)
         self._roster = Roster(self)
         self._source = source(as_replica(options), link_codec(self._compile))
         self._state = "starting"
@@ -151,24 +152,29 @@ class Fleet:
             case _ if isinstance(command, get_args(ScoringCommand)):
                 self._readings.read(command)
             case _ if isinstance(command, get_args(PolicyCommand)):
-                self._begin(self._change(command))
+                self._begin(self._change(command)).add_done_callback(partial(self._changed, command.id))
         self._act()
 
-    def _begin(self, work: Any) -> None:
+    def _begin(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _change(self, command: Any) -> None:
         try:
             reply: Event = await self._versions.change(command)
         except RolloutError as error:
             reply = RequestFailed(command.id, error)
-        except Exception as error:
-            log.exception("A change of versions came to nothing.")
-            reply = RequestFailed(command.id, EngineFault(f"The change of versions came to nothing: {error!r}"))
         self._show()
         self._post([reply])
+
+    def _changed(self, id: str, task: asyncio.Task[None]) -> None:
+        """Whoever asked is answered also where the change ended by what nobody expected."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("A change of versions came to nothing.", exc_info=error)
+            self._post([RequestFailed(id, EngineFault(f"The change of versions came to nothing: {error!r}."))])
 
     def _compile(self, grammar: Grammar) -> Constraint:
         if self.grammars is None:
@@ -305,6 +311,8 @@ class Fleet:
             self._post([RequestFailed(leave.id, NotFound(f"There is no replica {leave.replica}.", param="id"))])
             return
         if leave.at_once or leave.replica not in self._ledger.replicas:
+            if leave.replica in self._ledger.replicas:
+                self._ledger.leaves(leave.replica)
             self._roster.end(leave.replica, "it was removed")
         else:
             self._ledger.drain(leave.replica)

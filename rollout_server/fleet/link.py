@@ -70,13 +70,13 @@ class Link:
         except (asyncio.IncompleteReadError, OSError):
             return None
 
-    async def greeting(self, longest: int) -> Any:
-        """The first message of somebody who is not known yet. Raises `BadFrame`, also where it is longer than
-        `longest` bytes, and `IncompleteReadError`."""
+    async def greeting(self, longest: int, codec: Codec) -> Any:
+        """The first message of somebody who is not known yet, as `codec` reads it. Raises `BadFrame`, also where it is
+        longer than `longest` bytes, and `IncompleteReadError`."""
         (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
         if length > longest:
             raise BadFrame(f"A frame of {length} bytes is too long for a first word.")
-        return self._codec.decode(await self._reader.readexactly(length))
+        return codec.decode(await self._reader.readexactly(length))
 
     def kill(self) -> None:
         """Ends the process at once, which may hang; where there is none it closes the link, if need be unflushed."""

@@ -16,6 +16,7 @@ from rollout_server.engine.messages.control import (
     Released,
     ResetPrefixCache,
     Resume,
+    RowSeen,
     RowsSeen,
 )
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
@@ -64,7 +65,7 @@ class _Ordered:
 
 
 class FleetReadings:
-    """Belongs to the event loop; `post` and `send` as in `FleetRequests`."""
+    """Belongs to the event loop; `post` and `send` as in `FleetRequests`, `seen` is its `seen`."""
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class FleetReadings:
         versions: FleetVersions,
         post: Callable[[list[Event]], None],
         send: Callable[[str, Any], None],
+        seen: Callable[[RowSeen], RowSeen | None],
     ) -> None:
         self._ledger = ledger
+        self._seen = seen
         self._versions = versions
         self._post = post
         self._send = send
@@ -118,11 +121,12 @@ class FleetReadings:
         if isinstance(command, HoldScorer):
             self._held[command.id] = _Held(command, {chosen})
         reading.replica = chosen
+        self._ledger.reads(chosen, command.id)
         self._send(chosen, command)
 
     def let_go(self, command: LetScorerGo) -> None:
         """Nobody waits for its answer any more, if it has none yet."""
-        self._readings.pop(command.id, None)
+        self._forget(command.id)
         held = self._held.pop(command.id, None)
         if held is not None:
             for replica in sorted(held.replicas):
@@ -135,12 +139,18 @@ class FleetReadings:
         from that of an engine that ends."""
         for reading in [each for each in self._readings.values() if self._is_for(each.command, id)]:
             ended = reading.command.id
-            del self._readings[ended]
+            self._forget(ended)
             if reading.replica is not None:
                 self._send(reading.replica, Abort((ended,), reason))
             self._post(
                 [RequestFailed(ended, EngineUnavailable(f"The request was ended ({reason}) before it was read."))]
             )
+
+    def _forget(self, id: str) -> None:
+        """It is answered, or nobody waits for it."""
+        reading = self._readings.pop(id, None)
+        if reading is not None and reading.replica is not None:
+            self._ledger.has_read(reading.replica, id)
 
     def _is_for(self, command: ScoringCommand | HoldScorer, id: str) -> bool:
         held = self._held.get(command.held) if isinstance(command, Classify) and command.held is not None else None
@@ -154,7 +164,7 @@ class FleetReadings:
         reading = self._readings.get(event.id)
         if reading is None or reading.replica != replica:
             return event.id in self._held
-        del self._readings[event.id]
+        self._forget(event.id)
         held = self._held.get(event.id)
         if held is not None and isinstance(event, ScorerHeld):
             held.kept = event.version if self._versions.hold(event.version, 1) else None
@@ -212,13 +222,15 @@ class FleetReadings:
                 self._post([PrefixCacheReset(id, freed)])
             case LookAtRows():
                 seen = [event for event in ordered.events if isinstance(event, RowsSeen)]
-                rows = tuple(row for each in seen for row in each.rows)
+                rows = tuple(own for each in seen for row in each.rows if (own := self._seen(row)) is not None)
                 self._post([RowsSeen(id, rows, sum(each.count for each in seen))])
 
     # ---- replicas ---------------------------------------------------------------------------------------------------
 
     def lost(self, replica: str) -> None:
-        """What it was asked goes to another one, unless replicas keep ending over it."""
+        """What it was asked goes to another one, unless replicas keep ending over it: one that was told to go does not
+        count."""
+        died = not self._ledger.replicas[replica].leaves
         for id, ordered in list(self._orders.items()):
             ordered.waiting.discard(replica)
             self._carried_out(id)
@@ -228,7 +240,7 @@ class FleetReadings:
         for id, reading in list(self._readings.items()):
             if reading.replica != replica:
                 continue
-            reading.replica, reading.deaths = None, reading.deaths + 1
+            reading.replica, reading.deaths = None, reading.deaths + died
             if reading.deaths >= MOST_DEATHS:
                 del self._readings[id]
                 self._held.pop(id, None)

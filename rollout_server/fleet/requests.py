@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.placement import BASE_PLACEMENT
 from rollout_server.engine.batch.row import Group, Row
-from rollout_server.engine.messages.control import Abort
+from rollout_server.engine.messages.control import Abort, RowSeen
 from rollout_server.engine.messages.rollouts import (
     Admitted,
     Event,
@@ -145,6 +145,15 @@ class FleetRequests:
             for group in [group for group in opened.groups if group.work.missing]:
                 group.ended = group.ended or "stopping"
                 self.lose(group.work, tuple(sorted(group.work.missing)), "stopping")
+
+    def seen(self, row: RowSeen) -> RowSeen | None:
+        """A row as its request knows it, where a replica knows an attempt; None if that is not listened to any more."""
+        attempt = self._ledger.attempt(int(row.id))
+        if attempt is None:
+            return None
+        opened, _ = self._groups[attempt.work]
+        version = self._versions.labelled(row.version)
+        return replace(row, id=opened.id, sample_index=attempt.samples[row.sample_index], version=version)
 
     # ---- to replicas ------------------------------------------------------------------------------------------------
 

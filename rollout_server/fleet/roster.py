@@ -89,6 +89,8 @@ class Member:
     """It was there before."""
     renewing: bool = False
     """It ends to be started anew."""
+    kept: bool = False
+    """It is started here, again and again; one that joins comes by itself."""
 
 
 class Roster:
@@ -100,6 +102,8 @@ class Roster:
         self._stopping = asyncio.Event()
         self._gone = EngineStatus("dead")
         """Counts of replicas that have ended."""
+        self._last_words: dict[str, Dismissed] = {}
+        """To those that were let go, until somebody asks."""
 
     def send(self, id: str, message: Any) -> None:
         member = self._members.get(id)
@@ -121,12 +125,16 @@ class Roster:
     def leave(self, id: str, *, again: bool) -> bool:
         """It is not started again, or with `again` it is and loads its model anew; returns whether it is there."""
         member = self._members.get(id)
-        if member is None:
+        if member is None or (again and member.link is None and not member.kept):
             return False
         member.leaving, member.renewing = not again, again
         if member.leaving and member.link is None:
             del self._members[id]
         return True
+
+    def last_word(self, id: str) -> Dismissed | None:
+        """What a replica was to be told whose link has ended since it was let go."""
+        return self._last_words.pop(id, None)
 
     def forget(self, id: str) -> None:
         """One that does not come back is not listed any more."""
@@ -187,28 +195,41 @@ class Roster:
     async def keep(self, id: str, open: Callable[[], Awaitable[Connection]], first: Any) -> None:
         """Runs a replica again and again: `open` starts it, and `first` is what it is told first."""
         pause = FIRST_PAUSE_S
-        self._members[id] = Member(id)
+        self._members[id] = Member(id, kept=True)
         while not self._stopping.is_set() and (member := self._members.get(id)) is not None:
-            was_live = False
-            try:
-                was_live = await self.serve(id, await open(), first)
-            except RolloutError as error:
-                log.error("Replica %s could not start: %s", id, error)
-                self._controller.fail(error)
-            except OSError as error:
-                # No process, file or memory is left for one just now.
-                log.error("Replica %s could not be started: %s", id, error)
-                self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {error}."))
-            except Exception as error:
-                # Nobody else would see it, and the replica would never be started again.
-                log.exception("Replica %s could not be served.", id)
-                self._controller.fail(EngineFault(f"Replica {id} could not be served: {error!r}."))
+            # Whatever it is: nobody else would see it, and the replica would never be started again.
+            (ended,) = await asyncio.gather(self._opened(id, open, first), return_exceptions=True)
+            was_live = ended is True
+            match ended:
+                case RolloutError():
+                    log.error("Replica %s could not start: %s", id, ended)
+                    self._controller.fail(ended)
+                case OSError():
+                    # No process, file or memory is left for one just now.
+                    log.error("Replica %s could not be started: %s", id, ended)
+                    self._controller.fail(EngineUnavailable(f"Replica {id} could not be started: {ended}."))
+                case Exception():
+                    log.error("Replica %s could not be served.", id, exc_info=ended)
+                    self._controller.fail(EngineFault(f"Replica {id} could not be served: {ended!r}."))
+                case BaseException():
+                    raise ended
             pause = FIRST_PAUSE_S if was_live else min(2 * pause, LONGEST_PAUSE_S)
-            if self._stopping.is_set() or member.leaving:
+            if self._stopping.is_set() or member.leaving or self._members.get(id) is not member:
                 break
             log.warning("Replica %s has ended; it is started again in %g s.", id, pause)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
+
+    async def _opened(self, id: str, open: Callable[[], Awaitable[Connection]], first: Any) -> bool:
+        """Returns whether it had become live."""
+        member = self._members.get(id)
+        link = await open()
+        if self._members.get(id) is not member:
+            # It was removed while it was waited for.
+            link.kill()
+            await link.ended(1.0)
+            return False
+        return await self.serve(id, link, first)
 
     async def serve(self, id: str, link: Connection, first: Any) -> bool:
         """Listens to a replica until its connection closes; returns whether it had become live. Raises what kept it
@@ -243,6 +264,8 @@ class Roster:
             self._count(member)
             if member.leaving:
                 self._members.pop(id, None)
+            if not member.kept and (member.leaving or member.renewing):
+                self._last_words[id] = Dismissed("it was let go", again=member.renewing)
             await link.ended(STOP_S if self._stopping.is_set() else 1.0)
         return was_live
 

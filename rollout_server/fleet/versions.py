@@ -273,17 +273,18 @@ class FleetVersions:
         self._bundles[version] = (bundle, mode, dequantize)
         self._labels[version] = label
         self._staging.add(version)
+        staged = False
         try:
             await self._settle(self._ledger.stage(version, bundle.nbytes, self._clock()))
             if (error := self._refused.pop(version, None)) is not None:
                 raise error
             self._require_enough()
-        except Exception:
-            self._staging.discard(version)
-            self._free()
-            raise
+            staged = True
         finally:
             self._stages.pop(version, None)
+            if not staged:
+                self._staging.discard(version)
+                self._free()
 
     async def _flip(self, version: Version) -> None:
         await self._settle(self._ledger.flip(version, self._clock()))

@@ -26,6 +26,7 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.errors import RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import Compile, Described
+from rollout_server.grammar import Constraint, Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,8 @@ class Introduce:
 
     id: str
     proof: str
+    process: str = ""
+    """What its process has drawn: two that are called alike, as containers may be, are not taken for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,15 @@ def libraries() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def greeting_codec() -> Codec:
+    """The codec of first words: of somebody who has proved nothing yet nothing else is read."""
+    return Codec((Introduce, Welcome, Refused), _no_grammar)
+
+
+def _no_grammar(grammar: Grammar) -> Constraint:
+    raise ValueError("A first word holds no grammar.")
 
 
 def link_codec(compile: Compile) -> Codec:

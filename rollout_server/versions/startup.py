@@ -18,7 +18,7 @@ from rollout_server.errors import EngineUnavailable, InvalidField, RolloutError
 from rollout_server.fleet.children import Children
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.joining.door import Door, Lock
-from rollout_server.fleet.ranks.hosts import read_hosts
+from rollout_server.fleet.ranks.hosts import lead_address, read_hosts
 from rollout_server.fleet.ray.cluster import ONE_GPU, ONE_MLX
 from rollout_server.fleet.ray.placed import Placed, Placement
 from rollout_server.machine.blas import cuda_build
@@ -67,10 +67,15 @@ def ranks_of(config: ServerConfig) -> RankOptions | None:
     if size == 1:
         return None
     backend = config.backend or ("nccl" if cuda_build() else "ring")
-    hosts = read_hosts(config.hostfile, size, backend) if config.hostfile is not None else ()
-    launched = RankSettings().mlx_rank is not None
-    ranks = RankOptions(size, backend, launched, silent_s=config.replica_timeout_s)
-    return replace(ranks, address=hosts[0].ips[0]) if hosts else ranks
+    settings = RankSettings()
+    if settings.mlx_rank is not None:
+        # The file of hosts is on the host that launched this rank, and perhaps on no other.
+        address = lead_address(settings.nccl_host_ip, settings.mlx_jaccl_coordinator, settings.mlx_hostfile)
+        ranks = RankOptions(size, backend, launched=True, silent_s=config.replica_timeout_s)
+        return replace(ranks, address=address) if address else ranks
+    if config.hostfile is not None:
+        read_hosts(config.hostfile, size, backend)
+    return RankOptions(size, backend, silent_s=config.replica_timeout_s)
 
 
 def engines(config: ServerConfig) -> tuple[EngineOptions, ...]:

@@ -17,7 +17,7 @@ import pytest
 from adapters.bundle import AdapterBundle
 from adapters.versions.store import NameRecord, StateStore
 from rollout_server.engine.messages.versions import Publish, Published
-from rollout_server.errors import EngineUnavailable, StorageFailed
+from rollout_server.errors import EngineUnavailable, StorageFailed, WeightsMemoryExceeded
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams
 from tests.support import tiny_models
 from tests.support.fleet.joined_here import Cable, Joined, Led, driven, live
@@ -45,8 +45,8 @@ class Scene:
             replica.cable.target = self.port
         return led
 
-    async def join(self, name: str) -> Joined:
-        joined = Joined(self.model, name, SILENT_S, Cable(self.port))
+    async def join(self, name: str, weights_memory: int | None = None) -> Joined:
+        joined = Joined(self.model, name, SILENT_S, Cable(self.port), weights_memory)
         await joined.start()
         self.replicas.append(joined)
         return joined
@@ -211,6 +211,24 @@ def test_with_fewer_replicas_than_there_have_to_be_versions_do_not_change(play: 
         far.cable.mend()
         await live(led, 2)
         assert (await pushed(led, contents[1])).version.number == 2
+        await led.close()
+
+    play(scenes)
+
+
+def test_a_replica_that_has_no_room_for_a_kept_version_ends_and_says_so(play: Any) -> None:
+    async def scenes(scene: Scene) -> None:
+        led = await scene.led()
+        await scene.join("one")
+        await led.ready()
+        await live(led, 1)
+        await pushed(led, bundles(led.handle, 1)[0])
+        small = await scene.join("small", weights_memory=2000)
+        await until(small.running.done)
+        assert isinstance(small.running.exception(), WeightsMemoryExceeded)
+        assert led.states().count("live") == 1
+        scene.replicas.remove(small)
+        await small.cable.remove()
         await led.close()
 
     play(scenes)

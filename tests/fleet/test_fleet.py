@@ -218,6 +218,18 @@ def test_readings_pauses_and_aborts(started: Started) -> None:
         assert handle.abort(["long"]) == ("long",)
         ended = [event.rollout async for event in subscription if isinstance(event, RowFinished)]
         assert {row.finish_reason for row in ended} == {FinishReason.ABORTED} and len(ended) == 12
+        # More groups than have room at once: those that wait end with those that run.
+        asked = [
+            replace(groups("x", n=40, max_tokens=2000)[index % 4], prompt_index=index, seeds=tuple(range(40)))
+            for index in range(12)
+        ]
+        await until(lambda: not handle.status.running)
+        ending = asyncio.create_task(rows(handle, asked))
+        await until(lambda: handle.status.running)
+        await handle.pause("abort")
+        stopped = {(row.finish_reason, row.stop_reason) for row in await asyncio.wait_for(ending, 60)}
+        assert stopped == {(FinishReason.ABORTED, "pause")} and len(ending.result()) == 480
+        await handle.resume()
         return [[len(s.logprobs) for s in scored.sequences], [len(vector) for vector in vectors.vectors], drawn(found)]
 
     async def both() -> None:

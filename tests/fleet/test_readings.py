@@ -7,7 +7,8 @@ from typing import Any
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
 from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, Score, ScorerHeld
 from rollout_server.errors import EngineUnavailable
-from rollout_server.fleet.ledger.ledger import Ledger
+from rollout_server.fleet.ledger.ledger import MOST_DEATHS, Ledger
+from rollout_server.fleet.ledger.records import End
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.rollout import PolicyAddress, PolicyVersion
 
@@ -31,7 +32,7 @@ def readings_of(posted: list[Event], sent: list[Any], ledger: Ledger | None = No
     def send(id: str, message: Any) -> None:
         sent.append((id, message))
 
-    return FleetReadings(ledger or Ledger(), Pinning(), posted.extend, send)  # type: ignore[arg-type]
+    return FleetReadings(ledger or Ledger(), Pinning(), posted.extend, send, lambda row: row)  # type: ignore[arg-type]
 
 
 def classify(id: str) -> Classify:
@@ -99,3 +100,19 @@ def test_a_scorer_is_let_go_wherever_it_was_held() -> None:
         ("a", "LetScorerGo"),
         ("b", "LetScorerGo"),
     ]
+
+
+def test_replicas_that_are_started_anew_one_by_one_are_no_reason_to_give_a_reading_up() -> None:
+    posted: list[Event] = []
+    ledger, sent = Ledger(), list[Any]()
+    readings = readings_of(posted, sent, ledger)
+    readings.read(Score("s", BASE, ((1, 2),), (0,)))
+    for _ in range(MOST_DEATHS + 1):
+        ledger.join("a", 8, 0.0)
+        readings.place_waiting()
+        ledger.drain("a")
+        assert [action for action in ledger.take() if isinstance(action, End)] == [], "it has to read first"
+        ledger.lost("a")
+        readings.lost("a")
+        ledger.remove("a")
+    assert posted == [] and len(sent) == MOST_DEATHS + 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from rollout_server.engine.messages.control import Abort
+from rollout_server.engine.messages.control import Abort, RowSeen
 from rollout_server.engine.messages.rollouts import Admitted, Event, RequestDone, RowFinished, Submit
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import Dispatch, Lose
@@ -64,3 +65,20 @@ def test_a_pause_that_aborts_ends_all_groups_of_what_has_begun_and_leaves_the_re
     asked.requests.event(int(first.id), RequestDone(first.id))
     asked.act()
     assert asked.rows("later") == [] and asked.requests.waiting == 1
+
+
+def test_a_row_that_is_looked_at_is_told_as_its_request_knows_it() -> None:
+    """Sample 0 has come, and its replica ended: what is left is sample 0 of an attempt, and sample 1 of the request."""
+    asked = Asked()
+    asked.submit("a", 1)
+    (first,) = asked.sent
+    number = int(first.id)
+    attempt = asked.ledger.attempt(number)
+    assert attempt is not None and asked.ledger.row(number, 0)
+    asked.ledger.lost("one")
+    asked.ledger.remove("one")
+    asked.ledger.join("one", 2, 0.0)
+    asked.act()
+    seen = RowSeen(asked.sent[-1].id, 0, 0, BASE, 3, 4, preempted=False)
+    assert asked.requests.seen(seen) == replace(seen, id="a", sample_index=1)
+    assert asked.requests.seen(replace(seen, id=first.id)) is None, "nobody listens to the dead"

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
-from rollout_server.engine.messages.rollouts import Event
+from rollout_server.engine.messages.rollouts import Event, RequestFailed
 from rollout_server.engine.messages.status import EngineStatus
-from rollout_server.errors import RolloutError, WeightsMemoryExceeded
+from rollout_server.engine.messages.versions import Publish
+from rollout_server.errors import EngineFault, RolloutError, WeightsMemoryExceeded
 from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.fleet.roster import Connection, Roster
@@ -163,5 +164,49 @@ def test_a_fleet_that_cannot_go_on_ends_and_says_why() -> None:
         fleet.start()
         await until(lambda: not fleet.is_alive())
         assert (shown[-1].state, shown[-1].fault) == ("dead", "The fleet cannot go on: KeyError('a fault of ours').")
+
+    asyncio.run(scene())
+
+
+def test_a_change_of_versions_that_fails_as_nobody_expected_is_answered() -> None:
+    async def scene() -> None:
+        posted: list[Event] = []
+        options = EngineOptions("nowhere", "tiny")
+        fleet = Fleet(FleetOptions(), lambda options, codec: Nobody(), options, posted.extend, lambda status: None)
+        no_bundle: Any = None
+        fleet.put(Publish("push", "trained", no_bundle))
+        await until(lambda: posted)
+        (failed,) = posted
+        assert isinstance(failed, RequestFailed) and failed.id == "push" and isinstance(failed.error, EngineFault)
+
+    asyncio.run(scene())
+
+
+class Slow(Passing):
+    """Its place is found only when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.killed = asyncio.Event(), False
+
+    async def open(self) -> Connection:
+        self.opened += 1
+        await self.found.wait()
+        return self
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_one_that_is_removed_while_it_waits_for_a_place_does_not_join() -> None:
+    async def scene() -> None:
+        source, roster = Slow(), Roster(Told())
+        source.start(roster)
+        await until(lambda: source.opened == 1)
+        assert roster.leave("one", again=False)
+        source.found.set()
+        await asyncio.wait_for(source.task, 30)
+        assert source.killed and source.sent == []
+        assert not roster.leave("one", again=False), "it is not there"
 
     asyncio.run(scene())

@@ -17,7 +17,7 @@ def test_each_process_gets_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert gpus_for(3, None, tmp_path) == ("0", "1", "2")
     assert gpus_for(2, None, tmp_path) == ("0", "1")
     assert gpus_for(2, ("3", "GPU-5af", "7"), tmp_path) == ("3", "GPU-5af")
-    with pytest.raises(InvalidField, match="asks for 4 engines, each with a GPU to itself, and there are 3 GPUs"):
+    with pytest.raises(InvalidField, match="each with a GPU to itself, and there are 3 GPUs"):
         gpus_for(4, None, tmp_path)
     with pytest.raises(InvalidField, match="there are 0 GPUs"):
         gpus_for(1, (), tmp_path)

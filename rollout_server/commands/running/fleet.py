@@ -26,10 +26,11 @@ def list_replicas(url: Url = None, json_output: Json = False) -> None:
         if not replicas:
             typer.echo("The server computes in its own process.")
         for replica in replicas:
-            where = f"{replica.device or 'loading'}, process {replica.pid}" if replica.pid else "no process"
+            process = f", process {replica.pid}" if replica.pid else ""
+            where = replica.device or ("no process" if replica.state == "dead" else "loading")
             typer.echo(
                 f"{replica.id}  {replica.state}  {replica.rows} rows  {replica.versions_staged} versions  "
-                f"seen {replica.last_seen_s:.1f} s ago  {replica.restarts} restarts  ({where})"
+                f"seen {replica.last_seen_s:.1f} s ago  {replica.restarts} restarts  ({where}{process})"
             )
 
 
@@ -76,6 +77,9 @@ def restart_replicas(
             client.restart_replica(replica)  # The server says that it has none of this id.
         again = {}
         for known in wanted:
+            if replica is None and known.state == "dead":
+                typer.echo(f"{known.id} is dead, and is left alone", err=json_output)
+                continue
             typer.echo(f"{known.id} finishes what it has", err=json_output)
             client.restart_replica(known.id)
             again[known.id] = _live_again(client, known.id, known.restarts, within)

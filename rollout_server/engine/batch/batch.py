@@ -247,10 +247,8 @@ class Batch:
 
     def recover(self, row: Row, runs: Sequence[RecomputeRun], columns: int) -> None:
         """See `Recoveries.begin`. What others have left of its beginning is not read again."""
-        prompt, (end, placement) = self._recovering.begin(row, runs, columns), runs[0]
-        versions = ((row.version, row.placement), (row.group.version, row.group.placement))
-        version = next((version for version, own in versions if own == placement), None)
-        if self._prefixes is not None and version is not None:
+        prompt, (end, placement, version) = self._recovering.begin(row, runs, columns), runs[0]
+        if self._prefixes is not None:
             self._prefixes.recall(prompt, key_of(version, placement), end)
         self._changed()
 

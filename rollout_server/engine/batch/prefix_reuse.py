@@ -102,9 +102,9 @@ class PrefixReuse:
             return BatchSnapshots(store, self, self._cache, ends)
         raise RuntimeError("What is kept for later is not of the kind that this batch computes with.")
 
-    def find(self, key: Key, tokens: Sequence[int]) -> list[Segment]:
-        """The columns that there are of a prompt; none where state is kept whole."""
-        return self._cache.find(key, tokens, LEAST) if isinstance(self._cache, PrefixCache) else []
+    def find(self, key: Key, tokens: Sequence[int], *, count: bool = True) -> list[Segment]:
+        """The columns that there are of a prompt; none where state is kept whole. See `PrefixCache.find`."""
+        return self._cache.find(key, tokens, LEAST, count=count) if isinstance(self._cache, PrefixCache) else []
 
     def keep(
         self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
@@ -167,7 +167,7 @@ class BatchPrefixes:
                     group.cached_tokens = prompt.prefilled
 
     def recall(self, prompt: Prompt, key: Key, most: int) -> None:
-        if segments := self._prefix_reuse.find(key, prompt.key[:most]):
+        if segments := self._prefix_reuse.find(key, prompt.key[:most], count=False):
             self._store.paste(prompt, segments)
 
     def keep_read(self, groups: Sequence[Group]) -> bool:
@@ -224,7 +224,7 @@ class BatchSnapshots:
             prompt.stops = _stops(prompt.tokens, found, self._ends)
 
     def recall(self, prompt: Prompt, key: Key, most: int) -> None:
-        found = self._snapshots.find(key, prompt.tokens[:most], LEAST)
+        found = self._snapshots.find(key, prompt.tokens[:most], LEAST, count=False)
         if found.caches is not None:
             prompt.kept, prompt.prefilled = found.caches, found.count
 

@@ -9,9 +9,10 @@ from adapters.placement import Placement
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import KVStore, Reading
+from rollout_server.rollout import PolicyVersion
 
-RecomputeRun = tuple[int, Placement]
-"""Inputs up to this one (excluded) are read there."""
+RecomputeRun = tuple[int, Placement, PolicyVersion]
+"""Inputs up to this one (excluded) are read there, under that version: a placement may have been another one's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +50,7 @@ class Recoveries:
         for recovery in self.open:
             while budget > 0 and not recovery.prompt.done:
                 prompt = recovery.prompt
-                end, placement = next(run for run in recovery.runs if run[0] > prompt.prefilled)
+                end, placement, _ = next(run for run in recovery.runs if run[0] > prompt.prefilled)
                 count = prompt.chunk(min(end - prompt.prefilled, budget))
                 prompt.slot = placement.slot
                 self._store.prefill(self._forward, [(prompt, count)], lambda _, at=placement: self._route(at))  # type: ignore[misc]

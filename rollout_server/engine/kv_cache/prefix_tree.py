@@ -54,18 +54,23 @@ class PrefixCache:
         self.nbytes = 0
         self.hits = self.misses = self.evictions = self.hit_tokens = self.asked_tokens = 0
 
-    def find(self, key: Key, tokens: Sequence[int], least: int = 1) -> list[Segment]:
-        """The longest beginning of `tokens` that is there, in order; empty if it has fewer than `least` tokens."""
+    def find(self, key: Key, tokens: Sequence[int], least: int = 1, *, count: bool = True) -> list[Segment]:
+        """The longest beginning of `tokens` that is there, in order; empty if it has fewer than `least` tokens.
+        `count`: a prompt is looked up, and no row that comes back."""
         path = self._walk(key, tokens)
-        found = sum(count for _, count in path)
-        self.asked_tokens += len(tokens)
+        found = sum(length for _, length in path)
+        if count:
+            self._count(len(tokens), found if found >= least else 0)
         if found < least:
-            self.misses += 1
             return []
         self._touch(path)
-        self.hits += 1
+        return [Segment(node.layers, length) for node, length in path]
+
+    def _count(self, asked: int, found: int) -> None:
+        self.asked_tokens += asked
+        self.hits += found > 0
+        self.misses += found == 0
         self.hit_tokens += found
-        return [Segment(node.layers, count) for node, count in path]
 
     def insert(
         self, key: Key, tokens: tuple[int, ...], copy: Callable[[int, int], Layers], ends: Sequence[int] = ()

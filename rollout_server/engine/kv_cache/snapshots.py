@@ -56,18 +56,24 @@ class Snapshots:
         self.nbytes = 0
         self.hits = self.misses = self.evictions = self.hit_tokens = self.asked_tokens = 0
 
-    def find(self, key: Key, tokens: Sequence[int], least: int = 1) -> Found:
-        """The longest state of a beginning of `tokens`, of at least `least`."""
+    def find(self, key: Key, tokens: Sequence[int], least: int = 1, *, count: bool = True) -> Found:
+        """The longest state of a beginning of `tokens`, of at least `least`. `count`: a prompt is looked up, and no row
+        that comes back."""
         path, known = self._walk(key, tokens)
-        self.asked_tokens += len(tokens)
-        for node, end in reversed(path):
-            if node.caches is not None and least <= end <= len(tokens):
-                self._recent.move_to_end(node)
-                self.hits += 1
-                self.hit_tokens += end
-                return Found(copy.deepcopy(node.caches), end, known)
-        self.misses += 1
-        return Found(None, 0, known)
+        kept = ((node, end) for node, end in reversed(path) if node.caches is not None and least <= end <= len(tokens))
+        node, end = next(kept, (None, 0))
+        if count:
+            self._count(len(tokens), end)
+        if node is None:
+            return Found(None, 0, known)
+        self._recent.move_to_end(node)
+        return Found(copy.deepcopy(node.caches), end, known)
+
+    def _count(self, asked: int, found: int) -> None:
+        self.asked_tokens += asked
+        self.hits += found > 0
+        self.misses += found == 0
+        self.hit_tokens += found
 
     def insert(self, key: Key, tokens: tuple[int, ...], take: Callable[[], Caches]) -> None:
         """Keeps the state that `take` gives, which has read exactly these tokens, if it is not there and has room. It

@@ -77,10 +77,12 @@ class Memory:
             self._shrink()
 
     def share_out(self) -> None:
-        """Memory priority: rows, then the prefix cache, then arrays of idle batches."""
+        """Memory priority: rows, then features of pictures and the prefix cache, then arrays of idle batches."""
         held = self._batches.held_cells
-        if (idle := self._batches.idle_cells) and not self._ledger.fits(idle + self._prefix_reuse.cells, rows=held):
-            self._batches.drop_idle()
+        if idle := self._batches.idle_cells:
+            kept = self._prefix_reuse.cells + (self._eyes.cells if self._eyes is not None else 0)
+            if not self._ledger.fits(idle + kept, rows=held):
+                self._batches.drop_idle()
         self._prefix_reuse.follow(self._policies.snapshot())
         self._ledger.leave_rest(rows=held)
 

@@ -19,32 +19,30 @@ class Answers(Protocol):
 
 
 class PauseState:
-    """`mode` None: everything goes on. A pause replaces the one before."""
+    """`mode` None: everything goes on. A pause replaces the one before. What every turn asks is counted when it
+    changes."""
 
     def __init__(self, reports: Answers) -> None:
         self.mode: PauseMode | None = None
+        self.paused = False
+        """New work waits."""
+        self.frozen = False
+        """Nothing is computed at all."""
         self._reports = reports
         self._held: list[ScoringCommand] = []
         self.unanswered: list[Pause | Resume] = []
         """Commands whose senders are still to be told that it is so."""
 
-    @property
-    def paused(self) -> bool:
-        """New work waits."""
-        return self.mode is not None
-
-    @property
-    def frozen(self) -> bool:
-        """Nothing is computed at all."""
-        return self.mode == "keep"
+    def _change(self, mode: PauseMode | None) -> None:
+        self.mode, self.paused, self.frozen = mode, mode is not None, mode == "keep"
 
     def pause(self, command: Pause) -> None:
-        self.mode = command.mode
+        self._change(command.mode)
         self.unanswered.append(command)
 
     def resume(self, command: Resume) -> list[ScoringCommand]:
         """Returns the requests that were held, in the order they came."""
-        self.mode = None
+        self._change(None)
         self.unanswered.append(command)
         held, self._held = self._held, []
         return held

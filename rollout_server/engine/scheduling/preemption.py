@@ -114,12 +114,17 @@ class Preemption:
 
     def _legs(self, row: Row) -> list[RecomputeRun]:
         if row.recomputed or not row.spans:
-            return [(row.offset, row.placement)]
-        request = row.group.request
+            return [(row.offset, row.placement, row.version)]
+        group, request = row.group, row.group.request
         # Positions of spans count from the first token behind the prompt, a prefix included.
-        ends = [len(request.prompt_ids) - 1 + span.end for span in row.spans]
-        runs = list(zip(ends, row.placements, strict=True))[_fresh_from(row) :]
-        return runs if _fresh_from(row) else [(len(request.given_ids) - 1, row.group.placement), *runs]
+        before = len(request.prompt_ids) - 1
+        runs = [
+            (before + span.end, placement, span.version)
+            for span, placement in zip(row.spans, row.placements, strict=True)
+        ][_fresh_from(row) :]
+        if _fresh_from(row):
+            return runs
+        return [(len(request.given_ids) - 1, group.placement, group.version or runs[0][2]), *runs]
 
 
 def _fresh_from(row: Row) -> int:

@@ -69,7 +69,7 @@ class Codec:
             if decoder is None:
                 raise BadFrame(f"{name[:80]!r} is no message of this protocol.")
             return decoder.decode(raw)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise BadFrame(f"A frame could not be read: {error}") from error
 
 

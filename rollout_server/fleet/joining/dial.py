@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rollout_server.errors import Conflict, EngineUnavailable, Forbidden
+from rollout_server.errors import Conflict, EngineUnavailable, Forbidden, InvalidField
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.joining.challenge import (
     HANDSHAKE_S,
@@ -21,7 +21,7 @@ from rollout_server.fleet.joining.challenge import (
     nonce,
 )
 from rollout_server.fleet.link import BUFFER, Link
-from rollout_server.fleet.wire import Introduce, Refused, Welcome
+from rollout_server.fleet.wire import Introduce, Refused, Welcome, greeting_codec
 
 BUSY = 503
 
@@ -42,21 +42,32 @@ class Controller:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.encrypted else 'http'}://{host}:{self.port}"
 
+    def context(self) -> ssl.SSLContext:
+        """What checks its certificate. Raises `InvalidField` for a file that holds none to trust."""
+        try:
+            return ssl.create_default_context(cafile=self.trusted)
+        except OSError as error:
+            why = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else error
+            raise InvalidField(
+                f"--fleet-cert {self.trusted} holds no certificates that could be trusted: {why}.", param="fleet_cert"
+            ) from error
 
-async def dial(controller: Controller, id: str, codec: Codec) -> tuple[Link, Welcome]:
-    """A link on which both sides know each other. Raises `Conflict` and `Forbidden` for what asking again does not
-    mend, and `EngineUnavailable`, `OSError`, `TimeoutError`, `IncompleteReadError` or `BadFrame` for the rest."""
+
+async def dial(controller: Controller, id: str, codec: Codec, process: str = "") -> tuple[Link, Welcome]:
+    """A link on which both sides know each other; `process` is what this one has drawn. Raises `Conflict` and
+    `Forbidden` for what asking again does not mend, and `EngineUnavailable`, `OSError`, `TimeoutError`,
+    `IncompleteReadError` or `BadFrame` for the rest."""
     async with asyncio.timeout(HANDSHAKE_S):
         reader, writer = await asyncio.open_connection(controller.host, controller.port, limit=BUFFER)
         with ExitStack() as unless_it_is_used:
             unless_it_is_used.callback(writer.transport.abort)
-            found = await _introduced(controller, id, codec, reader, writer)
+            found = await _introduced(controller, Introduce(id, "", process), codec, reader, writer)
             unless_it_is_used.pop_all()
         return found
 
 
 async def _introduced(
-    controller: Controller, id: str, codec: Codec, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    controller: Controller, who: Introduce, codec: Codec, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> tuple[Link, Welcome]:
     drawn = nonce()
     request = (
@@ -72,11 +83,11 @@ async def _introduced(
         raise Conflict(f"{controller.url} has no certificate: start it with --fleet-cert, or join it by http://.")
     challenge = Challenge(drawn, headers.get(NONCE_HEADER, ""), certificate)
     link = Link(reader, writer, codec)
-    link.send(Introduce(id, challenge.proof(controller.key, "replica", id)))
-    said = await link.greeting(LONGEST_GREETING)
+    link.send(replace(who, proof=challenge.proof(controller.key, "replica", who.id)))
+    said = await link.greeting(LONGEST_GREETING, greeting_codec())
     if isinstance(said, Refused):
         raise said.error
-    if not isinstance(said, Welcome) or not challenge.holds(said.proof, controller.key, "controller", id):
+    if not isinstance(said, Welcome) or not challenge.holds(said.proof, controller.key, "controller", who.id):
         raise Forbidden(
             f"{controller.url} has not shown that it has this replica's key: set ROLLOUT_FLEET_KEY to the same on both."
         )
@@ -99,8 +110,7 @@ async def _headers(controller: Controller, reader: asyncio.StreamReader) -> dict
 async def _encrypted(controller: Controller, writer: asyncio.StreamWriter) -> bytes:
     """Encrypts the link; returns the certificate that the controller has shown."""
     try:
-        context = ssl.create_default_context(cafile=controller.trusted)
-        await writer.start_tls(context, server_hostname=controller.host)
+        await writer.start_tls(controller.context(), server_hostname=controller.host)
     except ssl.SSLCertVerificationError as error:
         raise Forbidden(
             f"The certificate of {controller.url} is not trusted ({error.verify_message}): give its issuer by "

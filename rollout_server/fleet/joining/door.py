@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from rollout_server.fleet.joining.challenge import (
     is_nonce,
     nonce,
 )
-from rollout_server.fleet.link import BUFFER, Link
+from rollout_server.fleet.link import BUFFER, FLUSH_S, Link
 from rollout_server.fleet.roster import Roster
-from rollout_server.fleet.wire import Introduce, Refused, Welcome
+from rollout_server.fleet.wire import Dismissed, Introduce, Refused, Welcome, greeting_codec
 from rollout_server.quoting import quoted
 from rollout_server.rollout import NAME_PATTERN
 
@@ -69,7 +70,12 @@ class Door:
         self._roster: Roster | None = None
         self._instance = ""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._greetings = greeting_codec()
         self._serving: dict[str, asyncio.Task[None]] = {}
+        self._processes: dict[str, str] = {}
+        """What the process has drawn that each id is served for."""
+        self._parted: dict[tuple[str, str], Dismissed] = {}
+        """The last word to each process that was let go: a link that is cut may have lost it."""
         self._strangers = 0
 
     def source(self, options: EngineOptions, codec: Codec) -> Door:
@@ -103,28 +109,36 @@ class Door:
 
     async def _take(self, transport: asyncio.Transport, early: bytes, drawn: str, roster: Roster, codec: Codec) -> None:
         self._strangers += 1
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                link, id, welcome = await self._introduced(transport, early, drawn, codec)
-        except BROKEN as error:
-            log.warning("A replica at %s did not introduce itself: %r", transport.get_extra_info("peername"), error)
-            transport.abort()
-            return
-        except RolloutError as error:
-            log.warning("A replica at %s was refused: %s", transport.get_extra_info("peername"), error)
-            return
-        finally:
-            self._strangers -= 1
-        await self._serve(id, link, welcome, roster)
+        with ExitStack() as unless_let_in:
+            # Whatever a stranger's bytes bring about, it keeps no descriptor of this process.
+            unless_let_in.callback(transport.abort)
+            try:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    link, who, welcome = await self._introduced(transport, early, drawn, codec)
+            except BROKEN as error:
+                log.warning("A replica at %s did not introduce itself: %r", transport.get_extra_info("peername"), error)
+                return
+            except RolloutError as error:
+                log.warning("A replica at %s was refused: %s", transport.get_extra_info("peername"), error)
+                asyncio.get_running_loop().call_later(FLUSH_S, transport.abort)
+                unless_let_in.pop_all()
+                return
+            finally:
+                self._strangers -= 1
+            unless_let_in.pop_all()
+        if (last := self._parted.get((who.id, who.process))) is not None:
+            await self._dismiss(who.id, link, welcome, last)
+        else:
+            await self._serve(who, link, welcome, roster)
 
     async def _introduced(
         self, transport: asyncio.Transport, early: bytes, drawn: str, codec: Codec
-    ) -> tuple[Link, str, Welcome]:
+    ) -> tuple[Link, Introduce, Welcome]:
         """Raises what is wrong with it, which it has been told then."""
         challenge = Challenge(drawn, nonce(), self._certificate)
         address = str((transport.get_extra_info("peername") or ("",))[0])
         link = await self._opened(transport, early, challenge, codec)
-        said = await link.greeting(LONGEST_GREETING)
+        said = await link.greeting(LONGEST_GREETING, self._greetings)
         try:
             if not isinstance(said, Introduce):
                 raise EngineUnavailable("A replica begins by saying who it is.")
@@ -136,11 +150,20 @@ class Door:
                 raise Forbidden("The key of the replica is not the fleet's: set ROLLOUT_FLEET_KEY to the controller's.")
             if not NAME_PATTERN.fullmatch(said.id):
                 raise Forbidden(f"A replica cannot be called {quoted(said.id)}.")
+            self._check_process(said)
         except RolloutError as error:
             link.send(Refused(error))
             link.kill()
             raise
-        return link, said.id, Welcome(self._instance, challenge.proof(self._lock.key, "controller", said.id))
+        return link, said, Welcome(self._instance, challenge.proof(self._lock.key, "controller", said.id))
+
+    def _check_process(self, who: Introduce) -> None:
+        """Raises `EngineUnavailable`, after which a replica asks again, where another one is served by its name."""
+        if self._processes.get(who.id, who.process) != who.process:
+            raise EngineUnavailable(
+                f"Another process is called {who.id}, too, and its link is open: give each machine or container a host "
+                "name of its own. One that was started in its place is let in once that link has closed."
+            )
 
     async def _opened(self, transport: asyncio.Transport, early: bytes, challenge: Challenge, codec: Codec) -> Link:
         """Says yes to the request, and speaks frames from then on, encrypted where there is a certificate."""
@@ -163,22 +186,46 @@ class Door:
         protocol.connection_made(secured)
         return Link(reader, asyncio.StreamWriter(secured, protocol, reader, loop), codec)
 
-    async def _serve(self, id: str, link: Link, welcome: Welcome, roster: Roster) -> None:
+    async def _dismiss(self, id: str, link: Link, welcome: Welcome, last: Dismissed) -> None:
+        """Says once more what a link that was cut may have lost, and waits for the replica to close this one."""
+        log.info("Replica %s is told again that it was let go.", id)
+        link.send(welcome)
+        link.send(last)
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                while await link.receive() is not None:
+                    pass
+        except BROKEN as error:
+            log.warning("Replica %s, which was let go, did not close its link: %r", id, error)
+        finally:
+            link.kill()
+
+    async def _serve(self, who: Introduce, link: Link, welcome: Welcome, roster: Roster) -> None:
         """Runs it. One that comes again has lost its earlier link, whether that is known here or not."""
-        before = self._serving.get(id)
-        if before is not None:
+        id, loop = who.id, asyncio.get_running_loop()
+        # Several may wait for one link to end: each looks again, since another may have been first.
+        while (before := self._serving.get(id)) is not None:
+            try:
+                self._check_process(who)
+            except EngineUnavailable as error:
+                link.send(Refused(error))
+                link.kill()
+                return
             roster.end(id, "it has joined anew")
             await asyncio.wait([before])
         task = asyncio.current_task()
         if task is not None:
-            self._serving[id] = task
+            self._serving[id], self._processes[id] = task, who.process
         try:
             log.info("Replica %s joins.", id)
             await roster.serve(id, link, welcome)
             log.warning("Replica %s has left; its rows are drawn again elsewhere.", id)
-            asyncio.get_running_loop().call_later(FORGET_S, roster.forget, id)
+            loop.call_later(FORGET_S, roster.forget, id)
         except RolloutError as error:
             log.warning("%s", error)
             roster.forget(id)
         finally:
-            del self._serving[id]
+            del self._serving[id], self._processes[id]
+            if (last := roster.last_word(id)) is not None:
+                self._parted[id, who.process] = last
+                loop.call_later(FORGET_S, self._parted.pop, (id, who.process), None)

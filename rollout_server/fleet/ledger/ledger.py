@@ -106,9 +106,14 @@ class Ledger:
         self._waits_no_longer(id)
         self._dispatch()
 
+    def leaves(self, id: str) -> None:
+        """It is about to be ended, as somebody wants it."""
+        self.replicas[id].leaves = True
+
     def drain(self, id: str) -> None:
-        """Gives it no more rows; it ends when it has none."""
+        """Gives it no more rows; it ends when it has none and reads nothing."""
         replica = self.replicas[id]
+        replica.leaves = True
         if replica.state in KEPT_EVEN:
             replica.state = ReplicaState.DRAINING
             self._take_back(replica)
@@ -232,6 +237,18 @@ class Ledger:
         # A name may have moved on since, or be gone.
         return name not in self.live or replica.live.get(name) in (number, self.live[name])
 
+    # ---- readings ---------------------------------------------------------------------------------------------------
+
+    def reads(self, id: str, reading: str) -> None:
+        """A replica was asked to read something."""
+        self.replicas[id].readings.add(reading)
+
+    def has_read(self, id: str, reading: str) -> None:
+        """It has answered, or is not asked for it any more."""
+        if id in self.replicas:
+            self.replicas[id].readings.discard(reading)
+            self._drained(self.replicas[id])
+
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def submit(self, *works: Work) -> None:
@@ -302,7 +319,7 @@ class Ledger:
             work = attempt.work
             if not work.missing:
                 continue
-            work.deaths += 1
+            work.deaths += not self.replicas[attempt.replica].leaves
             moved = work.admitted is not None and self.live.get(work.name) not in (None, work.admitted[1])
             if work.deaths >= MOST_DEATHS:
                 self._lose(work, f"{work.deaths} replicas ended while they computed this row")
@@ -340,5 +357,5 @@ class Ledger:
         return work.admitted
 
     def _drained(self, replica: Replica) -> None:
-        if replica.state is ReplicaState.DRAINING and not replica.attempts:
+        if replica.state is ReplicaState.DRAINING and not replica.attempts and not replica.readings:
             self._actions.append(End(replica.id, "it was drained", drained=True))

@@ -51,6 +51,10 @@ class Replica:
     """Where its aliases are, as far as it said so."""
     attempts: dict[int, Attempt] = field(default_factory=dict)
     prefixes: KnownPrefixes = field(default_factory=KnownPrefixes)
+    readings: set[str] = field(default_factory=set)
+    """What it reads, by the ids of the commands."""
+    leaves: bool = False
+    """It was told to go, so that its end is nobody's fault."""
     rows: int = 0
     """Rows that it was given and has not reported; those that only wait for a version are not counted."""
 

@@ -61,6 +61,19 @@ def read_hosts(path: Path, size: int, backend: str) -> tuple[Host, ...]:
     return hosts
 
 
+def lead_address(nccl_ip: str | None, coordinator: str | None, ring: Path | None) -> str | None:
+    """Where the other ranks reach rank 0, as `mlx.launch` has told a rank of each backend: by the variable alone, by
+    one with a port, or by a file of each rank's addresses. None where it has told nothing."""
+    if nccl_ip is not None:
+        return nccl_ip
+    if coordinator is None and ring is not None:
+        try:
+            coordinator = json.loads(ring.read_bytes())[0][0]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InvalidField(f"MLX_HOSTFILE {ring} lists no addresses of ranks.", param="hostfile") from error
+    return None if coordinator is None else coordinator.rpartition(":")[0].strip("[]")
+
+
 def _host(path: Path, number: int, entry: Any) -> Host:
     where = f"host {number}"
     if not isinstance(entry, dict):
@@ -97,10 +110,9 @@ def launching(path: Path, backend: str, variables: Mapping[str, str], arguments:
     return [str(launcher), "--hostfile", str(path.expanduser()), "--backend", backend, *given, "--", *own]
 
 
-def launch(command: Sequence[str], lead: Host, within_s: float) -> int:
-    """Runs the launcher until all ranks have ended, or a signal ends them; returns the exit status, which is 0 only
-    after a signal. Rank 0 may take `within_s` seconds to end what it serves, and is cut off where it runs elsewhere:
-    ssh passes no signal on."""
+def launch(command: Sequence[str], lead: Host, within_s: float) -> bool:
+    """Runs the launcher until all ranks have ended; returns whether a signal has ended them. Rank 0 may take `within_s`
+    seconds to end what it serves, and is cut off where it runs elsewhere: ssh passes no signal on."""
     # Its input stays open and empty: at the end of it the launcher would read without end.
     launcher = subprocess.Popen(["sh", "-c", SPARED, "sh", *command], stdin=subprocess.PIPE, start_new_session=True)
     told = threading.Event()
@@ -118,7 +130,7 @@ def launch(command: Sequence[str], lead: Host, within_s: float) -> int:
     launcher.wait()
     late.cancel()
     _signal(launcher.pid, signal.SIGKILL)
-    return 0 if told.is_set() else 1
+    return told.is_set()
 
 
 def _signal(group: int, number: signal.Signals) -> None:

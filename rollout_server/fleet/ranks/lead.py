@@ -16,7 +16,7 @@ from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.ranks.decisions import LeadMailbox, Teller, travelling
 from rollout_server.fleet.ranks.environment import file_of, hosts_of
-from rollout_server.fleet.ranks.team import Team, start_here
+from rollout_server.fleet.ranks.team import Team, ending, start_here
 from rollout_server.fleet.ranks.words import Begin, rank_codec, uncompiled
 
 FOUND_OUT_S = 2.0
@@ -65,7 +65,8 @@ class LeadEngine(EngineThread):
             members = start_here(ranks, hosts, begin)
             with file_of(hosts) as addresses:
                 os.dup2(addresses.fileno(), 0)
-            joined = join(ranks)
+            with ending(members):
+                joined = join(ranks)
         self._team = team = Team(members, codec, self._messages, ranks, self._fall)
         self._digest, self._teller = joined.digest, Teller(team.decisions, joined.digest)
         team.start()

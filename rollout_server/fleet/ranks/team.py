@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,10 +208,29 @@ def start_here(ranks: RankOptions, hosts: str, begin: bytes) -> list[Member]:
         with others[0], others[1], file_of(hosts) as addresses:
             process = subprocess.Popen(command, pass_fds=ends, stdin=addresses)
         members.append(Member(rank, own[0], own[1], process))
-    for member in members:
-        _await_alive(member)
-        member.commands.sendall(begin)
+    with ending(members):
+        for member in members:
+            _await_alive(member)
+            member.commands.sendall(begin)
     return members
+
+
+@contextmanager
+def ending(members: Sequence[Member]) -> Iterator[None]:
+    """Whatever fails within kills these ranks: nobody else knows of them yet, and they would wait for rank 0."""
+    with ExitStack() as unless_all_is_well:
+        for member in members:
+            unless_all_is_well.callback(_discard, member)
+        yield
+        unless_all_is_well.pop_all()
+
+
+def _discard(member: Member) -> None:
+    if member.process is not None and member.process.poll() is None:
+        member.process.kill()
+        member.process.wait()
+    member.decisions.close()
+    member.commands.close()
 
 
 def _await_alive(member: Member) -> None:

@@ -7,8 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from adapters.errors import AdapterError
@@ -103,7 +104,7 @@ class ReplicaEngine:
         """Has the engine do what a controller says."""
         match message:
             case StageVersion() | AdoptVersion() | FlipAlias() | DropVersion():
-                self._versions.submit(self._answered, message)
+                self._versions.submit(self._change, message).add_done_callback(partial(self._changed, message.id))
                 return
             case Submit(id=id, deadline=seconds):
                 self._open.add(id)
@@ -147,13 +148,12 @@ class ReplicaEngine:
         """Something is not answered yet."""
         return bool(self._open)
 
-    def _answered(self, message: VERSIONS) -> None:
-        """Whoever asked is told also of what nobody expected."""
-        try:
-            self._change(message)
-        except Exception as error:
-            log.exception("A change of versions came to nothing.")
-            self._tell([RequestFailed(message.id, EngineFault(f"The replica could not do it: {error!r}"))])
+    def _changed(self, id: str, change: Future[None]) -> None:
+        """Whoever asked is answered also where the change ended by what nobody expected."""
+        error = None if change.cancelled() else change.exception()
+        if error is not None:
+            log.error("A change of versions came to nothing.", exc_info=error)
+            self._tell([RequestFailed(id, EngineFault(f"The replica could not change a version: {error!r}."))])
 
     def _change(self, message: VERSIONS) -> None:
         """Runs beside the engine, which only copies what is ready; one after another, so that none overtakes."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import secrets
 import socket
 import uuid
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class Joiner:
         self._engine: ReplicaEngine | None = None
         self._instance: str | None = None
         """Whose versions are here."""
+        self._process = secrets.token_hex(16)
+        """What tells this process from another one of its name."""
         self._link: Link | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -65,7 +68,7 @@ class Joiner:
         try:
             while True:
                 try:
-                    link, welcome = await dial(self._controller, self._id, self._codec)
+                    link, welcome = await dial(self._controller, self._id, self._codec, self._process)
                 except BROKEN as error:
                     log.warning("No link to %s (%r); asking again in %g s.", self._controller.url, error, pause)
                     await asyncio.sleep(pause)
@@ -92,7 +95,6 @@ class Joiner:
             self._link = link
             link.send(engine.ready())
             telling = asyncio.create_task(self._tell_status(link, engine))
-            self._joined(self._id)
             return await self._listen(link, engine)
         except BadFrame as error:
             log.error("The controller said what nobody understands: %s", error)
@@ -131,6 +133,7 @@ class Joiner:
         await asyncio.sleep(0)
 
     async def _listen(self, link: Link, engine: ReplicaEngine) -> Dismissed | None:
+        taken = False
         while True:
             try:
                 message = await asyncio.wait_for(link.receive(), self._silent_s)
@@ -150,6 +153,10 @@ class Joiner:
                     await self._quiet(engine)
                     return None
                 case _:
+                    if not taken:
+                        # The first command: what it was compared with is as it should be.
+                        taken = True
+                        self._joined(self._id)
                     engine.apply(message)
 
     # ---- what the engine says ---------------------------------------------------------------------------------------

@@ -29,6 +29,18 @@ def trips() -> dict[str, set[str]]:
     return found
 
 
+def test_a_trip_enters_no_more_files_than_the_record_says(trips: dict[str, set[str]]) -> None:
+    record = (ROOT / "docs" / "decisions" / "13-trips.md").read_text()
+    said = re.search(
+        r"(\d+) for `POST /v1/rollouts`, (\d+) for\s+`POST /v1/weights`, (\d+) in a turn that only decodes, (\d+)",
+        record,
+    )
+    assert said is not None
+    found = [len(trips[name]) for name in ("POST /v1/rollouts", "POST /v1/weights", "a turn", "its step")]
+    for count, most in zip(found, map(int, said.groups()), strict=True):
+        assert 0 < count <= most, "one more is decided there first"
+
+
 def test_a_steady_step_enters_no_more_than_twelve_files(trips: dict[str, set[str]]) -> None:
     assert 0 < len(trips["its step"]) <= 12 and trips["its step"] <= trips["a turn"]
 

@@ -253,6 +253,11 @@ def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Mo
     assert on.status.prefix.hits > 0 or memory < 8 * model.info.row_bytes(120)
 
 
+def counts(driver: Driver) -> tuple[int, ...]:
+    status = driver.status.prefix
+    return status.hits, status.misses, status.hit_tokens, status.asked_tokens
+
+
 @pytest.mark.parametrize("family", some_long(["mamba2", "qwen3_next", "qwen3"], "mamba2", "qwen3"))
 def test_a_row_that_comes_back_reads_behind_what_is_kept_of_its_prompt(
     family: str, bare_model: Models, model_path: Paths
@@ -265,9 +270,11 @@ def test_a_row_that_comes_back_reads_behind_what_is_kept_of_its_prompt(
     id = on.submit([prompt], **options)
     on.until(lambda: any(len(row.token_ids) > 5 for row in on.batches.rows))
     on.settle()
-    row, read = on.batches.rows[-1], on.batches.prefilled
+    row, read, counted = on.batches.rows[-1], on.batches.prefilled, counts(on)
     on.batches.evict(row)
     unread = row.offset - (len(prompt) - 1)
     on.finish(id)
     assert on.batches.prefilled - read == unread > 0
+    on.turn()
+    assert counts(on) == counted, "no prompt came"
     assert_all_same(on.rollouts(id), expected, tolerance(off, expected))

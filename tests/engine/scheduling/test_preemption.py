@@ -179,3 +179,46 @@ def test_rows_with_a_grammar_step_aside_where_they_are_in_it(base: Driver, qwen:
         assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
         assert len(other.token_ids) > 100
     assert all(found.exact for found in driver.replay(driver.rollouts(id)))
+
+
+def test_a_slot_that_another_version_had_is_no_sign_of_it(driver: Driver) -> None:
+    """A row is read again in the slot that its first version had, which is there once more under another name, with
+    what was kept of the same prompt."""
+    driver.push("p", driver.bundle(1))
+    elder = driver.submit(prompts_of([9], 286), max_tokens=400, ignore_eos=True)
+    (prompt,) = prompts_of([40], 286)
+    options = {"policy": "p", "max_tokens": 150, "ignore_eos": True, "on_update": "switch"}
+    id = driver.submit([prompt], **options)
+    driver.until(lambda: any(row.token_ids for row in driver.batches.rows if row.group.request.id == id))
+    (row,) = (row for row in driver.batches.rows if row.group.request.id == id)
+    first = row.placement
+
+    def goes_on() -> None:
+        count = len(row.token_ids) + 3
+        driver.until(lambda: len(row.token_ids) > count)
+
+    for number in (2, 3):
+        driver.push("p", driver.bundle(number))
+        goes_on()
+        driver.change(Delete("", "p", number - 1))
+        limit = driver.kv_limit
+        driver.set_kv_limit(1)
+        driver.until(lambda: row.evicted)
+        driver.set_kv_limit(limit)
+        goes_on()
+    assert row.placement == first, "the slot was free"
+    driver.push("p", driver.bundle(4))
+    goes_on()
+    driver.push("again", driver.bundle(1))
+    driver.generate([prompt], policy="again", max_tokens=3)
+    driver.settle()
+    driver.batches.evict(row)
+    driver.finish(id)
+    # Replay looks for what a span's version was among those of its name.
+    for number in (1, 2):
+        driver.push("p", driver.bundle(number))
+    (told,) = driver.rollouts(id)
+    assert [span.kv for span in told.spans].count("recomputed") == 2
+    (found,) = driver.replay([told])
+    assert found.exact and (found.max_abs_logprob_difference or 0) <= TINY.of_row(told)
+    driver.abort(elder)

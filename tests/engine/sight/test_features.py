@@ -105,3 +105,17 @@ def test_a_picture_counts_once_for_each_that_shows_it(seeing: Seeing, chunk: int
     driver.model.eyes.clear()
     driver.generate([conversation.ids] * 2, pictures=[conversation.pictures] * 2, max_tokens=3)
     assert counted() == (2, 6), "one of two waits for no tower"
+
+
+def test_arrays_of_idle_batches_give_way_to_features(seeing: Seeing) -> None:
+    driver, conversation = seeing.start(prefix_cache=False), seeing.conversations["one"]
+    options = {"pictures": [conversation.pictures], "max_tokens": 3}
+    driver.generate([conversation.ids], **options)
+    driver.turn()
+    eyes, idle = driver.model.eyes, driver.batches.idle_cells
+    assert eyes is not None and eyes.cells > 0 and idle > 0
+    for limit, kept in ((idle + eyes.cells, idle), (idle + eyes.cells - 1, 0)):
+        driver.set_kv_limit(limit)
+        driver.generate([conversation.ids], **options)
+        driver.turn()
+        assert driver.batches.idle_cells == kept and eyes.status.kept == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,18 @@ from safetensors.numpy import save
 from adapters.formats.read import read_bundle
 from rollout_server.engine.messages.control import Ping, Pong
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
-from rollout_server.engine.messages.rollouts import Event
-from rollout_server.errors import Conflict, Forbidden, RolloutError
-from rollout_server.fleet.codec.values import described
+from rollout_server.engine.messages.rollouts import Event, Submit
+from rollout_server.errors import Conflict, EngineUnavailable, Forbidden, InvalidField, RolloutError
+from rollout_server.fleet.codec.frames import LENGTH, BadFrame
+from rollout_server.fleet.codec.values import Uncompiled, described
 from rollout_server.fleet.joining.challenge import PATH, Challenge, is_nonce, nonce
 from rollout_server.fleet.joining.dial import Controller, dial
 from rollout_server.fleet.joining.door import Door, Lock
 from rollout_server.fleet.link import Link
 from rollout_server.fleet.roster import Roster
-from rollout_server.fleet.wire import Ready, Refused, StageVersion, link_codec
+from rollout_server.fleet.wire import Dismissed, Ready, Refused, StageVersion, link_codec
+from rollout_server.grammar import Grammar, GrammarKind
+from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 from tests.support import tiny_models
 from tests.support.fleet.certificates import certificate
 from tests.support.fleet.joined_here import Asked
@@ -256,6 +260,117 @@ def test_what_is_no_first_word_is_cut_off() -> None:
             assert opened.told.here == []
 
     running(scenes())
+
+
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_a_first_word_is_read_by_nothing_but_what_reads_first_words() -> None:
+    """Neither a deep nest of arrays nor a grammar is anything that somebody without a key may have read."""
+    nest = b"\x92\xa9Introduce" + b"\x91" * 60_000 + b"\x90"
+    sampling = SamplingParams(max_tokens=1, constraint=Uncompiled(Grammar(GrammarKind.REGEX, "a+")))
+    submit = Submit("r", (RolloutRequest("r", (1,), sampling, PolicyAddress("base"), seeds=(1,)),))
+
+    async def scenes() -> None:
+        async with Opened(Lock(KEY)) as opened:
+            before = descriptors()
+            for frame in [LENGTH.pack(len(nest)) + nest, CODEC.encode(submit)] * 4:
+                reader, writer = await asyncio.open_connection(opened.at.host, opened.at.port)
+                writer.write(f"GET {PATH} HTTP/1.1\r\nx-fleet-nonce: {nonce()}\r\n\r\n".encode())
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(frame)
+                assert not await reader.read()
+                writer.close()
+                await writer.wait_closed()
+            await until(lambda: descriptors() <= before)
+            assert opened.told.here == []
+
+    running(scenes())
+
+
+def test_what_is_nested_too_deep_is_no_frame() -> None:
+    with pytest.raises(BadFrame, match="could not be read"):
+        CODEC.decode(b"\x92\xa4Ping" + b"\x91" * 60_000 + b"\x90")
+
+
+def test_of_two_that_wait_for_one_link_to_end_each_is_served_alone() -> None:
+    async def scenes() -> None:
+        async with Opened(Lock(KEY)) as opened:
+            first, _ = await dial(opened.at, "studio", CODEC)
+            first.send(READY)
+            await until(lambda: opened.told.here == ["studio"])
+
+            heard: list[Any] = []
+
+            async def come() -> None:
+                link, _ = await dial(opened.at, "studio", CODEC)
+                link.send(READY)
+                while (said := await link.receive()) is not None:
+                    heard.append(said)
+
+            waiting = [asyncio.create_task(come()) for _ in range(3)]
+            # One is left in the end, and hears what it is told.
+            await until(lambda: sum(task.done() for task in waiting) == 2)
+            await until(lambda: opened.roster.send("studio", Ping("p")) or Ping("p") in heard)
+            [left] = [task for task in waiting if not task.done()]
+            left.cancel()
+            await asyncio.wait([left])
+
+    running(scenes())
+
+
+def test_two_processes_of_one_name_do_not_throw_each_other_out() -> None:
+    async def scenes() -> None:
+        async with Opened(Lock(KEY)) as opened:
+            first, _ = await dial(opened.at, "studio", CODEC, "one")
+            first.send(READY)
+            await until(lambda: opened.told.here == ["studio"])
+            with pytest.raises(EngineUnavailable, match="Another process is called studio, too"):
+                await dial(opened.at, "studio", CODEC, "two")
+            opened.roster.send("studio", Ping("p"))
+            assert await first.receive() == Ping("p")
+            # One that was started in its place finds the link closed.
+            first.kill()
+            await until(lambda: opened.told.gone == ["studio"])
+            again, _ = await dial(opened.at, "studio", CODEC, "two")
+            again.send(READY)
+            await until(lambda: opened.told.here == ["studio", "studio"])
+
+    running(scenes())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_one_that_was_let_go_over_a_link_that_was_cut_is_told_so_when_it_comes_back(again: bool) -> None:
+    async def scenes() -> None:
+        async with Opened(Lock(KEY)) as opened:
+            link, _ = await dial(opened.at, "studio", CODEC, "one")
+            link.send(READY)
+            await until(lambda: opened.told.here == ["studio"])
+            assert opened.roster.leave("studio", again=again)
+            link.kill()
+            await until(lambda: opened.told.gone == ["studio"])
+            for _ in range(2):
+                link, _ = await dial(opened.at, "studio", CODEC, "one")
+                link.send(READY)
+                last = await link.receive()
+                assert isinstance(last, Dismissed) and last.again is again
+                link.kill()
+            assert not opened.roster.leave("studio", again=True), "it is not there"
+            # Another process in its place is as any other.
+            link, _ = await dial(opened.at, "studio", CODEC, "two")
+            link.send(READY)
+            await until(lambda: opened.told.here == ["studio", "studio"])
+
+    running(scenes())
+
+
+def test_a_file_of_certificates_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="holds no certificates that could be trusted: No such file"):
+        Controller("studio", 8000, trusted=tmp_path / "none.pem").context()
+    (tmp_path / "empty.pem").write_text("")
+    with pytest.raises(InvalidField, match=r"empty\.pem holds no certificates that could be trusted"):
+        Controller("studio", 8000, trusted=tmp_path / "empty.pem").context()
 
 
 def test_proofs_are_of_one_link_and_one_side() -> None:

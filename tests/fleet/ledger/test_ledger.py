@@ -202,3 +202,27 @@ def test_a_drained_replica_finishes_what_it_has() -> None:
         ledger.row(first.number, sample)
     ledger.over(first.number)
     assert End(first.replica, "it was drained", drained=True) in ledger.take()
+
+
+def test_replicas_that_were_told_to_go_are_no_deaths_of_what_they_had() -> None:
+    ledger = fleet(1)
+    ledger.submit(work())
+    for start in range(MOST_DEATHS + 1):
+        (attempt,) = dispatched(ledger)
+        ledger.admitted(attempt.number, ("trained", 0))
+        ledger.leaves("r0") if start % 2 else ledger.drain("r0")
+        ledger.lost("r0")
+        ledger.remove("r0")
+        assert not taken(ledger, Lose) and attempt.work.deaths == 0
+        ledger.join("r0", 8, 0.0)
+
+
+def test_a_replica_that_is_drained_answers_what_it_reads_before_it_ends() -> None:
+    ledger = fleet(1)
+    ledger.reads("r0", "one")
+    ledger.reads("r0", "two")
+    ledger.drain("r0")
+    ledger.has_read("r0", "one")
+    assert not taken(ledger, End)
+    ledger.has_read("r0", "two")
+    assert taken(ledger, End) == [End("r0", "it was drained", drained=True)]

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from rollout_server.config import ServerConfig, forwarded
+from rollout_server.engine.messages.options import RankOptions
 from rollout_server.errors import InvalidField
-from rollout_server.fleet.ranks.hosts import Host, read_hosts
+from rollout_server.fleet.ranks.hosts import Host, launching, lead_address, read_hosts
+from rollout_server.versions.startup import ranks_of
 
 FIRST, SECOND = {"ssh": "one", "ips": ["10.0.0.1"]}, {"ssh": "two", "ips": ["10.0.0.2", "10.0.1.2"]}
 
@@ -55,3 +58,33 @@ def test_a_file_with_an_error_is_refused_by_name(tmp_path: Path, content: Any, b
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidField, match="cannot be read: No such file"):
         read_hosts(tmp_path / "hosts.json", 2, "ring")
+
+
+def test_a_rank_learns_where_rank_0_is_from_what_mlx_launch_has_told_it(tmp_path: Path) -> None:
+    ring = written(tmp_path, [["10.0.0.1:32323", "10.0.1.1:32324"], ["10.0.0.2:32325"]])
+    assert lead_address(None, None, ring) == "10.0.0.1"
+    assert lead_address(None, "10.0.0.3:32323", None) == "10.0.0.3"
+    assert lead_address("10.0.0.4", None, None) == "10.0.0.4"
+    assert lead_address(None, None, None) is None
+    with pytest.raises(InvalidField, match="lists no addresses of ranks"):
+        lead_address(None, None, written(tmp_path, "[]"))
+
+
+def test_a_launched_rank_needs_no_file_of_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ServerConfig(tensor_parallel=2, backend="ring", hostfile=tmp_path / "elsewhere.json")
+    with pytest.raises(InvalidField, match="cannot be read"):
+        ranks_of(config)
+    monkeypatch.setenv("MLX_RANK", "1")
+    monkeypatch.setenv("MLX_HOSTFILE", str(written(tmp_path, [["10.0.0.1:32323"], ["10.0.0.2:32324"]])))
+    assert ranks_of(config) == RankOptions(2, "ring", launched=True, address="10.0.0.1")
+
+
+def test_ranks_on_other_hosts_are_given_the_variables_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLLOUT_KV_MEMORY", "64MiB")
+    monkeypatch.setenv("ROLLOUT_ALSO_UNKNOWN", "1")
+    for name in ("API", "ADMIN", "FLEET"):
+        monkeypatch.setenv(f"ROLLOUT_{name}_KEY", "a-key-of-thirty-two-characters--")
+    assert forwarded() == {"ROLLOUT_KV_MEMORY": "64MiB"}
+    command = launching(Path("hosts.json"), "ring", forwarded(), ["serve"])
+    at = command.index("--env")
+    assert command[at : at + 3] == ["--env", "ROLLOUT_KV_MEMORY=64MiB", "--"] and "a-key" not in " ".join(command)

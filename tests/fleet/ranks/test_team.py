@@ -16,9 +16,10 @@ import pytest
 from rollout_server.engine.messages.control import Ping
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.engine.ranks.digest import TurnDigest
+from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.codec.frames import LENGTH
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, SAME, Teller
-from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, Member, Team
+from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, Member, Team, ending
 from rollout_server.fleet.ranks.words import rank_codec, uncompiled
 from tests.support.live_server import until
 
@@ -129,3 +130,12 @@ def test_an_engine_that_was_told_to_end_misses_nobody(other: Watched) -> None:
     other.decisions.close()
     time.sleep(0.5)
     assert other.fell == [] and other.team.fault is None
+
+
+def test_ranks_that_rank_0_does_not_meet_are_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+    with far[0], far[1]:
+        with pytest.raises(EngineUnavailable, match="did not meet"), ending([Member(1, near[0], near[1], process)]):
+            raise EngineUnavailable("The ranks did not meet.")
+        assert process.poll() is not None and far[1].recv(1) == b""

@@ -137,12 +137,13 @@ class Joined:
     name: str
     silent_s: float
     cable: Cable
+    weights_memory: int | None = None
     joined: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
         port = await self.cable.lay()
         at = Controller("127.0.0.1", port, key=KEY)
-        options = EngineOptions(str(self.model), "tiny", kv_memory=2**24)
+        options = EngineOptions(str(self.model), "tiny", kv_memory=2**24, weights_memory=self.weights_memory)
         self.joiner = Joiner(at, options, self.silent_s, self.joined.append, self.name)
         self.running = asyncio.create_task(self.joiner.run())
 
