@@ -104,7 +104,8 @@ def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: P
         until(lambda: ready(fleet.url))
         with RolloutClient(fleet.url) as client:
             assert states(client) == ["live"] and drawn(client, "base")
-            assert httpx.get(f"{fleet.url}/v1/models", timeout=60).json()["data"][0]["id"] == "ours"
+            cards = httpx.get(f"{fleet.url}/v1/models", timeout=60).json()["data"]
+            assert [card["id"] for card in cards] == ["base", "ours"]
             late = machines.enter_context(replica(model, fleet.url, "--context-length", "512"))
             late.wait_for("its context is 512, and the fleet's is 2048")
             assert late.process.wait(60) != 0 and states(client) == ["live"]
