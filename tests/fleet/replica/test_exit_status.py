@@ -12,9 +12,9 @@ from rollout_server.demo.run import model_directory
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.fleet.replica.engine import ReplicaEngine
-engine = ReplicaEngine(EngineOptions(str(model_directory()), "demo", kv_memory=2**24), print)
-engine.load()
-engine._show(EngineStatus("dead", "a test"))
+replica = ReplicaEngine(EngineOptions(str(model_directory()), "demo", kv_memory=2**24), print)
+replica.load()
+replica._show(EngineStatus("dead", "a test"))
 """
 
 
