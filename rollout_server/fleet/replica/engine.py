@@ -65,7 +65,7 @@ class ReplicaEngine:
         self._scorers: set[str] = set()
         self._paused = False
         make = EngineThread if options.ranks is None else LeadEngine
-        self._engine = make(options, self._post, self._show)
+        self._engine = make(options, self._post, self.show)
 
     def load(self) -> Ready | CannotStart:
         """Blocks until the model is loaded, or cannot be."""
@@ -208,7 +208,7 @@ class ReplicaEngine:
             if not isinstance(event, Admitted | TokensSampled | RowFinished):
                 self._open.discard(event.id)
 
-    def _show(self, status: EngineStatus) -> None:
+    def show(self, status: EngineStatus) -> None:
         self.status = status
         if status.state != "starting":
             self._settled.set()

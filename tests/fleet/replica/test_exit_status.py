@@ -14,7 +14,7 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.fleet.replica.engine import ReplicaEngine
 replica = ReplicaEngine(EngineOptions(str(model_directory()), "demo", kv_memory=2**24), print)
 replica.load()
-replica._show(EngineStatus("dead", "a test"))
+replica.show(EngineStatus("dead", "a test"))
 """
 
 
