@@ -215,8 +215,9 @@ def main() -> None:
         model = tiny_models.build("qwen3", Path(folder) / "tiny")
         seen = asyncio.run(run(model, given.kills, given.replicas, given.seed, within_s=given.within))
     sys.stdout.write(
-        f"{seen.kills} kills, {len(seen.rows)} rows, {seen.pushes} pushes ({seen.refused} told to come again), {seen.lost} requests told "
-        "to come again after three deaths: every request answered once, no row under an older version, all as in an engine that nobody kills\n"
+        f"{seen.kills} kills, {len(seen.rows)} rows, {seen.pushes} pushes ({seen.refused} told to come again), "
+        f"{seen.lost} requests told to come again after three deaths: every request answered once, no row under an "
+        "older version, all as in an engine that nobody kills\n"
     )
 
 
