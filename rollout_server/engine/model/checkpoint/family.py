@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ ARGS = "ModelArgs"
 NESTED = "text_config"
 PACKAGES = ("rollout_server.models.recurrent", "mlx_lm.models")
 """Where modules of families are: the first that has one of this name. Ours are those that mlx-lm lacks."""
+ATTEMPTS = 20
 SHARED_CODE = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 """Modules that see no configuration of a family."""
 
@@ -72,6 +74,15 @@ def family_of(config: Mapping[str, Any], renamed: Mapping[str, str]) -> Family:
     return replace(inner.family(name), module=outer.name, package=outer.package, nested=nested, outer=frozenset(fields))
 
 
+def parsed(text: str) -> ast.Module:
+    """Its tree. Older Pythons count depth over all threads while they make one, and give up by SystemError where two
+    threads do at once, as engines that load side by side may (CPython's issue 106905); the next attempt counts anew."""
+    for _ in range(ATTEMPTS):
+        with suppress(SystemError):
+            return ast.parse(text)
+    return ast.parse(text)
+
+
 @dataclass(frozen=True, eq=False)
 class _Source:
     name: str
@@ -85,7 +96,7 @@ class _Source:
         for package in PACKAGES:
             path = _folder(package) / f"{name}.py"
             if path.is_file():
-                return cls(name, package, ast.parse(path.read_text("utf-8")))
+                return cls(name, package, parsed(path.read_text("utf-8")))
         return None
 
     def family(self, name: str) -> Family:
