@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -39,8 +38,8 @@ from rollout_server.rollout import (
 )
 from tests.support import tiny_models
 from tests.support.fleet.kill_replicas import bundles, fleet_handle, push, run, until
+from tests.support.fleet.side_by_side import SideBySide
 
-T = TypeVar("T")
 PROMPTS = [(5, 9, 33), (44,), tuple(range(1, 41)), (7, 7, 7)]
 
 
@@ -49,39 +48,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny")
 
 
-class Started:
-    """A fleet of two and one engine of the same model, on an event loop of their own."""
-
-    def __init__(self, path: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._pool = ThreadPoolExecutor(1)
-        self._pool.submit(self._loop.run_forever)
-        self.fleet = fleet_handle(path, 2, keep_versions=3)
-        self.one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, keep_versions=3))
-        self.run(self._start())
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
-
-    async def _start(self) -> None:
-        for handle in (self.fleet, self.one):
-            handle.start()
-        for handle in (self.fleet, self.one):
-            await handle.wait_ready()
-
-    async def _close(self) -> None:
-        await asyncio.gather(self.fleet.close(), self.one.close())
-
-    def close(self) -> None:
-        self.run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._pool.shutdown()
-        self._loop.close()
+def side_by_side(path: Path) -> SideBySide:
+    """A fleet of two and one engine of the same model."""
+    fleet = fleet_handle(path, 2, keep_versions=3)
+    one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, keep_versions=3))
+    return SideBySide(fleet, one, 300.0)
 
 
 @pytest.fixture(scope="module")
-def started(path: Path) -> Iterator[Started]:
-    both = Started(path)
+def started(path: Path) -> Iterator[SideBySide]:
+    both = side_by_side(path)
     yield both
     both.close()
 
@@ -108,7 +84,7 @@ def drawn(found: list[Rollout]) -> list[tuple[int, int, tuple[int, ...], int]]:
     return [(row.prompt_index, row.sample_index, row.token_ids, row.seed) for row in found]
 
 
-def test_rows_are_those_of_one_engine(started: Started) -> None:
+def test_rows_are_those_of_one_engine(started: SideBySide) -> None:
     async def both() -> None:
         assert started.fleet.info == replace(started.one.info, kv_memory=started.fleet.info.kv_memory)
         found, expected = await asyncio.gather(*(rows(h, groups("x")) for h in (started.fleet, started.one)))
@@ -118,7 +94,7 @@ def test_rows_are_those_of_one_engine(started: Started) -> None:
     started.run(both())
 
 
-def test_every_token_is_streamed_once_in_its_order(started: Started) -> None:
+def test_every_token_is_streamed_once_in_its_order(started: SideBySide) -> None:
     async def stream() -> None:
         asked = groups("stream", wants=Wants(tokens_as_they_come=True))
         told: dict[tuple[int, int], list[int]] = {}
@@ -134,7 +110,7 @@ def test_every_token_is_streamed_once_in_its_order(started: Started) -> None:
     started.run(stream())
 
 
-def test_versions_are_numbered_kept_and_refused_as_by_one_engine(started: Started) -> None:
+def test_versions_are_numbered_kept_and_refused_as_by_one_engine(started: SideBySide) -> None:
     async def script(handle: EngineHandle) -> list[Any]:
         contents, said = bundles(handle, 5), []
         for content in contents[:2]:
@@ -180,7 +156,7 @@ def test_versions_are_numbered_kept_and_refused_as_by_one_engine(started: Starte
     started.run(both())
 
 
-def test_work_waits_for_the_version_that_it_asks_for(started: Started) -> None:
+def test_work_waits_for_the_version_that_it_asks_for(started: SideBySide) -> None:
     async def waits() -> None:
         fleet = started.fleet
         contents = bundles(fleet, 2)
@@ -193,7 +169,7 @@ def test_work_waits_for_the_version_that_it_asks_for(started: Started) -> None:
     started.run(waits())
 
 
-def test_readings_pauses_and_aborts(started: Started) -> None:
+def test_readings_pauses_and_aborts(started: SideBySide) -> None:
     async def read(handle: EngineHandle) -> list[Any]:
         base = PolicyAddress("base")
         found = await rows(handle, groups("x"))
@@ -240,7 +216,7 @@ def test_readings_pauses_and_aborts(started: Started) -> None:
     started.run(both())
 
 
-def test_a_deadline_ends_what_runs_and_what_never_began(started: Started) -> None:
+def test_a_deadline_ends_what_runs_and_what_never_began(started: SideBySide) -> None:
     async def late() -> None:
         now = asyncio.get_running_loop().time()
         found = await rows(started.fleet, groups("x", max_tokens=2000), deadline=now + 1.0)

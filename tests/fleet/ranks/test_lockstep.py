@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -25,48 +23,25 @@ from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, Sampl
 from tests.support import tiny_models
 from tests.support.adapter_files import make
 from tests.support.fleet.kill_replicas import fleet_handle, until
+from tests.support.fleet.side_by_side import SideBySide
 
 # Ranks wait for each other by spinning: a machine with fewer free cores than ranks is slow at it.
 pytestmark = pytest.mark.timeout(900)
-T = TypeVar("T")
 PROMPTS = [(5, 9, 33), (44,), tuple(range(1, 41)), (7, 7, 7)]
 CLOSE = 1e-4
 """Log-probabilities of float32: sums over ranks add in another order."""
 
 
-class Started:
-    """Two ranks and one process of the same model, on an event loop of their own."""
-
-    def __init__(self, path: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._pool = ThreadPoolExecutor(1)
-        self._pool.submit(self._loop.run_forever)
-        self.two = fleet_handle(path, 1, ranks=RankOptions(2, silent_s=15.0), context_length=1500)
-        self.one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, context_length=1500))
-        self.run(self._start())
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(400)
-
-    async def _start(self) -> None:
-        for handle in (self.two, self.one):
-            handle.start()
-        for handle in (self.two, self.one):
-            await handle.wait_ready()
-
-    async def _close(self) -> None:
-        await asyncio.gather(self.two.close(), self.one.close())
-
-    def close(self) -> None:
-        self.run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._pool.shutdown()
-        self._loop.close()
+def side_by_side(path: Path) -> SideBySide:
+    """Two ranks and one process of the same model."""
+    fleet = fleet_handle(path, 1, ranks=RankOptions(2, silent_s=15.0), context_length=1500)
+    one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, context_length=1500))
+    return SideBySide(fleet, one, 400.0)
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    both = Started(tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny"))
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SideBySide]:
+    both = side_by_side(tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny"))
     yield both
     both.close()
 
@@ -104,7 +79,7 @@ def assert_same(found: list[Rollout], expected: list[Rollout]) -> None:
     assert max(gaps) <= CLOSE
 
 
-def assert_rows_are_those_of_one_process(started: Started) -> None:
+def assert_rows_are_those_of_one_process(started: SideBySide) -> None:
     async def script(handle: EngineHandle) -> list[list[Rollout]]:
         for name, bundle in zip("abc", contents(handle), strict=True):
             await push(handle, bundle, name)
@@ -113,7 +88,7 @@ def assert_rows_are_those_of_one_process(started: Started) -> None:
         return await asyncio.gather(*(rows(handle, groups) for groups in asked))
 
     async def both() -> None:
-        found, expected = await asyncio.gather(script(started.two), script(started.one))
+        found, expected = await asyncio.gather(script(started.fleet), script(started.one))
         for mine, theirs in zip(found, expected, strict=True):
             assert_same(mine, theirs)
         assert len({tuple(row.token_ids for row in of) for of in expected}) == 4, "the adapters change what is drawn"
@@ -121,7 +96,7 @@ def assert_rows_are_those_of_one_process(started: Started) -> None:
     started.run(both())
 
 
-def test_rows_of_base_lora_and_dora_in_one_batch_are_those_of_one_process(started: Started) -> None:
+def test_rows_of_base_lora_and_dora_in_one_batch_are_those_of_one_process(started: SideBySide) -> None:
     assert_rows_are_those_of_one_process(started)
 
 
@@ -129,24 +104,24 @@ def test_rows_of_base_lora_and_dora_in_one_batch_are_those_of_one_process(starte
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_rows_of_other_families_are_those_of_one_process(family: str, tmp_path: Path) -> None:
     """Layers with a bias, heads that share the embedding's weight or have one of their own, and experts."""
-    both = Started(tiny_models.build(family, tmp_path / family))
+    both = side_by_side(tiny_models.build(family, tmp_path / family))
     try:
         assert_rows_are_those_of_one_process(both)
     finally:
         both.close()
 
 
-def test_what_is_known_of_the_model_is_what_one_process_knows(started: Started) -> None:
-    two, one = started.two.info, started.one.info
+def test_what_is_known_of_the_model_is_what_one_process_knows(started: SideBySide) -> None:
+    two, one = started.fleet.info, started.one.info
     assert (two.ranks, two.layers, two.parameters, two.digest) == (2, one.layers, one.parameters, one.digest)
     assert two.weight_bytes < one.weight_bytes and two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
 
 
-def test_versions_change_while_rows_decode(started: Started) -> None:
+def test_versions_change_while_rows_decode(started: SideBySide) -> None:
     """Every row is that of the version which its group was admitted under, whatever was pushed meanwhile."""
 
     async def swap() -> None:
-        handle, expected, running = started.two, {}, []
+        handle, expected, running = started.fleet, {}, []
         for bundle in contents(handle):
             number = await push(handle, bundle, "swapped")
             await push(started.one, bundle, f"kept{number}")
@@ -176,15 +151,15 @@ def test_a_load_that_takes_too_long_ends_by_name_though_both_ranks_live(tmp_path
     asyncio.run(start())
 
 
-def test_scores_are_those_of_one_process(started: Started) -> None:
+def test_scores_are_those_of_one_process(started: SideBySide) -> None:
     async def both() -> None:
-        for handle in (started.two, started.one):
+        for handle in (started.fleet, started.one):
             await push(handle, contents(handle)[1], "scored")
         sequences = tuple((*prompt, 3, 1, 4) for prompt in PROMPTS)
         starts, address = tuple(map(len, PROMPTS)), PolicyAddress("scored")
         found, expected = [
             await handle.score(Score(handle.new_id("score"), address, sequences, starts))
-            for handle in (started.two, started.one)
+            for handle in (started.fleet, started.one)
         ]
         for mine, theirs in zip(found.sequences, expected.sequences, strict=True):
             assert np.abs(np.subtract(mine.logprobs, theirs.logprobs)).max() <= CLOSE
@@ -192,36 +167,36 @@ def test_scores_are_those_of_one_process(started: Started) -> None:
     started.run(both())
 
 
-def test_a_merged_version_is_refused_by_name(started: Started) -> None:
+def test_a_merged_version_is_refused_by_name(started: SideBySide) -> None:
     async def push_merged() -> None:
-        bundle = contents(started.two)[0]
+        bundle = contents(started.fleet)[0]
         with pytest.raises(AdapterMismatch, match="not served by several ranks"):
-            await started.two.publish(Publish(started.two.new_id("p"), "merged", bundle, mode="merged"))
-        assert await push(started.two, bundle, "as_it_is") == 1, "the engine goes on"
+            await started.fleet.publish(Publish(started.fleet.new_id("p"), "merged", bundle, mode="merged"))
+        assert await push(started.fleet, bundle, "as_it_is") == 1, "the engine goes on"
 
     started.run(push_merged())
 
 
-def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: Started) -> None:
+def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: SideBySide) -> None:
     """One that did not would have ended the engine: digests of every turn are compared."""
 
     async def long() -> None:
         group = groups("base", n=1, max_tokens=1050)[0]
-        [row] = await rows(started.two, [group])
+        [row] = await rows(started.fleet, [group])
         assert len(row.token_ids) == 1050
         assert_same([row], await rows(started.one, [group]))
-        assert started.two.status.replicas[0].restarts == 0
+        assert started.fleet.status.replicas[0].restarts == 0
 
     started.run(long())
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_rows_of_ranks_of_which_one_is_killed_or_stopped_come_back(started: Started, how: signal.Signals) -> None:
+def test_rows_of_ranks_of_which_one_is_killed_or_stopped_come_back(started: SideBySide, how: signal.Signals) -> None:
     """The engine ends by name, at once or when the rank was silent for as long as it may be; versions do not change
     while there is none, and its rows are drawn again by the next."""
 
     async def kill() -> None:
-        handle, asked = started.two, groups("base", max_tokens=200)
+        handle, asked = started.fleet, groups("base", max_tokens=200)
         before = handle.status.replicas[0]
         running = asyncio.create_task(rows(handle, asked))
         await until(lambda: handle.status.replicas[0].running > 0)
