@@ -102,27 +102,23 @@ def serve(
     adapter_dir: AdapterDir = None,
     max_upload: Annotated[str | None, option("Largest upload of weights.", "2GiB", metavar="SIZE")] = None,
     max_body: Annotated[str | None, option("Largest other request body.", "64MiB", metavar="SIZE")] = None,
-    max_picture_bytes: MaxPictureBytes = None,
-    max_picture_pixels: MaxPicturePixels = None,
+    max_picture_bytes: MaxPictureBytes = None, max_picture_pixels: MaxPicturePixels = None,
     max_pictures: MaxPictures = None,
     allow_image_host: AllowImageHost = None,
-    replicas: Replicas = None,
-    min_replicas: MinReplicas = None,
+    replicas: Replicas = None, min_replicas: MinReplicas = None,
     ray_address: RayAddress = None,
     tensor_parallel: TensorParallel = None,
-    backend: Backend = None,
-    hostfile: Hostfile = None,
+    backend: Backend = None, hostfile: Hostfile = None,
     fleet: FleetSwitch = None,
     join: Join = None,
-    fleet_cert: FleetCert = None,
-    fleet_key_file: FleetKeyFile = None,
+    fleet_cert: FleetCert = None, fleet_key_file: FleetKeyFile = None,
     page: Annotated[str | None, option("Serve the live page at /.", "on", metavar="on|off")] = None,
     trace: Annotated[str | None, option("Record a timeline of the engine's turns.", metavar="FILE")] = None,
     log_format: Annotated[str | None, option("How the log is written.", "text", metavar="text|json")] = None,
     otel: Annotated[str | None, option("Trace requests (extra `otel`).", "off", metavar="on|off")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     allow_host: AllowHost = None,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a base model, and others beside it: rollouts, completions, log-probabilities, rewards, weights.
 
     What is not given here is taken from ROLLOUT_<NAME> in the environment, then from the defaults. Keys come from
