@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -48,8 +48,10 @@ def client(server: Server) -> Iterator[RolloutClient]:
         yield client
 
 
-def adapter(model: Path, seed: int, kind: str = "peft", **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed, kind=kind, **options)  # type: ignore[arg-type]
+def adapter(
+    model: Path, seed: int, kind: Literal["peft", "mlx"] = "peft", **options: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed, kind=kind, **options)
 
 
 def sample(client: RolloutClient, policy: str, **options: Any) -> RolloutBatch:
@@ -127,7 +129,7 @@ def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClie
 
     def long(on_update: str) -> RolloutBatch:
         with RolloutClient(client._connection.url) as own:
-            return own.rollouts([PROMPTS[0]], on_update=on_update, **options)  # type: ignore[arg-type]
+            return own.rollouts([PROMPTS[0]], on_update=on_update, **options)
 
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(long, name) for name in ("finish", "switch", "abort")}
