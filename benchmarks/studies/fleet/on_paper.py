@@ -45,7 +45,7 @@ class Cost:
     write_row: float
     json_bytes: int
     make_frame: float
-    """Of a version, without its bytes: they are the bundle's own."""
+    """That of a version has none of its bytes: they are the bundle's own."""
 
     @property
     def row(self) -> float:

@@ -26,7 +26,7 @@ from rollout_server.grammar import Constraint, Follower, Grammar
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Standing = tuple[str, tuple[Size, ...], Size]
-"""Of an array: its dtype as numpy writes it, its shape, and where it begins."""
+"""How an array stands there: its dtype as numpy writes it, its shape, and where it begins."""
 Compile = Callable[[Grammar], Constraint]
 """Makes a grammar ready for this process's tokenizer."""
 
