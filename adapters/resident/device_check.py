@@ -57,8 +57,8 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
     """Kind of layer (`place_of`) → what this device computes wrongly there; empty where all is well.
 
     Tries one layer of each kind, shape and storage of a bare `model`; `layers` is what `adaptable_layers` finds in it,
-    or `own_layers` in a part, `dtype` that of its activations. All are tried, whatever is found: ranks that have parts of
-    a layer sum what each brings, so that none of them may leave out what another one waits for."""
+    or `own_layers` in a part, `dtype` that of its activations. All are tried, whatever is found: ranks sum what
+    the part of each gives, so that none of them may leave out what another one waits for."""
     faults: dict[Place, str] = {}
     tried: set[tuple[Any, ...]] = set()
     for path, shape in layers.items():

@@ -1,4 +1,4 @@
-"""What one rank's device computes wrongly is refused on all of them, and nobody waits for a sum that others leave out."""
+"""What one rank's device computes wrongly is refused on all, and nobody waits for a sum that others leave out."""
 
 from __future__ import annotations
 
