@@ -69,6 +69,8 @@ class Told:
     def fail(self, error: RolloutError) -> None:
         raise error
 
+    def give_up(self, error: RolloutError) -> None: ...
+
 
 class Opened:
     """A door behind a server that knows one request."""
