@@ -67,10 +67,9 @@ class CannotStart:
     error: RolloutError
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class StageVersion:
-    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`. One message for
-    all replicas is one frame."""
+    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`."""
 
     id: str
     name: str

@@ -38,7 +38,6 @@ SMALL = {
     "rollout_server/engine/model/encoders/encoder.py": "what loading makes and reading uses",
     "rollout_server/models/encoders/attention.py": "what the bodies of all encoders share",
     "rollout_server/engine/ranks/digest.py": "plain, for whoever compares digests and has no arrays",
-    "rollout_server/engine/ranks/ranks.py": "what the decoder and the self-test ask of the others",
     "rollout_server/fleet/ranks/group.py": "the one door from processes of ranks to MLX's group",
     "rollout_server/fleet/ranks/patience.py": "a process beside the one it watches, where nothing of MLX is imported",
     "rollout_server/fleet/ranks/words.py": "what both sides of a connection read and write",
