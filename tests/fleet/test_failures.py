@@ -216,6 +216,21 @@ def test_with_fewer_replicas_than_there_have_to_be_versions_do_not_change(play: 
     play(scenes)
 
 
+def test_what_a_replica_has_no_room_for_is_refused_everywhere(play: Any) -> None:
+    async def scenes(scene: Scene) -> None:
+        led = await scene.led()
+        await scene.join("one", weights_memory=2000)
+        await scene.join("two", weights_memory=2000)
+        await led.ready()
+        await live(led, 2)
+        with pytest.raises(WeightsMemoryExceeded):
+            await pushed(led, bundles(led.handle, 1)[0])
+        assert led.handle.status.policies == () and len(await led.rows(asked("base", max_tokens=8))) == 16
+        await led.close()
+
+    play(scenes)
+
+
 def test_a_replica_that_has_no_room_for_a_kept_version_ends_and_says_so(play: Any) -> None:
     async def scenes(scene: Scene) -> None:
         led = await scene.led()

@@ -242,7 +242,8 @@ def test_a_call_of_a_tool_can_be_asked_for(client: httpx.Client) -> None:
     ]
     by_name = {tool["name"]: tool["parameters"] for tool in TOOLS}
     called = set()
-    for seed, choice in enumerate(["required", named] * 6):
+
+    def ask(seed: int, choice: Any) -> httpx.Response:
         body = {
             "model": "base",
             "messages": [{"role": "user", "content": "call!"}],
@@ -252,7 +253,12 @@ def test_a_call_of_a_tool_can_be_asked_for(client: httpx.Client) -> None:
             "max_tokens": 900,
             "logit_bias": {str(token): -9 for token in spaces},
         }
-        reply = client.post("/v1/chat/completions", json=body)
+        return client.post("/v1/chat/completions", json=body)
+
+    choices = ["required", named] * 6
+    with ThreadPoolExecutor(len(choices)) as threads:
+        replies = list(threads.map(ask, range(len(choices)), choices))
+    for choice, reply in zip(choices, replies, strict=True):
         assert reply.status_code == 200, reply.text
         (given,) = reply.json()["choices"]
         assert given["finish_reason"] == "tool_calls", given
