@@ -35,7 +35,6 @@ from rollout_server.rollout import (
     SpanAddress,
     Wants,
 )
-from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.fleet.kill_replicas import bundles, fleet_handle, push, run, until
 from tests.support.fleet.side_by_side import SideBySide
@@ -244,10 +243,26 @@ def alive(handle: EngineHandle, count: int) -> Callable[[], bool]:
     return lambda: sum(replica.state == "live" for replica in handle.status.replicas) == count
 
 
-@pytest.mark.parametrize("how", some_long([signal.SIGKILL, signal.SIGSTOP], signal.SIGKILL))
-def test_rows_of_a_killed_a_stopped_and_a_drained_replica_come_back_token_for_token(
-    path: Path, how: signal.Signals
-) -> None:
+def test_rows_of_a_killed_replica_come_back_token_for_token(started: SideBySide) -> None:
+    async def kill() -> None:
+        fleet = started.fleet
+        await push(fleet, bundles(fleet, 1)[0])
+        asked = groups("x", "trained", n=4, max_tokens=150)
+        expected, staged = drawn(await rows(started.fleet, asked)), fleet.status.replicas[0].versions_staged
+        again = asyncio.create_task(rows(fleet, asked))
+        await until(lambda: all(replica.running for replica in fleet.status.replicas))
+        os.kill(fleet.status.replicas[0].pid or 0, signal.SIGKILL)
+        assert drawn(await again) == expected
+        await until(alive(fleet, 2))
+        assert [replica.versions_staged for replica in fleet.status.replicas] == [staged, staged]
+
+    started.run(kill())
+
+
+@pytest.mark.long
+def test_rows_of_a_killed_a_stopped_and_a_drained_replica_come_back_token_for_token(path: Path) -> None:
+    """What is stopped is as silent as what is cut off, and drained is one without processes, in test_failures.py."""
+
     async def scenes() -> None:
         handle = fleet_handle(path, 2, silent_s=6.0)
         handle.start()
@@ -255,12 +270,13 @@ def test_rows_of_a_killed_a_stopped_and_a_drained_replica_come_back_token_for_to
         await push(handle, bundles(handle, 1)[0])
         asked = groups("x", "trained", n=4, max_tokens=150, wants=Wants(tokens_as_they_come=True))
         expected = drawn(await rows(handle, asked))
-        again = asyncio.create_task(rows(handle, asked))
-        await until(lambda: all(replica.running for replica in handle.status.replicas))
-        os.kill(handle.status.replicas[0].pid or 0, how)
-        assert drawn(await again) == expected
-        await until(alive(handle, 2))
-        assert [replica.versions_staged for replica in handle.status.replicas] == [1, 1]
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            again = asyncio.create_task(rows(handle, asked))
+            await until(lambda: all(replica.running for replica in handle.status.replicas))
+            os.kill(handle.status.replicas[0].pid or 0, number)
+            assert drawn(await again) == expected
+            await until(alive(handle, 2))
+            assert [replica.versions_staged for replica in handle.status.replicas] == [1, 1]
         again = asyncio.create_task(rows(handle, asked))
         await until(lambda: all(replica.running for replica in handle.status.replicas))
         await handle.leave(handle.status.replicas[0].id, at_once=False)
