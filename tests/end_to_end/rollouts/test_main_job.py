@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import Server, live_server, server_here, until
+from tests.support.live_server import Server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
@@ -218,26 +218,18 @@ def test_a_full_queue_says_so_and_loses_nothing(narrow: Server) -> None:
 
 
 def test_stopping_ends_open_requests_by_name(model: Path) -> None:
-    with live_server(model) as live:
-        body = {
-            "policy": "base",
-            "prompts": [{"token_ids": [1]}],
-            "sampling": {"max_tokens": 2040, "ignore_eos": True},
-            "n": 48,
-        }
-
-        async def run() -> httpx.Response:
-            async with httpx.AsyncClient(timeout=60) as http:
-                request = asyncio.create_task(http.post(f"{live.url}/v1/rollouts", json=body))
-                for _ in range(400):
-                    await asyncio.sleep(0.02)
-                    if (await http.get(f"{live.url}/health")).json()["running"] > 0:
-                        break
-                live.process.terminate()
-                return await request
-
-        reply = asyncio.run(run())
-        assert live.process.wait(timeout=30) == 0
+    """Here by the end of the server's context; by a signal, in tests/http/test_stopping.py."""
+    body = {
+        "policy": "base",
+        "prompts": [{"token_ids": [1]}],
+        "sampling": {"max_tokens": 2040, "ignore_eos": True},
+        "n": 48,
+    }
+    with ThreadPoolExecutor(1) as pool:
+        with server_here(model) as live:
+            asked = pool.submit(httpx.post, f"{live.url}/v1/rollouts", json=body, timeout=60)
+            until(lambda: httpx.get(f"{live.url}/health").json()["running"] > 0)
+        reply = asked.result()
     rows = reply.json()["rollouts"]
     assert reply.status_code == 200 and reply.json()["complete"] is False
     assert len(rows) == 48 and any(row["token_ids"] for row in rows)
