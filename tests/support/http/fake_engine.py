@@ -29,7 +29,7 @@ from rollout_server.engine.messages.scoring import (
     Scored,
     ScoredSequence,
 )
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, TokenGaps
 from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
@@ -237,10 +237,12 @@ class FakeEngine(FakeVersions):
             self.state,
             None if self.state == "ready" else "The engine ended: a test.",
             waiting=len(self.open),
+            waiting_rows=5,
             running=2,
             policies=self.snapshot(),
             steps=3,
             tokens=4,
+            gaps=TokenGaps((0, 3, *[0] * 9, 1, 0, 0), 1.253),
             preempted=3,
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
