@@ -326,8 +326,7 @@ class FakeEngine(FakeVersions):
                     self._read_under(score, len(values), spans),
                 )
             )
-        version = self._found(score.policy)
-        return Scored(score.id, version, score.temperature, tuple(sequences))
+        return Scored(score.id, self._found(score.policy), score.temperature, tuple(sequences))
 
     async def embed(self, embed: Embed) -> Embedded:
         self.embeds.append(embed)
@@ -341,8 +340,7 @@ class FakeEngine(FakeVersions):
         self.classified.append(classify)
         if self.fault is not None:
             raise self.fault
-        version = self._found(classify.policy)
-        asked, labels = classify.label_token_ids, self.labels
+        version, asked, labels = self._found(classify.policy), classify.label_token_ids, self.labels
         rows = []
         for ids, positions in zip(classify.sequences, classify.positions, strict=True):
             scores = [[logprob(token) for token in asked] or head_scores(ids[at], len(labels)) for at in positions]
