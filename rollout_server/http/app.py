@@ -167,7 +167,8 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
     for name, handle in handles.items():
         resident = "" if name == BASE else name
         store = open_state(config, resident)
-        publisher = Publisher(handle, store, config.keep_versions, () if resident else names)
+        observer = observer_of(handle, metrics, name, keep=config.page == "on" and not resident)
+        publisher = Publisher(handle, store, config.keep_versions, () if resident else names, observer)
         instance = store.instance if store and not resident else instance
         before = startup = Startup(config, handle, publisher, resident=resident, after=before)
         if door is not None:
@@ -177,7 +178,7 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
             engine=handle,
             publisher=publisher,
             metrics=metrics,
-            observer=observer_of(handle, metrics, name, keep=config.page == "on"),
+            observer=observer,
             instance=instance,
             startup=startup,
             created=created,
@@ -190,7 +191,7 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
 
 def observer_of(handle: EngineHandle, metrics: Metrics, model: str, *, keep: bool) -> Observer:
     """What notes the work of one model."""
-    return Observer(lambda: handle.status, metrics.rows, model, keep=keep)
+    return Observer(lambda: handle.status, metrics.rows, metrics.push, model, keep=keep)
 
 
 def document(config: ServerConfig) -> OpenAPIConfig:
