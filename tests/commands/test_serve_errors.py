@@ -39,7 +39,7 @@ def refused(*options: str) -> str:
 
 
 def refused_here(model: Path | None = None, **options: Any) -> str:
-    """What such a `serve` would say, without a process for it: that of a taken port shows how a sentence comes to be read."""
+    """What such a `serve` would say, without a process: the one of a taken port shows how a sentence is printed."""
     with pytest.raises(RolloutError) as refusal, server_here(model, **options):
         pass
     return refusal.value.message
