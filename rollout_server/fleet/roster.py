@@ -51,7 +51,11 @@ class Controller(Protocol):
 
     def heard(self, id: str, message: Event) -> None: ...
 
-    def fail(self, error: RolloutError) -> None: ...
+    def fail(self, error: RolloutError) -> None:
+        """A replica could not be had, which matters before any other is there."""
+
+    def give_up(self, error: RolloutError) -> None:
+        """None can be had any more, nor those kept that are there."""
 
 
 class Connection(Protocol):
@@ -153,6 +157,11 @@ class Roster:
         """No replica can be had."""
         log.error("No replica can be had: %s", error)
         self._controller.fail(error)
+
+    def give_up(self, error: RolloutError) -> None:
+        """Where replicas come from is gone, with those that are there."""
+        log.critical("%s", error)
+        self._controller.give_up(error)
 
     def kill(self) -> None:
         self._stopping.set()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from litestar import Litestar
+from litestar import Controller, Litestar
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
@@ -116,6 +116,11 @@ CONTROLLERS = (
 )
 
 
+def routes_of(config: ServerConfig) -> tuple[type[Controller], ...]:
+    """What is answered under `config`, beside the document of it."""
+    return (*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS
+
+
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
@@ -126,7 +131,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         return running(residents)
 
     return Application(
-        route_handlers=(*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS,
+        route_handlers=routes_of(config),
         state=State(
             {
                 STATE_KEY: residents.base,

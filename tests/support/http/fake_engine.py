@@ -31,7 +31,6 @@ from rollout_server.engine.messages.scoring import (
     ScoredSequence,
 )
 from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, TokenGaps
-from rollout_server.engine.sampling.grammars import Grammars
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (
@@ -286,6 +285,9 @@ class FakeEngine(FakeVersions):
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
         """As the real one does, with the same library."""
+        # Imported here: it brings transformers, which takes longer than all that a server without texts needs.
+        from rollout_server.engine.sampling.grammars import Grammars
+
         return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
 
     def new_id(self, kind: str) -> str:
