@@ -237,6 +237,7 @@ class Fleet:
                 self._state,
                 self._fault,
                 self._requests.waiting,
+                sum(len(work.missing) for work in self._ledger.waiting),
                 self._versions.snapshot(),
                 self._readings.paused,
                 self._roster.told(self._ledger, self._clock()),

@@ -17,7 +17,14 @@ from typing import Any, Protocol
 from rollout_server.engine.messages.control import Pause, Stop
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.rollouts import Event
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, ReplicaStatus
+from rollout_server.engine.messages.status import (
+    EngineStatus,
+    MemoryStatus,
+    PictureStatus,
+    PrefixStatus,
+    ReplicaStatus,
+    TokenGaps,
+)
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import BadFrame
@@ -286,6 +293,7 @@ class Roster:
                 gone,
                 steps=gone.steps + last.steps,
                 tokens=gone.tokens + last.tokens,
+                gaps=gone.gaps + last.gaps,
                 preemptions=gone.preemptions + last.preemptions,
                 memory=MemoryStatus(),
             )
@@ -296,6 +304,7 @@ def fleet_status(
     state: str,
     fault: str | None,
     waiting: int,
+    unplaced: int,
     policies: tuple[PolicyStatus, ...],
     paused: Pause | None,
     replicas: tuple[ReplicaStatus, ...],
@@ -303,7 +312,7 @@ def fleet_status(
     statuses: Sequence[EngineStatus],
 ) -> EngineStatus:
     """One status of many engines: sums of what replicas said last; counts are of those that run and of those that have
-    ended."""
+    ended. `unplaced` are the samples that no replica has room for."""
 
     def total(name: str) -> int:
         return sum(getattr(status, name) for status in statuses)
@@ -314,12 +323,14 @@ def fleet_status(
         state=state,
         fault=fault,
         waiting=waiting,
+        waiting_rows=unplaced + total("waiting_rows"),
         running=total("running"),
         preempted=total("preempted"),
         preemptions=total("preemptions"),
         policies=policies,
         steps=total("steps"),
         tokens=total("tokens"),
+        gaps=sum((status.gaps for status in statuses), TokenGaps()),
         slot_bytes=total("slot_bytes"),
         set_bytes=total("set_bytes"),
         sets=total("sets"),

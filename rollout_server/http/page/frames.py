@@ -54,24 +54,23 @@ class Frames:
         return {
             **await self.frame(fresh=True),
             "history": list(observer.samples),
-            "moves": [move._asdict() for move in observer.moves],
+            "moves": [move._asdict() for move in observer.moves_since(0)[1]],
             "fields": Sample._fields,
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events, a frame each, until the server is told to stop."""
-        stopping, told = self._service.stopping, await self.opening()
-        moves = len(told["moves"])
+        """Server-sent events, a frame each, until the server is told to stop; each has the moves since the last one."""
+        stopping, observer = self._service.stopping, self._service.observer
+        told = await self.opening()
+        moved, _ = observer.moves_since(0)
         while True:
             yield sse_event(told)
             try:
                 await asyncio.wait_for(stopping.wait(), FRAME_S)
             except TimeoutError:
-                known = self._service.observer.moves
-                told = {**await self.frame()}
-                if len(known) != moves or len(known) == known.maxlen:
-                    moves = len(known)
-                    told["moves"] = [move._asdict() for move in known]
+                frame = await self.frame()
+                moved, new = observer.moves_since(moved)
+                told = {**frame, "moves": [move._asdict() for move in new]}
             else:
                 return
 
@@ -147,7 +146,6 @@ class Frames:
             "rank": kept.rank,
             "modules": kept.modules,
             "delta_norm": push.delta_norm if push else None,
-            "effective_rank": push.effective_rank if push else None,
             "timings_ms": push.timings_ms if push else None,
             "totals": totals_entry(own),
         }

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from rollout_server.fleet.replica.engine import AGAIN
+from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.live_server import START_S, Server, live_server
 from trainer_client import RolloutClient
@@ -47,14 +48,15 @@ def test_a_file_of_hosts_with_an_error_ends_the_command_before_anything_is_start
     assert_refused(ended, "names 1 hosts, and --tensor-parallel asks for 2 ranks")
 
 
-@pytest.mark.parametrize(
-    ("family", "ranks", "sentence"),
-    [
-        ("gemma2", 2, "--tensor-parallel 2 cannot serve a gemma2 model: mlx-lm's class for it has no shard()"),
-        ("qwen3", 3, "this qwen3 model: its num_attention_heads is 4, which 3 ranks cannot share out evenly"),
-        ("qwen3", 4, "this qwen3 model: its num_key_value_heads is 2, which 4 ranks cannot share out evenly"),
-    ],
+UNCUT = (
+    ("gemma2", 2, "--tensor-parallel 2 cannot serve a gemma2 model: mlx-lm's class for it has no shard()"),
+    ("qwen3", 3, "this qwen3 model: its num_attention_heads is 4, which 3 ranks cannot share out evenly"),
+    ("qwen3", 4, "this qwen3 model: its num_key_value_heads is 2, which 4 ranks cannot share out evenly"),
 )
+"""Each costs the start of all its ranks; tests/engine/ranks/test_cut.py asks without any."""
+
+
+@pytest.mark.parametrize(("family", "ranks", "sentence"), some_long(UNCUT, UNCUT[0]))
 def test_a_model_that_cannot_be_cut_ends_the_command_by_name(
     family: str, ranks: int, sentence: str, tmp_path: Path
 ) -> None:

@@ -29,8 +29,7 @@ from rollout_server.engine.messages.scoring import (
     Scored,
     ScoredSequence,
 )
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus
-from rollout_server.engine.sampling.grammars import Grammars
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, TokenGaps
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (
@@ -237,10 +236,12 @@ class FakeEngine(FakeVersions):
             self.state,
             None if self.state == "ready" else "The engine ended: a test.",
             waiting=len(self.open),
+            waiting_rows=5,
             running=2,
             policies=self.snapshot(),
             steps=3,
             tokens=4,
+            gaps=TokenGaps((0, 3, *[0] * 9, 1, 0, 0), 1.253),
             preempted=3,
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
@@ -284,6 +285,9 @@ class FakeEngine(FakeVersions):
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
         """As the real one does, with the same library."""
+        # Imported here: it brings transformers, which takes longer than all that a server without texts needs.
+        from rollout_server.engine.sampling.grammars import Grammars
+
         return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
 
     def new_id(self, kind: str) -> str:
@@ -324,8 +328,7 @@ class FakeEngine(FakeVersions):
                     self._read_under(score, len(values), spans),
                 )
             )
-        version = self._found(score.policy)
-        return Scored(score.id, version, score.temperature, tuple(sequences))
+        return Scored(score.id, self._found(score.policy), score.temperature, tuple(sequences))
 
     async def embed(self, embed: Embed) -> Embedded:
         self.embeds.append(embed)
@@ -339,8 +342,7 @@ class FakeEngine(FakeVersions):
         self.classified.append(classify)
         if self.fault is not None:
             raise self.fault
-        version = self._found(classify.policy)
-        asked, labels = classify.label_token_ids, self.labels
+        version, asked, labels = self._found(classify.policy), classify.label_token_ids, self.labels
         rows = []
         for ids, positions in zip(classify.sequences, classify.positions, strict=True):
             scores = [[logprob(token) for token in asked] or head_scores(ids[at], len(labels)) for at in positions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from rollout_server.http.app import create_app
 from rollout_server.http.page.assets import assets
 from rollout_server.rollout import FinishReason, PolicyVersion
 from tests.support.http.fake_engine import FakeEngine, Row, logprob, sampling_logprob
+from tests.support.http.fixtures import PEFT_CONFIG, MakeApp
+from tests.support.live_server import until
 
 Client = TestClient[Any]
 MOST_BYTES = 150_000
@@ -89,6 +92,52 @@ def test_a_frame_says_what_is_served(client: Client, engine: FakeEngine, push: C
     assert kept["delta_norm"] == reply["report"]["delta_norm"]
     assert kept["timings_ms"] == reply["timings_ms"]
     assert kept["digest"] == reply["digest"] and kept["kind"] == "lora" and kept["totals"] is None
+
+
+def test_every_move_of_a_name_is_told_once(
+    client: Client, push: Callable[..., Any], adapter: Callable[..., bytes]
+) -> None:
+    """Pushes that follow each other at once are moves of their own; a stream tells later ones only as they come."""
+    for seed in range(3):
+        push("policy", weights=adapter(seed))
+    client.post("/v1/weights/policy/activate", json={"version": 2})
+    client.post("/v1/weights/policy/activate", json={"version": 2})
+    client.delete("/v1/weights/policy")
+    moves = frame(client)["moves"]
+    assert [(move["name"], move["number"]) for move in moves] == [("policy", number) for number in (1, 2, 3, 2, None)]
+    assert [move["time"] for move in moves] == sorted(move["time"] for move in moves)
+    observer = client.app.state["service"].observer
+    assert observer.moves_since(3) == (5, list(observer.moves)[3:]) and observer.moves_since(5) == (5, [])
+
+
+def test_every_door_tells_what_a_version_changes(
+    engine: FakeEngine, tokenizer: Any, made_app: MakeApp, adapter: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """A folder that the server starts with, one that a trainer names, and a state directory at the next start."""
+    for name, seed in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(adapter(seed))
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
+    state = tmp_path / "state"
+    config = ServerConfig(adapters=(("policy", tmp_path / "first"),), adapter_dir=tmp_path, state_dir=state)
+    with TestClient(made_app(config, engine)) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        body = {"lora_name": "policy", "lora_path": "second", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        said = frame(client)
+        kept = said["policies"][0]["versions"]
+        assert [set(each["timings_ms"]) for each in kept] == [{"validate", "stage", "activate", "persist"}] * 2
+        assert [move["number"] for move in said["moves"]] == [1, 2]
+        assert 'rollout_push_seconds_count{model="base",phase="validate"} 2.0' in client.get("/metrics").text
+    norms = [publish.bundle.delta_norm for publish in engine.published if not publish.provisional]
+    assert [each["delta_norm"] for each in kept] == norms and norms[0] != norms[1] > 0
+    with TestClient(made_app(ServerConfig(state_dir=state), FakeEngine(tokenizer))) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        said = frame(client)
+        again = said["policies"][0]["versions"]
+        assert [each["delta_norm"] for each in again] == norms
+        assert [each["timings_ms"] for each in again] == [None, None], "they were another start's"
+        assert [move["number"] for move in said["moves"]] == [2]
 
 
 def test_rows_are_told_by_version(client: Client, engine: FakeEngine) -> None:
