@@ -300,6 +300,8 @@ def random_adapter(
     adapter in the other format, but that PEFT has none on stacked experts.
     ‖scale · B · A · x‖ is about `strength` times ‖x‖ whatever the scale and rank.
     """
+    if kind not in ("peft", "mlx"):
+        raise ValueError(f"{kind!r} is no format of a file: it is 'peft' or 'mlx', and dora=True makes a DoRA adapter.")
     last = {path: path.rsplit(".", 1)[-1] for path in model_layers}
     chosen = {
         path: shape

@@ -75,7 +75,7 @@ def test_equal_prompts_of_one_moment_are_read_once(base: Driver, qwen: Path) -> 
 
 def test_versions_never_share(driver: Driver, qwen: Path) -> None:
     (prompt,) = prompts_of([40], 286)
-    one, two = driver.bundle(1), driver.bundle(2, kind="dora")
+    one, two = driver.bundle(1), driver.bundle(2, dora=True)
     driver.push("p", one)
     driver.push("q", two)
     for policy in ("base", "p", "q"):
@@ -88,7 +88,7 @@ def test_versions_never_share(driver: Driver, qwen: Path) -> None:
     merged = driver.generate([prompt], policy="p", seed=5)[0]
     assert merged.cached_tokens == 0
     alone = Driver.start(qwen, prefix_cache=False)
-    alone.push("p", alone.bundle(2, kind="dora"), mode="merged")
+    alone.push("p", alone.bundle(2, dora=True), mode="merged")
     assert_same(merged, alone.generate([prompt], policy="p", seed=5)[0], TINY.of_row(merged))
 
 

@@ -136,7 +136,7 @@ def test_rows_that_end_beside_others_leave_the_state_they_have(
 def test_versions_never_share(model_path: Paths) -> None:
     driver = Driver.start(model_path("mamba2"))
     (prompt,) = prompts_of([40], END)
-    one, two = driver.bundle(1), driver.bundle(2, kind="dora")
+    one, two = driver.bundle(1), driver.bundle(2, dora=True)
     driver.push("p", one)
     driver.push("q", two)
     for policy in ("base", "p", "q"):
@@ -147,7 +147,7 @@ def test_versions_never_share(model_path: Paths) -> None:
     merged = driver.generate([prompt], policy="p", seed=5)[0]
     assert merged.cached_tokens == 0
     alone = Driver.start(model_path("mamba2"), prefix_cache=False)
-    alone.push("p", alone.bundle(2, kind="dora"), mode="merged")
+    alone.push("p", alone.bundle(2, dora=True), mode="merged")
     (expected,) = alone.generate([prompt], policy="p", seed=5)
     assert_all_same([merged], [expected], tolerance(alone, [expected]))
 

@@ -55,9 +55,9 @@ def watch(driver: Driver) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["peft", "dora"])
-def test_rows_carry_what_the_base_thinks_of_them(driver: Driver, kind: str) -> None:
-    driver.push("p", driver.bundle(1, kind=kind))
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_carry_what_the_base_thinks_of_them(driver: Driver, dora: bool) -> None:
+    driver.push("p", driver.bundle(1, dora=dora))
     prompts = prompts_of([25, 1, 60], 286)
     rows = driver.generate(prompts, n=4, policy="p", max_tokens=20, wants=BASE_TOO)
     assert len(rows) == 12 and {row.finish_reason for row in rows} <= {FinishReason.STOP, FinishReason.LENGTH}
