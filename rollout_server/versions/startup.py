@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -245,11 +246,13 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         self._publisher.check_name(name)
+        began = time.perf_counter()
         try:
             prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
         except RolloutError as error:
             raise InvalidField(f"--adapter {name}={directory}: {error.message}", param="adapters") from error
-        publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
+        before = (("validate", began, time.perf_counter()),)
+        publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared, before=before)
         published = await self._publisher.publish(publish)
         log.info("%s is %s from %s", published.version, published.version.digest, directory)
 

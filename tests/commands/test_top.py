@@ -8,6 +8,7 @@ import sys
 import threading
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -32,6 +33,12 @@ def top(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["top", "--interval", "0.1", *arguments], env={"COLUMNS": "200"})
 
 
+def line_of(policy: str, said: dict[str, Any]) -> dict[str, Any]:
+    """Of a policy, beside those that other tests of this room push to the same server."""
+    (line,) = [line for line in said["policies"] if line["name"] == policy]
+    return line
+
+
 def test_a_state_as_json(server: Server) -> None:
     running = threading.Thread(
         target=httpx.post,
@@ -49,27 +56,28 @@ def test_a_state_as_json(server: Server) -> None:
         while said["running"] == 0 and running.is_alive():
             said = json.loads(top("--json", "--url", server.url).stdout)
         assert said["running"] == 4 and said["tokens_per_s"] > said["steps_per_s"] > 0
-        assert said["policies"][0]["rows_in_use"] == 4
+        assert line_of("p", said)["rows_in_use"] == 4
     finally:
         httpx.post(f"{server.url}/v1/abort", json={"ids": ["watched"]}, trust_env=False).raise_for_status()
         running.join()
     idle = json.loads(top("--json", "--url", server.url).stdout)
     assert (idle["running"], idle["waiting"], idle["tokens_per_s"], idle["state"]) == (0, 0, 0.0, "ready")
     assert idle["tokens"] == httpx.get(f"{server.url}/health", trust_env=False).json()["tokens"]
-    (policy,) = idle["policies"]
-    assert (policy["name"], policy["live"], policy["versions"]) == ("p", 2, [1, 2]) and policy["bytes"] > 0
+    policy = line_of("p", idle)
+    assert (policy["live"], policy["versions"]) == (2, [1, 2]) and policy["bytes"] > 0
 
 
 def test_once_and_a_line_for_each_look(server: Server) -> None:
     shown = top("--once", "--url", server.url).stdout.splitlines()
     assert shown[0] == f"{server.url}: ready" and shown[1].startswith("0 tok/s, ")
-    assert shown[-1].split()[:4] == ["p", "2", "1,", "2"]
+    assert ["p", "2", "1,", "2"] in [line.split()[:4] for line in shown]
     command = [sys.executable, "-m", "rollout_server", "top", "--interval", "0.1", "--url", server.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
         lines = [watching.stdout.readline() for _ in range(3)]
         watching.terminate()
-    assert all(" tok/s, 0 running, 0 waiting, KV " in line and line.endswith(" live: p@2\n") for line in lines), lines
+    assert all(" tok/s, 0 running, 0 waiting, KV " in line for line in lines), lines
+    assert all("p@2" in line.rstrip().partition(" live: ")[2].split(", ") for line in lines), lines
 
 
 def test_no_server_is_one_sentence() -> None:

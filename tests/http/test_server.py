@@ -275,10 +275,11 @@ def test_a_server_that_died_refuses_its_clients(
     """Nobody would take them from the backlog of a socket that stays open."""
     dies = threading.Event()
 
-    async def tick(server: StoppableServer, _: int) -> bool:
-        if dies.is_set():
-            raise RuntimeError("it dies")
-        return server.should_exit
+    class Mortal(StoppableServer):
+        async def on_tick(self, counter: int) -> bool:
+            if dies.is_set():
+                raise RuntimeError("it dies")
+            return await super().on_tick(counter)
 
     def refused() -> bool:
         try:
@@ -289,7 +290,8 @@ def test_a_server_that_died_refuses_its_clients(
             pass
         return False
 
-    monkeypatch.setattr(StoppableServer, "on_tick", tick)
+    # Only what starts now: servers of other tests go on in this process, and each of them would die.
+    monkeypatch.setattr("rollout_server.http.server.StoppableServer", Mortal)
     make = partial(made_app, engine=engine)
     with pytest.raises(RuntimeError, match="it dies"), served(ServerConfig(port=0), make) as url:
         assert not refused()

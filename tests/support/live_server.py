@@ -98,7 +98,7 @@ def live_server(
     threading.Thread(target=read, daemon=True).start()
     try:
         found.wait(START_S)
-        ready = re.search(r"ready at (http://\S+)", "".join(log))
+        ready = re.search(r'ready at (http://[^\s"]+)', "".join(log))
         if ready is None:
             raise RuntimeError("the server did not start:\n" + "".join(log))
         yield LiveServer(ready[1], process, log)

@@ -1,1 +1,1 @@
-"""What the live page costs: how soon it is there, and what rows lose while somebody looks."""
+"""What being looked at costs: the live page, the metrics and the log."""

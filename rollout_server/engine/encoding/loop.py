@@ -295,6 +295,7 @@ class EncoderEngine:
             state=state,
             fault=fault,
             waiting=len(self._jobs.jobs),
+            waiting_rows=sum(job.unread for job in self._jobs.jobs),
             policies=policies.snapshot(),
             steps=self._steps,
             slot_bytes=policies.slot_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,7 +68,7 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     chosen = choose_store(module, vocabulary, options, compiles=_compiles(options, read, ranks, on_cpu=on_cpu))
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
-    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype)
+    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
@@ -124,16 +124,19 @@ def _compiles(options: EngineOptions, read: ReadModel, ranks: Ranks | None, *, o
 
 
 def _check_device(
-    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype
+    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype, ranks: Ranks | None
 ) -> dict[Place, str]:
-    """Kinds of layers on which this device computes adapters wrongly, which the log then says. Raises
-    `EngineUnavailable` where it samples wrongly, since nothing could be served."""
+    """Kinds of layers on which this device, or that of any rank, computes adapters wrongly, which the log then says.
+    Raises `EngineUnavailable` where it samples wrongly, since nothing could be served."""
     if (fault := check_sampler(vocabulary, dtype, SAMPLED_ROWS)) is not None:
         raise EngineUnavailable(
             f"This device does not compute what the sampler asks of it: {fault}. Nothing can be served here; "
             "`rollout-server doctor` says more about the device."
         )
     unfit = check_adapters(module, layers, dtype)
+    if ranks is not None:
+        # A version that one of them refused would be nowhere, and the others would have it.
+        unfit = ranks.union(unfit, get_args(Place))
     for place, why in unfit.items():
         log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
     if mx.cuda.is_available() and any(place_of(shape) == "experts" for shape in layers.values()):

@@ -206,7 +206,7 @@ def test_a_switched_row_is_drawn_again_on_the_kv_it_had(driver: Driver) -> None:
     (prompt,) = prompts_of([12], 286)
     id = driver.submit([prompt], n=2, policy="p", on_update="switch", max_tokens=60, ignore_eos=True, seed=9)
     driver.turn(20)
-    driver.push("p", driver.bundle(2, kind="dora"))
+    driver.push("p", driver.bundle(2, dora=True))
     driver.turn(15)
     driver.push("p", driver.bundle(3))
     driver.finish(id)
