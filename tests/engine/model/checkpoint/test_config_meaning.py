@@ -75,7 +75,7 @@ def test_bases_by_kind_of_layer_reach_their_layers(tmp_path: Path) -> None:
         "full_attention": {"rope_type": "default", "rope_theta": THETA},
         "sliding_attention": {"rope_type": "default", "rope_theta": 777.0},
     }
-    types = ["sliding_attention", "full_attention"] * 2
+    types = ["sliding_attention", "full_attention"]
     written = tiny_models.build("gemma3_text", tmp_path / "nested", rope_theta=THETA, rope_local_base_freq=777.0)
     config = json.loads((written / "config.json").read_text())
     del config["sliding_window_pattern"]
