@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from rollout_server.engine.batch.batches import Batches
@@ -75,7 +76,8 @@ class StatusBoard:
         """The rows of this moment, in answer to the command `id`."""
         preempted = set(self._batches.preempted)
         rows = [row for row in self._batches.rows if row.running]
-        return RowsSeen(id, tuple(_seen(row, row in preempted) for row in rows[:ROWS_TOLD]), len(rows))
+        told = tuple(_seen(row, row in preempted) for row in rows[:ROWS_TOLD])
+        return RowsSeen(id, told, len(rows), tuple(Counter(row.version for row in rows).items()))
 
 
 def _seen(row: Row, preempted: bool) -> RowSeen:

@@ -28,6 +28,10 @@ from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import Compile, Described
 from rollout_server.grammar import Constraint, Grammar
 
+AGAIN = 75
+"""Exit status of a replica whose engine failed: what starts it again (systemd, launchd) does so, and not after 1, with
+which a replica ends that cannot be started like this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:

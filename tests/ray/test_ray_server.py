@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from rollout_server.fleet.replica.engine import AGAIN
+from rollout_server.fleet.wire import AGAIN
 from tests.support import tiny_models
 from tests.support.fleet.ray_nodes import PLACE_S, RayNodes, actor_processes, kill_one
 from tests.support.live_server import live_server, server_here, until

@@ -18,9 +18,8 @@ from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.ray.actor import ReplicaActor
 from rollout_server.fleet.ray.cluster import HEAD_S, Cluster, Need, connect
 from rollout_server.fleet.ray.connection import ActorConnection, StoredVersions
-from rollout_server.fleet.replica.engine import AGAIN
 from rollout_server.fleet.roster import Roster
-from rollout_server.fleet.wire import Hello
+from rollout_server.fleet.wire import AGAIN, Hello
 
 log = logging.getLogger("rollout_server.fleet")
 

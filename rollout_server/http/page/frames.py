@@ -86,6 +86,7 @@ class Frames:
             "paused": status.paused,
             "now": observer.sample(),
             "base": self._base(),
+            "others": service.residents,
             "rows": rows_entry(await self._rows()),
             "replicas": [replica_entry(replica) for replica in status.replicas],
             "min_replicas": status.fewest,
@@ -168,10 +169,11 @@ def totals_entry(totals: VersionTotals | None) -> dict[str, Any] | None:
 
 
 def rows_entry(seen: RowsSeen | None) -> dict[str, Any]:
-    """Rows as `[version, tokens, most, preempted, request]`, where the first and the last are places in lists."""
+    """Rows as `[version, tokens, most, preempted, request]`, where the first and the last are places in lists. `counts`
+    are of all rows by version, `count` of all, those included that are not among `rows`."""
     if seen is None:
-        return {"count": 0, "versions": [], "requests": [], "rows": []}
-    versions = list(dict.fromkeys((row.version.name, row.version.number) for row in seen.rows))
+        return {"count": 0, "versions": [], "counts": [], "requests": [], "rows": []}
+    versions = [(version.name, version.number) for version, _ in seen.by_version]
     requests = list(dict.fromkeys(row.id for row in seen.rows))
     at = {version: place for place, version in enumerate(versions)}
     of = {id: place for place, id in enumerate(requests)}
@@ -179,7 +181,8 @@ def rows_entry(seen: RowsSeen | None) -> dict[str, Any]:
         (at[row.version.name, row.version.number], row.tokens, row.most, int(row.preempted), of[row.id])
         for row in seen.rows
     ]
-    return {"count": seen.count, "versions": versions, "requests": requests, "rows": rows}
+    counts = [count for _, count in seen.by_version]
+    return {"count": seen.count, "versions": versions, "counts": counts, "requests": requests, "rows": rows}
 
 
 def spans_entry(rollout: Rollout) -> Sequence[tuple[str, int, int, int]]:

@@ -172,7 +172,7 @@ EXAMPLES: tuple[Any, ...] = (
     control.Released("m", 100, 50),
     control.PrefixCacheReset("k", 64),
     control.Pong("i"),
-    control.RowsSeen("z", (control.RowSeen("r", 0, 1, VERSION, 5, 16, False),), 2),
+    control.RowsSeen("z", (control.RowSeen("r", 0, 1, VERSION, 5, 16, False),), 2, ((VERSION, 2),)),
     control.Leaving("l", "local-1"),
     status.EngineStatus("ready", policies=(versions.PolicyStatus("trained", VERSION, (STATUS,), 9, ("sha256:00",)),)),
     options.EngineOptions("/models/tiny", "tiny", kv_memory=2**33, keep_versions=None, tell_admissions=True),

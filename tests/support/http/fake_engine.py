@@ -7,6 +7,7 @@ Real messages, real policy versions, no thread and no arrays.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +159,7 @@ def _token(group: RolloutRequest, sample: int, version: PolicyVersion, id: int) 
 
 def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Row) -> Rollout:
     ids = tuple(row.token_ids)
-    wants, prefix = group.wants, group.prefix
-    at = len(prefix)
+    wants, prefix, at = group.wants, group.prefix, len(group.prefix)
     greedy = group.sampling.temperature == 0
     return Rollout(
         prompt_index=group.prompt_index,
@@ -195,8 +195,7 @@ class FakeEngine(FakeVersions):
         """Raised by every request, submitted or scored."""
         self.refusal: RolloutError | None = None
         """Raised by submit itself."""
-        self.state = "ready"
-        self.answers = True
+        self.state, self.answers = "ready", True
         self.closing: RolloutError | None = None
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
@@ -284,8 +283,7 @@ class FakeEngine(FakeVersions):
         return self._tokenizer
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
-        """As the real one does, with the same library."""
-        # Imported here: it brings transformers, which takes longer than all that a server without texts needs.
+        """As the real one does, with the same library, which is imported late: it brings transformers."""
         from rollout_server.engine.sampling.grammars import Grammars
 
         return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
@@ -370,7 +368,8 @@ class FakeEngine(FakeVersions):
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
 
     async def rows(self) -> RowsSeen:
-        return RowsSeen("rows", tuple(self.seen), len(self.seen))
+        counts = tuple(Counter(row.version for row in self.seen).items())
+        return RowsSeen("rows", tuple(self.seen[:3]), len(self.seen), counts)
 
     async def reset_prefix_cache(self) -> PrefixCacheReset:
         if self.fault is not None:
@@ -381,8 +380,7 @@ class FakeEngine(FakeVersions):
         return Released(self.new_id("release"), 3072, 1024)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
-        found = tuple(id for id in dict.fromkeys(ids) if id in self.open)
-        for id in found:
+        for id in (found := tuple(id for id in dict.fromkeys(ids) if id in self.open)):
             self.open[id].abort(reason)
         return found
 

@@ -20,7 +20,11 @@ export class Versions {
     const versions = frame.policies.flatMap((policy) => policy.versions.map((version) => ({ ...version, name: policy.name, changes: frame.keys.changes })));
     versions.sort((one, other) => other.created - one.created);
     const base = frame.base && { name: "base", version: 0, base: frame.base };
-    say(byId("versions-count"), versions.length ? String(versions.length) : "only the base");
+    const unseen = frame.policies.reduce((sum, policy) => sum + policy.more, 0);
+    say(byId("versions-count"), versions.length ? String(versions.length + unseen) : "only the base");
+    const more = [unseen && `${unseen} older versions of these policies`, frame.more_policies && `${frame.more_policies} more policies`].filter(Boolean);
+    byId("versions-more").hidden = !more.length;
+    say(byId("versions-more"), `and ${more.join(", and ")}`);
     follow(byId("versions"), base ? [...versions, base] : versions, (version) => address(version.name, version.version) + version.digest, (version) => this.card(version));
     this.timeline(frame, versions);
   }

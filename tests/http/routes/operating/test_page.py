@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
+from rollout_server.demo.run import model_directory
 from rollout_server.engine.messages.control import RowSeen
-from rollout_server.http.app import create_app
+from rollout_server.http.app import create_app, residents_for
 from rollout_server.http.page.assets import assets
+from rollout_server.http.page.frames import Frames
 from rollout_server.rollout import FinishReason, PolicyVersion
+from tests.http.observing.test_version_totals import rollout
 from tests.support.http.fake_engine import FakeEngine, Row, logprob, sampling_logprob
 from tests.support.http.fixtures import PEFT_CONFIG, MakeApp
 from tests.support.live_server import until
@@ -146,10 +151,13 @@ def test_rows_are_told_by_version(client: Client, engine: FakeEngine) -> None:
         RowSeen("one", 0, 0, old, 5, 10, preempted=False),
         RowSeen("one", 0, 1, new, 6, 10, preempted=False),
         RowSeen("two", 0, 0, new, 1, 20, preempted=True),
+        RowSeen("two", 0, 1, new, 1, 20, preempted=False),
+        RowSeen("two", 0, 2, new, 1, 20, preempted=False),
     ]
     assert frame(client)["rows"] == {
-        "count": 3,
+        "count": 5,
         "versions": [["policy", 1], ["policy", 2]],
+        "counts": [1, 4],
         "requests": ["one", "two"],
         "rows": [[0, 5, 10, 0, 0], [1, 6, 10, 0, 0], [1, 1, 20, 1, 1]],
     }
@@ -236,3 +244,14 @@ def test_head_of_an_endless_stream_ends(client: Client) -> None:
 def test_the_page_is_no_part_of_the_api_s_document(client: Client) -> None:
     paths = client.get("/schema/openapi.json").json()["paths"]
     assert "/v1/rollouts" in paths and not [path for path in paths if path == "/" or path.startswith("/page")]
+
+
+def test_models_beside_the_page_s_are_named_and_keep_nothing_for_it(client: Client) -> None:
+    service = replace(client.app.state["service"], residents=("judge", "draft"))
+    assert frame(client)["others"] == []
+    assert asyncio.run(Frames(service).opening())["others"] == ("judge", "draft")
+    path = str(model_directory())
+    residents = residents_for(ServerConfig(model=path, also=(("judge", path),)), None)
+    for model in residents.every:
+        model.observer.finished("a", rollout((1, 0, 3)))
+    assert [len(list(model.observer.rollouts)) for model in residents.every] == [1, 0]
