@@ -20,7 +20,7 @@ SCENES: dict[str, tuple[str, ...]] = {
         "test_a_machine_that_drops_off_loses_nobody_a_row",
     ),
     "three replicas end in turn under one row": ("test_work_that_ends_replicas_is_given_up",),
-    "a version does not fit on one replica": ("test_what_one_replica_has_no_room_for_is_refused_everywhere",),
+    "a version does not fit on one replica": ("test_what_a_replica_has_no_room_for_is_refused_everywhere",),
     "a version of 4 GiB or more": ("test_a_version_that_fits_in_no_frame_is_refused_and_leaves_nothing",),
     "a replica is slow to stage or to move an alias": (
         "test_whoever_is_slow_to_stage_is_fenced_and_the_push_goes_on",
