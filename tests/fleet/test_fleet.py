@@ -79,6 +79,20 @@ async def rows(handle: EngineHandle, asked: list[RolloutRequest], **more: Any) -
     return sorted(found, key=lambda row: (row.prompt_index, row.sample_index))
 
 
+async def streamed(handle: EngineHandle, asked: list[RolloutRequest]) -> list[Rollout]:
+    """Rows whose tokens came as a stream: each token once, in its order, whatever became of replicas meanwhile."""
+    id = handle.new_id("stream")
+    told: dict[tuple[int, int], list[int]] = {}
+    finished: dict[tuple[int, int], Rollout] = {}
+    async for event in handle.submit(id, [replace(group, id=id) for group in asked]):
+        if isinstance(event, TokensSampled):
+            told.setdefault((event.prompt_index, event.sample_index), []).extend(event.token_ids)
+        elif isinstance(event, RowFinished):
+            finished[event.rollout.prompt_index, event.rollout.sample_index] = event.rollout
+    assert {key: tuple(ids) for key, ids in told.items()} == {key: row.token_ids for key, row in finished.items()}
+    return [finished[key] for key in sorted(finished)]
+
+
 def drawn(found: list[Rollout]) -> list[tuple[int, int, tuple[int, ...], int]]:
     return [(row.prompt_index, row.sample_index, row.token_ids, row.seed) for row in found]
 
@@ -95,16 +109,7 @@ def test_rows_are_those_of_one_engine(started: SideBySide) -> None:
 
 def test_every_token_is_streamed_once_in_its_order(started: SideBySide) -> None:
     async def stream() -> None:
-        asked = groups("stream", wants=Wants(tokens_as_they_come=True))
-        told: dict[tuple[int, int], list[int]] = {}
-        finished: dict[tuple[int, int], Rollout] = {}
-        async for event in started.fleet.submit("stream", asked):
-            if isinstance(event, TokensSampled):
-                told.setdefault((event.prompt_index, event.sample_index), []).extend(event.token_ids)
-            else:
-                finished[event.rollout.prompt_index, event.rollout.sample_index] = event.rollout
-        assert {key: tuple(ids) for key, ids in told.items()} == {k: row.token_ids for k, row in finished.items()}
-        assert len(told) == 12
+        assert len(await streamed(started.fleet, groups("x", wants=Wants(tokens_as_they_come=True)))) == 12
 
     started.run(stream())
 
@@ -269,15 +274,15 @@ def test_rows_of_a_killed_a_stopped_and_a_drained_replica_come_back_token_for_to
         await handle.wait_ready()
         await push(handle, bundles(handle, 1)[0])
         asked = groups("x", "trained", n=4, max_tokens=150, wants=Wants(tokens_as_they_come=True))
-        expected = drawn(await rows(handle, asked))
+        expected = drawn(await streamed(handle, asked))
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            again = asyncio.create_task(rows(handle, asked))
+            again = asyncio.create_task(streamed(handle, asked))
             await until(lambda: all(replica.running for replica in handle.status.replicas))
             os.kill(handle.status.replicas[0].pid or 0, number)
             assert drawn(await again) == expected
             await until(alive(handle, 2))
             assert [replica.versions_staged for replica in handle.status.replicas] == [1, 1]
-        again = asyncio.create_task(rows(handle, asked))
+        again = asyncio.create_task(streamed(handle, asked))
         await until(lambda: all(replica.running for replica in handle.status.replicas))
         await handle.leave(handle.status.replicas[0].id, at_once=False)
         assert drawn(await again) == expected

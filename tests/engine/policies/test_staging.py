@@ -56,8 +56,8 @@ def watched(driver: Driver, policy: str, **options: Any) -> str:
 @pytest.mark.parametrize("dora", some_long([False, True], True))
 def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwen: Path, dora: bool) -> None:
     driver.push("p", driver.bundle(1))
-    alone = driver.generate(PROMPTS, policy="p", seed=3, max_tokens=120, ignore_eos=True)
-    running = watched(driver, "p", max_tokens=120)
+    alone = driver.generate(PROMPTS, policy="p", seed=3, max_tokens=70, ignore_eos=True)
+    running = watched(driver, "p", max_tokens=70)
     driver.turn(4)
     second = driver.bundle(2, rank=8, dora=dora)
     push = driver.publish("p", second, prepared=prepare(second, "float32"))
@@ -83,7 +83,7 @@ def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwe
 @pytest.mark.usefixtures("slow")
 def test_gains_are_of_the_base_while_rows_run_on_another_parameter_set(driver: Driver, qwen: Path) -> None:
     driver.push("merged", driver.bundle(1, rank=8), mode="merged")
-    running = watched(driver, "merged", max_tokens=120)
+    running = watched(driver, "merged", max_tokens=70)
     driver.turn(4)
     second = driver.bundle(2, dora=True)
     counts = turns_until_answered(driver, driver.publish("p", second), running)
@@ -100,7 +100,7 @@ def test_gains_are_of_the_base_while_rows_run_on_another_parameter_set(driver: D
 @pytest.mark.usefixtures("slow")
 def test_who_asks_for_a_name_that_is_under_way_waits_for_it(driver: Driver) -> None:
     driver.push("other", driver.bundle(9))
-    running = watched(driver, "other", max_tokens=120)
+    running = watched(driver, "other", max_tokens=70)
     driver.turn(4)
     push = driver.publish("p", driver.bundle(1, dora=True))
     first, exact, unknown = (driver.submit(PROMPTS[:1], policy=name, max_tokens=4) for name in ("p", "p@1", "nobody"))

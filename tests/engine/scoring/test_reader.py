@@ -135,13 +135,13 @@ def test_chunks_bound_the_logits(base: Driver, qwen: Path, monkeypatch: pytest.M
 
 
 def test_a_long_score_and_running_rows_take_turns(base: Driver, qwen: Path) -> None:
-    (prompt, long) = prompts_of([20, 1500], 286)
-    expected = base.generate([prompt], n=4, seed=3, max_tokens=30, ignore_eos=True)
+    (prompt, long) = prompts_of([20, 800], 286)
+    expected = base.generate([prompt], n=4, seed=3, max_tokens=16, ignore_eos=True)
     (alone,) = base.score([long])
     driver = Driver.start(qwen, base.model, max_batch=64, prefill_tokens=48)
     tokens: list[int] = []
     watch(driver, [], tokens)
-    rows = driver.submit([prompt], n=4, seed=3, max_tokens=30, ignore_eos=True)
+    rows = driver.submit([prompt], n=4, seed=3, max_tokens=16, ignore_eos=True)
     driver.until(lambda: driver.status.running == 4)
     driver.turn(2)
     id = driver.ask_score([long])
@@ -160,7 +160,7 @@ def test_a_long_score_and_running_rows_take_turns(base: Driver, qwen: Path) -> N
 
 def test_a_short_score_passes_a_long_one(base: Driver, qwen: Path) -> None:
     driver = Driver.start(qwen, base.model, prefill_tokens=64)
-    long, short = prompts_of([1500, 60], 286)
+    long, short = prompts_of([700, 60], 286)
     first = driver.ask_score([long] * 3)
     driver.turn(2)
     second = driver.ask_score([short])

@@ -195,8 +195,7 @@ class FakeEngine(FakeVersions):
         """Raised by every request, submitted or scored."""
         self.refusal: RolloutError | None = None
         """Raised by submit itself."""
-        self.state = "ready"
-        self.answers = True
+        self.state, self.answers = "ready", True
         self.closing: RolloutError | None = None
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
@@ -284,8 +283,7 @@ class FakeEngine(FakeVersions):
         return self._tokenizer
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
-        """As the real one does, with the same library."""
-        # Imported here: it brings transformers, which takes longer than all that a server without texts needs.
+        """As the real one does, with the same library, which is imported late: it brings transformers."""
         from rollout_server.engine.sampling.grammars import Grammars
 
         return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
