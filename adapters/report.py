@@ -61,6 +61,13 @@ def completed(first: BundleReport, bundle: AdapterBundle, changes: Mapping[str, 
     return _report(bundle, first.ranks, _norms(bundle) | dict(changes))
 
 
+def delta_norm(bundle: AdapterBundle, changes: Mapping[str, float]) -> float | None:
+    """The report's ‖ΔW‖ and nothing else of it: the Frobenius norm of all deltas together, of those in `changes` the
+    one that staging found; None where none is known."""
+    norms = _norms(bundle) | dict(changes)
+    return math.sqrt(sum(norm**2 for norm in norms.values())) if norms else None
+
+
 def _norms(bundle: AdapterBundle) -> dict[str, float]:
     """Norms of what the file adds; one that only underflowed is not the 0 of a module that adds nothing."""
     return {path: 0.0 if known.zero else max(known.norm, TINY) for path, known in bundle.measures.items()}

@@ -57,13 +57,14 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
     """Kind of layer (`place_of`) → what this device computes wrongly there; empty where all is well.
 
     Tries one layer of each kind, shape and storage of a bare `model`; `layers` is what `adaptable_layers` finds in it,
-    or `own_layers` in a part, `dtype` that of its activations."""
+    or `own_layers` in a part, `dtype` that of its activations. All are tried, whatever is found: ranks sum what
+    the part of each gives, so that none of them may leave out what another one waits for."""
     faults: dict[Place, str] = {}
     tried: set[tuple[Any, ...]] = set()
     for path, shape in layers.items():
         place, layer = place_of(shape), _layer_at(model, layers, path)
         kind = (place, *shape, *experts_of(shape), type(layer), layer.get("bits"), layer.get("mode"), "bias" in layer)
-        if kind in tried or place in faults:
+        if kind in tried:
             continue
         tried.add(kind)
         try:
@@ -71,7 +72,7 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
         except (RuntimeError, ValueError) as error:
             fault = f"it ends in {type(error).__name__}: {error}"
         if fault is not None:
-            faults[place] = f"in {path} ({shape[0]} × {shape[1]}, {_name(dtype)}): {fault}"
+            faults.setdefault(place, f"in {path} ({shape[0]} × {shape[1]}, {_name(dtype)}): {fault}")
     return faults
 
 
@@ -167,7 +168,7 @@ def _check(
     tried: tuple[tuple[tuple[int, ...], int], ...] = TRIED_ROUTES,
 ) -> str | None:
     """A linear layer, an embedding or the head that shares its weight, which gives base(x) without an adapter. `tried`
-    are slots of the rows, and how many tokens each has."""
+    are slots of the rows, and how many tokens each has. Says what was wrong first."""
     place, random = place_of(shape), np.random.default_rng(shape[0])
     table = place in ("embedding", "tied_embedding")
     base: Callable[[mx.array], mx.array] = layer.as_linear if place == "tied_head" else layer
@@ -177,6 +178,7 @@ def _check(
     ranks = layer.group.size() if isinstance(layer, CUT_INPUTS) else 1
     given: tuple[mx.array, Array] | None = None
     versions: _Versions | None = None
+    said: str | None = None
     for route, length in tried:
         rows = len(route), length
         if given is None or given[0].shape[:2] != rows:
@@ -193,8 +195,8 @@ def _check(
             inner = versions.a[slot].T[np.array(x[row])] if table else ranks * _plain(x[row]) @ versions.a[slot].T
             expected = versions.gain[slot][some] * (plain[row] + inner @ versions.b[slot][:, some]) + bias
             if (fault := _difference(found[row], expected, dtype)) is not None:
-                return f"{_spoken(route, length)} {fault}"
-    return None
+                said = said or f"{_spoken(route, length)} {fault}"
+    return said
 
 
 def compared_outputs(count: int) -> NDArray[np.int64]:
@@ -231,6 +233,7 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
     versions = _Versions.make(shape, dtype, size * shape[1] ** 0.5)
     adapted, random = AdaptedExperts(block), np.random.default_rng(shape[0])
     adapted.attach(versions.stack, layer)
+    said: str | None = None
     for length in (2, SORTED_FROM // 4):
         x = mx.array(random.standard_normal((len(ROUTES[0]), length, block[names[0]].input_dims))).astype(dtype)
         choices = np.array(some)[random.integers(0, len(some), (len(ROUTES[0]), length, 2))]
@@ -242,8 +245,8 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
                 low = versions.a[slot][expert], versions.b[slot][expert]
                 expected = _one_token(block, one_of[expert], layer, low, _plain(x[row, token]))
                 if (fault := _difference(found[row, token, choice], expected, dtype)) is not None:
-                    return f"{_spoken(route, length)} {fault}"
-    return None
+                    said = said or f"{_spoken(route, length)} {fault}"
+    return said
 
 
 def _some_of(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

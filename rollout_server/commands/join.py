@@ -14,8 +14,8 @@ import typer
 from rollout_server.config import RankSettings, ServerConfig
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.joining.dial import Controller
-from rollout_server.fleet.replica.engine import AGAIN
 from rollout_server.fleet.replica.joiner import Joiner, own_id
+from rollout_server.fleet.wire import AGAIN
 from rollout_server.machine.blas import one_thread_for_numpy
 from rollout_server.versions.startup import engine_options
 

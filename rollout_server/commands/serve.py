@@ -160,7 +160,7 @@ def launched_elsewhere(config: ServerConfig) -> bool:
         return False
     if rank is None and config.hostfile is not None:
         from rollout_server.fleet.ranks.hosts import launch, launching, read_hosts
-        from rollout_server.fleet.replica.engine import AGAIN
+        from rollout_server.fleet.wire import AGAIN
 
         hosts = read_hosts(config.hostfile, ranks.size, ranks.backend)
         command = launching(config.hostfile, ranks.backend, forwarded(), sys.argv[1:])

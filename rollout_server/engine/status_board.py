@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from rollout_server.engine.batch.batches import Batches
@@ -53,12 +54,14 @@ class StatusBoard:
                 state=state,
                 fault=fault,
                 waiting=self._requests.waiting_requests,
+                waiting_rows=self._requests.waiting_rows,
                 running=batches.size,
                 preempted=len(batches.preempted),
                 preemptions=self._preemption.count,
                 policies=policies.snapshot(),
                 steps=batches.steps,
                 tokens=self._reports.tokens,
+                gaps=self._reports.gaps.gaps,
                 slot_bytes=policies.slot_bytes,
                 set_bytes=policies.set_bytes,
                 sets=len(policies.sets),
@@ -73,7 +76,8 @@ class StatusBoard:
         """The rows of this moment, in answer to the command `id`."""
         preempted = set(self._batches.preempted)
         rows = [row for row in self._batches.rows if row.running]
-        return RowsSeen(id, tuple(_seen(row, row in preempted) for row in rows[:ROWS_TOLD]), len(rows))
+        told = tuple(_seen(row, row in preempted) for row in rows[:ROWS_TOLD])
+        return RowsSeen(id, told, len(rows), tuple(Counter(row.version for row in rows).items()))
 
 
 def _seen(row: Row, preempted: bool) -> RowSeen:

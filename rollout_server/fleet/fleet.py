@@ -222,6 +222,10 @@ class Fleet:
         if self._state == "starting":
             self._end(error.message)
 
+    def give_up(self, error: RolloutError) -> None:
+        """The fleet ends, whatever it does, and whoever waits is told why."""
+        self._end(error.message)
+
     def _end(self, fault: str) -> None:
         self._state, self._fault = "dead", fault
         self._roster.kill()
@@ -233,6 +237,7 @@ class Fleet:
                 self._state,
                 self._fault,
                 self._requests.waiting,
+                sum(len(work.missing) for work in self._ledger.waiting),
                 self._versions.snapshot(),
                 self._readings.paused,
                 self._roster.told(self._ledger, self._clock()),

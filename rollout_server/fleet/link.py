@@ -8,12 +8,10 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
+from rollout_server.fleet.codec.frames import LENGTHS, PIECE, BadFrame, Codec, Frame, pieces, room
 
 BUFFER = 1 << 20
 """Bytes that are read ahead; frames may be longer."""
-PIECE = 1 << 18
-"""Bytes that are written at once."""
 FLUSH_S = 1.0
 """Seconds that the last words to the other end may take."""
 
@@ -45,12 +43,12 @@ class Link:
         """Messages arrive in their order, or the link closes; what is sent to a closed one is forgotten."""
         if self._writer.is_closing():
             return
-        frame = self._codec.encode(message)
-        if self._pump is None and len(frame) <= PIECE:
-            self._writer.write(frame)
+        parts = self._codec.parts(message)
+        if self._pump is None and sum(map(len, parts)) <= PIECE:
+            self._writer.write(b"".join(parts))
             return
-        # A frame that goes to many replicas is in memory once: each link writes a piece when the last one has left.
-        self._waiting.extend(memoryview(frame)[at : at + PIECE] for at in range(0, len(frame), PIECE))
+        # A version that goes to many replicas is in memory once: each link writes a piece when the last one has left.
+        self._waiting.extend(pieces(parts))
         if self._pump is None:
             self._pump = asyncio.get_running_loop().create_task(self._write())
 
@@ -59,24 +57,40 @@ class Link:
             while self._waiting and not self._writer.is_closing():
                 self._writer.write(self._waiting.popleft())
                 await self._writer.drain()
+                # Where the system takes whatever it is given, that has not waited: everybody else has a turn.
+                await asyncio.sleep(0)
         self._waiting.clear()
         self._pump = None
 
     async def receive(self) -> Any:
         """The next message; None once the link is closed. Raises `BadFrame`."""
         try:
-            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            return self._codec.decode(await self._reader.readexactly(length))
+            return self._codec.decode(*await self._frame(None))
         except (asyncio.IncompleteReadError, OSError):
             return None
 
     async def greeting(self, longest: int, codec: Codec) -> Any:
         """The first message of somebody who is not known yet, as `codec` reads it. Raises `BadFrame`, also where it is
         longer than `longest` bytes, and `IncompleteReadError`."""
-        (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-        if length > longest:
-            raise BadFrame(f"A frame of {length} bytes is too long for a first word.")
-        return codec.decode(await self._reader.readexactly(length))
+        return codec.decode(*await self._frame(longest))
+
+    async def _frame(self, longest: int | None) -> Frame:
+        head, arrays = LENGTHS.unpack(await self._reader.readexactly(LENGTHS.size))
+        if longest is not None and head + arrays > longest:
+            raise BadFrame(f"A frame of {head + arrays} bytes is too long for a first word.")
+        return await self._reader.readexactly(head), await self._arrays(arrays)
+
+    async def _arrays(self, nbytes: int) -> memoryview:
+        """Read where they stay, a piece in each turn of the loop."""
+        found, at = room(nbytes), 0
+        while at < nbytes:
+            piece = await self._reader.read(min(PIECE, nbytes - at))
+            if not piece:
+                raise asyncio.IncompleteReadError(b"", nbytes - at)
+            found[at : at + len(piece)] = piece
+            at += len(piece)
+            await asyncio.sleep(0)
+        return found
 
     def kill(self) -> None:
         """Ends the process at once, which may hang; where there is none it closes the link, if need be unflushed."""

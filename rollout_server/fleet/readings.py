@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -223,7 +224,10 @@ class FleetReadings:
             case LookAtRows():
                 seen = [event for event in ordered.events if isinstance(event, RowsSeen)]
                 rows = tuple(own for each in seen for row in each.rows if (own := self._seen(row)) is not None)
-                self._post([RowsSeen(id, rows, sum(each.count for each in seen))])
+                by_version = Counter[PolicyVersion]()
+                for each in seen:
+                    by_version.update(dict(each.by_version))
+                self._post([RowsSeen(id, rows, sum(each.count for each in seen), tuple(by_version.items()))])
 
     # ---- replicas ---------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,14 @@ from typing import Any, Protocol
 from rollout_server.engine.messages.control import Pause, Stop
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.rollouts import Event
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, ReplicaStatus
+from rollout_server.engine.messages.status import (
+    EngineStatus,
+    MemoryStatus,
+    PictureStatus,
+    PrefixStatus,
+    ReplicaStatus,
+    TokenGaps,
+)
 from rollout_server.engine.messages.versions import PolicyStatus
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import BadFrame
@@ -44,7 +51,11 @@ class Controller(Protocol):
 
     def heard(self, id: str, message: Event) -> None: ...
 
-    def fail(self, error: RolloutError) -> None: ...
+    def fail(self, error: RolloutError) -> None:
+        """A replica could not be had, which matters before any other is there."""
+
+    def give_up(self, error: RolloutError) -> None:
+        """None can be had any more, nor those kept that are there."""
 
 
 class Connection(Protocol):
@@ -146,6 +157,11 @@ class Roster:
         """No replica can be had."""
         log.error("No replica can be had: %s", error)
         self._controller.fail(error)
+
+    def give_up(self, error: RolloutError) -> None:
+        """Where replicas come from is gone, with those that are there."""
+        log.critical("%s", error)
+        self._controller.give_up(error)
 
     def kill(self) -> None:
         self._stopping.set()
@@ -277,6 +293,7 @@ class Roster:
                 gone,
                 steps=gone.steps + last.steps,
                 tokens=gone.tokens + last.tokens,
+                gaps=gone.gaps + last.gaps,
                 preemptions=gone.preemptions + last.preemptions,
                 memory=MemoryStatus(),
             )
@@ -287,6 +304,7 @@ def fleet_status(
     state: str,
     fault: str | None,
     waiting: int,
+    unplaced: int,
     policies: tuple[PolicyStatus, ...],
     paused: Pause | None,
     replicas: tuple[ReplicaStatus, ...],
@@ -294,7 +312,7 @@ def fleet_status(
     statuses: Sequence[EngineStatus],
 ) -> EngineStatus:
     """One status of many engines: sums of what replicas said last; counts are of those that run and of those that have
-    ended."""
+    ended. `unplaced` are the samples that no replica has room for."""
 
     def total(name: str) -> int:
         return sum(getattr(status, name) for status in statuses)
@@ -305,12 +323,14 @@ def fleet_status(
         state=state,
         fault=fault,
         waiting=waiting,
+        waiting_rows=unplaced + total("waiting_rows"),
         running=total("running"),
         preempted=total("preempted"),
         preemptions=total("preemptions"),
         policies=policies,
         steps=total("steps"),
         tokens=total("tokens"),
+        gaps=sum((status.gaps for status in statuses), TokenGaps()),
         slot_bytes=total("slot_bytes"),
         set_bytes=total("set_bytes"),
         sets=total("sets"),

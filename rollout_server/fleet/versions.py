@@ -74,8 +74,6 @@ class FleetVersions:
         self._told: dict[Content, Published] = {}
         """What a replica said of staging it."""
         self._settled: dict[int, asyncio.Future[None]] = {}
-        self._stages: dict[Version, StageVersion] = {}
-        """What all replicas are sent of a version that is being staged."""
         self._staging: set[Version] = set()
         """Versions that are not in the registry yet."""
         self._refused: dict[Version, RolloutError] = {}
@@ -147,13 +145,8 @@ class FleetVersions:
             return
         if claimed is not None:
             self._send(replica, DropVersion(f"/drop/{number}/{name}", name, number))
-        message = self._stages.get(version)
-        if message is None:
-            label = self._labels.get(version)
-            message = StageVersion(f"/stage/{number}/{name}", name, number, bundle, label, mode, dequantize)
-        if version in self._staging:
-            self._stages[version] = message
-        self._send(replica, message)
+        label, id = self._labels.get(version), f"/stage/{number}/{name}"
+        self._send(replica, StageVersion(id, name, number, bundle, label, mode, dequantize))
 
     def flip_on(self, replica: str, version: Version) -> None:
         name, number = version
@@ -281,7 +274,6 @@ class FleetVersions:
             self._require_enough()
             staged = True
         finally:
-            self._stages.pop(version, None)
             if not staged:
                 self._staging.discard(version)
                 self._free()

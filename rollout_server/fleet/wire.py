@@ -28,6 +28,10 @@ from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.codec.values import Compile, Described
 from rollout_server.grammar import Constraint, Grammar
 
+AGAIN = 75
+"""Exit status of a replica whose engine failed: what starts it again (systemd, launchd) does so, and not after 1, with
+which a replica ends that cannot be started like this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:
@@ -67,10 +71,9 @@ class CannotStart:
     error: RolloutError
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class StageVersion:
-    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`. One message for
-    all replicas is one frame."""
+    """Make a version ready, to be used by nobody yet. Answered with `Published`, or `RequestFailed`."""
 
     id: str
     name: str

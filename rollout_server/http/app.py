@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from litestar import Litestar
+from litestar import Controller, Litestar
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
@@ -116,6 +116,11 @@ CONTROLLERS = (
 )
 
 
+def routes_of(config: ServerConfig) -> tuple[type[Controller], ...]:
+    """What is answered under `config`, beside the document of it."""
+    return (*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS
+
+
 def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Litestar:
     """The application for `config`. Its lifespan starts the engine and closes it; one that is passed in must not have
     been started. Without one, the model is looked up now, which may download it."""
@@ -126,7 +131,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
         return running(residents)
 
     return Application(
-        route_handlers=(*CONTROLLERS, PageController) if config.page == "on" else CONTROLLERS,
+        route_handlers=routes_of(config),
         state=State(
             {
                 STATE_KEY: residents.base,
@@ -162,7 +167,8 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
     for name, handle in handles.items():
         resident = "" if name == BASE else name
         store = open_state(config, resident)
-        publisher = Publisher(handle, store, config.keep_versions, () if resident else names)
+        observer = observer_of(handle, metrics, name, keep=config.page == "on" and not resident)
+        publisher = Publisher(handle, store, config.keep_versions, () if resident else names, observer)
         instance = store.instance if store and not resident else instance
         before = startup = Startup(config, handle, publisher, resident=resident, after=before)
         if door is not None:
@@ -172,20 +178,20 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
             engine=handle,
             publisher=publisher,
             metrics=metrics,
-            observer=observer_of(handle, metrics, name, keep=config.page == "on"),
+            observer=observer,
             instance=instance,
             startup=startup,
             created=created,
             stopping=stopping,
             resident=resident,
-            residents=names,
+            residents=dict(config.also),
         )
     return Residents(services.pop(BASE), services)
 
 
 def observer_of(handle: EngineHandle, metrics: Metrics, model: str, *, keep: bool) -> Observer:
     """What notes the work of one model."""
-    return Observer(lambda: handle.status, metrics.rows, model, keep=keep)
+    return Observer(lambda: handle.status, metrics.rows, metrics.push, model, keep=keep)
 
 
 def document(config: ServerConfig) -> OpenAPIConfig:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import accumulate, chain
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rollout_server.engine.handle import EngineHandle
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.status import (
+    GAP_BOUNDS,
     EngineStatus,
     MemoryStatus,
     PictureStatus,
     PrefixStatus,
     ReplicaStatus,
+    TokenGaps,
 )
+from rollout_server.errors import RolloutError
 from rollout_server.http.observing.row_metrics import RowMetrics
 from rollout_server.http.observing.vllm_names import NameOf, vllm_names
 from rollout_server.rollout import BASE
@@ -42,6 +47,7 @@ class Metrics:
     def __init__(self, engines: Mapping[str, EngineHandle]) -> None:
         """`engines` by what requests call their models, which is the value of the label `model`."""
         self._registry = CollectorRegistry()
+        self._models = tuple(engines)
         self._registry.register(_EngineStates(engines))
         self.rows = RowMetrics(self._registry)
         self._requests = Histogram(
@@ -93,7 +99,7 @@ class Metrics:
     def text(self, name_of: NameOf = lambda model: model) -> bytes:
         """All of it, and what vLLM has too under vLLM's names; `name_of` says what requests call a model."""
         families = list(self._registry.collect())
-        return generate_latest(_Collected([*families, *vllm_names(families, name_of)]))
+        return generate_latest(_Collected([*families, *vllm_names(families, self._models, name_of)]))
 
 
 class _Collected(Collector):
@@ -128,11 +134,20 @@ class _EngineStates(Collector):
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
         for model, engine in self._engines.items():
-            for family in _families(engine.status):
+            status = engine.status
+            for family in chain(_families(status), _kv_tokens(_info(engine), status)):
                 samples = [each._replace(labels={"model": model, **each.labels}) for each in family.samples]
                 family.samples = families[family.name].samples + samples if family.name in families else samples
                 families[family.name] = family
         return families.values()
+
+
+def _info(engine: EngineHandle) -> ModelInfo | None:
+    """What was loaded; None while it is loading."""
+    try:
+        return engine.info
+    except RolloutError:
+        return None
 
 
 def _families(status: EngineStatus) -> Iterable[Metric]:
@@ -145,11 +160,13 @@ def _families(status: EngineStatus) -> Iterable[Metric]:
         paused.add_metric([name], float(status.paused == name))
     yield paused
     yield GaugeMetricFamily("rollout_requests_waiting", "Requests that wait in the queue.", value=status.waiting)
+    yield GaugeMetricFamily("rollout_rows_waiting", "Samples that wait in the queue.", value=status.waiting_rows)
     yield GaugeMetricFamily("rollout_rows_running", "Rows in a batch.", value=status.running)
     yield GaugeMetricFamily("rollout_rows_aside", "Preempted rows that wait for KV memory.", value=status.preempted)
     yield CounterMetricFamily("rollout_preemptions", "Rows preempted since the start.", value=status.preemptions)
     yield CounterMetricFamily("rollout_steps", "Decode steps since the start.", value=status.steps)
     yield CounterMetricFamily("rollout_tokens", "Tokens sampled since the start.", value=status.tokens)
+    yield _gaps(status.gaps)
     yield GaugeMetricFamily("rollout_slot_bytes", "Device memory of adapter slots.", value=status.slot_bytes)
     yield GaugeMetricFamily("rollout_parameter_sets", "Parameter sets beside the base.", value=status.sets)
     yield GaugeMetricFamily("rollout_set_bytes", "Device memory of parameter sets.", value=status.set_bytes)
@@ -173,6 +190,25 @@ def _families(status: EngineStatus) -> Iterable[Metric]:
         resident.add_metric([policy.name], sum(version.resident_bytes for version in policy.versions))
     yield from (versions, live, rows, nbytes, resident)
     yield from _replicas(status.replicas)
+
+
+def _gaps(gaps: TokenGaps) -> Metric:
+    up_to = [*map(str, GAP_BOUNDS), "+Inf"]
+    found = HistogramMetricFamily(
+        "rollout_token_gap_seconds", "Seconds from one token of a row to its next, stalls included, each gap counted."
+    )
+    found.add_metric([], list(zip(up_to, accumulate(gaps.counts), strict=True)), gaps.seconds)
+    return found
+
+
+def _kv_tokens(info: ModelInfo | None, status: EngineStatus) -> Iterable[Metric]:
+    """Nothing for a model that keeps no KV, or that is not loaded. What every row takes whatever its length is left
+    out."""
+    if info is None or not info.kv_bytes_per_token:
+        return
+    fixed = info.kv_bytes_per_row * info.max_batch * max(1, len(status.replicas))
+    tokens = max(0, status.memory.kv_limit - fixed) // info.kv_bytes_per_token
+    yield GaugeMetricFamily("rollout_kv_capacity_tokens", "Tokens that the memory for KV holds.", value=tokens)
 
 
 def _replicas(replicas: Sequence[ReplicaStatus]) -> Iterable[Metric]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterError
@@ -54,17 +54,54 @@ def check_name(name: str, base_id: str) -> None:
         raise InvalidField(f"{quoted(name)} is what the base is called; choose another name.", param="name")
 
 
+class VersionObserver(Protocol):
+    """What is told of every change, by whatever door it came: requests, options of the start, a state directory."""
+
+    def published(self, publish: Publish, published: Published) -> None: ...
+
+    def restored(self, name: str, versions: Sequence[RestoredVersion]) -> None: ...
+
+    def moved(self, name: str, number: int | None) -> None:
+        """The alias was moved to this version; to none, where the name was deleted."""
+
+
+class Unobserved:
+    """Nobody looks."""
+
+    def published(self, publish: Publish, published: Published) -> None:
+        pass
+
+    def restored(self, name: str, versions: Sequence[RestoredVersion]) -> None:
+        pass
+
+    def moved(self, name: str, number: int | None) -> None:
+        pass
+
+
+def timings_of(publish: Publish, published: Published) -> dict[str, float]:
+    """What each phase of a push took, in milliseconds: those before it came here, then those of the engine and disk."""
+    before = {phase: round(1e3 * (end - begin), 3) for phase, begin, end in publish.before}
+    own = {"stage": round(published.stage_ms, 3), "activate": round(published.activate_ms, 3)}
+    return before | own | ({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)})
+
+
 class Publisher:
     """The one way by which versions change. Belongs to one event loop."""
 
     def __init__(
-        self, engine: EngineHandle, store: StateStore | None, keep_versions: int, models: Collection[str] = ()
+        self,
+        engine: EngineHandle,
+        store: StateStore | None,
+        keep_versions: int,
+        models: Collection[str] = (),
+        observer: VersionObserver | None = None,
     ) -> None:
         """`models` are the names of those beside the base, which no policy may have."""
         self._engine = engine
         self._store = store
         self._keep = keep_versions
         self._models = models
+        self._observer = observer or Unobserved()
         self._lock = asyncio.Lock()
         self.restored = store is None
         """True if the versions of the state directory are there: before that, nothing can be said of any name."""
@@ -85,13 +122,19 @@ class Publisher:
 
     async def publish(self, publish: Publish) -> Published:
         if self._store is None:
-            return await self._engine.publish(publish)
-        return await self._in_turn(self._publish(publish, self._store))
+            published = await self._engine.publish(publish)
+        else:
+            published = await self._in_turn(self._publish(publish, self._store))
+        self._observer.published(publish, published)
+        return published
 
     async def activate(self, activate: Activate) -> Published:
         if self._store is None:
-            return await self._engine.activate(activate)
-        return await self._in_turn(self._activate(activate, self._store))
+            published = await self._engine.activate(activate)
+        else:
+            published = await self._in_turn(self._activate(activate, self._store))
+        self._observer.moved(activate.name, published.version.number)
+        return published
 
     async def pin(self, pin: Pin) -> Pinned:
         if self._store is None:
@@ -100,8 +143,12 @@ class Publisher:
 
     async def delete(self, delete: Delete) -> Deleted:
         if self._store is None:
-            return await self._engine.delete(delete)
-        return await self._in_turn(self._delete(delete, self._store))
+            deleted = await self._engine.delete(delete)
+        else:
+            deleted = await self._in_turn(self._delete(delete, self._store))
+        if delete.number is None:
+            self._observer.moved(delete.name, None)
+        return deleted
 
     async def restore(self) -> tuple[str, ...]:
         """Puts back what the state directory holds; returns the names. Raises `InvalidField` where it is for another
@@ -133,6 +180,7 @@ class Publisher:
             await self._engine.restore(
                 Restore(self._engine.new_id("restore"), name, record.last, versions, record.gone)
             )
+            self._observer.restored(name, versions)
             live = "deleted" if not versions else "nothing live" if record.live is None else f"@{record.live} live"
             log.info("%s was restored: %d versions, %s", name, len(versions), live)
         self.restored = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -197,6 +198,7 @@ class Startup:
         self._after = after
         self._task: asyncio.Task[None] | None = None
         self._wanted = True
+        self._awaited = False
 
     def begin(self) -> asyncio.Task[None]:
         """Starts on the running event loop; `check` and `finished` tell how it went."""
@@ -244,11 +246,13 @@ class Startup:
     async def _publish(self, name: str, directory: Path) -> None:
         info = self._engine.info
         self._publisher.check_name(name)
+        began = time.perf_counter()
         try:
             prepared = await asyncio.to_thread(read_adapter_directory, directory, info)
         except RolloutError as error:
             raise InvalidField(f"--adapter {name}={directory}: {error.message}", param="adapters") from error
-        publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared)
+        before = (("validate", began, time.perf_counter()),)
+        publish = Publish(self._engine.new_id("publish"), name, prepared.bundle, prepared=prepared, before=before)
         published = await self._publisher.publish(publish)
         log.info("%s is %s from %s", published.version, published.version.digest, directory)
 
@@ -256,6 +260,7 @@ class Startup:
         """Waits until the server is ready; raises what stood in the way."""
         if self._task is None:
             raise EngineUnavailable("The server was not started.")
+        self._awaited = True
         await asyncio.shield(self._task)
 
     def check(self) -> None:
@@ -278,8 +283,11 @@ class Startup:
     def _log_fault(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or (fault := task.exception()) is None or not self._wanted:
             return
+        known = isinstance(fault, RolloutError)
+        if known and self._awaited:
+            # Whoever waits for the start gets the sentence, and says it.
+            return
         if self._after is None or not self._after.failed:
-            known = isinstance(fault, RolloutError)
             log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
 
     @property

@@ -8,19 +8,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rollout_server.cli import app
 from tests.support.live_server import Server, server_here
 from trainer_client import RolloutClient
 
 
+def asked(*words: str) -> dict[str, str]:
+    """What bash sets before it runs the command."""
+    typed = " ".join(("rollout-server", *words))
+    return {"_ROLLOUT_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words))}
+
+
 def offered(*words: str, **environment: str) -> list[str]:
-    """For the last of the words."""
-    asked = {"_ROLLOUT_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("rollout-server", *words))}
-    asked["COMP_CWORD"] = str(len(words))
+    """For the last of the words, by the command in this process."""
+    done = CliRunner().invoke(app, [], env=asked(*words) | environment, prog_name="rollout-server")
+    assert done.exit_code == 0 and not done.stderr, done.output
+    return done.stdout.split()
+
+
+def offered_by_a_process(*words: str) -> list[str]:
     program = "import sys; sys.argv = ['rollout-server']; from rollout_server.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, **asked, **environment},
+        env={**os.environ, **asked(*words)},
         capture_output=True,
         text=True,
         timeout=100,
@@ -70,7 +82,7 @@ def test_without_a_server_only_the_base_is_offered_and_nothing_is_said() -> None
 
 
 def test_values_of_options() -> None:
-    assert offered("serve", "--page", "o") == ["on", "off"]
+    assert offered("serve", "--page", "o") == offered_by_a_process("serve", "--page", "o") == ["on", "off"]
     assert offered("serve", "--prefer", "t") == ["throughput"]
 
 

@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rollout_server.errors import RolloutError
 from rollout_server.http.sockets.unusable import holder_of, unusable
 from rollout_server.machine.this_device import device_memory
 from tests.engine.model.test_footprints import hollow
 from tests.support import tiny_models
+from tests.support.live_server import server_here
 
 
 def refused(*options: str) -> str:
@@ -32,7 +35,15 @@ def refused(*options: str) -> str:
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert said.startswith("rollout-server: ")
+    assert done.stderr.count(said.removeprefix("rollout-server: ")) == 1, f"it is said once: {done.stderr}"
     return said.removeprefix("rollout-server: ")
+
+
+def refused_here(model: Path | None = None, **options: Any) -> str:
+    """What such a `serve` would say, without a process: the one of a taken port shows how a sentence is printed."""
+    with pytest.raises(RolloutError) as refusal, server_here(model, **options):
+        pass
+    return refusal.value.message
 
 
 def test_a_taken_port_is_named_with_who_has_it() -> None:
@@ -74,13 +85,21 @@ def test_another_fault_of_the_address_says_which_option_mends_it(
 
 
 def test_an_address_of_another_machine() -> None:
-    assert "--host" in refused("--host", "192.0.2.1", "--port", "0", "--insecure")
+    assert "--host" in refused_here(host="192.0.2.1", insecure=True)
 
 
 def test_a_model_that_is_missing(tmp_path: Path) -> None:
     for model, found in ((tmp_path / "nowhere", "There is no directory"), (tmp_path, "holds no config.json")):
-        said = refused("--port", "0", "--model", str(model))
+        said = refused_here(model)
         assert found in said and "config.json" in said and "Hub id" in said and "embedded" in said
+
+
+def test_a_model_of_a_family_that_nobody_knows(tmp_path: Path) -> None:
+    model = tiny_models.build("qwen3", tmp_path)
+    (model / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "(unheard_of) could not be loaded: Model type unheard_of not supported." in refused(
+        "--port", "0", "--model", str(model)
+    )
 
 
 def test_an_adapter_for_another_base(tmp_path: Path) -> None:
@@ -89,30 +108,28 @@ def test_an_adapter_for_another_base(tmp_path: Path) -> None:
     adapter = tiny_models.save_adapter(
         tmp_path / "adapter", tensors, {**config, "base_model_name_or_path": "Owner/Other-1B"}
     )
-    said = refused("--port", "0", "--adapter", f"policy={adapter}")
+    said = refused_here(adapters=(("policy", adapter),))
     assert said.startswith(f"--adapter policy={adapter}: The adapter does not fit the base; ")
     assert said.endswith(
         "If it was trained on another base (Owner/Other-1B, by its configuration), serve that one with --model."
     )
     (adapter / "adapter_model.safetensors").unlink()
-    assert f"--adapter policy={adapter}: {adapter} holds neither" in refused(
-        "--port", "0", "--adapter", f"policy={adapter}"
-    )
+    assert f"--adapter policy={adapter}: {adapter} holds neither" in refused_here(adapters=(("policy", adapter),))
 
 
 def test_a_model_that_is_larger_than_the_device(tmp_path: Path) -> None:
     model = hollow(tmp_path / "model", 2 * device_memory())
-    said = refused("--port", "0", "--model", str(model))
+    said = refused_here(model)
     assert re.search(r"The weights of \S+ take [\d.]+ GiB in memory, and this device has [\d.]+ GiB: ", said), said
     assert "smaller model" in said and "mlx_lm.convert -q" in said
     shutil.rmtree(model)
 
 
 def test_more_memory_for_keys_and_values_than_there_is() -> None:
-    said = refused("--port", "0", "--kv-memory", str(2 * device_memory()))
+    said = refused_here(kv_memory=2 * device_memory())
     assert said.startswith("--kv-memory is ") and "give less, or leave the option out" in said
 
 
 def test_models_that_do_not_fit_the_memory_given_for_them() -> None:
-    said = refused("--port", "0", "--memory", "1MB")
+    said = refused_here(memory="1MB")
     assert "--memory is 976.6 KiB: give more" in said

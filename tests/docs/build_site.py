@@ -40,12 +40,14 @@ def main() -> None:
 
 
 def fetched_from_elsewhere() -> set[str]:
-    """Scripts, styles, fonts and pictures of other hosts that the site's pages name."""
+    """Scripts, styles, fonts and pictures of other hosts that the site's pages and styles name."""
     wanted = re.compile(
-        r"""(?:src|@import\s+(?:url\()?)\s*=?\s*["']?(https?://[^"'\s>)]+)|<link[^>]+href="(https?://[^"]+)\""""
+        r"""(?:src|@import\s+(?:url\()?)\s*=?\s*["']?(https?://[^"'\s>)]+)"""
+        r"""|<link[^>]+href="(https?://[^"]+)"|url\(\s*["']?(https?://[^"'\s)]+)"""
     )
-    texts = (page.read_text(encoding="utf-8") for page in SITE.joinpath("html").rglob("*.html"))
-    return {first or second for text in texts for first, second in wanted.findall(text)}
+    files = (file for kind in ("*.html", "*.css") for file in SITE.joinpath("html").rglob(kind))
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    return {"".join(found) for text in texts for found in wanted.findall(text)}
 
 
 def write(name: str, text: str) -> None:

@@ -32,6 +32,11 @@ def test_rows_are_told_with_the_version_that_samples_their_next_token(qwen: Path
     after = {row.id: row.version for row in seen.rows}
     assert (after[stays], after[follows], after[base].number) == (first.version, second.version, 0)
     assert seen.count == 3
+    assert {(version.name, version.number): count for version, count in seen.by_version} == {
+        ("policy", 1): 1,
+        ("policy", 2): 1,
+        ("base", 0): 1,
+    }
     driver.finish(stays, follows, base)
     assert look(driver) == RowsSeen("look", (), 0)
 
@@ -52,4 +57,5 @@ def test_of_many_rows_the_first_are_told_and_all_are_counted(qwen: Path) -> None
     driver.until(lambda: driver.status.running == ROWS_TOLD + 8)
     seen = look(driver)
     assert (len(seen.rows), seen.count) == (ROWS_TOLD, ROWS_TOLD + 8)
+    assert [count for _, count in seen.by_version] == [ROWS_TOLD + 8]
     driver.abort(id)

@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 
 from examples.lstm_rollouts import END, make, train
-from tests.support.live_server import live_server
+from tests.support.live_server import server_here
 
 
 def test_letters_come_to_follow_the_alphabet(tmp_path: Path) -> None:
     random.seed(0)
-    with live_server(make(tmp_path / "lstm")) as server:
+    with server_here(make(tmp_path / "lstm")) as server:
         rewards = train(server.url, tmp_path / "lstm", 25)
         # One letter of END + 1 is right by chance.
         assert rewards[0] < 3 / (END + 1) and sum(rewards[-3:]) / 3 > 5 * rewards[0] and rewards[-1] > 0.3

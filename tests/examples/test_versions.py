@@ -97,6 +97,7 @@ def test_a_trainer_one_version_behind_is_told_within_one_step(live: Server) -> N
     assert told and int(told[1]) - int(told[2]) == 1, ran.stderr
 
 
+@pytest.mark.long
 def test_a_trainer_in_step_is_not_told_anything(live: Server) -> None:
     ran = run("watch_mismatch", live, "--steps", "3", "--prompts", "4")
     assert ran.returncode == 0 and ran.stdout.count("agree\n") == 3, ran.stdout + ran.stderr

@@ -119,6 +119,28 @@ def test_rows_beyond_a_cut_link_come_back_from_elsewhere_and_the_replica_with_it
     play(scenes)
 
 
+def test_rows_of_a_drained_replica_come_back_and_without_one_they_are_refused(play: Any) -> None:
+    async def scenes(scene: Scene) -> None:
+        led = await scene.led()
+        await scene.join("one")
+        await scene.join("two")
+        await led.ready()
+        await live(led, 2)
+        await pushed(led, bundles(led.handle, 1)[0])
+        expected = drawn(await led.rows(asked(NAME)))
+        again = asyncio.create_task(led.rows(asked(NAME)))
+        await until(lambda: all(each.running for each in led.handle.status.replicas))
+        await led.handle.leave(led.handle.status.replicas[0].id, at_once=False)
+        assert drawn(await again) == expected
+        await until(lambda: len(led.handle.status.replicas) == 1)
+        await led.handle.leave(led.handle.status.replicas[0].id, at_once=True)
+        with pytest.raises(EngineUnavailable, match="replica"):
+            await led.rows(asked(NAME), deadline=asyncio.get_running_loop().time() + 3.0)
+        await led.close()
+
+    play(scenes)
+
+
 class Killed(Exception):
     """What ends a controller."""
 
@@ -211,6 +233,21 @@ def test_with_fewer_replicas_than_there_have_to_be_versions_do_not_change(play: 
         far.cable.mend()
         await live(led, 2)
         assert (await pushed(led, contents[1])).version.number == 2
+        await led.close()
+
+    play(scenes)
+
+
+def test_what_a_replica_has_no_room_for_is_refused_everywhere(play: Any) -> None:
+    async def scenes(scene: Scene) -> None:
+        led = await scene.led()
+        await scene.join("one", weights_memory=2000)
+        await scene.join("two", weights_memory=2000)
+        await led.ready()
+        await live(led, 2)
+        with pytest.raises(WeightsMemoryExceeded):
+            await pushed(led, bundles(led.handle, 1)[0])
+        assert led.handle.status.policies == () and len(await led.rows(asked("base", max_tokens=8))) == 16
         await led.close()
 
     play(scenes)

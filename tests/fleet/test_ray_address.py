@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from rollout_server.errors import InvalidField
-from rollout_server.fleet.codec.frames import LENGTH
+from rollout_server.fleet.codec.frames import LENGTHS
 from rollout_server.fleet.ray.cluster import ONE_MLX, connect
 from rollout_server.fleet.ray.connection import take_whole
 
@@ -28,8 +28,8 @@ def test_a_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
 def test_frames_come_out_whole_and_in_order_however_they_are_cut(step: int) -> None:
-    bodies = [b"", b"a", b"bc" * 3, b"", b"d" * 40]
-    stream = b"".join(LENGTH.pack(len(body)) + body for body in bodies)
+    bodies = [(b"", b""), (b"a", b""), (b"bc" * 3, b"e"), (b"", b""), (b"d" * 40, b"f" * 30)]
+    stream = b"".join(LENGTHS.pack(len(head), len(arrays)) + head + arrays for head, arrays in bodies)
     came, found = bytearray(), []
     for at in range(0, len(stream), step):
         came += stream[at : at + step]

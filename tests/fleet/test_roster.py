@@ -41,6 +41,8 @@ class Told:
     def fail(self, error: RolloutError) -> None:
         self.failures.append(error.message)
 
+    def give_up(self, error: RolloutError) -> None: ...
+
 
 class Nobody:
     """A source whose machine has no file left."""

@@ -36,6 +36,11 @@ def test_the_engine_s_state(client: Client, engine: FakeEngine) -> None:
     assert value(samples, "rollout_engine_state", state="dead") == 0
     assert value(samples, "rollout_rows_running") == 2
     assert value(samples, "rollout_requests_waiting") == 0
+    assert value(samples, "rollout_rows_waiting") == 5
+    assert value(samples, "rollout_token_gap_seconds_bucket", le="0.001") == 3
+    assert value(samples, "rollout_token_gap_seconds_bucket", le="2.0") == 4, "a stall of more than a second"
+    assert value(samples, "rollout_token_gap_seconds_sum") == 1.253
+    assert value(samples, "rollout_kv_capacity_tokens") == 1024 // 16
     assert (value(samples, "rollout_steps_total"), value(samples, "rollout_tokens_total")) == (3, 4)
     assert value(samples, "rollout_rows_aside") == 3 and value(samples, "rollout_preemptions_total") == 4
     prefixes = {"prefix_hits_total": 5, "prefix_misses_total": 6, "prefix_hit_tokens_total": 700}

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from rollout_server.cli import app
 from rollout_server.config import ServerConfig
-from rollout_server.fleet.replica.engine import AGAIN
+from rollout_server.fleet.wire import AGAIN
 from tests.support.live_server import server_here
 
 ROOT = Path(__file__).parents[2]

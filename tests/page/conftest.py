@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,15 @@ from tests.support import tiny_models
 from tests.support.live_server import LiveServer, live_server
 from trainer_client import PublishedVersion, RolloutClient
 
+REQUIRED = "TEST_PAGE_REQUIRED"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a browser there is nothing to look with, and every test says what is missing."""
+    """Without a browser there is nothing to look with, and every test says what is missing; where `REQUIRED` is set, as
+    in CI that has one, that is a failure."""
     why = missing()
+    if why is not None and os.environ.get(REQUIRED):
+        raise pytest.UsageError(f"{REQUIRED} is set, and there is no browser: {why}.")
     for item in items:
         if why is not None and item.path.is_relative_to(__file__.removesuffix("conftest.py")):
             item.add_marker(pytest.mark.skip(reason=why))

@@ -17,7 +17,17 @@ Push = Callable[..., PublishedVersion]
 TAB = "\ue004"
 READABLE = 4.5
 """WCAG's least contrast of text."""
-TEXTS = ("body", ".facts dt", ".facts dd", ".unit", "h2", ".pill", "button", ".badge")
+TEXTS = ("body", ".facts dt", ".facts dd", ".unit", "h2", ".pill", "button", ".badge", ".live", ".mark")
+ON_HUES = (".live", ".mark")
+"""Texts on the colours of versions, which have any hue."""
+
+
+DRAWN = (
+    "const drawn = (colour) => { const context = new OffscreenCanvas(1, 1).getContext('2d');"
+    "context.fillStyle = colour; context.fillRect(0, 0, 1, 1);"
+    "return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3)})`; };"
+)
+"""The browser's own red, green and blue of any colour."""
 
 
 def channels(colour: str) -> list[float]:
@@ -34,10 +44,10 @@ def luminance(colour: str) -> float:
 def contrast(page: Browser, selector: str) -> float:
     """Between a text and the nearest ground below it that is not transparent."""
     text, ground = page.run(
-        "let e = document.querySelector(arguments[0]); const text = getComputedStyle(e).color;"
+        f"{DRAWN} let e = document.querySelector(arguments[0]); const text = getComputedStyle(e).color;"
         "const clear = (e) => /^rgba\\(.*, 0\\)$/.test(getComputedStyle(e).backgroundColor);"
         "while (e.parentElement && clear(e)) e = e.parentElement;"
-        "return [text, getComputedStyle(e).backgroundColor]",
+        "return [drawn(text), drawn(getComputedStyle(e).backgroundColor)]",
         selector,
     )
     one, other = sorted((luminance(text), luminance(ground)))
@@ -49,6 +59,11 @@ def test_text_is_readable_in_both_themes(page: Browser, push: Push, scheme: str)
     push("themes", 1)
     page.find("[data-version='themes@1']")
     page.prefer(scheme)
+    page.run("const e = document.createElement('span'); e.className = 'mark'; document.querySelector('main').append(e)")
+    for hue in range(0, 360, 15):
+        for text in ON_HUES:
+            page.run("document.querySelector(arguments[0]).style.setProperty('--hue', arguments[1])", text, hue)
+            assert contrast(page, text) >= READABLE, (text, hue)
     assert {text: contrast(page, text) >= READABLE for text in TEXTS} == dict.fromkeys(TEXTS, True)
     assert (luminance(page.run("return getComputedStyle(document.body).backgroundColor")) > 0.5) == (scheme == "light")
 

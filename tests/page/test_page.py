@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -167,3 +168,49 @@ def test_a_refusal_is_said(page: Browser) -> None:
     page.click("#ask")
     page.until(lambda: "max_tokens" in page.text("#notice"))
     assert any("400" in text for text in page.complaints()), "the browser's own word for it"
+
+
+# ---- frames of servers that are larger, or other, than the one here --------------------------------------------------
+
+
+def shown(page: Browser, change: str, show: str, look: str) -> Any:
+    """What `look` finds right after `show` was given the server's frame with a `change`; the next frame undoes it."""
+    script = (
+        "const done = arguments[arguments.length - 1]; (async () => {"
+        "const { Compare } = await import('/page/files/compare.js');"
+        "const { showRows } = await import('/page/files/rows.js');"
+        "const { Versions } = await import('/page/files/versions.js');"
+        "const text = (id) => { const e = document.getElementById(id); return e.hidden ? null : e.textContent; };"
+        "const compare = (frame) => Compare.prototype.show.call({ offer: Compare.prototype.offer }, frame);"
+        f"const frame = await (await fetch('/page/state')).json(); {change}; {show}; done({look});"
+        "})().catch((error) => done(String(error)))"
+    )
+    return page.driver.execute_async_script(script)
+
+
+def test_what_is_not_shown_is_counted(page: Browser, push: Push) -> None:
+    push("many", 1)
+    change = "frame.policies[0].more = 9; frame.more_policies = 3"
+    look = "text('versions-more')"
+    assert shown(page, "", "new Versions().show(frame)", look) is None
+    said = "and 9 older versions of these policies, and 3 more policies"
+    assert shown(page, change, "new Versions().show(frame)", look) == said
+    row = "requests: ['a'], rows: [[0, 1, 2, 0, 0]]"
+    rows = f"const rows = {{ count: 600, versions: [['many', 1]], counts: [600], {row} }}"
+    look = "[text('rows-more'), text('rows-legend'), document.getElementById('rows').ariaLabel]"
+    found = shown(page, rows, "showRows(rows)", look)
+    assert found == ["and 599 more", "many@1 · 600", "600 rows: 600 on many@1."]
+
+
+def test_a_model_that_samples_nothing_is_not_asked_to(page: Browser) -> None:
+    look = "document.getElementById('compare-section').hidden"
+    assert shown(page, "", "compare(frame)", look) is False
+    assert shown(page, "frame.base.task = 'classify'", "compare(frame)", look) is True
+
+
+def test_the_newest_live_version_is_offered_first(page: Browser, push: Push) -> None:
+    """By when it was pushed, whatever its name."""
+    push("zeta", 1), push("alpha", 1)
+    page.until(lambda: "alpha@1" in page.text("#right"))
+    page.open(page.driver.current_url)
+    assert page.run("return document.getElementById('right').value") == "alpha@1"

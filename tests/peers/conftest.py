@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import mlx.core as mx
@@ -83,21 +84,45 @@ class Peer:
         assert found <= TOLERANCE, f"{self.family}, {column}: max |Δlogprob| = {found:.1e}"
 
 
-@pytest.fixture(scope="module")
-def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
-    family: str = request.param
-    directory = families.build(family, tmp_path_factory.mktemp(family))
-    generator = np.random.default_rng(3)
-    prompts = [generator.integers(0, tiny_models.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
-    table = request.config.stash.setdefault(DIFFERENCES, {})
+def noting(config: pytest.Config) -> Callable[[str, str, float], None]:
+    """What puts a difference into the table that the run ends with: the largest of its family and column stays."""
+    table = config.stash.setdefault(DIFFERENCES, {})
 
     def note(family: str, column: str, value: float) -> None:
         # A module that ran before may have put the table there, for other families.
         row = table.setdefault(family, {})
         row[column] = max(value, row.get(column, 0.0))
 
+    return note
+
+
+class Hold(Protocol):
+    def __call__(
+        self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray], family: str, column: str
+    ) -> None: ...
+
+
+@pytest.fixture
+def hold(request: pytest.FixtureRequest) -> Hold:
+    """Notes how far numbers are from those that are right, passage by passage, and holds it against the tolerance."""
+    note = noting(request.config)
+
+    def within(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], family: str, column: str) -> None:
+        gap = max(float(np.abs(own - other).max()) for own, other in zip(found, expected, strict=True))
+        note(family, column, gap)
+        assert gap <= TOLERANCE, f"{family}, {column}: max |Δ| = {gap:.1e}"
+
+    return within
+
+
+@pytest.fixture(scope="module")
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    family: str = request.param
+    directory = families.build(family, tmp_path_factory.mktemp(family))
+    generator = np.random.default_rng(3)
+    prompts = [generator.integers(0, tiny_models.VOCAB_SIZE, size=length).tolist() for length in LENGTHS]
     with live_server(directory, "--keep-versions", "64") as live, RolloutClient(live.url) as client:
-        yield Peer(family, directory, live.url, client, prompts, note)
+        yield Peer(family, directory, live.url, client, prompts, noting(request.config))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -105,7 +130,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not table:
         return
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    terminalreporter.section("max |Δlogprob| against PEFT on transformers")
+    terminalreporter.section("the largest differences from transformers and PEFT")
     terminalreporter.write_line("| family | " + " | ".join(columns) + " |")
     terminalreporter.write_line("|---" * (len(columns) + 1) + "|")
     for family, row in table.items():

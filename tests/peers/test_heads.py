@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tests.peers.conftest import Hold
 from tests.support import tiny_scorers
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.peers import families, reference
 
-TOLERANCE = 1e-4
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2", "glm")
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -35,18 +35,13 @@ def scores(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> list[np.nda
         return [model(input_ids=torch.tensor([list(row)])).logits[0].float().numpy() for row in rows]
 
 
-def hold(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], what: str) -> None:
-    gap = max(float(np.abs(own - other).max()) for own, other in zip(found, expected, strict=True))
-    assert gap <= TOLERANCE, f"{what}: max |Δscore| = {gap:.1e}"
-
-
-def hold_all(driver: Driver, model: torch.nn.Module, what: str, policy: str = "base") -> None:
+def hold_all(hold: Hold, driver: Driver, model: torch.nn.Module, family: str, policy: str = "base") -> None:
     """Alone, together, and as samples of one prompt."""
     rows = [*ROWS, *GROUP]
     expected = scores(model, rows)
-    hold([own[0] for own in driver.classify(rows, policy)], expected, f"{what}, together")
+    hold([own[0] for own in driver.classify(rows, policy)], expected, family, f"{policy}, together")
     alone = [driver.classify([row], policy)[0][0] for row in ROWS]
-    hold(alone, expected[: len(ROWS)], f"{what}, alone")
+    hold(alone, expected[: len(ROWS)], family, f"{policy}, alone")
 
 
 def push(driver: Driver, model: torch.nn.Module, place: Path, name: str) -> None:
@@ -59,21 +54,21 @@ def push(driver: Driver, model: torch.nn.Module, place: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("family", DENSE + EXPERTS)
-def test_reward_models_and_adapters_on_them(family: str, tmp_path: Path) -> None:
+def test_reward_models_and_adapters_on_them(family: str, tmp_path: Path, hold: Hold) -> None:
     auto = AutoModelForSequenceClassification
     directory = families.build(family, tmp_path / "model", auto=auto, num_labels=3)
     driver = Driver.start(directory, prefill_tokens=24)  # Rows are read in several chunks.
-    hold_all(driver, families.load(directory, auto), family)
+    hold_all(hold, driver, families.load(directory, auto), family)
     for kind in ("lora", "dora"):
         options: dict[str, Any] = {**reference.KINDS[kind], "task_type": "SEQ_CLS"}
         options |= {"target_modules": ATTENTION} if family in EXPERTS else {}
         model = reference.adapted(directory, auto=auto, **options)
         push(driver, model, tmp_path / kind, kind)
-        hold_all(driver, model, f"{family}, {kind}", kind)
+        hold_all(hold, driver, model, family, kind)
 
 
 @pytest.mark.parametrize("family", DENSE + EXPERTS)
-def test_reward_adapters_on_a_base_that_generates(family: str, tmp_path: Path) -> None:
+def test_reward_adapters_on_a_base_that_generates(family: str, tmp_path: Path, hold: Hold) -> None:
     """Two reward versions and one for tokens, mixed with each other."""
     directory = families.build(family, tmp_path / "model")
     driver = Driver.start(directory, prefill_tokens=64)
@@ -89,29 +84,29 @@ def test_reward_adapters_on_a_base_that_generates(family: str, tmp_path: Path) -
     asked = {kind: driver.ask_classify(ROWS, kind) for kind in found}
     for kind, model in found.items():
         together = [own[0] for own in driver.classified(asked[kind])]
-        hold(together, scores(model, ROWS), f"{family}, {kind}")
-        hold_all(driver, model, f"{family}, {kind}", kind)
+        hold(together, scores(model, ROWS), family, f"{kind}, mixed")
+        hold_all(hold, driver, model, family, kind)
 
 
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3", "phi3", "mixtral", "gpt_oss"))
-def test_tokens_are_scored_as_by_transformers(family: str, tmp_path: Path) -> None:
+def test_tokens_are_scored_as_by_transformers(family: str, tmp_path: Path, hold: Hold) -> None:
     auto = AutoModelForTokenClassification
     directory = families.build(family, tmp_path / "model", auto=auto, num_labels=2)
     driver = Driver.start(directory, prefill_tokens=24)
     every = [range(len(row)) for row in ROWS]
-    hold(driver.classify(ROWS, positions=every), scores(families.load(directory, auto), ROWS), family)
+    hold(driver.classify(ROWS, positions=every), scores(families.load(directory, auto), ROWS), family, "tokens")
     bare = families.build(family, tmp_path / "bare")
     driver = Driver.start(bare)
     targets = ["qkv_proj"] if family == "phi3" else ATTENTION
     options: dict[str, Any] = {"r": 3, "lora_alpha": 5, "task_type": "TOKEN_CLS", "target_modules": targets}
     model = reference.adapted(bare, auto=auto, num_labels=2, **options)
     push(driver, model, tmp_path / "prm", "prm")
-    hold(driver.classify(ROWS, "prm", positions=every), scores(model, ROWS), f"{family}, adapter")
+    hold(driver.classify(ROWS, "prm", positions=every), scores(model, ROWS), family, "tokens, adapter")
 
 
 @pytest.mark.parametrize("pad", ["own", "end", "none"])
 @pytest.mark.parametrize("family", ("llama", "qwen3"))
-def test_pads_are_passed_over_as_by_transformers(family: str, pad: str, tmp_path: Path) -> None:
+def test_pads_are_passed_over_as_by_transformers(family: str, pad: str, tmp_path: Path, hold: Hold) -> None:
     special = families.write_tokenizer(tmp_path)
     token = {"own": special["<|pad|>"], "end": special["<|end|>"], "none": None}[pad]
     auto = AutoModelForSequenceClassification
@@ -120,18 +115,19 @@ def test_pads_are_passed_over_as_by_transformers(family: str, pad: str, tmp_path
     rows = [[*ROWS[1], filler], [*ROWS[1], filler, filler], [filler] * 3, [filler, *ROWS[1]], ROWS[1]]
     model = families.load(directory, auto)
     assert model.config.pad_token_id == token
-    hold([own[0] for own in Driver.start(directory).classify(rows)], scores(model, rows), f"{family}, {pad}")
+    found = [own[0] for own in Driver.start(directory).classify(rows)]
+    hold(found, scores(model, rows), family, f"pad: {pad}")
 
 
 @pytest.mark.parametrize("family", ("llama", "gemma2"))
-def test_weights_in_bfloat16_are_read_as_float32(family: str, tmp_path: Path) -> None:
+def test_weights_in_bfloat16_are_read_as_float32(family: str, tmp_path: Path, hold: Hold) -> None:
     auto = AutoModelForSequenceClassification
     directory = families.build(family, tmp_path, auto=auto, num_labels=2, grid=torch.bfloat16, dtype=torch.bfloat16)
-    hold_all(Driver.start(directory), families.load(directory, auto), family)
+    hold_all(hold, Driver.start(directory), families.load(directory, auto), f"{family}, bfloat16")
 
 
 @pytest.mark.parametrize(("architecture", "labels"), [("Qwen2ForRewardModel", 1), ("Qwen2ForProcessRewardModel", 2)])
-def test_heads_of_qwens_reward_models(architecture: str, labels: int, tmp_path: Path) -> None:
+def test_heads_of_qwens_reward_models(architecture: str, labels: int, tmp_path: Path, hold: Hold) -> None:
     """Their code is in their repositories; what it computes behind the hidden states is stated again here."""
     families.build("qwen2", tmp_path)
     trunk = AutoModel.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
@@ -147,4 +143,4 @@ def test_heads_of_qwens_reward_models(architecture: str, labels: int, tmp_path: 
     with torch.no_grad():
         expected = [head(trunk(input_ids=torch.tensor([row])).last_hidden_state[0]).numpy() for row in ROWS]
     driver = Driver.start(tmp_path, prefill_tokens=32)
-    hold(driver.classify(ROWS, positions=[range(len(row)) for row in ROWS]), expected, architecture)
+    hold(driver.classify(ROWS, positions=[range(len(row)) for row in ROWS]), expected, architecture, "tokens")

@@ -10,6 +10,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import get_auth_token, start
 
+import rollout_server
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "guide" / "ray.md"
 FILE = ROOT / "docs" / "guide" / "ray-cluster.yaml"
@@ -24,7 +26,7 @@ def test_the_cluster_file_is_valid() -> None:
 def test_the_cluster_file_installs_this_version_with_this_mlx() -> None:
     text = FILE.read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert set(re.findall(r"rollout_server-(.+?)-py3", text)) == {project["project"]["version"]}
+    assert set(re.findall(r"rollout_server-(.+?)-py3", text)) == {rollout_server.__version__}
     assert f'"{project["dependency-groups"]["cuda13"][0]}"' in text
 
 

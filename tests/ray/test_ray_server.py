@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from rollout_server.fleet.wire import AGAIN
 from tests.support import tiny_models
 from tests.support.fleet.ray_nodes import PLACE_S, RayNodes, actor_processes, kill_one
 from tests.support.live_server import live_server, server_here, until
@@ -59,6 +63,35 @@ def test_engines_end_with_a_server_that_is_killed(nodes: RayNodes, path: Path) -
         assert len(actor_processes()) == 1
         server.process.send_signal(signal.SIGKILL)
         until(lambda: not actor_processes())
+
+
+def test_a_server_whose_cluster_has_lost_its_head_says_so_and_loses_no_version(path: Path, tmp_path: Path) -> None:
+    """Whoever waits is answered by name before the process ends; started again, it has what was pushed."""
+    state = ("--state-dir", str(tmp_path / "state"))
+    own = RayNodes(1)
+    try:
+        options = ("--replicas", "1", "--ray-address", own.address, *state)
+        with (
+            live_server(path, *options, environment=PATIENT) as server,
+            RolloutClient(server.url) as client,
+            ThreadPoolExecutor(1) as beside,
+        ):
+            client.push("policy", *adapter(path, 1))
+            expected = drawn(client, "policy")
+            body = {"prompts": [{"token_ids": [5]}], "policy": "policy", "min_version": 9, "wait_s": 500}
+            waits = beside.submit(httpx.post, f"{server.url}/v1/rollouts", json=body, timeout=600)
+            own.lose_head()
+            assert drawn(client, "policy") == expected, "rows go on for a while"
+            refused = waits.result()
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["retryable"]) == (503, "engine_unavailable", True)
+            assert "has not answered for 30 s" in error["message"] and "start the cluster anew" in error["message"]
+            assert server.process.wait(60) == AGAIN
+            until(lambda: error["message"] in server.log[-1])
+    finally:
+        own.close()
+    with live_server(path, *state) as server, RolloutClient(server.url) as client:
+        assert drawn(client, "policy") == expected and client.push("policy", *adapter(path, 1)).unchanged
 
 
 def test_an_address_without_a_cluster_ends_the_command_with_one_sentence() -> None:

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -92,7 +92,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "model_type": "gemma3_text",
         "head_dim": 24,
-        "num_hidden_layers": 4,
         "query_pre_attn_scalar": 24,
         "sliding_window": 16,
         "sliding_window_pattern": 2,
@@ -101,13 +100,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "head_dim": 24,
         "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
         "tie_word_embeddings": False,
     },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "head_dim": 24,
-        "num_hidden_layers": 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": 16,
@@ -145,7 +143,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.25,
         "logits_scaling": 1.0,
         "residual_multiplier": 1.0,
-        "layer_types": ["mamba", "attention", "mamba"],
+        "layer_types": ["mamba", "attention"],
         "shared_intermediate_size": 96,
         # As dense checkpoints write it: transformers takes eight where nothing is said.
         "num_local_experts": 0,
@@ -155,7 +153,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": {
         "model_type": "falcon_h1",
         "head_dim": 24,
-        "num_hidden_layers": 2,
         "mamba_d_ssm": 128,
         "tie_word_embeddings": False,
         # With other factors, as published checkpoints have them, no version is served.
@@ -179,7 +176,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **MOE,
     },
     # Recurrent, and of this project.
-    "lstm": {"model_type": "lstm", "num_hidden_layers": 2, "embedding_size": 48},
+    "lstm": {"model_type": "lstm", "embedding_size": 48},
     "xlstm": {"model_type": "xlstm", "num_heads": 4, "chunk_size": 8, "ffn_proj_factor": 1.5},
 }
 
@@ -303,6 +300,8 @@ def random_adapter(
     adapter in the other format, but that PEFT has none on stacked experts.
     ‖scale · B · A · x‖ is about `strength` times ‖x‖ whatever the scale and rank.
     """
+    if kind not in ("peft", "mlx"):
+        raise ValueError(f"{kind!r} is no format of a file: it is 'peft' or 'mlx', and dora=True makes a DoRA adapter.")
     last = {path: path.rsplit(".", 1)[-1] for path in model_layers}
     chosen = {
         path: shape

@@ -61,11 +61,12 @@ def reward_adapter(
     labels: int = 1,
     task_type: str = "SEQ_CLS",
     head: Mapping[str, np.ndarray] | None = None,
+    rank: int = 4,
     **options: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(Tensors, adapter_config.json) as PEFT saves an adapter of this kind with its head; `options` are those of
     `tiny_models.random_adapter`."""
-    tensors, config = tiny_models.random_adapter(info.layers, 4, seed, **options)
+    tensors, config = tiny_models.random_adapter(info.layers, rank, seed, **options)
     own = random_head(labels, bias=task_type == "TOKEN_CLS", seed=seed + 50) if head is None else head
     saved = {f"base_model.model.{name}": array for name, array in own.items()}
     return {**tensors, **saved}, {**config, "task_type": task_type, "modules_to_save": ["classifier", "score"]}

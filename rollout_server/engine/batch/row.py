@@ -136,6 +136,8 @@ class Row:
     seated_at: float = 0.0
     first_at: float = 0.0
     """When its first own token was recorded; 0 before."""
+    told_at: float = 0.0
+    """When a token of it was told of last, as `TokenGapCounter` noted it; 0 before there was one."""
     ended_at: float = 0.0
     _first: int = field(init=False)
     _most: int = field(init=False)

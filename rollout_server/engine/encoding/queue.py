@@ -41,7 +41,12 @@ class EncodingJob:
 
     @property
     def complete(self) -> bool:
-        return len(self.found) == len(self.passages)
+        return not self.unread
+
+    @property
+    def unread(self) -> int:
+        """Sequences of it that were not read yet."""
+        return len(self.passages) - len(self.found)
 
     def keep(self, index: int, values: NDArray[np.float32]) -> None:
         """What was read of a sequence: a vector, [labels], or [tokens, labels] of which positions are wanted."""

@@ -106,6 +106,8 @@ class RowsSeen:
     rows: tuple[RowSeen, ...]
     count: int
     """How many there are, those that are not told included."""
+    by_version: tuple[tuple[PolicyVersion, int], ...] = ()
+    """How many of all of them each version samples."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,24 @@ class PictureStatus:
     """How often the features of one were there."""
 
 
+GAP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Seconds up to which gaps between tokens are counted together."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGaps:
+    """Times from one token of a row to its next."""
+
+    counts: tuple[int, ...] = (0,) * (len(GAP_BOUNDS) + 1)
+    """How many were at most as long as each bound and longer than the one before; at last those above all bounds."""
+    seconds: float = 0.0
+    """All of them together."""
+
+    def __add__(self, other: TokenGaps) -> TokenGaps:
+        counts = (own + more for own, more in zip(self.counts, other.counts, strict=True))
+        return TokenGaps(tuple(counts), self.seconds + other.seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
     """One engine of a fleet."""
@@ -104,6 +122,8 @@ class EngineStatus:
     fault: str | None = None
     waiting: int = 0
     """Requests in the queue."""
+    waiting_rows: int = 0
+    """Samples in the queue, whatever request they are of."""
     running: int = 0
     """Rows in the batch."""
     preempted: int = 0
@@ -114,6 +134,8 @@ class EngineStatus:
     steps: int = 0
     tokens: int = 0
     """Sampled since the start."""
+    gaps: TokenGaps = field(default_factory=TokenGaps)
+    """Between the tokens of rows, since the start."""
     slot_bytes: int = 0
     """Device memory of all adapter slots, free ones included."""
     set_bytes: int = 0

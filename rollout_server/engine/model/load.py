@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,8 +23,9 @@ from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written
 from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
-from rollout_server.engine.model.checkpoint.corrections.grouped import norm_by_group
+from rollout_server.engine.model.checkpoint.corrections.norms import norm_by_group, set_eps
 from rollout_server.engine.model.checkpoint.corrections.rope import KNOWN, PLAIN, main_part, parts
+from rollout_server.engine.model.checkpoint.corrections.routing import lift_biases
 from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
 from rollout_server.engine.model.checkpoint.files import check_model, read_config
 from rollout_server.engine.model.checkpoint.plan import Bound, Plan, plan_of
@@ -67,7 +68,7 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     chosen = choose_store(module, vocabulary, options, compiles=_compiles(options, read, ranks, on_cpu=on_cpu))
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
-    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype)
+    layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
@@ -123,16 +124,19 @@ def _compiles(options: EngineOptions, read: ReadModel, ranks: Ranks | None, *, o
 
 
 def _check_device(
-    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype
+    module: nn.Module, layers: dict[str, tuple[int, int]], vocabulary: int, dtype: mx.Dtype, ranks: Ranks | None
 ) -> dict[Place, str]:
-    """Kinds of layers on which this device computes adapters wrongly, which the log then says. Raises
-    `EngineUnavailable` where it samples wrongly, since nothing could be served."""
+    """Kinds of layers on which this device, or that of any rank, computes adapters wrongly, which the log then says.
+    Raises `EngineUnavailable` where it samples wrongly, since nothing could be served."""
     if (fault := check_sampler(vocabulary, dtype, SAMPLED_ROWS)) is not None:
         raise EngineUnavailable(
             f"This device does not compute what the sampler asks of it: {fault}. Nothing can be served here; "
             "`rollout-server doctor` says more about the device."
         )
     unfit = check_adapters(module, layers, dtype)
+    if ranks is not None:
+        # A version that one of them refused would be nowhere, and the others would have it.
+        unfit = ranks.union(unfit, get_args(Place))
     for place, why in unfit.items():
         log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
     if mx.cuda.is_available() and any(place_of(shape) == "experts" for shape in layers.values()):
@@ -314,6 +318,10 @@ def _as_said(module: nn.Module, plan: Plan) -> str | None:
         log.info("The feed-forward layers have %s = %s, as config.json says.", *plan.activation)
     if count := norm_by_group(module, plan.said, plan.family.name):
         log.info("%d norms are taken over groups, as config.json says.", count)
+    if count := set_eps(module, plan.family.name):
+        log.info("%d norms have the eps that transformers has there, and not that of mlx-lm's class.", count)
+    if count := lift_biases(module, plan.said):
+        log.info("%d routers have biases below zero lifted: mlx-lm's would choose experts of groups left out.", count)
     return _turned(module, plan)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import mlx.core as mx
 import numpy as np
 
 from rollout_server.engine.ranks.digest import TurnDigest
+
+T = TypeVar("T", bound=str)
 
 
 class Ranks:
@@ -33,6 +38,13 @@ class Ranks:
         # Halves of 24 bits are exact in every type that a backend takes; numbers are sizes, below 2**48.
         every = self.every(mx.array([[number >> 24, number & 0xFFFFFF] for number in numbers], dtype=mx.int32))
         return [min((int(high) << 24) + int(low) for high, low in of) for of in every.swapaxes(0, 1)]
+
+    def union(self, own: Mapping[T, str], known: Sequence[T]) -> dict[T, str]:
+        """What any rank says of some of the `known`, on every rank: in its own words, and of what only another one has
+        found, which one that is."""
+        found = self.every(mx.array([name in own for name in known], dtype=mx.int32))
+        said = {name: int(np.argmax(column)) for name, column in zip(known, found.T, strict=True) if column.any()}
+        return {name: own.get(name, f"as rank {rank} found, whose log says how") for name, rank in said.items()}
 
     def every(self, values: mx.array) -> np.ndarray:
         """What each rank gives, [ranks, …] on the host."""

@@ -57,6 +57,8 @@ class RequestQueue:
         self._see = see
         self.open_requests: dict[str, OpenRequest] = {}
         self.waiting_requests = 0
+        self.waiting_rows = 0
+        """Samples that were not admitted yet; those that wait for a version count."""
         self.streams = 0
         """Open requests of which somebody reads the tokens as they come."""
         self.crowded = False
@@ -80,6 +82,7 @@ class RequestQueue:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         self._waiting.extend(groups)
         self.waiting_requests += 1
+        self.waiting_rows += rows
         return open_request
 
     def startable(self, running: int) -> int:
@@ -179,6 +182,7 @@ class RequestQueue:
 
     def admitted(self, admission: Admission) -> None:
         admission.group.admitted += admission.count
+        self.waiting_rows -= admission.count
         if not admission.group.waiting:
             self._left_queue(admission.group)
 
@@ -190,6 +194,7 @@ class RequestQueue:
                 self.waiting_requests += open_request.waiting_groups == 0
                 open_request.waiting_groups += 1
         group.admitted -= count
+        self.waiting_rows += count
         if group in self._waiting:
             self._waiting.remove(group)
         self._waiting.appendleft(group)
@@ -201,6 +206,7 @@ class RequestQueue:
             self._held_for_version.pop(group, None)
             # Taken out of the queue when it comes to its head: removing it now would search the queue.
             group.admitted = group.request.n
+            self.waiting_rows -= left
             self._left_queue(group)
         return left
 

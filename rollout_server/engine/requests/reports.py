@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from rollout_server.engine.batch.joining import Joining
 from rollout_server.engine.batch.row import Group, Row
@@ -16,6 +16,7 @@ from rollout_server.engine.messages.rollouts import (
 )
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import OpenRequest, RequestQueue
+from rollout_server.engine.requests.token_gaps import TokenGapCounter
 from rollout_server.errors import NeverAdmitted, RolloutError
 from rollout_server.rollout import FinishReason, PolicyVersion
 
@@ -32,6 +33,7 @@ class Reports:
         self._met: list[Group] = []
         """Groups of which enough samples have finished."""
         self.tokens = 0
+        self.gaps = TokenGapCounter()
 
     def take(self) -> list[Event]:
         events, self._events = self._events, []
@@ -63,8 +65,9 @@ class Reports:
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def progress(self, rows: Iterable[Row]) -> None:
+    def progress(self, rows: Sequence[Row]) -> None:
         """Rows that were read: one new token each, or an error."""
+        self.gaps.told(rows)
         for row in rows:
             request = row.group.request
             failed = row.error is not None
@@ -123,6 +126,7 @@ class Reports:
         """Reports an ended row once, or holds it until the values it was promised are there."""
         group = row.group
         row.reported = True
+        self.gaps.note()
         group.ended += 1
         if row.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             group.finished += 1

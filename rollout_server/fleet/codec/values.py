@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -23,6 +24,9 @@ from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.errors import AdapterMismatch, EngineFault, PreconditionFailed, QueueFull, RolloutError
 from rollout_server.grammar import Constraint, Follower, Grammar
 
+Size = Annotated[int, msgspec.Meta(ge=0)]
+Standing = tuple[str, tuple[Size, ...], Size]
+"""How an array stands there: its dtype as numpy writes it, its shape, and where it begins."""
 Compile = Callable[[Grammar], Constraint]
 """Makes a grammar ready for this process's tokenizer."""
 
@@ -90,8 +94,26 @@ def _shape(place: Place, out: int, width: int, experts: int) -> tuple[int, int]:
     return out, width
 
 
-def to_wire(value: Any) -> Any:
-    """What stands on the wire for a value that MessagePack does not know."""
+class Arrays:
+    """The arrays of one message, as they are in memory: they travel behind it, and are copied nowhere on their way."""
+
+    ALIGNED = 8
+    """Each begins at a multiple of so many bytes, so that whoever reads them reads numbers where they stand."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes | memoryview] = []
+        self.nbytes = 0
+
+    def add(self, array: np.ndarray[Any, Any]) -> int:
+        """Returns where it begins."""
+        at, gap = self.nbytes, bytes(-array.nbytes % self.ALIGNED)
+        self.parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, gap]
+        self.nbytes += array.nbytes + len(gap)
+        return at
+
+
+def to_wire(arrays: Arrays, value: Any) -> Any:
+    """What stands on the wire for a value that MessagePack does not know; for an array, where in `arrays` it is."""
     match value:
         case RolloutError():
             return told(value)
@@ -100,21 +122,23 @@ def to_wire(value: Any) -> Any:
         case np.ndarray():
             if value.dtype not in STORAGE.values() and value.dtype not in (np.float32, np.float64):
                 raise NotImplementedError(f"Arrays of {value.dtype} do not travel.")
-            return (value.dtype.str, value.shape, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            return (value.dtype.str, value.shape, arrays.add(value))
         case np.generic():
             return value.item()
     raise NotImplementedError(f"{type(value).__name__} does not travel.")
 
 
-def from_wire(compile: Compile, kind: Any, value: Any) -> Any:
-    """A value of a type that MessagePack does not know, of what `to_wire` wrote. Raises `ValidationError`."""
+def from_wire(compile: Compile, arrays: memoryview, kind: Any, value: Any) -> Any:
+    """A value of a type that MessagePack does not know, of what `to_wire` wrote: an array is read where it stands.
+    Raises `ValidationError`."""
     if kind is RolloutError:
         return error_of(msgspec.convert(value, ToldError))
     if kind is Constraint:
         return compile(msgspec.convert(value, Uncompiled).grammar)
     if kind is np.ndarray or getattr(kind, "__origin__", None) is np.ndarray:
-        dtype, shape, data = value
-        return frozen(np.frombuffer(data, np.dtype(dtype)).reshape(shape))
+        dtype, shape, at = msgspec.convert(value, Standing)
+        nbytes = np.dtype(dtype).itemsize * math.prod(shape)
+        return frozen(np.frombuffer(arrays[at : at + nbytes], np.dtype(dtype)).reshape(shape))
     raise msgspec.ValidationError(f"{kind} is no type of a message.")
 
 

@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.engine.thread import EngineThread
 from rollout_server.errors import EngineUnavailable, RolloutError
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame
+from rollout_server.fleet.codec.frames import BadFrame, Frame, next_frame
 from rollout_server.fleet.ranks.decisions import FollowMailbox, Listener
 from rollout_server.fleet.ranks.team import ALIVE, ALIVE_EVERY_S, FAILED
 from rollout_server.fleet.ranks.words import Begin, rank_codec
@@ -79,13 +78,13 @@ class Follower:
     def __init__(self, decisions: socket.socket, commands: socket.socket) -> None:
         self._decisions = decisions
         self._commands = commands
-        self._frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._codec = rank_codec(self._compile)
         self._engine: FollowEngine | None = None
 
     def run(self, joined: Any = None) -> int:
         """Serves until rank 0 ends; returns the exit status. `joined` is the group where there is one already."""
-        begin = self._codec.decode(self._frame() or b"")
+        begin = self._codec.decode(*(self._frame() or (b"", b"")))
         if not isinstance(begin, Begin) or begin.options.ranks is None:
             return 2
         ranks = begin.options.ranks
@@ -103,14 +102,12 @@ class Follower:
             self._say(FAILED + " ".join(engine.fault.split()).encode())
         return 1 if engine.fault is not None else 0
 
-    def _frame(self) -> bytes | None:
+    def _frame(self) -> Frame | None:
         """The next frame; None once the connection is closed."""
         try:
-            (length,) = LENGTH.unpack(self._commands.recv(LENGTH.size, socket.MSG_WAITALL))
-            body = self._commands.recv(length, socket.MSG_WAITALL)
-        except (OSError, struct.error):
+            return next_frame(self._commands.recv_into)
+        except OSError:
             return None
-        return body if len(body) == length else None
 
     def _read(self) -> None:
         """The engine's thread may wait in a sum that nobody joins any more: this ends it too."""
@@ -127,7 +124,7 @@ class Follower:
         engine.settled.wait()
         while engine.fault is None:
             try:
-                command = self._codec.decode(self._frames.get())
+                command = self._codec.decode(*self._frames.get())
             except (BadFrame, RolloutError) as error:
                 # Rank 0 took it: this one cannot do the same.
                 self._say(FAILED + f"it was told what it does not understand: {error}".encode())

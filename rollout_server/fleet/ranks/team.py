@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from rollout_server.engine.messages.options import RankOptions
@@ -119,14 +120,14 @@ class Team:
     def _write(self) -> None:
         while not self._over.is_set():
             try:
-                frame = self._codec.encode(self._messages.get(timeout=ALIVE_EVERY_S))
+                parts = self._codec.parts(self._messages.get(timeout=ALIVE_EVERY_S))
             except queue.Empty:
                 continue
             except BadFrame as error:
                 return self.end(f"The other ranks could not be told a command: {error} {GOES_NOT_ON}")
-            for member in self.members:
+            for member, part in product(self.members, parts):
                 try:
-                    member.commands.sendall(frame)
+                    member.commands.sendall(part)
                 except OSError:
                     return  # Whoever watches says why.
 

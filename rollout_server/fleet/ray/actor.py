@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 
 MOST_BYTES = 1 << 22
-"""Bytes that one call gives back."""
+"""Bytes that one call gives back, and that are handed to the replica at once."""
 
 
 class ReplicaActor:
@@ -45,8 +45,9 @@ class ReplicaActor:
             self._reader, self._writer = await asyncio.open_connection(sock=own)
         # Whoever reads is told by the end of what there is to read.
         with suppress(ConnectionError):
-            self._writer.write(frames)
-            await self._writer.drain()
+            for at in range(0, len(frames), MOST_BYTES):
+                self._writer.write(memoryview(frames)[at : at + MOST_BYTES])
+                await self._writer.drain()
 
     async def receive(self, connection: int) -> bytes:
         """What the replica said since, as soon as it says something; nothing once its link is closed."""

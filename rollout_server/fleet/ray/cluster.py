@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +17,10 @@ from rollout_server.errors import EngineUnavailable, InvalidField
 REACH_S, CONNECT_S = 5.0, 60.0
 """Seconds for a connection to the address, and for Ray to make this process one of the cluster's. Left to itself, Ray
 tries an address where nobody answers for minutes."""
+HEAD_EVERY_S, HEAD_S = 2.0, 30.0
+"""Seconds between two looks at the head, and without it until it is taken for lost. After 60 Ray ends whatever is of
+the cluster, this process too, with words of its own and before anybody who waits is told."""
+log = logging.getLogger("rollout_server.fleet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,8 @@ class Cluster:
     def __init__(self, ray: Any, address: str, need: Need) -> None:
         self.ray = ray
         self._address, self._need = address, need
+        self.head = str(ray.get_runtime_context().gcs_address)
+        """Where the process answers without which there is no cluster."""
 
     def actor(self, kind: type) -> Any:
         """Asks for an actor that Ray places where there is what it needs, and starts again wherever it ends."""
@@ -69,6 +77,22 @@ class Cluster:
             "one of its nodes says who has them."
         )
 
+    async def without_head(self) -> None:
+        """Returns once the head has not answered for `HEAD_S`: rows go on meanwhile, and a head that comes back in time
+        (Ray keeps its state where it has a Redis) is as one that was always there."""
+        host, _, port = self.head.rpartition(":")
+        missing_since: float | None = None
+        while True:
+            now = asyncio.get_running_loop().time()
+            if (error := await _silence(host.strip("[]"), int(port))) is None:
+                missing_since = None
+            elif missing_since is None:
+                missing_since = now
+                log.warning("The head of the Ray cluster at %s does not answer (%s).", self.head, error)
+            elif now - missing_since >= HEAD_S:
+                return
+            await asyncio.sleep(HEAD_EVERY_S)
+
     def close(self) -> None:
         self.ray.shutdown()
 
@@ -87,22 +111,39 @@ async def connect(address: str, need: Need, *, within_s: float = CONNECT_S) -> C
             f"{within_s:g} s. Give the address that `ray start --head` printed.",
             param="ray_address",
         ) from error
+    _hear_of_the_end_first()
     return Cluster(ray, address, need)
 
 
+def _hear_of_the_end_first() -> None:
+    """Ray has put a handler of SIGTERM before Python's, which writes a trace and has the process aborted three seconds
+    later, however well it is ending by then: this takes it out. Only the main thread may, which alone hears signals."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+        signal.siginterrupt(signal.SIGTERM, False)
+
+
 async def _reach(address: str, host: str, port: int) -> None:
-    try:
-        async with asyncio.timeout(REACH_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except OSError as error:
+    if (error := await _silence(host, port)) is not None:
         raise InvalidField(
             f"--ray-address {address}: nobody answers there ({error}). Start the cluster first (ray start --head "
             f"--port={port} on its first node), and give that node's address.",
             param="ray_address",
         ) from error
+
+
+async def _silence(host: str, port: int) -> OSError | None:
+    """Why nobody answers at an address; None where somebody does."""
+    try:
+        async with asyncio.timeout(REACH_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError as error:
+        return error
     writer.close()
     with suppress(OSError):
         await writer.wait_closed()
+    return None
 
 
 def _driver_of(address: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollout_server.engine.messages.rollouts import RequestFailed
 from rollout_server.errors import WeightsMemoryExceeded
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
+from rollout_server.fleet.codec.frames import LENGTHS, BadFrame, Codec, Frame
 from rollout_server.fleet.wire import DropVersion, StageVersion
 
 log = logging.getLogger("rollout_server.fleet")
@@ -57,7 +57,7 @@ class ActorConnection:
         self._ray, self._actor, self._number = ray, actor, number
         self._versions, self._codec = versions, codec
         self._out: asyncio.Queue[bytes | StageVersion] = asyncio.Queue()
-        self._in: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._in: asyncio.Queue[Frame | RequestFailed | None] = asyncio.Queue()
         self._open = True
         self._tasks = [asyncio.create_task(self._push()), asyncio.create_task(self._pull())]
 
@@ -70,8 +70,8 @@ class ActorConnection:
 
     async def receive(self) -> Any:
         """The next message; None once the connection is closed. Raises `BadFrame`."""
-        frame = await self._in.get()
-        return None if frame is None else self._codec.decode(frame)
+        came = await self._in.get()
+        return self._codec.decode(*came) if isinstance(came, tuple) else came
 
     def kill(self) -> None:
         """Has Ray end the actor's process, which may hang, and start another."""
@@ -132,7 +132,7 @@ class ActorConnection:
             return await self._versions.reference(message)
         except self._ray.exceptions.RayError as error:
             refusal = WeightsMemoryExceeded(f"Ray's object store has no room for {message.name}: {error}")
-            self._in.put_nowait(self._codec.encode(RequestFailed(message.id, refusal))[LENGTH.size :])
+            self._in.put_nowait(RequestFailed(message.id, refusal))
             return None
 
     async def _pull(self) -> None:
@@ -147,15 +147,17 @@ class ActorConnection:
         self._in.put_nowait(None)
 
 
-def take_whole(came: bytearray) -> list[bytes]:
+def take_whole(came: bytearray) -> list[Frame]:
     """Takes out of it the frames that have come whole, without their lengths."""
-    frames, at = [], 0
-    while len(came) - at >= LENGTH.size:
-        begin = at + LENGTH.size
-        end = begin + LENGTH.unpack_from(came, at)[0]
+    frames: list[Frame] = []
+    at = 0
+    while len(came) - at >= LENGTHS.size:
+        head, arrays = LENGTHS.unpack_from(came, at)
+        begin = at + LENGTHS.size
+        middle, end = begin + head, begin + head + arrays
         if end > len(came):
             break
-        frames.append(bytes(came[begin:end]))
+        frames.append((bytes(came[begin:middle]), bytes(came[middle:end])))
         at = end
     # Once for all of them: what stays behind is moved each time.
     del came[:at]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,15 +16,17 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.fleet.codec.frames import Codec
 from rollout_server.fleet.ray.actor import ReplicaActor
-from rollout_server.fleet.ray.cluster import Cluster, Need, connect
+from rollout_server.fleet.ray.cluster import HEAD_S, Cluster, Need, connect
 from rollout_server.fleet.ray.connection import ActorConnection, StoredVersions
 from rollout_server.fleet.roster import Roster
-from rollout_server.fleet.wire import Hello
+from rollout_server.fleet.wire import AGAIN, Hello
 
 log = logging.getLogger("rollout_server.fleet")
 
 RETRY_S = 0.5
 """Between two questions to an actor that Ray is starting again."""
+TOLD_S = 3.0
+"""Seconds that replies take to reach whoever is told that the head is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,27 @@ class Placed:
             sharing = await asyncio.to_thread(cluster.on_one_node)
             hello = Hello(replace(self._options, sharing=sharing), sharing)
             places = [_Place(f"ray-{index}") for index in range(self._placement.replicas)]
+            watching = asyncio.create_task(self._watch(roster, cluster))
+            watching.add_done_callback(partial(self._ended, roster))
+            self._opening.add(watching)
             kept = (self._keep(roster, cluster, place, versions, hello) for place in places)
             for ended in await asyncio.gather(*kept, return_exceptions=True):
                 if isinstance(ended, Exception):
                     log.error("A replica is not kept any more.", exc_info=ended)
         finally:
             await asyncio.to_thread(cluster.close)
+
+    async def _watch(self, roster: Roster, cluster: Cluster) -> None:
+        """Without its head the cluster is over. Whoever waits is told so by name, and then this process ends: it would
+        be ended by Ray, whose own way out waits for the head."""
+        await cluster.without_head()
+        why = (
+            f"The head of the Ray cluster at {cluster.head} has not answered for {HEAD_S:g} s, and Ray keeps nothing "
+            "running without it: start the cluster anew, and then this server, which with --state-dir has every "
+            "version again."
+        )
+        asyncio.get_running_loop().call_later(TOLD_S, _leave, why)
+        roster.give_up(EngineUnavailable(why))
 
     async def _asked_for(self, work: Awaitable[Any]) -> Any:
         """What may last for long, and is given up when the source stops."""
@@ -132,3 +151,10 @@ class Placed:
                 raise EngineUnavailable(f"Ray gave replica {place.id} up: {error}") from error
             else:
                 return
+
+
+def _leave(why: str) -> None:
+    """Ends the process, as one that is to be started again."""
+    sys.stderr.write(f"rollout-server: {why}\n")
+    sys.stderr.flush()
+    os._exit(AGAIN)

@@ -11,7 +11,6 @@ import logging
 import queue
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from rollout_server import logs
 from rollout_server.engine.messages.control import Stop
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.errors import EngineUnavailable
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame
+from rollout_server.fleet.codec.frames import BadFrame, next_frame
 from rollout_server.fleet.replica.engine import STOP_S, ReplicaEngine
 from rollout_server.fleet.wire import CannotStart, Hello, link_codec
 from rollout_server.grammar import Constraint, Grammar
@@ -38,7 +37,7 @@ class StartedReplica:
     """Belongs to the main thread, which reads; another one writes."""
 
     def __init__(self, link: socket.socket) -> None:
-        self._reader = link.makefile("rb", buffering=1 << 20)
+        self._reader = link.makefile("rb")
         self._link = link
         self._codec = link_codec(self._compile)
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -72,13 +71,12 @@ class StartedReplica:
     def _read(self) -> Any:
         """The next message; None once the link is closed."""
         try:
-            (length,) = LENGTH.unpack(self._reader.read(LENGTH.size))
-            body = self._reader.read(length)
-            return self._codec.decode(body) if len(body) == length else None
+            frame = next_frame(self._reader.readinto)
+            return None if frame is None else self._codec.decode(*frame)
         except BadFrame as error:
             log.error("The controller said what nobody understands: %s", error)
             return None
-        except (OSError, struct.error):
+        except OSError:
             return None
 
     def _write(self) -> None:

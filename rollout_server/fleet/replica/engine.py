@@ -27,6 +27,7 @@ from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.ledger.records import Version
 from rollout_server.fleet.ranks.lead import LeadEngine
 from rollout_server.fleet.wire import (
+    AGAIN,
     VERSIONS,
     AdoptVersion,
     CannotStart,
@@ -43,9 +44,6 @@ log = logging.getLogger("rollout_server.fleet")
 
 STOP_S = 60.0
 """An engine that is told to stop has so long to end its step."""
-AGAIN = 75
-"""Exit status of a replica whose engine failed: what starts it again (systemd, launchd) does so, and not after 1, with
-which a replica ends that cannot be started like this."""
 
 
 class ReplicaEngine:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from adapters.report import delta_norm
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.status import EngineStatus
-from rollout_server.engine.messages.versions import PolicyStatus
+from rollout_server.engine.messages.versions import Publish, Published, RestoredVersion
 from rollout_server.http.observing.latest_rollouts import LatestRollouts
 from rollout_server.http.observing.row_metrics import RowMetrics
 from rollout_server.http.observing.version_totals import VersionTable
 from rollout_server.rollout import BASE, Rollout
+from rollout_server.versions.publisher import timings_of
 
 SAMPLE_S = 1.0
 MOST_SAMPLES = 600
@@ -59,21 +61,22 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PushSeen:
-    """What only the reply to a push says."""
+    """What the engine's status does not say of a version."""
 
     delta_norm: float | None
-    effective_rank: float | None
-    timings_ms: Mapping[str, float]
+    timings_ms: Mapping[str, float] | None
+    """None of a version that was restored."""
 
 
 class Observer:
-    """One for each model. `status` gives its engine's snapshot; rows are told to `metrics` under the name `model`. With
-    `keep` False no rollout is kept."""
+    """One for each model. `status` gives its engine's snapshot; rows are told to `metrics` and the timings and bytes of
+    pushes to `push`, under the name `model`. With `keep` False no rollout is kept."""
 
     def __init__(
         self,
         status: Callable[[], EngineStatus],
         metrics: RowMetrics,
+        push: Callable[[Mapping[str, float], int, str], None],
         model: str = BASE,
         *,
         keep: bool = True,
@@ -82,6 +85,7 @@ class Observer:
         self.versions = VersionTable()
         metrics.follow(model, self.versions)
         self._metrics = metrics
+        self._push = push
         self._model = model
         self.rollouts = LatestRollouts(clock=clock)
         self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
@@ -90,7 +94,7 @@ class Observer:
         self._keep = keep
         self._clock = clock
         self._pushes: OrderedDict[tuple[str, int], PushSeen] = OrderedDict()
-        self._policies: tuple[PolicyStatus, ...] = ()
+        self._moved = 0
         self._live: dict[str, int | None] = {}
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
@@ -112,28 +116,42 @@ class Observer:
 
     # ---- versions -------------------------------------------------------------------------------------------------
 
-    def pushed(self, name: str, number: int, reply: Mapping[str, Any]) -> None:
-        """Notes what the reply to an accepted push says; the same weights again say nothing new."""
-        report = reply["report"]
-        seen = PushSeen(report["delta_norm"], report["effective_rank"], reply["timings_ms"])
-        self._pushes.setdefault((name, number), seen)
+    def published(self, publish: Publish, published: Published) -> None:
+        """Notes an accepted push; the same weights again say nothing new."""
+        bundle, timings, number = publish.bundle, timings_of(publish, published), published.version.number
+        self._push(timings, bundle.nbytes, self._model)
+        self._note((publish.name, number), PushSeen(delta_norm(bundle, published.changes), timings))
+        if published.live:
+            self.moved(publish.name, number)
+
+    def restored(self, name: str, versions: Sequence[RestoredVersion]) -> None:
+        """Notes a name that an earlier run left. Of DoRA and of tensors in place of the base's, no file says how much
+        they change."""
+        for kept in versions:
+            spec = kept.bundle.spec
+            known = kept.bundle.measures.keys() >= {*spec.dense} and spec.kind != "dora"
+            self._note((name, kept.number), PushSeen(delta_norm(kept.bundle, {}) if known else None, None))
+        self.moved(name, next((kept.number for kept in versions if kept.live), None))
+
+    def _note(self, version: tuple[str, int], seen: PushSeen) -> None:
+        self._pushes.setdefault(version, seen)
         while len(self._pushes) > MOST_PUSHES:
             self._pushes.popitem(last=False)
 
     def push_of(self, name: str, number: int) -> PushSeen | None:
         return self._pushes.get((name, number))
 
-    def _follow(self) -> None:
-        """Notes where names point now."""
-        policies = self._status().policies
-        if policies is self._policies:
-            return
-        now = self._clock()
-        live = {policy.name: policy.live.number if policy.live else None for policy in policies}
-        for name in live.keys() | self._live.keys():
-            if name != BASE and live.get(name) != self._live.get(name):
-                self.moves.append(Move(now, name, live.get(name)))
-        self._policies, self._live = policies, live
+    def moved(self, name: str, number: int | None) -> None:
+        """Notes where a name points from now on."""
+        if self._live.get(name) != number:
+            self._live[name] = number
+            self.moves.append(Move(self._clock(), name, number))
+            self._moved += 1
+
+    def moves_since(self, count: int) -> tuple[int, list[Move]]:
+        """How often names have moved in all, and those moves, as far as they are kept, that came after so many."""
+        new = min(self._moved - count, len(self.moves))
+        return self._moved, list(self.moves)[len(self.moves) - new :]
 
     # ---- time -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +175,6 @@ class Observer:
     async def sample_for_ever(self) -> None:
         """Keeps a sample a second. A few numbers are copied; the engine hears nothing of it."""
         while True:
-            self._follow()
             self.samples.append(self.sample())
             await asyncio.sleep(SAMPLE_S)
 

@@ -12,11 +12,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rollout_server.engine.messages.status import GAP_BOUNDS
 from rollout_server.http.observing.version_totals import VersionTable, VersionTotals
 from rollout_server.rollout import Rollout
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
-BETWEEN = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 TOKENS = tuple(2**power for power in range(18))
 STALENESS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
 
@@ -35,7 +35,9 @@ class RowMetrics:
             "rollout_time_to_first_token_seconds", "Seconds from a row's arrival to its first token.", SECONDS
         )
         self._between = histogram(
-            "rollout_inter_token_seconds", "Mean seconds between two tokens of a row, once for each row.", BETWEEN
+            "rollout_inter_token_seconds",
+            "Mean seconds between two tokens of a row, once for each row; rollout_token_gap_seconds has every gap.",
+            GAP_BOUNDS,
         )
         self._whole = histogram("rollout_row_seconds", "Seconds from a row's arrival to its end.", SECONDS)
         self._phases = histogram(

@@ -54,24 +54,23 @@ class Frames:
         return {
             **await self.frame(fresh=True),
             "history": list(observer.samples),
-            "moves": [move._asdict() for move in observer.moves],
+            "moves": [move._asdict() for move in observer.moves_since(0)[1]],
             "fields": Sample._fields,
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events, a frame each, until the server is told to stop."""
-        stopping, told = self._service.stopping, await self.opening()
-        moves = len(told["moves"])
+        """Server-sent events, a frame each, until the server is told to stop; each has the moves since the last one."""
+        stopping, observer = self._service.stopping, self._service.observer
+        told = await self.opening()
+        moved, _ = observer.moves_since(0)
         while True:
             yield sse_event(told)
             try:
                 await asyncio.wait_for(stopping.wait(), FRAME_S)
             except TimeoutError:
-                known = self._service.observer.moves
-                told = {**await self.frame()}
-                if len(known) != moves or len(known) == known.maxlen:
-                    moves = len(known)
-                    told["moves"] = [move._asdict() for move in known]
+                frame = await self.frame()
+                moved, new = observer.moves_since(moved)
+                told = {**frame, "moves": [move._asdict() for move in new]}
             else:
                 return
 
@@ -87,6 +86,7 @@ class Frames:
             "paused": status.paused,
             "now": observer.sample(),
             "base": self._base(),
+            "others": service.residents,
             "rows": rows_entry(await self._rows()),
             "replicas": [replica_entry(replica) for replica in status.replicas],
             "min_replicas": status.fewest,
@@ -147,7 +147,6 @@ class Frames:
             "rank": kept.rank,
             "modules": kept.modules,
             "delta_norm": push.delta_norm if push else None,
-            "effective_rank": push.effective_rank if push else None,
             "timings_ms": push.timings_ms if push else None,
             "totals": totals_entry(own),
         }
@@ -170,10 +169,11 @@ def totals_entry(totals: VersionTotals | None) -> dict[str, Any] | None:
 
 
 def rows_entry(seen: RowsSeen | None) -> dict[str, Any]:
-    """Rows as `[version, tokens, most, preempted, request]`, where the first and the last are places in lists."""
+    """Rows as `[version, tokens, most, preempted, request]`, where the first and the last are places in lists. `counts`
+    are of all rows by version, `count` of all, those included that are not among `rows`."""
     if seen is None:
-        return {"count": 0, "versions": [], "requests": [], "rows": []}
-    versions = list(dict.fromkeys((row.version.name, row.version.number) for row in seen.rows))
+        return {"count": 0, "versions": [], "counts": [], "requests": [], "rows": []}
+    versions = [(version.name, version.number) for version, _ in seen.by_version]
     requests = list(dict.fromkeys(row.id for row in seen.rows))
     at = {version: place for place, version in enumerate(versions)}
     of = {id: place for place, id in enumerate(requests)}
@@ -181,7 +181,8 @@ def rows_entry(seen: RowsSeen | None) -> dict[str, Any]:
         (at[row.version.name, row.version.number], row.tokens, row.most, int(row.preempted), of[row.id])
         for row in seen.rows
     ]
-    return {"count": seen.count, "versions": versions, "requests": requests, "rows": rows}
+    counts = [count for _, count in seen.by_version]
+    return {"count": seen.count, "versions": versions, "counts": counts, "requests": requests, "rows": rows}
 
 
 def spans_entry(rollout: Rollout) -> Sequence[tuple[str, int, int, int]]:

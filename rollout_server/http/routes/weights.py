@@ -23,7 +23,7 @@ from rollout_server.errors import InvalidField
 from rollout_server.http.auth import may_administer, may_infer
 from rollout_server.http.openapi import CONDITION, ActivateOperation, ModelOperation, UploadOperation, failures
 from rollout_server.http.problems import renamed
-from rollout_server.http.replies.json_entries import json_response, milliseconds, policy_entry
+from rollout_server.http.replies.json_entries import json_response, policy_entry
 from rollout_server.http.requests.json_body import StrictJson, read_body
 from rollout_server.http.requests.queries import asked_resident
 from rollout_server.http.requests.uploads import Upload, read_upload
@@ -39,6 +39,7 @@ from rollout_server.schemas.weights import (
     PoliciesReply,
     PushReply,
 )
+from rollout_server.versions.publisher import timings_of
 
 MATCH = re.compile(CONDITION)
 
@@ -76,30 +77,21 @@ class WeightsController(Controller):
         prepared, report = await asyncio.to_thread(read, upload, info)
         bundle = prepared.bundle
         validated = time.perf_counter()
-        published = await service.publisher.publish(
-            Publish(
-                id=service.engine.new_id("publish"),
-                name=options.name,
-                bundle=bundle,
-                activate=options.activate == "true",
-                label=options.label,
-                if_match=match,
-                prepared=prepared,
-                mode=prepared.mode,
-                dequantize=options.dequantize == "true",
-                before=(("receive", began, received), ("validate", received, validated)),
-            )
+        publish = Publish(
+            id=service.engine.new_id("publish"),
+            name=options.name,
+            bundle=bundle,
+            activate=options.activate == "true",
+            label=options.label,
+            if_match=match,
+            prepared=prepared,
+            mode=prepared.mode,
+            dequantize=options.dequantize == "true",
+            before=(("receive", began, received), ("validate", received, validated)),
         )
+        published = await service.publisher.publish(publish)
         reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)
-        reply["timings_ms"] = {
-            "receive": milliseconds(received - began),
-            "validate": milliseconds(validated - received),
-            "stage": round(published.stage_ms, 3),
-            "activate": round(published.activate_ms, 3),
-            **({} if published.persist_ms is None else {"persist": round(published.persist_ms, 3)}),
-        }
-        service.metrics.push(reply["timings_ms"], bundle.nbytes, service.name)
-        service.observer.pushed(options.name, published.version.number, reply)
+        reply["timings_ms"] = timings_of(publish, published)
         return json_response(reply, status_code=200 if published.unchanged else 201)
 
     @get(

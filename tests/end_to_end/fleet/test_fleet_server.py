@@ -81,6 +81,20 @@ def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
             client.remove_replica("local-1")
 
 
+def test_work_that_no_replica_is_left_for_is_a_503_once_its_time_is_over(model: Path) -> None:
+    with live_server(model, "--replicas", "2") as server, RolloutClient(server.url) as client:
+        for id in ("local-0", "local-1"):
+            client.remove_replica(id)
+        until(lambda: states(client) == [])
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        body = {"prompts": [{"token_ids": [5, 9]}], "policy": "base", "timeout_s": 1.0}
+        refused = httpx.post(f"{server.url}/v1/rollouts", json=body, timeout=60)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["retryable"]) == (503, "engine_unavailable", True)
+        assert "No replica became live until the request's timeout_s was over" in error["message"]
+        assert server.stop() == 0
+
+
 def test_a_server_of_one_process_has_no_replicas(model: Path) -> None:
     with server_here(model) as server, RolloutClient(server.url) as client:
         assert client.fleet() == ()

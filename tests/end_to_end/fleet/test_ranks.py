@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from rollout_server.fleet.replica.engine import AGAIN
+from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.live_server import START_S, Server, live_server
 from trainer_client import RolloutClient
@@ -44,14 +48,15 @@ def test_a_file_of_hosts_with_an_error_ends_the_command_before_anything_is_start
     assert_refused(ended, "names 1 hosts, and --tensor-parallel asks for 2 ranks")
 
 
-@pytest.mark.parametrize(
-    ("family", "ranks", "sentence"),
-    [
-        ("gemma2", 2, "--tensor-parallel 2 cannot serve a gemma2 model: mlx-lm's class for it has no shard()"),
-        ("qwen3", 3, "this qwen3 model: its num_attention_heads is 4, which 3 ranks cannot share out evenly"),
-        ("qwen3", 4, "this qwen3 model: its num_key_value_heads is 2, which 4 ranks cannot share out evenly"),
-    ],
+UNCUT = (
+    ("gemma2", 2, "--tensor-parallel 2 cannot serve a gemma2 model: mlx-lm's class for it has no shard()"),
+    ("qwen3", 3, "this qwen3 model: its num_attention_heads is 4, which 3 ranks cannot share out evenly"),
+    ("qwen3", 4, "this qwen3 model: its num_key_value_heads is 2, which 4 ranks cannot share out evenly"),
 )
+"""Each costs the start of all its ranks; tests/engine/ranks/test_cut.py asks without any."""
+
+
+@pytest.mark.parametrize(("family", "ranks", "sentence"), some_long(UNCUT, UNCUT[0]))
 def test_a_model_that_cannot_be_cut_ends_the_command_by_name(
     family: str, ranks: int, sentence: str, tmp_path: Path
 ) -> None:
@@ -76,6 +81,38 @@ def test_ranks_that_mlx_launch_starts_serve_as_one(tmp_path: Path) -> None:
                 assert asking.connect_ex(("127.0.0.1", int(server.url.rpartition(":")[2]))) == errno.ECONNREFUSED
             assert not any("KeyboardInterrupt" in line or "Traceback" in line for line in server.log)
     assert rows[0] == rows[1]
+
+
+def processes_of(rank: int, model: Path) -> list[int]:
+    """Those that are this rank of an engine of the model, as their environment says."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            said, command = (folder / "environ").read_bytes().split(b"\0"), (folder / "cmdline").read_bytes()
+        except OSError:
+            # It has ended meanwhile, or is somebody else's.
+            continue
+        if f"MLX_RANK={rank}".encode() in said and str(model).encode() in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="nothing says which process is which rank")
+def test_a_rank_that_mlx_launch_started_and_that_ends_ends_the_server(tmp_path: Path) -> None:
+    """Its status has a manager start it again, and nothing is left that listens."""
+    hosts, here = tmp_path / "hosts.json", {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
+    hosts.write_text(json.dumps([here, here]))
+    model = tiny_models.build("qwen3", tmp_path / "qwen3")
+    options = ("--kv-memory", "64MiB", "--context-length", "200", "--tensor-parallel", "2", "--hostfile", str(hosts))
+    with live_server(model, *options) as server:
+        ranks = processes_of(1, model)
+        assert ranks
+        for process in ranks:
+            os.kill(process, signal.SIGKILL)
+        assert server.process.wait(120) == AGAIN, "".join(server.log)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{server.url}/health")
 
 
 def pushed(server: Server, name: str, tensors: Mapping[str, Any], config: Any, **options: str) -> httpx.Response:

@@ -17,7 +17,8 @@ from tests.support import tiny_models, tiny_scorers
 from tests.support.live_server import LiveServer, live_server, until
 from trainer_client import RolloutClient
 
-KEPT = 2
+KEPT, RANK, FEW = 2, 64, 4
+HOST_SLACK = 32 * 2**20
 PROMPTS = [[5, 6, 7, 9, 8], list(range(10, 110))]
 
 
@@ -63,8 +64,8 @@ def test_pushes_of_a_policy_and_of_its_reward_in_turns_leave_nothing_behind(
     sizes, host = [], []
     with RolloutClient(live.url) as client:
         for turn in range(pushes // 2):
-            weights, config = tiny_models.random_adapter(info.layers, 16, turn)
-            client.push("rm", *tiny_scorers.reward_adapter(info, turn))
+            weights, config = tiny_models.random_adapter(info.layers, RANK, turn)
+            client.push("rm", *tiny_scorers.reward_adapter(info, turn, rank=RANK))
             policy = client.push("policy", weights, config)
             batch = client.rollouts(PROMPTS, policy=policy, reward="rm", n=2, max_tokens=4, seed=turn)
             assert batch.rewards is not None and {row.reward.version.version for row in batch} == {turn + 1}
@@ -73,10 +74,13 @@ def test_pushes_of_a_policy_and_of_its_reward_in_turns_leave_nothing_behind(
             host.append(host_bytes(live))
     newest = [(number, 0) for number in range(pushes // 2 - KEPT + 1, pushes // 2 + 1)]
     assert kept(live) == {"rm": newest, "policy": newest}
-    # Whatever is made once has been made after a fifth of the pushes.
+    # Whatever is made once has been made after a fifth of the pushes. Rows differ in their KV by less than a few
+    # bundles; either name alone would have left a bundle for each turn since.
     settled, bundle = pushes // 10, sum(array.nbytes for array in weights.values())
+    turns = pushes // 2 - settled
+    assert turns >= 3 * FEW
     assert len({size["slots"] for size in sizes[settled:]}) == 1
-    leaked = bundle * (pushes // 2 - settled)
-    assert sizes[-1]["active"] - sizes[settled]["active"] < leaked / 4, sizes
-    # An allocator keeps some of what it is given back, however little that is.
-    assert host[-1] - min(host[settled:]) < max(leaked / 4, 32 * 2**20), host
+    assert sizes[-1]["active"] - sizes[settled]["active"] < FEW * bundle, sizes
+    # An allocator keeps some of what it is given back, however little that is: only many pushes tell on the host.
+    if bundle * turns > 2 * HOST_SLACK:
+        assert host[-1] - min(host[settled:]) < HOST_SLACK, host

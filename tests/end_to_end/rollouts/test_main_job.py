@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import Server, live_server, server_here, until
+from tests.support.live_server import Server, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
@@ -48,8 +48,10 @@ def client(server: Server) -> Iterator[RolloutClient]:
         yield client
 
 
-def adapter(model: Path, seed: int, kind: str = "peft", **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed, kind=kind, **options)  # type: ignore[arg-type]
+def adapter(
+    model: Path, seed: int, kind: Literal["peft", "mlx"] = "peft", **options: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return tiny_models.random_adapter(tiny_models.linear_layers(model), 4, seed, kind=kind, **options)
 
 
 def sample(client: RolloutClient, policy: str, **options: Any) -> RolloutBatch:
@@ -127,7 +129,7 @@ def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClie
 
     def long(on_update: str) -> RolloutBatch:
         with RolloutClient(client._connection.url) as own:
-            return own.rollouts([PROMPTS[0]], on_update=on_update, **options)  # type: ignore[arg-type]
+            return own.rollouts([PROMPTS[0]], on_update=on_update, **options)
 
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(long, name) for name in ("finish", "switch", "abort")}
@@ -216,26 +218,18 @@ def test_a_full_queue_says_so_and_loses_nothing(narrow: Server) -> None:
 
 
 def test_stopping_ends_open_requests_by_name(model: Path) -> None:
-    with live_server(model) as live:
-        body = {
-            "policy": "base",
-            "prompts": [{"token_ids": [1]}],
-            "sampling": {"max_tokens": 2040, "ignore_eos": True},
-            "n": 48,
-        }
-
-        async def run() -> httpx.Response:
-            async with httpx.AsyncClient(timeout=60) as http:
-                request = asyncio.create_task(http.post(f"{live.url}/v1/rollouts", json=body))
-                for _ in range(400):
-                    await asyncio.sleep(0.02)
-                    if (await http.get(f"{live.url}/health")).json()["running"] > 0:
-                        break
-                live.process.terminate()
-                return await request
-
-        reply = asyncio.run(run())
-        assert live.process.wait(timeout=30) == 0
+    """Here by the end of the server's context; by a signal, in tests/http/test_stopping.py."""
+    body = {
+        "policy": "base",
+        "prompts": [{"token_ids": [1]}],
+        "sampling": {"max_tokens": 2040, "ignore_eos": True},
+        "n": 48,
+    }
+    with ThreadPoolExecutor(1) as pool:
+        with server_here(model) as live:
+            asked = pool.submit(httpx.post, f"{live.url}/v1/rollouts", json=body, timeout=60)
+            until(lambda: httpx.get(f"{live.url}/health").json()["running"] > 0)
+        reply = asked.result()
     rows = reply.json()["rollouts"]
     assert reply.status_code == 200 and reply.json()["complete"] is False
     assert len(rows) == 48 and any(row["token_ids"] for row in rows)
@@ -248,13 +242,15 @@ def bad_uploads(model: Path) -> dict[str, tuple[bytes, str, int]]:
     metadata = {"adapter_config": json.dumps(config)}
     good = save(tensors, metadata)
     names = sorted(tensors)
-    half = {name: tensors[name] for name in names[: len(names) // 2]}
+    layer = {name: tensors[name] for name in names[: len(names) // 2]}
+    half = {name: tensors[name] for name in names[: len(names) // 2 - 1]}
     shaped = {**tensors, names[0]: np.zeros((4, 3), np.float32)}
     broken = {**tensors, names[0]: np.full_like(tensors[names[0]], np.nan)}
     return {
         "truncated": (good[: len(good) // 2], "safetensors", 422),
         "wrong shape": (save(shaped, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
-        "missing half": (save(half, metadata), "missing", 422),
+        "a layer of two": (save(layer, metadata), "the file has no tensors for them", 422),
+        "half of a pair": (save(half, metadata), "missing", 422),
         "nan": (save(broken, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
         "pickle": (
             b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",

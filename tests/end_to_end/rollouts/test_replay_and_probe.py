@@ -30,7 +30,7 @@ def client(model: Path) -> Iterator[RolloutClient]:
 
 
 def test_rollouts_come_again_from_both_encodings(client: RolloutClient, model: Path) -> None:
-    client.push("p", *adapter(model, 1, kind="dora"))
+    client.push("p", *adapter(model, 1, dora=True))
     options: dict[str, Any] = {"policy": "p", "n": 2, "max_tokens": 24, "top_p": 0.9, "repetition_penalty": 1.1}
     batch = client.rollouts(PROMPTS, stop=["zz"], logit_bias={"7": 1.0}, min_tokens=4, **options)
     streamed = RolloutBatch.of(client.stream_rollouts(PROMPTS, **options))

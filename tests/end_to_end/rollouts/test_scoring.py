@@ -43,7 +43,7 @@ def client(model: Path) -> Iterator[RolloutClient]:
 
 
 def test_base_logprobs_are_those_of_the_scoring_route(client: RolloutClient, model: Path) -> None:
-    client.push("ref", *adapter(model, 1, kind="dora"))
+    client.push("ref", *adapter(model, 1, dora=True))
     options: dict[str, Any] = {
         "policy": "ref",
         "n": 3,

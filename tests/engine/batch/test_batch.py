@@ -58,13 +58,13 @@ def test_32_rows_of_mixed_lengths_equal_each_alone(
     assert model.info.cache == ("slots" if family in SLOTS else "batch")
     driver = Driver.start(model_path(family), model, max_batch=32, prefill_tokens=96)
     prompts = prompts_of(MIXED if family in SLOTS else MIXED[:16], model.info.vocab_size)
-    together = driver.generate(prompts, max_tokens=16, ignore_eos=True)
+    together = driver.generate(prompts, max_tokens=8, ignore_eos=True)
     within = tolerance(driver, together)
     # Alone: every row for the main family, a sample of them for the others.
     chosen = range(len(prompts)) if family == "qwen3" else range(0, len(prompts), 5)
     for index in chosen:
         row = together[index]
-        alone = driver.generate([prompts[index]], seeds=[[row.seed]], max_tokens=16, ignore_eos=True)[0]
+        alone = driver.generate([prompts[index]], seeds=[[row.seed]], max_tokens=8, ignore_eos=True)[0]
         assert_same(alone, row, within)
 
 
@@ -75,7 +75,7 @@ def test_every_logprob_equals_the_scorer(
     model = bare_model(family)
     driver = Driver.start(model_path(family), model, max_batch=16)
     wants = Wants(entropy=True, top_logprobs=3)
-    rows = driver.generate(prompts_of([5, 30, 1, 70], model.info.vocab_size), n=2, max_tokens=20, wants=wants)
+    rows = driver.generate(prompts_of([5, 30, 1, 70], model.info.vocab_size), n=2, max_tokens=10, wants=wants)
     scored = driver.score(
         [row.prompt_ids + row.token_ids for row in rows],
         [len(row.prompt_ids) for row in rows],
@@ -100,10 +100,10 @@ def test_a_family_that_cannot_be_batched_is_served_row_by_row(
 
 def test_rows_that_join_and_leave_disturb_nobody(base: Driver) -> None:
     prompts = prompts_of([30, 7, 50], 286)
-    expected = [base.generate([p], seed=3 + i, max_tokens=40, ignore_eos=True)[0] for i, p in enumerate(prompts)]
+    expected = [base.generate([p], seed=3 + i, max_tokens=28, ignore_eos=True)[0] for i, p in enumerate(prompts)]
     ids = []
     for index, prompt in enumerate(prompts):
-        ids.append(base.submit([prompt], seed=3 + index, max_tokens=40, ignore_eos=True))
+        ids.append(base.submit([prompt], seed=3 + index, max_tokens=28, ignore_eos=True))
         # Company that joins and leaves at other moments, some of it aborted half way.
         short = base.submit(prompts_of([90, 3, 12], 286, seed=index), n=3, max_tokens=5, ignore_eos=True)
         base.turn(3)
@@ -116,12 +116,17 @@ def test_rows_that_join_and_leave_disturb_nobody(base: Driver) -> None:
 
 
 def test_capacity_grows_and_shrinks_without_a_trace(base: Driver) -> None:
-    long = base.submit(prompts_of([20], 286), seed=9, max_tokens=200, ignore_eos=True)
+    long = base.submit(prompts_of([20], 286), seed=9, max_tokens=80, ignore_eos=True)
     base.turn(5)
-    base.generate(prompts_of([6] * 40, 286), max_tokens=3, ignore_eos=True)
-    base.generate(prompts_of([150], 286), max_tokens=30, ignore_eos=True)
+    few = base.batch(0).store.capacity
+    many = base.submit(prompts_of([6] * 40, 286), max_tokens=3, ignore_eos=True)
+    base.until(lambda: base.batch(0).store.capacity > 40)
+    base.finish(many)
+    base.generate(prompts_of([150], 286), max_tokens=12, ignore_eos=True)
+    base.until(lambda: base.batch(0).store.capacity == few)
+    assert not base.over(long)
     base.finish(long)
-    alone = base.generate(prompts_of([20], 286), seed=9, max_tokens=200, ignore_eos=True)[0]
+    alone = base.generate(prompts_of([20], 286), seed=9, max_tokens=80, ignore_eos=True)[0]
     assert_same(alone, base.rollouts(long)[0], tolerance(base, [alone]))
 
 
@@ -166,12 +171,12 @@ def test_kept_prompts_survive_a_cache_that_was_given_back(
 
 
 def test_many_groups_through_few_rows(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
-    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=12, prefill_tokens=32)
-    prompts = prompts_of([1 + k % 9 for k in range(24)], 286)
-    rows = driver.generate(prompts, n=8, max_tokens=9)
-    assert [(r.prompt_index, r.sample_index) for r in rows] == [(p, s) for p in range(24) for s in range(8)]
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=8, prefill_tokens=16)
+    prompts = prompts_of([1 + k % 9 for k in range(12)], 286)
+    rows = driver.generate(prompts, n=8, max_tokens=6)
+    assert [(r.prompt_index, r.sample_index) for r in rows] == [(p, s) for p in range(12) for s in range(8)]
     for row in rows[::17]:
-        alone = driver.generate([prompts[row.prompt_index]], seeds=[[row.seed]], max_tokens=9)[0]
+        alone = driver.generate([prompts[row.prompt_index]], seeds=[[row.seed]], max_tokens=6)[0]
         assert_same(alone, row, tolerance(driver, [row]))
 
 
@@ -235,13 +240,13 @@ def test_admission_stays_inside_the_kv_memory(bare_model: Callable[[str], Reside
     limit = 8 * 96 * model.info.kv_bytes_per_token
     small = replace(model, info=replace(model.info, kv_memory=limit, max_batch=64))
     driver = Driver.start(qwen, small)
-    id = driver.submit(prompts_of([20] * 30, 286), max_tokens=40, ignore_eos=True)
+    id = driver.submit(prompts_of([20] * 20, 286), max_tokens=40, ignore_eos=True)
     largest = 0
     while not driver.over(id):
         driver.turn()
         largest = max(largest, driver.batch(0).store.nbytes)
     assert 0 < largest <= limit
-    assert len(driver.rollouts(id)) == 30 and all(len(row.token_ids) == 40 for row in driver.rollouts(id))
+    assert len(driver.rollouts(id)) == 20 and all(len(row.token_ids) == 40 for row in driver.rollouts(id))
 
 
 def test_kv_is_written_in_place(base: Driver) -> None:
@@ -277,16 +282,16 @@ def test_joined_rows_stay_inside_the_kv_memory(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
     model = bare_model(family)
-    limit = 3 * model.info.row_bytes(60)
+    limit = 3 * model.info.row_bytes(40)
     small = replace(model, info=replace(model.info, kv_memory=limit, max_batch=64))
     driver = Driver.start(model_path(family), small)
-    id = driver.submit(prompts_of([20] * 12, 286), max_tokens=40, ignore_eos=True)
+    id = driver.submit(prompts_of([20] * 8, 286), max_tokens=20, ignore_eos=True)
     largest = 0
     while not driver.over(id):
         driver.turn()
         largest = max(largest, driver.batch(0).store.nbytes)
     assert 0 < largest <= limit
-    assert all(len(row.token_ids) == 40 for row in driver.rollouts(id))
+    assert all(len(row.token_ids) == 20 for row in driver.rollouts(id))
 
 
 def test_a_group_joins_without_copying_the_cache(base: Driver) -> None:

@@ -95,9 +95,15 @@ def test_a_plan_is_always_much_cheaper_and_settles() -> None:
 )
 def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     prompts = prompts_of([3, 700, 40, 5, 350, 9, 120], 286, seed=2)
-    expected = [base.generate([p], seed=7 + i, max_tokens=60, ignore_eos=True)[0] for i, p in enumerate(prompts)]
+
+    def ask() -> list[str]:
+        return [base.submit([p], seed=7 + i, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
+
+    # All in one batch, where a row is what it is alone (`test_batch`).
+    together = ask()
+    base.finish(*together)
     base.set_step_costs(costs)
-    ids = [base.submit([p], seed=7 + i, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
+    ids = ask()
     base.turn(6)
     assert base.batches.classes(0) > 1 if costs is FREE else base.batches.classes(0) == 1
     # A plan that changes moves rows with what they have.
@@ -109,8 +115,9 @@ def test_rows_do_not_notice_their_class(base: Driver, costs: StepCosts) -> None:
     base.turn(17)
     assert base.batches.classes(0) == MOST_BUCKETS
     base.finish(*ids)
-    for id, alone in zip(ids, expected, strict=True):
-        assert_same(alone, base.rollouts(id)[0], tolerance(base, [alone]))
+    for id, other in zip(ids, together, strict=True):
+        (expected,) = base.rollouts(other)
+        assert_same(expected, base.rollouts(id)[0], tolerance(base, [expected]))
     base.turn(2)
     assert base.batches.classes(0) == 0
 

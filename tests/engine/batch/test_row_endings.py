@@ -39,17 +39,17 @@ PROMPT = prompts_of([10], 286, seed=8)[0]
 
 def test_the_end_token_belongs_to_the_row(base: Driver) -> None:
     (end,) = base.model.info.eos_token_ids
-    rows = base.generate([PROMPT], n=64, max_tokens=60)
+    rows = base.generate([PROMPT], n=32, max_tokens=40)
     stopped = [row for row in rows if row.finish_reason is FinishReason.STOP]
-    assert stopped, "no row of 64 met the end token"
+    assert stopped, "no row of 32 met the end token"
     for row in rows:
         if row.finish_reason is FinishReason.STOP:
             assert row.token_ids[-1] == row.stop_reason == end and end not in row.token_ids[:-1]
         else:
-            assert row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 60
+            assert row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 40
         assert len(row.token_ids) == len(row.logprobs) == row.spans[-1].end and row.spans[0].start == 0
-    going_on = base.generate([PROMPT], n=64, max_tokens=60, ignore_eos=True)
-    assert all(row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 60 for row in going_on)
+    going_on = base.generate([PROMPT], n=32, max_tokens=40, ignore_eos=True)
+    assert all(row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 40 for row in going_on)
     # Up to its end the same seed draws the same tokens.
     for short, long in zip(rows, going_on, strict=True):
         assert long.token_ids[: len(short.token_ids)] == short.token_ids
@@ -217,7 +217,10 @@ def test_a_deadline_returns_partial_rows_or_says_it_never_started(base: Driver, 
     long = small.submit([PROMPT], max_tokens=300, ignore_eos=True)
     small.turn(2)
     late = small.submit([PROMPT], deadline=time.monotonic() + 0.05)
-    small.finish(late, long)
+    small.finish(late)
+    assert not small.over(long)
+    small.abort(long)
+    small.finish(long)
     assert isinstance(small.error(late), NeverAdmitted) and small.rollouts(late) == []
 
 

@@ -31,7 +31,7 @@ DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4
 """Between two paths of the trained model, where 5e-5 was seen."""
 PROMPTS = prompts_of([20, 44, 9], 384, seed=3)
-ASKED: dict[str, Any] = {"n": 2, "seed": 4, "max_tokens": 30, "ignore_eos": True}
+ASKED: dict[str, Any] = {"n": 2, "seed": 4, "max_tokens": 20, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")

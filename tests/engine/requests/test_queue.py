@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from rollout_server.engine.batch.joining import BatchKey
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.requests.queue import RequestQueue
@@ -56,3 +59,22 @@ def test_an_id_that_was_taken_again_has_the_time_of_its_new_request() -> None:
     queue.close("a")
     queue.submit(submitted("a"))
     assert queue.overdue(10.0) == []
+
+
+def test_samples_that_wait_are_counted_through_all_that_becomes_of_them() -> None:
+    chance, queue = random.Random(5), RequestQueue(64)
+    groups: list[Group] = []
+    for number in range(600):
+        if chance.random() < 0.3:
+            groups += queue.submit(submitted(str(number), n=chance.randrange(1, 9))).groups
+        elif groups and chance.random() < 0.2:
+            queue.drop(chance.choice(groups))
+        elif groups and chance.random() < 0.2:
+            head = next(filter(queue.heads, groups), None)
+            queue.hold_for_version(head, 1.0) if head and chance.random() < 0.5 else queue.bring_back(lambda _: True)
+        elif admission := queue.next_admission(0, lambda group, count: BatchKey(0)):
+            queue.admitted(admission)
+            if chance.random() < 0.3:
+                queue.put_back(admission.group, admission.count)
+        assert queue.waiting_rows == sum(group.waiting for group in groups)
+    assert len(groups) > 100 and queue.waiting_rows

@@ -94,8 +94,8 @@ def test_extras_of_several_requests_in_one_batch(base: Driver) -> None:
 
 
 def test_versions_share_a_forward(driver: Driver) -> None:
-    for name, kind in (("a", "peft"), ("b", "dora")):
-        driver.push(name, driver.bundle(len(name) + ord(name), kind=kind))
+    for name, dora in (("a", False), ("b", True)):
+        driver.push(name, driver.bundle(len(name) + ord(name), dora=dora))
     sequences = prompts_of([50, 20, 35], 286)
     alone = [driver.score([s], policy=p)[0] for s, p in zip(sequences, ("a", "b", "base"), strict=True)]
     sizes: list[int] = []
@@ -135,13 +135,13 @@ def test_chunks_bound_the_logits(base: Driver, qwen: Path, monkeypatch: pytest.M
 
 
 def test_a_long_score_and_running_rows_take_turns(base: Driver, qwen: Path) -> None:
-    (prompt, long) = prompts_of([20, 1500], 286)
-    expected = base.generate([prompt], n=4, seed=3, max_tokens=30, ignore_eos=True)
+    (prompt, long) = prompts_of([20, 800], 286)
+    expected = base.generate([prompt], n=4, seed=3, max_tokens=16, ignore_eos=True)
     (alone,) = base.score([long])
     driver = Driver.start(qwen, base.model, max_batch=64, prefill_tokens=48)
     tokens: list[int] = []
     watch(driver, [], tokens)
-    rows = driver.submit([prompt], n=4, seed=3, max_tokens=30, ignore_eos=True)
+    rows = driver.submit([prompt], n=4, seed=3, max_tokens=16, ignore_eos=True)
     driver.until(lambda: driver.status.running == 4)
     driver.turn(2)
     id = driver.ask_score([long])
@@ -160,7 +160,7 @@ def test_a_long_score_and_running_rows_take_turns(base: Driver, qwen: Path) -> N
 
 def test_a_short_score_passes_a_long_one(base: Driver, qwen: Path) -> None:
     driver = Driver.start(qwen, base.model, prefill_tokens=64)
-    long, short = prompts_of([1500, 60], 286)
+    long, short = prompts_of([700, 60], 286)
     first = driver.ask_score([long] * 3)
     driver.turn(2)
     second = driver.ask_score([short])
@@ -247,24 +247,24 @@ def test_an_ended_score_leaves_no_trace(driver: Driver) -> None:
 # ---- spans ---------------------------------------------------------------------------------------------------------
 
 
-def switched(driver: Driver, kind: str = "peft") -> Rollout:
-    driver.push("p", driver.bundle(1, kind=kind))
+def switched(driver: Driver, dora: bool = False) -> Rollout:
+    driver.push("p", driver.bundle(1, dora=dora))
     prompt = prompts_of([25], 286, seed=6)
     id = driver.submit(prompt, policy="p", seed=1, max_tokens=24, ignore_eos=True, on_update="switch")
     for seed in (2, 3):
         driver.turn(6)
-        driver.push("p", driver.bundle(seed, kind=kind))
+        driver.push("p", driver.bundle(seed, dora=dora))
     driver.finish(id)
     (row,) = driver.rollouts(id)
     assert [(s.version.number, s.kv) for s in row.spans] == [(1, None), (2, "carried"), (3, "carried")]
     return row
 
 
-@pytest.mark.parametrize(("kind", "path"), corners(["peft", "dora"], [lambda driver: driver, slow]))
+@pytest.mark.parametrize(("dora", "path"), corners([False, True], [lambda driver: driver, slow]))
 def test_a_switched_row_is_checked_through_its_spans(
-    driver: Driver, kind: str, path: Callable[[Driver], Driver]
+    driver: Driver, dora: bool, path: Callable[[Driver], Driver]
 ) -> None:
-    row = switched(driver, kind)
+    row = switched(driver, dora)
     tokens, start = row.prompt_ids + row.token_ids, len(row.prompt_ids)
     path(driver)
     plain, found = driver.score([tokens, tokens], [start, start], policy="p@3", spans=(None, spans_of(row)))

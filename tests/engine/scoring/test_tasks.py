@@ -55,9 +55,9 @@ def watch(driver: Driver) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["peft", "dora"])
-def test_rows_carry_what_the_base_thinks_of_them(driver: Driver, kind: str) -> None:
-    driver.push("p", driver.bundle(1, kind=kind))
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_carry_what_the_base_thinks_of_them(driver: Driver, dora: bool) -> None:
+    driver.push("p", driver.bundle(1, dora=dora))
     prompts = prompts_of([25, 1, 60], 286)
     rows = driver.generate(prompts, n=4, policy="p", max_tokens=20, wants=BASE_TOO)
     assert len(rows) == 12 and {row.finish_reason for row in rows} <= {FinishReason.STOP, FinishReason.LENGTH}
@@ -114,7 +114,7 @@ def test_rows_on_the_base_have_their_own_logprobs_and_need_no_pass(base: Driver)
 def test_rows_come_when_their_group_is_read_and_others_go_on(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
     first, second = prompts_of([40, 10], 286)
-    busy = driver.submit([second], n=2, max_tokens=120, ignore_eos=True, seed=5)
+    busy = driver.submit([second], n=2, max_tokens=60, ignore_eos=True, seed=5)
     id = driver.submit([first, second], n=3, policy="p", max_tokens=30, seed=2, wants=BASE_TOO)
     turns = 0
     while not driver.over(id):
@@ -126,7 +126,7 @@ def test_rows_come_when_their_group_is_read_and_others_go_on(driver: Driver) -> 
     assert sorted(order) in (order, order[::-1]), "the rows of a group come together"
     driver.finish(busy)
     assert_base(driver, driver.rollouts(id))
-    alone = driver.generate([second], n=2, max_tokens=120, ignore_eos=True, seed=5)
+    alone = driver.generate([second], n=2, max_tokens=60, ignore_eos=True, seed=5)
     assert [r.token_ids for r in driver.rollouts(busy)] == [r.token_ids for r in alone]
 
 

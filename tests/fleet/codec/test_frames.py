@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from adapters.tensors import AdapterTensor
 from rollout_server import errors
 from rollout_server.engine.messages import control, options, rollouts, scoring, status, versions
 from rollout_server.errors import RolloutError
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame, Codec
+from rollout_server.fleet.codec.frames import LENGTHS, BadFrame, Codec, next_frame
 from rollout_server.fleet.codec.values import Described, described, model_info
 from rollout_server.fleet.wire import StageVersion, link_codec
 from rollout_server.grammar import Grammar, GrammarKind
@@ -171,7 +172,7 @@ EXAMPLES: tuple[Any, ...] = (
     control.Released("m", 100, 50),
     control.PrefixCacheReset("k", 64),
     control.Pong("i"),
-    control.RowsSeen("z", (control.RowSeen("r", 0, 1, VERSION, 5, 16, False),), 2),
+    control.RowsSeen("z", (control.RowSeen("r", 0, 1, VERSION, 5, 16, False),), 2, ((VERSION, 2),)),
     control.Leaving("l", "local-1"),
     status.EngineStatus("ready", policies=(versions.PolicyStatus("trained", VERSION, (STATUS,), 9, ("sha256:00",)),)),
     options.EngineOptions("/models/tiny", "tiny", kv_memory=2**33, keep_versions=None, tell_admissions=True),
@@ -181,9 +182,11 @@ BY_THEMSELVES = {versions.Publish, versions.Restore, versions.Exported, rollouts
 
 
 def round_trip(message: Any) -> Any:
-    frame = CODEC.encode(message)
-    assert LENGTH.unpack_from(frame) == (len(frame) - LENGTH.size,)
-    return CODEC.decode(frame[LENGTH.size :])
+    frame = io.BytesIO(CODEC.encode(message))
+    assert sum(LENGTHS.unpack_from(frame.getbuffer())) == frame.getbuffer().nbytes - LENGTHS.size
+    found, behind = next_frame(frame.readinto), next_frame(frame.readinto)
+    assert found is not None and behind is None
+    return CODEC.decode(*found)
 
 
 def same_bundle(left: AdapterBundle, right: AdapterBundle) -> bool:
@@ -270,9 +273,9 @@ def test_a_model_keeps_what_its_layers_are() -> None:
         pickle.dumps(("Ping", {"id": "x"})),
         b"",
         b"\x93\x01\x02\x03",
-        CODEC.encode(control.Ping("i"))[LENGTH.size : -1],
-        CODEC.encode(control.Ping("i"))[LENGTH.size :].replace(b"Ping", b"Pang"),
-        CODEC.encode(control.Ping("i"))[LENGTH.size :].replace(b"id", b"ie"),
+        CODEC.encode(control.Ping("i"))[LENGTHS.size : -1],
+        CODEC.encode(control.Ping("i"))[LENGTHS.size :].replace(b"Ping", b"Pang"),
+        CODEC.encode(control.Ping("i"))[LENGTHS.size :].replace(b"id", b"ie"),
     ],
 )
 def test_what_is_no_message_is_refused(body: bytes) -> None:
@@ -280,17 +283,46 @@ def test_what_is_no_message_is_refused(body: bytes) -> None:
         CODEC.decode(body)
 
 
-def test_a_long_frame_is_made_once_for_a_message_that_is_sent_to_many() -> None:
-    codec, made = link_codec(Compiled), bundle(width=300_000)
-    message = StageVersion("/stage/1/p", "p", 1, made, None, "adapter", dequantize=False)
-    frame = codec.encode(message)
-    assert len(frame) > 2**20 and codec.encode(message) is frame
-    assert codec.encode(replace(message, number=2)) != frame
-    again = codec.decode(memoryview(frame)[LENGTH.size :])
-    assert same_bundle(again.bundle, made)
-    kept = weakref.ref(message)
-    del message
-    assert kept() is None and not codec._long, "it is forgotten with the message"
+STAGE = StageVersion("/stage/1/p", "p", 1, bundle(width=300_000), None, "adapter", dequantize=False)
+
+
+def test_the_arrays_of_a_version_are_copied_neither_into_its_frame_nor_out_of_it() -> None:
+    own = [tensor.array for tensor in STAGE.bundle.tensors.values()]
+    head, *sent = link_codec(Compiled).parts(STAGE)
+    assert len(head) < 2000
+    assert all(any(np.shares_memory(np.frombuffer(part, np.uint8), array) for part in sent) for array in own)
+    arrays = np.frombuffer(b"".join(sent), np.uint8)
+    got = link_codec(Compiled).decode(memoryview(head)[LENGTHS.size :], memoryview(arrays)).bundle
+    assert same_bundle(got, STAGE.bundle)
+    for tensor in got.tensors.values():
+        assert (
+            np.shares_memory(tensor.array, arrays) and tensor.array.flags.aligned and not tensor.array.flags.writeable
+        )
+
+
+@pytest.mark.parametrize("cut", [1, 16, 1000])
+def test_a_frame_whose_arrays_are_not_all_there_is_refused(cut: int) -> None:
+    head, *sent = link_codec(Compiled).parts(STAGE)
+    with pytest.raises(BadFrame, match="could not be read"):
+        link_codec(Compiled).decode(memoryview(head)[LENGTHS.size :], b"".join(sent)[:-cut])
+
+
+@pytest.mark.parametrize(
+    "told", [("|O", (1,), 0), ("<f4", (-1,), 0), ("<f4", ("a",), 0), ("<f4", (2**62,), 0), (1, 2, 3)]
+)
+def test_an_array_that_is_none_is_refused(told: tuple[Any, ...]) -> None:
+    """What a stranger may say of one: Python objects, sizes that are none, and more than came."""
+    frame = link_codec(Compiled).parts(replace(STAGE, bundle=bundle()))
+    head = msgspec.msgpack.decode(bytes(frame[0])[LENGTHS.size :])
+    head[1]["bundle"]["tensors"]["layer.lora_A"]["array"] = told
+    with pytest.raises(BadFrame, match="could not be read"):
+        link_codec(Compiled).decode(msgspec.msgpack.encode(head), b"".join(frame[1:]))
+
+
+def test_a_stream_that_ends_within_a_frame_has_no_frame() -> None:
+    frame = CODEC.encode(versions.Exported("x", VERSION, bundle(1)))
+    for end in range(len(frame)):
+        assert next_frame(io.BytesIO(frame[:end]).readinto) is None
 
 
 def test_types_outside_the_protocol_do_not_leave() -> None:

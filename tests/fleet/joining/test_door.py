@@ -17,7 +17,7 @@ from rollout_server.engine.messages.control import Ping, Pong
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.messages.rollouts import Event, Submit
 from rollout_server.errors import Conflict, EngineUnavailable, Forbidden, InvalidField, RolloutError
-from rollout_server.fleet.codec.frames import LENGTH, BadFrame
+from rollout_server.fleet.codec.frames import LENGTHS, BadFrame
 from rollout_server.fleet.codec.values import Uncompiled, described
 from rollout_server.fleet.joining.challenge import PATH, Challenge, is_nonce, nonce
 from rollout_server.fleet.joining.dial import Controller, dial
@@ -68,6 +68,8 @@ class Told:
 
     def fail(self, error: RolloutError) -> None:
         raise error
+
+    def give_up(self, error: RolloutError) -> None: ...
 
 
 class Opened:
@@ -248,7 +250,7 @@ def test_a_proof_is_of_no_use_to_who_stands_between(tmp_path: Path) -> None:
 def test_what_is_no_first_word_is_cut_off() -> None:
     async def scenes() -> None:
         async with Opened(Lock(KEY)) as opened:
-            for frame in (b"\xff\xff\xff\xff", b"\x04\x00\x00\x00oops", CODEC.encode(Ping("p"))):
+            for frame in (8 * b"\xff", LENGTHS.pack(4, 0) + b"oops", LENGTHS.pack(0, 2**31), CODEC.encode(Ping("p"))):
                 reader, writer = await asyncio.open_connection(opened.at.host, opened.at.port)
                 writer.write(f"GET {PATH} HTTP/1.1\r\nx-fleet-nonce: {nonce()}\r\n\r\n".encode())
                 await reader.readuntil(b"\r\n\r\n")
@@ -275,7 +277,7 @@ def test_a_first_word_is_read_by_nothing_but_what_reads_first_words() -> None:
     async def scenes() -> None:
         async with Opened(Lock(KEY)) as opened:
             before = descriptors()
-            for frame in [LENGTH.pack(len(nest)) + nest, CODEC.encode(submit)] * 4:
+            for frame in [LENGTHS.pack(len(nest), 0) + nest, CODEC.encode(submit)] * 4:
                 reader, writer = await asyncio.open_connection(opened.at.host, opened.at.port)
                 writer.write(f"GET {PATH} HTTP/1.1\r\nx-fleet-nonce: {nonce()}\r\n\r\n".encode())
                 await reader.readuntil(b"\r\n\r\n")

@@ -20,6 +20,7 @@ from rollout_server.engine.messages.scoring import Score
 from rollout_server.engine.messages.versions import Publish
 from rollout_server.errors import AdapterMismatch, EngineUnavailable
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams
+from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.adapter_files import make
 from tests.support.fleet.kill_replicas import fleet_handle, until
@@ -177,6 +178,7 @@ def test_a_merged_version_is_refused_by_name(started: SideBySide) -> None:
     started.run(push_merged())
 
 
+@pytest.mark.long
 def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: SideBySide) -> None:
     """One that did not would have ended the engine: digests of every turn are compared."""
 
@@ -190,7 +192,8 @@ def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: SideBySide) -
     started.run(long())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+# While one is stopped the other spins: a core for the fifteen seconds of silence.
+@pytest.mark.parametrize("how", some_long([signal.SIGKILL, signal.SIGSTOP], signal.SIGKILL))
 def test_rows_of_ranks_of_which_one_is_killed_or_stopped_come_back(started: SideBySide, how: signal.Signals) -> None:
     """The engine ends by name, at once or when the rank was silent for as long as it may be; versions do not change
     while there is none, and its rows are drawn again by the next."""

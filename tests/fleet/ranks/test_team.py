@@ -17,7 +17,7 @@ from rollout_server.engine.messages.control import Ping
 from rollout_server.engine.messages.options import RankOptions
 from rollout_server.engine.ranks.digest import TurnDigest
 from rollout_server.errors import EngineUnavailable
-from rollout_server.fleet.codec.frames import LENGTH
+from rollout_server.fleet.codec.frames import next_frame
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, SAME, Teller
 from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, Member, Team, ending
 from rollout_server.fleet.ranks.words import rank_codec, uncompiled
@@ -64,8 +64,8 @@ def other() -> Iterator[Watched]:
 
 def test_a_command_is_sent_to_every_rank(other: Watched) -> None:
     other.messages.put(Ping("here"))
-    (length,) = LENGTH.unpack(other.commands.recv(LENGTH.size, socket.MSG_WAITALL))
-    assert rank_codec(uncompiled).decode(other.commands.recv(length, socket.MSG_WAITALL)) == Ping("here")
+    frame = next_frame(other.commands.recv_into)
+    assert frame is not None and rank_codec(uncompiled).decode(*frame) == Ping("here")
 
 
 def test_a_rank_that_ends_is_told_of_with_its_status() -> None:

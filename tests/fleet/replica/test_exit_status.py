@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from rollout_server.fleet.replica.engine import AGAIN
+from rollout_server.fleet.wire import AGAIN
 
 DIES = """
 from rollout_server.demo.run import model_directory

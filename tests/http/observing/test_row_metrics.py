@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from litestar.testing import TestClient
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from rollout_server.http.observing.version_totals import MOST_VERSIONS
-from rollout_server.http.observing.vllm_names import ALIASES
+from rollout_server.http.observing.vllm_names import ALIASES, vllm_names
 from rollout_server.rollout import FinishReason
 from tests.http.test_metrics import Samples, read
 from tests.support.http.fake_engine import FakeEngine, Row, logprob
@@ -101,7 +102,7 @@ def test_what_vllm_has_too_has_its_names(client: Client, engine: FakeEngine) -> 
     samples = read(client)
     for alias, ours in (
         ("vllm:num_requests_running", value(samples, "rollout_rows_running", **BASE)),
-        ("vllm:num_requests_waiting", value(samples, "rollout_requests_waiting", **BASE)),
+        ("vllm:num_requests_waiting", 5 + 3),
         ("vllm:num_preemptions_total", value(samples, "rollout_preemptions_total", **BASE)),
         ("vllm:generation_tokens_total", value(samples, "rollout_tokens_total", **BASE)),
         ("vllm:prompt_tokens_total", 3),
@@ -118,6 +119,32 @@ def test_what_vllm_has_too_has_its_names(client: Client, engine: FakeEngine) -> 
     names = {name for name, _ in samples}
     for alias in ALIASES:
         assert any(name.startswith(alias) for name in names), alias
+
+
+def test_a_controller_of_prime_rl_finds_what_it_reads(client: Client) -> None:
+    """Its collector keeps values by the label `engine`, and reads the capacity of KV memory from labels."""
+    samples = read(client)
+    (config,) = [dict(labels) for name, labels in samples if name == "vllm:cache_config_info"]
+    assert int(config["block_size"]) * int(config["num_gpu_blocks"]) == 64, "1024 bytes, 16 a token"
+    assert config["engine"] == VLLM["engine"] and config["enable_prefix_caching"] == "True"
+    assert value(samples, "vllm:cache_config_info", **config) == 1
+    for name, expected in (("sum", 1.253), ("count", 4)):
+        assert value(samples, f"vllm:inter_token_latency_seconds_{name}", **VLLM) == expected
+    for name in ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting", "num_preemptions_total"):
+        assert f"vllm:{name}" in {found for found, _ in samples}, name
+
+
+def test_models_are_engines_of_their_own_under_vllm_s_names() -> None:
+    """A reader that keeps the last value of each engine mixes no two models."""
+    running = GaugeMetricFamily("rollout_rows_running", "Rows.", labels=["model"])
+    for model, count in (("base", 7), ("judge", 1), ("draft", 2)):
+        running.add_metric([model], count)
+    found = {family.name: family for family in vllm_names([running], ["base", "judge", "draft"], str.upper)}
+    told = [
+        (each.labels["engine"], each.labels["model_name"], each.value)
+        for each in found["vllm:num_requests_running"].samples
+    ]
+    assert told == [("0", "BASE", 7), ("1", "JUDGE", 1), ("2", "DRAFT", 2)]
 
 
 def test_every_help_text_is_a_phrase_of_its_own(client: Client, push: Callable[..., Any]) -> None:

@@ -45,13 +45,13 @@ def test_a_row_is_what_it_is_whatever_pads_it() -> None:
         assert_near(again[row], model(rows[row : row + 1, :1], own)[0], bound)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_versions_adapt_both_products_of_a_layer(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_versions_adapt_both_products_of_a_layer(dora: bool, tmp_path: Path) -> None:
     """Beside the weights, or merged into them, in one batch with the base."""
     driver = Driver.start(tiny_models.build("lstm", tmp_path))
     layers = driver.model.info.layers
     assert {f"model.layers.{at}.{part}" for at in (0, 1) for part in ("ih", "hh")} <= layers.keys()
-    bundle = driver.bundle(1, kind=kind)
+    bundle = driver.bundle(1, dora=dora)
     assert {name.rpartition(".")[2] for name in bundle.spec.modules} >= {"ih", "hh"}
     driver.push("beside", bundle)
     driver.push("merged", bundle, mode="merged")

@@ -61,6 +61,10 @@ class RayNodes:
         """Ends all of a node's processes at once, as a machine that loses power does."""
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def lose_head(self) -> None:
+        """Ends the process that knows what there is in the cluster; everything else lives on."""
+        self._cluster.head_node.kill_gcs_server()
+
     def close(self) -> None:
         self._cluster.shutdown()
 

@@ -7,6 +7,7 @@ Real messages, real policy versions, no thread and no arrays.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,7 @@ from rollout_server.engine.messages.scoring import (
     Scored,
     ScoredSequence,
 )
-from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus
-from rollout_server.engine.sampling.grammars import Grammars
+from rollout_server.engine.messages.status import EngineStatus, MemoryStatus, PictureStatus, PrefixStatus, TokenGaps
 from rollout_server.errors import Conflict, EngineUnavailable, RolloutError, StalePolicy
 from rollout_server.grammar import Constraint, Grammar
 from rollout_server.rollout import (
@@ -159,8 +159,7 @@ def _token(group: RolloutRequest, sample: int, version: PolicyVersion, id: int) 
 
 def _rollout(group: RolloutRequest, sample: int, version: PolicyVersion, row: Row) -> Rollout:
     ids = tuple(row.token_ids)
-    wants, prefix = group.wants, group.prefix
-    at = len(prefix)
+    wants, prefix, at = group.wants, group.prefix, len(group.prefix)
     greedy = group.sampling.temperature == 0
     return Rollout(
         prompt_index=group.prompt_index,
@@ -196,8 +195,7 @@ class FakeEngine(FakeVersions):
         """Raised by every request, submitted or scored."""
         self.refusal: RolloutError | None = None
         """Raised by submit itself."""
-        self.state = "ready"
-        self.answers = True
+        self.state, self.answers = "ready", True
         self.closing: RolloutError | None = None
         self.submitted: list[tuple[str, tuple[RolloutRequest, ...], float | None]] = []
         self.scored: list[Score] = []
@@ -237,10 +235,12 @@ class FakeEngine(FakeVersions):
             self.state,
             None if self.state == "ready" else "The engine ended: a test.",
             waiting=len(self.open),
+            waiting_rows=5,
             running=2,
             policies=self.snapshot(),
             steps=3,
             tokens=4,
+            gaps=TokenGaps((0, 3, *[0] * 9, 1, 0, 0), 1.253),
             preempted=3,
             preemptions=4,
             prefix=PrefixStatus(True, 5, 6, 700, 800, 9),
@@ -283,7 +283,9 @@ class FakeEngine(FakeVersions):
         return self._tokenizer
 
     def compile(self, grammar: Grammar, param: str) -> Constraint:
-        """As the real one does, with the same library."""
+        """As the real one does, with the same library, which is imported late: it brings transformers."""
+        from rollout_server.engine.sampling.grammars import Grammars
+
         return Grammars(self._tokenizer, VOCABULARY, self.info.eos_token_ids).compile(grammar, param)
 
     def new_id(self, kind: str) -> str:
@@ -312,10 +314,8 @@ class FakeEngine(FakeVersions):
         for ids, start, spans in zip(score.sequences, score.starts, given, strict=True):
             values = [None if at == 0 else logprob(id) for at, id in enumerate(ids)][start:]
             entropy = [None if value is None else 0.5 for value in values] if score.entropy else None
-            tops = [
-                None if value is None else top_of(id, score.top_logprobs)
-                for id, value in zip(ids[start:], values, strict=True)
-            ]
+            known, most = zip(ids[start:], values, strict=True), score.top_logprobs
+            tops = [None if value is None else top_of(id, most) for id, value in known]
             sequences.append(
                 ScoredSequence(
                     tuple(values),
@@ -324,8 +324,7 @@ class FakeEngine(FakeVersions):
                     self._read_under(score, len(values), spans),
                 )
             )
-        version = self._found(score.policy)
-        return Scored(score.id, version, score.temperature, tuple(sequences))
+        return Scored(score.id, self._found(score.policy), score.temperature, tuple(sequences))
 
     async def embed(self, embed: Embed) -> Embedded:
         self.embeds.append(embed)
@@ -339,8 +338,7 @@ class FakeEngine(FakeVersions):
         self.classified.append(classify)
         if self.fault is not None:
             raise self.fault
-        version = self._found(classify.policy)
-        asked, labels = classify.label_token_ids, self.labels
+        version, asked, labels = self._found(classify.policy), classify.label_token_ids, self.labels
         rows = []
         for ids, positions in zip(classify.sequences, classify.positions, strict=True):
             scores = [[logprob(token) for token in asked] or head_scores(ids[at], len(labels)) for at in positions]
@@ -368,7 +366,8 @@ class FakeEngine(FakeVersions):
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
 
     async def rows(self) -> RowsSeen:
-        return RowsSeen("rows", tuple(self.seen), len(self.seen))
+        counts = tuple(Counter(row.version for row in self.seen).items())
+        return RowsSeen("rows", tuple(self.seen[:3]), len(self.seen), counts)
 
     async def reset_prefix_cache(self) -> PrefixCacheReset:
         if self.fault is not None:
@@ -379,8 +378,7 @@ class FakeEngine(FakeVersions):
         return Released(self.new_id("release"), 3072, 1024)
 
     def abort(self, ids: Sequence[str], reason: str = "abort") -> tuple[str, ...]:
-        found = tuple(id for id in dict.fromkeys(ids) if id in self.open)
-        for id in found:
+        for id in (found := tuple(id for id in dict.fromkeys(ids) if id in self.open)):
             self.open[id].abort(reason)
         return found
 

@@ -53,7 +53,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
     return FakeEngine(tokenizer)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> ServerConfig:
     return ServerConfig(max_body=200_000, max_upload=100_000)
 

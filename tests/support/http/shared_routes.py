@@ -25,7 +25,7 @@ def make_app(config: ServerConfig, engine: Any = None) -> Litestar:
     state, its life and what it answers with are its own."""
     if config.page != ServerConfig.model_fields["page"].default or config.otel == "on":
         return create_app(config, engine)
-    with patch.object(app_module, "CONTROLLERS", ()):
+    with patch.multiple(app_module, routes_of=lambda config: (), document=lambda config: None):
         app = create_app(config, engine)
     app.routes, app.asgi_handler, app.plugins = routed().routes, routed().asgi_handler, routed().plugins
     return app

@@ -29,7 +29,9 @@ from adapters.kernels.text import CONSTANT, Device
 TEXTS: dict[str, Device] = {"CUDA's text": "cuda", "Metal's text": "metal"}
 COMPILER = which("g++") if sys.platform == "linux" else None
 """Other systems' libraries do not let one thread be many; a Mac has a GPU of its own."""
-OPTIONS = ("-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
+OPTIONS = ("-O1", "-fPIC", "-U_FORTIFY_SOURCE")
+HIDDEN = ("-fvisibility=hidden",)
+"""Names of one kernel are not those of another."""
 CHECKS = ("-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=bounds,alignment", "-pedantic-errors")
 LANGUAGE = {"cuda": "-std=c++17", "metal": "-std=c++14"}
 HERE = Path(__file__).parent
@@ -155,14 +157,15 @@ class HostKernel:
         self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype], template: Sequence[tuple[str, int | mx.Dtype]]
     ) -> Any:
         text = self._text(inputs, outputs, template)
-        around, built = self.folder / "host_block.o", self.folder / f"{sha256(text.encode()).hexdigest()[:16]}.so"
+        around, built = self.folder / "host_block.so", self.folder / f"{sha256(text.encode()).hexdigest()[:16]}.so"
         if not around.exists():
-            compiled([*OPTIONS, "-std=c++17", "-c", str(HERE / "host_block.cpp")], around)
+            compiled([*OPTIONS, "-std=c++17", "-shared", str(HERE / "host_block.cpp")], around)
         if not built.exists():
             written = self.folder / f"{built.stem}-{os.getpid()}.cpp"
             written.write_text(text)
             language = [LANGUAGE[self.device], *CHECKS, "-I", str(HERE)]
-            compiled([*OPTIONS, *language, "-shared", str(written), str(around)], built)
+            # The libraries of C++ are those of what runs the blocks: to link each kernel with them takes as long again.
+            compiled([*OPTIONS, *HIDDEN, *language, "-nodefaultlibs", "-shared", str(written), str(around)], built)
         library = ctypes.CDLL(str(built))
         library.run.restype = ctypes.c_char_p
         return library

@@ -30,6 +30,9 @@ TASKS: Mapping[str, Task] = {
 """What stands behind `For` in the names of transformers' classes."""
 QWEN_REWARDS: Mapping[str, Task] = {"Qwen2ForRewardModel": "classify", "Qwen2ForProcessRewardModel": "token_classify"}
 """Classes that come as code of the repository, which is never run: a head of two layers on qwen2."""
+LANGUAGE_MODEL = re.compile(r"\w+LMHeadModel")
+"""Decoders of transformers whose names lack `For`, such as GPT2LMHeadModel. In others of that kind, LlamaRewardModel or
+MistralModel, something else stands behind the hidden states, or nothing."""
 OUTPUT_LAYERS = ("lm_head", "output", "embed_out")
 ACTIVATIONS: Mapping[str, Activation] = {"Identity": "none", "Sigmoid": "sigmoid", "Softmax": "softmax"}
 """Modules of torch that sentence-transformers writes into config.json."""
@@ -58,14 +61,15 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     name = str(names[0]) if names else ""
     if (task := QWEN_REWARDS.get(name)) is not None:
         return Kind(task, name)
-    match = re.fullmatch(r".+?For([A-Z]\w*)", name)
-    if match is None:
+    if not name or LANGUAGE_MODEL.fullmatch(name):
         return Kind("generate", name)
-    task = TASKS.get(match[1])
+    match = re.fullmatch(r".+?For([A-Z]\w*)", name)
+    task = TASKS.get(match[1]) if match else None
     if task is None:
         raise EngineUnavailable(
             f"config.json names the architecture {quoted(name)}, and what it computes behind its hidden states is not "
-            f"known here: served are classes for {', '.join(TASKS)}, and {' and '.join(QWEN_REWARDS)}."
+            f"known here: served are classes for {', '.join(TASKS)}, decoders called …LMHeadModel, and "
+            f"{' and '.join(QWEN_REWARDS)}."
         )
     return Kind(task, name)
 
@@ -85,14 +89,23 @@ def read_head(directory: Path, kind: Kind, config: Mapping[str, Any]) -> Head:
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(found.items()))
     if head is None or (len(head.layers) == 2) != (kind.architecture in QWEN_REWARDS):
         raise EngineUnavailable(f"The head of {directory} ({shapes}) is none that a {kind.architecture} has.")
-    named = config.get("id2label")
-    if isinstance(named, Mapping) and kind.architecture not in QWEN_REWARDS and len(named) != head.labels:
+    field, said = _labels_said(config)
+    if said not in (None, head.labels) and kind.architecture not in QWEN_REWARDS:
         raise EngineUnavailable(
-            f"config.json of {directory} has {len(named)} labels in id2label, and its head ({shapes}) scores "
+            f"config.json of {directory} has {said} labels in {field}, and its head ({shapes}) scores "
             f"{head.labels}: mend config.json."
         )
     mx.eval([array for layer in head.layers for array in layer if array is not None])
     return head
+
+
+def _labels_said(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """(The field, how many labels it says there are): transformers takes names before a number. None where neither is
+    there, which in config.json means two labels or a class that leaves them to its head."""
+    named, count = config.get("id2label"), config.get("num_labels")
+    if isinstance(named, Mapping):
+        return "id2label", len(named)
+    return "num_labels", count if isinstance(count, int) else None
 
 
 def check_width(directory: Path, module: nn.Module, head: Head) -> None:

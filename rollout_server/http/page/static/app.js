@@ -108,6 +108,8 @@ function show(frame) {
   byId("state").title = frame.fault ?? "";
   byId("paused").hidden = !frame.paused;
   say(byId("paused"), `paused: ${frame.paused}`);
+  byId("others").hidden = !frame.others.length;
+  say(byId("others"), `This page shows this model alone, and not ${frame.others.join(", ")}: ask /metrics and rollout-server top about those.`);
   say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${device(frame.base.device)}` : "The model is loading.");
   say(byId("instance"), `instance ${frame.instance}`);
   byId("key").hidden = !frame.keys.inference;

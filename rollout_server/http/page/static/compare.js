@@ -18,13 +18,16 @@ export class Compare {
     });
   }
 
-  /** Offers every version that is kept; the choice of a person stays. At first: the base, and the newest live one. */
+  /** Offers every version that is shown; the choice of a person stays. At first: the base, and the newest live one. A
+   * model that samples nothing is not asked. */
   show(frame) {
-    const names = frame.policies.flatMap((policy) => policy.versions.map((version) => [policy.name, version.version]));
+    byId("compare-section").hidden = frame.base !== null && frame.base.task !== "generate";
+    const names = frame.policies.flatMap((policy) => policy.versions.filter((version) => !version.task).map((version) => [policy.name, version.version]));
     const options = ["base", ...names.map((name) => address(...name))];
-    const newest = frame.policies.filter((policy) => policy.live !== null).map((policy) => address(policy.name, policy.live)).at(-1);
+    const live = frame.policies.flatMap((policy) => policy.versions.filter((version) => version.live && !version.task).map((version) => ({ ...version, name: policy.name })));
+    const newest = live.reduce((best, version) => (best === null || version.created >= best.created ? version : best), null);
     this.offer(byId("left"), options, "base");
-    this.offer(byId("right"), options, newest ?? "base");
+    this.offer(byId("right"), options, newest ? address(newest.name, newest.version) : "base");
     byId("chat-field").hidden = !frame.base?.chat;
   }
 

@@ -2,17 +2,17 @@
 
 import { address, byId, coloured, follow, h, say, swatch } from "./dom.js";
 
-export function showRows({ count, versions, requests, rows }) {
+export function showRows({ count, versions, counts, requests, rows }) {
   const parent = byId("rows");
   const items = rows.map((row, place) => ({ row, place, versions, requests }));
   follow(parent, items, (item) => item.place, makeCell);
-  const numbers = versions.map(() => 0);
-  for (const [version] of rows) numbers[version] += 1;
-  const words = versions.map(([name, number], at) => `${numbers[at]} on ${address(name, number)}`);
+  const words = versions.map(([name, number], at) => `${counts[at]} on ${address(name, number)}`);
   parent.setAttribute("aria-label", rows.length ? `${count} rows: ${words.join(", ")}.` : "No row is running.");
   parent.classList.toggle("none", !rows.length);
   say(byId("rows-count"), count ? String(count) : "none is running");
-  const legend = versions.map(([name, number], at) => ({ name, number, rows: numbers[at] }));
+  byId("rows-more").hidden = count <= rows.length;
+  say(byId("rows-more"), `and ${count - rows.length} more`);
+  const legend = versions.map(([name, number], at) => ({ name, number, rows: counts[at] }));
   follow(byId("rows-legend"), legend, (item) => address(item.name, item.number), makeEntry);
 }
 

@@ -3,6 +3,7 @@
 import { address, byId, bytes, clock, coloured, count, device as deviceName, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
 import { bar } from "./tokens.js";
 
+const MOST_MOVES = 512;
 const PHASES = ["receive", "validate", "stage", "persist", "activate"];
 const ENDS = ["stop", "length", "superseded", "aborted", "error"];
 
@@ -14,11 +15,16 @@ export class Versions {
   }
 
   show(frame) {
-    this.moves = frame.moves ?? this.moves;
+    // The first frame has all moves that are kept, each later one those since the frame before.
+    this.moves = frame.history ? frame.moves : [...this.moves, ...frame.moves].slice(-MOST_MOVES);
     const versions = frame.policies.flatMap((policy) => policy.versions.map((version) => ({ ...version, name: policy.name, changes: frame.keys.changes })));
     versions.sort((one, other) => other.created - one.created);
     const base = frame.base && { name: "base", version: 0, base: frame.base };
-    say(byId("versions-count"), versions.length ? String(versions.length) : "only the base");
+    const unseen = frame.policies.reduce((sum, policy) => sum + policy.more, 0);
+    say(byId("versions-count"), versions.length ? String(versions.length + unseen) : "only the base");
+    const more = [unseen && `${unseen} older versions of these policies`, frame.more_policies && `${frame.more_policies} more policies`].filter(Boolean);
+    byId("versions-more").hidden = !more.length;
+    say(byId("versions-more"), `and ${more.join(", and ")}`);
     follow(byId("versions"), base ? [...versions, base] : versions, (version) => address(version.name, version.version) + version.digest, (version) => this.card(version));
     this.timeline(frame, versions);
   }
@@ -59,11 +65,8 @@ export class Versions {
     const parent = byId("timeline");
     const end = frame.now[0];
     const start = Math.min(end - 60, frame.started, ...this.moves.map((move) => move.time));
-    // A move is seen up to a second late; where a push made it, the push says when it was.
-    const pushed = (move) => versions.find((version) => version.name === move.name && version.version === move.number && Math.abs(move.time - version.created) < 2);
-    const moves = this.moves.map((move) => ({ ...move, time: pushed(move)?.created ?? move.time }));
     const at = (time) => `${((100 * (Math.max(start, time) - start)) / (end - start)).toFixed(2)}%`;
-    const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
+    const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: this.moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
     parent.hidden = !lanes.length;
     follow(parent, lanes, (lane) => lane.name, makeLane);
   }

@@ -23,7 +23,6 @@ from rollout_server.errors import BodyTooLarge, InvalidField, NotFound
 from rollout_server.http.auth import may_administer
 from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
-from rollout_server.http.replies.json_entries import milliseconds
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.residents import residents_of
 from rollout_server.http.service import Service
@@ -79,15 +78,9 @@ class LoraDoorsController(Controller):
                 prepared.bundle,
                 prepared=prepared,
                 mode=prepared.mode,
+                before=(("validate", began, validated),),
             )
-            published = await service.publisher.publish(publish)
-        timings = {
-            "validate": milliseconds(validated - began),
-            "stage": published.stage_ms,
-            "activate": published.activate_ms,
-            **({} if published.persist_ms is None else {"persist": published.persist_ms}),
-        }
-        service.metrics.push(timings, prepared.bundle.nbytes, service.name)
+            await service.publisher.publish(publish)
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' added successfully.", status_code=200, media_type=MediaType.TEXT
         )

@@ -85,8 +85,25 @@ def test_heads_of_two_layers_are_qwens(architecture: str, task: str, labels: int
     assert len(found.head.layers) == 2
 
 
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "QWenLMHeadModel", "LlamaForCausalLM", None])
+def test_decoders_whose_names_lack_for_generate(architecture: str | None, tmp_path: Path) -> None:
+    tiny_models.build("llama", tmp_path)
+    change(tmp_path, architectures=architecture and [architecture])
+    assert info(tmp_path).task == "generate"
+
+
 @pytest.mark.parametrize(
-    "architecture", ["LlamaForRewardModelWithGating", "LlamaForQuestionAnswering", "InternLM2ForRewardModel"]
+    "architecture",
+    [
+        "LlamaForRewardModelWithGating",
+        "LlamaForQuestionAnswering",
+        "InternLM2ForRewardModel",
+        "LlamaRewardModel",
+        "InternLM2RewardModel",
+        "MistralPRM",
+        "MistralModel",
+        "GPT2DoubleHeadsModel",
+    ],
 )
 def test_an_architecture_that_is_not_known_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
     tiny_scorers.build("llama", tmp_path, architectures=[architecture])
@@ -129,6 +146,14 @@ def test_labels_that_disagree_with_the_head_are_refused(tmp_path: Path) -> None:
     tiny_scorers.build("llama", tmp_path, labels=2, id2label={"0": "a", "1": "b", "2": "c"})
     with pytest.raises(EngineUnavailable, match="3 labels in id2label"):
         info(tmp_path)
+
+
+def test_a_number_of_labels_that_disagrees_with_the_head_is_refused(tmp_path: Path) -> None:
+    tiny_scorers.build("llama", tmp_path, labels=2, num_labels=5)
+    with pytest.raises(EngineUnavailable, match="5 labels in num_labels"):
+        info(tmp_path)
+    change(tmp_path, num_labels=2)
+    assert len(info(tmp_path).labels) == 2
 
 
 def test_an_activation_that_is_not_known_is_refused(tmp_path: Path) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from litestar.testing import TestClient
 
 from rollout_server.config import ServerConfig
+from rollout_server.demo.run import model_directory
 from rollout_server.engine.messages.control import RowSeen
-from rollout_server.http.app import create_app
+from rollout_server.http.app import create_app, residents_for
 from rollout_server.http.page.assets import assets
+from rollout_server.http.page.frames import Frames
 from rollout_server.rollout import FinishReason, PolicyVersion
+from tests.http.observing.test_version_totals import rollout
 from tests.support.http.fake_engine import FakeEngine, Row, logprob, sampling_logprob
+from tests.support.http.fixtures import PEFT_CONFIG, MakeApp
+from tests.support.live_server import until
 
 Client = TestClient[Any]
 MOST_BYTES = 150_000
@@ -91,16 +99,65 @@ def test_a_frame_says_what_is_served(client: Client, engine: FakeEngine, push: C
     assert kept["digest"] == reply["digest"] and kept["kind"] == "lora" and kept["totals"] is None
 
 
+def test_every_move_of_a_name_is_told_once(
+    client: Client, push: Callable[..., Any], adapter: Callable[..., bytes]
+) -> None:
+    """Pushes that follow each other at once are moves of their own; a stream tells later ones only as they come."""
+    for seed in range(3):
+        push("policy", weights=adapter(seed))
+    client.post("/v1/weights/policy/activate", json={"version": 2})
+    client.post("/v1/weights/policy/activate", json={"version": 2})
+    client.delete("/v1/weights/policy")
+    moves = frame(client)["moves"]
+    assert [(move["name"], move["number"]) for move in moves] == [("policy", number) for number in (1, 2, 3, 2, None)]
+    assert [move["time"] for move in moves] == sorted(move["time"] for move in moves)
+    observer = client.app.state["service"].observer
+    assert observer.moves_since(3) == (5, list(observer.moves)[3:]) and observer.moves_since(5) == (5, [])
+
+
+def test_every_door_tells_what_a_version_changes(
+    engine: FakeEngine, tokenizer: Any, made_app: MakeApp, adapter: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """A folder that the server starts with, one that a trainer names, and a state directory at the next start."""
+    for name, seed in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(adapter(seed))
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
+    state = tmp_path / "state"
+    config = ServerConfig(adapters=(("policy", tmp_path / "first"),), adapter_dir=tmp_path, state_dir=state)
+    with TestClient(made_app(config, engine)) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        body = {"lora_name": "policy", "lora_path": "second", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        said = frame(client)
+        kept = said["policies"][0]["versions"]
+        assert [set(each["timings_ms"]) for each in kept] == [{"validate", "stage", "activate", "persist"}] * 2
+        assert [move["number"] for move in said["moves"]] == [1, 2]
+        assert 'rollout_push_seconds_count{model="base",phase="validate"} 2.0' in client.get("/metrics").text
+    norms = [publish.bundle.delta_norm for publish in engine.published if not publish.provisional]
+    assert [each["delta_norm"] for each in kept] == norms and norms[0] != norms[1] > 0
+    with TestClient(made_app(ServerConfig(state_dir=state), FakeEngine(tokenizer))) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        said = frame(client)
+        again = said["policies"][0]["versions"]
+        assert [each["delta_norm"] for each in again] == norms
+        assert [each["timings_ms"] for each in again] == [None, None], "they were another start's"
+        assert [move["number"] for move in said["moves"]] == [2]
+
+
 def test_rows_are_told_by_version(client: Client, engine: FakeEngine) -> None:
     old, new = (PolicyVersion("policy", number, "sha256:" + "c" * 64) for number in (1, 2))
     engine.seen = [
         RowSeen("one", 0, 0, old, 5, 10, preempted=False),
         RowSeen("one", 0, 1, new, 6, 10, preempted=False),
         RowSeen("two", 0, 0, new, 1, 20, preempted=True),
+        RowSeen("two", 0, 1, new, 1, 20, preempted=False),
+        RowSeen("two", 0, 2, new, 1, 20, preempted=False),
     ]
     assert frame(client)["rows"] == {
-        "count": 3,
+        "count": 5,
         "versions": [["policy", 1], ["policy", 2]],
+        "counts": [1, 4],
         "requests": ["one", "two"],
         "rows": [[0, 5, 10, 0, 0], [1, 6, 10, 0, 0], [1, 1, 20, 1, 1]],
     }
@@ -187,3 +244,14 @@ def test_head_of_an_endless_stream_ends(client: Client) -> None:
 def test_the_page_is_no_part_of_the_api_s_document(client: Client) -> None:
     paths = client.get("/schema/openapi.json").json()["paths"]
     assert "/v1/rollouts" in paths and not [path for path in paths if path == "/" or path.startswith("/page")]
+
+
+def test_models_beside_the_page_s_are_named_and_keep_nothing_for_it(client: Client) -> None:
+    service = replace(client.app.state["service"], residents=("judge", "draft"))
+    assert frame(client)["others"] == []
+    assert asyncio.run(Frames(service).opening())["others"] == ("judge", "draft")
+    path = str(model_directory())
+    residents = residents_for(ServerConfig(model=path, also=(("judge", path),)), None)
+    for model in residents.every:
+        model.observer.finished("a", rollout((1, 0, 3)))
+    assert [len(list(model.observer.rollouts)) for model in residents.every] == [1, 0]
