@@ -166,6 +166,7 @@ def test_a_model_that_is_not_there_ends_with_a_sentence(tmp_path: Path) -> None:
 def test_help_names_the_defaults_of_the_configuration() -> None:
     text = " ".join(run("serve", "--help").stdout.replace("│", " ").split())
     sizes = {"2GiB": 2 * config.GIB, "64MiB": 64 * config.MIB, "20MiB": 20 * config.MIB}
+    sizes["256MiB"] = 256 * config.MIB
     named = re.findall(r"--([a-z-]+) \S+ [^-]*? Default: (\S+)\.", text)
     assert len(named) >= 9, text
     for option, default in named:

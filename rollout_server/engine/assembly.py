@@ -66,8 +66,7 @@ def build_engine(
     """`post` carries events out, `show` replaces the status snapshot; both are thread-safe. `clock` (seconds) decides;
     turns are measured by `turn_clock`, if given. `device_fault` says what is wrong with the device after a failure."""
     info, eyes, blame, traces, timeline = model.info, model.eyes, blame_of(model), Traces(), timeline or Timeline()
-    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
-    ledger = ledger_of(model, prefix_reuse)
+    prefix_reuse, ledger = kept_of(model, options)
     requests, changes, held = requests_of(model, ledger), deque[PolicyCommand](), HeldScorers(policies)
     reports = Reports(requests, policies, tell_admissions=options.tell_admissions)
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline, clock)
@@ -108,13 +107,15 @@ def blame_of(model: ResidentModel) -> Blame:
     return model.eyes.blame if model.eyes is not None else Blame()
 
 
-def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
-    """What of the KV memory nobody needs goes to what is kept for later requests."""
-    limit = model.info.kv_memory // model.info.kv_bytes_per_token
+def kept_of(model: ResidentModel, options: EngineOptions) -> tuple[PrefixReuse, KVLedger]:
+    """The prefix cache, and the ledger: what of the KV memory nobody needs goes to what is kept for later requests."""
+    info = model.info
+    prefix_reuse = PrefixReuse(info.kv_bytes_per_token, info.digest, model.make_store(), on=options.prefix_cache)
+    limit = info.kv_memory // info.kv_bytes_per_token
     ledger = KVLedger(limit, partial(keep_for_later, model.eyes, prefix_reuse, limit // SHARE))
     if (eyes := model.eyes) is not None:
         ledger.register("pictures", lambda: eyes.awaited_cells)
-    return ledger
+    return prefix_reuse, ledger
 
 
 def warmed(

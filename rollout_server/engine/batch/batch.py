@@ -16,7 +16,7 @@ from adapters.placement import Placement
 from rollout_server.engine.batch.decoder import Decoder
 from rollout_server.engine.batch.joining import Admission, Joining
 from rollout_server.engine.batch.prefix_reuse import Prefixes, key_of
-from rollout_server.engine.batch.recompute import RecomputeRun, Recoveries
+from rollout_server.engine.batch.recompute import RecomputeRun, Recoveries, Recovery
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
@@ -77,10 +77,9 @@ class Batch:
         return [recovery.row for recovery in self._recovering.open]
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """What is being read, in the order in which it is."""
-        returning = [recovery.prompt for recovery in self._recovering.open]
-        return returning + [joining.prompt for joining in self.joining]
+    def recoveries(self) -> list[Recovery]:
+        """Rows whose tokens are being read again, and what is read of each."""
+        return self._recovering.open
 
     @property
     def size(self) -> int:

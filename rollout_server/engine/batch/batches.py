@@ -15,11 +15,10 @@ from adapters.placement import BASE_SET
 from rollout_server.engine.batch.batch import Batch
 from rollout_server.engine.batch.joining import FIRST, Admission, BatchKey, Joining, KVUser, RowSink, age_of
 from rollout_server.engine.batch.length_buckets import MEASURED_CELLS, MEASURED_WIDTH, LengthBuckets, Shape, StepCosts
-from rollout_server.engine.batch.recompute import RecomputeRun
+from rollout_server.engine.batch.recompute import RecomputeRun, Recovery
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
-from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import KVStore
 
 ARRANGED_EVERY = 16
@@ -75,14 +74,9 @@ class Batches:
         return [joining for batch in self._batches.values() for joining in batch.joining]
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """What is being read, batch by batch."""
-        return [prompt for batch in self._batches.values() for prompt in batch.prompts]
-
-    @property
-    def returning(self) -> list[Row]:
+    def recoveries(self) -> list[Recovery]:
         """Rows whose tokens are being read again."""
-        return [row for batch in self._batches.values() for row in batch.returning]
+        return [recovery for batch in self._batches.values() for recovery in batch.recoveries]
 
     @property
     def size(self) -> int:

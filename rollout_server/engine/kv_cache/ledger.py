@@ -1,6 +1,7 @@
 """What fits into KV memory, counted in columns over all rows. Plain Python; knows neither arrays nor threads.
 
-Whoever fills KV has an account here: rows, prompts that are kept for samples that wait, and what is scored. Arrays that
+Whoever fills KV has an account here: rows, prompts that are kept for samples that wait, what is scored, and pictures
+that the tower has read for what is read next. Arrays that
 rows have left count only where the next step needs them gone. What is kept for later requests fills what all of them
 leave, and gives way at once.
 """

@@ -56,7 +56,8 @@ class AdmissionControl:
     def views(self) -> list[View]:
         """What is read next of prompts and of rows that come back, but what has its KV from before."""
         self._batches.look_up()
-        prompts = self._batches.prompts
+        prompts = [recovery.prompt for recovery in self._batches.recoveries]
+        prompts += [joining.prompt for joining in self._batches.joining]
         return [(prompt.sight, prompt.prefilled, len(prompt.tokens) - prompt.prefilled) for prompt in prompts]
 
     def begin_turn(self, budget: TurnBudget, *, paused: bool) -> None:
@@ -101,7 +102,7 @@ class AdmissionControl:
             failed += [each.group for each in self._batches.joining if _shows(each.group, pictures)]
         for group in failed:
             self._reports.fail_group(group, fault)
-        for row in self._batches.returning if pictures else ():
+        for row in [recovery.row for recovery in self._batches.recoveries] if pictures else ():
             if row.running and _shows(row.group, pictures):
                 row.fail(fault)
                 self._reports.ended(row)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,10 @@ from transformers.image_utils import load_image
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from rollout_server.engine.model.checkpoint.files import read_config
 from rollout_server.engine.model.vision.load import read_vision
@@ -90,6 +95,34 @@ def test_a_conversation_has_the_ids_that_the_whole_processor_gives(family: str, 
     theirs = processor(text=text, images=[images], add_special_tokens=False)
     shown = [pictures.read(saved(image), LIMIT) for image in images]
     assert tokenizer(pictures.expand(text, shown), add_special_tokens=False)["input_ids"] == theirs["input_ids"][0]
+
+
+SPELLING: dict[str, Any] = {
+    "qwen2_vl": Qwen2VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "qwen3_vl_moe": Qwen3VLProcessor,
+    "smolvlm": SmolVLMProcessor,
+}
+"""Processors that need torchvision for their videos, and not to say what a picture is in a text."""
+
+
+@pytest.mark.parametrize("family", SPELLING)
+def test_a_picture_is_spelled_as_its_processor_spells_it(family: str, tmp_path: Path) -> None:
+    pictures, vision = opened(family, tmp_path)
+    mark = SPECIAL[family][0]
+    self: Any = SimpleNamespace(
+        image_processor=pictures.processor,
+        image_token=mark,
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+        image_seq_len=vision.tokens((0, 0)) if family == "smolvlm" else 0,
+    )
+    for size in ((48, 24), (20, 30), (90, 64), (1, 1)):
+        made = pictures.processor(images=[drawn(*size)], return_tensors=None, **pictures.options)
+        theirs = SPELLING[family].replace_image_token(self, made, 0)
+        shown = pictures.read(saved(drawn(*size)), LIMIT)
+        assert pictures.expand(f"see {mark}.", [shown]) == f"see {theirs}."
 
 
 def test_a_digest_is_of_pixels_and_not_of_files(tmp_path: Path) -> None:
