@@ -19,7 +19,7 @@ RAY := .venv-ray
 RAY_READY := $(RAY)/.installed-default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-all test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page test-otel pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent check format bench bench-peers bench-pushes wheel sbom containers lock clean
+.PHONY: help setup demo serve test test-fast test-all test-long test-blas test-fleet test-gpu test-peers test-nvrtc test-ray test-schema test-page test-otel pictures docs api newcomer golden golden-encoders golden-vision golden-recurrent golden-families check format bench bench-peers bench-pushes wheel sbom containers lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ golden-vision: $(PEERS_READY)  ## write tests/golden/vision anew from torch (ARG
 
 golden-recurrent: $(PEERS_READY)  ## write tests/golden/recurrent anew from torch
 	$(PEERS)/bin/python -m tests.golden.recurrent.make_golden
+
+golden-families: $(PEERS_READY)  ## write tests/golden/families anew from torch, in float64 (ARGS="qwen3_next")
+	$(PEERS)/bin/python -m tests.golden.families.make_golden $(ARGS)
 
 test-schema: $(READY)  ## 2,000 requests made up from the OpenAPI document; installs schemathesis into .venv
 	@$(BIN)/python -c "import schemathesis" 2>/dev/null || $(ADD) schema

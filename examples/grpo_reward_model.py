@@ -114,7 +114,7 @@ for step in range(options.steps):
 if options.plot:
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots()
+    axes = Figure().subplots(subplot_kw={"xlabel": "step", "ylabel": "mean of a batch"})
     axes.plot(curve)
     axes.legend(("reward model", "sum in plain digits"))
     axes.figure.savefig(options.plot)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from adapters.errors import shown
 from adapters.faults import Fault
-from adapters.spec import HEAD_MODULES, AdapterSpec, HeadTask, Scoring
+from adapters.spec import HEAD_MODULES, NO_SCORING, AdapterSpec, HeadTask, Scoring
 from adapters.tensors import FileTensor
 
 TASK_TYPES: Mapping[str, HeadTask] = {"SEQ_CLS": "classify", "TOKEN_CLS": "token_classify"}
@@ -79,10 +80,34 @@ def _of_whole(asked: HeadTask | None, named: str, scoring: Scoring) -> HeadInFil
     return HeadInFile(None, {}, {}, frozenset(), (fault,))
 
 
-def task_type_of(spec: AdapterSpec) -> dict[str, str]:
-    """The field of a configuration that says what a head is for; nothing where there is none."""
-    named = [name for name, task in TASK_TYPES.items() if task == spec.task]
-    return {"task_type": named[0]} if named else {}
+def task_type_of(
+    spec: AdapterSpec, scoring: Scoring = NO_SCORING, parameters: Collection[str] = ()
+) -> dict[str, str | None]:
+    """The field of a configuration that says what a version is for; nothing where that is to generate. PEFT wants the
+    whole head in a file for a task of labels, so that one without it is for none, and goes on any class."""
+    task = spec.task
+    if task is None and scoring.task is None:
+        return {"task_type": "FEATURE_EXTRACTION"} if scoring.whole else {}
+    own = [path for path in parameters if _in_head(path.rpartition(".")[0])]
+    if task is None and scoring.whole and own and set(own).issubset(spec.dense):
+        task = scoring.task
+    return {"task_type": next((name for name, known in TASK_TYPES.items() if known == task), None)}
+
+
+def saved_modules(spec: AdapterSpec, parameters: Collection[str]) -> set[str]:
+    """Names for modules_to_save, by the `parameters` of the base: a head of several layers is saved under its own,
+    since PEFT adds that, and would wrap a layer within it once more."""
+    saved = {path.rpartition(".")[0] for path in spec.dense} - spec.modules.keys()
+    for head in HEAD_MODULES:
+        own = {path for path in parameters if path.startswith(f"{head}.")}
+        if own and own.issubset(spec.dense):
+            saved = {layer for layer in saved if not layer.startswith(f"{head}.")} | {head}
+    return saved | (set(HEAD_MODULES) if spec.head else set())
+
+
+def _in_head(layer: str) -> bool:
+    """PEFT's rule: a module whose path ends with the name of a head is saved, with all that it holds."""
+    return any(holder.endswith(HEAD_MODULES) for holder in accumulate(layer.split("."), "{}.{}".format))
 
 
 def _shapes(own: Mapping[str, FileTensor], width: int) -> dict[str, tuple[int, ...]] | None:

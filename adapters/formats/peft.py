@@ -10,19 +10,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.bundle import NO_PARAMETERS, AdapterBundle
 from adapters.errors import AdapterUnreadable, AdapterUnsupported, shown
 from adapters.faults import Fault
 from adapters.formats.bounded_regex import Patterns, PatternTable
 from adapters.formats.fit import Proposal, twice
-from adapters.formats.heads import TASK_TYPES, task_type_of
+from adapters.formats.heads import TASK_TYPES, saved_modules, task_type_of
 from adapters.formats.peft_experts import PARAMETERS, Parts, Stacks, joined, of_each_expert, of_parameters
 from adapters.formats.peft_names import EXPERT, Names, exported, names_in
 from adapters.formats.peft_saved_modules import EMBEDDINGS, NOTHING_SAVED, is_head, saved_in
 from adapters.spec import (
     DENSE_KINDS,
-    HEAD_MODULES,
     MAGNITUDE,
     MAX_RANK,
     NO_SCORING,
@@ -39,9 +39,6 @@ from adapters.spec import (
     quoted,
 )
 from adapters.tensors import AdapterTensor, FileTensor, write_safetensors
-
-if TYPE_CHECKING:
-    from adapters.bundle import AdapterBundle
 
 TENSORS = (
     re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.([^.]+))?\.weight"),
@@ -321,8 +318,11 @@ def _number(value: object, field: str) -> float:
     return float(value)
 
 
-def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
-    """(adapter_model.safetensors, adapter_config.json) that PEFT loads, and that read back to the same digest.
+def write(
+    bundle: AdapterBundle, scoring: Scoring = NO_SCORING, parameters: Mapping[str, Parameter] = NO_PARAMETERS
+) -> tuple[bytes, dict[str, Any]]:
+    """(adapter_model.safetensors, adapter_config.json) that PEFT loads on a base with this `scoring` and these
+    `parameters`, and that read back to the same digest.
 
     Raises `AdapterUnsupported` for adapters on stacked experts, and for what has no low-rank part."""
     modules = bundle.spec.modules
@@ -336,12 +336,10 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
     # A float32 scale times a rank is exact in float64, so dividing again gives the scale back.
     alphas = {path: module.scale * module.rank for path, module in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    saved = {path.rpartition(".")[0] for path in bundle.spec.dense} - modules.keys()
-    saved |= set(HEAD_MODULES) if bundle.spec.head else set()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        **task_type_of(bundle.spec),
+        **task_type_of(bundle.spec, scoring, parameters),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
@@ -350,7 +348,7 @@ def write(bundle: AdapterBundle) -> tuple[bytes, dict[str, Any]]:
         "use_dora": bundle.spec.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": sorted(saved_modules(bundle.spec, parameters)) or None,
         "target_modules": [exported(path) for path in modules],
         "rank_pattern": {_exactly(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exactly(path): _plain(value) for path, value in alphas.items() if value != alpha},

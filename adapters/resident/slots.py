@@ -262,6 +262,11 @@ class AdapterSlots:
                 stacks.enter_context(stack.reading(left, rows))
             yield
 
+    def forget_inputs(self) -> None:
+        """After a forward that broke off: what its layers shared is for no other."""
+        for shared in self._shared.values():
+            shared.forget()
+
     def unmount(self) -> None:
         """Put the bare layers back, by reference, and forget every version."""
         for path in self._stacks:

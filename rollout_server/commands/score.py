@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from rollout_server.commands.asking.server_choice import Adapters, Model, Revision, client_of
@@ -34,6 +36,14 @@ def score(
         option("A text in each line; of a .jsonl file text, messages, token ids or an object.", metavar="FILE"),
     ] = None,
     query: Annotated[str | None, option("Order the texts by how well they answer this.")] = None,
+    steps: Annotated[
+        str | None,
+        option(
+            "Also, or of a process reward model only, the score of each step: the text that ends one, or as the route "
+            "has it {token_id, text or positions}.",
+            metavar="TEXT_OR_JSON",
+        ),
+    ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="What the model makes of its scores.")] = False,
     url: Url = None,
     model: Model = None,
@@ -45,18 +55,20 @@ def score(
     by one started for it."""
     with one_sentence():
         asked = read_texts(texts or [], file)
+        where = read_steps(steps, len(asked), query)
         with client_of(url, model, revision, adapters) as client:
             if query is not None:
                 return rank(client, query, asked, policy, json_output=json_output)
+            activation: Literal["none", "model"] = "model" if probabilities else "none"
             found = [
-                client.rewards(part, model=policy, activation="model" if probabilities else "none")
-                for part in (asked[at : at + AT_ONCE] for at in range(0, len(asked), AT_ONCE))
+                client.rewards(asked[part], model=policy, steps=steps_in(where, part), activation=activation)
+                for part in (slice(at, at + AT_ONCE) for at in range(0, len(asked), AT_ONCE))
             ]
         if json_output:
             return print_json(as_json(found))
-        scores = [row for rewards in found for row in rewards.scores.tolist()]
-        for text, row in zip(asked, scores, strict=True):
-            typer.echo("\t".join([*(f"{value:.6g}" for value in row), shown(text)]))
+        for text, (row, own) in zip(asked, numbers(found), strict=True):
+            shown_steps = [" ".join(",".join(f"{value:.6g}" for value in step) for step in own or ())] if where else []
+            typer.echo("\t".join([*(f"{value:.6g}" for value in row or ()), *shown_steps, shown(text)]))
 
 
 def read_texts(texts: list[str], file: str | None) -> list[Any]:
@@ -82,6 +94,30 @@ def _entry(line: str, number: int) -> Any:
     return entry
 
 
+def read_steps(steps: str | None, count: int, query: str | None) -> dict[str, Any] | None:
+    """`steps` of `/v1/rewards`, for so many sequences. Raises ValueError for what no request can say."""
+    if steps is None:
+        return None
+    if query is not None:
+        raise ValueError("--query orders texts as a whole: leave --steps out")
+    if not steps.startswith("{"):
+        return {"text": steps}
+    try:
+        found = json.loads(steps)
+    except ValueError as error:
+        raise ValueError(f"--steps begins like JSON and is none: {error}") from None
+    positions = found.get("positions")
+    if isinstance(positions, list) and len(positions) != count:
+        raise ValueError(f"--steps has positions for {len(positions)} sequences, and there are {count}")
+    return dict(found)
+
+
+def steps_in(steps: dict[str, Any] | None, part: slice) -> dict[str, Any] | None:
+    """Those of one request's sequences."""
+    positions = (steps or {}).get("positions")
+    return {**(steps or {}), "positions": positions[part]} if isinstance(positions, list) else steps
+
+
 def rank(client: RolloutClient, query: str, texts: list[Any], policy: str | None, *, json_output: bool) -> None:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("--query orders texts, and the file holds something else")
@@ -93,13 +129,23 @@ def rank(client: RolloutClient, query: str, texts: list[Any], policy: str | None
         typer.echo(f"{each.score:.6g}\t{shown(texts[each.index])}")
 
 
+def numbers(found: list[Rewards]) -> Iterator[tuple[list[float] | None, list[list[float]] | None]]:
+    """(Scores of the whole, scores of each step) of every sequence; None for what was not asked for."""
+    for rewards in found:
+        for index, row in enumerate(rewards.scores):
+            steps = None if rewards.step_scores is None else rewards.steps(index).tolist()
+            yield None if np.isnan(row).all() else row.tolist(), steps
+
+
 def as_json(found: list[Rewards]) -> dict[str, Any]:
-    """One object for all requests; a value is null where there are several labels."""
+    """One object for all requests; a value is null where there are several labels, or steps alone."""
     first = found[0]
-    scores = [row for rewards in found for row in rewards.scores.tolist()]
     single = len(first.labels) == 1
     return {
-        "rewards": [{"value": row[0] if single else None, "scores": row} for row in scores],
+        "rewards": [
+            {"value": row[0] if row and single else None, "scores": row, **({} if steps is None else {"steps": steps})}
+            for row, steps in numbers(found)
+        ],
         "labels": first.labels,
         "policy": first.version.name,
         "version": first.version.version,

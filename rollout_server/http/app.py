@@ -184,7 +184,7 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
             created=created,
             stopping=stopping,
             resident=resident,
-            residents=names,
+            residents=dict(config.also),
         )
     return Residents(services.pop(BASE), services)
 

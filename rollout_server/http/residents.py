@@ -47,7 +47,7 @@ class Residents:
         refused where it is parsed."""
         if not self.also or address is None:
             return self.base
-        name = resident_in(address, self.base.info.id, self.also)
+        name = resident_in(address, self.base.info.id, self.base.residents)
         return self.also[name] if name else self.base
 
     def named(self, model: str | None) -> Service:

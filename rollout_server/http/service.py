@@ -50,12 +50,18 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def resident_in(text: str, base_id: str, residents: Collection[str]) -> str:
-    """Which of the models beside the base an address is of: NAME, NAME@0 or NAME/POLICY; empty for the base, whose id
-    may have a slash."""
+def resident_in(text: str, base_id: str, residents: Mapping[str, str]) -> str:
+    """Which of the models beside the base an address is of: NAME, NAME@0, NAME/POLICY, or what `residents` say that it
+    was loaded from, as trainers name a model whose files they have. Empty for the base, whose id may have a slash, and
+    for what two models were loaded from."""
     path = text.partition("@")[0]
     name = path.partition("/")[0]
-    return name if path != base_id and name in residents else ""
+    if path == base_id:
+        return ""
+    if name in residents:
+        return name
+    from_there = [name for name, source in residents.items() if source == text]
+    return from_there[0] if len(from_there) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,8 @@ class Service:
     """Unix time of the start."""
     resident: str = ""
     """What requests call the model; empty for that of --model."""
-    residents: tuple[str, ...] = ()
-    """What they call the models beside that one."""
+    residents: Mapping[str, str] = field(default_factory=dict)
+    """What they call the models beside that one, and the directory or Hub id of each, as `--also` has it."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set when the server was told to end: bodies that are still on their way are not waited for."""
 
@@ -195,7 +201,9 @@ class Service:
                 f"{self.name}: ask each model by itself.",
                 param=param,
             )
-        return text.removeprefix(f"{self.resident}/") if self.resident else text
+        if not self.resident:
+            return text
+        return self.resident if text == self.residents[self.resident] else text.removeprefix(f"{self.resident}/")
 
     def _is_base(self, address: PolicyAddress) -> bool:
         if address.number is not None:

@@ -1,1 +1,1 @@
-"""Model files that mlx-lm lacks; they know MLX and mlx-lm only."""
+"""Model files that mlx-lm lacks, or has with faults; they know MLX and mlx-lm only."""

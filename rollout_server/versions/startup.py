@@ -198,6 +198,7 @@ class Startup:
         self._after = after
         self._task: asyncio.Task[None] | None = None
         self._wanted = True
+        self._awaited = False
 
     def begin(self) -> asyncio.Task[None]:
         """Starts on the running event loop; `check` and `finished` tell how it went."""
@@ -259,6 +260,7 @@ class Startup:
         """Waits until the server is ready; raises what stood in the way."""
         if self._task is None:
             raise EngineUnavailable("The server was not started.")
+        self._awaited = True
         await asyncio.shield(self._task)
 
     def check(self) -> None:
@@ -281,8 +283,11 @@ class Startup:
     def _log_fault(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or (fault := task.exception()) is None or not self._wanted:
             return
+        known = isinstance(fault, RolloutError)
+        if known and self._awaited:
+            # Whoever waits for the start gets the sentence, and says it.
+            return
         if self._after is None or not self._after.failed:
-            known = isinstance(fault, RolloutError)
             log.error("The server cannot start: %s", fault, exc_info=None if known else fault)
 
     @property

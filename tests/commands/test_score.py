@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -69,9 +70,49 @@ def test_texts_in_the_order_of_a_query(judge: Server) -> None:
     assert float(first.split("\t")[0]) == pytest.approx(reply["results"][0]["relevance_score"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def stepwise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = tiny_scorers.build("llama", tmp_path_factory.mktemp("prm"), what="TokenClassification", labels=2)
+    with server_here(made) as live:
+        yield live
+
+
+@pytest.mark.parametrize(
+    "steps",
+    ["t", {"text": "t"}, {"token_id": 9}, {"positions": [[0, 1], [2], []]}],
+    ids=str,
+)
+def test_steps_of_a_process_reward_model(stepwise: Server, steps: Any) -> None:
+    """As the route has them: a text, a token, or positions of each sequence."""
+    asked = {"text": steps} if isinstance(steps, str) else steps
+    body = {"sequences": [{"text": text} for text in TEXTS], "steps": asked}
+    reply = httpx.post(f"{stepwise.url}/v1/rewards", json=body, timeout=60).raise_for_status().json()
+    option = steps if isinstance(steps, str) else json.dumps(steps)
+    found = json.loads(score(*TEXTS, "--steps", option, "--url", stepwise.url, "--json").stdout)
+    assert len(found["rewards"]) == len(TEXTS)
+    for own, expected in zip(found["rewards"], reply["rewards"], strict=True):
+        assert (own["value"], own["scores"]) == (None, None)
+        assert np.array(own["steps"]) == pytest.approx(np.array(expected["steps"]), rel=1e-5)
+    lines = score(*TEXTS, "--steps", option, "--url", stepwise.url).stdout.splitlines()
+    for line, expected in zip(lines, reply["rewards"], strict=True):
+        told = [list(map(float, step.split(","))) for step in line.split("\t")[0].split()]
+        assert np.array(told) == pytest.approx(np.array(expected["steps"]), rel=1e-4)
+
+
+def test_steps_stand_behind_the_score_of_the_whole(judge: Server) -> None:
+    whole = rewards(judge, [{"text": text} for text in TEXTS])
+    lines = score(*TEXTS, "--steps", "the", "--url", judge.url).stdout.splitlines()
+    assert [float(line.split("\t")[0]) for line in lines] == pytest.approx(whole, rel=1e-5)
+    assert [len(line.split("\t")[1].split()) for line in lines] == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "says"),
     [
+        (["a", "--steps", "{"], None, "begins like JSON"),
+        (["a", "--steps", '{"positions": []}'], None, "positions for 0 sequences"),
+        (["a", "--steps", "a", "--query", "b"], None, "leave --steps out"),
+        (["a", "--steps", '{"place": 3}'], None, "place"),
         (["a", "--file", "b"], None, "two sources"),
         ([], "\n", "no text to score"),
         (["a", "--policy", "nobody"], None, "no policy 'nobody'"),

@@ -35,6 +35,7 @@ def refused(*options: str) -> str:
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert said.startswith("rollout-server: ")
+    assert done.stderr.count(said.removeprefix("rollout-server: ")) == 1, f"it is said once: {done.stderr}"
     return said.removeprefix("rollout-server: ")
 
 
@@ -91,6 +92,14 @@ def test_a_model_that_is_missing(tmp_path: Path) -> None:
     for model, found in ((tmp_path / "nowhere", "There is no directory"), (tmp_path, "holds no config.json")):
         said = refused_here(model)
         assert found in said and "config.json" in said and "Hub id" in said and "embedded" in said
+
+
+def test_a_model_of_a_family_that_nobody_knows(tmp_path: Path) -> None:
+    model = tiny_models.build("qwen3", tmp_path)
+    (model / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "(unheard_of) could not be loaded: Model type unheard_of not supported." in refused(
+        "--port", "0", "--model", str(model)
+    )
 
 
 def test_an_adapter_for_another_base(tmp_path: Path) -> None:

@@ -119,11 +119,10 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
         "from rollout_server.demo.make_model import Recipe, make_model;"
         f"make_model(Path(sys.argv[1]), int(sys.argv[2]), {recipe!r}, print)"
     )
-    made = []
-    for name, seed in (("a", 5), ("b", 6)):
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / name), str(seed)], check=True, timeout=120)
-        made.append(read(tmp_path / name))
-    make_model(tmp_path / "c", 5, recipe, lambda line: None)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a"), "5"], check=True, timeout=120)
+    for name, seed in (("b", 6), ("c", 5)):
+        make_model(tmp_path / name, seed, recipe, lambda line: None)
+    made = [read(tmp_path / name) for name in "ab"]
     assert made[0] == read(tmp_path / "c")
     assert made[0]["model.safetensors"] != made[1]["model.safetensors"]
     assert made[0]["tokenizer.json"] == made[1]["tokenizer.json"]

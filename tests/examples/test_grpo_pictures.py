@@ -32,4 +32,4 @@ def test_a_tiny_model_learns_to_name_what_it_sees(tmp_path: Path) -> None:
         told = run("examples/pictures/grpo_pictures.py", str(tmp_path), "--url", live.url, "--steps", "24")
     rewards = [float(reward) for reward in re.findall(r"reward ([\d.]+)", told)]
     assert len(rewards) == 24
-    assert sum(rewards[-4:]) > sum(rewards[:4]), "the reward rises"
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1, "the reward rises"

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_policy_learns_what_the_reward_model_was_taught(live: Server, tmp_path: Path) -> None:
-    command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "8"]
+    plot = tmp_path / "curves.png"
+    command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "8", "--plot", str(plot)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert ran.returncode == 0, ran.stderr
@@ -26,4 +27,6 @@ def test_the_policy_learns_what_the_reward_model_was_taught(live: Server, tmp_pa
     assert len(losses) == 30 and sum(losses[-3:]) < sum(losses[:3])
     assert len(steps) == 8
     for curve in zip(*steps, strict=True):
-        assert sum(curve[-3:]) > sum(curve[:3]), "the reward rises, and so does what it stands for"
+        # A mean of three batches of 256 rows in 32 groups strays by less than 0.04 if nothing is learnt.
+        assert sum(curve[-3:]) / 3 > sum(curve[:3]) / 3 + 0.08, "the reward rises, and so does what it stands for"
+    assert plot.read_bytes().startswith(b"\x89PNG")

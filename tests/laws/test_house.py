@@ -20,8 +20,13 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager"}
 READS_THE_ENVIRONMENT = "rollout_server/config.py"
-CATCHES_EVERYTHING = ("rollout_server/engine/blame.py", "rollout_server/text/tool_calls.py")
-"""Around a step, whose rows fail by name whatever it raises, and around mlx-lm's parsers of what a model wrote."""
+CATCHES_EVERYTHING = (
+    "rollout_server/engine/blame.py",
+    "rollout_server/http/replies/row_rewards.py",
+    "rollout_server/text/tool_calls.py",
+)
+"""Around a step, whose rows fail by name whatever it raises; around the reward of a row, which never loses a rollout
+though it runs a model's own template; and around mlx-lm's parsers of what a model wrote."""
 DOOR = "tests/support/engine/door.py"
 NOT_OURS = {
     ".git",

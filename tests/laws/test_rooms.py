@@ -60,7 +60,7 @@ SMALL = {
     "adapters/placement.py": "plain, below whatever knows arrays",
     "adapters/resident/layers/embedding.py": "one kind of layer, beside the others",
     "adapters/versions/packed.py": "one part of what survives a crash",
-    "rollout_server/engine/model/checkpoint/corrections/grouped.py": "one correction of what a module computes",
+    "rollout_server/engine/model/checkpoint/corrections/routing.py": "one correction of what a module computes",
     "adapters/versions/reserve.py": "one part of what survives a crash",
     "adapters/versions/sealed.py": "one part of what survives a crash",
     "trainer_client/adapter/wrappers.py": "a rule of its own, said once",

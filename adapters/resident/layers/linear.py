@@ -34,6 +34,10 @@ class SharedInput:
     def add(self, layer: AdaptedLinear) -> None:
         self._layers.append(layer)
 
+    def forget(self) -> None:
+        """A forward broke off: nobody comes for what was computed, and the block is no less one that shares."""
+        self._x, self._ready = None, {}
+
     def result(self, layer: AdaptedLinear, x: mx.array) -> mx.array | None:
         """What `layer` gives for x; None where it is to compute that alone."""
         if self._x is not x or layer.stack not in self._ready:

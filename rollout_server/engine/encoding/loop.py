@@ -163,6 +163,7 @@ class EncoderEngine:
                 f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server "
                 "again; with --state-dir it serves the versions that it had."
             ) from error
+        self._policies.routed.forget_inputs()
         log.error("A step failed; what it was for fails by name.", exc_info=error)
         fault = EngineFault(f"The step that computed this failed: {type(error).__name__}: {error}")
         for group in self._blame.of(ForwardGroup):

@@ -23,8 +23,9 @@ from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
 from rollout_server.engine.model.checkpoint.corrections.activation import written
 from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
-from rollout_server.engine.model.checkpoint.corrections.grouped import norm_by_group
+from rollout_server.engine.model.checkpoint.corrections.norms import norm_by_group, set_eps
 from rollout_server.engine.model.checkpoint.corrections.rope import KNOWN, PLAIN, main_part, parts
+from rollout_server.engine.model.checkpoint.corrections.routing import lift_biases
 from rollout_server.engine.model.checkpoint.corrections.turning import turn_as_said
 from rollout_server.engine.model.checkpoint.files import check_model, read_config
 from rollout_server.engine.model.checkpoint.plan import Bound, Plan, plan_of
@@ -317,6 +318,10 @@ def _as_said(module: nn.Module, plan: Plan) -> str | None:
         log.info("The feed-forward layers have %s = %s, as config.json says.", *plan.activation)
     if count := norm_by_group(module, plan.said, plan.family.name):
         log.info("%d norms are taken over groups, as config.json says.", count)
+    if count := set_eps(module, plan.family.name):
+        log.info("%d norms have the eps that transformers has there, and not that of mlx-lm's class.", count)
+    if count := lift_biases(module, plan.said):
+        log.info("%d routers have biases below zero lifted: mlx-lm's would choose experts of groups left out.", count)
     return _turned(module, plan)
 
 

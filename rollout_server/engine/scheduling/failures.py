@@ -50,6 +50,7 @@ class Failures:
                 f"The device no longer computes ({gone}). Nothing that runs on it can be saved: start the server "
                 "again; with --state-dir it serves the versions that it had."
             ) from error
+        self._policies.routed.forget_inputs()
         if self.blame.of(Picture):
             log.error("The tower failed; what it was to read for fails by name.", exc_info=error)
             self._fail_shown(EngineFault(f"The tower could not read a picture: {type(error).__name__}: {error}"))

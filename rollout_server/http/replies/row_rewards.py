@@ -6,18 +6,21 @@ Whatever keeps a reward away costs the reward and nothing else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.open_requests import HeldScorer
-from rollout_server.errors import RolloutError
+from rollout_server.errors import EngineFault, RolloutError
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.replies.streaming import RowEvents
 from rollout_server.http.requests.json_body import beside
 from rollout_server.rollout import FinishReason, Rollout, RowError, RowReward
 from rollout_server.text.pictures.picture import Picture
+
+log = logging.getLogger("rollout_server.http")
 
 ENDED = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.SUPERSEDED})
 """Rows that are scored: others were given up."""
@@ -120,6 +123,10 @@ class RewardedRows:
             scores = await self._within(limit, self._scores(rollout))
         except RolloutError as error:
             reward = _none(error.code, error.message)
+        except Exception as error:  # A failed reward loses no row, whatever a model's own template may raise.
+            log.error("The reward of a row failed.", exc_info=error)
+            why = f"The reward of this row failed by {type(error).__name__}; the server's log says where."
+            reward = _none(EngineFault.code, why)
         else:
             late = _none("timeout", f"The reward was not there {limit} seconds after the row had ended.")
             reward = late if scores is None else RowReward(scores, self._scorer.version)

@@ -11,7 +11,7 @@ from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterUnsupported
-from adapters.formats import whole_tensors
+from adapters.formats import peft, whole_tensors
 from adapters.formats.read import FORMATS
 from adapters.spec import DENSE_KINDS
 from rollout_server.engine.messages.options import ModelInfo
@@ -134,6 +134,8 @@ def write(bundle: AdapterBundle, format: str, base: ModelInfo) -> bytes:
     try:
         if format == "mlx" and bundle.spec.kind in DENSE_KINDS:
             return whole_tensors.write_mlx(bundle, base.weights, base.layers)
+        if format == "peft":
+            return peft.write(bundle, base.scoring, base.weights)[0]
         body: bytes = (whole_tensors if format == "dense" else FORMATS[format]).write(bundle)[0]
         return body
     except AdapterUnsupported as error:

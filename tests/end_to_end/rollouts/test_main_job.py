@@ -242,13 +242,15 @@ def bad_uploads(model: Path) -> dict[str, tuple[bytes, str, int]]:
     metadata = {"adapter_config": json.dumps(config)}
     good = save(tensors, metadata)
     names = sorted(tensors)
-    half = {name: tensors[name] for name in names[: len(names) // 2]}
+    layer = {name: tensors[name] for name in names[: len(names) // 2]}
+    half = {name: tensors[name] for name in names[: len(names) // 2 - 1]}
     shaped = {**tensors, names[0]: np.zeros((4, 3), np.float32)}
     broken = {**tensors, names[0]: np.full_like(tensors[names[0]], np.nan)}
     return {
         "truncated": (good[: len(good) // 2], "safetensors", 422),
         "wrong shape": (save(shaped, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
-        "missing half": (save(half, metadata), "missing", 422),
+        "a layer of two": (save(layer, metadata), "the file has no tensors for them", 422),
+        "half of a pair": (save(half, metadata), "missing", 422),
         "nan": (save(broken, metadata), names[0].split(".lora")[0].removeprefix("base_model.model."), 422),
         "pickle": (
             b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",

@@ -20,6 +20,7 @@ from rollout_server.engine.model.kv_choice import choose_store, padding_fault
 from rollout_server.engine.model.resident import ResidentModel
 from tests.engine.batch.test_batch import JOINED, tolerance
 from tests.engine.batch.test_prefix_reuse import assert_all_same
+from tests.laws.grids import corners, some_long
 from tests.support.engine.door import wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
 
@@ -48,17 +49,6 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
     "rwkv7": (
         False,
         {"head_dim": 16, "a_low_rank_dim": 8, "v_low_rank_dim": 8, "gate_low_rank_dim": 8, "decay_low_rank_dim": 8},
-    ),
-    "recurrent_gemma": (
-        False,
-        {
-            "conv1d_width": 4,
-            "lru_width": 32,
-            "attention_window_size": 16,
-            "logits_soft_cap": 30.0,
-            "block_types": ["recurrent", "attention"],
-            "embeddings_scale_by_sqrt_dim": True,
-        },
     ),
     "lfm2": (
         True,
@@ -119,11 +109,14 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
-OURS: dict[str, dict[str, Any]] = {"lstm": {}, "xlstm": {"num_heads": 2, "ffn_proj_factor": 1.5}}
+OURS: dict[str, dict[str, Any]] = {
+    "lstm": {},
+    "xlstm": {"num_heads": 2, "ffn_proj_factor": 1.5},
+    "recurrent_gemma": {"attention_window_size": 512, "block_types": ["recurrent", "attention"]},
+}
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [*FAMILIES, *OURS])
+@pytest.mark.parametrize(("family", "dtype"), corners([*FAMILIES, *OURS], [mx.float32, mx.bfloat16]), ids=str)
 def test_what_a_class_does_is_found_out(family: str, dtype: mx.Dtype) -> None:
     looks, fields = FAMILIES[family] if family in FAMILIES else (True, OURS[family])
     package = "mlx_lm.models" if family in FAMILIES else "rollout_server.models.recurrent"
@@ -141,7 +134,7 @@ def test_what_a_class_does_is_found_out(family: str, dtype: mx.Dtype) -> None:
     assert store.pads is (looks and (family in OURS or mx.default_device() != mx.cpu))
 
 
-@pytest.mark.parametrize("family", [*JOINED, "qwen3_next"])
+@pytest.mark.parametrize("family", some_long([*JOINED, "qwen3_next"], "granitemoehybrid", "falcon_h1", "xlstm", "lstm"))
 def test_short_prompts_are_read_in_one_forward(
     family: str, bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:

@@ -27,7 +27,7 @@ from rollout_server.rollout import PolicyAddress, PolicyVersion, Rollout, Rollou
 from tests.engine.batch.test_batch import assert_same, tolerance
 from tests.engine.sampling.test_filters import limits
 from tests.support.engine.driver import Driver, prompts_of
-from tests.support.numbers.bounds import of_softmax
+from tests.support.numbers.bounds import TINY, assert_near, of_softmax
 
 SETTINGS: list[dict[str, Any]] = [
     {"presence_penalty": 1.5},
@@ -138,7 +138,9 @@ def test_counts_follow_rows_that_join_leave_and_move(
 def test_a_logit_bias_of_100_is_nearly_a_command_and_of_minus_100_nearly_a_ban(base: Driver) -> None:
     forced = base.generate([[1, 2, 3]], max_tokens=6, ignore_eos=True, logit_bias=((42, 100.0),))[0]
     assert forced.token_ids == (42,) * 6 and max(map(abs, forced.sampling_logprobs)) < 1e-6
-    assert max(forced.logprobs) < -1
+    (told,) = base.score([forced.prompt_ids + forced.token_ids], [len(forced.prompt_ids)])
+    assert_near(forced.logprobs, told.logprobs, TINY.of_row(forced))
+    assert min(forced.logprobs) < -1, "the model's own, without the bias"
     never = base.generate(
         [[1, 2, 3]], n=4, max_tokens=20, ignore_eos=True, logit_bias=tuple((t, -100.0) for t in range(250))
     )

@@ -1,14 +1,21 @@
-"""A picture at which the tower fails takes along whoever is being read and shows it, and nobody else."""
+"""A picture at which the tower fails takes along whoever is being read and shows it, and nobody else; and what a step
+that failed leaves behind is nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from adapters.kernels.decode import DecodeKernel
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason
 from tests.support.engine.driver import Driver
+from tests.support.numbers.host_kernels import TEXTS, host_compiler
 from tests.support.pictures.seeing import Seeing, opened
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12}
@@ -103,3 +110,47 @@ def test_a_beginning_that_cannot_be_copied_fails_the_rows_of_its_set_alone(seein
     assert driver.rollouts(beside)[0].finish_reason is FinishReason.ERROR
     (row,) = driver.rollouts(running)
     assert row.finish_reason is FinishReason.LENGTH and len(row.token_ids) == 40
+
+
+class Fused(DecodeKernel):
+    """Notes how many layers each launch computes, and fails once it has been asked `fuse` times more."""
+
+    launches: list[int]
+    fuse = 0
+
+    def takes(self, *asked: Any) -> bool:
+        self.fuse -= 1
+        if self.fuse == 0:
+            raise ValueError("The fuse blew.")
+        return super().takes(*asked)
+
+    def __call__(self, x: mx.array, rows: mx.array, layers: Sequence[Any]) -> list[mx.array]:
+        self.launches.append(len(layers))
+        return super().__call__(x, rows, layers)
+
+
+def test_layers_share_their_input_again_after_a_forward_that_failed_between_them(
+    model_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kernel = Fused(next(iter(TEXTS.values())), host_compiler(tmp_path_factory))
+    kernel.launches = []
+    # Layers are mounted on a model of the test's own.
+    driver = Driver.start(model_path("llama"))
+    driver = Driver.start(model_path("llama"), replace(driver.model, adapter_kernel=kernel))
+    driver.push("policy", driver.bundle(1))
+    prompt, options = list(range(5, 17)), {"policy": "policy", "temperature": 0.0, "ignore_eos": True, "max_tokens": 9}
+    (expected,) = driver.generate([prompt], **options)
+    shared = kernel.launches.copy()
+    assert 3 in shared
+    id = driver.submit([prompt], **options)
+    driver.until(lambda: bool(driver.batches.size))
+    driver.turn(2)
+    # One layer is asked whether it goes by the kernel, then all three for it, and then the second for itself.
+    kernel.fuse = 5
+    driver.finish(id)
+    (row,) = driver.rollouts(id)
+    assert row.error is not None and "The fuse blew" in row.error.message
+    kernel.launches.clear()
+    (again,) = driver.generate([prompt], **options)
+    assert (again.token_ids, again.logprobs) == (expected.token_ids, expected.logprobs)
+    assert kernel.launches == shared

@@ -80,7 +80,7 @@ def test_rows_decode_while_a_long_prompt_is_read(
     """Where somebody reads them as they come; otherwise they wait for the rows that are to join them."""
     driver = Driver.start(qwen, bare_model("qwen3"), prefill_tokens=512, **options)
     short, long = prompts_of([20, 600], 286)
-    first = driver.submit([short], n=4, max_tokens=60, ignore_eos=True, wants=wants)
+    first = driver.submit([short], n=4, max_tokens=36, ignore_eos=True, wants=wants)
     driver.turn(4)
     second = driver.submit([long], max_tokens=4, ignore_eos=True)
     batch: Any = driver.batches
@@ -95,7 +95,7 @@ def test_rows_decode_while_a_long_prompt_is_read(
         # The second chunk is the last one, and the row steps with the others in its turn.
         assert progress[:2] == [(512, 0), (87, 1)]
     driver.finish(first)
-    alone = Driver.start(qwen, bare_model("qwen3")).generate([short], n=4, max_tokens=60, ignore_eos=True)
+    alone = Driver.start(qwen, bare_model("qwen3")).generate([short], n=4, max_tokens=36, ignore_eos=True)
     assert [row.token_ids for row in driver.rollouts(first)] == [row.token_ids for row in alone]
 
 

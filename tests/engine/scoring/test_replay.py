@@ -33,9 +33,10 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 1.5, "top_p": 0.95, "top_k": 50, "presence_penalty": 1.0},
     {"logit_bias": ((5, 3.0), (6, -100.0)), "min_tokens": 10, "stop_token_ids": (5,)},
 ]
+LENGTH = 24
 
 
-def mixed_rows(driver: Driver, policies: tuple[str, ...] = ("base",), length: int = 40) -> list[Rollout]:
+def mixed_rows(driver: Driver, policies: tuple[str, ...] = ("base",), length: int = LENGTH) -> list[Rollout]:
     """Two rows of every kind, all in one busy batch; they join one after another."""
     prompts = prompts_of([3, 9, 20, 5, 14, 8, 30], driver.model.info.vocab_size)
     ids = []
@@ -77,7 +78,7 @@ def test_a_seed_reproduces_its_row_alone_and_later(kind: int, base: Driver, qwen
     """What `seed` with `n: 1` promises: neither neighbours nor the time of joining matter."""
     alone = Driver.start(qwen, base.model, max_batch=1)
     for row in mixed_rows(base)[2 * kind : 2 * kind + 2]:
-        given = {"max_tokens": 40, "ignore_eos": True} | MIXED[kind]
+        given = {"max_tokens": LENGTH, "ignore_eos": True} | MIXED[kind]
         (again,) = alone.generate([row.prompt_ids], seeds=[[row.seed]], **given)
         assert again.token_ids == row.token_ids and again.finish_reason == row.finish_reason
         assert alone.replay([again])[0].exact

@@ -43,6 +43,8 @@ class Call:
     """Scores by the last token of what is scored."""
     timers: list[tuple[float, asyncio.Future[None]]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    unreadable: dict[int, Exception] = field(default_factory=dict)
+    """What reading a row raises, by its sample."""
     let_go: int = 0
 
     def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
@@ -79,11 +81,16 @@ class Call:
     def gone(self, _: HeldScorer) -> None:
         self.let_go += 1
 
+    def read(self, rollout: Rollout) -> tuple[int, ...]:
+        if rollout.sample_index in self.unreadable:
+            raise self.unreadable[rollout.sample_index]
+        return rollout.prompt_ids + rollout.token_ids
+
     def begin(self, metrics: Metrics) -> RewardedRows:
         scorer = HeldScorer(
             ScorerHeld("/hold/1", VERSION, (None,)), "r", lambda kind: f"/{kind}", self.score, self.gone
         )
-        reading = Reading(lambda rollout: rollout.prompt_ids + rollout.token_ids, lambda ids: len(ids) - 1)
+        reading = Reading(self.read, lambda ids: len(ids) - 1)
         patience = Patience(self.timeout_s, self.deadline, lambda: self.now, self.sleep)
         return RewardedRows(self, scorer, reading, patience, metrics)
 
@@ -199,6 +206,25 @@ def test_a_failed_request_still_gives_the_rewards_of_its_rows(play: Any) -> None
             await anext(rows)
 
     assert play(test, Call()).let_go == 1
+
+
+def test_whatever_a_row_s_reward_raises_costs_that_reward_alone(play: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A chat template is the model's own code, and a conversation may be nested as deeply as it likes."""
+
+    async def test(call: Call, rows: RewardedRows) -> None:
+        put(call, *map(row, range(4)), None)
+        await settled()
+        call.asked[12].set_exception(MemoryError("no room: a test"))
+        call.asked[13].set_result(1.0)
+        rewards = dict(await rest(rows))
+        failed = "engine_fault"
+        assert codes(list(rewards.items())) == {0: failed, 1: failed, 2: failed, 3: None}
+        assert rewards[3].value == 1.0
+        assert rewards[0].error is not None and "ZeroDivisionError" in rewards[0].error.message
+
+    call = play(test, Call(unreadable={0: ZeroDivisionError("by zero: a test"), 1: RecursionError("deep: a test")}))
+    assert call.let_go == 1
+    assert "by zero: a test" in caplog.text, "the log says why"
 
 
 def test_an_end_from_outside_ends_what_is_being_scored(play: Any) -> None:

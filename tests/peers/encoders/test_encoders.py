@@ -6,16 +6,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
+from adapters.bundle import AdapterBundle
+from adapters.formats import peft
 from adapters.formats.read import read_bundle
 from adapters.resident.slots import AdapterSlots
-from rollout_server.engine.messages.options import EngineOptions, Task
+from rollout_server.engine.messages.options import EngineOptions, ModelInfo, Task
 from rollout_server.engine.model.encoders.encoder import EncoderModel
 from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage
@@ -107,6 +111,71 @@ def test_a_classifier_that_peft_trained_comes_with_its_adapter(name: str, tmp_pa
     for event, model in ((own, peer), (before, encoders.load(base, "classify"))):
         hold([rows[0] for rows in numbers(event, 3)], wanted(model, "classify", given), name, "SEQ_CLS and the base")
     assert furthest(numbers(own, 3), numbers(before, 3)) > 0.01
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta-v3"])
+@pytest.mark.parametrize(
+    ("task", "of_peft", "exported"),
+    [
+        ("classify", "SEQ_CLS", "SEQ_CLS"),
+        ("classify", None, None),
+        ("token_classify", "TOKEN_CLS", "TOKEN_CLS"),
+        ("embed", None, "FEATURE_EXTRACTION"),
+    ],
+)
+def test_peft_loads_what_is_exported(
+    name: str, task: Task, of_peft: str | None, exported: str | None, tmp_path: Path
+) -> None:
+    """On the class that it was trained on, with the same numbers; and the server reads it back as the same version."""
+    base = encoders.build(name, task, tmp_path / "base")
+    targets = ["query", "q_lin", "Wqkv", "query_proj"]
+    peer = encoders.adapted(base, task, "lora", 1, targets, **({"task_type": of_peft} if of_peft else {}))
+    bundle = as_saved(peer, base, tmp_path / "trained")
+    assert write_back(bundle, base, tmp_path / "exported")["task_type"] == exported
+    again = PeftModel.from_pretrained(encoders.load(base, task), tmp_path / "exported").eval()
+    given = encoders.passages((40, 33, 7))
+    theirs = wanted(peer, task, given)
+    assert furthest(wanted(again, task, given), theirs) == 0.0
+    assert furthest(theirs, wanted(encoders.load(base, task), task, given)) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("bert", "classifier"), ("roberta", "out_proj"), ("distilbert", "pre_classifier")]
+)
+def test_an_adapter_on_the_head_is_exported_for_no_task(name: str, layer: str, tmp_path: Path) -> None:
+    base = encoders.build(name, "classify", tmp_path / "base")
+    peer = encoders.adapted(base, "classify", "lora", 1, ["query", "q_lin", layer])
+    assert write_back(as_saved(peer, base, tmp_path / "trained"), base, tmp_path / "exported")["task_type"] is None
+    again = PeftModel.from_pretrained(encoders.load(base, "classify"), tmp_path / "exported").eval()
+    given = encoders.passages((40, 33, 7))
+    assert furthest(wanted(again, "classify", given), wanted(peer, "classify", given)) == 0.0
+
+
+def as_saved(peer: PeftModel, base: Path, place: Path) -> AdapterBundle:
+    """What the server of `base` makes of the file that PEFT writes."""
+    peer.save_pretrained(place)
+    content = (place / "adapter_model.safetensors").read_bytes()
+    return bundle_of(content, json.loads((place / "adapter_config.json").read_text()), base)
+
+
+def write_back(bundle: AdapterBundle, base: Path, place: Path) -> dict[str, Any]:
+    """Exports a version into a directory; its configuration."""
+    info = info_of(base)
+    content, config = peft.write(bundle, info.scoring, info.weights)
+    assert bundle_of(content, config, base).digest == bundle.digest
+    place.mkdir()
+    (place / "adapter_model.safetensors").write_bytes(content)
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    return config
+
+
+def bundle_of(content: bytes, config: dict[str, Any], base: Path) -> AdapterBundle:
+    info = info_of(base)
+    return read_bundle(content, config, layers=info.layers, parameters=info.weights, scoring=info.scoring)
+
+
+def info_of(base: Path) -> ModelInfo:
+    return load_encoder(EngineOptions(str(base), "tiny")).info
 
 
 def test_distances_fall_into_the_buckets_of_transformers() -> None:

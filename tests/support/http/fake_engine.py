@@ -314,10 +314,8 @@ class FakeEngine(FakeVersions):
         for ids, start, spans in zip(score.sequences, score.starts, given, strict=True):
             values = [None if at == 0 else logprob(id) for at, id in enumerate(ids)][start:]
             entropy = [None if value is None else 0.5 for value in values] if score.entropy else None
-            tops = [
-                None if value is None else top_of(id, score.top_logprobs)
-                for id, value in zip(ids[start:], values, strict=True)
-            ]
+            known, most = zip(ids[start:], values, strict=True), score.top_logprobs
+            tops = [None if value is None else top_of(id, most) for id, value in known]
             sequences.append(
                 ScoredSequence(
                     tuple(values),

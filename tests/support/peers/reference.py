@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from tests.support.peers import families
@@ -94,6 +95,24 @@ def scores(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> np.nda
     with torch.no_grad():
         found = [model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy() for ids in sequences]
     return np.stack(found)
+
+
+class InFloat64(TorchFunctionMode):
+    """Within it what a model's code does in float32, whatever its own precision is, is done in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return func(*args, **named)
+
+
+def exact_logprobs(directory: Path, sequences: Sequence[Sequence[int]], **options: Any) -> list[np.ndarray]:
+    """What `logprobs` gives, computed in float64 from end to end: what two computations in float32 are both off from.
+    `options` are those of `from_pretrained`."""
+    model = families.load(directory, dtype=torch.float64, **options)
+    with InFloat64():
+        return logprobs(model, sequences)
 
 
 def logprobs(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -103,7 +103,27 @@ DOES: Mapping[tuple[str, str], tuple[Any, ...]] = {
 WRONG: Mapping[tuple[str, str], tuple[Any, ...]] = {
     # (family of mlx-lm, field) → the only values for which its code does what transformers does.
     ("jamba", "num_experts"): (None, 0, 1),
+    # transformers has queries, keys and values of a head beside each other where every head has its own.
+    ("gpt_bigcode", "multi_query"): (None, True),
 }
+
+UNWEIGHTED = frozenset(
+    {
+        "bailing_hybrid",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "exaone_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "kimi_linear",
+        "mimo_v2_flash",
+        "nemotron_h",
+        "solar_open",
+    }
+)
+"""Families of mlx-lm that do not normalise the score of a token's only expert, which transformers does."""
 
 
 def unserved(raw: Mapping[str, Any], said: Meaning, family: Family) -> Iterator[str]:
@@ -111,6 +131,8 @@ def unserved(raw: Mapping[str, Any], said: Meaning, family: Family) -> Iterator[
     for (name, field), right in WRONG.items():
         if name == family.name and not _among(said.get(field), right):
             yield f"{field} is {quoted(said.get(field))}, with which mlx-lm's {name} computes something else"
+    if family.name in UNWEIGHTED and said.get("num_experts_per_tok") == 1 and said.get("norm_topk_prob") is True:
+        yield f"num_experts_per_tok is 1 with norm_topk_prob, which mlx-lm's {family.name} does not normalise"
     for name, harmless in (SAYS_SO | IF_KNOWN).items():
         others = {field for field, other in (OTHER_NAMES | said.names).items() if other == name}
         if {name, said.names.get(name, name), *others} & family.reads or not (name in SAYS_SO or name in said.declared):

@@ -19,7 +19,8 @@ from rollout_server.quoting import quoted
 ARGS = "ModelArgs"
 NESTED = "text_config"
 PACKAGES = ("rollout_server.models.recurrent", "mlx_lm.models")
-"""Where modules of families are: the first that has one of this name. Ours are those that mlx-lm lacks."""
+"""Where modules of families are: the first that has one of this name. Ours are those that mlx-lm lacks, or has with
+faults."""
 ATTEMPTS = 20
 SHARED_CODE = frozenset({"activations", "base", "cache", "pipeline", "rope_utils", "switch_layers"})
 """Modules that see no configuration of a family."""

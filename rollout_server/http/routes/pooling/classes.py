@@ -18,7 +18,7 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model, read_inputs, scoring_model
-from rollout_server.http.routes.pooling.steps import step_positions
+from rollout_server.http.routes.pooling.steps import SentText, step_positions
 from rollout_server.http.service import SCORING, Service, header_id
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.pooling.classes import ClassifyReply, ClassifyRequest, PoolingReply, PoolingRequest
@@ -114,7 +114,18 @@ async def classified(
     if service.info.encoder:
         # Its head reads more than the states of one token.
         asked.require("token_classify")
-    every = [tuple(range(len(ids))) for ids in sequences]
-    places = every if data.steps is None else step_positions(data.steps, sequences, service)
+    weight = len(await request.body())
+    places = await beside_client(request, weight, lambda _: places_of(data, sequences, service))
     found = await labelled(request, service, asked.address, sequences, places)
     return found.version, [scores.tolist() for scores in found.probabilities(data.activates)]
+
+
+def places_of(data: PoolingRequest, sequences: Sequence[tuple[int, ...]], service: Service) -> list[tuple[int, ...]]:
+    """The tokens that are scored: the steps, or without them all."""
+    if data.steps is None:
+        return [tuple(range(len(ids))) for ids in sequences]
+    inputs: list[Any] = data.input if isinstance(data.input, list) else [data.input]
+    if len(inputs) != len(sequences):  # Token ids of one sequence.
+        inputs = [None] * len(sequences)
+    sent = [SentText(each, data.add_special_tokens) if isinstance(each, str) else None for each in inputs]
+    return step_positions(data.steps, sequences, sent, service)

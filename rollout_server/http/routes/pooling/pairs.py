@@ -42,7 +42,7 @@ Ids = tuple[int, ...]
 
 
 class PairsController(Controller):
-    """Cross-encoders by their label, other models by the angle between embeddings."""
+    """Models with one label by that, models that give vectors by the angle between them."""
 
     path = "/"
     guards = (may_infer,)
@@ -55,8 +55,9 @@ class PairsController(Controller):
         return_dto=None,
         status_code=200,
         summary="Scores of pairs",
-        description="A model with one label reads both texts of a pair together; of another the score is the cosine of "
-        "their embeddings. With `label_token_ids`: how probable these tokens are behind the query and each item.",
+        description="A model with one label reads both texts of a pair together, as its tokenizer joins pairs; of one "
+        "that gives vectors the score is their cosine. With `label_token_ids`: how probable these tokens are behind "
+        "the query and each item, under any decoder.",
         responses={
             200: ResponseSpec(
                 ScoreReply | TokenScoreReply,  # type: ignore[arg-type]
@@ -146,7 +147,7 @@ async def scored(
     data: ScoringRequest, pairs: Sequence[Pair], request: Request[Any, Any, Any], asked: Asked
 ) -> tuple[PolicyVersion, list[float], list[Ids]]:
     """(Version, a score for each pair, what was read for them)."""
-    asked.require("classify", "generate", "embed")
+    asked.require("classify", "embed")
     service = asked.service
     weight = len(await request.body())
     if asked.task == "classify":

@@ -24,7 +24,7 @@ from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
-from rollout_server.http.routes.pooling.steps import step_positions
+from rollout_server.http.routes.pooling.steps import SentText, step_positions
 from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE
@@ -76,7 +76,7 @@ class RewardsController(Controller):
         sequences, pictures = await beside_client(
             request, weight, lambda go_on: read_sequences(data.sequences, service, go_on)
         )
-        steps = None if data.steps is None else step_positions(data.steps, sequences, service)
+        steps = await beside_client(request, weight, lambda _: steps_of(data, sequences, service))
         ends = [end_of(ids, service, data.label_token_ids is not None) for ids in sequences]
         places = [
             tuple(sorted({*(steps[index] if steps else ()), *((ends[index],) if whole else ())}))
@@ -124,6 +124,14 @@ class RewardsController(Controller):
             )
         content = {"rewards": [float(scores[0, 0]) for scores in found.scores]}
         return json_response(content, headers=policy_headers([found.version]))
+
+
+def steps_of(data: RewardsRequest, sequences: Sequence[Ids], service: Service) -> list[Ids] | None:
+    """Where the steps of each sequence are; None where none are asked for."""
+    if data.steps is None:
+        return None
+    sent = [None if each.text is None else SentText(each.text, each.add_special_tokens) for each in data.sequences]
+    return step_positions(data.steps, sequences, sent, service)
 
 
 def end_of(ids: Sequence[int], service: Service, decodes: bool) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +15,20 @@ from rollout_server.quoting import counted, quoted
 from rollout_server.schemas.pooling.inputs import Steps
 
 
-def step_positions(steps: Steps, sequences: Sequence[Sequence[int]], service: Service) -> list[tuple[int, ...]]:
-    """Places in each sequence, ascending. Raises `InvalidField` for what cannot be a place of it."""
+@dataclass(frozen=True, slots=True)
+class SentText:
+    """A sequence that came as text."""
+
+    text: str
+    special: bool
+    """True where the tokenizer put its special tokens around it."""
+
+
+def step_positions(
+    steps: Steps, sequences: Sequence[Sequence[int]], sent: Sequence[SentText | None], service: Service
+) -> list[tuple[int, ...]]:
+    """Places in each sequence, ascending; `sent` is None for those that did not come as text. Raises `InvalidField` for
+    what cannot be a place of it, and for a text of which no token can be told."""
     if steps.positions is not None:
         return _given(steps.positions, sequences)
     if steps.token_id is not None:
@@ -23,10 +38,17 @@ def step_positions(steps: Steps, sequences: Sequence[Sequence[int]], service: Se
                 f"{service.info.vocab_size} tokens.",
                 param="steps.token_id",
             )
-        mark: tuple[int, ...] = (steps.token_id,)
-    else:
-        mark = tuple(_encoded(steps.text or "", service.tokenizer))
-    return [tuple(_ends(tuple(ids), mark)) for ids in sequences]
+        return [tuple(_ends(tuple(ids), (steps.token_id,))) for ids in sequences]
+    mark, tokenizer = steps.text or "", service.tokenizer
+    own = tuple(_encoded(mark, tokenizer))
+    found = []
+    for index, (ids, source) in enumerate(zip(sequences, sent, strict=True)):
+        places = None if source is None else _in_text(mark, source, ids, tokenizer)
+        if places is None:
+            places = _ends(tuple(ids), own)
+            _refuse_hidden(mark, len(places), ids, index, tokenizer)
+        found.append(tuple(places))
+    return found
 
 
 def _encoded(text: str, tokenizer: Any) -> list[int]:
@@ -36,10 +58,39 @@ def _encoded(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
+def _in_text(mark: str, source: SentText, ids: Sequence[int], tokenizer: Any) -> list[int] | None:
+    """The tokens with the last characters of `mark`, wherever the tokenizer has cut around it. None where the tokenizer
+    does not tell which characters a token has, or more was cut away of the ids than their beginning."""
+    if not tokenizer.is_fast:
+        return None
+    told = tokenizer(source.text, add_special_tokens=source.special, return_offsets_mapping=True)
+    cut = len(told["input_ids"]) - len(ids)
+    if cut < 0 or told["input_ids"][cut:] != list(ids):
+        return None
+    # Tokens that the template puts around a text have no characters.
+    spans = [(begin, at) for at, (begin, end) in enumerate(told["offset_mapping"]) if end > begin]
+    begins = [begin for begin, _ in spans]
+    last = [bisect_left(begins, match.end()) - 1 for match in re.finditer(re.escape(mark), source.text)]
+    places = {spans[at][1] - cut for at in last if at >= 0}
+    return sorted(place for place in places if place >= 0)
+
+
 def _ends(ids: tuple[int, ...], mark: tuple[int, ...]) -> list[int]:
     """The last token of every occurrence of `mark`."""
     length, last = len(mark), mark[-1]
     return [at for at, token in enumerate(ids) if token == last and ids[max(0, at - length + 1) : at + 1] == mark]
+
+
+def _refuse_hidden(mark: str, found: int, ids: Sequence[int], index: int, tokenizer: Any) -> None:
+    """Raises `InvalidField` where the text of `ids` has the mark more often than they have its tokens."""
+    there = str(tokenizer.decode(list(ids))).count(mark)
+    if there > found:
+        raise InvalidField(
+            f"steps.text {quoted(mark)} is {counted(there, 'time')} in the text of sequence {index}, and "
+            f"{counted(found, 'time')} as tokens of its own: elsewhere they have merged with what stands beside. Send "
+            "the sequence as text, or say by steps.positions where its steps are.",
+            param="steps.text",
+        )
 
 
 def _given(positions: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

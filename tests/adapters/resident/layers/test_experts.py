@@ -219,8 +219,9 @@ def test_peft_targets_never_mean_them_and_their_dora_is_refused(moe: Load) -> No
 
 def test_faults_are_listed(moe: Load) -> None:
     layers = adaptable_layers(moe())
-    tensors, config = random_adapter(layers, 4, 1, kind="mlx", targets=["down_proj"])
-    first, second, third = (f"model.layers.{i}.mlp.switch_mlp.down_proj" for i in range(3))
+    tensors, config = random_adapter(layers, 4, 1, kind="mlx", targets=["down_proj", "up_proj"])
+    first, second = (f"model.layers.{i}.mlp.switch_mlp.down_proj" for i in range(2))
+    third = "model.layers.1.mlp.switch_mlp.up_proj"
     tensors[f"{first}.lora_a"] = tensors[f"{first}.lora_a"][0]
     tensors[f"{second}.lora_b"] = tensors[f"{second}.lora_b"][:3]
     tensors[f"{third}.lora_a"][1, 2, 3] = np.nan

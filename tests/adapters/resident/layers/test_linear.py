@@ -49,7 +49,7 @@ class Block(nn.Module):
     def __init__(self, kernel: DecodeKernel, dtype: mx.Dtype, *, gains: bool, together: bool) -> None:
         super().__init__()
         mx.random.seed(7)
-        shared = SharedInput() if together else None
+        self._shared = shared = SharedInput() if together else None
         for name, out in OUTS.items():
             base = nn.Linear(WIDTH, out, bias=name == "value" or gains)
             base.set_dtype(dtype)
@@ -61,6 +61,10 @@ class Block(nn.Module):
                 stack.write(slot, a.astype(dtype), b.astype(dtype), gain)
             mx.eval(stack.arrays())
             self[name] = AdaptedLinear(base, stack, shared)
+
+    def forget(self) -> None:
+        if self._shared is not None:
+            self._shared.forget()
 
     def aim(self, slots: list[int]) -> None:
         rows = mx.array(slots if len(set(slots)) > 1 else slots[:1], dtype=mx.uint32)
@@ -118,6 +122,20 @@ def test_a_block_that_gives_them_different_arrays_is_left_alone(kernel: Counted,
         for one, other in zip(forward(together, x), forward(alone, x), strict=True):
             assert mx.array_equal(one, other)
     assert kernel.launches.count(3) == 1, "once it was in vain"
+
+
+def test_a_forward_that_broke_off_takes_no_later_one_apart(kernel: Counted) -> None:
+    together, alone = (Block(kernel, mx.float32, gains=False, together=each) for each in (True, False))
+    for block in (together, alone):
+        block.aim([1, 2, 2, 0])
+    together["query"](mx.random.normal((4, 1, WIDTH)))
+    together.forget()
+    kernel.launches.clear()
+    x = mx.random.normal((4, 1, WIDTH))
+    found = of_all(together, x)
+    assert kernel.launches == [3]
+    for one, other in zip(found, of_all(alone, x), strict=True):
+        assert mx.array_equal(one, other)
 
 
 def test_a_trace_reads_the_slot_that_it_is_given(kernel: Counted) -> None:

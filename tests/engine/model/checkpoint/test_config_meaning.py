@@ -75,7 +75,7 @@ def test_bases_by_kind_of_layer_reach_their_layers(tmp_path: Path) -> None:
         "full_attention": {"rope_type": "default", "rope_theta": THETA},
         "sliding_attention": {"rope_type": "default", "rope_theta": 777.0},
     }
-    types = ["sliding_attention", "full_attention"] * 2
+    types = ["sliding_attention", "full_attention"]
     written = tiny_models.build("gemma3_text", tmp_path / "nested", rope_theta=THETA, rope_local_base_freq=777.0)
     config = json.loads((written / "config.json").read_text())
     del config["sliding_window_pattern"]
@@ -166,6 +166,8 @@ def test_what_newer_files_call_otherwise_is_handed_over(fields: dict[str, Any], 
         ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "norm_topk_prob is true"),
         ({"model_type": "gpt_oss", "swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ({"model_type": "jamba", "num_experts": 4}, "num_experts is 4"),
+        ({"model_type": "deepseek_v3", "num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok is 1"),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, "multi_query is false"),
         ({"model_type": "internlm2"}, "config.json has no rms_norm_eps"),
     ],
 )
@@ -179,6 +181,8 @@ def test_what_a_family_does_not_compute_is_refused_by_name(fields: dict[str, Any
         {"model_type": "llama", "final_logit_softcapping": None, "embedding_multiplier": 1.0, "logit_scale": 1},
         {"model_type": "llama", "hidden_act": "swish", "norm_topk_prob": True, "unheard_of": {"a": 1}},
         {"model_type": "qwen3", "scoring_func": "softmax", "n_group": 4},
+        {"model_type": "glm4_moe", "num_experts_per_tok": 1, "norm_topk_prob": False},
+        {"model_type": "glm4_moe", "num_experts_per_tok": 2, "norm_topk_prob": True},
         {"model_type": "gemma3_text", "use_bidirectional_attention": False, "final_logit_softcapping": None},
     ],
 )

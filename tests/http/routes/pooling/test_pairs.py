@@ -60,8 +60,8 @@ def test_one_for_one(client: Client, engine: FakeEngine, tokenizer: Any) -> None
     )
 
 
-def test_a_model_without_a_head_scores_by_the_angle(client: Client, engine: FakeEngine, tokenizer: Any) -> None:
-    engine.task, engine.labels = "generate", ()
+def test_a_model_that_gives_vectors_scores_by_the_angle(client: Client, engine: FakeEngine, tokenizer: Any) -> None:
+    engine.task, engine.labels = "embed", ()
     reply = score(client, queries="who sat", documents=TEXTS).json()
     vectors = [np.array(pooled(tokenizer.encode(text))) for text in ("who sat", *TEXTS)]
     unit = [vector / np.linalg.norm(vector) for vector in vectors]
@@ -157,6 +157,14 @@ def test_bad_documents(client: Client, changes: Any, param: str, problem: Callab
 def test_ten_thousand_documents_are_told_how_many_fit(client: Client, problem: Callable[..., Any]) -> None:
     error = problem(rerank(client, documents=["a"] * 10_000), 400, "invalid_field", "documents")
     assert str(MOST_DOCUMENTS) in error["message"]
+
+
+def test_what_generates_orders_nothing(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:
+    """The states of a language model say nothing of how well a text answers."""
+    engine.task, engine.labels = "generate", ()
+    for response in (rerank(client), score(client, queries="a", documents="b")):
+        assert "has no head" in problem(response, 400, "invalid_field", "model")["message"]
+    assert not engine.embeds
 
 
 def test_several_labels_are_no_order(client: Client, engine: FakeEngine, problem: Callable[..., Any]) -> None:

@@ -73,6 +73,46 @@ def test_a_process_reward_model_scores_its_steps_alone(client: Client, engine: F
     assert reply["rewards"][0]["steps"] == [], "no step is an answer, too"
 
 
+STEPS_IN_TEXT = [
+    ("in the cat and the", "the"),
+    ("one. two.. three.", "."),
+    ("the catthe cat", "t"),
+    ("a ки b ки", "ки"),
+    ("  the  ", " "),
+]
+
+
+@pytest.mark.parametrize(("text", "mark"), STEPS_IN_TEXT)
+@pytest.mark.parametrize("path", ["/v1/rewards", "/pooling"])
+def test_a_mark_is_found_whatever_its_tokens_have_merged_with(
+    client: Client, engine: FakeEngine, tokenizer: Any, path: str, text: str, mark: str
+) -> None:
+    """The slow way: the token at which the text, decoded from the beginning, first holds an occurrence whole."""
+    engine.task = "token_classify"
+    ids = tokenizer.encode(text)
+    ends = [at + len(mark) for at in range(len(text)) if text.startswith(mark, at)]
+    held = [len(tokenizer.decode(ids[: at + 1]).rstrip("\ufffd")) for at in range(len(ids))]
+    expected = sorted({next(at for at, length in enumerate(held) if length >= end) for end in ends})
+    field = {"sequences": [{"text": text}]} if path == "/v1/rewards" else {"input": text}
+    client.post(path, json={"model": "base", "steps": {"text": mark}, **field}).raise_for_status()
+    assert engine.classified[-1].positions == (tuple(expected),)
+
+
+def test_a_mark_that_ids_hold_within_other_tokens_is_refused(
+    client: Client, engine: FakeEngine, tokenizer: Any, problem: Callable[..., Any]
+) -> None:
+    engine.task = "token_classify"
+    ids, own = tokenizer.encode("in the cat and the"), tokenizer.encode("the")
+    assert [ids[at : at + len(own)] for at in range(len(ids))].count(own) == 1, "the other is part of a longer token"
+    response = rewards(client, [{"token_ids": ids}], steps={"text": "the"})
+    message = problem(response, 400, "invalid_field", "steps.text")["message"]
+    assert "2 times in the text" in message and "1 time as tokens" in message
+    (entry,) = rewards(client, [{"token_ids": ids}], steps={"text": "dog"}).json()["rewards"]
+    assert entry["steps"] == [], "what is not there is no fault"
+    rewards(client, [{"token_ids": [5, *own, 6]}], steps={"text": "the"}).raise_for_status()
+    assert engine.classified[-1].positions == ((len(own),),)
+
+
 def test_tokens_as_labels_at_the_steps_of_a_decoder(client: Client, engine: FakeEngine) -> None:
     engine.task, engine.labels = "generate", ()
     body = {"sequences": [{"token_ids": [9, 5, 9, 6]}], "steps": {"token_id": 9}, "label_token_ids": [3, 4]}

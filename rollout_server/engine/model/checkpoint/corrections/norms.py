@@ -1,6 +1,8 @@
-"""The norm behind a state space, taken over each of its groups as transformers does and mlx-lm's classes do not."""
+"""Norms that mlx-lm's classes take otherwise than transformers: over another width, or with another eps."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,9 +11,14 @@ from mlx.utils import tree_unflatten
 from rollout_server.engine.model.checkpoint.meaning import Meaning
 
 GROUPS = {"mamba2": "n_groups", "granitemoehybrid": "mamba_n_groups"}
-"""Family of mlx-lm → the field that says how many groups there are."""
+"""Family of mlx-lm → the field that says how many groups the norm behind a state space has."""
 OWN = "RMSNormGated"
 """How the class of such a norm is called, at its end."""
+EPS: Mapping[str, Mapping[str, float]] = {
+    # transformers gives these the default of its class, and mlx-lm the rms_norm_eps of config.json.
+    "glm4_moe_lite": {"q_a_layernorm": 1e-6, "kv_a_layernorm": 1e-6},
+}
+"""Family of mlx-lm → name of a norm → its eps in transformers."""
 
 
 class GatedGroupNorm(nn.Module):
@@ -42,3 +49,14 @@ def norm_by_group(module: nn.Module, said: Meaning, family: str) -> int:
     }
     module.update_modules(tree_unflatten(list(found.items())))
     return len(found)
+
+
+def set_eps(module: nn.Module, family: str) -> int:
+    """Gives the module's norms the eps that transformers has there; how many had another one."""
+    changed = 0
+    for path, layer in module.named_modules():
+        eps = EPS.get(family, {}).get(path.rpartition(".")[2])
+        if eps is not None and layer.eps != eps:
+            layer.eps = eps
+            changed += 1
+    return changed
