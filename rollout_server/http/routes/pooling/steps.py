@@ -21,7 +21,7 @@ class SentText:
 
     text: str
     special: bool
-    """Whether the tokenizer put its special tokens around it."""
+    """True where the tokenizer put its special tokens around it."""
 
 
 def step_positions(
