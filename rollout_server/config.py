@@ -215,6 +215,10 @@ class ServerConfig(BaseSettings):
     """Width times height of one picture: a small file may be a very large one."""
     max_pictures: int = Field(default=64, ge=1)
     """Pictures of one conversation or sequence."""
+    max_request_pixels: int = Field(default=2**27, ge=1)
+    """Width times height of all pictures of a request, each counted once: what it costs to make them ready."""
+    picture_memory: Size = 256 * MIB
+    """Pixels of pictures that were made ready and are kept for requests that show them again, in bytes."""
     allow_image_host: Hosts = ()
     """Hosts that pictures are fetched from; without any, they come as data: URLs alone."""
     replicas: int | None = Field(default=None, ge=1, le=256)

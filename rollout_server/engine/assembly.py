@@ -73,7 +73,7 @@ def build_engine(
     batches = batches_of(model, policies, prefix_reuse, ledger, reports, blame, traces, timeline, clock)
     scoring = ScoringQueue(make_reader(model, policies, prefix_reuse), policies, ledger, blame)
     tasks = ScoringTasks(scoring, policies, held, reports, info, eyes)
-    admission = AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock, eyes)
+    admission = AdmissionControl(policies, batches, ledger, requests, reports, tasks, changes, blame, clock)
     preemption, pause_state = Preemption(batches, policies, reports, requests, ledger), PauseState(reports)
     memory = Memory(batches, policies, prefix_reuse, ledger, requests, scoring, info, clock, eyes)
     return Engine(
@@ -97,6 +97,7 @@ def build_engine(
         status=StatusBoard(show, requests, batches, reports, policies, preemption, pause_state, prefix_reuse, memory),
         failures=Failures(policies, reports, batches, admission, scoring, prefix_reuse, blame, device_fault),
         timeline=timeline,
+        eyes=eyes,
         prepare=partial(warmed, model, policies, traces, ledger.limit, mailbox, clock, on=options.warm),
         clock=clock,
     )
@@ -110,7 +111,10 @@ def blame_of(model: ResidentModel) -> Blame:
 def ledger_of(model: ResidentModel, prefix_reuse: PrefixReuse) -> KVLedger:
     """What of the KV memory nobody needs goes to what is kept for later requests."""
     limit = model.info.kv_memory // model.info.kv_bytes_per_token
-    return KVLedger(limit, partial(keep_for_later, model.eyes, prefix_reuse, limit // SHARE))
+    ledger = KVLedger(limit, partial(keep_for_later, model.eyes, prefix_reuse, limit // SHARE))
+    if (eyes := model.eyes) is not None:
+        ledger.register("pictures", lambda: eyes.awaited_cells)
+    return ledger
 
 
 def warmed(

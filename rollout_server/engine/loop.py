@@ -44,6 +44,8 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scheduling.turn_costs import Kind
 from rollout_server.engine.scoring.queue import ScoringQueue
 from rollout_server.engine.scoring.tasks import ScoringTasks
+from rollout_server.engine.sight.features import Eyes
+from rollout_server.engine.sight.seen import View
 from rollout_server.engine.status_board import StatusBoard
 from rollout_server.engine.timeline import Timeline
 from rollout_server.errors import EngineEnded, NotFound, RolloutError
@@ -53,8 +55,9 @@ IDLE_WAIT_S = 1.0
 
 class Engine:
     """Lives on one thread; `assembly.build_engine` makes it. `post` carries events out and is thread-safe. `changes`
-    are the changes of versions that wait or are under way, `failures` says what one in a turn takes along, `prepare`
-    does what is to be done before the first turn, and `clock` is the one of deadlines, in seconds."""
+    are the changes of versions that wait or are under way, `failures` says what one in a turn takes along, `eyes` see
+    pictures, where the model has a tower, `prepare` does what is to be done before the first turn, and `clock` is the
+    one of deadlines, in seconds."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Engine:
         status: StatusBoard,
         failures: Failures,
         timeline: Timeline,
+        eyes: Eyes | None,
         prepare: Callable[[], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -100,6 +104,7 @@ class Engine:
         self._status = status
         self._failures = failures
         self._timeline = timeline
+        self._eyes = eyes
         self._prepare = prepare
         self._stopping = False
 
@@ -180,11 +185,20 @@ class Engine:
         self._batches.settle_and_release()
         self._batches.drop_cancelled()
         self._preemption.let_grow()
-        if self._batches.reading and share:
-            if self._admission.shows:
-                with self._timeline.part("look") as part:
-                    part.note(pictures=self._admission.look(share))
+        if self._batches.reading and share and self._look("prefill", self._admission.views, share):
             self._budget.measure("prefill", lambda: self._prefill_tokens(share))
+
+    def _look(self, reader: str, views: list[View], tokens: int) -> bool:
+        """Has the tower read the pictures among what is read next, apart from reading, so that what a token costs is
+        learnt without it; returns whether it is read in this turn."""
+        eyes = self._eyes
+        if eyes is None or all(sight is None for sight, _, _ in views):
+            return True
+        with self._timeline.part("look") as part:
+            before = eyes.looked
+            reads = self._budget.look(lambda most: eyes.look_ahead(reader, views, tokens, most))
+            part.note(pictures=eyes.looked - before)
+        return reads
 
     def _prefill_tokens(self, share: int) -> int:
         before = self._batches.prefilled
@@ -200,7 +214,11 @@ class Engine:
             alone = not self._batches.size
             before = self._budget.tokens
             with self._timeline.part("score") as part:
-                self._budget.measure(kind, lambda: self._scoring.advance(share, crowded=crowded, alone=alone))
+                views = self._scoring.fill(share, crowded=crowded, alone=alone)
+                with self._failures.blame(self._scoring):
+                    reads = self._look("scoring", views, sum(count for _, _, count in views))
+                if reads:
+                    self._budget.measure(kind, lambda: self._scoring.advance(share))
                 part.note(tokens=self._budget.tokens - before)
 
     def _step(self) -> None:

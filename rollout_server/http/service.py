@@ -29,6 +29,7 @@ from rollout_server.rollout import BASE, NAME_PATTERN, PolicyAddress, PolicyVers
 from rollout_server.schemas.fields import ID_RULE, RequestId
 from rollout_server.text.chat_format import ReplyFormat
 from rollout_server.text.long_texts import ContextBound
+from rollout_server.text.pictures.kept import KeptPictures
 from rollout_server.text.pictures.reader import PictureReader
 from rollout_server.text.token_strings import TokenStrings
 from rollout_server.versions.publisher import Publisher
@@ -113,6 +114,11 @@ class Service:
     def pictures(self) -> PictureReader | None:
         """What reads pictures as the model's own processor does; None where it sees none."""
         return self.engine.pictures
+
+    @cached_property
+    def kept_pictures(self) -> KeptPictures:
+        """Pictures that were made ready for earlier requests."""
+        return KeptPictures(self.config.picture_memory)
 
     @cached_property
     def vocabulary(self) -> str:

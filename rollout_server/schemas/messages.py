@@ -10,7 +10,19 @@ from rollout_server.quoting import quoted
 from rollout_server.schemas.fields import MANY, ONE, Request, unsupported
 
 OTHER_PARTS = frozenset(
-    {"input_image", "image", "input_audio", "audio_url", "video_url", "file", "refusal", "thinking"}
+    {
+        "input_image",
+        "image",
+        "input_audio",
+        "audio_url",
+        "audio",
+        "input_video",
+        "video_url",
+        "video",
+        "file",
+        "refusal",
+        "thinking",
+    }
 )
 PICTURE, TEXT = "<picture>", "<text>"
 ImageUrls = Annotated[
@@ -41,7 +53,8 @@ class TextPart(Request):
 
 
 class ImageUrl(Request):
-    later: ClassVar = {"detail": ("auto",)}
+    # Pictures are always read as finely as the model's own limits allow.
+    later: ClassVar = {"detail": ("auto", "high")}
 
     url: Annotated[str, Field(min_length=1)] = Field(description="data:image/png;base64,…")
 

@@ -52,6 +52,7 @@ SMALL = {
     "rollout_server/schemas/openai/embeddings.py": "the bodies of one route",
     "rollout_server/schemas/spans.py": "the bodies of one route",
     "rollout_server/schemas/vllm/adapters.py": "the bodies of one route",
+    "rollout_server/text/pictures/kept.py": "what outlives a request, apart from what a request reads",
     "rollout_server/text/pictures/picture.py": "a noun that crosses to the engine",
     "rollout_server/text/pictures/reader.py": "what HTTP knows of a model's pictures",
     "rollout_server/text/token_strings.py": "one way from ids to text",

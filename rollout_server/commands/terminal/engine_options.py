@@ -39,6 +39,8 @@ AdapterDir = Annotated[str | None, option("The only folder that /v1/load_lora_ad
 MaxPictureBytes = Annotated[str | None, option("Largest file of a picture.", "20MiB", metavar="SIZE")]
 MaxPicturePixels = Annotated[int | None, option("Most pixels of a picture, width times height.", "33554432")]
 MaxPictures = Annotated[int | None, option("Most pictures of one conversation.", "64")]
+MaxRequestPixels = Annotated[int | None, option("Most pixels of all pictures of a request.", "134217728")]
+PictureMemory = Annotated[str | None, option("Memory for pictures that may be shown again.", "256MiB", metavar="SIZE")]
 AllowImageHost = Annotated[
     list[str] | None, option("Host to fetch pictures from; repeatable. Else they are data: URLs.", metavar="NAME")
 ]

@@ -77,6 +77,12 @@ class Batch:
         return [recovery.row for recovery in self._recovering.open]
 
     @property
+    def prompts(self) -> list[Prompt]:
+        """What is being read, in the order in which it is."""
+        returning = [recovery.prompt for recovery in self._recovering.open]
+        return returning + [joining.prompt for joining in self.joining]
+
+    @property
     def size(self) -> int:
         """Places taken, by rows and by prompts on their way."""
         return len(self._seats) + len(self._recovering.open) + sum(joining.count for joining in self.joining)

@@ -19,6 +19,7 @@ from rollout_server.engine.batch.recompute import RecomputeRun
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.blame import Blame
 from rollout_server.engine.kv_cache.ledger import KVLedger
+from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.store import KVStore
 
 ARRANGED_EVERY = 16
@@ -72,6 +73,11 @@ class Batches:
     @property
     def joining(self) -> list[Joining]:
         return [joining for batch in self._batches.values() for joining in batch.joining]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What is being read, batch by batch."""
+        return [prompt for batch in self._batches.values() for prompt in batch.prompts]
 
     @property
     def returning(self) -> list[Row]:

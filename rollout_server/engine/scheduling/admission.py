@@ -16,14 +16,14 @@ from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.requests.reports import Reports
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.engine.scoring.tasks import ScoringTasks
-from rollout_server.engine.sight.features import Eyes
+from rollout_server.engine.sight.seen import View
 from rollout_server.errors import RolloutError, StalePolicy
 from rollout_server.text.pictures.picture import Picture
 
 
 class AdmissionControl:
     """`changes` are the changes of versions that wait or are under way. `clock` is the one of deadlines, in
-    seconds; `eyes` see pictures, where the model has a tower."""
+    seconds."""
 
     def __init__(
         self,
@@ -36,9 +36,7 @@ class AdmissionControl:
         changes: Collection[PolicyCommand],
         blame: Blame,
         clock: Callable[[], float] = time.monotonic,
-        eyes: Eyes | None = None,
     ) -> None:
-        self._eyes = eyes
         self._policies = policies
         self._batches = batches
         self._ledger = ledger
@@ -55,17 +53,11 @@ class AdmissionControl:
         return sum(joining.count for joining in self._batches.joining)
 
     @property
-    def shows(self) -> bool:
-        """True if some prompt that is being read has pictures."""
-        return self._eyes is not None and any(joining.prompt.sight is not None for joining in self._batches.joining)
-
-    def look(self, tokens: int) -> int:
-        """Has the tower read the pictures among the next `tokens` tokens of prompts, but those whose KV is there from
-        before; returns how many. It works apart from reading, so that what a token costs is learnt without it."""
+    def views(self) -> list[View]:
+        """What is read next of prompts and of rows that come back, but what has its KV from before."""
         self._batches.look_up()
-        prompts = [joining.prompt for joining in self._batches.joining]
-        views = [(prompt.sight, prompt.prefilled, len(prompt.tokens) - prompt.prefilled) for prompt in prompts]
-        return self._eyes.look_ahead(views, tokens) if self._eyes is not None else 0
+        prompts = self._batches.prompts
+        return [(prompt.sight, prompt.prefilled, len(prompt.tokens) - prompt.prefilled) for prompt in prompts]
 
     def begin_turn(self, budget: TurnBudget, *, paused: bool) -> None:
         """Tells the budget what decodes, what joins, and what could."""

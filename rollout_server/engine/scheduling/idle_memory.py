@@ -83,6 +83,10 @@ class Memory:
             kept = self._prefix_reuse.cells + (self._eyes.cells if self._eyes is not None else 0)
             if not self._ledger.fits(idle + kept, rows=held):
                 self._batches.drop_idle()
+        if self._eyes is not None:
+            for reader, reads in (("prefill", self._batches.reading), ("scoring", self._scoring.busy)):
+                if not reads:
+                    self._eyes.rest(reader)
         self._prefix_reuse.follow(self._policies.snapshot())
         self._ledger.leave_rest(rows=held)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from typing import Protocol, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from rollout_server.engine.messages.options import Prefer
 from rollout_server.engine.scheduling.latency import LatencyFirst
 from rollout_server.engine.scheduling.throughput import ThroughputFirst
 from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, ReadingCosts, UndisturbedTurns
+
+if TYPE_CHECKING:
+    from rollout_server.engine.sight.features import Ahead
 
 
 class Rule(Protocol):
@@ -65,8 +68,9 @@ class TurnBudget:
     def learn_costs(self) -> None:
         """Measures what reading costs, so that the first prompts are read in chunks that fit the device."""
         readings = list(self._measure(self._most))
-        for costs in self._costs.values():
-            costs.begin(readings)
+        for kind, costs in self._costs.items():
+            # What the tower costs the first picture says.
+            costs.begin(() if kind == "pictures" else readings)
 
     def begin(self, *, rows: int, joining: int = 0, idle: int = 0, streamed: bool = False) -> None:
         """A turn begins, in which `rows` rows decode, some of them `streamed`: read as they come. `joining` rows wait
@@ -90,6 +94,20 @@ class TurnBudget:
         if share and self._round_down is not None:
             share = max(1, self._round_down(share))
         return min(self._most, share)
+
+    def look(self, look: Callable[[int | None], Ahead]) -> bool:
+        """Runs `look`, which has the tower read at most so many pictures of what is read next; returns whether that is
+        read in this turn. Where rows wait whose tokens are read as they come, one picture is the work of a turn, and
+        owed as other reading is."""
+        paced = self._rule is self._latency and self._load.rows > 0
+        began = self._clock()
+        ahead = look(1 if paced else None)
+        if not ahead.pictures:
+            return ahead.complete
+        seconds = self._clock() - began
+        self._costs["pictures"].learn(ahead.tokens, seconds)
+        self._reading = Reading("pictures", ahead.tokens, ahead.tokens, seconds)
+        return not paced
 
     def measure(self, kind: Kind, read: Callable[[], int]) -> None:
         """Runs `read`, which returns how many tokens it read."""

@@ -14,8 +14,9 @@ from typing import Literal
 
 from rollout_server.engine.kv_cache.sizes import ROW_BUCKETS, padded, row_bucket
 
-Kind = Literal["prefill", "scoring", "rewards"]
-"""What is read: prompts of rows, sequences that somebody waits for, or rows of calls whose other rows still run."""
+Kind = Literal["prefill", "scoring", "rewards", "pictures"]
+"""What is read: prompts of rows, sequences that somebody waits for, or rows of calls whose other rows still run; and
+pictures among them, by the tower."""
 RECENT = 48
 """Readings that are remembered."""
 OF_A_SIZE = 5

@@ -22,6 +22,7 @@ from rollout_server.engine.kv_cache.store import Piece, Reading
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
+from rollout_server.engine.sight.seen import View
 
 MOST_SEQUENCES = 32
 
@@ -202,17 +203,18 @@ class BatchedReader:
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
+    def views(self, budget: int) -> list[View]:
+        self._seat()
+        parts = self._next()
+        pieces = [part.piece(self._most(parts, budget)) for part in parts]
+        return [(piece.sight, piece.at, len(piece.tokens)) for piece in pieces]
+
     def read(self, budget: int) -> list[ScoredSequenceState]:
         self._seat()
-        kinds: dict[Hashable, list[_Part]] = {}
-        for part in self._parts():
-            kinds.setdefault(part.kind, []).append(part)
-        if kinds:
-            # Whoever was served stands behind the others; new ones stand before those.
-            self._served = [kind for kind in self._served if kind in kinds]
-            kind = next((kind for kind in kinds if kind not in self._served), next(iter(self._served), None))
+        if parts := self._next():
+            kind = parts[0].kind
             self._served = [*(other for other in self._served if other != kind), kind]
-            self._run(kinds[kind], max(1, budget // len(kinds[kind])))
+            self._run(parts, self._most(parts, budget))
         self._seat()
         ended = [sequence for sequence in self._seated if sequence.ended]
         faulty = [sequence.place for sequence in ended if sequence.fault is not None]
@@ -222,6 +224,24 @@ class BatchedReader:
                 self._prefixes.forget(sequence.job.key)
         self._leave(ended, [sequence.place for sequence in ended], faulty)
         return ended
+
+    def _next(self) -> list[_Part]:
+        """Those of one kind, which go through the model together."""
+        kinds: dict[Hashable, list[_Part]] = {}
+        for part in self._parts():
+            kinds.setdefault(part.kind, []).append(part)
+        # Whoever was served stands behind the others; new ones stand before those.
+        self._served = [kind for kind in self._served if kind in kinds]
+        kind = next((kind for kind in kinds if kind not in self._served), next(iter(self._served), None))
+        return kinds.get(kind, [])
+
+    def _most(self, parts: Sequence[_Part], budget: int) -> int:
+        """About how many inputs each part reads where all of them read `budget`."""
+        if not parts:
+            return 0
+        share, first = max(1, budget // len(parts)), parts[0].sequence
+        of_logits = first is not None and first.scoring and not first.of_states
+        return min(share, self._chunk // len(parts)) if of_logits else share
 
     def _parts(self) -> Iterator[_Part]:
         for joining in self._joining:
@@ -236,12 +256,11 @@ class BatchedReader:
                 kind, sequence.place, sequence.next_input, sequence.tokens, slot, sequence.left_alike, sequence, None
             )
 
-    def _run(self, parts: Sequence[_Part], share: int) -> None:
-        """One forward over the next inputs of each part, at most `share` of them."""
+    def _run(self, parts: Sequence[_Part], most: int) -> None:
+        """One forward over the next inputs of each part, about `most` of them."""
         first = parts[0].sequence
         scoring = first is not None and first.scoring
         of_states = scoring and first is not None and first.of_states
-        most = min(share, self._chunk // len(parts)) if scoring and not of_states else share
         pieces = [part.piece(most) for part in parts]
         out = self._rows.read(self._hidden if of_states else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]

@@ -20,6 +20,7 @@ from rollout_server.engine.scoring.batched import BatchedReader
 from rollout_server.engine.scoring.job import ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import Reader, logit_tokens
 from rollout_server.engine.scoring.sequential import SequentialReader
+from rollout_server.engine.sight.seen import View
 from rollout_server.errors import EngineUnavailable, RolloutError
 from rollout_server.text.pictures.picture import Picture
 
@@ -79,14 +80,17 @@ class ScoringQueue:
         self._jobs.append(job)
         self._began = True
 
-    def advance(self, budget: int, *, crowded: bool, alone: bool) -> int:
-        """Reads about `budget` tokens of what is open; returns how many. `crowded`: rows wait for KV memory; `alone`:
-        no row has any."""
+    def fill(self, budget: int, *, crowded: bool, alone: bool) -> list[View]:
+        """Lets what is open into the reader, as far as about `budget` tokens ask for it, and returns what is read next.
+        `crowded`: rows wait for KV memory; `alone`: no row has any."""
         self.wanted = 0
-        if not self._jobs:
-            return 0
         with self._blame(self):
             self._fill(budget, crowded, alone)
+            return self._reader.views(budget)
+
+    def advance(self, budget: int) -> int:
+        """Reads about `budget` tokens of what the reader has; returns how many."""
+        with self._blame(self):
             left = self._reader.left
             ended = self._reader.read(budget)
             tokens = left - self._reader.left

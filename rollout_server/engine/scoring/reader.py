@@ -18,6 +18,7 @@ from rollout_server.engine.sampling.sampler import entropy_of, top_of
 from rollout_server.engine.scoring.job import Pool, ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.labels import LabelPart, score_states, score_tokens
 from rollout_server.engine.scoring.replay import TokenRange, replay_tokens
+from rollout_server.engine.sight.seen import View
 from rollout_server.errors import NonFiniteLogits
 
 LOGIT_BYTES, LEAST_BYTES = 64 * 2**20, 8 * 2**20
@@ -60,6 +61,9 @@ class Reader(Protocol):
 
     def awaits(self, prefix: SharedPrefix) -> bool:
         """True while a prompt is read whose KV one that has not begun can have afterwards."""
+
+    def views(self, budget: int) -> list[View]:
+        """Those of what `read` feeds next that may show pictures."""
 
     def read(self, budget: int) -> list[ScoredSequenceState]:
         """Feeds about `budget` inputs; returns the sequences that ended, some of them with a `fault`."""

@@ -16,6 +16,7 @@ from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
+from rollout_server.engine.sight.seen import View
 
 
 class SequentialReader:
@@ -76,6 +77,10 @@ class SequentialReader:
 
     def awaits(self, prefix: SharedPrefix) -> bool:
         return False  # Nothing is kept: a state that is no columns cannot be cut.
+
+    def views(self, budget: int) -> list[View]:
+        """None: these caches know of no pictures."""
+        return []
 
     def read(self, budget: int) -> list[ScoredSequenceState]:
         sequence, used = self._sequence, 0

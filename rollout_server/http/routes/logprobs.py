@@ -17,7 +17,7 @@ from rollout_server.http.replies.safetensors_file import binary_response, scores
 from rollout_server.http.replies.streaming import while_connected
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.spans import read_spans
-from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
+from rollout_server.http.requests.tokens.pictures import RequestPictures, picture_weight
 from rollout_server.http.residents import residents_of
 from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted, quoted
@@ -111,7 +111,8 @@ def check(data: LogprobsRequest, service: Service) -> Pictures:
             )
     if all(sequence.images is None for sequence in data.sequences):
         return ()
+    pictures = RequestPictures(service)
     return tuple(
-        beside_ids(sequence.images, service, f"sequences[{index}].images").pictures
+        pictures.beside_ids(sequence.images, f"sequences[{index}].images").pictures
         for index, sequence in enumerate(data.sequences)
     )

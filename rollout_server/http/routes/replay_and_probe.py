@@ -23,7 +23,7 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import sampling_params
 from rollout_server.http.requests.spans import read_span
-from rollout_server.http.requests.tokens.pictures import beside_ids, picture_weight
+from rollout_server.http.requests.tokens.pictures import RequestPictures, picture_weight
 from rollout_server.http.residents import residents_of
 from rollout_server.http.service import Service, header_id
 from rollout_server.quoting import counted
@@ -65,7 +65,7 @@ class RecordedController(Controller):
         header_id(request)
         weight = len(await request.body()) + sum(extra_weight(row.sampling) for row in data.rollouts)
         weight += sum(picture_weight(None, row.images) for row in data.rollouts)
-        rows = await beside(weight, lambda: [_row(row, at, request, service) for at, row in enumerate(data.rollouts)])
+        rows = await beside(weight, lambda: _recorded(data.rollouts, request, service))
         command = Replay(service.engine.new_id("replay"), tuple(rows))
         replayed = await while_connected(request, service.engine.replay(command))
         entries = [asdict(row) | {"exact": row.exact} for row in replayed.rows]
@@ -162,8 +162,16 @@ def spans_of(
     return tuple(spans)
 
 
-def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], service: Service) -> RecordedRow:
-    place = f"rollouts[{index}]"
+def _recorded(
+    rollouts: Sequence[RolloutToReplay], request: Request[Any, Any, Any], service: Service
+) -> list[RecordedRow]:
+    pictures = RequestPictures(service)
+    return [_row(row, f"rollouts[{at}]", request, service, pictures) for at, row in enumerate(rollouts)]
+
+
+def _row(
+    row: RolloutToReplay, place: str, request: Request[Any, Any, Any], service: Service, pictures: RequestPictures
+) -> RecordedRow:
     check(row, place, service)
     service.check_ids(row.sampling.stop_token_ids, f"{place}.sampling.stop_token_ids")
     service.check_bias(row.sampling.logit_bias, f"{place}.sampling.logit_bias")
@@ -180,7 +188,7 @@ def _row(row: RolloutToReplay, index: int, request: Request[Any, Any, Any], serv
         logprobs=tuple(row.logprobs) if row.logprobs is not None else (None,) * len(row.token_ids),
         sampling=sampling_params(row.sampling, longest, constraint, prefix=f"{place}.sampling."),
         seed=row.seed,
-        pictures=beside_ids(row.images, service, f"{place}.images").pictures,
+        pictures=pictures.beside_ids(row.images, f"{place}.images").pictures,
     )
 
 
@@ -211,12 +219,13 @@ class _Row:
 
 def _to_read(rollouts: Sequence[RolloutToProbe], request: Request[Any, Any, Any], service: Service) -> Iterator[_Row]:
     """The rows that have something to compare, all of them checked."""
+    pictures = RequestPictures(service)
     for index, row in enumerate(rollouts):
         place = f"rollouts[{index}]"
         check(row, place, service)
         spans = spans_of(row, place, request, service)
         if spans:
-            yield _Row(place, row, spans, beside_ids(row.images, service, f"{place}.images").pictures)
+            yield _Row(place, row, spans, pictures.beside_ids(row.images, f"{place}.images").pictures)
 
 
 def _score(rows: Sequence[_Row], id: str, temperature: float) -> Score:

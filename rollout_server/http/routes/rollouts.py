@@ -45,7 +45,7 @@ from rollout_server.http.requests.grammars import check_given, constraint_of, ex
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.rewards import MODEL, RewardModel, reward_model
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.requests.tokens.pictures import NOTHING, Shown, beside_ids, in_messages, picture_weight
+from rollout_server.http.requests.tokens.pictures import NOTHING, RequestPictures, Shown, picture_weight
 from rollout_server.http.requests.tokens.prefixes import no_room, read_prefix
 from rollout_server.http.requests.tokens.prompts import room, tokens_of
 from rollout_server.http.residents import residents_of
@@ -204,7 +204,7 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
     constraint = constraint_of(data.sampling, service, prefix="sampling.") if data.sampling.constrained else None
-    bound = service.bound(go_on)
+    bound, pictures = service.bound(go_on), RequestPictures(service)
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
@@ -221,25 +221,30 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
                 max_staleness=data.max_staleness,
                 wants=wants,
                 return_when=needed(data, counts[index], place),
-                **plan_row(prompt, data, constraint, place, service, bound),
+                **plan_row(prompt, data, constraint, place, service, bound, shown_in(prompt, pictures, place)),
             )
         )
     return Job(id, data, address, groups, scores, service, began)
 
 
-def shown_in(prompt: Prompt, service: Service, place: str) -> Shown:
+def shown_in(prompt: Prompt, pictures: RequestPictures, place: str) -> Shown:
     """The pictures of a prompt, in its messages or beside its ids."""
     if prompt.images is not None:
-        return beside_ids(prompt.images, service, f"{place}.images")
-    return NOTHING if prompt.messages is None else in_messages(prompt.messages, service, f"{place}.messages")
+        return pictures.beside_ids(prompt.images, f"{place}.images")
+    return NOTHING if prompt.messages is None else pictures.in_messages(prompt.messages, f"{place}.messages")
 
 
 def plan_row(
-    prompt: Prompt, data: RolloutsRequest, constraint: Constraint | None, place: str, service: Service, bound: Bound
+    prompt: Prompt,
+    data: RolloutsRequest,
+    constraint: Constraint | None,
+    place: str,
+    service: Service,
+    bound: Bound,
+    shown: Shown,
 ) -> dict[str, Any]:
     """Fields of a `RolloutRequest`: what a prompt's rows read, begin with, and are sampled by; `place` is the
     prompt's in the request."""
-    shown = shown_in(prompt, service, place)
     tokens = tokens_of(prompt, service.tokenizer, param=place, bound=bound, expand=shown.expand)
     if prompt.token_ids is not None:
         service.check_ids(prompt.token_ids, f"{place}.token_ids")

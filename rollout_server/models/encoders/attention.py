@@ -6,6 +6,9 @@ import math
 
 import mlx.core as mx
 
+SCORES = 2**26
+"""Products of queries and keys that are alive at once where a whole picture is read, 256 MB in float32."""
+
 
 def split_heads(x: mx.array, heads: int) -> mx.array:
     """[B, N, heads · d] → [B, heads, N, d]."""
@@ -28,3 +31,17 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, scale: 
     spread."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return joined_heads(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask))
+
+
+def attend_in_parts(q: mx.array, k: mx.array, v: mx.array, most: int = SCORES) -> mx.array:
+    """As `attend` without a mask, some queries after others, so that at most about `most` scores are alive: a query's
+    softmax asks no other query."""
+    queries = max(1, most // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if queries >= q.shape[2]:
+        return attend(q, k, v, None)
+    parts = []
+    for at in range(0, q.shape[2], queries):
+        parts.append(attend(q[:, :, at : at + queries], k, v, None))
+        # Evaluated one by one: what MLX runs as one graph it gives memory all at once.
+        mx.eval(parts[-1])
+    return mx.concatenate(parts, axis=1)

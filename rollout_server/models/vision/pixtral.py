@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from rollout_server.models.encoders.activations import ACTIVATIONS
-from rollout_server.models.encoders.attention import attend, split_heads
+from rollout_server.models.encoders.attention import attend_in_parts, split_heads
 from rollout_server.models.vision.family import Features, Grid
 from rollout_server.models.vision.llava import Projector, layers_of
 from rollout_server.models.vision.qwen import Turn
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, turn: Turn) -> mx.array:
         q, k, v = (split_heads(layer(x), self._heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(turn(q), turn(k), v, None))
+        return self.o_proj(attend_in_parts(turn(q), turn(k), v))
 
 
 class Feed(nn.Module):

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rollout_server.models.encoders.attention import attend, split_heads
+from rollout_server.models.encoders.attention import attend, attend_in_parts, split_heads
 from rollout_server.models.vision.family import Features, Grid
 
 EPS = 1e-6
@@ -64,7 +64,8 @@ class TowerAttention(nn.Module):
 
     def __call__(self, x: mx.array, turn: Turn, mask: mx.array | None = None) -> mx.array:
         q, k, v = (split_heads(part, self._heads) for part in mx.split(self.qkv(x), 3, axis=-1))
-        return self.proj(attend(turn(q), turn(k), v, mask))
+        q, k = turn(q), turn(k)
+        return self.proj(attend_in_parts(q, k, v) if mask is None else attend(q, k, v, mask))
 
 
 class PlainFeed(nn.Module):

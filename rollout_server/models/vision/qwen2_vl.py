@@ -120,6 +120,12 @@ class Windows:
         real = np.broadcast_to(blocks >= 0, patches.shape)
         return cls(np.where(real, patches, 0).reshape(len(patches), -1), real.reshape(len(patches), -1))
 
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """The places that are real, int [N], and for each place which of those stands there; in one that is filled up,
+        any."""
+        real = self.real.ravel()
+        return np.flatnonzero(real), np.where(real, np.cumsum(real) - 1, 0)
+
     def back(self, merge: int) -> np.ndarray:
         """int [tokens]: at which place each merged block of the picture stands, among all places."""
         block = self.order[:, :: merge**2].ravel() // merge**2
@@ -149,16 +155,17 @@ class Qwen25Tower(nn.Module):
     def __call__(self, pixels: mx.array, grid: Grid) -> Features:
         windows = Windows.of(grid, self._merge, self._side)
         count, size = windows.order.shape
-        order, real = mx.array(windows.order.ravel()), mx.array(windows.real)
-        x = self.patch_embed(pixels)[order][None]
+        x = self.patch_embed(pixels)[mx.array(windows.order.ravel())][None]
         places = places_of(grid, self._merge)[windows.order.ravel()]
-        turn = Turn.of(places, self._head_width, self._theta)
-        in_windows = turn.reshape(count, 1, size, self._head_width)
-        filled = not windows.real.all()
-        mask = (real.reshape(1, 1, 1, -1), real.reshape(count, 1, 1, size)) if filled else (None, None)
+        turn = Turn.of(places, self._head_width, self._theta).reshape(count, 1, size, self._head_width)
+        mask = None if windows.real.all() else mx.array(windows.real).reshape(count, 1, 1, size)
+        real, back = windows.whole()
+        # Where every patch sees every other one, nothing is filled up and nothing masked.
+        whole, spread = Turn.of(places[real], self._head_width, self._theta), mx.array(back)
+        kept = mx.array(real)
         for number, block in enumerate(self.blocks):
             if number in self._whole:
-                x = block(x.reshape(1, count * size, -1), turn, mask[0])
+                x = block(x.reshape(1, count * size, -1)[:, kept], whole)[:, spread]
             else:
-                x = block(x.reshape(count, size, -1), in_windows, mask[1])
-        return Features(self.merger(x)[mx.array(windows.back(self._merge))])
+                x = block(x.reshape(count, size, -1), turn, mask)
+        return Features(self.merger(x.reshape(1, count * size, -1))[mx.array(windows.back(self._merge))])

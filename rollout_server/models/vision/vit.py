@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rollout_server.models.encoders.activations import ACTIVATIONS
-from rollout_server.models.encoders.attention import attend, split_heads
+from rollout_server.models.encoders.attention import attend_in_parts, split_heads
 
 
 def cut(pixels: mx.array, size: int) -> mx.array:
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(layer(x), self._heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, None))
+        return self.out_proj(attend_in_parts(q, k, v))
 
 
 class Feed(nn.Module):

@@ -229,10 +229,15 @@ def test_pictures_and_placeholders_that_disagree_are_refused(served: Served) -> 
     assert "--max-pictures" in served.refused("/v1/chat/completions", model="base", messages=many)["message"]
     spelled = shown(url(PICTURE), text="<|image_pad|>")
     assert "places" in served.refused("/v1/chat/completions", model="base", messages=spelled)["message"]
-    for kind in ("input_audio", "video_url"):
+    for kind in ("input_audio", "audio_url", "audio", "input_video", "video_url", "video"):
         part = {"type": kind, kind: {"url": "x"}}
         said = served.refused("/v1/chat/completions", model="base", messages=[{"role": "user", "content": [part]}])
         assert kind in said["message"]
+    for detail, status in (("auto", 200), ("high", 200), ("low", 400)):
+        (message,) = shown(url(PICTURE), ending="say.")
+        message["content"][1]["image_url"]["detail"] = detail
+        body = {"model": "base", "messages": [message], "max_tokens": 1}
+        assert served.http.post("/v1/chat/completions", json=body).status_code == status
     text = {"text": "hi", "images": [url(PICTURE)]}
     assert served.refused("/v1/rollouts", policy="base", prompts=[text])["param"] == "prompts[0].images"
     assert "does not read" in served.refused("/tokenize", messages=shown(url(PICTURE)))["message"]

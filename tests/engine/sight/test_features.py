@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from rollout_server.engine.messages.control import Release, Released
 from rollout_server.engine.sight.features import SHARE, Eyes
+from rollout_server.models.vision.family import Features, Grid, VisionFamily
 from rollout_server.text.pictures.picture import Picture
 from tests.support.pictures.seeing import Seeing, opened
 
@@ -18,6 +21,21 @@ from tests.support.pictures.seeing import Seeing, opened
 def seeing() -> Iterator[Seeing]:
     with opened("qwen3_vl") as found:
         yield found
+
+
+@dataclass(frozen=True)
+class SlowTower:
+    """A family whose tower takes a second of the clock for each picture."""
+
+    family: VisionFamily
+    now: list[float]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def features(self, pixels: mx.array, grid: Grid) -> Features:
+        self.now[0] += 1.0
+        return self.family.features(pixels, grid)
 
 
 def fresh(seeing: Seeing) -> Eyes:
@@ -35,22 +53,40 @@ def pictures(seeing: Seeing, count: int) -> list[Picture]:
     return found
 
 
-def test_the_last_picture_stays_and_others_as_far_as_there_is_room(seeing: Seeing) -> None:
+def test_pictures_stay_as_far_as_there_is_room(seeing: Seeing) -> None:
     eyes, shown = fresh(seeing), pictures(seeing, 4)
     first = eyes.look(shown[0])
     size = first.nbytes
-    assert eyes.nbytes == size and eyes.look(shown[0]) is first and eyes.looked == 1
-    eyes.look(shown[1])
-    # No room was given yet.
-    assert eyes.nbytes == size
+    assert eyes.nbytes == 0 and eyes.looked == 1, "no room was given yet"
     eyes.fit(-(-2 * size // 64))
     for picture in shown:
         eyes.look(picture)
     assert eyes.nbytes == 2 * size and eyes.cells * 64 >= eyes.nbytes
     again = eyes.look(shown[0])
     assert again is not first and mx.array_equal(again.embeddings, first.embeddings)
+    assert eyes.look(shown[0]) is again
     eyes.fit(0)
-    assert eyes.nbytes == size
+    assert eyes.nbytes == 0
+
+
+def test_what_was_looked_at_stays_until_it_was_read_and_is_counted(seeing: Seeing) -> None:
+    eyes, conversation = fresh(seeing), seeing.conversations["two"]
+    sight = eyes.sight(conversation.ids, conversation.pictures)
+    assert sight is not None
+    whole = [(sight, 0, len(conversation.ids))]
+    ahead = eyes.look_ahead("prefill", whole, len(conversation.ids))
+    assert (ahead.pictures, ahead.tokens, ahead.complete) == (2, len(sight.columns), True)
+    assert eyes.cells == 0 and eyes.awaited_cells * 64 >= eyes.nbytes > 0
+    # Whoever scores reads something else.
+    eyes.look_ahead("scoring", [], 5)
+    eyes.rest("scoring")
+    for picture in conversation.pictures:
+        eyes.look(picture)
+    assert eyes.looked == 2
+    eyes.look_ahead("prefill", [(sight, int(sight.columns[-1]), 5)], 5)
+    assert eyes.status.kept == 1
+    eyes.rest("prefill")
+    assert eyes.nbytes == eyes.awaited_cells == 0
 
 
 def test_looking_ahead_is_bounded_by_the_tokens_that_are_read_next(seeing: Seeing) -> None:
@@ -58,11 +94,71 @@ def test_looking_ahead_is_bounded_by_the_tokens_that_are_read_next(seeing: Seein
     eyes.fit(10_000)
     sight = eyes.sight(conversation.ids, conversation.pictures)
     assert sight is not None
-    first = int(sight.columns[0])
-    assert eyes.look_ahead([(sight, 0, len(conversation.ids))], first) == 0
-    assert eyes.look_ahead([(sight, 0, len(conversation.ids))], first + 1) == 1
-    assert eyes.look_ahead([(None, 0, 5), (sight, 0, len(conversation.ids))], len(conversation.ids) + 5) == 1
-    assert eyes.look_ahead([(sight, 0, len(conversation.ids))], len(conversation.ids)) == 0
+
+    def looked(tokens: int, *before: tuple[None, int, int], most: int | None = None) -> tuple[int, bool]:
+        ahead = eyes.look_ahead("prefill", [*before, (sight, 0, len(conversation.ids))], tokens, most)
+        return ahead.pictures, ahead.complete
+
+    first, length = int(sight.columns[0]), len(conversation.ids)
+    assert looked(first) == (0, True)
+    assert looked(first + 1, most=0) == (0, False)
+    assert looked(first + 1) == (1, True)
+    assert looked(length, most=1) == (1, True)
+    assert looked(length + 5, (None, 0, 5)) == (0, True)
+    eyes.clear()
+    # Of each view so many tokens, where any may be read first.
+    assert looked(first + 1, (None, 0, 5)) == (0, True)
+    assert looked(first + 1, (None, 0, 5), most=1) == (1, True)
+
+
+def test_with_little_room_the_tower_reads_each_picture_once(seeing: Seeing) -> None:
+    conversation = seeing.conversations["one"]
+    for cells in (4_000, 300, 150):
+        driver = seeing.start(kv_memory=cells * seeing.model.info.kv_bytes_per_token)
+        shown = pictures(seeing, 6)
+        driver.generate([conversation.ids] * 6, pictures=[(each,) for each in shown], max_tokens=3)
+        driver.score([conversation.ids] * 6, pictures=tuple((each,) for each in pictures(seeing, 12)[6:]))
+        driver.turn()
+        eyes = driver.model.eyes
+        assert eyes is not None and eyes.awaited_cells == 0
+        assert eyes.looked == 12, cells
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_where_rows_are_not_to_wait_the_tower_reads_one_picture_a_turn(seeing: Seeing, scored: bool) -> None:
+    driver, conversation, shown = seeing.start(prefer="latency"), seeing.conversations["one"], pictures(seeing, 6)
+    row = driver.submit([[1, 2, 3, 4]], max_tokens=400, ignore_eos=True)
+    driver.turn(10)
+    eyes = driver.model.eyes
+    assert eyes is not None
+    beside = []
+    for picture in shown:
+        if scored:
+            beside.append(driver.ask_score([conversation.ids], pictures=((picture,),)))
+        else:
+            beside.append(driver.submit([conversation.ids], pictures=[(picture,)], max_tokens=2))
+    for _ in range(200):
+        before = eyes.looked
+        driver.turn()
+        assert eyes.looked - before <= 1
+    assert eyes.looked == 6
+    driver.finish(row)
+
+
+def test_what_a_token_costs_is_learnt_without_the_tower(seeing: Seeing) -> None:
+    """The clock moves only while the tower reads."""
+    now = [0.0]
+    driver, conversation = seeing.start(clock=lambda: now[0]), seeing.conversations["one"]
+    eyes = driver.model.eyes
+    assert eyes is not None
+    eyes.family = SlowTower(eyes.family, now)
+    for picture in pictures(seeing, 4):
+        driver.score([conversation.ids], pictures=((picture,),))
+    for picture in pictures(seeing, 8)[4:]:
+        driver.generate([conversation.ids], pictures=[(picture,)], max_tokens=2)
+    assert now[0] == 8.0
+    costs = driver.seconds_of_a_token
+    assert costs("scoring") == costs("prefill") == 0.0 < costs("pictures")
 
 
 def test_features_fill_what_rows_and_prompts_leave_and_count_in_it(seeing: Seeing) -> None:
@@ -109,13 +205,12 @@ def test_a_picture_counts_once_for_each_that_shows_it(seeing: Seeing, chunk: int
 
 def test_arrays_of_idle_batches_give_way_to_features(seeing: Seeing) -> None:
     driver, conversation = seeing.start(prefix_cache=False), seeing.conversations["one"]
-    options = {"pictures": [conversation.pictures], "max_tokens": 3}
-    driver.generate([conversation.ids], **options)
+    driver.generate([conversation.ids], pictures=[conversation.pictures], max_tokens=3, n=4)
     driver.turn()
     eyes, idle = driver.model.eyes, driver.batches.idle_cells
-    assert eyes is not None and eyes.cells > 0 and idle > 0
-    for limit, kept in ((idle + eyes.cells, idle), (idle + eyes.cells - 1, 0)):
+    assert eyes is not None and 0 < eyes.cells < idle
+    for limit, kept in ((8 * idle, idle), (idle + eyes.cells - 1, 0)):
         driver.set_kv_limit(limit)
-        driver.generate([conversation.ids], **options)
+        driver.score([conversation.ids], pictures=(conversation.pictures,))
         driver.turn()
         assert driver.batches.idle_cells == kept and eyes.status.kept == 1

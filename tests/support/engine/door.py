@@ -23,7 +23,7 @@ from rollout_server.engine.model.compiled import Traces
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scheduling.idle_memory import Memory
-from rollout_server.engine.scheduling.turn_costs import ReadingCosts
+from rollout_server.engine.scheduling.turn_costs import Kind, ReadingCosts
 from rollout_server.engine.scoring.job import ScoreJob
 from rollout_server.engine.scoring.queue import ScoringQueue
 
@@ -106,6 +106,10 @@ class Door:
     def tokens_read(self) -> int:
         """Prompt tokens and tokens that were scored, since the start."""
         return self.engine._budget.tokens
+
+    def seconds_of_a_token(self, kind: Kind) -> float:
+        """Seconds that a token of this kind is thought to cost."""
+        return self.engine._budget._costs[kind].of(1)
 
     def learn_costs(self) -> None:
         """Measures what steps and reading cost, as at the start of a server."""

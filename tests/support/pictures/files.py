@@ -85,9 +85,9 @@ UNREADABLE: Mapping[str, tuple[bytes, str]] = MappingProxyType(
         "bomb": (bomb(), "pixels"),
         "huge": (saved(Image.new("L", (1_200, 1_200))), "1200 × 1200 pixels"),
         "16 bits": (saved(Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20))), "8 bits a colour"),
-        "animated gif": (animated("GIF"), "2 frames"),
-        "animated png": (animated("PNG"), "2 frames"),
-        "animated webp": (animated("WEBP"), "2 frames"),
+        "animated gif": (animated("GIF"), "several frames"),
+        "animated png": (animated("PNG"), "several frames"),
+        "animated webp": (animated("WEBP"), "several frames"),
     }
 )
 """Each with a part of what is said of it, within a limit of a million pixels."""

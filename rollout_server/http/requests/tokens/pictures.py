@@ -1,27 +1,22 @@
-"""Pictures of a request: where their bytes are, within which limits they are read, and what the model's own processor
-makes of them."""
+"""Pictures of a request: within which limits they are read, and what the model's own processor makes of them."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import unquote_to_bytes, urlsplit
 
-import httpx
-
-from rollout_server.config import ServerConfig
-from rollout_server.errors import InvalidField
+from rollout_server.errors import ContextExceeded, InvalidField
 from rollout_server.http.requests.json_body import LONG
+from rollout_server.http.requests.tokens.picture_urls import bytes_of
 from rollout_server.http.service import Service
-from rollout_server.quoting import quoted, shortened
+from rollout_server.quoting import counted
 from rollout_server.schemas.messages import Message, PicturePart
 from rollout_server.text.pictures.picture import Picture
+from rollout_server.text.pictures.reader import PictureReader
 
-FETCH_S = 10.0
-"""How long an allowed host may take to connect, and between two pieces of a picture."""
 Place = tuple[str, str]
 """A URL, and the place of what it is in the request."""
 
@@ -44,14 +39,100 @@ def picture_weight(messages: Sequence[Message] | None, urls: Sequence[str] | Non
     return LONG * count
 
 
-def in_messages(messages: Sequence[Message] | None, service: Service, param: str) -> Shown:
-    """Pictures of a conversation; `param` is the place of its messages."""
-    return _shown(list(_places(messages or (), param)), service, param)
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A picture's file, as far as its head tells of it."""
+
+    place: str
+    key: bytes
+    """SHA-256 of its bytes."""
+    data: bytes
+    tokens: int
 
 
-def beside_ids(urls: Sequence[str] | None, service: Service, param: str) -> Shown:
-    """Pictures whose placeholders stand in given ids; `param` is the place of their list."""
-    return _shown([(url, f"{param}[{index}]") for index, url in enumerate(urls or ())], service, param)
+class RequestPictures:
+    """The pictures of one request. Each is fetched, counted and made ready once, however often it is shown; what its
+    head says is held against the limits before it is decoded."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._pixels = 0
+        self._files: dict[str, _File] = {}
+        """By their URLs."""
+        self._tokens: dict[bytes, int] = {}
+        self._read: dict[bytes, Picture] = {}
+
+    def in_messages(self, messages: Sequence[Message] | None, param: str) -> Shown:
+        """Pictures of a conversation; `param` is the place of its messages."""
+        return self._shown(list(_places(messages or (), param)), param)
+
+    def beside_ids(self, urls: Sequence[str] | None, param: str) -> Shown:
+        """Pictures whose placeholders stand in given ids; `param` is the place of their list."""
+        return self._shown([(url, f"{param}[{index}]") for index, url in enumerate(urls or ())], param)
+
+    def _shown(self, places: Sequence[Place], param: str) -> Shown:
+        if not places:
+            return NOTHING
+        reader, config = self._service.pictures, self._service.config
+        if reader is None:
+            raise InvalidField(
+                f"{self._service.info.id} reads text alone and sees no pictures: leave them out, or ask a model whose "
+                "entry in /v1/models says vision.",
+                param=places[0][1],
+            )
+        if len(places) > config.max_pictures:
+            raise InvalidField(
+                f"{param} shows {len(places)} pictures; at most {config.max_pictures} are read at once "
+                "(--max-pictures).",
+                param=param,
+            )
+        files = [self._file(url, place, reader) for url, place in places]
+        self._check_context(files, param)
+        pictures = tuple(self._picture(file, reader) for file in files)
+        return Shown(pictures, partial(_expanded, reader.expand, pictures, param))
+
+    def _file(self, url: str, place: str, reader: PictureReader) -> _File:
+        if (known := self._files.get(url)) is not None:
+            return known
+        config = self._service.config
+        data = bytes_of(url, place, config)
+        key = hashlib.sha256(data).digest()
+        if key not in self._tokens:
+            with _named(place):
+                measure = reader.measure(data, config.max_picture_pixels)
+            self._pixels += measure.pixels
+            if self._pixels > config.max_request_pixels:
+                raise InvalidField(
+                    f"{place} brings the pictures of this request to {self._pixels} pixels, each picture counted once; "
+                    f"{config.max_request_pixels} are read at most (--max-request-pixels): send several requests.",
+                    param=place,
+                )
+            self._tokens[key] = measure.tokens
+        self._files[url] = found = _File(place, key, data, self._tokens[key])
+        return found
+
+    def _check_context(self, files: Sequence[_File], param: str) -> None:
+        tokens, context = sum(file.tokens for file in files), self._service.info.max_model_len
+        if tokens > context:
+            raise ContextExceeded(
+                f"{param} shows pictures of {counted(tokens, 'token')}; the context holds {context}.", param=param
+            )
+
+    def _picture(self, file: _File, reader: PictureReader) -> Picture:
+        if (found := self._read.get(file.key)) is None:
+            make = partial(reader.read, file.data, self._service.config.max_picture_pixels)
+            with _named(file.place):
+                self._read[file.key] = found = self._service.kept_pictures.get(file.key, make)
+        return found
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """What is said of a picture is said with its place."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidField(f"{place} is no picture that can be read: {error}.", param=place) from error
 
 
 def _places(messages: Sequence[Message], param: str) -> Iterator[Place]:
@@ -61,32 +142,6 @@ def _places(messages: Sequence[Message], param: str) -> Iterator[Place]:
                 yield content.image_url.url, f"{param}[{at}].content[{part}].image_url.url"
 
 
-def _shown(places: Sequence[Place], service: Service, param: str) -> Shown:
-    if not places:
-        return NOTHING
-    reader, config = service.pictures, service.config
-    if reader is None:
-        raise InvalidField(
-            f"{service.info.id} reads text alone and sees no pictures: leave them out, or ask a model whose entry in "
-            "/v1/models says vision.",
-            param=places[0][1],
-        )
-    if len(places) > config.max_pictures:
-        raise InvalidField(
-            f"{param} shows {len(places)} pictures; at most {config.max_pictures} are read at once (--max-pictures).",
-            param=param,
-        )
-    found = []
-    for url, place in places:
-        data = bytes_of(url, place, config)
-        try:
-            found.append(reader.read(data, config.max_picture_pixels))
-        except ValueError as error:
-            raise InvalidField(f"{place} is no picture that can be read: {error}.", param=place) from error
-    pictures = tuple(found)
-    return Shown(pictures, partial(_expanded, reader.expand, pictures, param))
-
-
 def _expanded(
     expand: Callable[[str, Sequence[Picture]], str], pictures: Sequence[Picture], param: str, text: str
 ) -> str:
@@ -94,76 +149,3 @@ def _expanded(
         return expand(text, pictures)
     except ValueError as error:
         raise InvalidField(f"{param} do not fit their pictures: {error}.", param=param) from error
-
-
-def bytes_of(url: str, place: str, config: ServerConfig) -> bytes:
-    """What a URL holds. Raises `InvalidField` for what is not there, too large, or somewhere this server does not
-    look."""
-    scheme, colon, rest = url.partition(":")
-    match scheme.lower():
-        case "data" if colon:
-            return _data(rest, place, config.max_picture_bytes)
-        case "http" | "https":
-            return _fetched(url, place, config)
-    raise InvalidField(
-        f"{place} is {quoted(url)}; a picture comes as data:image/png;base64,… and nothing on this machine is opened.",
-        param=place,
-    )
-
-
-def _data(rest: str, place: str, limit: int) -> bytes:
-    header, comma, body = rest.partition(",")
-    kind, *marks = (part.strip().lower() for part in header.split(";"))
-    if not comma:
-        raise InvalidField(f"{place} is a data: URL without a comma, behind which its bytes stand.", param=place)
-    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise InvalidField(f"{place} holds {shortened(kind)}; this server reads pictures.", param=place)
-    encoded = "base64" in marks
-    # Before anything is decoded: three bytes in four characters.
-    if (len(body) * 3 // 4 - 2 if encoded else body.count("%") + len(body) // 3) > limit:
-        raise _too_large(place, limit)
-    try:
-        found = base64.b64decode(body, validate=True) if encoded else unquote_to_bytes(body)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidField(f"{place} is not base64 ({error}).", param=place) from error
-    return _within(found, place, limit)
-
-
-def _fetched(url: str, place: str, config: ServerConfig) -> bytes:
-    """From a host that the operator allows; a redirect could lead anywhere, so none is followed."""
-    try:
-        host = (urlsplit(url).hostname or "").removesuffix(".")
-    except ValueError:
-        host = ""
-    if host not in config.allow_image_host:
-        raise InvalidField(
-            f"{place} is {quoted(url)}, and this server fetches nothing from {quoted(host)}: send the picture as a "
-            "data: URL, or start the server with --allow-image-host.",
-            param=place,
-        )
-    limit, found = config.max_picture_bytes, bytearray()
-    try:
-        with httpx.stream("GET", url, timeout=FETCH_S, follow_redirects=False, trust_env=False) as reply:
-            if reply.status_code != 200:
-                raise InvalidField(f"{place}: {host} answered {reply.status_code}.", param=place)
-            for piece in reply.iter_bytes():
-                found += piece
-                if len(found) > limit:
-                    raise _too_large(place, limit)
-    except httpx.HTTPError as error:
-        raise InvalidField(
-            f"{place} could not be fetched from {host} ({type(error).__name__}).", param=place
-        ) from error
-    return bytes(found)
-
-
-def _within(data: bytes, place: str, limit: int) -> bytes:
-    if len(data) > limit:
-        raise _too_large(place, limit)
-    if not data:
-        raise InvalidField(f"{place} holds no bytes.", param=place)
-    return data
-
-
-def _too_large(place: str, limit: int) -> InvalidField:
-    return InvalidField(f"{place} is larger than the {limit} bytes that --max-picture-bytes allows.", param=place)

@@ -20,7 +20,7 @@ from rollout_server.http.replies.json_entries import begins_turn, finite, usage
 from rollout_server.http.requests.grammars import constraint_of_chat, extra_weight
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows, fresh_seed, row_seeds, sampling_params
-from rollout_server.http.requests.tokens.pictures import in_messages, picture_weight
+from rollout_server.http.requests.tokens.pictures import RequestPictures, picture_weight
 from rollout_server.http.requests.tokens.prompts import room
 from rollout_server.http.requests.tokens.rendering import opens_thinking, render, template_source
 from rollout_server.http.residents import residents_of
@@ -192,7 +192,7 @@ def plan(data: ChatRequest, request: Request[Any, Any, Any], service: Service) -
     service.check_top_logprobs(data.top_logprobs or 0, "top_logprobs")
     if data.tools and "tools" not in template_source(service.tokenizer, data.tools):
         raise InvalidField("The chat template of this model has no place for tools.", param="tools")
-    shown = in_messages(data.messages, service, "messages")
+    shown = RequestPictures(service).in_messages(data.messages, "messages")
     ids = render(data, service.tokenizer, param="", bound=service.bound(), expand=shown.expand)
     limit = room(len(ids), data.limit, service.info.max_model_len, prompt_param="messages", param=data.limit_name)
     format, ends = service.reply_format, service.info.eos_token_ids

@@ -18,7 +18,7 @@ from rollout_server.http.replies.safetensors_file import binary_response, reward
 from rollout_server.http.replies.streaming import GoOn, beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json, wants_binary
 from rollout_server.http.requests.sampling import check_rows
-from rollout_server.http.requests.tokens.pictures import Shown, beside_ids, in_messages, picture_weight
+from rollout_server.http.requests.tokens.pictures import RequestPictures, Shown, picture_weight
 from rollout_server.http.requests.tokens.prompts import encode, some
 from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.residents import residents_of
@@ -173,11 +173,11 @@ def read_sequences(
     """Token ids and pictures of every sequence, checked; what is wrong is named by its place."""
     check_rows([len(sequences)], service.config.max_rows_per_request, ["sequences"])
     bound = service.bound(go_on)
-    found, pictures = [], []
+    found, pictures, shown_here = [], [], RequestPictures(service)
     for index, sequence in enumerate(sequences):
         place = f"sequences[{index}]"
-        beside_them = beside_ids(sequence.images, service, f"{place}.images")
-        shown = beside_them if sequence.images else in_messages(sequence.messages, service, f"{place}.messages")
+        beside_them = shown_here.beside_ids(sequence.images, f"{place}.images")
+        shown = beside_them if sequence.images else shown_here.in_messages(sequence.messages, f"{place}.messages")
         found.append(tuple(_ids(sequence, place, service, bound, shown)))
         pictures.append(shown.pictures)
         bound.check_ids(found[-1], place)

@@ -141,3 +141,20 @@ def test_a_picture_of_any_shape_has_as_many_features_as_placeholders_or_is_refus
         pixels = np.frombuffer(picture.pixels, "<f4").reshape(picture.shape)
         features = np.array(vision.features(mx.array(pixels), picture.grid).embeddings)
         assert len(features) == picture.tokens and np.isfinite(features).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_says_how_many_placeholders_a_picture_will_have(family: str, tmp_path: Path) -> None:
+    pictures, _ = opened(family, tmp_path)
+    sizes = [(48, 24), (20, 30), (1, 1), (90, 64), (64, 91), (33, 300), (300, 33), (500, 420), (420, 500)]
+    files = [saved(drawn(*size)) for size in sizes] + [READABLE["turned 6"], READABLE["turned 3"], READABLE["webp"]]
+    for data in files:
+        found, wanted = pictures.measure(data, LIMIT), pictures.read(data, LIMIT)
+        assert found.tokens == wanted.tokens, Image.open(BytesIO(data)).size
+    for data, _ in UNREADABLE.values():
+        try:
+            pictures.measure(data, LIMIT)
+        except ValueError as error:
+            assert "\n" not in str(error)
+    with pytest.raises(ValueError, match="pixels"):
+        pictures.measure(UNREADABLE["bomb"][0], LIMIT)
