@@ -158,3 +158,20 @@ def test_what_a_family_is_shown_is_computed_as_torch_does(
     families: Callable[[str], Seeing], name: str, way: str
 ) -> None:
     WAYS[way](Told(families(name)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chunks_end_within_pictures_but_where_one_is_read_at_once(families: Callable[[str], Seeing], name: str) -> None:
+    told = Told(families(name))
+    driver, shown = told.driver, told.seeing.conversations["one"]
+    assert driver.model.eyes is not None
+    sight = driver.model.eyes.sight(shown.ids, shown.pictures)
+    assert sight is not None
+    before, borders = driver.batches.prefilled, set()
+    id = told.submit("one")
+    while not any(row.token_ids for row in driver.batches.rows):
+        driver.turn()
+        borders.add(driver.batches.prefilled - before)
+    within = {border for border in borders if any(begin < border < end for begin, end in sight.extents)}
+    assert bool(within) != sight.sees_both_ways
+    driver.finish(id)

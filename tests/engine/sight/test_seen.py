@@ -141,6 +141,7 @@ def test_adapters_on_the_language_half_see_too(kind: Seeing) -> None:
         rows = asked(driver, conversations, policy=name, wants=WANTED, **GREEDY)
         for row in rows:
             conversation = conversations[row.prompt_index]
+            # Each of the two is as far as that from the exact value, and what is merged is rounded once more.
             assert_near(scored(driver, conversation, row, f"{name}-merged"), row.logprobs, 3 * conversation.within)
             assert row.base_logprobs is not None
             assert_near(scored(driver, conversation, row), row.base_logprobs, conversation.within)
