@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load
@@ -365,36 +364,3 @@ def test_each_keeps_its_versions_over_a_restart(models: Models, tmp_path: Path) 
                 (row["token_ids"], row["versions"]) for row in again
             ]
         assert client.health()
-
-
-def pushes(models: Models, other: ModelInfo, count: int) -> None:
-    """Pushes, in turn, to a policy of the base and to a reward model beside it; memory stays what it was."""
-    base = tiny_models.linear_layers(models.base)
-    policies = [tiny_models.random_adapter(base, 4, seed, dora=seed % 2 == 1) for seed in range(6)]
-    rewards = [tiny_scorers.reward_adapter(other, seed) for seed in range(6)]
-    with served(models.config(keep_versions=3)) as url, RolloutClient(url) as client:
-        asking, held, sent = Asking(url), list[int](), 0
-        for step in range(count):
-            at = step // 2 % 6
-            pushed = client.push(*(("p", *policies[at]) if step % 2 else ("other/judge", *rewards[at])))
-            assert pushed.version == step // 2 + 1
-            if step % 10 == 9:
-                rows = asking.rollouts("p", reward={"model": "other/judge", "as": "text"})
-                assert all(row["reward"]["model"]["version"] == step // 2 + 1 for row in rows)
-            if step >= count // 2:
-                sent += pushed.nbytes or 0
-                for path in ("/reset_prefix_cache", "/v1/release"):
-                    assert asking.http.post(path).status_code == 200
-                held.append(mx.get_active_memory())
-        # The six adapters differ in size, and rows of them in KV; every version that was not freed would add to it.
-        assert max(held) - min(held) < sent / 2
-        assert len(client.policy("p").versions) == len(client.policy("other/judge").versions) == 3
-
-
-def test_pushes_to_both_leak_nothing(models: Models, other: ModelInfo) -> None:
-    pushes(models, other, 50)
-
-
-@pytest.mark.long  # A thousand pushes.
-def test_a_thousand_pushes_to_both_leak_nothing(models: Models, other: ModelInfo) -> None:
-    pushes(models, other, 1000)
