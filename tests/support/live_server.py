@@ -53,9 +53,11 @@ def ranks(options: tuple[str, ...]) -> list[str]:
 
 
 def replicas(options: tuple[str, ...]) -> list[str]:
-    """What `make test-fleet` asks for: the same tests against several engines, but for those that say how many."""
+    """What `make test-fleet` asks for: the same tests against several engines, but for those that say how many, or are
+    about what one process does."""
     count = os.environ.get("TEST_REPLICAS")
-    return ["--replicas", count] if count and "--replicas" not in options and "--trace" not in options else []
+    own = {"--replicas", "--trace", "--also", "--memory", "--fleet", "--join"}
+    return ["--replicas", count] if count and own.isdisjoint(options) else []
 
 
 @contextmanager
@@ -112,7 +114,10 @@ def live_server(
 def server_here(model: Path | None, **options: Any) -> Iterator[Server]:
     """As `live_server`, with fields of `ServerConfig` for options: for tests of what is answered, which neither end the
     process nor read its log. It costs a fifth of a process's time."""
-    config = ServerConfig(model=None if model is None else str(model), port=0, **options)
+    words = tuple(f"--{name.replace('_', '-')}" for name in options)
+    asked = {"replicas": replicas(words), "tensor_parallel": ranks(words)}
+    fields = {name: int(said[-1]) for name, said in asked.items() if said}
+    config = ServerConfig(model=None if model is None else str(model), port=0, **fields, **options)
     with served(config, make_app) as url:
         yield Server(url)
 

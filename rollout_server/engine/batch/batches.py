@@ -175,11 +175,9 @@ class Batches:
 
     def drop_idle(self) -> None:
         """Batches without rows give their KV back."""
-        for batch_key in [batch_key for batch_key, batch in self._batches.items() if not self._holds(batch)]:
-            if batch_key == FIRST:
-                self._batches[batch_key].shrink()
-            else:
-                self._drop(batch_key)
+        self.keep(())
+        if FIRST in self._batches and not self._holds(self._batches[FIRST]):
+            self._batches[FIRST].shrink()
 
     def shrink(self) -> None:
         """Gives back KV that no row needs; no step may be in flight."""
@@ -233,9 +231,7 @@ class Batches:
         return self._shift(row, self._home(row), lambda: self.key_for(parameters, 1, row.offset + 1))
 
     def _home(self, row: Row) -> BatchKey:
-        return next(
-            batch_key for batch_key in self._of(row.placement.parameters) if self._batches[batch_key].seats(row)
-        )
+        return next(key for key in self._of(row.placement.parameters) if self._batches[key].seats(row))
 
     def _shift(self, row: Row, source: BatchKey, target: Callable[[], BatchKey]) -> bool:
         with self._blame(row):
@@ -244,10 +240,9 @@ class Batches:
                 batch_key = target()
                 fits = self._fits(batch_key, row)
             if fits:
+                columns = row.columns_soon
                 with self._blame(batch_key):
-                    self.open(batch_key, 1, row.columns_soon).put_in(
-                        row, kept, self.columns(batch_key, row.columns_soon)
-                    )
+                    self.open(batch_key, 1, columns).put_in(row, kept, self.columns(batch_key, columns))
         return fits
 
     def _fits(self, batch_key: BatchKey, row: Row) -> bool:
@@ -273,9 +268,8 @@ class Batches:
         """Rows and joining groups, for which of them steps aside."""
         held = []
         for batch_key, batch in self._batches.items():
-            held += [
-                KVUser(age_of(row.group, row.sample_index), batch_key, 1, row.offset + 1, row) for row in batch.rows
-            ]
+            ages = ((age_of(row.group, row.sample_index), row) for row in batch.rows)
+            held += [KVUser(age, batch_key, 1, row.offset + 1, row) for age, row in ages]
             for each in batch.joining:
                 width, age = len(each.prompt.tokens) + 1, age_of(each.group, each.first_sample)
                 held.append(KVUser(age, batch_key, each.count, width, joining=each))

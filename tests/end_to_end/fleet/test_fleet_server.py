@@ -96,7 +96,7 @@ def test_work_that_no_replica_is_left_for_is_a_503_once_its_time_is_over(model: 
 
 
 def test_a_server_of_one_process_has_no_replicas(model: Path) -> None:
-    with server_here(model) as server, RolloutClient(server.url) as client:
+    with server_here(model, replicas=None) as server, RolloutClient(server.url) as client:
         assert client.fleet() == ()
         with pytest.raises(TrainerClientError, match="no replica"):
             client.drain_replica("local-0")

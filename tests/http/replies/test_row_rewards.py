@@ -17,7 +17,7 @@ from rollout_server.engine.open_requests import HeldScorer
 from rollout_server.errors import EngineFault, RolloutError
 from rollout_server.http.metrics import Metrics
 from rollout_server.http.replies.row_rewards import Patience, Reading, RewardedRows
-from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, RowReward, SamplingParams, Timings
+from rollout_server.rollout import BASE, FinishReason, PolicyVersion, Rollout, RowReward, SamplingParams, Timings
 from tests.support.http.fake_engine import FakeEngine
 
 VERSION = PolicyVersion("rm", 1, "sha256:" + "c" * 64)
@@ -105,7 +105,7 @@ async def settled() -> None:
 def play(engine: FakeEngine) -> Callable[[Callable[[Call, RewardedRows], Coroutine[Any, Any, None]], Call], Call]:
     def run(test: Callable[[Call, RewardedRows], Coroutine[Any, Any, None]], call: Call) -> Call:
         async def main() -> None:
-            await asyncio.wait_for(test(call, call.begin(Metrics(engine))), 30)  # type: ignore[arg-type]
+            await asyncio.wait_for(test(call, call.begin(Metrics({BASE: engine}))), 30)  # type: ignore[dict-item]
 
         asyncio.run(main())
         return call

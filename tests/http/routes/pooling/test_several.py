@@ -9,9 +9,11 @@ import pytest
 from litestar.testing import TestClient
 
 from adapters.versions.registry import Facts
+from rollout_server.http.service import resident_in
 from rollout_server.rollout import PolicyAddress
 from tests.support.http.fake_engine import FakeEngine
 
+RESIDENTS = {"rm": "/models/rm", "judge": "org/judge", "one": "/models/both", "two": "/models/both"}
 Client = TestClient[Any]
 
 
@@ -70,3 +72,23 @@ def test_a_model_that_does_not_do_this_is_refused_by_name(
     )
     error = problem(client.post(path, json={"model": model, **body}), 400, "invalid_field", "model")
     assert f"'{model}'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        *((address, "rm") for address in ("rm", "rm@0", "rm/policy", "rm/policy@3", "/models/rm")),
+        ("org/judge", "judge"),
+        *(
+            (address, "")
+            for address in ("base", "policy@3", "org/base", "/models", "/models/rm/policy", "/models/rm@1")
+        ),
+    ],
+)
+def test_names_and_what_they_were_loaded_from(address: str, name: str) -> None:
+    assert resident_in(address, "org/base", RESIDENTS) == name
+
+
+def test_what_two_models_were_loaded_from_is_neither() -> None:
+    assert resident_in("/models/both", "base", RESIDENTS) == ""
+    assert resident_in("/models/rm", "/models/rm", RESIDENTS) == "", "the id of the base is the base"
