@@ -99,9 +99,9 @@ def test_every_model_is_run_under_its_own_name_in_its_own_share(tmp_path: Path) 
     assert (base.context_length, other.context_length) == (64, None), "it has a context of its own"
     assert [each.trace for each in (base, other, enc)] == ["turns.json", "turns.other.json", "turns.enc.json"]
     with pytest.raises(
-        InvalidField, match=r"The models need .* together \(base .*, other .*, enc .*--memory is 1.0 MiB"
+        InvalidField, match=r"The models need .* together \(base .*, other .*, enc .*--memory is 256.0 KiB"
     ):
-        engines(ServerConfig(model=str(first), also=also, memory="1MiB"))  # type: ignore[arg-type]
+        engines(ServerConfig(model=str(first), also=also, memory="256KiB"))  # type: ignore[arg-type]
     (alone,) = engines(ServerConfig(model=str(first)))
     assert alone.memory is alone.kv_memory is None, "of one model nobody counts unless it is asked for"
 

@@ -86,7 +86,7 @@ class Frames:
             "paused": status.paused,
             "now": observer.sample(),
             "base": self._base(),
-            "others": service.residents,
+            "others": list(service.residents),
             "rows": rows_entry(await self._rows()),
             "replicas": [replica_entry(replica) for replica in status.replicas],
             "min_replicas": status.fewest,

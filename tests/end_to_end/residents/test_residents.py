@@ -255,8 +255,8 @@ def test_a_start_that_cannot_be_is_one_sentence(models: Models) -> None:
     other = f"other={models.beside['other']}"
     for options, sentence in (
         (
-            ("--also", other, "--memory", "1MiB"),
-            r"The models need 1\.2 MiB together \(base .*, other .*--memory is 1\.0 MiB",
+            ("--also", other, "--memory", "256KiB"),
+            r"The models need [\d.]+ KiB together \(base .*, other .*--memory is 256\.0 KiB",
         ),
         (("--also", other, "--also", other), r"--also \(ROLLOUT_ALSO\): 'other' names two models"),
         (("--also", "first=/nowhere"), "--also calls a model 'first', and the model of --model is called 'first'"),

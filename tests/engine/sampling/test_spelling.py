@@ -157,7 +157,9 @@ def test_a_row_that_ends_outside_of_its_grammar_is_no_stop(driver: Driver, gramm
     (end,) = driver.model.info.eos_token_ids
     mark = (driver.model.host_tokenizer.convert_tokens_to_ids("</think>"),)
     late = grammars.compile(Grammar(GrammarKind.REGEX, "[0-9]{3}", after=mark), "structured_outputs.regex")
-    bias = ((end, 4.0), (mark[0], 4.0))
+    # As likely as each other behind the prompt, and likelier than all else.
+    scored = driver.score([[7, 7, end], [7, 7, *mark]], [2, 2])
+    bias = tuple((token, 3.0 - found.logprobs[-1]) for token, found in zip((end, *mark), scored, strict=True))
     rows = driver.generate([[7, 7]], n=24, seed=4, max_tokens=40, constraint=late, logit_bias=bias)
     reasons = set()
     for row in rows:

@@ -247,9 +247,9 @@ def test_the_page_is_no_part_of_the_api_s_document(client: Client) -> None:
 
 
 def test_models_beside_the_page_s_are_named_and_keep_nothing_for_it(client: Client) -> None:
-    service = replace(client.app.state["service"], residents=("judge", "draft"))
+    service = replace(client.app.state["service"], residents={"judge": "one", "draft": "two"})
     assert frame(client)["others"] == []
-    assert asyncio.run(Frames(service).opening())["others"] == ("judge", "draft")
+    assert asyncio.run(Frames(service).opening())["others"] == ["judge", "draft"]
     path = str(model_directory())
     residents = residents_for(ServerConfig(model=path, also=(("judge", path),)), None)
     for model in residents.every:
