@@ -45,6 +45,7 @@ def test_a_running_server(server: Server, model: Path, adapter: Path) -> None:
     assert refused.exit_code == 1 and "There is no policy 'nobody'" in refused.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_server_started_for_it(model: Path) -> None:
     elsewhere = {"ROLLOUT_ADMIN_KEY": "key", "ROLLOUT_PORT": "9", "ROLLOUT_KV_MEMORY": "64MiB"}
     done = bench("--clients", "2", "--rounds", "1", "--model", str(model), **elsewhere)

@@ -20,8 +20,8 @@ NOT_RUN: Mapping[tuple[str, str], str] = {
     ("docs/guide/fleets.md", ACROSS_HOSTS): "it starts ranks on other hosts by ssh",
 }
 """(Page, first line of a block) → why it is not run here."""
-LONG = frozenset({"docs/guide/fleets.md", "docs/guide/models.md", "docs/guide/operations.md"})
-"""Pages that start several engines, train a model first, or measure: `make test-long` reads them."""
+SHORT = frozenset({"docs/quick-start.md", "docs/guide/numbers.md", "docs/guide/text.md"})
+"""Pages that `make test` reads, and not `make test-long` alone: the others start servers of their own or train."""
 
 
 def with_code() -> list[Page]:
@@ -34,7 +34,7 @@ def is_run(block: Block) -> bool:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.name, marks=[pytest.mark.long] * (page.name in LONG)) for page in with_code()],
+    [pytest.param(page, id=page.name, marks=[pytest.mark.long] * (page.name not in SHORT)) for page in with_code()],
 )
 def test_a_page_does_what_it_says(page: Page, folder: Path, url: str) -> None:
     with Reader(folder, url) as reader:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from examples.async_grpo import CAP, Trainer, loss, train
+from tests.laws.grids import some_long
 from tests.support.live_server import Server
 from trainer_client import RolloutClient, truncated_importance_weights
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", some_long([0, 2], 2))
 def test_nothing_is_learned_from_that_is_further_behind(live: Server, staleness: int) -> None:
     """`train` asserts the bound of every token itself. How far behind one is depends on who is faster."""
     with RolloutClient(live.url) as client:
@@ -60,6 +61,7 @@ def test_both_loops_begin_with_the_same_weights() -> None:
     assert all(mx.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.long
 def test_the_example_says_when_each_loop_is_there(live: Server, tmp_path: Path) -> None:
     command = [sys.executable, "examples/async_grpo.py", "--url", live.url, "--steps", "2", "--prompts", "2"]
     command += ["--accuracy", "0.1", "--plot", str(tmp_path / "rewards.png")]

@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 
 import httpx
+import pytest
 
 from examples.lstm_rollouts import END, make, train
 from tests.support.live_server import server_here
 
 
+@pytest.mark.long
 def test_letters_come_to_follow_the_alphabet(tmp_path: Path) -> None:
     random.seed(0)
     with server_here(make(tmp_path / "lstm")) as server:

@@ -85,6 +85,7 @@ def run(code: str, given: list[tuple[list[str], str | None]], variables: dict[st
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_a_model_is_fetched_once_and_served_by_its_id(hub: HubStandIn, tmp_path: Path) -> None:
     variables = environment(hub, tmp_path)
     with live_server(None, "--model", OPEN, "--kv-memory", "64MiB", environment=variables) as server:

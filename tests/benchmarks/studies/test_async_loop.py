@@ -32,6 +32,7 @@ def test_the_quicker_of_the_others_is_what_a_round_is_held_against() -> None:
 
 
 @pytest.mark.parametrize("loop", some_long([HALF, OVERLAPPING], OVERLAPPING), ids=lambda loop: loop.name)
+@pytest.mark.long
 def test_a_short_study_measures_each_loop_on_its_server(loop: Loop) -> None:
     """Each has a process for its server, and one for its trainer."""
     runs = measure((loop,), argparse.Namespace(rounds=1, steps=2, prompts=2))

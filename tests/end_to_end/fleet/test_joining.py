@@ -42,6 +42,7 @@ def drawn(client: RolloutClient, policy: str) -> list[list[int]]:
     return [list(row.token_ids) for row in batch.rollouts]
 
 
+@pytest.mark.long
 def test_replicas_join_are_filled_and_outlive_their_controller(model: Path, tmp_path: Path) -> None:
     with controller(model, tmp_path / "state") as first, RolloutClient(first.url) as client:
         assert not ready(first.url), "nobody has joined"
@@ -83,6 +84,7 @@ def test_a_server_that_is_told_to_stop_before_it_is_ready_does_so_without_a_word
         assert not alone.said("cannot start"), "".join(alone.log)
 
 
+@pytest.mark.long
 def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: Path, tmp_path: Path) -> None:
     other = tiny_models.build("qwen3", tmp_path / "other", seed=1)
     with ExitStack() as machines:
@@ -112,6 +114,7 @@ def test_a_replica_that_is_unlike_the_others_is_refused_with_a_sentence(model: P
         assert good.stop() == 0
 
 
+@pytest.mark.long
 def test_replicas_are_started_anew_one_by_one_and_nobody_notices(model: Path, tmp_path: Path) -> None:
     own, private = certificate(tmp_path, "own")
     files = ("--fleet-cert", str(own), "--fleet-key-file", str(private))

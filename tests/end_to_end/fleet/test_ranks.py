@@ -19,7 +19,6 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from rollout_server.fleet.replica.engine import AGAIN
-from tests.laws.grids import some_long
 from tests.support import tiny_models
 from tests.support.live_server import START_S, Server, live_server
 from trainer_client import RolloutClient
@@ -56,7 +55,8 @@ UNCUT = (
 """Each costs the start of all its ranks; tests/engine/ranks/test_cut.py asks without any."""
 
 
-@pytest.mark.parametrize(("family", "ranks", "sentence"), some_long(UNCUT, UNCUT[0]))
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "ranks", "sentence"), UNCUT)
 def test_a_model_that_cannot_be_cut_ends_the_command_by_name(
     family: str, ranks: int, sentence: str, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def of(machine: Machine) -> str:
     return str(machine.process.pid)
 
 
+@pytest.mark.long
 def test_rows_of_a_stopped_replica_come_from_another_and_it_says_nothing_stale_when_it_wakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rollout_server.fleet.ranks.environment import file_of, hosts_of
+from tests.laws.grids import some_long
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.timeout(600)
@@ -65,7 +66,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny", intermediate_size=176)
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
+@pytest.mark.parametrize("faulty", some_long([0, 1], 1))
 def test_what_is_unfit_on_one_rank_is_unfit_on_all(path: Path, faulty: int) -> None:
     said = unfit(path, 88, faulty)
     assert [set(each) for each in said] == [{"linear"}, {"linear"}]

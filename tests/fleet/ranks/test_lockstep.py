@@ -207,6 +207,7 @@ def test_ranks_do_the_same_for_more_than_a_thousand_turns(started: SideBySide) -
 
 # While one is stopped the other spins: a core for the fifteen seconds of silence.
 @pytest.mark.parametrize("how", some_long([signal.SIGKILL, signal.SIGSTOP], signal.SIGKILL))
+@pytest.mark.long
 def test_rows_of_ranks_of_which_one_is_killed_or_stopped_come_back(started: SideBySide, how: signal.Signals) -> None:
     """The engine ends by name, at once or when the rank was silent for as long as it may be; versions do not change
     while there is none, and its rows are drawn again by the next."""
