@@ -63,7 +63,10 @@ def ours(value: object, names: frozenset[str]) -> list[FunctionType]:
 
 
 def seconds(item: pytest.Item) -> float:
-    """About how long a test of its kind takes."""
+    """About how long a test of its kind takes; of a `long` one that says how long it may take, a tenth of that."""
+    allowed = item.get_closest_marker("timeout")
+    if allowed is not None and item.get_closest_marker("long"):
+        return max(SECONDS["long"], allowed.args[0] / 10)
     return next((long for name, long in SECONDS.items() if item.get_closest_marker(name)), 0.02)
 
 
