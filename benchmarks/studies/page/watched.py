@@ -139,11 +139,9 @@ def opened(url: str) -> float | None:
 
 def noting() -> float:
     """Seconds of the processor that the observer takes for a row of `ROW_TOKENS` tokens with every array there is."""
-    from prometheus_client import CollectorRegistry
-
     from rollout_server.engine.messages.status import EngineStatus
+    from rollout_server.http.metrics import Metrics
     from rollout_server.http.observing.observer import Observer
-    from rollout_server.http.observing.row_metrics import RowMetrics
     from rollout_server.rollout import FinishReason, PolicyVersion, Rollout, SamplingParams, Span, Timings
 
     values = tuple(-0.5 for _ in range(ROW_TOKENS))
@@ -153,7 +151,8 @@ def noting() -> float:
         FinishReason.LENGTH, None, 1, SamplingParams(ROW_TOKENS + 1), Timings(1.0, 1.0, 1.0, 1.0),
         entropy=values, base_logprobs=values,
     )  # fmt: skip
-    observer = Observer(lambda: EngineStatus("ready"), RowMetrics(CollectorRegistry()))
+    metrics = Metrics({})
+    observer = Observer(lambda: EngineStatus("ready"), metrics.rows, metrics.push)
     began = time.process_time()
     for _ in range(2000):
         observer.finished("r", row)
