@@ -19,8 +19,7 @@ from typing import Any
 
 import httpx
 
-ROWS, TOKENS = 32, 1500
-ROW_TOKENS = 256
+ROWS, ROW_TOKENS = 32, 256
 WARM_S, SETTLE_S = 3.0, 0.5
 
 
@@ -66,16 +65,18 @@ def run(rounds: int, seconds: float, viewers: int) -> dict[str, Any]:
 
 @contextmanager
 def load(url: str) -> Iterator[None]:
-    """Rows that never end by themselves, asked for again when they have; several requests, so that some always run."""
+    """Rows of `ROW_TOKENS` tokens, asked for again when they have ended; four requests that begin at different lengths,
+    so that a step costs the same in every window."""
     over = threading.Event()
-    body = {"policy": "base", "n": ROWS // 4, "prompts": [{"text": "1+1="}]}
-    body["sampling"] = {"max_tokens": TOKENS, "ignore_eos": True}  # type: ignore[assignment]
 
-    def ask() -> None:
+    def ask(length: int) -> None:
         while not over.is_set():
+            sampling = {"max_tokens": length, "ignore_eos": True}
+            body = {"policy": "base", "n": ROWS // 4, "prompts": [{"text": "1+1="}], "sampling": sampling}
             httpx.post(f"{url}/v1/rollouts", json=body, timeout=None)
+            length = ROW_TOKENS
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=ask, args=(ROW_TOKENS * part // 4,)) for part in (1, 2, 3, 4)]
     for thread in threads:
         thread.start()
     try:
