@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import mlx.core as mx
-
 from benchmarks.record import Measured
 
 
@@ -56,6 +54,9 @@ def interleave(
     contenders: Sequence[Contender], rounds: int, progress: Callable[[str], None] = lambda line: None
 ) -> list[Result]:
     """Run every contender once to warm up, then `rounds` times in turns, so that drift of the machine hits all."""
+    # Whoever imports this loads the BLAS afterwards, which has to come before mlx.
+    import mlx.core as mx
+
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
         contender.run()
@@ -70,6 +71,8 @@ def interleave(
 
 def matmul_gflops(rows: int, inner: int = 2048, columns: int = 2048, repeats: int = 5) -> float:
     """Billions of float32 operations per second of `mx.matmul`, [rows, inner] × [inner, columns]; best of `repeats`."""
+    import mlx.core as mx
+
     a, b = mx.random.normal((rows, inner)), mx.random.normal((columns, inner)).T
     mx.eval(a, b, a @ b)
     best = float("inf")

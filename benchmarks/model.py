@@ -10,8 +10,6 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tests.support.tiny_models import build
-
 VOCAB_SIZE = 16384
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -28,6 +26,8 @@ SHAPE = {
 
 def write_model(directory: Path) -> Path:
     """Write the benchmark model (134 MB) into `directory` and return it. About two seconds."""
+    from tests.support.tiny_models import build  # It imports mlx, before which the BLAS is loaded.
+
     build("qwen3", directory, **SHAPE)
     widen_tokenizer(directory / "tokenizer.json")
     return directory
