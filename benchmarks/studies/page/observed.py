@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.studies.page.watched import ROW_TOKENS, ROWS, SETTLE_S, WARM_S, load, noting, tokens
+from benchmarks.studies.page.watched import ROW_TOKENS, ROWS, WARM_S, load, noting, sampled
 
 EVERY_S = 1.0
 """Between two readings of /metrics."""
@@ -75,10 +75,7 @@ def run(rounds: int, seconds: float) -> dict[str, Any]:
 def rate(url: str, seconds: float, read: bool) -> float:
     """Tokens a second that are sampled while the metrics are read, or are not."""
     with scraper(url) if read else nullcontext():
-        time.sleep(SETTLE_S)
-        (began, before), _ = tokens(url), time.sleep(seconds)
-        ended, after = tokens(url)
-    return (after - before) / (ended - began)
+        return sampled(url, seconds)
 
 
 @contextmanager

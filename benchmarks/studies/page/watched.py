@@ -93,9 +93,14 @@ def rate(url: str, seconds: float, viewers: int) -> float:
     with ExitStack() as stack:
         for _ in range(viewers):
             stack.enter_context(viewer(url))
-        time.sleep(SETTLE_S)
-        (began, before), _ = tokens(url), time.sleep(seconds)
-        ended, after = tokens(url)
+        return sampled(url, seconds)
+
+
+def sampled(url: str, seconds: float) -> float:
+    """Tokens a second in a window that begins when what came before it has settled."""
+    time.sleep(SETTLE_S)
+    (began, before), _ = tokens(url), time.sleep(seconds)
+    ended, after = tokens(url)
     return (after - before) / (ended - began)
 
 
