@@ -21,7 +21,7 @@ from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compa
 from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
-from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention, choose_attention
+from rollout_server.engine.model.attention.choice import UNBOUND, Agreed, ChosenAttention, by_itself, choose_attention
 from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.engine.sight.seen import Seen
@@ -46,10 +46,13 @@ class ChosenStore:
     attention: ChosenAttention = UNBOUND
 
 
-def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, compiles: bool) -> ChosenStore:
+def choose_store(
+    module: nn.Module, vocabulary: int, options: EngineOptions, *, compiles: bool, agreed: Agreed = by_itself
+) -> ChosenStore:
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
     time, and says so; decode steps are compiled, and attend by a kernel, only where they then pass the
-    same test. Raises `EngineUnavailable` where keys and values are to be kept in 8 bits and cannot be."""
+    same test, on all ranks as `agreed` says. Raises `EngineUnavailable` where keys and values are to be kept in 8 bits
+    and cannot be."""
     forward: Reading = lambda tokens, caches, seen=None: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
@@ -58,9 +61,13 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
         make = partial(PaddedKV, windows)
-        found = _choose_padded(forward, make, rows, expected, compiles, packs=packs)
+
+        def test(store: KVStore, decode: Forward | None = None) -> str | None:
+            return agreed(_self_test(forward, store, rows, expected, decode))
+
+        found = _choose_padded(forward, make, test, compiles, packs=packs)
         if isinstance(found, ChosenStore):
-            return _with_attention(found, module, rows, expected, wanted=options.attention == "auto")
+            return _with_attention(found, module, rows, expected, agreed, wanted=options.attention == "auto")
         problem = found
     if packs:
         raise EngineUnavailable(
@@ -69,12 +76,12 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
     if windows is not None:
         log.warning("This model cannot use slot caches (%s).", problem)
     cell, row_cells = _measure_caches(forward, make_caches, vocabulary)
-    if (lost := _copies_fault(forward, make_caches, rows, expected)) is not None:
+    if (lost := agreed(_copies_fault(forward, make_caches, rows, expected))) is not None:
         log.warning("The state of this model cannot be kept for later requests (%s): each prompt is read whole.", lost)
-    fault = _self_test(forward, MlxCacheKV(make_caches), rows, expected)
+    fault = agreed(_self_test(forward, MlxCacheKV(make_caches), rows, expected))
     if fault is not None:
         log.warning("Rows of this model cannot share a batch (%s): it is served one row at a time.", fault)
-    unpadded = fault or _slower_together(module) or padding_fault(forward, make_caches, vocabulary)
+    unpadded = fault or _slower_together(module) or agreed(padding_fault(forward, make_caches, vocabulary))
     if fault is None and unpadded is not None:
         log.info("Prompts of this model are read one at a time (%s).", unpadded)
     ways = {"serial": fault is not None, "snapshots": lost is None, "pads": unpadded is None}
@@ -85,25 +92,26 @@ def choose_store(module: nn.Module, vocabulary: int, options: EngineOptions, *, 
 def _choose_padded(
     forward: Reading,
     make: Callable[..., PaddedKV],
-    rows: Sequence[Sequence[int]],
-    expected: Sequence[mx.array],
+    test: Callable[..., str | None],
     compiles: bool,
     *,
     packs: bool,
 ) -> ChosenStore | str:
-    """Slot caches, or why not. What is wrong in 8 bits alone shows once the same model has passed without."""
-    store = make(len(rows))
-    if (problem := _self_test(forward, store, rows, expected)) is not None:
+    """Slot caches, or why not. `test` runs the rows in a store, decoded by a forward of its own if one is given. What
+    is wrong in 8 bits alone shows once the same model has passed without."""
+    rows = len(SELF_TEST_LENGTHS)
+    store = make(rows)
+    if (problem := test(store)) is not None:
         return problem
     if packs:
         make = partial(make, packs=True)
-        store = make(len(rows))
-        if (problem := _self_test(forward, store, rows, expected)) is not None:
+        store = make(rows)
+        if (problem := test(store)) is not None:
             return problem
     cell = store.nbytes // (store.capacity * store.columns)
     if compiles:
-        store = make(len(rows), coarse=True)
-        problem = _self_test(forward, store, rows, expected, CompiledDecode(forward, store, Unrouted()))
+        store = make(rows, coarse=True)
+        problem = test(store, CompiledDecode(forward, store, Unrouted()))
         if problem is None:
             return ChosenStore("slots", cell, 0, partial(make, coarse=True), True)
         log.warning("Decode steps of this model cannot be compiled (%s): they run as they are.", problem)
@@ -111,7 +119,13 @@ def _choose_padded(
 
 
 def _with_attention(
-    chosen: ChosenStore, module: nn.Module, rows: Sequence[Sequence[int]], expected: Sequence[mx.array], *, wanted: bool
+    chosen: ChosenStore,
+    module: nn.Module,
+    rows: Sequence[Sequence[int]],
+    expected: Sequence[mx.array],
+    agreed: Agreed,
+    *,
+    wanted: bool,
 ) -> ChosenStore:
     modules = modules_of(module)
 
@@ -126,7 +140,7 @@ def _with_attention(
         decode = CompiledDecode(forward, store, Unrouted()) if traced and isinstance(store, PaddedKV) else None
         return _self_test(forward, store, rows, expected, decode)
 
-    found = choose_attention(module, trial, wanted=wanted)
+    found = choose_attention(module, trial, wanted=wanted, agreed=agreed)
     return replace(chosen, make=partial(chosen.make, attend=found.attend), attention=found)
 
 

@@ -21,6 +21,7 @@ from adapters.resident.device_check import check_adapters, choose_kernel
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
+from rollout_server.engine.model.attention.choice import by_itself
 from rollout_server.engine.model.checkpoint.corrections.activation import written
 from rollout_server.engine.model.checkpoint.corrections.feed import set_activation
 from rollout_server.engine.model.checkpoint.corrections.norms import norm_by_group, set_eps
@@ -65,7 +66,9 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     module, config = read.module, read.config
     tower = _prepare(path, module, on_cpu=on_cpu)
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
-    chosen = choose_store(module, vocabulary, options, compiles=_compiles(options, read, ranks, on_cpu=on_cpu))
+    agreed = by_itself if ranks is None else ranks.agreed
+    compiles = _compiles(options, read, on_cpu=on_cpu)
+    chosen = choose_store(module, vocabulary, options, compiles=compiles, agreed=agreed)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
@@ -117,9 +120,9 @@ def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: Model
         check_cut(module, lambda: _uncut(path, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
 
 
-def _compiles(options: EngineOptions, read: ReadModel, ranks: Ranks | None, *, on_cpu: bool) -> bool:
-    """What only reads has no decode steps; and sums over ranks inside a trace were tried by nobody we know."""
-    wanted = (not on_cpu and ranks is None) if options.compile_decode is None else options.compile_decode
+def _compiles(options: EngineOptions, read: ReadModel, *, on_cpu: bool) -> bool:
+    """What only reads has no decode steps."""
+    wanted = not on_cpu if options.compile_decode is None else options.compile_decode
     return wanted and read.head is None
 
 

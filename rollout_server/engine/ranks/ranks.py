@@ -46,6 +46,10 @@ class Ranks:
         said = {name: int(np.argmax(column)) for name, column in zip(known, found.T, strict=True) if column.any()}
         return {name: own.get(name, f"as rank {rank} found, whose log says how") for name, rank in said.items()}
 
+    def agreed(self, fault: str | None) -> str | None:
+        """What any rank found wrong, on every rank."""
+        return self.union({} if fault is None else {"": fault}, ("",)).get("")
+
     def every(self, values: mx.array) -> np.ndarray:
         """What each rank gives, [ranks, …] on the host."""
         return np.array(mx.distributed.all_gather(values[None], group=self.group))

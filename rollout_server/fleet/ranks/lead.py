@@ -6,7 +6,6 @@ import os
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from rollout_server.engine.messages.options import EngineOptions, RankOptions
@@ -30,8 +29,7 @@ class LeadEngine(EngineThread):
     def __init__(
         self, options: EngineOptions, post: Callable[[list[Event]], None], show: Callable[[EngineStatus], None]
     ) -> None:
-        # Which attention is faster is measured, and ranks that found otherwise would run other forwards.
-        super().__init__(replace(options, attention="mlx"), self._tell_events, self._tell_status)
+        super().__init__(options, self._tell_events, self._tell_status)
         self._mailbox = self._commands = LeadMailbox(self._forward)
         self._ranks_asked = options.ranks or RankOptions(1)
         self._outer_post, self._outer_show = post, show

@@ -34,9 +34,9 @@ CLOSE = 1e-4
 """Log-probabilities of float32: sums over ranks add in another order."""
 
 
-def side_by_side(path: Path) -> SideBySide:
-    """Two ranks and one process of the same model."""
-    fleet = fleet_handle(path, 1, ranks=RankOptions(2, silent_s=15.0), context_length=1500)
+def side_by_side(path: Path, **options: object) -> SideBySide:
+    """Two ranks, with options of their own, and one process of the same model."""
+    fleet = fleet_handle(path, 1, ranks=RankOptions(2, silent_s=15.0), context_length=1500, **options)
     one = EngineHandle(EngineOptions(str(path), "tiny", kv_memory=2**24, context_length=1500))
     return SideBySide(fleet, one, 400.0)
 
@@ -119,6 +119,16 @@ def test_rows_of_base_lora_and_dora_in_one_batch_are_those_of_one_process(starte
 def test_rows_of_other_families_are_those_of_one_process(family: str, tmp_path: Path) -> None:
     """Layers with a bias, heads that share the embedding's weight or have one of their own, and experts."""
     both = side_by_side(tiny_models.build(family, tmp_path / family))
+    try:
+        assert_rows_are_those_of_one_process(both)
+    finally:
+        both.close()
+
+
+def test_compiled_steps_of_ranks_warm_up_and_give_the_rows_of_one_process(tmp_path: Path) -> None:
+    """As they run on a GPU: sums over ranks are inside the trace."""
+    path = tiny_models.build("qwen3", tmp_path / "tiny")
+    both = side_by_side(path, compile_decode=True, max_batch=4)
     try:
         assert_rows_are_those_of_one_process(both)
     finally:

@@ -38,10 +38,13 @@ class Machine:
     backend: str
 
     @asynccontextmanager
-    async def engines(self, model: Path, replicas: int = 1, ranks: int = 1) -> AsyncIterator[EngineHandle]:
-        """So many engines of so many ranks each, behind one handle."""
+    async def engines(
+        self, model: Path, replicas: int = 1, ranks: int = 1, *, warm: bool = False
+    ) -> AsyncIterator[EngineHandle]:
+        """So many engines of so many ranks each, behind one handle. What is not `warm` compiles when it is first asked
+        to: parts measure behind a call that does."""
         cut = RankOptions(ranks, self.backend, silent_s=60.0) if ranks > 1 else None
-        options = EngineOptions(str(model), "several", ranks=cut, kv_memory=None if self.gpus else 2**26)
+        options = EngineOptions(str(model), "several", ranks=cut, kv_memory=None if self.gpus else 2**26, warm=warm)
         source = partial(Children, replicas, self.gpus[: replicas * ranks])
         handle = EngineHandle(options, partial(Fleet, FleetOptions(replicas, fewest=replicas, silent_s=60.0), source))
         handle.start()

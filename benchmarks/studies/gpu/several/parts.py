@@ -163,7 +163,9 @@ async def rank_killed(study: Study) -> AsyncIterator[Figure]:
 
 async def turns(study: Study) -> AsyncIterator[Figure]:
     """Every turn's digest is compared: ranks that did something else would have ended the engine."""
-    async with study.machine.engines(study.halves, ranks=study.count) as handle:
+    began = time.perf_counter()
+    async with study.machine.engines(study.halves, ranks=study.count, warm=True) as handle:
+        yield Figure("until ready, with the shapes of a first batch", "s", (time.perf_counter() - began,))
         left, seen = study.turns, 0
         while left > 0:
             length = min(left, handle.info.max_model_len - 16)

@@ -22,9 +22,17 @@ from rollout_server.engine.model.embedding import UNFIT
 
 log = logging.getLogger("rollout_server.engine.model")
 
+Agreed = Callable[[str | None], str | None]
+"""What this process found wrong → what is taken to be wrong, by all ranks alike."""
+
 TESTED_COLUMNS = 4 * LEAST_PART
 TIMED_ROWS, TIMED_COLUMNS = 64, 512
 REPEATS = 5
+
+
+def by_itself(fault: str | None) -> str | None:
+    """The `Agreed` of an engine without ranks."""
+    return fault
 
 
 class Trial(Protocol):
@@ -46,36 +54,51 @@ class ChosenAttention:
 UNBOUND = ChosenAttention(None, (), "this model's state is not columns")
 
 
-def choose_attention(module: nn.Module, trial: Trial, *, wanted: bool) -> ChosenAttention:
-    """`trial` runs the model's own rows. Whatever goes wrong leaves the model as it is."""
+def choose_attention(module: nn.Module, trial: Trial, *, wanted: bool, agreed: Agreed = by_itself) -> ChosenAttention:
+    """`trial` runs the model's own rows, on all ranks together where there are several; `agreed` is what any of them
+    found. Whatever goes wrong leaves the model as it is."""
     kernel = row_kernel() if wanted else None
     if kernel is None:
         return ChosenAttention(None, (), "no kernel is written for this device" if wanted else "it was asked for")
-    reason = _why_not(kernel, trial)
+    reason = _why_not(kernel, trial, agreed)
     if reason is not None:
         log.warning("Decode steps keep mlx's own attention: %s.", reason)
         return ChosenAttention(None, (), reason)
     return ChosenAttention(kernel, modules_of(module), "every row reads its own columns")
 
 
-def _why_not(kernel: Attend, trial: Trial) -> str | None:
+def _why_not(kernel: Attend, trial: Trial, agreed: Agreed) -> str | None:
+    """Ranks agree after every stage: one that went on alone would wait in the next trial for the others' sums."""
     steps: dict[object, DecodeAttention] = {}
 
     def noting(step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
         steps.setdefault(geometry_of(step), step)
         return attend_plainly(step)
 
-    try:
+    def attends() -> str | None:
         if (fault := trial(noting, traced=False)) is not None:
             return f"the model does not attend as its cache expects ({fault})"
-        if not steps:
-            return "no layer asks its cache to attend"
-        for step in steps.values():
-            if (fault := _compare(kernel, step)) is not None:
-                return f"the kernel computes something else here, {fault}"
-        if (fault := trial(kernel, traced=True)) is not None:
-            return f"under the kernel {fault}"
+        return None if steps else "no layer asks its cache to attend"
+
+    def alike() -> str | None:
+        faults = (_compare(kernel, step) for step in steps.values())
+        fault = next((fault for fault in faults if fault is not None), None)
+        return None if fault is None else f"the kernel computes something else here, {fault}"
+
+    def runs() -> str | None:
+        fault = trial(kernel, traced=True)
+        return None if fault is None else f"under the kernel {fault}"
+
+    def slower() -> str | None:
         return _slower(kernel, max(steps.values(), key=lambda step: step.window is None))
+
+    faults = (agreed(_found(stage)) for stage in (attends, alike, runs, slower))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _found(stage: Callable[[], str | None]) -> str | None:
+    try:
+        return stage()
     except UNFIT as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
