@@ -302,7 +302,9 @@ class Fleet:
         self._act()
 
     def _staged(self, id: str, message: Event) -> None:
-        version = _version_of(message.id)
+        version = self._versions.staging_of(message.id)
+        if version is None:
+            return
         if isinstance(message, Published):
             self._versions.staged_on(id, version, message)
         elif isinstance(message, RequestFailed) and not self._versions.refused(id, version, message.error):

@@ -4,10 +4,11 @@ have made it."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.bundle import AdapterBundle, Content
@@ -47,6 +48,22 @@ LARGEST = LONGEST - 2**20
 """Bytes of the largest version: it goes to a replica in one frame, with the names of its tensors."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Staging:
+    """What a replica is sent of a version, also one that comes later."""
+
+    bundle: AdapterBundle
+    mode: Mode
+    dequantize: bool
+    """Quantised layers may be unpacked."""
+    ordinal: int
+    """A number that was refused is given again: answers to the earlier version of it must not be taken for this one's."""
+
+    @property
+    def content(self) -> Content:
+        return Content(self.bundle.digest, self.mode)
+
+
 class FleetVersions:
     """Belongs to the event loop; changes are made one at a time. `act` has the ledger's actions done, `send` carries a
     message to a replica, `fewest` replicas have to be live for a change."""
@@ -68,8 +85,8 @@ class FleetVersions:
         self._fewest = fewest
         self._clock = clock
         self._registry = Registry(keep)
-        self._bundles: dict[Version, tuple[AdapterBundle, Mode, bool]] = {}
-        """What is staged on a replica that comes later: bundle, mode, whether quantised layers may be unpacked."""
+        self._bundles: dict[Version, _Staging] = {}
+        self._ordinals = itertools.count(1)
         self._labels: dict[Version, str | None] = {}
         self._told: dict[Content, Published] = {}
         """What a replica said of staging it."""
@@ -136,17 +153,18 @@ class FleetVersions:
 
     def stage_on(self, replica: str, version: Version) -> None:
         """What a replica has already is not sent again."""
-        bundle, mode, dequantize = self._bundles[version]
+        staging = self._bundles[version]
         name, number = version
+        id = f"/stage/{staging.ordinal}/{number}/{name}"
         claimed = self._claims.get(replica, {}).pop(version, None)
-        if claimed == Content(bundle.digest, mode):
+        if claimed == staging.content:
             log.info("Replica %s has %s@%d already, so it is not sent again.", replica, name, number)
-            self._send(replica, AdoptVersion(f"/stage/{number}/{name}", name, number))
+            self._send(replica, AdoptVersion(id, name, number))
             return
         if claimed is not None:
             self._send(replica, DropVersion(f"/drop/{number}/{name}", name, number))
-        label, id = self._labels.get(version), f"/stage/{number}/{name}"
-        self._send(replica, StageVersion(id, name, number, bundle, label, mode, dequantize))
+        label, bundle = self._labels.get(version), staging.bundle
+        self._send(replica, StageVersion(id, name, number, bundle, label, staging.mode, staging.dequantize))
 
     def flip_on(self, replica: str, version: Version) -> None:
         name, number = version
@@ -163,10 +181,15 @@ class FleetVersions:
         if future is not None and not future.done():
             future.set_result(None)
 
+    def staging_of(self, id: str) -> Version | None:
+        """The version that an answer is about; None where it is of one that was refused meanwhile, or is not kept any
+        more."""
+        _, _, ordinal, number, name = id.split("/", 4)
+        staging = self._bundles.get((name, int(number)))
+        return (name, int(number)) if staging is not None and staging.ordinal == int(ordinal) else None
+
     def staged_on(self, replica: str, version: Version, told: Published) -> None:
-        if version in self._bundles:
-            bundle, mode, _ = self._bundles[version]
-            self._told.setdefault(Content(bundle.digest, mode), told)
+        self._told.setdefault(self._bundles[version].content, told)
         self._ledger.staged(replica, version)
 
     def refused(self, replica: str, version: Version, error: RolloutError) -> bool:
@@ -220,9 +243,8 @@ class FleetVersions:
                         return self._delete(command)
                     case Export():
                         entry = self._registry.resolve(command.name, command.number)
-                        return Exported(
-                            command.id, version_of(entry, ONE_MODEL), self._bundles[entry.name, entry.number][0]
-                        )
+                        bundle = self._bundles[entry.name, entry.number].bundle
+                        return Exported(command.id, version_of(entry, ONE_MODEL), bundle)
                     case Restore():
                         return await self._restore(command)
 
@@ -263,7 +285,7 @@ class FleetVersions:
                 f"to {LARGEST:,}: push an adapter, or have one engine serve it.",
                 param="weights",
             )
-        self._bundles[version] = (bundle, mode, dequantize)
+        self._bundles[version] = _Staging(bundle, mode, dequantize, next(self._ordinals))
         self._labels[version] = label
         self._staging.add(version)
         staged = False
@@ -338,7 +360,7 @@ class FleetVersions:
         gone = set(self._bundles) - kept - self._staging
         for version in gone:
             del self._bundles[version], self._labels[version]
-        contents = {Content(bundle.digest, mode) for bundle, mode, _ in self._bundles.values()}
+        contents = {staging.content for staging in self._bundles.values()}
         self._told = {content: told for content, told in self._told.items() if content in contents}
         self._ledger.drop(gone)
         self._act()

@@ -15,7 +15,7 @@ from adapters.bundle import AdapterBundle
 from adapters.formats.read import read_bundle
 from adapters.tensors import AdapterTensor
 from rollout_server.engine.messages.versions import Publish, Published
-from rollout_server.errors import BodyTooLarge, EngineUnavailable
+from rollout_server.errors import BodyTooLarge, Conflict, EngineUnavailable, RolloutError
 from rollout_server.fleet.ledger.ledger import FLIP_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import Drop, Flip, ReplicaState, Settle, Stage
 from rollout_server.fleet.versions import FleetVersions
@@ -57,14 +57,27 @@ class Two:
         await asyncio.sleep(0)
         for message in [message for to, message in self.sent if to == id]:
             self.sent.remove((id, message))
-            at = (message.name, message.number)
-            if isinstance(message, StageVersion):
-                version = PolicyVersion(message.name, message.number, message.bundle.digest)
-                self.versions.staged_on(id, at, Published(message.id, version, False, False, 1.0, 0.0))
-            elif isinstance(message, FlipAlias):
-                self.ledger.flipped(id, at)
-            self.act()
+            self.does(id, message)
         await asyncio.sleep(0)
+
+    def does(self, id: str, message: Any, refuses: RolloutError | None = None) -> None:
+        """What a replica was told is done, or refused, and that is heard of."""
+        if isinstance(message, FlipAlias):
+            self.ledger.flipped(id, (message.name, message.number))
+        elif isinstance(message, StageVersion) and (at := self.versions.staging_of(message.id)) is not None:
+            version = PolicyVersion(*at, message.bundle.digest)
+            if refuses is not None:
+                assert self.versions.refused(id, at, refuses)
+            else:
+                self.versions.staged_on(id, at, Published(message.id, version, False, False, 1.0, 0.0))
+        self.act()
+
+    async def staging(self) -> dict[str, StageVersion]:
+        """What replicas are told to stage, which they have not answered."""
+        await asyncio.sleep(0)
+        told = {id: message for id, message in self.sent if isinstance(message, StageVersion)}
+        self.sent = [each for each in self.sent if each[1] not in told.values()]
+        return told
 
     async def passes(self, seconds: float) -> None:
         await asyncio.sleep(0)
@@ -182,6 +195,54 @@ def test_a_version_that_fits_in_no_frame_is_refused_and_leaves_nothing() -> None
             await fleet.answer("slow")
             await fleet.answer("quick")
         assert (await pushing).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+@pytest.mark.parametrize("when", ["before the next push", "while the next push is staged"])
+def test_a_refusal_that_comes_late_is_of_its_own_push(when: str) -> None:
+    """All replicas refuse what one of them does, and the number that nobody has is given to the next version."""
+
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        refused = fleet.push()
+        first = await fleet.staging()
+        fleet.does("quick", first["quick"], Conflict("it does not fit"))
+        with pytest.raises(Conflict, match="it does not fit"):
+            await refused
+        if when.startswith("before"):
+            fleet.does("slow", first["slow"], Conflict("it does not fit"))
+        pushing = fleet.push()
+        second = await fleet.staging()
+        fleet.does("slow", first["slow"], Conflict("it does not fit"))
+        fleet.does("quick", second["quick"])
+        assert not pushing.done() and ("trained", 1) not in fleet.ledger.replicas["slow"].held
+        fleet.does("slow", second["slow"])
+        await fleet.answer("quick")
+        await fleet.answer("slow")
+        assert (await pushing).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+def test_what_was_staged_for_a_push_that_was_refused_is_not_taken_for_the_next() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        refused = fleet.push()
+        first = await fleet.staging()
+        fleet.does("quick", first["quick"], Conflict("it has no room"))
+        with pytest.raises(Conflict):
+            await refused
+        pushing = fleet.push()
+        second = await fleet.staging()
+        fleet.does("quick", second["quick"])
+        fleet.does("slow", first["slow"])
+        await fleet.answer("quick")
+        assert not pushing.done() and fleet.ledger.replicas["slow"].held == set()
+        fleet.does("slow", second["slow"])
+        await fleet.answer("quick")
+        await fleet.answer("slow")
+        assert (await pushing).version.number == 1
 
     played(scene())
 
