@@ -26,7 +26,7 @@ from rollout_server.engine.messages.control import (
     Stop,
 )
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
-from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, Submit
+from rollout_server.engine.messages.rollouts import Command, Event, RequestFailed, RowFinished, Submit, TokensSampled
 from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, ScoringCommand
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand, Published
@@ -93,11 +93,12 @@ class Fleet:
         self._fleet, self._path = fleet, Path(options.model_path)
         self._terms = Terms(options)
         self._name = options.model_id
-        self._post, self._show_status, self._clock = post, show, clock
+        self._tell, self._show_status, self._clock = post, show, clock
+        self._shows_soon = False
         self._ledger = Ledger(silent_s=fleet.silent_s)
         self._versions = FleetVersions(self._ledger, self._send, self._act, options.keep_versions, fleet.fewest, clock)
-        self._requests = FleetRequests(self._ledger, self._versions, post, self._send, clock)
-        self._readings = FleetReadings(self._ledger, self._versions, post, self._send, self._requests.seen)
+        self._requests = FleetRequests(self._ledger, self._versions, self._post, self._send, clock)
+        self._readings = FleetReadings(self._ledger, self._versions, self._post, self._send, self._requests.seen)
         self._roster = Roster(self)
         self._source = source(as_replica(options), link_codec(self._compile))
         self._state = "starting"
@@ -176,6 +177,15 @@ class Fleet:
             log.error("A change of versions came to nothing.", exc_info=error)
             self._post([RequestFailed(id, EngineFault(f"The change of versions came to nothing: {error!r}."))])
 
+    def _post(self, events: list[Event]) -> None:
+        """As an engine does it: whoever is told that something has ended can see it in the status. All that ends in one
+        turn of the event loop is shown once."""
+        if not self._shows_soon and not all(isinstance(event, TokensSampled | RowFinished) for event in events):
+            self._shows_soon = True
+            # Before the events are delivered, which takes a turn, too.
+            asyncio.get_running_loop().call_soon(self._show)
+        self._tell(events)
+
     def _compile(self, grammar: Grammar) -> Constraint:
         if self.grammars is None:
             raise EngineUnavailable("The model is still loading.")
@@ -232,6 +242,7 @@ class Fleet:
         self._over()
 
     def _show(self) -> None:
+        self._shows_soon = False
         self._show_status(
             fleet_status(
                 self._state,

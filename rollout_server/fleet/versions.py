@@ -57,7 +57,7 @@ class _Staging:
     dequantize: bool
     """Quantised layers may be unpacked."""
     ordinal: int
-    """A number that was refused is given again: answers to the earlier version of it must not be taken for this one's."""
+    """What was refused leaves its number to the next version, for which late answers to it must not be taken."""
 
     @property
     def content(self) -> Content:

@@ -173,6 +173,25 @@ def test_work_waits_for_the_version_that_it_asks_for(started: SideBySide) -> Non
     started.run(waits())
 
 
+def test_whoever_is_told_of_an_end_can_see_it_in_the_status(started: SideBySide) -> None:
+    async def looks(handle: EngineHandle) -> None:
+        for _ in range(5):
+            before = handle.status
+            found = await rows(handle, groups("x"))
+            after = handle.status
+            assert after.tokens - before.tokens == sum(row.sampled for row in found) == 144
+            assert after.steps > before.steps and after.running == after.waiting_rows == 0
+            await handle.pause("wait")
+            assert handle.status.paused == "wait"
+            await handle.resume()
+            assert handle.status.paused is None
+
+    async def both() -> None:
+        await asyncio.gather(*map(looks, (started.fleet, started.one)))
+
+    started.run(both())
+
+
 def test_readings_pauses_and_aborts(started: SideBySide) -> None:
     async def read(handle: EngineHandle) -> list[Any]:
         base = PolicyAddress("base")

@@ -199,12 +199,13 @@ class ReplicaEngine:
         for event in told:
             if isinstance(event, Published) and event.id.startswith("/stage/"):
                 self._told[event.version.name, event.version.number] = event
+        ends = [event.id for event in told if not isinstance(event, Admitted | TokensSampled | RowFinished)]
+        # The status first: whoever is told of an end can see it. What is kept of versions is the controller's to tell.
+        before = [replace(self.status, policies=())] if ends else []
         if told:
-            self._tell(told)
+            self._tell([*before, *told])
         # Whoever waits until nothing is open finds that all of it was handed on.
-        for event in told:
-            if not isinstance(event, Admitted | TokensSampled | RowFinished):
-                self._open.discard(event.id)
+        self._open.difference_update(ends)
 
     def show(self, status: EngineStatus) -> None:
         self.status = status
