@@ -60,6 +60,11 @@ def replicas(options: tuple[str, ...]) -> list[str]:
     return ["--replicas", count] if count and own.isdisjoint(options) else []
 
 
+def engines() -> int:
+    """How many engines share what a server without options of its own is asked for."""
+    return int(os.environ.get("TEST_REPLICAS", 1))
+
+
 @contextmanager
 def live_server(
     model: Path | None, *options: str, environment: dict[str, str] | None = None, folder: Path = ROOT
