@@ -65,6 +65,12 @@ def engines() -> int:
     return int(os.environ.get("TEST_REPLICAS", 1))
 
 
+def in_one_process() -> bool:
+    """Whether the engine of such a server is its own, and is given all prompts of a request at once: in another process
+    each prompt arrives by itself, so that batches have other shapes each time."""
+    return not (os.environ.get("TEST_REPLICAS") or os.environ.get("TEST_TENSOR_PARALLEL"))
+
+
 @contextmanager
 def live_server(
     model: Path | None, *options: str, environment: dict[str, str] | None = None, folder: Path = ROOT

@@ -170,6 +170,8 @@ class Ledger:
         """The replica's alias is there: whatever it admits from now on uses this version or a later one."""
         replica = self.replicas[id]
         replica.live[version[0]] = version[1]
+        # One that joined may still answer what it was told over an earlier link.
+        replica.moves[version[0]] = max(0, replica.moves[version[0]] - 1)
         self._done(replica)
 
     def _begin(self, phase: Phase, version: Version, deadline: float) -> int:
@@ -193,6 +195,7 @@ class Ledger:
         for name, number in sorted(self.live.items()):
             if replica.told_live.get(name) != number:
                 replica.told_live[name] = number
+                replica.moves[name] += 1
                 self._actions.append(Flip(replica.id, (name, number)))
         for version in sorted(replica.told - self.kept):
             replica.told.discard(version)
@@ -204,7 +207,11 @@ class Ledger:
 
     def is_even(self, replica: Replica) -> bool:
         """Returns whether it has said that it has all that the fleet has."""
-        return self.kept <= replica.held and all(replica.live.get(name) == at for name, at in self.live.items())
+        return self.kept <= replica.held and all(self._is_at(replica, name, at) for name, at in self.live.items())
+
+    def _is_at(self, replica: Replica, name: str, number: int) -> bool:
+        """Returns whether its alias is there, and stays."""
+        return replica.live.get(name) == number and not replica.moves[name]
 
     def _done(self, replica: Replica) -> None:
         self._restored(replica)
@@ -235,7 +242,8 @@ class Ledger:
             return change.version in replica.held or change.version not in self.kept
         name, number = change.version
         # A name may have moved on since, or be gone.
-        return name not in self.live or replica.live.get(name) in (number, self.live[name])
+        at = self.live.get(name)
+        return at is None or self._is_at(replica, name, at) or (number != at and replica.live.get(name) == number)
 
     # ---- readings ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -49,6 +50,8 @@ class Replica:
     told_live: dict[str, int] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
     """Where its aliases are, as far as it said so."""
+    moves: Counter[str] = field(default_factory=Counter)
+    """How often it was told to move an alias and has not answered: it may be told to go there and back."""
     attempts: dict[int, Attempt] = field(default_factory=dict)
     prefixes: KnownPrefixes = field(default_factory=KnownPrefixes)
     readings: set[str] = field(default_factory=set)

@@ -86,6 +86,25 @@ def test_a_prompt_follows_its_beginning_unless_that_replica_has_much_more_to_do(
     assert dispatched(ledger)[0].replica == "r0", "another policy has KV of its own"
 
 
+def test_a_late_replica_gets_no_rows_before_it_has_moved_its_alias_there_and_back() -> None:
+    """Where the alias went to a version and back, a replica that has done neither looks as if it had done both."""
+    ledger = fleet()
+    push(ledger, 1)
+    ledger.stage(("trained", 2), 0, 0.0)
+    for id in ("r0", "r1"):
+        ledger.staged(id, ("trained", 2))
+    for number in (2, 1):
+        ledger.flip(("trained", number), 0.0)
+        ledger.flipped("r0", ("trained", number))
+        ledger.tick(FLIP_S)
+        ledger.drop(())
+        assert ledger.replicas["r1"].state is ReplicaState.FENCED
+    ledger.flipped("r1", ("trained", 2))
+    assert ledger.replicas["r1"].state is ReplicaState.FENCED
+    ledger.flipped("r1", ("trained", 1))
+    assert ledger.replicas["r1"].state is ReplicaState.LIVE
+
+
 def test_who_is_late_with_a_flip_is_fenced_before_the_push_is_told() -> None:
     ledger = fleet()
     assert push(ledger, 1)
