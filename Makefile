@@ -62,8 +62,8 @@ test-long: $(READY)  ## the slowest: kill -9 at random moments, restarts, a full
 test-blas: $(READY)  ## the numeric tests under the kernels of other processors (ARGS="Haswell Zen")
 	$(BIN)/python -m tests.support.numbers.kernels $(ARGS)
 
-test-fleet: $(READY)  ## the tests over HTTP against a server of two engines
-	TEST_REPLICAS=2 $(BIN)/python -m pytest -q -m "not long" $(or $(ARGS),tests/fleet tests/end_to_end tests/openai_sdk)
+test-fleet: $(READY)  ## the tests over HTTP against a server of two engines, or of one that is cut over ranks (RANKS=2)
+	$(if $(RANKS),TEST_TENSOR_PARALLEL=$(RANKS),TEST_REPLICAS=2) $(BIN)/python -m pytest -q -m "not long" $(or $(ARGS),tests/fleet tests/end_to_end tests/openai_sdk)
 
 test-gpu: $(READY)  ## the engine's and the adapters' tests on this machine's GPU, float32 in full precision
 	@$(BIN)/python -c 'import sys, mlx.core as mx; sys.exit(mx.default_device() == mx.cpu and "mlx has no GPU here")'

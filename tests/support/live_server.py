@@ -15,9 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rollout_server.config import ServerConfig
 from rollout_server.http.server import served
 from tests.support.http.shared_routes import make_app
+from tests.support.numbers.bounds import TINY, assert_near
+from trainer_client import RolloutBatch
 
 ROOT = Path(__file__).parents[2]
 START_S, PATIENCE_S = 200.0, 120.0
@@ -65,10 +69,17 @@ def engines() -> int:
     return int(os.environ.get("TEST_REPLICAS", 1))
 
 
-def in_one_process() -> bool:
-    """Whether the engine of such a server is its own, and is given all prompts of a request at once: in another process
-    each prompt arrives by itself, so that batches have other shapes each time."""
-    return not (os.environ.get("TEST_REPLICAS") or os.environ.get("TEST_TENSOR_PARALLEL"))
+def assert_drawn_again(found: RolloutBatch, expected: RolloutBatch) -> None:
+    """The same rows of a server a second time: to the bit where its engine is in its own process, which is given all
+    prompts of a request at once. Elsewhere each prompt arrives by itself: batches have other shapes each time."""
+    elsewhere = os.environ.get("TEST_REPLICAS") or os.environ.get("TEST_TENSOR_PARALLEL")
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert_near(found.logprobs, expected.logprobs, TINY.of_batch(expected) if elsewhere else 0.0)
+
+
+def uncut(what: str) -> pytest.MarkDecorator:
+    """Skips tests of what several ranks refuse by name."""
+    return pytest.mark.skipif("TEST_TENSOR_PARALLEL" in os.environ, reason=f"ranks refuse {what} by name")
 
 
 @contextmanager

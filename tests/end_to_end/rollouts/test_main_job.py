@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import Server, in_one_process, server_here, until
+from tests.support.live_server import Server, assert_drawn_again, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
@@ -56,12 +56,6 @@ def adapter(
 
 def sample(client: RolloutClient, policy: str, **options: Any) -> RolloutBatch:
     return client.rollouts(PROMPTS, policy=policy, **{"n": 2, "max_tokens": 12, "seed": 1, **options})
-
-
-def assert_drawn_again(found: RolloutBatch, expected: RolloutBatch) -> None:
-    """The same rows a second time, to the bit where their batches are of the same shapes."""
-    assert found.token_ids.tolist() == expected.token_ids.tolist()
-    assert_near(found.logprobs, expected.logprobs, 0.0 if in_one_process() else TINY.of_batch(expected))
 
 
 def test_push_sample_score_and_swap_back(client: RolloutClient, model: Path) -> None:

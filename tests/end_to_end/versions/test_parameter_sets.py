@@ -18,11 +18,12 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save
 
 from tests.support import tiny_models
-from tests.support.live_server import Server, engines, live_server, server_here
+from tests.support.live_server import Server, engines, live_server, server_here, uncut
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutClient, adapter_digest
 from trainer_client.adapter.tensors import host_tensors
 
+pytestmark = uncut("merged versions and whole tensors")
 PROMPTS = [[5, 9, 33], [44]]
 
 
