@@ -167,7 +167,6 @@ class Fleet:
             reply: Event = await self._versions.change(command)
         except RolloutError as error:
             reply = RequestFailed(command.id, error)
-        self._show()
         self._post([reply])
 
     def _changed(self, id: str, task: asyncio.Task[None]) -> None:
@@ -334,7 +333,6 @@ class Fleet:
             self._roster.end(leave.replica, "it was removed")
         else:
             self._ledger.drain(leave.replica)
-        self._show()
         self._post([Leaving(leave.id, leave.replica)])
 
     # ---- what the ledger wants --------------------------------------------------------------------------------------
