@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
         placeholder=None if eyes is None else eyes.family.placeholder,
         **scoring_of(read.kind, read.head, config),
     )
-    _check_ranks(path, module, ranks, info)
+    _check_ranks(path, read, ranks, info)
     filters = choose_filter_kernel(vocabulary, dtype)
     kernel = None if ranks or "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
@@ -111,11 +111,11 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, part.cuts, ranks)
 
 
-def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:
+def _check_ranks(path: Path, read: ReadModel, ranks: Ranks | None, info: ModelInfo) -> None:
     """Raises `EngineUnavailable` where several ranks do not compute what one would."""
     if ranks is not None:
         on_cpu = mx.default_device() == mx.cpu
-        check_cut(module, lambda: _uncut(path, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
+        check_cut(read.module, lambda: _uncut(path, read, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
 
 
 def _chosen_store(
@@ -250,12 +250,12 @@ def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     check_model(path)
     check_room(path, parts=1 if ranks is None else ranks.size)
     head = read_head(path, kind, config) if kind.scores else None
-    classes = classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
     try:
         # No rank reads weights that are another's.
         module, understood = mlx_lm_utils.load_model(
-            path, ranks is not None, model_config=plan.overrides, get_model_classes=classes, trust_remote_code=False
-        )
+            path, ranks is not None, model_config=plan.overrides, get_model_classes=_classes(plan, head),
+            trust_remote_code=False,
+        )  # fmt: skip
         parameters = parameters_of(module)
         part = None if ranks is None else cut(module, ranks, config)
         mx.eval(module(mx.array([[0]], dtype=mx.int32), cache=make_prompt_cache(module)))
@@ -274,11 +274,16 @@ def read_model(path: Path, ranks: Ranks | None = None) -> ReadModel:
     return ReadModel(module, understood, engine, host, longest, bounds, kind, pad, parameters, head, part)
 
 
-def _uncut(path: Path, *, on_cpu: bool) -> nn.Module:
+def _classes(plan: Plan, head: Head | None) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    """`get_model_classes` of a model, which ends at the hidden states where a head scores them."""
+    return classes_of(plan.family) if head is None else without_output(classes_of(plan.family))
+
+
+def _uncut(path: Path, read: ReadModel, *, on_cpu: bool) -> nn.Module:
     """The same model uncut; its weights are read where they are used."""
     plan = _planned(path, read_config(path))
     module, _ = mlx_lm_utils.load_model(
-        path, True, model_config=plan.overrides, get_model_classes=classes_of(plan.family), trust_remote_code=False
+        path, True, model_config=plan.overrides, get_model_classes=_classes(plan, read.head), trust_remote_code=False
     )
     _as_said(module, plan)
     if on_cpu:

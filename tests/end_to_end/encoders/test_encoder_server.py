@@ -17,11 +17,12 @@ from rollout_server.engine.model.encoders.load import read_encoder
 from rollout_server.engine.model.encoders.passages import Passage, tokenised
 from rollout_server.engine.model.encoders.reading import read
 from tests.support.golden_encoders import GOLDEN, copied, cross_encoder, with_template
-from tests.support.live_server import Server, server_here
+from tests.support.live_server import Server, server_here, uncut
 from tests.support.numbers.bounds import Network, assert_near
 from tests.support.tiny_models import random_adapter
 from trainer_client import RolloutClient
 
+pytestmark = uncut("encoders")
 NETWORK = Network(3, 24, 3)
 TEXTS = ["the cat sat", "a dog", "he and the other one went on in the rain"]
 QUERY = "who sat"

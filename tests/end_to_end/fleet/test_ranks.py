@@ -19,8 +19,9 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from rollout_server.fleet.replica.engine import AGAIN
-from tests.support import tiny_models
+from tests.support import tiny_models, tiny_scorers
 from tests.support.live_server import START_S, Server, live_server
+from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutClient
 
 pytestmark = pytest.mark.timeout(900)
@@ -145,3 +146,15 @@ def test_two_engines_of_two_ranks_serve_what_one_process_serves_and_refuse_what_
             rows.append([row.token_ids.tolist() for batch in drawn for row in batch])
             server.stop()
     assert rows[0] == rows[1] and rows[0][:4] != rows[0][4:]
+
+
+@pytest.mark.long
+def test_a_reward_model_that_is_cut_scores_as_it_does_whole(tmp_path: Path) -> None:
+    model = tiny_scorers.build("qwen3", tmp_path, labels=2, id2label={"0": "bad", "1": "good"})
+    sequences = [[5, 9, 33], [44], list(range(1, 81))]
+    expected = np.stack([tiny_scorers.scores(model, sequence)[-1] for sequence in sequences])
+    with live_server(model, "--context-length", "200", "--tensor-parallel", "2") as server:
+        asked = {"model": "base", "input": sequences, "task": "classify", "use_activation": False}
+        found = httpx.post(f"{server.url}/pooling", json=asked, timeout=300).raise_for_status().json()["data"]
+        assert_near([entry["data"] for entry in found], expected, TINY.of_logits(expected, 80))
+        server.stop()

@@ -18,13 +18,14 @@ import pytest
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.load import load
 from tests.support.golden_vision import copied, whole_logits
-from tests.support.live_server import Server, server_here
+from tests.support.live_server import Server, server_here, uncut
 from tests.support.numbers.bounds import assert_near
 from tests.support.pictures.files import READABLE, UNREADABLE, bomb, drawn, mutated, saved
 from tests.support.pictures.seeing import DEEPEST, MOST
 from trainer_client import RolloutClient
 from trainer_client.errors import InvalidField
 
+pytestmark = uncut("models that see pictures")
 FAMILY = "qwen2_5_vl"
 MOST_PIXELS, MOST_BYTES, MOST_PICTURES = 4096, 40_000, 3
 

@@ -44,7 +44,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(seeing: Path) -> list[tuple[list[int], np.ndarray]]:
     """Ids and log-probabilities of a server that has this model and no other."""
-    with server_here(seeing) as server, RolloutClient(server.url) as client:
+    with server_here(seeing, tensor_parallel=None) as server, RolloutClient(server.url) as client:
         return [(row.token_ids.tolist(), row.logprobs) for row in client.rollouts(PROMPTS, **ASKED)]
 
 
