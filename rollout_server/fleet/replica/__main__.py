@@ -30,7 +30,7 @@ from rollout_server.machine.blas import load_fast_blas, one_thread_for_numpy, sh
 log = logging.getLogger("rollout_server.fleet")
 
 STATUS_S = 0.1
-"""The status is told at most so often, seconds."""
+"""The status is told at most so often, seconds, besides what the engine tells of it where something ends."""
 
 
 class StartedReplica:
