@@ -23,9 +23,10 @@ BLAS = load_fast_blas()  # Before anything imports mlx.
 import mlx.core as mx  # noqa: E402
 
 from benchmarks.machine import describe_machine  # noqa: E402
-from benchmarks.studies.gpu import decoding, latency, launches, low_rank, peers, serving  # noqa: E402
+from benchmarks.studies.gpu import decoding, latency, peers, serving  # noqa: E402
 from benchmarks.studies.gpu.figures import Figure, Report  # noqa: E402
 from benchmarks.studies.gpu.held import Held  # noqa: E402
+from benchmarks.studies.gpu.kernels import launches, low_rank  # noqa: E402
 from benchmarks.studies.gpu.shapes import SIZES  # noqa: E402
 
 PARTS: dict[str, tuple[str, Callable[[Held], Iterable[Figure]]]] = {

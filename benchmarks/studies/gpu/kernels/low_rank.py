@@ -14,7 +14,7 @@ from adapters.kernels.decode import DecodeKernel, Geometry, LowRank
 from adapters.kernels.text import own_device
 from benchmarks.studies.gpu.figures import Figure
 from benchmarks.studies.gpu.held import Held
-from benchmarks.studies.gpu.launches import kernels_of
+from benchmarks.studies.gpu.kernels.launches import kernels_of
 from benchmarks.studies.gpu.shapes import COMMON, SHAPES
 
 RANK, REPEATS = 16, 20
