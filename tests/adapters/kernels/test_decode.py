@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters.kernels.decode import MOST_RANK, DecodeKernel, LowRank, decode_kernel
+from adapters.kernels.decode import MOST_RANK, DecodeKernel, Geometry, LowRank, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
 from tests.laws.grids import corners
@@ -105,6 +105,15 @@ def test_ranks_are_read_in_tiles(kernel: DecodeKernel, rank: int) -> None:
     stack = a_stack((48, 72), mx.float32, gains=False, ranks={1: rank, 3: rank - 5})
     for slots in ([1, 0, 3, 1, 1], [3] * 9):
         assert_as_one_by_one(kernel, stack, base, slots, mx.float32)
+
+
+@pytest.mark.parametrize("shared", [Geometry(1, 2, 4), Geometry(8, 4, 1), Geometry(2, 8, 2)], ids=str)
+def test_however_a_launch_is_shared_out(kernel: DecodeKernel, shared: Geometry) -> None:
+    made = DecodeKernel(kernel.device, kernel.compiler, shared)
+    base = nn.Linear(264, 300, bias=False)
+    base.set_dtype(mx.bfloat16)
+    for slots in ([3, 0, 3, 2, 2], [2] * 9):
+        assert_as_one_by_one(made, a_stack((300, 264), mx.bfloat16, gains=True), base, slots, mx.bfloat16)
 
 
 def test_a_row_of_four_inputs_is_left_to_plain_products(kernel: DecodeKernel) -> None:
