@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.device import rows_turned
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
-from rollout_server.engine.model.footprints import check_room, check_share
+from rollout_server.engine.model.footprints import check_room
 from rollout_server.engine.model.kv_choice import ChosenStore, choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes, parameters_of
 from rollout_server.engine.model.resident import ResidentModel
@@ -69,13 +69,15 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
     chosen = _chosen_store(options, read, vocabulary, ranks, on_cpu=on_cpu)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
-    part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
+    part, dtype_name, fits = (
+        read.part or whole(module),
+        str(dtype).removeprefix("mlx.core."),
+        _turned_rows(module, config),
+    )
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    fits = partial(rows_turned, module, (config.get("text_config") or config).get("num_attention_heads") or 1)
     sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks, fits)
-    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -112,6 +114,11 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     return ResidentModel(
         module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, read.head, eyes, part.cuts, ranks
     )
+
+
+def _turned_rows(module: nn.Module, config: Mapping[str, Any]) -> Callable[[int], int]:
+    """How many of so many rows the device turns in a step."""
+    return partial(rows_turned, module, (config.get("text_config") or config).get("num_attention_heads") or 1)
 
 
 def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:
