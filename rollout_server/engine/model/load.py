@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -69,15 +69,11 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
     chosen = _chosen_store(options, read, vocabulary, ranks, on_cpu=on_cpu)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
-    part, dtype_name, fits = (
-        read.part or whole(module),
-        str(dtype).removeprefix("mlx.core."),
-        _turned_rows(module, config),
-    )
+    part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks, fits)
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -116,11 +112,6 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     )
 
 
-def _turned_rows(module: nn.Module, config: Mapping[str, Any]) -> Callable[[int], int]:
-    """How many of so many rows the device turns in a step."""
-    return partial(rows_turned, module, (config.get("text_config") or config).get("num_attention_heads") or 1)
-
-
 def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:
     """Raises `EngineUnavailable` where several ranks do not compute what one would."""
     if ranks is not None:
@@ -134,7 +125,9 @@ def _chosen_store(
     """What only reads has no decode steps that could be compiled."""
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
     agreed = by_itself if ranks is None else ranks.agreed
-    return choose_store(read.module, vocabulary, options, compiles=wanted and read.head is None, agreed=agreed)
+    store = choose_store(read.module, vocabulary, options, compiles=wanted and read.head is None, agreed=agreed)
+    heads = (read.config.get("text_config") or read.config).get("num_attention_heads") or 1
+    return replace(store, fits=partial(rows_turned, read.module, heads))
 
 
 def _check_device(
