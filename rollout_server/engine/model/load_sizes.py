@@ -40,8 +40,8 @@ def chosen_sizes(
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for. Raises `EngineUnavailable` where that is more than the
-    model's share of --memory."""
+    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for.
+    Raises `EngineUnavailable` where that is more than the model's share of --memory."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
