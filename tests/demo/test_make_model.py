@@ -110,6 +110,7 @@ def test_only_training_problems_and_only_answers_are_learned() -> None:
             assert lenient(Problem(a, b), tokenizer.decode(answer))
 
 
+@pytest.mark.long
 def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     """In two processes, so that no state of this one can make them equal."""
     recipe = Recipe(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, steps=4, batch=16)

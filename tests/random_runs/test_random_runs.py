@@ -26,6 +26,7 @@ def test_random_sequences_keep_every_promise(world: World) -> None:
     assert checked["directories"] and checked["told StorageFailed"] and checked["Restored"], checked
 
 
+@pytest.mark.long
 def test_a_broken_promise_is_found_and_made_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a reference that is not given back when a row switches."""
     from rollout_server.engine.scheduling.on_update import VersionSwitcher

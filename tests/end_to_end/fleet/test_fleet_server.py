@@ -81,6 +81,7 @@ def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
             client.remove_replica("local-1")
 
 
+@pytest.mark.long
 def test_work_that_no_replica_is_left_for_is_a_503_once_its_time_is_over(model: Path) -> None:
     with live_server(model, "--replicas", "2") as server, RolloutClient(server.url) as client:
         for id in ("local-0", "local-1"):

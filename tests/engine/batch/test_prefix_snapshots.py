@@ -30,7 +30,7 @@ END = 286
 """The id that ends a message of the tiny models, one above what `prompts_of` draws from."""
 
 
-@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], KINDS[1]))
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Paths) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -199,12 +199,12 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     model = bare_model(family)
     free = Driver.start(model_path(family), model, prefix_cache=False)
     prompts = prompts_of([20] * 5, END)
-    expected = free.generate(prompts, seed=1, max_tokens=120, ignore_eos=True)
-    small = replace(model, info=replace(model.info, kv_memory=3 * model.info.row_bytes(110)))
+    expected = free.generate(prompts, seed=1, max_tokens=60, ignore_eos=True)
+    small = replace(model, info=replace(model.info, kv_memory=3 * model.info.row_bytes(60)))
     driver = Driver.start(model_path(family), small)
     driver.generate(prompts_of([30, 40], END, seed=5), max_tokens=4)
     assert driver.status.prefix.nbytes > 0
-    id = driver.submit(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    id = driver.submit(prompts, seed=1, max_tokens=60, ignore_eos=True)
     most = 0
     while not driver.over(id):
         driver.turn()
@@ -215,7 +215,7 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     assert_all_same(rows, expected, max(TINY.of_row(row) for row in expected))
 
 
-@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0]), (1, KINDS[-1])))
+@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0])))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""
     model = bare_model(family)

@@ -129,6 +129,7 @@ class Fused(DecodeKernel):
         return super().__call__(x, rows, layers)
 
 
+@pytest.mark.long
 def test_layers_share_their_input_again_after_a_forward_that_failed_between_them(
     model_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
