@@ -79,6 +79,13 @@ def heaviest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -taken[item.path])
 
 
+@cache
+def names_of(functions: tuple[FunctionType, ...]) -> tuple[str, ...]:
+    """The marks that follow for a test of these functions; its cases have the same."""
+    kinds = (("server", PROCESSES), ("model", MODELS), ("numeric", BOUNDS))
+    return tuple(name for name, wanted in kinds if reaches(functions, wanted))
+
+
 def mark(items: list[pytest.Item]) -> None:
     """Adds `server`, `model` and `numeric` where they follow."""
     for item in items:
@@ -86,7 +93,5 @@ def mark(items: list[pytest.Item]) -> None:
             continue
         fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
         functions = [inspect.unwrap(each) for each in (item.function, *fixtures)]
-        functions = [each for each in functions if isinstance(each, FunctionType)]
-        for name, wanted in (("server", PROCESSES), ("model", MODELS), ("numeric", BOUNDS)):
-            if reaches(functions, wanted):
-                item.add_marker(name)
+        for name in names_of(tuple(each for each in functions if isinstance(each, FunctionType))):
+            item.add_marker(name)
