@@ -72,6 +72,7 @@ def test_importing_mlx_lm_raises_the_limit_as_far_as_it_may_and_never_lowers_it(
     assert python(IMPORTS, *before) == after
 
 
+@pytest.mark.long
 def test_other_threads_import_meanwhile() -> None:
     code = """
 import importlib, resource, sys, threading

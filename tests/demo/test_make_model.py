@@ -56,6 +56,7 @@ def test_special_tokens_and_chat_template(tokenizer: AutoTokenizer) -> None:
     assert tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True).endswith("the sum")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapped", ["bare", pytest.param("chat", marks=pytest.mark.long)])
 def test_the_model_is_small_and_half_knows_the_task(tokenizer: AutoTokenizer, wrapped: str) -> None:
     """Greedy answers are right in some style nearly always, and in the rewarded one less than sixty times in a hundred:

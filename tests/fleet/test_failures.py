@@ -90,6 +90,7 @@ async def pushed(led: Led, bundle: AdapterBundle) -> Published:
     return await led.publisher.publish(Publish(led.handle.new_id("p"), NAME, bundle))
 
 
+@pytest.mark.long
 def test_rows_beyond_a_cut_link_come_back_from_elsewhere_and_the_replica_with_its_versions(
     play: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
