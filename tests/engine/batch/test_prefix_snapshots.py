@@ -54,7 +54,7 @@ def test_the_second_turn_of_a_long_conversation_reads_what_is_new(
     """Of 2,000 tokens; its numbers are those of a fresh pass."""
     driver = Driver.start(model_path(family), bare_model(family))
     (prompt,) = prompts_of([1880], END)
-    (first,) = driver.generate([prompt], max_tokens=60, ignore_eos=True)
+    (first,) = driver.generate([prompt], max_tokens=120, ignore_eos=True)
     read = driver.batches.prefilled
     again = [*prompt, *first.token_ids, *prompts_of([60], END, seed=5)[0]]
     (second,) = driver.generate([again], max_tokens=8, ignore_eos=True)
@@ -199,12 +199,12 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     model = bare_model(family)
     free = Driver.start(model_path(family), model, prefix_cache=False)
     prompts = prompts_of([20] * 5, END)
-    expected = free.generate(prompts, seed=1, max_tokens=60, ignore_eos=True)
-    small = replace(model, info=replace(model.info, kv_memory=3 * model.info.row_bytes(60)))
+    expected = free.generate(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    small = replace(model, info=replace(model.info, kv_memory=3 * model.info.row_bytes(110)))
     driver = Driver.start(model_path(family), small)
     driver.generate(prompts_of([30, 40], END, seed=5), max_tokens=4)
     assert driver.status.prefix.nbytes > 0
-    id = driver.submit(prompts, seed=1, max_tokens=60, ignore_eos=True)
+    id = driver.submit(prompts, seed=1, max_tokens=120, ignore_eos=True)
     most = 0
     while not driver.over(id):
         driver.turn()

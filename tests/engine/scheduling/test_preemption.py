@@ -69,10 +69,10 @@ def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
     model = bare_model("falcon_h1")
     free = Driver.start(model_path("falcon_h1"), model)
     prompts = prompts_of([20] * 5, model.info.vocab_size)
-    expected = free.generate(prompts, seed=1, max_tokens=60, ignore_eos=True)
-    limit = 3 * model.info.row_bytes(60)
+    expected = free.generate(prompts, seed=1, max_tokens=120, ignore_eos=True)
+    limit = 3 * model.info.row_bytes(110)
     driver = Driver.start(model_path("falcon_h1"), replace(model, info=replace(model.info, kv_memory=limit)))
-    id = driver.submit(prompts, seed=1, max_tokens=60, ignore_eos=True)
+    id = driver.submit(prompts, seed=1, max_tokens=120, ignore_eos=True)
     assert watched(driver, id) <= limit and driver.preemptions > 0
     for one, other in zip(expected, driver.rollouts(id), strict=True):
         assert_same(one, other, tolerance(free, [one]))
