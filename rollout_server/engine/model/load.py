@@ -37,7 +37,7 @@ from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.footprints import check_room, check_share
-from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.kv_choice import ChosenStore, choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes, parameters_of
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.tasks.heads import Head
@@ -66,9 +66,7 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     module, config = read.module, read.config
     tower = _prepare(path, module, on_cpu=on_cpu)
     dtype, vocabulary = _activation_dtype(module), _vocabulary(read)
-    agreed = by_itself if ranks is None else ranks.agreed
-    compiles = _compiles(options, read, on_cpu=on_cpu)
-    chosen = choose_store(module, vocabulary, options, compiles=compiles, agreed=agreed)
+    chosen = _chosen_store(options, read, vocabulary, ranks, on_cpu=on_cpu)
     trunk, width = find_trunk(module, 0 if read.head else vocabulary) or ("", 0)
     part, dtype_name = read.part or whole(module), str(dtype).removeprefix("mlx.core.")
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
@@ -120,10 +118,13 @@ def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: Model
         check_cut(module, lambda: _uncut(path, on_cpu=on_cpu), ranks, info.vocab_size, info.max_model_len)
 
 
-def _compiles(options: EngineOptions, read: ReadModel, *, on_cpu: bool) -> bool:
-    """What only reads has no decode steps."""
+def _chosen_store(
+    options: EngineOptions, read: ReadModel, vocabulary: int, ranks: Ranks | None, *, on_cpu: bool
+) -> ChosenStore:
+    """What only reads has no decode steps that could be compiled."""
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
-    return wanted and read.head is None
+    agreed = by_itself if ranks is None else ranks.agreed
+    return choose_store(read.module, vocabulary, options, compiles=wanted and read.head is None, agreed=agreed)
 
 
 def _check_device(
