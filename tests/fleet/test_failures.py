@@ -120,6 +120,7 @@ def test_rows_beyond_a_cut_link_come_back_from_elsewhere_and_the_replica_with_it
     play(scenes)
 
 
+@pytest.mark.long
 def test_rows_of_a_drained_replica_come_back_and_without_one_they_are_refused(play: Any) -> None:
     async def scenes(scene: Scene) -> None:
         led = await scene.led()

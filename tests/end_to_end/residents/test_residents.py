@@ -328,6 +328,7 @@ def test_a_reward_model_that_dies_costs_no_rollout(models: Models) -> None:
         assert "The model rm: " in asking.refused(503, "/health", "GET")["message"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_one_does_not_stop_the_others(models: Models) -> None:
     with served(models.config()) as url:

@@ -54,7 +54,7 @@ def test_the_second_turn_of_a_long_conversation_reads_what_is_new(
     """Of 2,000 tokens; its numbers are those of a fresh pass."""
     driver = Driver.start(model_path(family), bare_model(family))
     (prompt,) = prompts_of([1880], END)
-    (first,) = driver.generate([prompt], max_tokens=120, ignore_eos=True)
+    (first,) = driver.generate([prompt], max_tokens=60, ignore_eos=True)
     read = driver.batches.prefilled
     again = [*prompt, *first.token_ids, *prompts_of([60], END, seed=5)[0]]
     (second,) = driver.generate([again], max_tokens=8, ignore_eos=True)

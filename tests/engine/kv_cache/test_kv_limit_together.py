@@ -201,6 +201,7 @@ def test_arrays_that_rows_have_left_count_too(qwen: Path) -> None:
         assert driver.batches.nbytes <= limit * cell
 
 
+@pytest.mark.long
 def test_a_row_that_changes_its_batch_leaves_what_is_scored_its_room(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

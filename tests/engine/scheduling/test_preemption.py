@@ -65,6 +65,7 @@ def test_rows_that_step_aside_return_the_same(base: Driver, qwen: Path, options:
     assert not driver.batches.preempted
 
 
+@pytest.mark.long
 def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
     model = bare_model("falcon_h1")
     free = Driver.start(model_path("falcon_h1"), model)
