@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -83,15 +84,23 @@ class AdapterBundle:
 
 
 def make_bundle(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> AdapterBundle:
-    """A bundle of tensors that fit `spec`: hashed and measured."""
+    """A bundle of tensors that fit `spec`: hashed, and measured meanwhile, since hashing lets other threads run and
+    takes as long."""
+    held = MappingProxyType(dict(sorted(tensors.items())))
+    with ThreadPoolExecutor(1, "digest") as beside:
+        digest = beside.submit(content_digest, spec, held)
+        measures = _measured(spec, held)
+        return AdapterBundle(spec, held, digest.result(), MappingProxyType(measures))
+
+
+def _measured(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> dict[str, DeltaMeasure]:
     measures: dict[str, DeltaMeasure] = {}
     for path, module in spec.modules.items():
         a, b = (tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
         measures[path] = measure(a, b, module.scale)
     for path in spec.dense if spec.kind == "delta" else ():
         measures[path] = measure_dense(tensors[path].float32())
-    held = MappingProxyType(dict(sorted(tensors.items())))
-    return AdapterBundle(spec, held, content_digest(spec, held), MappingProxyType(measures))
+    return measures
 
 
 def content_digest(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> str:

@@ -28,19 +28,32 @@ from adapters.kernels.text import (
     own_device,
 )
 
-PARTS = 4
-"""Warps that share the inputs of a pair of rows; where both are of one version, A is read once for them."""
-ROWS = 4
-"""Rows of a block."""
-WARPS = PARTS * ROWS // 2
-RANKS = 8
-"""Ranks that a warp reads at once."""
-COLUMNS = 2
-"""Outputs of a thread."""
-OUTPUTS = COLUMNS * 32 * WARPS
-"""Outputs of a block."""
 MOST_RANK = 128
 """The inner products of a block's rows lie in shared memory, which is laid out when a kernel is compiled."""
+TILES = (16, 8)
+"""Ranks that a warp reads at once: the first that divides all of a launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a launch is shared out over threads."""
+
+    parts: int = 4
+    """Warps that share the inputs of a pair of rows; where both are of one version, A is read once for them."""
+    rows: int = 4
+    """Rows of a block, an even number."""
+    columns: int = 4
+    """Outputs of a thread."""
+
+    @property
+    def warps(self) -> int:
+        return self.parts * self.rows // 2
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block."""
+        return self.columns * 32 * self.warps
+
 
 BODY = string.Template(
     """
@@ -56,19 +69,8 @@ BODY = string.Template(
   $optional
   int outs = y0_shape[1], rank = a0_shape[1], stride = b0_shape[2];
   $chosen
-  SHARED float inner[PARTS][ROWS][MOST_RANK];
+  SHARED float inner[PARTS][MOST_RANK][ROWS];
 
-  // What comes last is asked for first, to be there when it is needed.
-  float given[COLUMNS][ROWS];
-  #pragma unroll
-  for (int c = 0; c < COLUMNS; ++c) {
-    const int column = block * OUTPUTS + c * 32 * WARPS + tid;
-    #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const bool there = first + r < count && column < outs;
-      given[c][r] = there ? float(y[(size_t)(first + r) * outs + column]) : 0.0f;
-    }
-  }
   int slots[ROWS];
   bool alike = true;
   #pragma unroll
@@ -78,75 +80,103 @@ BODY = string.Template(
   }
   {
     const int part = warp % PARTS, left = warp / PARTS * 2, right = left + 1;
-    const int slot = left == 0 ? slots[0] : slots[2], other = left == 0 ? slots[1] : slots[3];
-    const bool any = slot != 0 || other != 0;
+    const int slot = first + left < count ? int(rows[one ? 0 : first + left]) : 0;
+    const int other = first + right < count ? int(rows[one ? 0 : first + right]) : 0;
     const DEVICE T* mine = x + (size_t)(first + left < count ? first + left : first) * width;
     const DEVICE T* theirs = x + (size_t)(first + right < count ? first + right : first) * width;
-    for (int at = 0; at < rank; at += RANKS) {
-      float sum[RANKS], others[RANKS];
-      #pragma unroll
-      for (int j = 0; j < RANKS; ++j) sum[j] = others[j] = 0.0f;
-      const DEVICE T* by = a + ((size_t)slot * rank + at) * width;
-      const DEVICE T* by_other = a + ((size_t)other * rank + at) * width;
-      for (int k = (part * 32 + lane) * VEC; any && k < width; k += 32 * PARTS * VEC) {
-        float one_row[VEC], next_row[VEC], down[VEC];
-        numbers_of(*(const DEVICE uint4*)(mine + k), one_row);
-        numbers_of(*(const DEVICE uint4*)(theirs + k), next_row);
+    // Both rows by the version of the left one; and by that of the right one, where it is another.
+    for (int side = 0; side < (slot == other ? 1 : 2); ++side) {
+      const int version = side == 0 ? slot : other;
+      for (int at = 0; at < (version == 0 ? 0 : rank); at += RANKS) {
+        float sums[2 * RANKS];
         #pragma unroll
-        for (int j = 0; j < RANKS; ++j) {
-          numbers_of(*(const DEVICE uint4*)(by + (size_t)j * width + k), down);
+        for (int j = 0; j < 2 * RANKS; ++j) sums[j] = 0.0f;
+        const DEVICE T* by = a + ((size_t)version * rank + at) * width;
+        for (int k = (part * 32 + lane) * VEC; k < width; k += 32 * PARTS * VEC) {
+          // All are asked for before the first is waited for.
+          uint4 down[RANKS];
           #pragma unroll
-          for (int i = 0; i < VEC; ++i) sum[j] += one_row[i] * down[i];
-          if (slot != other) numbers_of(*(const DEVICE uint4*)(by_other + (size_t)j * width + k), down);
+          for (int j = 0; j < RANKS; ++j) down[j] = *(const DEVICE uint4*)(by + (size_t)j * width + k);
+          float one_row[VEC], next_row[VEC], numbers[VEC];
+          numbers_of(*(const DEVICE uint4*)(mine + k), one_row);
+          numbers_of(*(const DEVICE uint4*)(theirs + k), next_row);
           #pragma unroll
-          for (int i = 0; i < VEC; ++i) others[j] += next_row[i] * down[i];
+          for (int j = 0; j < RANKS; ++j) {
+            numbers_of(down[j], numbers);
+            #pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+              sums[j] += one_row[i] * numbers[i];
+              sums[RANKS + j] += next_row[i] * numbers[i];
+            }
+          }
         }
-      }
-      #pragma unroll
-      for (int j = 0; j < RANKS; ++j) {
-        for (int step = 1; step < 32; step *= 2) {
-          sum[j] += SHUFFLE(sum[j], step);
-          others[j] += SHUFFLE(others[j], step);
+        // A lane is left with one of the sums: in each step it gives away half of those that it has.
+        int found = 0;
+        #pragma unroll
+        for (int step = 16, kept = RANKS; step > 0; step /= 2, kept /= 2) {
+          const bool upper = (lane & step) != 0;
+          #pragma unroll
+          for (int j = 0; j < RANKS; ++j) {
+            if (j < kept) {
+              const float own = upper ? sums[j + kept] : sums[j], away = upper ? sums[j] : sums[j + kept];
+              sums[j] = own + SHUFFLE(away, step);
+            }
+          }
+          if (kept == 0) sums[0] += SHUFFLE(sums[0], step);
+          if (upper) found += kept;
         }
-        if (lane == 0) inner[part][left][at + j] = sum[j];
-        if (lane == 0) inner[part][right][at + j] = others[j];
+        const int of = found < RANKS ? 0 : 1;
+        if (slot == other || of == side) inner[part][at + found % RANKS][of == 0 ? left : right] = sums[0];
       }
     }
   }
   BARRIER();
   for (int at = tid; at < ROWS * rank; at += 32 * WARPS) {
     float whole = 0.0f;
-    for (int part = 0; part < PARTS; ++part) whole += inner[part][at / rank][at % rank];
-    inner[0][at / rank][at % rank] = whole;
+    for (int part = 0; part < PARTS; ++part) whole += inner[part][at / ROWS][at % ROWS];
+    inner[0][at / ROWS][at % ROWS] = whole;
   }
   BARRIER();
-  #pragma unroll
+  // One after another: a text of several would be longer than what a multiprocessor keeps of it.
+  #pragma unroll 1
   for (int c = 0; c < COLUMNS; ++c) {
     const int column = block * OUTPUTS + c * 32 * WARPS + tid;
     if (column >= outs) continue;
-    float added[ROWS];
+    float given[ROWS], added[ROWS];
     #pragma unroll
-    for (int r = 0; r < ROWS; ++r) added[r] = 0.0f;
+    for (int r = 0; r < ROWS; ++r) {
+      given[r] = first + r < count ? float(y[(size_t)(first + r) * outs + column]) : 0.0f;
+      added[r] = 0.0f;
+    }
     if (alike) {
       const DEVICE T* up = b + (size_t)slots[0] * rank * stride + column;
-      #pragma unroll 8
-      for (int j = 0; j < (slots[0] == 0 ? 0 : rank); ++j) {
-        const float by = float(up[(size_t)j * stride]);
+      for (int at = 0; at < (slots[0] == 0 ? 0 : rank); at += RANKS) {
+        float by[RANKS];
         #pragma unroll
-        for (int r = 0; r < ROWS; ++r) added[r] += inner[0][r][j] * by;
+        for (int j = 0; j < RANKS; ++j) by[j] = float(up[(size_t)(at + j) * stride]);
+        #pragma unroll
+        for (int j = 0; j < RANKS; ++j) {
+          #pragma unroll
+          for (int r = 0; r < ROWS; ++r) added[r] += inner[0][at + j][r] * by[j];
+        }
       }
     } else {
       #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const DEVICE T* up = b + (size_t)slots[r] * rank * stride + column;
-        #pragma unroll 8
-        for (int j = 0; j < (slots[r] == 0 ? 0 : rank); ++j) added[r] += inner[0][r][j] * float(up[(size_t)j * stride]);
+        for (int at = 0; at < (slots[r] == 0 ? 0 : rank); at += RANKS) {
+          float by[RANKS];
+          #pragma unroll
+          for (int j = 0; j < RANKS; ++j) by[j] = float(up[(size_t)(at + j) * stride]);
+          #pragma unroll
+          for (int j = 0; j < RANKS; ++j) added[r] += inner[0][at + j][r] * by[j];
+        }
       }
     }
     #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       if (first + r >= count) continue;
-      float value = given[c][r] + added[r];
+      float value = given[r] + added[r];
       $scale
       out[(size_t)(first + r) * outs + column] = T(value);
     }
@@ -197,9 +227,9 @@ class LowRank:
 class DecodeKernel:
     """Compiled when it is first needed, once for layers of every shape."""
 
-    def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
-        self._device, self._compiler = device, compiler
-        self._kernels: dict[tuple[int, str, tuple[str, ...]], Launch] = {}
+    def __init__(self, device: Device, compiler: Compiler = compile_kernel, geometry: Geometry = Geometry()) -> None:
+        self.device, self.compiler, self.geometry = device, compiler, geometry
+        self._kernels: dict[tuple[int, int, str, tuple[str, ...]], Launch] = {}
 
     def takes(self, x: mx.array, width: int, rank: int, dtype: mx.Dtype) -> bool:
         """Returns whether it is written for x [rows, …, in] of this many inputs: one token a row, in the dtype of the
@@ -220,8 +250,9 @@ class DecodeKernel:
     def __call__(self, x: mx.array, rows: mx.array, layers: Sequence[LowRank]) -> list[mx.array]:
         """What each of the layers asks for, for x [rows, …, in], in float32 and rounded once. `rows` uint32, a slot for
         each row or one for all; slot 0 adds nothing."""
-        count, dtype = x.shape[0], layers[0].y.dtype
-        kind = (len(layers), str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
+        count, dtype, shared = x.shape[0], layers[0].y.dtype, self.geometry
+        tile = next(tile for tile in TILES if all(layer.a.shape[1] % tile == 0 for layer in layers))
+        kind = (len(layers), tile, str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
         if kind not in self._kernels:
             self._kernels[kind] = self._make(*kind)
         widths = [layer.y.shape[-1] for layer in layers]
@@ -229,34 +260,34 @@ class DecodeKernel:
         outputs = self._kernels[kind](
             inputs=[x.reshape(count, -1), rows, *(array for several in arrays for array in several)],
             template=[("T", dtype)],
-            grid=(sum(-(-out // OUTPUTS) for out in widths) * 32 * WARPS, -(-count // ROWS), 1),
-            threadgroup=(32 * WARPS, 1, 1),
+            grid=(sum(-(-out // shared.outputs) for out in widths) * 32 * shared.warps, -(-count // shared.rows), 1),
+            threadgroup=(32 * shared.warps, 1, 1),
             output_shapes=[(count, out) for out in widths],
             output_dtypes=[dtype] * len(layers),
         )
         return [output.reshape(layer.y.shape) for output, layer in zip(outputs, layers, strict=True)]
 
-    def _make(self, layers: int, dtype: str, optional: tuple[str, ...]) -> Launch:
+    def _make(self, layers: int, tile: int, dtype: str, optional: tuple[str, ...]) -> Launch:
+        shared = self.geometry
+
         def of_layer(layer: int, kind: str = "") -> str:
             return " ".join(f"{kind}{name} = {name}{layer};" for name in optional)
 
         chosen = [NEXT_LAYER.substitute(before=at - 1, this=at, optional=of_layer(at)) for at in range(1, layers)]
         scale = SCALE * ("gain" in optional) + BIAS * ("bias" in optional)
         given = constants(
-            PARTS=PARTS, ROWS=ROWS, WARPS=WARPS, RANKS=RANKS, COLUMNS=COLUMNS, OUTPUTS=OUTPUTS, MOST_RANK=MOST_RANK,
-            VEC=4 if dtype == "float32" else 8,
+            PARTS=shared.parts, ROWS=shared.rows, WARPS=shared.warps, COLUMNS=shared.columns, OUTPUTS=shared.outputs,
+            RANKS=tile, MOST_RANK=MOST_RANK, VEC=4 if dtype == "float32" else 8,
         )  # fmt: skip
         names = ("y", "a", "b", *optional)
-        return self._compiler(
-            self._device,
+        return self.compiler(
+            self.device,
             f"low_rank_{layers}_{dtype}",
             ["x", "rows", *(f"{name}{layer}" for layer in range(layers) for name in names)],
             [f"out{layer}" for layer in range(layers)],
             given
-            + BODY.substitute(
-                INDICES[self._device], optional=of_layer(0, "auto "), chosen="".join(chosen), scale=scale
-            ),
-            macros(self._device) + NUMBERS[dtype],
+            + BODY.substitute(INDICES[self.device], optional=of_layer(0, "auto "), chosen="".join(chosen), scale=scale),
+            macros(self.device) + NUMBERS[dtype],
         )
 
 

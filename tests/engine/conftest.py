@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from rollout_server.engine.model.resident import ResidentModel
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver
 from tests.support.engine.loaded_models import loaded
+
+AS_ON_A_CPU: dict[str, Any] = {"max_batch": 64, "prefill_tokens": 512}
+"""What a GPU would choose for itself: tests count turns."""
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +68,10 @@ def shared_models_stay_bare(bare_models: dict[str, ResidentModel]) -> Iterator[N
 @pytest.fixture
 def base(bare_model: Callable[[str], ResidentModel], qwen: Path) -> Driver:
     """A driver on the shared base; publish nothing on it."""
-    return Driver.start(qwen, bare_model("qwen3"), max_batch=64)
+    return Driver.start(qwen, bare_model("qwen3"), **AS_ON_A_CPU)
 
 
 @pytest.fixture
 def driver(qwen: Path) -> Driver:
     """A driver with a model of its own, for tests that push adapters."""
-    return Driver.start(qwen)
+    return Driver.start(qwen, **AS_ON_A_CPU)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import mlx.core as mx
 import mlx.nn as nn
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
@@ -164,10 +164,21 @@ def _prepare(path: Path, module: nn.Module, *, on_cpu: bool) -> VisionFamily | N
     """In memory, as it is computed with; returns the tower beside it, if there is one."""
     if on_cpu:
         _to_float32(module)
+    _lay_out(module)
     module.eval()
     module.freeze()
     mx.eval(module.parameters())
     return read_tower(path, module)
+
+
+def _lay_out(module: nn.Module) -> None:
+    """Stacks of matrices row by row in memory: mlx-lm turns those of some families, and on CUDA MLX's product takes the
+    matrices of a turned stack for others. One after another, so that no two copies of the model are there at once."""
+    stacks = {path: array for path, array in _named_arrays(module) if array.ndim > 2}
+    for path in list(stacks):
+        whole = mx.contiguous(stacks.pop(path))
+        mx.eval(whole)
+        module.update(tree_unflatten([(path, whole)]))
 
 
 def _to_float32(module: nn.Module) -> None:
@@ -180,9 +191,12 @@ def _to_float32(module: nn.Module) -> None:
     module.update(tree_map_with_path(cast, module.parameters()))
 
 
+def _named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    return tree_flatten(module.parameters())  # type: ignore[return-value]
+
+
 def _arrays(module: nn.Module) -> list[mx.array]:
-    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    return [array for _, array in flat]
+    return [array for _, array in _named_arrays(module)]
 
 
 def _activation_dtype(module: nn.Module) -> mx.Dtype:

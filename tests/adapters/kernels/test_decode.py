@@ -10,13 +10,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters.kernels.decode import MOST_RANK, DecodeKernel, LowRank, decode_kernel
+from adapters.kernels.decode import MOST_RANK, DecodeKernel, Geometry, LowRank, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
 from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
 KINDS = ["the GPU", *TEXTS]
+SHARED = [Geometry(1, 2, 4), Geometry(8, 4, 1), Geometry(2, 8, 2)]
 SHAPES = [(48, 264), (513, 72), (1024, 64)]
 RANKS = {1: 4, 2: 16, 3: 11}
 """Of the versions in slots 1 to 3; those of slots 2 and 3 have gains where there are any."""
@@ -107,6 +108,15 @@ def test_ranks_are_read_in_tiles(kernel: DecodeKernel, rank: int) -> None:
     stack = a_stack((48, 72), mx.float32, gains=False, ranks={1: rank, 3: rank - 5})
     for slots in ([1, 0, 3, 1, 1], [3] * 9):
         assert_as_one_by_one(kernel, stack, base, slots, mx.float32)
+
+
+@pytest.mark.parametrize("shared", some_long(SHARED, SHARED[0]), ids=str)
+def test_however_a_launch_is_shared_out(kernel: DecodeKernel, shared: Geometry) -> None:
+    made = DecodeKernel(kernel.device, kernel.compiler, shared)
+    base = nn.Linear(264, 300, bias=False)
+    base.set_dtype(mx.bfloat16)
+    for slots in ([3, 0, 3, 2, 2], [2] * 9):
+        assert_as_one_by_one(made, a_stack((300, 264), mx.bfloat16, gains=True), base, slots, mx.bfloat16)
 
 
 @pytest.mark.parametrize("kernel", KINDS, indirect=True)

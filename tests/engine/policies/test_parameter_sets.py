@@ -118,10 +118,11 @@ def reread(driver: Driver, row: Rollout, modes: dict[int, str]) -> list[float]:
 def test_a_switch_between_sets_carries_the_kv(family: str, model_path: Callable[[str], Path]) -> None:
     driver = Driver.start(model_path(family))
     driver.push("p", driver.bundle(1))
-    stay = driver.submit([LONG], policy="p@1", seed=1, max_tokens=24, ignore_eos=True)
+    # On a GPU a push takes more turns than here.
+    stay = driver.submit([LONG], policy="p@1", seed=1, max_tokens=60, ignore_eos=True)
     if driver.model.info.max_batch == 1:
         driver.finish(stay)
-    move = driver.submit([LONG], policy="p", seed=1, max_tokens=24, ignore_eos=True, on_update="switch")
+    move = driver.submit([LONG], policy="p", seed=1, max_tokens=60, ignore_eos=True, on_update="switch")
     driver.turn(7)
     driver.push("p", full(driver, 2))
     driver.turn(4)
@@ -132,7 +133,7 @@ def test_a_switch_between_sets_carries_the_kv(family: str, model_path: Callable[
     (row,) = driver.rollouts(move)
     told = spans(row)
     assert [(number, kv) for number, _, _, kv in told] == [(1, None), (2, "carried"), (3, "carried"), (1, "carried")]
-    assert told[0][1] == 0 and told[-1][2] == 24 and all(a[2] == b[1] for a, b in itertools.pairwise(told))
+    assert told[0][1] == 0 and told[-1][2] == 60 and all(a[2] == b[1] for a, b in itertools.pairwise(told))
     expected = reread(driver, row, {1: "adapter", 2: "merged", 3: "merged"})
     assert_near(row.logprobs, expected, amplified(family) * TINY.of_row(row))
     (old,) = driver.rollouts(stay)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from rollout_server.engine.messages.scoring import Classify, Embed, RecordedRow
 from rollout_server.rollout import PolicyAddress, Rollout, Wants
@@ -219,3 +220,11 @@ def test_a_reward_version_scores_what_it_sees(kind: Seeing) -> None:
     assert_near(found, want, DEEPEST.of_logits(want, max(map(len, sequences))))
     blind = driver.classify([conversations[1].ids], "rm")[0]
     assert np.max(np.abs(blind - found[1])) > 0.01
+
+
+def test_stacks_of_experts_lie_row_by_row_in_memory() -> None:
+    """Or MLX's product of tokens sorted by expert takes others' matrices on CUDA."""
+    with opened("qwen3_vl_moe") as seeing:
+        module = seeing.start().model.module
+        stacks = {path: array for path, array in tree_flatten(module.parameters()) if array.ndim == 3}
+        assert stacks and all(memoryview(array).c_contiguous for array in stacks.values()), list(stacks)

@@ -157,10 +157,11 @@ FAULTS = [
     (attend, "own + 1 - WINDOW", "own - WINDOW", 0),
     (add_products, BARRIER, NOTHING, 0),
     (add_products, BARRIER, NOTHING, 1),
-    (add_products, "SHUFFLE(sum[j], step)", "SHUFFLE(sum[j], 1)", 0),
+    (add_products, "SHUFFLE(away, step)", "SHUFFLE(away, 1)", 0),
     (add_products, "if (first + r >= count) continue;", "", 0),
     (add_products, "slots[r] == slots[0]", "true", 0),
-    (add_products, "slot != other) numbers_of", "false) numbers_of", 0),
+    (add_products, "slot == other ? 1 : 2", "1", 0),
+    (add_products, "of == side", "true", 0),
     (add_products, "part < PARTS; ++part", "part < PARTS - 1; ++part", 0),
     *((filter_rows, BARRIER, NOTHING, at) for at in range(4)),
 ]  # fmt: skip

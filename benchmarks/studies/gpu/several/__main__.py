@@ -57,7 +57,7 @@ def study_of(options: argparse.Namespace, folder: Path) -> parts.Study:
     machine = Machine((), "ring") if options.cpu else Machine(gpus_for(options.gpus, None), "nccl")
     small = {"prompts": 4, "prompt_tokens": 24, "samples": 2, "tokens": 16, "many": (1, 4), "turns": 300}
     usual = {"prompts": 32, "prompt_tokens": 256, "samples": 8, "tokens": 128, "many": (1, 32, 256), "turns": 10_000}
-    sizes = small if options.cpu else usual
+    sizes = (small if options.cpu else usual) | ({"turns": options.turns} if options.turns else {})
     count = 2 if options.cpu else options.gpus
     return parts.Study(machine, shape, halves, floats, count, options.rounds, push_rank=16, **sizes)
 
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="0.6B")
     parser.add_argument("--gpus", type=int, default=len(list(NVIDIA.glob("*"))), help="how many to use; all there are")
+    parser.add_argument("--turns", type=int, help="of the part of that name; 10,000, and 300 with --cpu")
     parser.add_argument("--cpu", action="store_true", help="a small model without GPUs: says that the study works")
     options = parser.parse_args()
     if unknown := [name for name in options.parts if name not in PARTS]:

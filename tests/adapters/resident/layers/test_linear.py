@@ -40,7 +40,7 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         own = decode_kernel()
         if own is None:
             pytest.skip("There is no GPU.")
-        found = Counted(own._device)
+        found = Counted(own.device)
     found.launches = []
     return found
 

@@ -5,7 +5,7 @@ torch's profiler listens to the device whoever launches, so that it counts MLX's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,8 @@ from benchmarks.studies.gpu.held import Held
 from rollout_server.rollout import PolicyAddress
 
 MOST_KERNELS = 8
+Kernel = tuple[str, float, int]
+"""Its name, the microseconds of all its launches, and how many there were."""
 
 
 def launches(held: Held) -> Iterator[Figure]:
@@ -38,18 +40,24 @@ def launches(held: Held) -> Iterator[Figure]:
             )
 
 
-def profiled(rows: Contender) -> tuple[int, list[tuple[str, float, int]]]:
-    """Tokens of one run, and its kernels, the longest first: name, microseconds of all, how often. Raises
-    `RuntimeError` where torch sees no device."""
+def profiled(rows: Contender) -> tuple[int, list[Kernel]]:
+    """Tokens of one run, and its kernels. Raises `RuntimeError` where torch sees no device."""
+    tokens: list[int] = []
+    found = kernels_of(lambda: tokens.append(rows.run()[0]))
+    return tokens[0], found
+
+
+def kernels_of(run: Callable[[], object]) -> list[Kernel]:
+    """What the device runs meanwhile, the longest first. Raises `RuntimeError` where torch sees no device."""
     # Torch is there only where it is compared with.
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU here, so its profiler would count nothing.")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        tokens, _ = rows.run()
+        run()
         mx.synchronize()
         torch.cuda.synchronize()
     seen: list[Any] = [each for each in profile.key_averages() if each.self_device_time_total > 0]
     seen.sort(key=lambda each: -each.self_device_time_total)
-    return tokens, [(each.key, each.self_device_time_total, each.count) for each in seen]
+    return [(each.key, each.self_device_time_total, each.count) for each in seen]

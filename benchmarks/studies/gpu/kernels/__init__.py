@@ -1,0 +1,1 @@
+"""What the device itself does: kernels by their own time."""
