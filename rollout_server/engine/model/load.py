@@ -34,6 +34,7 @@ from rollout_server.engine.model.checkpoint.refusals import UNREADABLE, named, r
 from rollout_server.engine.model.checkpoint.renames import head_dim
 from rollout_server.engine.model.checkpoint.stacked import classes_of, folded_factors
 from rollout_server.engine.model.checkpoint.windows import window_bounds
+from rollout_server.engine.model.device import rows_turned
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
 from rollout_server.engine.model.footprints import check_room, check_share
@@ -72,7 +73,8 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
+    fits = partial(rows_turned, module, (config.get("text_config") or config).get("num_attention_heads") or 1)
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks, fits)
     check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
     info = ModelInfo(
         id=options.model_id,
@@ -104,11 +106,12 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
         **scoring_of(read.kind, read.head, config),
     )
     _check_ranks(path, module, ranks, info)
-    filters = choose_filter_kernel(vocabulary, dtype)
     kernel = None if ranks or "linear" in unfit else choose_kernel(module, layers, dtype)
     make = partial(chosen.make, sizes.max_batch.value)
-    ways = make, chosen.compiles, chosen.attention, kernel, trunk, filters, read.head, eyes
-    return ResidentModel(module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, part.cuts, ranks)
+    ways = make, chosen.compiles, chosen.attention, kernel, trunk, choose_filter_kernel(vocabulary, dtype)
+    return ResidentModel(
+        module, read.tokenizer, read.host_tokenizer, dtype, info, *ways, read.head, eyes, part.cuts, ranks
+    )
 
 
 def _check_ranks(path: Path, module: nn.Module, ranks: Ranks | None, info: ModelInfo) -> None:

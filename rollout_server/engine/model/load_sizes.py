@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -36,10 +36,12 @@ def chosen_sizes(
     dtype: mx.Dtype,
     weight_bytes: int,
     ranks: Ranks | None = None,
+    fits: Callable[[int], int] = lambda rows: rows,
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for."""
+    served one row at a time, whatever was asked for; `fits` is how many of so many rows the device takes in a step;
+    several `ranks` admit what the smallest of them has room for."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
@@ -60,6 +62,10 @@ def chosen_sizes(
     )
     for sentence in sizes.sentences():
         log.info("%s", sentence)
+    if (rows := fits(sizes.max_batch.value)) < sizes.max_batch.value:
+        reason = "MLX cannot turn more rows at once on this device where so few numbers of a head are turned."
+        log.warning("--max-batch is %d: %s", rows, reason)
+        sizes = replace(sizes, max_batch=replace(sizes.max_batch, value=rows, reason=reason))
     return sizes if ranks is None else least_of(ranks, sizes)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +17,8 @@ from adapters.resident.device_check import check_adapters
 from adapters.resident.layers import slot_stack
 from adapters.resident.model_layers import adaptable_layers
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.device import device_fault
-from rollout_server.engine.model.load import load
+from rollout_server.engine.model.device import device_fault, rows_turned
+from rollout_server.engine.model.load import load, read_model
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling import sampler, sampler_check
 from rollout_server.engine.sampling.sampler_check import check_sampler
@@ -114,3 +115,19 @@ def test_an_access_that_the_device_does_not_survive_ends_the_engine(qwen: Path) 
     command = [sys.executable, "-m", "tests.support.engine.losing_device", str(qwen)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "dead: The engine stopped: EngineUnavailable: The device no longer computes" in done.stdout, done
+
+
+def test_rows_that_the_device_does_not_turn_at_once_are_halved(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on CUDA, where few numbers of a head are turned."""
+    asked: list[tuple[int, ...]] = []
+
+    def turn(x: mx.array, dims: int, **options: Any) -> mx.array:
+        asked.append(x.shape)
+        if x.shape[0] > 100:
+            raise RuntimeError("cudaGraphAddKernelNode failed: invalid argument")
+        return mx.fast.rope(x, dims, **options)
+
+    module = read_model(qwen).module
+    assert rows_turned(module, 4, 1024, turn) == 64
+    assert [shape[:2] for shape in asked] == [(rows, 4) for rows in (1024, 512, 256, 128, 64)]
+    assert rows_turned(module, 4, 1024) == 1024 or mx.default_device() != mx.cpu

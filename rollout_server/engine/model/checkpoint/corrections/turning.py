@@ -55,7 +55,7 @@ def turn_as_said(
 ) -> Turned:
     """Checks every RoPE of `module` and replaces those that are wrong. `longest` is `max_position_embeddings`."""
     checked, wrong = 0, dict[str, nn.Module]()
-    for path, layer, own in _ropes(module):
+    for path, layer, own in ropes(module):
         part = _part_of(path, rope, layer_types)
         if part is None:
             continue
@@ -74,7 +74,7 @@ def turn_as_said(
     return Turned(checked, len(wrong))
 
 
-def _ropes(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+def ropes(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """(path, layer, dimensions that it turns)"""
     for path, layer in module.named_modules():
         if not {"rope", "rotary_emb"} & {path.rpartition(".")[2]}:
