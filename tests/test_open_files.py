@@ -64,7 +64,6 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
             ((6000, 6000), "6000 6000"),
         ],
         ((256, 1500), "1500 1500"),
-        ((6000, 6000), "6000 6000"),
     ),
 )
 def test_importing_mlx_lm_raises_the_limit_as_far_as_it_may_and_never_lowers_it(
@@ -73,6 +72,7 @@ def test_importing_mlx_lm_raises_the_limit_as_far_as_it_may_and_never_lowers_it(
     assert python(IMPORTS, *before) == after
 
 
+@pytest.mark.long
 def test_other_threads_import_meanwhile() -> None:
     code = """
 import importlib, resource, sys, threading
@@ -114,7 +114,8 @@ def serving(soft: int, hard: int) -> Iterator[tuple[str, list[str]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("limit", [pytest.param(1024, marks=pytest.mark.long), 256])
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [1024, 256])
 def test_a_server_starts_and_says_what_it_cannot_do(limit: int) -> None:
     with serving(limit, limit) as (url, log):
         asked = {"policy": "base", "prompts": [{"text": "1+1="}], "sampling": {"max_tokens": 2}}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import httpx
+import pytest
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
@@ -52,6 +53,7 @@ def test_chat_and_stops(server: Server) -> None:
     assert done.stdout == text.partition(cut)[0] + "\n"
 
 
+@pytest.mark.long
 def test_a_model_started_for_it_says_the_same(server: Server, model: Path, adapter: Path) -> None:
     expected = completion(server, prompt="the end", seed=3)["text"]
     own = ["the end", "--model", str(model), "--max-tokens", "12", "--seed", "3", "--adapter", f"p={adapter}", "--json"]

@@ -102,6 +102,7 @@ def test_a_model_of_a_family_that_nobody_knows(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_an_adapter_for_another_base(tmp_path: Path) -> None:
     other = tiny_models.build("qwen3", tmp_path / "other")
     tensors, config = tiny_models.random_adapter(tiny_models.linear_layers(other), 4, 1)

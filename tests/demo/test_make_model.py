@@ -56,6 +56,7 @@ def test_special_tokens_and_chat_template(tokenizer: AutoTokenizer) -> None:
     assert tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True).endswith("the sum")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrapped", ["bare", pytest.param("chat", marks=pytest.mark.long)])
 def test_the_model_is_small_and_half_knows_the_task(tokenizer: AutoTokenizer, wrapped: str) -> None:
     """Greedy answers are right in some style nearly always, and in the rewarded one less than sixty times in a hundred:
@@ -110,6 +111,7 @@ def test_only_training_problems_and_only_answers_are_learned() -> None:
             assert lenient(Problem(a, b), tokenizer.decode(answer))
 
 
+@pytest.mark.long
 def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     """In two processes, so that no state of this one can make them equal."""
     recipe = Recipe(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, steps=4, batch=16)

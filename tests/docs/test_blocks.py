@@ -20,7 +20,7 @@ NOT_RUN: Mapping[tuple[str, str], str] = {
     ("docs/guide/fleets.md", ACROSS_HOSTS): "it starts ranks on other hosts by ssh",
 }
 """(Page, first line of a block) → why it is not run here."""
-SHORT = frozenset({"docs/quick-start.md", "docs/guide/numbers.md", "docs/guide/text.md"})
+SHORT = frozenset({"docs/guide/numbers.md", "docs/guide/text.md"})
 """Pages that `make test` reads, and not `make test-long` alone: the others start servers of their own or train."""
 
 

@@ -21,7 +21,7 @@ from adapters.formats import whole_tensors
 from adapters.formats.read import read_bundle
 from adapters.spec import place_of
 from rollout_server.engine.model.load import read_model
-from tests.laws.grids import corners
+from tests.laws.grids import corners, some_long
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY
@@ -120,7 +120,7 @@ def test_an_adapter_of_peft_comes_out_for_mlx_lm(
     assert read_bundle(again, settings, layers=driver.model.info.layers).digest == bundle.digest
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", some_long(["llama", "qwen3", "qwen3_moe"], "qwen3_moe"))
 def test_whole_tensors_are_exported_for_mlx_lm(family: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
     """`fine_tune_type: full`: what mlx-lm loads is what we serve, and it reads back to the same digest."""
     model = base_of(family, None)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from examples.async_grpo import CAP, Trainer, loss, train
-from tests.laws.grids import some_long
 from tests.support.live_server import Server
 from trainer_client import RolloutClient, truncated_importance_weights
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("staleness", some_long([0, 2], 2))
+@pytest.mark.long
+@pytest.mark.parametrize("staleness", [0, 2])
 def test_nothing_is_learned_from_that_is_further_behind(live: Server, staleness: int) -> None:
     """`train` asserts the bound of every token itself. How far behind one is depends on who is faster."""
     with RolloutClient(live.url) as client:

@@ -90,6 +90,7 @@ def test_chat_and_rollouts_read_what_transformers_renders(live: Server, tokenize
                 known += tool_ids(live.url, words, tokenizer.eos_token_id)
 
 
+@pytest.mark.long
 def test_the_example_runs_as_written(live: Server) -> None:
     command = [sys.executable, "examples/tool_conversation.py", "--url", live.url]
     ran = subprocess.run(

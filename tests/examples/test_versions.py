@@ -87,6 +87,7 @@ def test_a_version_that_is_not_there_is_named(live: Server) -> None:
     assert ran.returncode != 0 and "nobody" in ran.stderr
 
 
+@pytest.mark.long
 def test_a_trainer_one_version_behind_is_told_within_one_step(live: Server) -> None:
     ran = run("watch_mismatch", live, "--steps", "4", "--prompts", "4", "--behind-from", "2")
     assert ran.returncode == 1, ran.stdout + ran.stderr

@@ -17,6 +17,7 @@ from tests.support.golden_encoders import copied
 BASE = PolicyAddress("base")
 
 
+@pytest.mark.long
 def test_a_pause_that_ends_what_runs_leaves_no_call_of_a_fleet_unanswered(tmp_path: Path) -> None:
     model = copied("bert/embed", tmp_path)
     many = tuple((5, 6, 7 + index % 40) * 10 for index in range(3000))

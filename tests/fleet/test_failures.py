@@ -90,6 +90,7 @@ async def pushed(led: Led, bundle: AdapterBundle) -> Published:
     return await led.publisher.publish(Publish(led.handle.new_id("p"), NAME, bundle))
 
 
+@pytest.mark.long
 def test_rows_beyond_a_cut_link_come_back_from_elsewhere_and_the_replica_with_its_versions(
     play: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,6 +120,7 @@ def test_rows_beyond_a_cut_link_come_back_from_elsewhere_and_the_replica_with_it
     play(scenes)
 
 
+@pytest.mark.long
 def test_rows_of_a_drained_replica_come_back_and_without_one_they_are_refused(play: Any) -> None:
     async def scenes(scene: Scene) -> None:
         led = await scene.led()

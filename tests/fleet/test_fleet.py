@@ -252,6 +252,7 @@ def test_a_deadline_ends_what_runs_and_what_never_began(started: SideBySide) -> 
     started.run(late())
 
 
+@pytest.mark.long
 def test_a_base_that_cannot_be_loaded_is_told_by_the_fleet(tmp_path: Path) -> None:
     async def start() -> None:
         handle = fleet_handle(tmp_path, 1)
@@ -267,6 +268,7 @@ def alive(handle: EngineHandle, count: int) -> Callable[[], bool]:
     return lambda: sum(replica.state == "live" for replica in handle.status.replicas) == count
 
 
+@pytest.mark.long
 def test_rows_of_a_killed_replica_come_back_token_for_token(started: SideBySide) -> None:
     async def kill() -> None:
         fleet = started.fleet

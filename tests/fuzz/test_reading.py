@@ -89,7 +89,7 @@ def most_memory() -> int:
 
 
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")  # Of Python's `re`, of some expressions.
-@pytest.mark.parametrize("times", some_long([4, 17], 4))
+@pytest.mark.parametrize("times", some_long([2, 17], 2))
 def test_a_mutated_upload_is_served_or_refused_with_a_sentence(bases: dict[str, Base], times: int) -> None:
     valid = valid_uploads({name: base.layers for name, base in bases.items()})
     outcomes: Counter[str] = Counter()

@@ -72,6 +72,7 @@ def test_a_crowd_that_says_nothing(problem: Callable[..., Any]) -> None:
     assert "Too many connections" in said
 
 
+@pytest.mark.long
 def test_no_file_is_left_for_one_more() -> None:
     """It is accepted in the place of the file that is kept for this, answered and closed."""
     code = """
@@ -102,6 +103,7 @@ with bound_socket(ServerConfig(port=0)) as listener:
     assert done.stdout.strip() == "3", done.stderr
 
 
+@pytest.mark.long
 def test_not_even_that_one() -> None:
     """The limit comes down below every file that is open: nobody can be accepted, and the server waits in peace."""
     with fake_server() as server, ExitStack() as stack:

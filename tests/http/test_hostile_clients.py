@@ -170,6 +170,7 @@ def test_an_engine_s_fault_names_the_field_of_the_route(
     problem(ask(client), 400, "context_length_exceeded", "sampling.max_tokens")
 
 
+@pytest.mark.long
 def test_a_long_body_is_answered_like_a_short_one(client: Client, problem: Callable[..., Any]) -> None:
     """It is parsed, planned and written on other threads."""
     prompts = [{"text": f"{number}+1=", "id": str(number)} for number in range(1500)]

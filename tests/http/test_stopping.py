@@ -88,6 +88,7 @@ def test_whoever_is_still_sending_is_told_at_once(problem: Callable[..., Any]) -
     assert len([entry for entry in log if entry.get("status") == 503]) == len(HALF_SENT) + 1
 
 
+@pytest.mark.long
 def test_a_stream_that_goes_on_coming_does_not_hold_it_up(problem: Callable[..., Any]) -> None:
     with fake_server() as server, connect(server.url) as connection:
         connection.sendall(b"POST /v1/weights?name=p HTTP/1.1\r\n" + OCTETS + b"Content-Length: 2000000000\r\n\r\n")
@@ -108,6 +109,7 @@ def test_a_stream_that_goes_on_coming_does_not_hold_it_up(problem: Callable[...,
         assert {entry["level"] for entry in server.ended()} == {"info"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "pause_s"),
     some_long([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.2)], (signal.SIGTERM, 0.2)),
@@ -126,6 +128,7 @@ def test_a_second_signal_leaves_no_traces(number: signal.Signals, pause_s: float
     assert {entry["level"] for entry in log} == {"info"}, log
 
 
+@pytest.mark.long
 def test_a_reader_that_does_not_read_is_waited_for_and_cut_off() -> None:
     """`shutdown_s` of `serve_fake` is short; nothing is cancelled, so nothing leaves a trace."""
     body = json.dumps({"policy": "base", "prompts": [{"token_ids": [5, 6]}] * 10_000}).encode()

@@ -19,6 +19,8 @@ BOUNDS = frozenset({"assert_near", "TINY", "GOLDEN", "EMBEDDED", "amplified", "r
 FOLLOWED = ("tests.", "rollout_server.demo.")
 SECONDS = {"long": 10.0, "server": 2.0, "model": 0.5}
 """Of a test with the mark, the first that it has."""
+LARGER = 4
+"""Times the others of its grid, for a case that is `long`."""
 
 
 def names_in(code: CodeType) -> Iterator[str]:
@@ -63,11 +65,16 @@ def ours(value: object, names: frozenset[str]) -> list[FunctionType]:
 
 
 def seconds(item: pytest.Item) -> float:
-    """About how long a test of its kind takes; of a `long` one that says how long it may take, a tenth of that."""
+    """About how long a test of its kind takes; of a `long` one that says how long it may take, a tenth of that. A case
+    that a grid leaves to `long` is like its other cases, or somewhat larger."""
+    kind = next((usual for name, usual in SECONDS.items() if name != "long" and item.get_closest_marker(name)), 0.02)
+    if item.get_closest_marker("long") is None:
+        return kind
     allowed = item.get_closest_marker("timeout")
-    if allowed is not None and item.get_closest_marker("long"):
+    if allowed is not None:
         return max(SECONDS["long"], allowed.args[0] / 10)
-    return next((long for name, long in SECONDS.items() if item.get_closest_marker(name)), 0.02)
+    whole = {mark.name for mark in getattr(getattr(item, "obj", None), "pytestmark", ())}
+    return SECONDS["long"] if "long" in whole else LARGER * kind
 
 
 def heaviest_first(items: list[pytest.Item]) -> None:
@@ -79,6 +86,13 @@ def heaviest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -taken[item.path])
 
 
+@cache
+def names_of(functions: tuple[FunctionType, ...]) -> tuple[str, ...]:
+    """The marks that follow for a test of these functions; its cases have the same."""
+    kinds = (("server", PROCESSES), ("model", MODELS), ("numeric", BOUNDS))
+    return tuple(name for name, wanted in kinds if reaches(functions, wanted))
+
+
 def mark(items: list[pytest.Item]) -> None:
     """Adds `server`, `model` and `numeric` where they follow."""
     for item in items:
@@ -86,7 +100,5 @@ def mark(items: list[pytest.Item]) -> None:
             continue
         fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
         functions = [inspect.unwrap(each) for each in (item.function, *fixtures)]
-        functions = [each for each in functions if isinstance(each, FunctionType)]
-        for name, wanted in (("server", PROCESSES), ("model", MODELS), ("numeric", BOUNDS)):
-            if reaches(functions, wanted):
-                item.add_marker(name)
+        for name in names_of(tuple(each for each in functions if isinstance(each, FunctionType))):
+            item.add_marker(name)

@@ -46,6 +46,7 @@ def url() -> Iterator[str]:
         yield server.url
 
 
+@pytest.mark.long
 def test_the_example_of_a_loop_runs_as_written(url: str) -> None:
     """Only the port is another one, and there are fewer steps of fewer prompts."""
     code = (ROOT / "examples" / "grpo_loop.py").read_text(encoding="utf-8")

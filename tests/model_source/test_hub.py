@@ -114,6 +114,7 @@ def test_a_model_is_fetched_once_and_served_by_its_id(hub: HubStandIn, tmp_path:
     assert len(hub.got()) == before
 
 
+@pytest.mark.long
 def test_a_broken_connection_is_gone_on_with(hub: HubStandIn, tmp_path: Path) -> None:
     """And on a terminal a bar says how far it is."""
     master, slave = pty.openpty()

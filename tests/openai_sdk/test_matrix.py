@@ -104,8 +104,10 @@ def test_a_stream_adds_up_to_the_same(client: OpenAI, route: str, case: str) -> 
     )
 
 
-@pytest.mark.parametrize("case", ["greedy", "n and stop", "top logprobs", "a name", "a long stop string", "hot"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "case"),
+    corners(list(ROUTES), ["greedy", "n and stop", "top logprobs", "a name", "a long stop string", "hot"]),
+)
 def test_asynchronously(live: Server, client: OpenAI, route: str, case: str) -> None:
     asked = call(route, case)
 

@@ -69,6 +69,7 @@ def test_the_wheel_has_every_file_of_the_packages(built: Path) -> None:
     assert b"rollout-server = rollout_server.cli:main" in held[f"{INFO}/entry_points.txt"]
 
 
+@pytest.mark.long
 def test_the_source_archive_makes_the_same_wheel(built: Path, unpacked: Path, tmp_path: Path) -> None:
     build(unpacked, tmp_path, "--target", "wheel")
     name = f"{NAME}-py3-none-any.whl"

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from rollout_server.cli import app
 from rollout_server.config import ServerConfig
 from rollout_server.fleet.wire import AGAIN
+from tests.laws.grids import some_long
 from tests.support.live_server import server_here
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_there_is_a_container_for_each_kind_of_machine() -> None:
     assert [path.stem for path in CONTAINERS] == ["cpu", "cuda"]
 
 
-@pytest.mark.parametrize("path", CONTAINERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", some_long(CONTAINERS, CONTAINERS[0]), ids=lambda path: path.stem)
 def test_the_health_of_a_container_is_that_of_ready(path: Path) -> None:
     """As docker runs it, on another port: well while a server is ready there, ill where none is."""
     (check,) = of(path, "HEALTHCHECK")

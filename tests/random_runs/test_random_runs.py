@@ -10,6 +10,7 @@ from adapters.resident import residency as resident_module
 from adapters.resident.parameter_sets import ParameterSets
 from adapters.versions.registry import Registry
 from rollout_server.versions.publisher import Publisher
+from tests.laws.grids import some_long
 from tests.random_runs.bases import World
 from tests.random_runs.play import Player, explore, failure, invent, shortest
 
@@ -19,13 +20,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World.make(tmp_path_factory.mktemp("sequences") / "tiny")
 
 
-def test_random_sequences_keep_every_promise(world: World) -> None:
+@pytest.mark.parametrize("sequences", some_long([6, 10], 6))
+def test_random_sequences_keep_every_promise(world: World, sequences: int) -> None:
     """The same ones in every run; `python -m tests.random_runs.play --sequences N --seed K` plays others."""
-    checked = explore(world, range(10))
-    assert checked["operations"] >= 300 and checked["tokens"] >= 1000, checked
+    checked = explore(world, range(sequences))
+    assert checked["operations"] >= 30 * sequences and checked["tokens"] >= 100 * sequences, checked
     assert checked["directories"] and checked["told StorageFailed"] and checked["Restored"], checked
 
 
+@pytest.mark.long
 def test_a_broken_promise_is_found_and_made_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a reference that is not given back when a row switches."""
     from rollout_server.engine.scheduling.on_update import VersionSwitcher

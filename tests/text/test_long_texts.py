@@ -17,6 +17,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.errors import ContextExceeded
 from rollout_server.http.routes.vllm.tokenizer import MOST_CHARACTERS
 from rollout_server.text.long_texts import DOUBLE, PIECE, SEAM, ContextBound
+from tests.laws.grids import corners
 from tests.support.http.fake_engine import FakeEngine
 from tests.support.http.shared_routes import make_app
 
@@ -70,8 +71,7 @@ ROUTES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("words", TEXTS)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "words"), corners(list(ROUTES), list(TEXTS)))
 def test_a_text_far_beyond_the_context_is_not_read_to_its_end(
     route: str, words: str, client: Client, engine: FakeEngine, problem: Callable[..., Any]
 ) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from typing import Any
 
 import httpx
@@ -109,7 +110,12 @@ def scraping(url: str, count: int = 200) -> float:
 
 
 def line(count: int = 2000) -> float:
-    """Seconds of the processor for the line of a request in the JSON log."""
+    """Seconds of the processor for the line of a request in the JSON log. Lines that are written later are about no
+    request: what a line is about belongs to a context."""
+    return copy_context().run(_line, count)
+
+
+def _line(count: int) -> float:
     from rollout_server import logs
 
     logger = logging.getLogger("rollout_server.http.middleware")

@@ -44,6 +44,8 @@ class ChosenStore:
     """Empty rows, of which at most so many run."""
     compiles: bool = False
     attention: ChosenAttention = UNBOUND
+    fits: Callable[[int], int] = lambda rows: rows
+    """How many of so many rows the device takes in a step."""
 
 
 def choose_store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -37,7 +37,7 @@ from rollout_server.engine.model.checkpoint.windows import window_bounds
 from rollout_server.engine.model.device import rows_turned
 from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.embedding import find_trunk, read_embedding
-from rollout_server.engine.model.footprints import check_room, check_share
+from rollout_server.engine.model.footprints import check_room
 from rollout_server.engine.model.kv_choice import ChosenStore, choose_store
 from rollout_server.engine.model.load_sizes import chosen_sizes, parameters_of
 from rollout_server.engine.model.resident import ResidentModel
@@ -73,9 +73,7 @@ def load(options: EngineOptions, ranks: Ranks | None = None) -> ResidentModel:
     layers, unfit = part.layers, _check_device(module, part.own, vocabulary, dtype, ranks)
     eyes = eyes_of(tower, path, read.host_tokenizer, module, trunk, chosen, dtype)
     weight_bytes = sum(array.nbytes for array in _arrays(module)) + (0 if eyes is None else nbytes(eyes.family))
-    fits = partial(rows_turned, module, (config.get("text_config") or config).get("num_attention_heads") or 1)
-    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks, fits)
-    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
+    sizes = chosen_sizes(options, chosen, layers, vocabulary, dtype, weight_bytes, ranks)
     info = ModelInfo(
         id=options.model_id,
         digest=base_digest(path),
@@ -127,7 +125,9 @@ def _chosen_store(
     """What only reads has no decode steps that could be compiled."""
     wanted = not on_cpu if options.compile_decode is None else options.compile_decode
     agreed = by_itself if ranks is None else ranks.agreed
-    return choose_store(read.module, vocabulary, options, compiles=wanted and read.head is None, agreed=agreed)
+    store = choose_store(read.module, vocabulary, options, compiles=wanted and read.head is None, agreed=agreed)
+    heads = (read.config.get("text_config") or read.config).get("num_attention_heads") or 1
+    return replace(store, fits=partial(rows_turned, read.module, heads))
 
 
 def _check_device(

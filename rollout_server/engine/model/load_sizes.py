@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.footprints import check_share
 from rollout_server.engine.model.kv_choice import ChosenStore
 from rollout_server.engine.ranks.ranks import Ranks
 from rollout_server.errors import EngineUnavailable
@@ -36,12 +37,11 @@ def chosen_sizes(
     dtype: mx.Dtype,
     weight_bytes: int,
     ranks: Ranks | None = None,
-    fits: Callable[[int], int] = lambda rows: rows,
 ) -> DeviceDefaults:
     """What was asked for, and for the rest what this device has room for beside the model, which the log then says.
     `dtype` is that of activations, `layers` has (out, in) of every layer. A model whose rows cannot share a batch is
-    served one row at a time, whatever was asked for; `fits` is how many of so many rows the device takes in a step;
-    several `ranks` admit what the smallest of them has room for."""
+    served one row at a time, whatever was asked for; several `ranks` admit what the smallest of them has room for.
+    Raises `EngineUnavailable` where that is more than the model's share of --memory."""
     footprint = Footprint(
         weights=weight_bytes,
         kv_token=store.cell_bytes,
@@ -62,11 +62,13 @@ def chosen_sizes(
     )
     for sentence in sizes.sentences():
         log.info("%s", sentence)
-    if (rows := fits(sizes.max_batch.value)) < sizes.max_batch.value:
+    if (rows := store.fits(sizes.max_batch.value)) < sizes.max_batch.value:
         reason = "MLX cannot turn more rows at once on this device where so few numbers of a head are turned."
         log.warning("--max-batch is %d: %s", rows, reason)
         sizes = replace(sizes, max_batch=replace(sizes.max_batch, value=rows, reason=reason))
-    return sizes if ranks is None else least_of(ranks, sizes)
+    sizes = sizes if ranks is None else least_of(ranks, sizes)
+    check_share(options.model_id, options.memory, weight_bytes, options.weights_memory, sizes.kv_memory.value)
+    return sizes
 
 
 def _check_kv(options: EngineOptions, memory: int, weight_bytes: int) -> None:

@@ -81,6 +81,7 @@ def test_the_first_pattern_that_matches_is_the_one_that_peft_takes() -> None:
             assert (server.first(name, -1), client.first(name, -1)) == (expected, expected), (table, name)
 
 
+@pytest.mark.long
 def test_more_shapes_of_names_than_are_looked_up_are_matched_one_by_one() -> None:
     names = ["x" * left + "." + "y" * right for left in range(1, 30) for right in range(1, 30)]
     table = {name: place for place, name in enumerate(names)}

@@ -13,15 +13,17 @@ import pytest
 from adapters.kernels.decode import MOST_RANK, DecodeKernel, Geometry, LowRank, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
-from tests.laws.grids import corners
+from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
+KINDS = ["the GPU", *TEXTS]
+SHARED = [Geometry(1, 2, 4), Geometry(8, 4, 1), Geometry(2, 8, 2)]
 SHAPES = [(48, 264), (513, 72), (1024, 64)]
 RANKS = {1: 4, 2: 16, 3: 11}
 """Of the versions in slots 1 to 3; those of slots 2 and 3 have gains where there are any."""
 
 
-@pytest.fixture(scope="module", params=["the GPU", *TEXTS])
+@pytest.fixture(scope="module", params=some_long(KINDS, *KINDS[:2]))
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecodeKernel:
     if request.param in TEXTS:
         return DecodeKernel(TEXTS[request.param], host_compiler(tmp_path_factory))
@@ -99,6 +101,7 @@ def test_inputs_that_a_warp_reads_in_turns(kernel: DecodeKernel, dtype: mx.Dtype
     assert_as_one_by_one(kernel, a_stack((48, 2056), dtype, gains=False), base, [3, 0, 3, 2, 2], dtype)
 
 
+@pytest.mark.parametrize("kernel", KINDS, indirect=True)
 @pytest.mark.parametrize("rank", [8, 24, 32, MOST_RANK])
 def test_ranks_are_read_in_tiles(kernel: DecodeKernel, rank: int) -> None:
     base = nn.Linear(72, 48, bias=False)
@@ -107,7 +110,7 @@ def test_ranks_are_read_in_tiles(kernel: DecodeKernel, rank: int) -> None:
         assert_as_one_by_one(kernel, stack, base, slots, mx.float32)
 
 
-@pytest.mark.parametrize("shared", [Geometry(1, 2, 4), Geometry(8, 4, 1), Geometry(2, 8, 2)], ids=str)
+@pytest.mark.parametrize("shared", some_long(SHARED, SHARED[0]), ids=str)
 def test_however_a_launch_is_shared_out(kernel: DecodeKernel, shared: Geometry) -> None:
     made = DecodeKernel(kernel.device, kernel.compiler, shared)
     base = nn.Linear(264, 300, bias=False)
@@ -116,6 +119,7 @@ def test_however_a_launch_is_shared_out(kernel: DecodeKernel, shared: Geometry) 
         assert_as_one_by_one(made, a_stack((300, 264), mx.bfloat16, gains=True), base, slots, mx.bfloat16)
 
 
+@pytest.mark.parametrize("kernel", KINDS, indirect=True)
 def test_a_row_of_four_inputs_is_left_to_plain_products(kernel: DecodeKernel) -> None:
     """Metal keeps so few numbers where no vector is read from."""
     base = nn.Linear(4, 48, bias=False)

@@ -44,10 +44,13 @@ def spoilt(product: Callable[..., mx.array], begin: int, end: int) -> Callable[.
     return wrong
 
 
-@pytest.mark.parametrize("begin, end", some_long([(0, 8), (WIDE - 16, WIDE), (70_000, 72_000)], (0, 8)))
-def test_a_part_that_is_wrong_is_found(begin: int, end: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = nn.Sequential(nn.Linear(8, WIDE, bias=False))
+@pytest.mark.parametrize(
+    "wide, begin, end",
+    some_long([(9000, 0, 8), (WIDE, 0, 8), (WIDE, WIDE - 16, WIDE), (WIDE, 70_000, 72_000)], (9000, 0, 8)),
+)
+def test_a_part_that_is_wrong_is_found(wide: int, begin: int, end: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Linear(8, wide, bias=False))
     layers = adaptable_layers(module)
     assert check_adapters(module, layers, mx.float32) == {}
     monkeypatch.setattr(slot_stack.mx, "gather_mm", spoilt(mx.gather_mm, begin, end))
-    assert f"layers.0 ({WIDE} × 8, float32)" in check_adapters(module, layers, mx.float32)["linear"]
+    assert f"layers.0 ({wide} × 8, float32)" in check_adapters(module, layers, mx.float32)["linear"]

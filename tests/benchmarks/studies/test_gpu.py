@@ -54,6 +54,7 @@ def test_calls_take_turns_after_one_to_warm_up() -> None:
     assert over(found["a"], found["b"]) == (0.75, 5.0 / 6.0)
 
 
+@pytest.mark.long
 def test_a_part_runs_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu", "top-p", "--shape", "tiny", "--rounds", "1", "--out", str(tmp_path)])
     assert gpu.main() == 0

@@ -29,6 +29,7 @@ def trips() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.long
 def test_a_trip_enters_no_more_files_than_the_record_says(trips: dict[str, set[str]]) -> None:
     record = (ROOT / "docs" / "decisions" / "13-trips.md").read_text()
     said = re.search(
@@ -41,10 +42,12 @@ def test_a_trip_enters_no_more_files_than_the_record_says(trips: dict[str, set[s
         assert 0 < count <= most, "one more is decided there first"
 
 
+@pytest.mark.long
 def test_a_steady_step_enters_no_more_than_twelve_files(trips: dict[str, set[str]]) -> None:
     assert 0 < len(trips["its step"]) <= 12 and trips["its step"] <= trips["a turn"]
 
 
+@pytest.mark.long
 def test_a_push_to_an_engine_at_rest_enters_nothing_that_rows_need(trips: dict[str, set[str]]) -> None:
     push, rollout = trips["POST /v1/weights"], trips["POST /v1/rollouts"]
     rooms = {f"rollout_server/engine/scheduling/{name}.py" for name in FOR_ROWS}

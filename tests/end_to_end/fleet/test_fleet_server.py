@@ -35,23 +35,39 @@ def drawn(client: RolloutClient, policy: str) -> list[list[int]]:
     return [list(row.token_ids) for row in batch.rollouts]
 
 
+def pushed_to(url: str, client: RolloutClient, model: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Both engines have the last two of three versions. Rows of the base and of the newest."""
+    assert states(client) == ["live", "live"]
+    base = drawn(client, "base")
+    for step in (1, 2, 3):
+        pushed = client.push("policy", *adapter(model, step), label=f"step-{step}")
+        assert (pushed.version, pushed.live) == (step, True)
+    trained = drawn(client, "policy")
+    kept = httpx.get(f"{url}/v1/weights/policy").json()["versions"]
+    assert [(v["version"], v["label"], v["replicas"]) for v in kept] == [
+        (2, "step-2", {"staged": 2, "of": 2}),
+        (3, "step-3", {"staged": 2, "of": 2}),
+    ]
+    metrics = httpx.get(f"{url}/metrics").text
+    assert 'rollout_replica_state{model="base",replica="local-1",state="live"} 1.0' in metrics
+    assert 'rollout_replica_versions{model="base",replica="local-0"} 2.0' in metrics
+    return base, trained
+
+
+def test_both_engines_have_what_is_pushed(model: Path) -> None:
+    with server_here(model, replicas=2, keep_versions=2) as server, RolloutClient(server.url) as client:
+        base, trained = pushed_to(server.url, client, model)
+        assert base != trained
+        client.drain_replica("local-0")
+        until(lambda: [replica.id for replica in client.fleet()] == ["local-1"])
+        assert drawn(client, "policy") == trained
+
+
+@pytest.mark.long
 def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
     options = ("--replicas", "2", "--min-replicas", "2", "--state-dir", str(tmp_path / "state"), "--keep-versions", "2")
     with live_server(model, *options) as server, RolloutClient(server.url) as client:
-        assert states(client) == ["live", "live"]
-        base = drawn(client, "base")
-        for step in (1, 2, 3):
-            pushed = client.push("policy", *adapter(model, step), label=f"step-{step}")
-            assert (pushed.version, pushed.live) == (step, True)
-        trained = drawn(client, "policy")
-        kept = httpx.get(f"{server.url}/v1/weights/policy").json()["versions"]
-        assert [(v["version"], v["label"], v["replicas"]) for v in kept] == [
-            (2, "step-2", {"staged": 2, "of": 2}),
-            (3, "step-3", {"staged": 2, "of": 2}),
-        ]
-        metrics = httpx.get(f"{server.url}/metrics").text
-        assert 'rollout_replica_state{model="base",replica="local-1",state="live"} 1.0' in metrics
-        assert 'rollout_replica_versions{model="base",replica="local-0"} 2.0' in metrics
+        base, trained = pushed_to(server.url, client, model)
         # Below --min-replicas it says so, and nothing changes; it takes rows all the same.
         os.kill(client.fleet()[0].pid or 0, signal.SIGKILL)
         until(lambda: "live" in states(client) and len(set(states(client))) == 2)
@@ -81,6 +97,7 @@ def test_a_server_of_two_engines(model: Path, tmp_path: Path) -> None:
             client.remove_replica("local-1")
 
 
+@pytest.mark.long
 def test_work_that_no_replica_is_left_for_is_a_503_once_its_time_is_over(model: Path) -> None:
     with live_server(model, "--replicas", "2") as server, RolloutClient(server.url) as client:
         for id in ("local-0", "local-1"):

@@ -76,6 +76,7 @@ def test_replicas_join_are_filled_and_outlive_their_controller(model: Path, tmp_
                 assert again.stop() == 0
 
 
+@pytest.mark.long
 def test_a_server_that_is_told_to_stop_before_it_is_ready_does_so_without_a_word_of_error(
     model: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ KEPT, KINDS, FEW = 3, 6, 4
 PROMPTS = [[5, 6, 7, 9, 8], [11, 12]]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [60, 1000])
 def test_pushes_to_both_leave_nothing_behind(count: int, tmp_path: Path) -> None:
     base = tiny_models.build("qwen3", tmp_path / "base")
     judge = tiny_models.build("llama", tmp_path / "judge")

@@ -23,6 +23,7 @@ from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.model.load import load as load_model
 from rollout_server.http.server import served
+from tests.laws.grids import some_long
 from tests.support import tiny_models, tiny_scorers
 from tests.support.golden_encoders import cross_encoder
 from tests.support.live_server import until
@@ -106,7 +107,7 @@ def adapter(models: Models, seed: int, **options: Any) -> Any:
     return tiny_models.random_adapter(tiny_models.linear_layers(models.beside["other"]), 4, seed, **options)
 
 
-@pytest.mark.parametrize("model", KINDS)
+@pytest.mark.parametrize("model", some_long(list(KINDS), "other", "enc"))
 def test_each_is_to_the_bit_what_it_is_alone(model: str, several: Asking, models: Models) -> None:
     with served(ServerConfig(model=str(models.beside.get(model, models.base)), port=0)) as url:
         alone = Asking(url).numbers("base", KINDS[model])
@@ -121,6 +122,7 @@ def test_a_model_answers_to_the_path_that_it_was_loaded_from(several: Asking, mo
     assert several.rollouts("base", reward={"model": path, "as": "text"})[0]["reward"]["model"]["name"] == "rm"
 
 
+@pytest.mark.long
 def test_traffic_on_all_of_them_at_once(several: Asking) -> None:
     quiet = {model: several.numbers(model, kind) for model, kind in KINDS.items()}
 
@@ -309,6 +311,7 @@ def dying(model: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reward_model_that_dies_costs_no_rollout(models: Models) -> None:
     with served(models.config()) as url, ThreadPoolExecutor(1) as pool:
@@ -325,6 +328,7 @@ def test_a_reward_model_that_dies_costs_no_rollout(models: Models) -> None:
         assert "The model rm: " in asking.refused(503, "/health", "GET")["message"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_one_does_not_stop_the_others(models: Models) -> None:
     with served(models.config()) as url:
@@ -346,6 +350,7 @@ def test_a_dead_one_does_not_stop_the_others(models: Models) -> None:
         assert {"base", "other", "rm"} <= {card["id"] for card in asking.http.get("/v1/models").json()["data"]}
 
 
+@pytest.mark.long
 def test_each_keeps_its_versions_over_a_restart(models: Models, tmp_path: Path) -> None:
     given = tiny_models.save_adapter(tmp_path / "given", *adapter(models, 7))
     config = models.config(state_dir=tmp_path / "state", adapters=(("other/given", given),))

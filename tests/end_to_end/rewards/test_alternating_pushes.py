@@ -57,7 +57,8 @@ def kept(live: LiveServer) -> dict[str, list[tuple[int, int]]]:
 
 
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("pushes", [30, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("pushes", [30, 1000])
 def test_pushes_of_a_policy_and_of_its_reward_in_turns_leave_nothing_behind(
     pushes: int, live: LiveServer, info: ModelInfo
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import rollout_server.demo
 from rollout_server.text.token_texts import REPLACEMENT
+from tests.laws.grids import some_long
 from tests.support import tiny_tokenizers
 from tests.support.live_server import server_here
 from tests.support.tiny_tokenizers import BYTES
@@ -86,7 +87,7 @@ def served(request: pytest.FixtureRequest, servers: dict[str, Served]) -> Served
     return servers[request.param]
 
 
-@pytest.fixture(params=WITH_GRAMMARS)
+@pytest.fixture(params=some_long(WITH_GRAMMARS, "spaces"))
 def guided(request: pytest.FixtureRequest, servers: dict[str, Served]) -> Served:
     return servers[request.param]
 
@@ -170,7 +171,7 @@ def test_a_turn_begins_without_the_tokenizer_s_space_and_a_continued_message_wit
         assert (row["token_ids"], row["text"]) == ([space], expected)
 
 
-@pytest.mark.parametrize("trials", [range(5), pytest.param(range(5, 14), marks=pytest.mark.long)], ids=["some", "more"])
+@pytest.mark.parametrize("trials", some_long([range(5), range(5, 14)], range(5)), ids=["some", "more"])
 def test_random_streams_add_up_to_their_replies(served: Served, servers: dict[str, Served], trials: range) -> None:
     """Nearly uniform over the vocabulary: bytes that are no characters, stops among them, prompts that end anywhere."""
     generator = random.Random(trials.start)
@@ -201,7 +202,7 @@ def check_arrays(choice: dict[str, Any], *, echo: bool) -> None:
 
 @pytest.mark.parametrize(
     ("rest", "limit"),
-    [("", 3), ("", 20), ('"then"', 20)],
+    some_long([("", 3), ("", 20), ('"then"', 20)], ("", 3), ('"then"', 20)),
     ids=["max_tokens comes inside of it", "the model ends inside of it", "other text follows"],
 )
 def test_a_stop_string_of_a_broken_character_ends_the_row_before_it(guided: Served, rest: str, limit: int) -> None:

@@ -83,6 +83,7 @@ def test_a_server_records_its_turns_and_pushes(model: Path, tmp_path: Path) -> N
     assert {stage["args"]["policy"] for stage in stages} == {"policy"}
 
 
+@pytest.mark.long
 def test_a_killed_server_leaves_a_timeline_that_opens(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with live_server(model, "--trace", str(path)) as live, RolloutClient(live.url) as client:

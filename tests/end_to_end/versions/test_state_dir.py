@@ -24,6 +24,7 @@ def test_killed_at_random_moments_it_serves_what_it_acknowledged(model: Path, tm
     assert trainer.pushes >= 3, "kills came while it was pushing"
 
 
+@pytest.mark.long
 def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
     """Of 24 pushes with three kept, rows decoding meanwhile, the directory holds three files of weights."""
     state, layers = tmp_path / "state", tiny_models.linear_layers(model)

@@ -30,7 +30,7 @@ END = 286
 """The id that ends a message of the tiny models, one above what `prompts_of` draws from."""
 
 
-@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], *KINDS[:2]))
+@pytest.mark.parametrize("family", some_long([*KINDS, "gemma2"], KINDS[1]))
 def test_turns_of_a_conversation(family: str, bare_model: Models, model_path: Paths) -> None:
     model = bare_model(family)
     on, off = pair(model_path(family), model, prefill_tokens=48)
@@ -215,7 +215,7 @@ def test_states_give_way_before_rows_do(family: str, bare_model: Models, model_p
     assert_all_same(rows, expected, max(TINY.of_row(row) for row in expected))
 
 
-@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0]), (1, KINDS[-1])))
+@pytest.mark.parametrize(("seed", "family"), some_long(list(product(range(2), KINDS)), (0, KINDS[0])))
 def test_random_beginnings_under_pressure(seed: int, family: str, bare_model: Models, model_path: Paths) -> None:
     """Prompts that share what chance gives them, rows that end anywhere or are preempted, aborts, little memory."""
     model = bare_model(family)

@@ -25,6 +25,7 @@ from rollout_server.engine.model.encoders.resident import ResidentEncoder, load_
 from rollout_server.engine.scheduling.idle_memory import IDLE_S
 from rollout_server.errors import EngineFault, EngineUnavailable
 from rollout_server.rollout import BASE, PolicyAddress
+from tests.laws.grids import some_long
 from tests.support.adapter_files import merge
 from tests.support.engine.encoder_driver import Driven, classify, embed, numbers
 from tests.support.golden_encoders import copied, opened
@@ -32,6 +33,7 @@ from tests.support.numbers.bounds import Network, assert_near
 from tests.support.tiny_models import random_adapter
 
 NETWORK = Network(3, 24, 3)
+CHECKPOINTS = ["bert/classify", "roberta/classify", "deberta-v3/classify"]
 SEQUENCES = ((5, 6, 7, 8, 9), tuple(range(10, 50)), (4,), (9, 8, 7, 6, 5))
 
 
@@ -99,7 +101,7 @@ def test_requests_share_forwards(tmp_path: Path) -> None:
     assert [event.id for event in events] == [str(at) for at in range(8)] and driven.status.steps == 1
 
 
-@pytest.mark.parametrize("checkpoint", ["bert/classify", "roberta/classify", "deberta-v3/classify"])
+@pytest.mark.parametrize("checkpoint", some_long(CHECKPOINTS, "deberta-v3/classify"))
 def test_versions_and_the_base_share_a_forward(checkpoint: str, tmp_path: Path) -> None:
     driven = opened_engine(tmp_path / "own", checkpoint)
     bundles = {name: adapter(driven.encoder, seed) for seed, name in enumerate(("one", "two"), 1)}

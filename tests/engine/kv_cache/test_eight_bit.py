@@ -234,10 +234,10 @@ def compiled(model: ResidentModel) -> list[Rollout]:
 @pytest.mark.parametrize(
     "path",
     [
-        alone,
+        pytest.param(alone, marks=pytest.mark.long),
         chunked,
         stepping_aside,
-        found_again,
+        pytest.param(found_again, marks=pytest.mark.long),
         in_classes,
         pytest.param(
             compiled,

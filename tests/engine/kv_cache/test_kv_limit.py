@@ -27,7 +27,7 @@ from tests.support.engine.loaded_models import loaded
 ASK = {"ignore_eos": True}
 
 
-@pytest.mark.parametrize("apart", ["classes", "sets"])
+@pytest.mark.parametrize("apart", some_long(["classes", "sets"], "classes"))
 def test_a_group_whose_only_row_stepped_aside_holds_nobody_up(base: Driver, qwen: Path, apart: str) -> None:
     """Its row and a copy of its prompt would never fit together, and nothing else runs."""
     driver = small(qwen, base.model, 1000) if apart == "classes" else Driver.start(qwen, prefix_cache=False)
@@ -43,7 +43,8 @@ def test_a_group_whose_only_row_stepped_aside_holds_nobody_up(base: Driver, qwen
     driver.finish(older, group, driver.submit(prompts_of([5], 286), max_tokens=3), turns=600)
 
 
-@pytest.mark.parametrize("seed", some_long([102, 124], 102))
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [102, 124])
 def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: Path, seed: int) -> None:
     """These two once stood still for ever."""
     dice = random.Random(seed)
@@ -84,7 +85,7 @@ def test_every_request_of_a_mixed_load_in_tiny_memory_ends(base: Driver, qwen: P
     assert not faults and driver.requests.kept_cells() == 0
 
 
-@pytest.mark.parametrize("cells", [4 * 256, 1 * 256], ids=["four rows", "one row"])
+@pytest.mark.parametrize("cells", some_long([4 * 256, 1 * 256], 1 * 256), ids=["four rows", "one row"])
 def test_a_prompt_is_read_once_however_few_samples_fit_at_a_time(base: Driver, qwen: Path, cells: int) -> None:
     prompt = prompts_of([200], 286)
     expected = base.generate(prompt, n=7, max_tokens=20, **ASK)
@@ -98,7 +99,11 @@ def test_a_prompt_is_read_once_however_few_samples_fit_at_a_time(base: Driver, q
         assert_same(one, other, tolerance(base, [one]))
 
 
-@pytest.mark.parametrize("costs", [StepCosts(1.0, 0.0), StepCosts(0.0, 1.0)], ids=["one class", "classes"])
+@pytest.mark.parametrize(
+    "costs",
+    [pytest.param(StepCosts(1.0, 0.0), marks=pytest.mark.long), StepCosts(0.0, 1.0)],
+    ids=["one class", "classes"],
+)
 def test_samples_take_their_prompt_from_those_that_run(base: Driver, qwen: Path, costs: StepCosts) -> None:
     prompts = prompts_of([90, 40], 286)
     asked: dict[str, Any] = {"n": 7, "seed": 3, "max_tokens": 40, "stop_token_ids": tuple(range(0, 286, 12)), **ASK}
@@ -158,7 +163,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ResidentModel]
     return path, replace(model, info=replace(model.info, kv_memory=4 * 2**20))
 
 
-@pytest.mark.parametrize("what", ["a group", "scores beside rows"])
+@pytest.mark.parametrize("what", some_long(["a group", "scores beside rows"], "scores beside rows"))
 def test_the_peak_is_weights_and_kv_memory_and_what_a_forward_computes_with(
     wide: tuple[Path, ResidentModel], what: str
 ) -> None:

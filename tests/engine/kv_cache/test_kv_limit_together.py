@@ -185,6 +185,7 @@ def test_every_sample_of_a_group_whose_prompt_cannot_be_scored_is_reported_once(
     assert failed and sorted(row.sample_index for row in driver.rollouts(id)) == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_arrays_that_rows_have_left_count_too(qwen: Path) -> None:
     """Rows of two parameter sets, one after the other, in memory for both only if neither keeps what it has left."""
     driver = Driver.start(qwen, max_batch=8)
@@ -200,6 +201,7 @@ def test_arrays_that_rows_have_left_count_too(qwen: Path) -> None:
         assert driver.batches.nbytes <= limit * cell
 
 
+@pytest.mark.long
 def test_a_row_that_changes_its_batch_leaves_what_is_scored_its_room(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build("qwen3", tmp_path_factory.mktemp("models") / "tiny", intermediate_size=176)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("faulty", some_long([0, 1], 1))
 def test_what_is_unfit_on_one_rank_is_unfit_on_all(path: Path, faulty: int) -> None:
     said = unfit(path, 88, faulty)

@@ -26,6 +26,7 @@ from rollout_server.engine.sampling.sampler import prepare, sample, uniforms
 from rollout_server.engine.sampling.sampler_check import check_sampler
 from rollout_server.rollout import SamplingParams
 from tests.engine.sampling.test_filters import MIXED, ROUNDING, limits, logits_of
+from tests.laws.grids import corners, some_long
 from tests.support.numbers.filter_passes import FilterPasses
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
@@ -81,8 +82,7 @@ def filtered(
     return np.array(kept), np.array(least)[:, 0]
 
 
-@pytest.mark.parametrize("vocabulary", [301, 4096])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "vocabulary"), corners(KINDS, [301, 4096]))
 def test_every_trial_at_load_comes_out_to_the_last_bit(
     kind: str, vocabulary: int, kernel_of: Callable[..., FilterKernel]
 ) -> None:
@@ -91,11 +91,11 @@ def test_every_trial_at_load_comes_out_to_the_last_bit(
     assert check_sampler(vocabulary, mx.float32, 12, kernel) is None
 
 
-@pytest.mark.parametrize("vocabulary, count", [(12, 1500), (301, 300), (4096, 60)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "size"), corners(KINDS, [(12, 1500), (301, 300), (4096, 60)]))
 def test_any_rows_keep_what_the_definition_says(
-    kind: str, vocabulary: int, count: int, kernel_of: Callable[..., FilterKernel]
+    kind: str, size: tuple[int, int], kernel_of: Callable[..., FilterKernel]
 ) -> None:
+    vocabulary, count = size
     # Threads of this machine take their time to meet.
     weights, params = random_rows(vocabulary, count // 5 if "text" in kind else count, seed=vocabulary)
     kept, least = filtered(kernel_of(kind), weights, params)
@@ -106,7 +106,7 @@ def test_any_rows_keep_what_the_definition_says(
     assert np.array_equal(kept, weights * (weights >= expected[:, None]))
 
 
-@pytest.mark.parametrize("kind", ["numpy", "CUDA's text", "the GPU"])
+@pytest.mark.parametrize("kind", some_long(["numpy", "CUDA's text", "the GPU"], "numpy", "the GPU"))
 def test_a_large_vocabulary(kind: str, kernel_of: Callable[..., FilterKernel]) -> None:
     assert kernel_fault(kernel_of(kind), trial_rows(151_936)) is None
 
@@ -119,8 +119,7 @@ def test_rows_with_a_filter_that_the_kernel_has_not_are_filtered_without_it() ->
         assert isinstance(arrays.filters, KernelFilters) is takes and arrays.filters is not None
 
 
-@pytest.mark.parametrize("threads", [3, 64])
-@pytest.mark.parametrize("kind", ["CUDA's text", "Metal's text"])
+@pytest.mark.parametrize(("kind", "threads"), corners(list(TEXTS), [3, 64]))
 def test_any_number_of_threads_finds_the_same(kind: str, threads: int, kernel_of: Callable[..., FilterKernel]) -> None:
     weights, params = random_rows(301, 20, seed=3)
     for one, other in zip(

@@ -16,6 +16,7 @@ from rollout_server.engine.sampling.spelling import Spelling
 from rollout_server.grammar import Grammar, GrammarKind
 from rollout_server.rollout import FinishReason
 from tests.engine.batch.test_row_prefix import cut
+from tests.laws.grids import corners
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver
 
@@ -76,8 +77,7 @@ def fits(way: str, name: str, text: str) -> bool:
     return value in (name, f"x{name}", f"{name}a", {name: name})
 
 
-@pytest.mark.parametrize("way", list(grammars_of("")))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "way"), corners(list(NAMES), list(grammars_of(""))))
 def test_any_way_through_a_grammar_leads_to_a_text_of_it(name: str, way: str, grammars: Grammars) -> None:
     kind, text = grammars_of(name)[way]
     compiled = grammars.compile(Grammar(GrammarKind(kind), text, "" if kind == "json" else None), "structured_outputs")

@@ -68,6 +68,7 @@ def test_what_is_scored_beside_it_is_scored(seeing: Seeing) -> None:
     assert not driver.score_jobs and not driver.reader.size
 
 
+@pytest.mark.long
 def test_rows_that_come_back_fail_with_their_tokens_and_those_that_never_left_go_on(seeing: Seeing) -> None:
     conversation, broken = seeing.conversations["two"], []
     options = {"max_tokens": 200, "ignore_eos": True, "seed": 5}
@@ -129,6 +130,7 @@ class Fused(DecodeKernel):
         return super().__call__(x, rows, layers)
 
 
+@pytest.mark.long
 def test_layers_share_their_input_again_after_a_forward_that_failed_between_them(
     model_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -65,6 +65,7 @@ def test_rows_that_step_aside_return_the_same(base: Driver, qwen: Path, options:
     assert not driver.batches.preempted
 
 
+@pytest.mark.long
 def test_joined_caches_step_aside_too(bare_model: Any, model_path: Any) -> None:
     model = bare_model("falcon_h1")
     free = Driver.start(model_path("falcon_h1"), model)
@@ -163,6 +164,7 @@ def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwe
     driver.finish(*ids)
 
 
+@pytest.mark.long
 def test_rows_with_a_grammar_step_aside_where_they_are_in_it(base: Driver, qwen: Path) -> None:
     """A row comes back with its tokens; its grammar has been where they lead all the while."""
     info = base.model.info

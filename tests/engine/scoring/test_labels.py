@@ -69,7 +69,7 @@ def test_a_head_of_two_layers_has_a_relu_between_them(tmp_path: Path) -> None:
     assert_near(found, expected, 2 * width * TINY.of_logits(expected, 20) / width)
 
 
-@pytest.mark.parametrize("pad", ["own", "end", "none"])
+@pytest.mark.parametrize("pad", some_long(["own", "end", "none"], "own", "none"))
 def test_a_row_is_read_at_its_rightmost_token_that_is_not_the_pad_token(pad: str, tmp_path: Path) -> None:
     tiny_scorers.build("llama", tmp_path, labels=1)
     special = tiny_models.write_tokenizer(tmp_path)

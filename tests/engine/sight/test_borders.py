@@ -14,6 +14,7 @@ from rollout_server.engine.messages.scoring import RecordedRow
 from rollout_server.errors import InvalidField
 from rollout_server.rollout import PolicyAddress, Rollout, RolloutRequest, SamplingParams, Wants
 from tests.engine.batch.test_row_prefix import prefix_of
+from tests.laws.grids import some_long
 from tests.support.engine.driver import recorded
 from tests.support.numbers.bounds import assert_near
 from tests.support.pictures.seeing import Conversation, Seeing, opened
@@ -21,7 +22,7 @@ from tests.support.pictures.seeing import Conversation, Seeing, opened
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 20}
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava", "gemma3"])
+@pytest.fixture(scope="module", params=some_long(["qwen2_5_vl", "llava", "gemma3"], "qwen2_5_vl", "gemma3"))
 def kind(request: pytest.FixtureRequest) -> Iterator[Seeing]:
     """Three axes, columns alone, and tokens that see each other."""
     with opened(request.param) as seeing:

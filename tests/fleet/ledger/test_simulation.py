@@ -12,6 +12,7 @@ from rollout_server.fleet.ledger.records import (
     Phase,
     Replica,
 )
+from tests.laws.grids import some_long
 from tests.support.fleet.simulated import Fleet, Outcome
 
 RESTLESS = {"die": 0.03, "cut": 0.05}
@@ -21,7 +22,7 @@ def run(make: type[Ledger], replicas: int = 8, groups: int = 800, seed: int = 0)
     return Fleet(make, replicas, groups, seed, **RESTLESS).run()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", some_long(range(4), 0))
 def test_nothing_is_stale_lost_or_told_twice_while_replicas_die_and_links_are_cut(seed: int) -> None:
     outcome = run(Ledger, seed=seed)
     assert outcome.groups == 800 and outcome.redrawn and len(outcome.pushes) > 3, "it was not idle"
@@ -90,14 +91,17 @@ class WaitsForTheSilent(Ledger):
         super().tick(now)
 
 
-@pytest.mark.parametrize("without", [KeepsWhatIsFenced, ListensToAll, ServesBeforeItIsEven, AcknowledgesBeforeTheFlip])
+WITHOUT_ONE = [KeepsWhatIsFenced, ListensToAll, ServesBeforeItIsEven, AcknowledgesBeforeTheFlip]
+
+
+@pytest.mark.parametrize("without", some_long(WITHOUT_ONE, AcknowledgesBeforeTheFlip, KeepsWhatIsFenced))
 def test_without_one_rule_groups_run_under_old_versions(without: type[Ledger]) -> None:
     """Links are cut more often here: some rules matter only to what comes late."""
     runs = (Fleet(without, 16, 1200, seed, die=0.03, cut=0.3).run() for seed in range(40))
     assert any(outcome.stale for outcome in runs)
 
 
-@pytest.mark.parametrize("without", [DrawsNothingAgain, WaitsForTheSilent])
+@pytest.mark.parametrize("without", some_long([DrawsNothingAgain, WaitsForTheSilent], DrawsNothingAgain))
 def test_without_one_rule_groups_are_never_answered(without: type[Ledger]) -> None:
     runs = (Fleet(without, 8, 600, seed, die=0.03, cut=0.3).run() for seed in range(40))
     assert any(outcome.unanswered for outcome in runs)

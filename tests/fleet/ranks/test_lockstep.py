@@ -125,6 +125,7 @@ def test_rows_of_other_families_are_those_of_one_process(family: str, tmp_path: 
         both.close()
 
 
+@pytest.mark.long
 def test_compiled_steps_of_ranks_warm_up_and_give_the_rows_of_one_process(tmp_path: Path) -> None:
     """As they run on a GPU: sums over ranks are inside the trace."""
     path = tiny_models.build("qwen3", tmp_path / "tiny")
@@ -160,6 +161,7 @@ def test_versions_change_while_rows_decode(started: SideBySide) -> None:
     started.run(swap())
 
 
+@pytest.mark.long
 def test_a_load_that_takes_too_long_ends_by_name_though_both_ranks_live(tmp_path: Path) -> None:
     """As one does in which a rank waits for another that does not come to the same check."""
 

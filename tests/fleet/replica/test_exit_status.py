@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from rollout_server.fleet.wire import AGAIN
 
 DIES = """
@@ -18,6 +20,7 @@ replica.show(EngineStatus("dead", "a test"))
 """
 
 
+@pytest.mark.long
 def test_a_replica_whose_engine_ends_asks_to_be_started_again() -> None:
     ended = subprocess.run([sys.executable, "-c", DIES], capture_output=True, text=True, timeout=200)
     assert ended.returncode == AGAIN, ended.stderr

@@ -15,6 +15,7 @@ from rollout_server.engine.model.checkpoint.files import read_config
 from rollout_server.engine.model.load import read_model
 from rollout_server.engine.model.vision.load import read_vision
 from rollout_server.models.vision.family import Features, VisionFamily
+from tests.laws.grids import corners
 from tests.support.golden_vision import CONVERSATIONS, FAMILIES, GOLDEN, Reference, copied, whole_logits
 from tests.support.numbers.bounds import Network, assert_near
 from tests.support.tiny_models import VOCAB_SIZE
@@ -63,8 +64,7 @@ def test_features_are_those_of_transformers(family: str, tmp_path: Path) -> None
             assert np.abs(mine - theirs).max() <= LIMIT
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "conversation"), corners(FAMILIES, CONVERSATIONS))
 def test_a_whole_conversation_is_read_as_transformers_reads_it(family: str, conversation: str, tmp_path: Path) -> None:
     vision, reference = opened(family, tmp_path), Reference.of(family)
     module = read_model(tmp_path).module

@@ -10,6 +10,7 @@ import pytest
 from litestar.testing import TestClient
 
 from tests.http.bad_input.routes import JSON_ROUTES
+from tests.laws.grids import corners
 from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
@@ -30,30 +31,31 @@ def test_the_routes_take_what_is_right(client: Client, route: str) -> None:
     assert send(client, route, body, "application/json; charset=utf-8").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        (b"{", "not JSON"),
-        (b"", "empty"),
-        (b"  ", "empty"),
-        (b'{"a": 1,}', "not JSON"),
-        (b'{"a": 1} x', "not JSON"),
-        (b"{'a': 1}", "not JSON"),
-        (b"\xff\xfe{\x00}\x00", "UTF-8"),
-        (b'{"a": "\xc3"}', "UTF-8"),
-        (b'{"temperature": NaN}', "NaN"),
-        (b'{"temperature": -Infinity}', "Infinity"),
-        (b'{"policy": "a", "policy": "b"}', "twice"),
-        (b'{"prompts": [{"seed": 1, "seed": 2}]}', "twice"),
-        (b'{"policy": "\\ud800"}', "surrogate"),
-        (b'{"\\udc00": 1}', "surrogate"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "number"),
-        (b"[" * 65 + b"]" * 65, "nested"),
-        (b'{"a":' * 100_00 + b"1" + b"}" * 100_00, "nested"),
-        (b"[" * 100_000, "nested"),
-    ],
-)
-def test_broken_json(client: Client, route: str, body: bytes, says: str, problem: Callable[..., Any]) -> None:
+BROKEN = [
+    (b"{", "not JSON"),
+    (b"", "empty"),
+    (b"  ", "empty"),
+    (b'{"a": 1,}', "not JSON"),
+    (b'{"a": 1} x', "not JSON"),
+    (b"{'a': 1}", "not JSON"),
+    (b"\xff\xfe{\x00}\x00", "UTF-8"),
+    (b'{"a": "\xc3"}', "UTF-8"),
+    (b'{"temperature": NaN}', "NaN"),
+    (b'{"temperature": -Infinity}', "Infinity"),
+    (b'{"policy": "a", "policy": "b"}', "twice"),
+    (b'{"prompts": [{"seed": 1, "seed": 2}]}', "twice"),
+    (b'{"policy": "\\ud800"}', "surrogate"),
+    (b'{"\\udc00": 1}', "surrogate"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "number"),
+    (b"[" * 65 + b"]" * 65, "nested"),
+    (b'{"a":' * 100_00 + b"1" + b"}" * 100_00, "nested"),
+    (b"[" * 100_000, "nested"),
+]
+
+
+@pytest.mark.parametrize(("route", "broken"), corners(list(JSON_ROUTES), BROKEN), indirect=["route"])
+def test_broken_json(client: Client, route: str, broken: tuple[bytes, str], problem: Callable[..., Any]) -> None:
+    body, says = broken
     error = problem(send(client, route, body), 400, "bad_body")
     assert says in error["message"] or (not body.strip() and "empty" in error["message"])
 

@@ -16,6 +16,7 @@ from rollout_server.engine.sampling.filter_kernel import FilterKernel, build_ker
 from rollout_server.engine.sampling.kernel_choice import kernel_fault, trial_rows
 from tests.adapters.kernels.test_decode import a_stack, assert_as_one_by_one
 from tests.engine.model.attention.test_kernel import a_step, assert_as_plainly
+from tests.laws.grids import some_long
 from tests.support.numbers.host_kernels import TEXTS, HostCompiler, host_compiler
 
 THREADS = 64
@@ -144,31 +145,29 @@ def filter_rows(compiler: Compiler) -> None:
 
 
 BARRIER, NOTHING = "BARRIER();", "((void)0);"
+FAULTS = [
+    (attend, BARRIER, NOTHING, 0),
+    (attend, "SHUFFLE(weight[u][g], step)", "SHUFFLE(weight[u][g], 1)", 0),
+    (attend, "SHUFFLE(top[g], step)", "top[g]", 0),
+    (attend, "SHUFFLE(sum[g], step)", "SHUFFLE(sum[g], 2 * step % 32)", 0),
+    (attend, "SHUFFLE(acc[g][i], step)", "acc[g][i]", 0),
+    (attend, "column == own ? new_k : ", "", 0),
+    (attend, "part == 0 && first == 0", "false", 0),
+    (attend, "sub < to", "sub <= to", 1),
+    (attend, "own + 1 - WINDOW", "own - WINDOW", 0),
+    (add_products, BARRIER, NOTHING, 0),
+    (add_products, BARRIER, NOTHING, 1),
+    (add_products, "SHUFFLE(away, step)", "SHUFFLE(away, 1)", 0),
+    (add_products, "if (first + r >= count) continue;", "", 0),
+    (add_products, "slots[r] == slots[0]", "true", 0),
+    (add_products, "slot == other ? 1 : 2", "1", 0),
+    (add_products, "of == side", "true", 0),
+    (add_products, "part < PARTS; ++part", "part < PARTS - 1; ++part", 0),
+    *((filter_rows, BARRIER, NOTHING, at) for at in range(4)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "use, old, new, at",
-    [
-        (attend, BARRIER, NOTHING, 0),
-        (attend, "SHUFFLE(weight[u][g], step)", "SHUFFLE(weight[u][g], 1)", 0),
-        (attend, "SHUFFLE(top[g], step)", "top[g]", 0),
-        (attend, "SHUFFLE(sum[g], step)", "SHUFFLE(sum[g], 2 * step % 32)", 0),
-        (attend, "SHUFFLE(acc[g][i], step)", "acc[g][i]", 0),
-        (attend, "column == own ? new_k : ", "", 0),
-        (attend, "part == 0 && first == 0", "false", 0),
-        (attend, "sub < to", "sub <= to", 1),
-        (attend, "own + 1 - WINDOW", "own - WINDOW", 0),
-        (add_products, BARRIER, NOTHING, 0),
-        (add_products, BARRIER, NOTHING, 1),
-        (add_products, "SHUFFLE(away, step)", "SHUFFLE(away, 1)", 0),
-        (add_products, "if (first + r >= count) continue;", "", 0),
-        (add_products, "slots[r] == slots[0]", "true", 0),
-        (add_products, "slot == other ? 1 : 2", "1", 0),
-        (add_products, "of == side", "true", 0),
-        (add_products, "part < PARTS; ++part", "part < PARTS - 1; ++part", 0),
-        *((filter_rows, BARRIER, NOTHING, at) for at in range(4)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("use, old, new, at", some_long(FAULTS, *FAULTS[::3]))
 def test_a_kernel_with_one_fault_fails_its_tests(
     use: Callable[[Compiler], None], old: str, new: str, at: int, compiler: HostCompiler
 ) -> None:

@@ -12,8 +12,10 @@ import pytest
 from adapters.kernels.decode import DecodeKernel, decode_kernel
 from adapters.resident.layers.linear import AdaptedLinear, SharedInput
 from adapters.resident.layers.slot_stack import ONE, SlotStack
-from tests.laws.grids import corners
+from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
+
+KINDS = ["the GPU", *TEXTS]
 
 WIDTH = 64
 OUTS = {"query": 1032, "key": 72, "value": 520}
@@ -30,7 +32,7 @@ class Counted(DecodeKernel):
         return super().__call__(x, rows, layers)
 
 
-@pytest.fixture(params=["the GPU", *TEXTS])
+@pytest.fixture(params=some_long(KINDS, *KINDS[:2]))
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counted:
     if request.param in TEXTS:
         found = Counted(TEXTS[request.param], host_compiler(tmp_path_factory))
@@ -108,6 +110,7 @@ def test_prompts_are_read_by_each_alone(kernel: Counted) -> None:
     assert kernel.launches == []
 
 
+@pytest.mark.parametrize("kernel", KINDS, indirect=True)
 @pytest.mark.parametrize("calls", ["other arrays", "one of them only"])
 def test_a_block_that_gives_them_different_arrays_is_left_alone(kernel: Counted, calls: str) -> None:
     together, alone = (Block(kernel, mx.float32, gains=False, together=each) for each in (True, False))

@@ -16,10 +16,11 @@ from rollout_server.engine.model.attention.plain import attend_plainly
 from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import TEXTS, host_compiler
 
+KINDS = ["the GPU", *TEXTS]
 HEADS = {(16, 8): 128, (8, 1): 64, (7, 1): 64, (4, 4): 80, (12, 2): 128}
 
 
-@pytest.fixture(scope="module", params=["the GPU", *TEXTS])
+@pytest.fixture(scope="module", params=some_long(KINDS, *KINDS[:2]))
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowKernel:
     if request.param in TEXTS:
         return RowKernel(TEXTS[request.param], host_compiler(tmp_path_factory))
@@ -84,6 +85,7 @@ def test_every_head_size_and_dtype_at_odd_lengths(kernel: RowKernel, width: int,
     assert_as_plainly(kernel, a_step([0, 5, 30, 62, 63], width=width, dtype=dtype))
 
 
+@pytest.mark.parametrize("kernel", KINDS, indirect=True)
 @pytest.mark.parametrize(("heads", "kv_heads"), some_long(list(HEADS), (16, 8), (7, 1)), ids=str)
 def test_query_heads_share_keys(kernel: RowKernel, heads: int, kv_heads: int) -> None:
     width = HEADS[heads, kv_heads]
@@ -109,6 +111,7 @@ def test_eight_bits_are_read_as_packed(kernel: RowKernel, width: int) -> None:
     assert_as_plainly(kernel, a_step([1000], width=width, columns=1056, packed=True))
 
 
+@pytest.mark.parametrize("kernel", KINDS, indirect=True)
 def test_a_row_is_the_same_alone_and_in_company(kernel: RowKernel) -> None:
     together = a_step([7, 40, 62, 3], dtype=mx.bfloat16)
     alone = replace(

@@ -19,15 +19,17 @@ from rollout_server.engine.model.encoders.passages import Passage
 from rollout_server.engine.model.encoders.reading import forward, padding_fault, read, results
 from rollout_server.errors import NonFiniteLogits
 from rollout_server.models.encoders.heads import Headed
+from tests.laws.grids import corners, some_long
 from tests.support.adapter_files import make, merge
 from tests.support.golden_encoders import CHECKPOINTS, opened, passages
 from tests.support.numbers.bounds import Network, assert_near
 
 NETWORK = Network(3, 24, 3)
 CLASSIFIERS = [name for name in CHECKPOINTS if name.endswith("/classify")]
+SOME = [CLASSIFIERS[0], CLASSIFIERS[-1]]
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", some_long(CHECKPOINTS, *CHECKPOINTS[::3]))
 def test_a_passage_gets_what_it_gets_by_itself(checkpoint: str, tmp_path: Path) -> None:
     model = opened(checkpoint, tmp_path)
     given = passages(model, 1, 46, 7, 7, 33, 8, 2)
@@ -38,8 +40,7 @@ def test_a_passage_gets_what_it_gets_by_itself(checkpoint: str, tmp_path: Path) 
             assert_near(found, alone, NETWORK.of_logits(alone, 46), f"{checkpoint}, {budget}")
 
 
-@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("checkpoint", "dora"), corners(CLASSIFIERS, [False, True]))
 def test_rows_of_several_versions_share_a_forward(checkpoint: str, dora: bool, tmp_path: Path) -> None:
     model = opened(checkpoint, tmp_path)
     linear = {path: shape for path, shape in model.layers.items() if "embed" not in path}
@@ -81,7 +82,7 @@ def test_a_pad_token_inside_a_passage_is_a_token(tmp_path: Path) -> None:
     assert np.abs(read(model, [plain], 99)[0] - read(model, [holed], 99)[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
+@pytest.mark.parametrize("checkpoint", some_long(CLASSIFIERS, *SOME))
 def test_an_adapter_may_change_the_embedding(checkpoint: str, tmp_path: Path) -> None:
     model = opened(checkpoint, tmp_path)
     bundle = make(model.layers, rank=3, targets=["word_embeddings", "tok_embeddings"])
@@ -96,7 +97,7 @@ def test_an_adapter_may_change_the_embedding(checkpoint: str, tmp_path: Path) ->
         assert_near(ours, theirs, 2 * NETWORK.of_logits(theirs, 30), checkpoint)
 
 
-@pytest.mark.parametrize("checkpoint", CLASSIFIERS)
+@pytest.mark.parametrize("checkpoint", some_long(CLASSIFIERS, *SOME))
 def test_merged_versions_are_parameter_sets_as_elsewhere(checkpoint: str, tmp_path: Path) -> None:
     model = opened(checkpoint, tmp_path)
     bundle = make({path: shape for path, shape in model.layers.items() if "embed" not in path}, rank=3)

@@ -176,7 +176,7 @@ def test_a_picture_of_any_shape_has_as_many_features_as_placeholders_or_is_refus
         assert len(features) == picture.tokens and np.isfinite(features).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_long(FAMILIES, "gemma3", "idefics3", "pixtral", "qwen3_vl"))
 def test_a_head_says_how_many_placeholders_a_picture_will_have(family: str, tmp_path: Path) -> None:
     pictures, _ = opened(family, tmp_path)
     sizes = [(48, 24), (20, 30), (1, 1), (90, 64), (64, 91), (33, 300), (300, 33), (500, 420), (420, 500)]
