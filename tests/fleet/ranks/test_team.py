@@ -107,10 +107,9 @@ def test_a_turn_that_never_ends_ends_the_engine_though_all_look_alive(other: Wat
 
 def test_ranks_that_never_finish_loading_end_the_engine_though_all_look_alive() -> None:
     """One that fails says so; one that waits for a sum which another does not join says nothing."""
-    other, began = watched(load_s=1.0), time.monotonic()
-    while not other.fell and time.monotonic() - began < 60:
-        other.commands.sendall(ALIVE + b"\n")
-        time.sleep(0.05)
+    began = time.monotonic()
+    other = watched(load_s=1.0)
+    other.commands.sendall(ALIVE + b"\n")
     assert "2 ranks have not loaded the model and tried it together within 1 s" in other.why()
     assert time.monotonic() - began >= 1.0
 
