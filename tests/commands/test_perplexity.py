@@ -72,7 +72,9 @@ def expected(model: Path, window: int, stride: int) -> tuple[int, float]:
     return len(ids) - 1, total / (len(ids) - 1)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(2048, 1024), (64, 16), (50, 49), (2, 1)])
+@pytest.mark.parametrize(
+    ("window", "stride"), [pytest.param(2048, 1024, marks=pytest.mark.long), (64, 16), (50, 49), (2, 1)]
+)
 def test_it_is_that_of_plain_forwards(server: Server, model: Path, text: Path, window: int, stride: int) -> None:
     options = ["--url", server.url, "--window", str(window), "--stride", str(stride)]
     found = figures(str(text), *options)
@@ -114,6 +116,7 @@ def test_every_token_is_read_in_the_first_window_that_holds_it() -> None:
                 assert scored == list(range(1, length))
 
 
+@pytest.mark.long
 def test_a_policy_and_a_model_of_its_own(server: Server, model: Path, adapter: Path, pushed: str, text: Path) -> None:
     found = figures(str(text), "--policy", pushed, "--url", server.url, "--window", "100")
     base = figures(str(text), "--url", server.url, "--window", "100")

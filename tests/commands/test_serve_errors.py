@@ -46,6 +46,7 @@ def refused_here(model: Path | None = None, **options: Any) -> str:
     return refusal.value.message
 
 
+@pytest.mark.long
 def test_a_taken_port_is_named_with_who_has_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -94,6 +95,7 @@ def test_a_model_that_is_missing(tmp_path: Path) -> None:
         assert found in said and "config.json" in said and "Hub id" in said and "embedded" in said
 
 
+@pytest.mark.long
 def test_a_model_of_a_family_that_nobody_knows(tmp_path: Path) -> None:
     model = tiny_models.build("qwen3", tmp_path)
     (model / "config.json").write_text('{"model_type": "unheard_of"}')

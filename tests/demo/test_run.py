@@ -100,6 +100,7 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -
         wait_ready(ended, "http://127.0.0.1:9", log)
 
 
+@pytest.mark.long
 def test_a_trainer_that_fails_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     url, model = "http://127.0.0.1:9", tmp_path / "nothing"
     with pytest.raises(DemoFailed, match="status"):

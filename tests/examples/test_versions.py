@@ -67,6 +67,7 @@ def test_a_version_is_at_no_distance_from_itself(client: RolloutClient) -> None:
     assert isinstance(found, Distance) and "tokens" in found.sentence
 
 
+@pytest.mark.long
 def test_two_versions_side_by_side(live: Server, client: RolloutClient, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("12+34=\n7+8=\n")
     options = ("--prompts", str(tmp_path / "prompts"), "--n", "2", "--max-tokens", "6")

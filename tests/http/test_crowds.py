@@ -53,6 +53,7 @@ def warnings(server: Server) -> list[str]:
     return [entry["message"] for entry in server.ended() if entry["level"] != "info"]
 
 
+@pytest.mark.long
 def test_a_crowd_that_says_nothing(problem: Callable[..., Any]) -> None:
     crowd, allowed = 200, OpenFiles(64, 4096)
     with fake_server() as server, ExitStack() as stack:

@@ -140,6 +140,7 @@ def test_replicas_are_started_anew_one_by_one_and_nobody_notices(model: Path, tm
         assert all(each.process.poll() is None for each in joined), "each has replaced itself"
 
 
+@pytest.mark.long
 def test_a_server_that_is_no_controller_takes_no_replica(model: Path) -> None:
     with server_here(model) as server, replica(model, server.url) as lost:
         lost.wait_for("takes no replicas .*start it with serve --fleet")

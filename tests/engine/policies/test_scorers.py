@@ -217,6 +217,7 @@ def test_what_is_written_for_peft_or_for_the_disk_reads_back(driver: Driver, opt
     hold(driver, "old@3", head_of(bundle))
 
 
+@pytest.mark.long
 def test_a_thousand_pushes_of_both_kinds_leave_nothing_behind(driver: Driver) -> None:
     info = driver.model.info
     targets = ["q_proj"]
