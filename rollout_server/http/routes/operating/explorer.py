@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ from rollout_server.http.routes.operating.page import file_of
 
 PATH = "/schema"
 FILES = "rollout_server.http.explorer"
+DOCUMENT = "/openapi.json"
 PLAIN, PAGE = "application/json", "text/html"
 EXPLORER_HEADERS: Mapping[str, str] = MappingProxyType(
     {
@@ -51,7 +53,12 @@ def explorer_router() -> Router:
 
 async def page_for_browsers(request: Request[Any, Any, Any]) -> Response[bytes] | None:
     """The page, where the document's own address is asked for by who would rather have a page."""
-    if request.scope["path"].rstrip("/") != PATH or request.accept.best_match([PLAIN, PAGE]) != PAGE:
+    path = request.scope["path"].rstrip("/")
+    if path == PATH + DOCUMENT or (path == PATH and request.accept.best_match([PLAIN, PAGE]) != PAGE):
+        # Whoever asks first waits a second for it to be drawn, and nobody else does; it is kept then.
+        await asyncio.to_thread(request.route_handler.fn, request)
+        return None
+    if path != PATH:
         return None
     if request.scope["raw_path"].endswith(b"/"):
         # The page's links are relative, so that a proxy may serve it under another path: they hold at one address.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
 
@@ -74,3 +75,15 @@ def test_the_document_asks_for_a_key_where_the_server_does(client: Client, engin
         document = protected.get("/schema").json()
     assert document["security"] == [{"key": []}]
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+def test_others_are_answered_while_the_document_is_drawn(engine: FakeEngine) -> None:
+    """It takes a second of Python, once."""
+    app = create_app(ServerConfig(model="nowhere"), engine)  # type: ignore[arg-type]
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        drawn, answered = pool.submit(client.get, "/schema/openapi.json"), 0
+        while not drawn.done():
+            answered += client.get("/health").status_code > 0
+        assert drawn.result().json()["openapi"].startswith("3.1")
+        # One is on its way when the drawing begins, and one when it ends.
+        assert answered > 3
