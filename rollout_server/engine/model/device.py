@@ -22,7 +22,7 @@ def device_fault() -> str | None:
 
 def rows_turned(module: nn.Module, heads: int, rows: int, turn: Callable[..., mx.array] = mx.fast.rope) -> int:
     """How many of `rows` rows, halved until it works, this device turns in one step of a model with so many heads. On
-    CUDA MLX cannot launch its rotary kernel for 128 rows or fewer where less than 32 numbers of a head are turned."""
+    CUDA MLX cannot launch its rotary kernel for many rows where less than 32 numbers of a head are turned."""
     for dims in sorted({dims for _, _, dims in ropes(module)}):
         while rows > 1 and not _turns(turn, rows, heads, dims):
             rows //= 2

@@ -117,7 +117,7 @@ def test_an_access_that_the_device_does_not_survive_ends_the_engine(qwen: Path) 
     assert "dead: The engine stopped: EngineUnavailable: The device no longer computes" in done.stdout, done
 
 
-def test_rows_that_the_device_does_not_turn_at_once_are_halved(qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_the_device_does_not_turn_at_once_are_halved(qwen: Path) -> None:
     """As on CUDA, where few numbers of a head are turned."""
     asked: list[tuple[int, ...]] = []
 

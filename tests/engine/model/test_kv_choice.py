@@ -15,7 +15,8 @@ from mlx_lm.utils import load_model
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.digest import base_digest
-from rollout_server.engine.model.load import load
+from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.load import load, read_model
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from tests.support import tiny_models
@@ -78,3 +79,17 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
     with pytest.raises(EngineUnavailable, match=r"could not be loaded"):
         load(EngineOptions(str(tmp_path), "x"))
+
+
+def test_ranks_compile_only_where_all_of_them_may(qwen: Path) -> None:
+    """One rank's finding is that of all: others would run other forwards."""
+    found: list[str | None] = []
+
+    def agreed(fault: str | None) -> str | None:
+        found.append(fault)
+        return fault if len(found) == 1 else "as rank 1 found"
+
+    module = read_model(qwen).module
+    options = EngineOptions(str(qwen), "tiny", attention="mlx")
+    chosen = choose_store(module, tiny_models.VOCAB_SIZE, options, compiles=True, agreed=agreed)
+    assert found == [None, None] and chosen.kind == "slots" and not chosen.compiles

@@ -10,6 +10,7 @@ import pytest
 
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model import load_sizes
+from rollout_server.engine.model.kv_choice import ChosenStore
 from rollout_server.engine.model.load import load
 from rollout_server.machine.device_defaults import Device
 
@@ -46,3 +47,11 @@ def test_a_gpu_gets_what_it_holds(qwen: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_rows_that_cannot_share_a_batch_are_one(model_path: Callable[[str], Path]) -> None:
     info = load(EngineOptions(str(model_path("gemma2")), "tiny", max_batch=8)).info
     assert info.cache == "serial" and info.max_batch == 1
+
+
+def test_no_more_rows_than_the_device_takes_in_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    store = ChosenStore("slots", 1024, 0, lambda rows: None, fits=lambda rows: min(rows, 16))  # type: ignore[arg-type, return-value]
+    sizes = load_sizes.chosen_sizes(
+        EngineOptions("nowhere", "tiny", max_batch=64), store, {"layer": (8, 8)}, 320, mx.float32, 4096
+    )
+    assert sizes.max_batch.value == 16 and "--max-batch is 16: MLX cannot turn more rows" in caplog.text

@@ -86,8 +86,10 @@ def preempted(told: Told) -> None:
     driver.until(lambda: len([row for row in driver.batches.rows if row.token_ids]) == len(ids))
     limit = driver.kv_limit
     driver.set_kv_limit(1)
-    # Arrays of a GPU are cut by halves, so that more than one row may find room.
-    driver.until(lambda: len(driver.batches.preempted) > 0)
+    driver.turn()
+    # All but one, and fewer on a GPU, whose arrays are cut by halves: more than one row may find room.
+    aside = len(driver.batches.preempted)
+    assert aside == len(ids) - 1 or (driver.model.compiles and 0 < aside < len(ids) - 1)
     driver.set_kv_limit(limit)
     told.check(told.rows(*ids))
 
