@@ -33,7 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adapters.numerics import DeltaMeasure, measure, measure_dense
+from adapters.host_memory import Scratch
+from adapters.numerics import DeltaMeasure, Grams, measure, measure_dense
 from adapters.spec import HALVES, AdapterSpec, Mode, Parameter
 from adapters.tensors import AdapterTensor
 
@@ -83,24 +84,47 @@ class AdapterBundle:
         return tuple(path for path, measure in self.measures.items() if measure.zero)
 
 
+class Measured(NamedTuple):
+    """A bundle, and what was computed on the way to its measures and is too large to keep."""
+
+    bundle: AdapterBundle
+    grams: Mapping[str, Grams]
+    """Grams of each module."""
+
+
 def make_bundle(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> AdapterBundle:
-    """A bundle of tensors that fit `spec`: hashed, and measured meanwhile, since hashing lets other threads run and
-    takes as long."""
+    """A bundle of tensors that fit `spec`, hashed and measured."""
+    return measured(spec, tensors).bundle
+
+
+def measured(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> Measured:
+    """`make_bundle`'s, which is hashed beside the measuring, since hashing lets other threads run and takes as
+    long."""
     held = MappingProxyType(dict(sorted(tensors.items())))
     with ThreadPoolExecutor(1, "digest") as beside:
         digest = beside.submit(content_digest, spec, held)
-        measures = _measured(spec, held)
-        return AdapterBundle(spec, held, digest.result(), MappingProxyType(measures))
+        measures, grams = _measures(spec, held)
+        return Measured(AdapterBundle(spec, held, digest.result(), MappingProxyType(measures)), grams)
 
 
-def _measured(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> dict[str, DeltaMeasure]:
+def grams_of(bundle: AdapterBundle) -> dict[str, Grams]:
+    """Grams of each module, from its factors."""
+    return _measures(bundle.spec, bundle.tensors)[1]
+
+
+def _measures(
+    spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]
+) -> tuple[dict[str, DeltaMeasure], dict[str, Grams]]:
     measures: dict[str, DeltaMeasure] = {}
+    grams: dict[str, Grams] = {}
+    scratch, halves = Scratch(), {half: Scratch() for half in HALVES}
     for path, module in spec.modules.items():
-        a, b = (tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
-        measures[path] = measure(a, b, module.scale)
+        a, b = (tensors[f"{path}.{half}"].float32(halves[half]) for half in HALVES)
+        grams[path] = Grams.of(a, b, scratch)
+        measures[path] = measure(a, b, module.scale, grams[path])
     for path in spec.dense if spec.kind == "delta" else ():
         measures[path] = measure_dense(tensors[path].float32())
-    return measures
+    return measures, grams
 
 
 def content_digest(spec: AdapterSpec, tensors: Mapping[str, AdapterTensor]) -> str:

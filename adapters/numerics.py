@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from adapters.host_memory import Scratch
 
 CANCELLED = 1e-3
 """A sum that is this much smaller than its terms has lost three of the seven digits they have."""
@@ -28,29 +30,48 @@ class DeltaMeasure:
     """Exactly zero because a factor is, as B is before the first step of training."""
 
 
-def measure(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> DeltaMeasure:
+class Grams(NamedTuple):
+    """A · Aᵀ and Bᵀ · B, [rank, rank] or [experts, rank, rank] with a rank of at most min(out, in): all that the norm
+    and the singular values of B · A depend on."""
+
+    a: NDArray[np.float64]
+    b: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, a: NDArray[np.float32], b: NDArray[np.float32], scratch: Scratch) -> Grams:
+        """Grams of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
+        wide = [scratch.array(name, each.shape, np.float64) for name, each in (("a", a), ("b", b))]
+        for held, each in zip(wide, (a, b), strict=True):
+            np.copyto(held, each)
+        thin_a, thin_b = thinned(*wide)
+        return cls(thin_a @ thin_a.swapaxes(-1, -2), thin_b.swapaxes(-1, -2) @ thin_b)
+
+    def norm(self, scale: float) -> float:
+        """‖scale · B · A‖ (Frobenius), without forming the product: ‖BA‖² = tr(BᵀB · AAᵀ)."""
+        squared = float((self.b * self.a).sum())
+        return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+
+
+def measure(a: NDArray[np.float32], b: NDArray[np.float32], scale: float, grams: Grams) -> DeltaMeasure:
     """Measures the delta of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
-    largest_a, largest_b = float(np.abs(a).max()), float(np.abs(b).max()) * abs(scale)
+    largest_a, largest_b = largest(a), largest(b) * abs(scale)
     return DeltaMeasure(
-        norm=delta_norm(a, b, scale),
+        norm=grams.norm(scale),
         largest=max(largest_a, largest_b),
         zero=largest_a == 0 or largest_b == 0,
     )
 
 
+def largest(values: NDArray[np.float32]) -> float:
+    """The largest magnitude; 0 of no values. Nothing of the size of `values` is formed."""
+    return max(abs(float(values.max(initial=0.0))), abs(float(values.min(initial=0.0))))
+
+
 def measure_dense(delta: NDArray[np.float32]) -> DeltaMeasure:
     """Measures a whole tensor that is added to the base's."""
-    largest = float(np.abs(delta).max(initial=0.0))
+    most = largest(delta)
     norm = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
-    return DeltaMeasure(norm=norm, largest=largest, zero=largest == 0)
-
-
-def delta_norm(a: NDArray[np.float64], b: NDArray[np.float64], scale: float) -> float:
-    """‖scale · B · A‖ (Frobenius) for A […, rank, in] and B […, out, rank], without forming the product:
-    ‖BA‖² = tr(BᵀB · AAᵀ), the product of two rank × rank matrices."""
-    a, b = thinned(a, b)
-    squared = float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
-    return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+    return DeltaMeasure(norm=norm, largest=most, zero=most == 0)
 
 
 def thinned(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

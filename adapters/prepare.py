@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
-from adapters.numerics import squared_delta_norms
-from adapters.spec import Mode, Parameter
-from adapters.tensors import AdapterTensor
+from adapters.host_memory import Results, Scratch, in_pieces
+from adapters.numerics import largest, squared_delta_norms
+from adapters.spec import HALVES, Mode, Parameter
+from adapters.tensors import STORAGE, AdapterTensor
 
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What safetensors calls the dtypes that a model's activations may have."""
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
 """Finite value of each dtype that a model's activations may have."""
 
@@ -90,12 +93,7 @@ def prepare(
     faults += [fault for path in bundle.spec.dense if not adds for fault in _unlike(bundle, path, parameters)]
     if faults:
         raise AdapterDoesNotFit(faults)
-    factors: dict[str, HostFactors] = {}
-    for path, module in bundle.spec.modules.items():
-        b = np.ascontiguousarray(bundle.tensors[f"{path}.lora_B"].float32().swapaxes(-1, -2))
-        factors[path] = HostFactors(
-            _unscaled(bundle.tensors[f"{path}.lora_A"], dtype), cast(b * np.float32(module.scale), dtype)
-        )
+    factors = _factors(bundle, dtype)
     dense = {
         path: _unscaled(bundle.tensors[path], "float32" if adds else parameters[path].dtype)
         for path in bundle.spec.dense
@@ -105,6 +103,26 @@ def prepare(
     return PreparedBundle(
         bundle, mode, dtype, MappingProxyType(factors), MappingProxyType(dense), MappingProxyType(deltas)
     )
+
+
+def _factors(bundle: AdapterBundle, dtype: str) -> dict[str, HostFactors]:
+    """Factors of all layers, the scale folded into B. What is not in the file as it is needed lies in one piece of
+    memory."""
+    scratch, wide = Scratch(), Scratch()
+    modules = bundle.spec.modules
+    pairs = {path: [bundle.tensors[f"{path}.{half}"] for half in HALVES] for path in modules}
+    made = [a for a, _ in pairs.values() if a.dtype != STORED[dtype]] + [b for _, b in pairs.values()]
+    results = Results(sum(tensor.array.size for tensor in made), STORAGE[STORED[dtype]])
+    factors: dict[str, HostFactors] = {}
+    for path, (a, b) in pairs.items():
+        shape = (*b.array.shape[:-2], b.array.shape[-1], b.array.shape[-2])
+        kept_a, kept_b = a.array, results.array(shape)
+        if a.dtype != STORED[dtype]:
+            kept_a = results.array(a.array.shape)
+            _cast(a.float32(wide), dtype, kept_a, scratch)
+        _cast(b.float32(wide), dtype, kept_b.swapaxes(-1, -2), scratch, modules[path].scale)
+        factors[path] = HostFactors(kept_a, kept_b)
+    return factors
 
 
 def _unlike(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:
@@ -117,9 +135,9 @@ def _unlike(bundle: AdapterBundle, path: str, parameters: Mapping[str, Parameter
         )
         return
     dtype = parameters[path].dtype
-    largest = float(np.abs(bundle.tensors[path].float32()).max(initial=0.0))
-    if largest > LARGEST[dtype]:
-        yield _outside(path, largest, f"{dtype}, the dtype of this parameter")
+    most = largest(bundle.tensors[path].float32())
+    if most > LARGEST[dtype]:
+        yield _outside(path, most, f"{dtype}, the dtype of this parameter")
 
 
 def _outside(path: str, largest: float, range_of: str) -> Fault:
@@ -142,16 +160,39 @@ def _delta(bundle: AdapterBundle, path: str) -> HostDelta:
 
 
 def _unscaled(tensor: AdapterTensor, dtype: str) -> NDArray[Any]:
-    if dtype == "bfloat16" and tensor.dtype == "BF16":
-        return tensor.array
-    return cast(tensor.float32(), dtype)
+    return tensor.array if tensor.dtype == STORED[dtype] else cast(tensor.float32(), dtype)
 
 
 def cast(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """Finite float32 values rounded to nearest, ties to even; bfloat16 as its bits, uint16."""
     if dtype == "float32":
         return values
-    if dtype == "float16":
-        return values.astype(np.float16)
+    kept = np.empty(values.shape, STORAGE[STORED[dtype]])
+    _cast(values, dtype, kept, Scratch())
+    return kept
+
+
+def _cast(
+    values: NDArray[np.float32], dtype: str, out: NDArray[Any], scratch: Scratch, scale: float | None = None
+) -> None:
+    """Writes what `cast` makes of scale · values, a product in float32, into `out` of the same shape."""
+    for piece in in_pieces(values):
+        given: NDArray[Any] = values[piece]
+        if scale is not None:
+            given = np.multiply(given, np.float32(scale), out=scratch.array("scaled", given.shape, np.float32))
+        if dtype == "bfloat16":
+            given = _rounded(given, scratch)
+        np.copyto(out[piece], given, casting="same_kind")
+
+
+def _rounded(values: NDArray[np.float32], scratch: Scratch) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16, a view of `scratch`: the upper half of the sum of a float32's bits, 0x7FFF and
+    the last bit that stays."""
     bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    rounded = scratch.array("rounded", bits.shape, np.uint32)
+    np.right_shift(bits, 16, out=rounded)
+    np.bitwise_and(rounded, 1, out=rounded)
+    np.add(rounded, bits, out=rounded)
+    np.add(rounded, 0x7FFF, out=rounded)
+    halves: NDArray[np.uint16] = rounded.astype("<u4", copy=False).view("<u2").reshape(*bits.shape, 2)
+    return halves[..., 1]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.bundle import AdapterBundle
-from adapters.numerics import thinned
-from adapters.spec import HALVES
+from adapters.bundle import AdapterBundle, grams_of
+from adapters.numerics import Grams
 
 LARGEST = 5
 TINY = float(np.finfo(np.float64).tiny)
@@ -48,10 +47,10 @@ class BundleReport:
     """Effective rank of each module that has one."""
 
 
-def report(bundle: AdapterBundle) -> BundleReport:
+def report(bundle: AdapterBundle, grams: Mapping[str, Grams] | None = None) -> BundleReport:
     """The report as far as the file tells: of DoRA the low-rank part, of tensors in place of the base's nothing. See
-    `completed`."""
-    return _report(bundle, effective_ranks(bundle), _norms(bundle))
+    `completed`. `grams` are those of `measured`, where they are still there."""
+    return _report(bundle, effective_ranks(bundle, grams_of(bundle) if grams is None else grams), _norms(bundle))
 
 
 def completed(first: BundleReport, bundle: AdapterBundle, changes: Mapping[str, float]) -> BundleReport:
@@ -89,37 +88,34 @@ def _report(bundle: AdapterBundle, ranks: Mapping[str, float], all_norms: Mappin
     )
 
 
-def effective_ranks(bundle: AdapterBundle) -> dict[str, float]:
+def effective_ranks(bundle: AdapterBundle, grams: Mapping[str, Grams]) -> dict[str, float]:
     """The effective rank of every module whose delta is a product and not zero (Roy and Vetterli, EUSIPCO 2007); the
     mean over the experts of a stack.
 
     The singular values of B · A are those of a rank × rank matrix, so products of one rank are done together."""
-    by_rank: dict[int, list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]] = {}
-    for path, measure in bundle.measures.items():
-        if not measure.zero and f"{path}.lora_A" in bundle.tensors:
-            a, b = _factors(bundle, path)
-            by_rank.setdefault(a.shape[1], []).append((path, a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b))
+    by_rank: dict[int, list[tuple[str, Grams]]] = {}
+    for path, both in grams.items():
+        if not bundle.measures[path].zero:
+            stacks = Grams(*(gram.reshape(-1, *gram.shape[-2:]) for gram in both))
+            by_rank.setdefault(stacks.a.shape[1], []).append((path, stacks))
     found: dict[str, float] = {}
     for modules in by_rank.values():
-        ranks = _effective(
-            _squared_singular_values(
-                np.concatenate([gram for _, gram, _ in modules]), np.concatenate([gram for _, _, gram in modules])
-            )
-        )
-        ends = np.cumsum([len(gram) for _, gram, _ in modules])
-        for (path, _, _), own in zip(modules, np.split(ranks, ends[:-1]), strict=True):
-            if np.isfinite(own).any():
-                found[path] = float(own[np.isfinite(own)].mean())
+        halves = zip(*(stacks for _, stacks in modules), strict=True)
+        ranks = _effective(_squared_singular_values(*(_scaled(np.concatenate(half)) for half in halves)))
+        begins = np.cumsum([0, *(len(stacks.a) for _, stacks in modules[:-1])])
+        known = np.isfinite(ranks)
+        count = np.add.reduceat(known, begins, dtype=np.intp)
+        means = np.add.reduceat(np.where(known, ranks, 0.0), begins) / np.maximum(count, 1)
+        of_each = zip(modules, means.tolist(), count.tolist(), strict=True)
+        found |= {path: mean for (path, _), mean, of in of_each if of}
     return dict(sorted(found.items()))
 
 
-def _factors(bundle: AdapterBundle, path: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A [experts or 1, rank, in] and B [experts or 1, out, rank], the rank at most min(out, in). Scaled to the largest
-    value of each: the shares of singular values stay, and small float32 deltas do not vanish when squared."""
-    a, b = (bundle.tensors[f"{path}.{half}"].float32().astype(np.float64) for half in HALVES)
-    thin = thinned(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]))
-    a, b = (factor / np.maximum(np.abs(factor).max(axis=(1, 2), keepdims=True), TINY) for factor in thin)
-    return a, b
+def _scaled(grams: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each divided by its largest value: the shares of singular values stay, and products of small ones do not
+    vanish."""
+    largest: NDArray[np.float64] = np.abs(grams).max(axis=(1, 2), keepdims=True)
+    return grams / np.maximum(largest, TINY)
 
 
 def _squared_singular_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

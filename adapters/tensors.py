@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize, safe_open
 
 from adapters.errors import AdapterUnreadable, shown
+from adapters.host_memory import Scratch
 
 STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Served dtypes → how numpy holds them; bf16 as its upper 16 bits."""
@@ -29,16 +32,30 @@ class AdapterTensor:
     def nbytes(self) -> int:
         return self.array.nbytes
 
-    def float32(self) -> NDArray[np.float32]:
-        """The same values, exactly; the array itself where it has this dtype."""
+    def float32(self, scratch: Scratch | None = None) -> NDArray[np.float32]:
+        """The same values, exactly; the array itself where it has this dtype, and otherwise one of `scratch`."""
+        if self.dtype == "F32":
+            return self.array
+        wide = (scratch or Scratch()).array("float32", self.array.shape, np.float32)
         if self.dtype == "BF16":
-            return (self.array.astype(np.uint32) << 16).view(np.float32)
-        return self.array.astype(np.float32, copy=False)
+            bits = wide.view(np.uint32)
+            np.copyto(bits, self.array)
+            np.left_shift(bits, 16, out=bits)
+        else:
+            np.copyto(wide, self.array)
+        return wide
 
     def finite(self) -> bool:
         if self.dtype == "BF16":
             exponent = np.uint16(0x7F80)
             return not bool(((self.array & exponent) == exponent).any())
+        if self.dtype == "F32":
+            values = self.array.reshape(-1)
+            # One pass without a temporary array. A sum of finite squares may be infinite, never the other way round.
+            with np.errstate(over="ignore", invalid="ignore"):
+                squared = np.dot(values, values)
+            if np.isfinite(squared):
+                return True
         return bool(np.isfinite(self.array).all())
 
     def transposed(self) -> AdapterTensor:
@@ -71,34 +88,68 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def read_safetensors(weights: bytes | memoryview) -> tuple[dict[str, FileTensor], dict[str, str]]:
-    """(tensors by the file's names, metadata). Raises `AdapterUnreadable` for anything that is not a whole file."""
-    content = bytes(weights)  # No copy where it is `bytes` already.
+    """(tensors by the file's names, as views of `weights`; metadata). Raises `AdapterUnreadable` for anything that is
+    not a whole file."""
+    content = memoryview(weights)
     try:
-        entries = deserialize(content)
+        return _entries(content)
     except SafetensorError as error:
         # Only here: the length of a header can begin like a pickle.
-        if content.startswith(PICKLES):
+        if bytes(content[:4]).startswith(PICKLES):
             raise AdapterUnreadable(
                 "The weights are a pickle or a zip archive, which is never opened here: save them as safetensors.",
                 field="weights",
             ) from error
-        raise _broken(content, error) from error
+        raise _broken(len(content), error) from error
+
+
+def _entries(content: memoryview) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """What the library finds, after its own checks. It copies all data of a file that it is given as bytes, and data is
+    no part of what it checks: where the system has files in memory, it is shown one of the same length that has the
+    same header and a hole for its data."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    if hasattr(os, "memfd_create") and 8 < begin <= len(content):
+        with suppress(OSError), _in_memory(content[:begin], len(content)) as path, safe_open(path, "numpy") as file:
+            header = json.loads(bytes(content[8:begin]))
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: FileTensor(
+                    name, entry.get_dtype(), tuple(entry.get_shape()), content[begin:][_place(header[name])]
+                )
+                for name, entry in found.items()
+            }, file.metadata() or {}
+    entries = deserialize(bytes(content))
     tensors = {name: FileTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data"]) for name, entry in entries}
-    # The library has checked length and JSON of the header, but does not hand the metadata over.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+    # The library does not hand the metadata over.
+    return tensors, json.loads(bytes(content[8:begin])).get("__metadata__") or {}
 
 
-def _broken(content: bytes, error: SafetensorError) -> AdapterUnreadable:
+@contextmanager
+def _in_memory(begin: memoryview, length: int) -> Iterator[str]:
+    """The path of a file that begins so, and has zeros up to `length`, of which none takes memory."""
+    file = os.memfd_create("header")
+    try:
+        os.write(file, begin)
+        os.truncate(file, length)
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def _place(entry: Any) -> slice:
+    """Where a tensor's data lies behind the header. The library takes an entry's three values as a list as well."""
+    return slice(*(entry["data_offsets"] if isinstance(entry, dict) else entry[2]))
+
+
+def _broken(length: int, error: SafetensorError) -> AdapterUnreadable:
     """The sentence for a file that the library refuses: cut off, or wrong in itself."""
-    said = str(error).removeprefix("Error while deserializing: ")
-    if len(content) >= 8 and "incomplete" not in said and "header length" not in said:
+    said = str(error).removeprefix("Error while deserializing").removeprefix(" header").removeprefix(": ")
+    if length >= 8 and "incomplete" not in said and "header length" not in said:
         return AdapterUnreadable(
             f"The weights are not a safetensors file: {shown(said)}. Save them with safetensors again.", field="weights"
         )
     return AdapterUnreadable(
-        f"The weights ({len(content)} bytes) are not a complete safetensors file: {shown(said)}. "
-        "Send the file again, whole.",
+        f"The weights ({length} bytes) are not a complete safetensors file: {shown(said)}. Send the file again, whole.",
         field="weights",
     )
 

@@ -132,6 +132,8 @@ def _missing(proposal: Proposal) -> Iterator[tuple[str, Fault]]:
             why = "targeted by the configuration, but the file has no tensors for"
             yield module, Fault(f"{module} is {why} it.", f"layers are {why} them", module)
             continue
+        if len(present) == len(proposal.spec.parts):
+            continue
         there = " and ".join(f"{module}.{proposal.spell(part, spec.place)}" for part in present)
         for part in proposal.spec.parts:
             if part not in present:
@@ -154,7 +156,8 @@ def _wrong(proposal: Proposal, module: str, part: str, tensor: FileTensor, layer
         expected = experts_of(layer) + expected
     elif proposal.transposed:
         expected = expected[::-1]
-    yield from _wrong_values(tensor, expected, *_why(tensor, expected, rank))
+    why = _why(tensor, expected, rank) if tensor.shape != expected else ("", "")
+    yield from _wrong_values(tensor, expected, *why)
 
 
 def _wrong_dense(path: str, tensor: FileTensor, parameters: Mapping[str, Parameter]) -> Iterator[Fault]:

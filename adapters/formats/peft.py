@@ -80,8 +80,8 @@ def read(
     """What the file says about the layers of a base (path → (out, in)) and its parameters. Raises `AdapterUnreadable`
     where the configuration is not usable and `AdapterUnsupported` with everything in it that is not served."""
     refuse(config)
-    thin = {name: tensor for name, tensor in tensors.items() if any(pattern.fullmatch(name) for pattern in TENSORS)}
-    parts, strangers = _parts(thin)
+    thin = {name: match for name in sorted(tensors) if (match := _thin(name))}
+    parts, strangers = _parts(thin, tensors)
     names = names_in(layers, {module for module, _ in parts})
     modules, stacks = _modules(config, names, parts)
     if stacks.modules and _flag(config, "use_dora"):
@@ -147,20 +147,24 @@ def refuse(config: Mapping[str, Any]) -> None:
         raise AdapterUnsupported(refusals)
 
 
-def _parts(tensors: Mapping[str, FileTensor]) -> tuple[dict[tuple[str, str], FileTensor], list[Fault]]:
-    """(Tensors by module and part, faults) of names that `TENSORS` matches."""
+def _thin(name: str) -> re.Match[str] | None:
+    """The match of a low-rank tensor's name."""
+    return next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
+
+
+def _parts(
+    thin: Mapping[str, re.Match[str]], tensors: Mapping[str, FileTensor]
+) -> tuple[dict[tuple[str, str], FileTensor], list[Fault]]:
+    """(Tensors by module and part, faults) of names that `_thin` matches."""
     parts: dict[tuple[str, str], FileTensor] = {}
     strangers: list[Fault] = []
     adapters: set[str] = set()
-    for name, tensor in sorted(tensors.items()):
-        match = next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
-        if match is None:
-            continue
+    for name, match in thin.items():
         module, part, adapter = match.groups()
         part = part.replace("lora_embedding", "lora")
         if (module, part) in parts:
             strangers.append(twice(name, parts[module, part]))
-        parts[module, part] = tensor
+        parts[module, part] = tensors[name]
         adapters.add(adapter or "")
     if len(adapters - {""}) > 1:
         raise AdapterUnreadable(
@@ -255,7 +259,7 @@ def _named(wanted: str | frozenset[str], path: str, patterns: Patterns) -> bool:
     if isinstance(wanted, str):
         return patterns.fullmatch(wanted, path) is not None
     # Each end of the path is looked up: a list may hold a million names.
-    return any(end in wanted for end in ends(path))
+    return bool(wanted) and not wanted.isdisjoint(ends(path))
 
 
 def _index(path: str, prefixes: Sequence[str], patterns: Patterns) -> int | None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
+from adapters.bundle import NO_PARAMETERS, AdapterBundle, Measured, measured
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.formats import mlx_lm, peft, whole_tensors
 from adapters.formats.fit import Proposal, faults
@@ -47,6 +47,19 @@ def read_bundle(
     `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
     `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
     """
+    return read_measured(weights, config, format=format, layers=layers, parameters=parameters, scoring=scoring).bundle
+
+
+def read_measured(
+    weights: bytes | memoryview,
+    config: Mapping[str, Any] | None,
+    *,
+    format: str = "auto",
+    layers: Mapping[str, tuple[int, int]],
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    scoring: Scoring = NO_SCORING,
+) -> Measured:
+    """`read_bundle`'s bundle, and what a report on it would have to compute again."""
     tensors, metadata = read_safetensors(weights)
     if config is None:
         config = _config_of(metadata)
@@ -70,7 +83,7 @@ def read_bundle(
         for (module, part), tensor in proposal.tensors.items()
     }
     held |= {path: tensor.read() for path, tensor in (*proposal.dense.items(), *proposal.head.tensors.items())}
-    return make_bundle(*reader.complete(proposal.spec, held))
+    return measured(*reader.complete(proposal.spec, held))
 
 
 def _another_base(config: Mapping[str, Any]) -> str:

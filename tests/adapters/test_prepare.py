@@ -14,10 +14,11 @@ from safetensors.numpy import save
 from adapters.bundle import make_bundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.formats.read import read_bundle
+from adapters.host_memory import PIECE
 from adapters.prepare import cast, prepare
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
-from adapters.spec import AdapterSpec, Parameter
+from adapters.spec import AdapterSpec, ModuleSpec, Parameter
 from adapters.tensors import AdapterTensor
 from tests.support.adapter_files import Layers, logits, make, merge, tokens
 from tests.support.numbers.bounds import assert_near
@@ -37,6 +38,40 @@ def test_what_is_made_ready_on_the_host_is_what_mlx_would_round_to(dtype: mx.Dty
     given = mx.array(cast(values, name))
     given = given.view(dtype) if dtype == mx.bfloat16 else given
     assert mx.array_equal(given, mx.array(values).astype(dtype)).item()
+
+
+def test_bfloat16_is_rounded_as_the_formula_says_at_every_upper_half() -> None:
+    """Around each of the 65,536 upper halves: itself, the ties, and what lies beside them."""
+    upper = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    bits = upper | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    values = bits.view(np.float32)[np.isfinite(bits.view(np.float32)).all(axis=1)]
+    whole = values.view(np.uint32).astype(np.uint64)
+    below, rest = whole >> 16, whole & 0xFFFF
+    expected = below + ((rest > 0x8000) | ((rest == 0x8000) & (below % 2 == 1)))
+    assert np.array_equal(cast(values, "bfloat16"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_factors_are_the_scaled_turned_and_cast_ones(dtype: str, stored: str, experts: tuple[int, ...]) -> None:
+    """Against one step after the other, in shapes of less than a piece and of several."""
+    random, tensors, modules = np.random.default_rng(0), {}, {}
+    for at, (rank, width, out) in enumerate(((2, 3, 5), (4, PIECE, 9), (16, 8, 3 * PIECE // 16 + 1))):
+        modules[f"layers.{at}"] = ModuleSpec(rank, 0.37 * (at + 1), "experts" if experts else "linear")
+        for half, shape in (("lora_A", (*experts, rank, width)), ("lora_B", (*experts, out, rank))):
+            values = random.normal(size=shape).astype(np.float32)
+            array = {"F32": values, "F16": values.astype(np.float16), "BF16": cast(values, "bfloat16")}[stored]
+            tensors[f"layers.{at}.{half}"] = AdapterTensor(stored, array)
+    prepared = prepare(make_bundle(AdapterSpec("lora", modules), tensors), dtype)
+    for path, module in modules.items():
+        a, b = (tensors[f"{path}.{half}"].float32() for half in ("lora_A", "lora_B"))
+        factors = prepared.factors[path]
+        assert np.array_equal(factors.a, cast(a, dtype))
+        assert np.array_equal(
+            factors.b, cast(np.ascontiguousarray(b.swapaxes(-1, -2)) * np.float32(module.scale), dtype)
+        )
+        assert factors.a.dtype == factors.b.dtype == cast(a, dtype).dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ from typing import Any
 from litestar import Request
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 
+from adapters.host_memory import joined
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
 from rollout_server.http.requests.json_body import chunks
 from rollout_server.quoting import quoted, shortened
@@ -51,9 +52,15 @@ class Pieces:
 
     def take(self) -> bytes:
         """All bytes in one; nothing is left here."""
-        whole = b"".join(self._pieces)
-        self._pieces, self._small, self.length = [], None, 0
-        return whole
+        return b"".join(self._taken())
+
+    def joined(self) -> memoryview:
+        """`take` for many megabytes."""
+        return joined(self._taken())
+
+    def _taken(self) -> list[bytes | bytearray]:
+        taken, self._pieces, self._small, self.length = self._pieces, [], None, 0
+        return taken
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
 from adapters.bundle import AdapterBundle
-from adapters.formats.read import read_bundle
+from adapters.formats.read import read_measured
 from adapters.prepare import PreparedBundle, prepare
 from adapters.report import BundleReport, completed
 from adapters.report import report as report_on
@@ -177,14 +177,15 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
     """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own. Raises
     `InvalidField` for options that do not go with what came."""
     options = upload.options
-    bundle = read_bundle(
-        upload.weights.take(),
+    measured = read_measured(
+        upload.weights.joined(),
         upload.config,
         format=options.format,
         layers=info.layers,
         parameters=info.weights,
         scoring=info.scoring,
     )
+    bundle = measured.bundle
     mode = options.mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:
         raise InvalidField(
@@ -195,7 +196,7 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
             "dequantize: an adapter leaves the base's layers as they are; it belongs to mode 'merged'.",
             param="dequantize",
         )
-    return prepare(bundle, info.dtype, mode=mode, parameters=info.weights), report_on(bundle)
+    return prepare(bundle, info.dtype, mode=mode, parameters=info.weights), report_on(bundle, measured.grams)
 
 
 def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:
