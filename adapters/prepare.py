@@ -19,7 +19,7 @@ from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.host_memory import Results, Scratch, in_pieces
 from adapters.numerics import largest, squared_delta_norms
-from adapters.spec import HALVES, Mode, Parameter
+from adapters.spec import HALVES, AdapterSpec, Mode, Parameter
 from adapters.tensors import STORAGE, AdapterTensor
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -74,11 +74,17 @@ class PreparedBundle:
 
 
 def prepare(
-    bundle: AdapterBundle, dtype: str, *, mode: Mode | None = None, parameters: Mapping[str, Parameter] = NO_PARAMETERS
+    bundle: AdapterBundle,
+    dtype: str,
+    *,
+    mode: Mode | None = None,
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    factors: Mapping[str, HostFactors] | None = None,
 ) -> PreparedBundle:
-    """Prepares a bundle for one of its modes, the usual one by default. Raises `AdapterDoesNotFit` where a value leaves
-    the range of `dtype`, that of the model's activations, or of the parameter in whose place it is, or where there is
-    no such parameter, as in an engine of several ranks."""
+    """Prepares a bundle for one of its modes, the usual one by default; `factors` are its `host_factors` for this mode,
+    where they are made already. Raises `AdapterDoesNotFit` where a value leaves the range of `dtype`, that of the
+    model's activations, or of the parameter in whose place it is, or where there is no such parameter, as in an engine
+    of several ranks."""
     mode = mode or bundle.spec.modes[0]
     if mode not in bundle.spec.modes:
         raise ValueError(f"A bundle of kind {bundle.spec.kind} is not served in mode {mode}.")
@@ -93,7 +99,8 @@ def prepare(
     faults += [fault for path in bundle.spec.dense if not adds for fault in _unlike(bundle, path, parameters)]
     if faults:
         raise AdapterDoesNotFit(faults)
-    factors = _factors(bundle, dtype)
+    if factors is None:
+        factors = host_factors(bundle.spec, bundle.tensors, dtype, mode)
     dense = {
         path: _unscaled(bundle.tensors[path], "float32" if adds else parameters[path].dtype)
         for path in bundle.spec.dense
@@ -105,23 +112,25 @@ def prepare(
     )
 
 
-def _factors(bundle: AdapterBundle, dtype: str) -> dict[str, HostFactors]:
-    """Factors of all layers, the scale folded into B. What is not in the file as it is needed lies in one piece of
-    memory."""
+def host_factors(
+    spec: AdapterSpec, tensors: Mapping[str, AdapterTensor], dtype: str, mode: Mode
+) -> dict[str, HostFactors]:
+    """Factors of all layers for a model of this dtype, the scale folded into B; a value that leaves its range becomes
+    infinite, which `prepare` refuses. What is not in the file as it is needed lies in one piece of memory."""
+    dtype = "float32" if mode == "merged" else dtype
     scratch, wide = Scratch(), Scratch()
-    modules = bundle.spec.modules
-    pairs = {path: [bundle.tensors[f"{path}.{half}"] for half in HALVES] for path in modules}
+    pairs = {path: [tensors[f"{path}.{half}"] for half in HALVES] for path in spec.modules}
     made = [a for a, _ in pairs.values() if a.dtype != STORED[dtype]] + [b for _, b in pairs.values()]
     results = Results(sum(tensor.array.size for tensor in made), STORAGE[STORED[dtype]])
     factors: dict[str, HostFactors] = {}
-    for path, (a, b) in pairs.items():
-        shape = (*b.array.shape[:-2], b.array.shape[-1], b.array.shape[-2])
-        kept_a, kept_b = a.array, results.array(shape)
-        if a.dtype != STORED[dtype]:
-            kept_a = results.array(a.array.shape)
-            _cast(a.float32(wide), dtype, kept_a, scratch)
-        _cast(b.float32(wide), dtype, kept_b.swapaxes(-1, -2), scratch, modules[path].scale)
-        factors[path] = HostFactors(kept_a, kept_b)
+    with np.errstate(over="ignore"):
+        for path, (a, b) in pairs.items():
+            kept_a, kept_b = a.array, results.array((*b.array.shape[:-2], b.array.shape[-1], b.array.shape[-2]))
+            if a.dtype != STORED[dtype]:
+                kept_a = results.array(a.array.shape)
+                _cast(a.float32(wide), dtype, kept_a, scratch)
+            _cast(b.float32(wide), dtype, kept_b.swapaxes(-1, -2), scratch, spec.modules[path].scale)
+            factors[path] = HostFactors(kept_a, kept_b)
     return factors
 
 

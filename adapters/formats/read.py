@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from adapters.bundle import NO_PARAMETERS, AdapterBundle, Measured, measured
+from adapters.bundle import NO_PARAMETERS, AdapterBundle, make_bundle
 from adapters.errors import AdapterDoesNotFit, AdapterUnreadable, AdapterUnsupported, shown
 from adapters.formats import mlx_lm, peft, whole_tensors
 from adapters.formats.fit import Proposal, faults
-from adapters.spec import DENSE_KINDS, NO_SCORING, Parameter, Scoring, experts_of, quoted
-from adapters.tensors import FileTensor, read_safetensors
+from adapters.spec import DENSE_KINDS, NO_SCORING, AdapterSpec, Parameter, Scoring, experts_of, quoted
+from adapters.tensors import AdapterTensor, FileTensor, read_safetensors
 
 FORMATS = {"peft": peft, "mlx": mlx_lm}
 MARKS = {"peft": ("peft_type", "lora_alpha"), "mlx": ("fine_tune_type", "lora_parameters")}
@@ -47,10 +47,12 @@ def read_bundle(
     `config` is adapter_config.json; without it the file's own metadata under `adapter_config` is taken. `format` is
     `auto`, `peft` or `mlx`. Raises `AdapterUnreadable`, `AdapterUnsupported`, or `AdapterDoesNotFit` with all faults.
     """
-    return read_measured(weights, config, format=format, layers=layers, parameters=parameters, scoring=scoring).bundle
+    return make_bundle(
+        *read_tensors(weights, config, format=format, layers=layers, parameters=parameters, scoring=scoring)
+    )
 
 
-def read_measured(
+def read_tensors(
     weights: bytes | memoryview,
     config: Mapping[str, Any] | None,
     *,
@@ -58,8 +60,8 @@ def read_measured(
     layers: Mapping[str, tuple[int, int]],
     parameters: Mapping[str, Parameter] = NO_PARAMETERS,
     scoring: Scoring = NO_SCORING,
-) -> Measured:
-    """`read_bundle`'s bundle, and what a report on it would have to compute again."""
+) -> tuple[AdapterSpec, dict[str, AdapterTensor]]:
+    """What `read_bundle` makes a bundle of, neither hashed nor measured yet; with the same errors."""
     tensors, metadata = read_safetensors(weights)
     if config is None:
         config = _config_of(metadata)
@@ -83,7 +85,8 @@ def read_measured(
         for (module, part), tensor in proposal.tensors.items()
     }
     held |= {path: tensor.read() for path, tensor in (*proposal.dense.items(), *proposal.head.tensors.items())}
-    return measured(*reader.complete(proposal.spec, held))
+    completed: tuple[AdapterSpec, dict[str, AdapterTensor]] = reader.complete(proposal.spec, held)
+    return completed
 
 
 def _another_base(config: Mapping[str, Any]) -> str:

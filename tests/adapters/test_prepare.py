@@ -15,7 +15,7 @@ from adapters.bundle import make_bundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.formats.read import read_bundle
 from adapters.host_memory import PIECE
-from adapters.prepare import cast, prepare
+from adapters.prepare import LARGEST, cast, host_factors, prepare
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots
 from adapters.spec import AdapterSpec, ModuleSpec, Parameter
@@ -72,6 +72,22 @@ def test_factors_are_the_scaled_turned_and_cast_ones(dtype: str, stored: str, ex
             factors.b, cast(np.ascontiguousarray(b.swapaxes(-1, -2)) * np.float32(module.scale), dtype)
         )
         assert factors.a.dtype == factors.b.dtype == cast(a, dtype).dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [3e38, 65520.0])
+def test_a_value_out_of_range_is_refused_whether_or_not_the_factors_are_made_already(dtype: str, value: float) -> None:
+    spec = AdapterSpec("lora", {"layer": ModuleSpec(1, 2.0)})
+    tensors = {"layer.lora_A": np.full((1, 3), value, np.float32), "layer.lora_B": np.ones((2, 1), np.float32)}
+    bundle = make_bundle(spec, {name: AdapterTensor("F32", array) for name, array in tensors.items()})
+    factors = host_factors(bundle.spec, bundle.tensors, dtype, "adapter")
+    for given in (None, factors):
+        if dtype == "float16" or (dtype == "bfloat16" and value > LARGEST["bfloat16"]):
+            with pytest.raises(AdapterDoesNotFit, match=f"outside the range of {dtype}"):
+                prepare(bundle, dtype, factors=given)
+        else:
+            kept = prepare(bundle, dtype, factors=given).factors["layer"]
+            assert np.array_equal(kept.a, factors["layer"].a) and np.array_equal(kept.b, factors["layer"].b)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

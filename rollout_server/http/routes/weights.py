@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +13,9 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 
-from adapters.bundle import AdapterBundle
-from adapters.formats.read import read_measured
-from adapters.prepare import PreparedBundle, prepare
+from adapters.bundle import AdapterBundle, measured
+from adapters.formats.read import read_tensors
+from adapters.prepare import PreparedBundle, host_factors, prepare
 from adapters.report import BundleReport, completed
 from adapters.report import report as report_on
 from rollout_server.engine.messages.options import ModelInfo
@@ -174,10 +175,10 @@ def if_match(request: Request[Any, Any, Any]) -> str | None:
 
 
 def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]:
-    """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own. Raises
-    `InvalidField` for options that do not go with what came."""
+    """Parses, converts, checks against the base, hashes, measures and casts; runs on a thread of its own, and casts on
+    another beside the measuring. Raises `InvalidField` for options that do not go with what came."""
     options = upload.options
-    measured = read_measured(
+    spec, tensors = read_tensors(
         upload.weights.joined(),
         upload.config,
         format=options.format,
@@ -185,18 +186,22 @@ def read(upload: Upload, info: ModelInfo) -> tuple[PreparedBundle, BundleReport]
         parameters=info.weights,
         scoring=info.scoring,
     )
-    bundle = measured.bundle
-    mode = options.mode or bundle.spec.modes[0]
-    if mode not in bundle.spec.modes:
+    mode = options.mode or spec.modes[0]
+    if mode not in spec.modes:
         raise InvalidField(
-            f"mode: kind {bundle.spec.kind} has no low-rank form: leave the mode out, or send 'merged'.", param="mode"
+            f"mode: kind {spec.kind} has no low-rank form: leave the mode out, or send 'merged'.", param="mode"
         )
-    if options.dequantize == "true" and mode == "adapter" and not bundle.spec.dense:
+    if options.dequantize == "true" and mode == "adapter" and not spec.dense:
         raise InvalidField(
             "dequantize: an adapter leaves the base's layers as they are; it belongs to mode 'merged'.",
             param="dequantize",
         )
-    return prepare(bundle, info.dtype, mode=mode, parameters=info.weights), report_on(bundle, measured.grams)
+    with ThreadPoolExecutor(1, "cast") as beside:
+        casting = beside.submit(host_factors, spec, tensors, info.dtype, mode)
+        bundle, grams = measured(spec, tensors)
+        told = report_on(bundle, grams)
+        factors = casting.result()
+    return prepare(bundle, info.dtype, mode=mode, parameters=info.weights, factors=factors), told
 
 
 def push_reply(published: Published, bundle: AdapterBundle, report: BundleReport, service: Service) -> dict[str, Any]:

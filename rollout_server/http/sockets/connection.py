@@ -15,6 +15,7 @@ from rollout_server.errors import BadBody, EngineUnavailable, RolloutError
 from rollout_server.fleet.joining.challenge import NONCE_HEADER, PATH, UPGRADE
 from rollout_server.fleet.joining.door import Door
 from rollout_server.http.problems import body_of, headers_of, row_of
+from rollout_server.http.sockets.received import WholePieces
 from rollout_server.open_files import OpenFiles
 from rollout_server.quoting import shortened
 
@@ -30,6 +31,10 @@ the connection, and the reply may be lost."""
 REASON = 200
 """The most characters that are shown of what the parser says."""
 HEAD_TOO_LONG = 431
+READ_AT_ONCE = 1 << 18
+"""Bytes, as asyncio has it."""
+READ_AT_MOST = 1 << 21
+"""Where more waits than that: each time costs a few hundred steps of Python, during which the engine's thread waits."""
 
 
 def too_many() -> RolloutError:
@@ -56,6 +61,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn._receive_buffer = WholePieces()
         crowded = OpenFiles.now().crowded
         if crowded is not None and transport.get_extra_info("socket").fileno() >= crowded:
             self.app_state = {**self.app_state, CROWDED: True}
@@ -67,8 +73,16 @@ class Connection(H11Protocol):
             self._last_word(too_many())
 
     def data_received(self, data: bytes) -> None:
-        if not self._deaf:
-            super().data_received(data)
+        if self._deaf:
+            return
+        # asyncio's name for the most that it reads at once; on transports that have none it says nothing.
+        transport: Any = self.transport
+        transport.max_size = READ_AT_MOST if len(data) >= READ_AT_ONCE else READ_AT_ONCE
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.body:
+            # uvicorn adds to it, and gives `bytes` of it away: of these, the first piece is itself in both cases.
+            cycle.body = b""
+        super().data_received(data)
 
     def _should_upgrade(self) -> bool:
         """A replica that joins a fleet speaks its own frames; whoever else offers something is answered as any
