@@ -121,8 +121,11 @@ def _scaled(grams: NDArray[np.float64]) -> NDArray[np.float64]:
 def _squared_singular_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared singular values of B · A from A · Aᵀ and Bᵀ · B, both [modules, rank, rank] → [modules, rank]. With A ·
     Aᵀ = S · Sᵀ they are the eigenvalues of Sᵀ · (Bᵀ · B) · S."""
-    values, vectors = np.linalg.eigh(a)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    try:
+        root = np.linalg.cholesky(a)
+    except np.linalg.LinAlgError:  # A of one of them has rows that depend on each other; this takes many times as long.
+        values, vectors = np.linalg.eigh(a)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
     return np.maximum(np.linalg.eigvalsh(root.swapaxes(1, 2) @ b @ root), 0.0)
 
 

@@ -88,6 +88,21 @@ def test_a_product_that_cancels_is_not_a_number_and_so_not_reported() -> None:
     assert found.effective_rank is not None and np.isfinite(found.effective_rank)
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-9, 1e-7, 1e-3])
+def test_rows_that_depend_on_each_other_are_no_rank_beside_layers_whose_rows_do_not(off: float) -> None:
+    """Exactly, or as nearly as float32 can say it."""
+    generator = np.random.default_rng(3)
+    factors = {path: (generator.normal(size=(3, w)), generator.normal(size=(o, 3))) for path, (o, w) in LAYERS.items()}
+    a, _ = factors["model.layers.1.down"]
+    a[2] = a[0] - 2 * a[1] + off * generator.normal(size=a.shape[1])
+    found = report(bundle_of(factors)).ranks
+    for path, both in factors.items():
+        expected = by_hand(*(factor.astype(np.float32) for factor in both))
+        # Squares of singular values have half the digits: below 1e-13 of the largest they are dropped, and by_hand
+        # keeps what is above 1e-9 of it, so that one value of at most √1e-13 may be in one and not in the other.
+        assert found[path] == pytest.approx(expected, rel=2e-5)
+
+
 def test_modules_of_several_ranks() -> None:
     found = report(make(LAYERS, rank=3))
     assert found.effective_rank is not None and 1 <= found.effective_rank <= 3
