@@ -36,14 +36,22 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[Any]] = {}
+        self._shaped: dict[tuple[str, tuple[int, ...]], NDArray[Any]] = {}
+        """Layers have few shapes, and a look-up costs less than another view."""
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """[shape] of any values. A name has one dtype."""
+        found = self._shaped.get((name, shape))
+        return self._made(name, shape, dtype) if found is None else found
+
+    def _made(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.size < size:
             held = self._held[name] = np.empty(size, dtype)
-        return held[:size].reshape(shape)
+            self._shaped = {key: view for key, view in self._shaped.items() if key[0] != name}
+        made = self._shaped[name, shape] = held[:size].reshape(shape)
+        return made
 
 
 class Results:

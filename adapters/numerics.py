@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,16 +41,16 @@ class Grams(NamedTuple):
     @classmethod
     def of(cls, a: NDArray[np.float32], b: NDArray[np.float32], scratch: Scratch) -> Grams:
         """Grams of A [rank, in] and B [out, rank], or of stacks of them [experts, …]."""
-        wide = [scratch.array(name, each.shape, np.float64) for name, each in (("a", a), ("b", b))]
-        for held, each in zip(wide, (a, b), strict=True):
-            np.copyto(held, each)
-        thin_a, thin_b = thinned(*wide)
-        return cls(thin_a @ thin_a.swapaxes(-1, -2), thin_b.swapaxes(-1, -2) @ thin_b)
+        wide_a, wide_b = scratch.array("a", a.shape, np.float64), scratch.array("b", b.shape, np.float64)
+        np.copyto(wide_a, a)
+        np.copyto(wide_b, b)
+        thin_a, thin_b = thinned(wide_a, wide_b)
+        return cls(thin_a @ thin_a.mT, thin_b.mT @ thin_b)
 
     def norm(self, scale: float) -> float:
         """‖scale · B · A‖ (Frobenius), without forming the product: ‖BA‖² = tr(BᵀB · AAᵀ)."""
         squared = float((self.b * self.a).sum())
-        return abs(scale) * float(np.sqrt(max(squared, 0.0)))
+        return abs(scale) * math.sqrt(max(squared, 0.0))
 
 
 def measure(a: NDArray[np.float32], b: NDArray[np.float32], scale: float, grams: Grams) -> DeltaMeasure:
@@ -64,7 +65,8 @@ def measure(a: NDArray[np.float32], b: NDArray[np.float32], scale: float, grams:
 
 def largest(values: NDArray[np.float32]) -> float:
     """The largest magnitude; 0 of no values. Nothing of the size of `values` is formed."""
-    return max(abs(float(values.max(initial=0.0))), abs(float(values.min(initial=0.0))))
+    most, least = (float(extreme.reduce(values, axis=None, initial=0.0)) for extreme in (np.maximum, np.minimum))
+    return max(most, -least)
 
 
 def measure_dense(delta: NDArray[np.float32]) -> DeltaMeasure:

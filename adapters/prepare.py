@@ -6,6 +6,7 @@ Numpy only, so that it can run on any thread; staging then copies, and for DoRA 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,6 +27,11 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What safetensors calls the dtypes that a model's activations may have."""
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
 """Finite value of each dtype that a model's activations may have."""
+
+UPPER, LAST, HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+"""Where bfloat16 begins in a float32's bits, its last bit there, and what is almost half of that."""
+UPPER_HALF = int(sys.byteorder == "little")
+"""The place of the upper one of a float32's two halves in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +205,9 @@ def _rounded(values: NDArray[np.float32], scratch: Scratch) -> NDArray[np.uint16
     the last bit that stays."""
     bits = values.view(np.uint32)
     rounded = scratch.array("rounded", bits.shape, np.uint32)
-    np.right_shift(bits, 16, out=rounded)
-    np.bitwise_and(rounded, 1, out=rounded)
+    np.right_shift(bits, UPPER, out=rounded)
+    np.bitwise_and(rounded, LAST, out=rounded)
     np.add(rounded, bits, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    halves: NDArray[np.uint16] = rounded.astype("<u4", copy=False).view("<u2").reshape(*bits.shape, 2)
-    return halves[..., 1]
+    np.add(rounded, HALF, out=rounded)
+    halves: NDArray[np.uint16] = rounded.view(np.uint16)
+    return halves[..., UPPER_HALF::2]

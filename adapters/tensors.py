@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,8 +54,8 @@ class AdapterTensor:
             values = self.array.reshape(-1)
             # One pass without a temporary array. A sum of finite squares may be infinite, never the other way round.
             with np.errstate(over="ignore", invalid="ignore"):
-                squared = np.dot(values, values)
-            if np.isfinite(squared):
+                squared = float(np.dot(values, values))
+            if math.isfinite(squared):
                 return True
         return bool(np.isfinite(self.array).all())
 
@@ -78,7 +79,15 @@ class FileTensor:
 
     def read(self) -> AdapterTensor:
         """The values, without a copy. Only where `readable`."""
-        return AdapterTensor(self.dtype, frozen(np.frombuffer(self.data, STORAGE[self.dtype]).reshape(self.shape)))
+        return AdapterTensor(self.dtype, frozen(self._values.reshape(self.shape)))
+
+    def finite(self) -> bool:
+        """The same as that of what `read` gives."""
+        return AdapterTensor(self.dtype, self._values).finite()
+
+    @property
+    def _values(self) -> NDArray[Any]:
+        return np.frombuffer(self.data, STORAGE[self.dtype])
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:

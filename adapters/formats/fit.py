@@ -188,7 +188,7 @@ def _wrong_values(tensor: FileTensor, expected: tuple[int, ...], why: str, all_b
             f"{name} {what}",
             misfit=not why,
         )
-    elif tensor.readable and not tensor.read().finite():
+    elif tensor.readable and not tensor.finite():
         name, what = shown(tensor.name), "values that are not finite (NaN or infinity)"
         yield Fault(f"{name} holds {what}.", f"tensors hold {what}", name)
 

@@ -149,7 +149,10 @@ def refuse(config: Mapping[str, Any]) -> None:
 
 def _thin(name: str) -> re.Match[str] | None:
     """The match of a low-rank tensor's name."""
-    return next(filter(None, (pattern.fullmatch(name) for pattern in TENSORS)), None)
+    for pattern in TENSORS:
+        if match := pattern.fullmatch(name):
+            return match
+    return None
 
 
 def _parts(
@@ -185,11 +188,14 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     alphas = {k: _number(v, "alpha_pattern") for k, v in _table(config, "alpha_pattern").items()}
     own_rank = PatternTable(ranks, patterns) if ranks else None
     own_alpha = PatternTable(alphas, patterns) if alphas else None
+    scales: dict[tuple[float, int], float] = {}
 
     def spec(key: str, place: Place) -> ModuleSpec:
         r = own_rank.first(key, rank) if own_rank else rank
         a = own_alpha.first(key, alpha) if own_alpha else alpha
-        return ModuleSpec(r, lora_scale(a, r, rank_stabilised=stabilised), place)
+        if (a, r) not in scales:
+            scales[a, r] = lora_scale(a, r, rank_stabilised=stabilised)
+        return ModuleSpec(r, scales[a, r], place)
 
     layers = {**names.layers, **_experts(names, parts)}
     modules = {path: spec(path, place_of(layers[path])) for path in _targets(config, layers, patterns)}
@@ -197,7 +203,7 @@ def _modules(config: Mapping[str, Any], names: Names, parts: Parts) -> tuple[dic
     wanted = _names(config, "target_parameters") or frozenset()
     if isinstance(wanted, str):
         raise AdapterUnreadable("target_parameters must be a list of names.", field="config.target_parameters")
-    for path, shape in names.layers.items():
+    for path, shape in names.layers.items() if wanted else ():
         if place_of(shape) == "linear" and _named(wanted, f"{path}.weight", patterns):
             modules[path] = spec(f"{path}.weight", "linear")
     for block in names.blocks:
@@ -229,7 +235,7 @@ def _targets(config: Mapping[str, Any], layers: Mapping[str, tuple[int, int]], p
             field="config.target_modules",
         )
     excluded = _names(config, "exclude_modules") or frozenset()
-    paths = [path for path in layers if not _named(excluded, path, patterns)]
+    paths = [path for path in layers if not (excluded and _named(excluded, path, patterns))]
     indices = config.get("layers_to_transform")
     if isinstance(wanted, str):
         if indices is not None or config.get("layers_pattern"):
@@ -259,7 +265,7 @@ def _named(wanted: str | frozenset[str], path: str, patterns: Patterns) -> bool:
     if isinstance(wanted, str):
         return patterns.fullmatch(wanted, path) is not None
     # Each end of the path is looked up: a list may hold a million names.
-    return bool(wanted) and not wanted.isdisjoint(ends(path))
+    return not wanted.isdisjoint(ends(path))
 
 
 def _index(path: str, prefixes: Sequence[str], patterns: Patterns) -> int | None:
