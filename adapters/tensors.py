@@ -115,16 +115,15 @@ def read_safetensors(weights: bytes | memoryview) -> tuple[dict[str, FileTensor]
 def _entries(content: memoryview) -> tuple[dict[str, FileTensor], dict[str, str]]:
     """What the library finds, after its own checks. It copies all data of a file that it is given as bytes, and data is
     no part of what it checks: where the system has files in memory, it is shown one of the same length that has the
-    same header and a hole for its data."""
+    same header and a hole for its data. What it refuses there, or cannot open, it is given as bytes."""
     begin = 8 + int.from_bytes(content[:8], "little")
     if hasattr(os, "memfd_create") and 8 < begin <= len(content):
-        with suppress(OSError), _in_memory(content[:begin], len(content)) as path, safe_open(path, "numpy") as file:
-            header = json.loads(bytes(content[8:begin]))
+        header, data = _in_memory(content[:begin], len(content)), content[begin:]
+        with suppress(OSError, SafetensorError), header as path, safe_open(path, "numpy") as file:
+            places = json.loads(bytes(content[8:begin]))
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: FileTensor(
-                    name, entry.get_dtype(), tuple(entry.get_shape()), content[begin:][_place(header[name])]
-                )
+                name: FileTensor(name, entry.get_dtype(), tuple(entry.get_shape()), data[_place(places[name])])
                 for name, entry in found.items()
             }, file.metadata() or {}
     entries = deserialize(bytes(content))
@@ -152,7 +151,7 @@ def _place(entry: Any) -> slice:
 
 def _broken(length: int, error: SafetensorError) -> AdapterUnreadable:
     """The sentence for a file that the library refuses: cut off, or wrong in itself."""
-    said = str(error).removeprefix("Error while deserializing").removeprefix(" header").removeprefix(": ")
+    said = str(error).removeprefix("Error while deserializing: ")
     if length >= 8 and "incomplete" not in said and "header length" not in said:
         return AdapterUnreadable(
             f"The weights are not a safetensors file: {shown(said)}. Save them with safetensors again.", field="weights"

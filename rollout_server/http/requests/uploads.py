@@ -55,7 +55,7 @@ class Pieces:
         return b"".join(self._taken())
 
     def joined(self) -> memoryview:
-        """`take` for many megabytes."""
+        """All bytes in one, as `take` gives them, for many megabytes: other threads run while they are copied."""
         return joined(self._taken())
 
     def _taken(self) -> list[bytes | bytearray]:
