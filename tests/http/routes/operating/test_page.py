@@ -47,6 +47,16 @@ def test_the_page_is_small_and_names_no_other_place() -> None:
     assert "style=" not in index and "onclick=" not in index, "the policy forbids what stands in the markup"
 
 
+def test_nothing_on_the_page_moves_by_itself() -> None:
+    """What moves between two events is drawn 60 times a second: it took a third of a core of whoever looked, which is
+    often the machine that samples."""
+    style = assets()["page.css"].content.decode()
+    assert not [word for word in ("transition", "animation", "@keyframes") if word in style]
+    for name, asset in assets().items():
+        text = asset.content.decode()
+        assert "requestAnimationFrame" not in text and "setInterval" not in text and ".animate(" not in text, name
+
+
 def test_every_file_comes_under_a_strict_policy(client: Client) -> None:
     for path in ("/", *[f"/page/files/{name}" for name in assets()]):
         response = client.get(path)
