@@ -28,7 +28,7 @@ def test_the_parts_are_measured_and_leave_the_log_as_it_was() -> None:
 
 @pytest.mark.skipif(not processor.counted(), reason="this system does not count the time of threads so")
 def test_time_of_the_processor_is_that_of_the_main_thread_and_of_all_below_a_process() -> None:
-    """A child that has worked, and then waits, has done so in its main thread; what another of its threads did is not in
+    """A child that has worked, and then waits, has done so in its main thread; what another thread did is not in
     that, and is in the sum over this process and all below it."""
     program = (
         "import sys, threading, time\n"
