@@ -69,7 +69,8 @@ def test_what_is_told_since_a_frame_makes_the_next_one_of_it(
         lambda: None,
         lambda: push("one"),
         lambda: push("two", weights=adapter(1), label="<b>"),
-        lambda: (push("one", weights=adapter(2)), sample("one")),
+        lambda: push("one", weights=adapter(2)),
+        lambda: sample("one"),
         lambda: sample("base"),
         lambda: client.post("/v1/weights/one/activate", json={"version": 1}),
         lambda: client.patch("/v1/weights/one/2", json={"pinned": True}),
@@ -79,7 +80,9 @@ def test_what_is_told_since_a_frame_makes_the_next_one_of_it(
         lambda: push("one", weights=adapter(3)),
         lambda: setattr(engine, "state", "dead"),
     ]
-    before, seen, moves = Frame(), {}, []
+    before = Frame()
+    seen: dict[str, Any] = {}
+    moves: list[Any] = []
     for step in steps:
         step()
         frame = now()
