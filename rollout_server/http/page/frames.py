@@ -32,8 +32,8 @@ MOST_VERSIONS = 32
 
 
 class Frames:
-    """Frames of one model. Nothing is made while nobody looks; however many look, the engine is asked for its rows at
-    most four times a second, and what is new since the frame before is encoded once."""
+    """Frames of one model. Nothing is made while nobody looks; however many look, the engine is asked for its rows once
+    a second, and once for each who begins to; and what is new since the frame before is encoded once."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -68,9 +68,12 @@ class Frames:
         stopping, clock = self._service.stopping, asyncio.get_running_loop().time
         seen = await self.frame(fresh=True)
         yield sse_event(self._opening(seen))
+        tick = 0.0
         while True:
+            # A timer may be early by as much as the clock tells apart: no moment comes twice.
+            tick = max(tick, clock() // FRAME_S) + 1
             try:
-                await asyncio.wait_for(stopping.wait(), FRAME_S - clock() % FRAME_S)
+                await asyncio.wait_for(stopping.wait(), max(0.0, tick * FRAME_S - clock()))
             except TimeoutError:
                 before, seen = seen, await self.frame()
                 yield self._since(before, seen)
