@@ -20,7 +20,7 @@ from adapters.resident.dora_norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
 from adapters.resident.layers.slot_stack import SlotStack
 from adapters.spec import MAGNITUDE
 
-WRITE_BYTES = 4 << 20
+WRITE_BYTES = 12 << 20
 """Written, or moved where a stack grows, before the clock is asked again."""
 
 

@@ -21,7 +21,7 @@ from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.ledger import KVLedger
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import plan
-from rollout_server.engine.kv_cache.store import KVStore, Reading
+from rollout_server.engine.kv_cache.store import KVStore, Reading, Seating
 from rollout_server.engine.timeline import Timeline
 from rollout_server.text.detokenize import IncrementalText
 
@@ -177,10 +177,10 @@ class Batch:
             budget -= read
         # When all is read: a row that sat down before a failure would be one that nobody was told of.
         rows = self._seat_returning() if self._recovering.open else []
-        for joining in [joining for joining in self.joining if joining.prompt.done]:
-            # One after another: what a failure leaves unseated is still known to be joining.
-            rows += self._seat(joining)
-            self.joining.remove(joining)
+        ready = [joining for joining in self.joining if joining.prompt.done]
+        # What is kept for later may leave no room to keep the next.
+        for some in [ready] if self.store.cuts else [[joining] for joining in ready]:
+            rows += self._seat(some)
         return rows
 
     def _read(self, budget: int) -> int:
@@ -198,15 +198,31 @@ class Batch:
         stopped = self._prefixes is not None and self._prefixes.keep_read([ready[index].group for index, _ in chosen])
         return tokens if stopped else 0
 
-    def _seat(self, joining: Joining) -> list[Row]:
+    def _seat(self, ready: Sequence[Joining]) -> list[Row]:
+        if not ready:
+            return []
+        seatings = [Seating(joining.prompt, joining.count, self._keeps(joining)) for joining in ready]
+        seated = self.store.seat(seatings)
+        if self._prefixes is not None:
+            first = zip(ready, seated, strict=True)
+            self._prefixes.keep_prompts([(places[0], joining.group, joining.prompt) for joining, places in first])
+        rows = []
+        for joining, seating, places in zip(ready, seatings, seated, strict=True):
+            rows += self._sit_down(joining, places, keep=seating.keep)
+            self.joining.remove(joining)
+        self._changed()
+        return rows
+
+    def _keeps(self, joining: Joining) -> bool:
+        """Returns whether a group's prompt is kept for those of its samples that wait."""
+        if self.store.cuts or not joining.group.waiting:
+            return False
+        return self._ledger.fits(self.store.minimum_cells(1, len(joining.prompt.tokens)))
+
+    def _sit_down(self, joining: Joining, places: Sequence[int], *, keep: bool) -> list[Row]:
         group = joining.group
         if group.version is None:
             raise RuntimeError("A group is seated before it has a version.")
-        keep = group.waiting > 0 and not self.store.cuts
-        keep = keep and self._ledger.fits(self.store.minimum_cells(1, len(joining.prompt.tokens)))
-        places = self.store.seat(joining.prompt, joining.count, keep)
-        if self._prefixes is not None:
-            self._prefixes.keep_prompt(places[0], group, joining.prompt)
         seated_at = time.monotonic()
         group.prefilled_at = group.prefilled_at or seated_at
         rows = []
@@ -220,7 +236,6 @@ class Batch:
         if not keep:
             group.prompt = None
         group.joining = 0
-        self._changed()
         return rows
 
     # ---- leaving --------------------------------------------------------------------------------------------------
@@ -304,7 +319,7 @@ class Batch:
         """Seats a row that another batch had; no step may be in flight, and no row may exceed `columns`."""
         moved = Prompt((0,) * row.offset, row.placement.slot, prefilled=row.offset, kept=kept)
         self.store.begin(moved, 1, columns)
-        (place,) = self.store.seat(moved, 1, keep=False)
+        ((place,),) = self.store.seat([Seating(moved, 1)])
         self._seats[place] = row
         row.last_step = -1
         self._changed()

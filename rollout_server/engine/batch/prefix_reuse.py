@@ -9,7 +9,8 @@ or a prompt parts from one that was read before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -17,7 +18,7 @@ from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.kv_cache.mlx_caches import MlxCacheKV
 from rollout_server.engine.kv_cache.padded import PaddedKV
-from rollout_server.engine.kv_cache.prefix_tree import Key, PrefixCache, Segment, common
+from rollout_server.engine.kv_cache.prefix_tree import Block, Columns, Key, PrefixCache, Segment, arrays_of, common
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Caches, Found, Snapshots
 from rollout_server.engine.kv_cache.store import KVStore
@@ -106,14 +107,16 @@ class PrefixReuse:
         """The columns that there are of a prompt; none where state is kept whole. See `PrefixCache.find`."""
         return self._cache.find(key, tokens, LEAST, count=count) if isinstance(self._cache, PrefixCache) else []
 
-    def keep(
-        self, store: PaddedKV, place: int, key: Key, tokens: tuple[int, ...], ends: Sequence[int] = ()
-    ) -> list[mx.array]:
-        """The columns that a place holds for `tokens`, as far as they are not there yet; returns the arrays to
+    def keep(self, store: PaddedKV, wanted: Sequence[Wanted]) -> list[mx.array]:
+        """The columns that places hold for their tokens, as far as they are not there yet; returns the arrays to
         evaluate."""
-        if not isinstance(self._cache, PrefixCache) or not self.keeps(key):
+        if not isinstance(self._cache, PrefixCache):
             return []
-        return self._cache.insert(key, tokens, lambda start, end: store.cut(place, start, end), ends)
+        gathering, arrays = _Gathering(store), []
+        for place, key, tokens, ends in wanted:
+            if self.keeps(key):
+                arrays += self._cache.insert(key, tokens, partial(gathering.take, place), ends)
+        return arrays + gathering.arrays()
 
     def keeps(self, key: Key) -> bool:
         """Returns whether what was computed under a key may be kept."""
@@ -121,6 +124,37 @@ class PrefixReuse:
 
     def forget(self, key: Key) -> None:
         self._cache.drop(lambda other: other == key)
+
+
+class Wanted(NamedTuple):
+    """What a place holds and is to be kept; `ends` are where others may part from it."""
+
+    place: int
+    key: Key
+    tokens: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+
+
+class _Gathering:
+    """Columns of places that are copied together: one copy for each array of the store, not one for each place."""
+
+    def __init__(self, store: PaddedKV) -> None:
+        self._store = store
+        self._pieces: list[tuple[int, int, int]] = []
+        self._block = Block()
+        self._count = 0
+
+    def take(self, place: int, start: int, end: int) -> Columns:
+        """Some columns of a place, which are there once `arrays` was called."""
+        self._pieces.append((place, start, end))
+        self._count += end - start
+        return Columns(self._block, self._count - (end - start), self._count)
+
+    def arrays(self) -> list[mx.array]:
+        """What is to be evaluated before the next write."""
+        if self._block.nodes:
+            self._block.layers = self._store.gather(self._pieces)
+        return arrays_of(self._block.layers)
 
 
 class Prefixes(Protocol):
@@ -136,8 +170,8 @@ class Prefixes(Protocol):
     def keep_read(self, groups: Sequence[Group]) -> bool:
         """Told of groups whose prompts were read on; returns whether one stopped before its end, to be read on."""
 
-    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
-        """Told of a prompt that was read and has sat down in `place`. No step may be in flight."""
+    def keep_prompts(self, seated: Sequence[tuple[int, Group, Prompt]]) -> None:
+        """Told of prompts that were read and have sat down, each in its place. No step may be in flight."""
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         """Stores the KV of rows that leave their places after `steps` steps of the batch; returns the arrays to
@@ -173,13 +207,16 @@ class BatchPrefixes:
     def keep_read(self, groups: Sequence[Group]) -> bool:
         return False
 
-    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
-        if group.version is not None and prompt.tokens:
-            key = key_of(group.version, group.placement)
-            mx.eval(self._prefix_reuse.keep(self._store, place, key, prompt.key))
+    def keep_prompts(self, seated: Sequence[tuple[int, Group, Prompt]]) -> None:
+        wanted = [
+            Wanted(place, key_of(group.version, group.placement), prompt.key)
+            for place, group, prompt in seated
+            if group.version is not None and prompt.tokens
+        ]
+        mx.eval(self._prefix_reuse.keep(self._store, wanted))
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
-        copies: list[mx.array] = []
+        wanted = []
         for place, row in ended.items():
             key = key_of(row.version, row.placement)
             if row.error is not None:
@@ -191,8 +228,8 @@ class BatchPrefixes:
                 tokens = request.prompt_ids + tuple(row.token_ids[:-1])
                 if row.group.sight is not None:
                     tokens = row.group.sight.key_of(tokens)
-                copies += self._prefix_reuse.keep(self._store, place, key, tokens, (len(request.given_ids),))
-        return copies
+                wanted.append(Wanted(place, key, tokens, (len(request.given_ids),)))
+        return self._prefix_reuse.keep(self._store, wanted)
 
 
 class BatchSnapshots:
@@ -240,8 +277,8 @@ class BatchSnapshots:
                 stopped = stopped or not prompt.done
         return stopped
 
-    def keep_prompt(self, place: int, group: Group, prompt: Prompt) -> None:
-        """It was kept when it was read."""
+    def keep_prompts(self, seated: Sequence[tuple[int, Group, Prompt]]) -> None:
+        """They were kept when they were read."""
 
     def keep_rows(self, ended: Mapping[int, Row], steps: int) -> list[mx.array]:
         for place, row in ended.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.placement import Placement
 from rollout_server.engine.batch.row import Row
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import KVStore, Reading
+from rollout_server.engine.kv_cache.store import KVStore, Reading, Seating
 from rollout_server.rollout import PolicyVersion
 
 RecomputeRun = tuple[int, Placement, PolicyVersion]
@@ -60,7 +60,7 @@ class Recoveries:
         """Rows that are complete, and their places, go to `seat`."""
         for recovery in [recovery for recovery in self.open if recovery.prompt.done]:
             # One after another: what a failure leaves unseated is still known to be open.
-            seat(self._store.seat(recovery.prompt, 1, False)[0], recovery.row)
+            seat(self._store.seat([Seating(recovery.prompt, 1)])[0][0], recovery.row)
             self.open.remove(recovery)
 
     def take(self, chosen: Callable[[Row], bool]) -> tuple[list[Row], list[int]]:

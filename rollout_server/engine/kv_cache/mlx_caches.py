@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Forward, Reading
+from rollout_server.engine.kv_cache.store import Forward, Reading, Seating
 from rollout_server.engine.messages.options import JOINED_KV_SPARE
 
 PADDED_WIDTH = 128
@@ -138,7 +138,10 @@ class MlxCacheKV:
     def remember(self, places: dict[int, object]) -> None:
         """Nothing stays behind."""
 
-    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
+    def seat(self, seatings: Sequence[Seating]) -> list[list[int]]:
+        return [self._seat(*seating) for seating in seatings]
+
+    def _seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
         caches = prompt.kept
         if caches is None:
             raise RuntimeError("A prompt is seated before it has begun.")

@@ -10,18 +10,22 @@ readers of a step still running. The batch therefore builds step k+1 while step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from rollout_server.engine.kv_cache.padded_layer import Attend, PaddedLayer, Window
-from rollout_server.engine.kv_cache.prefix_tree import Layers, Segment
+from rollout_server.engine.kv_cache.padded_layer import Attend, Cells, PaddedLayer, Window
+from rollout_server.engine.kv_cache.prefix_tree import Block, Columns, Layers, Segment, arrays_of
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import HEADROOM, few_columns, few_widths, padded, row_bucket
-from rollout_server.engine.kv_cache.store import Piece, Reading
+from rollout_server.engine.kv_cache.store import Piece, Reading, Seating
 from rollout_server.engine.messages.options import KV_BUCKET as COLUMN_BUCKET
 from rollout_server.engine.sight.seen import Seen, blocks_of, rotary_of, seen_of
+
+COPIED_TOKENS = 4096
+"""Tokens of the prompts whose KV is copied to their samples at once."""
 
 
 class PaddedKV:
@@ -204,33 +208,50 @@ class PaddedKV:
         spare = Piece(first.place, 0, (), first.slot)
         return [*pieces, *[spare] * (padded(len(pieces)) - len(pieces))]
 
-    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
-        places, length = prompt.places[:count], len(prompt.tokens)
-        prompt.places = prompt.places[count:]
-        if length and prompt.kept is not None:
-            for layer, pair in zip(self.layers, prompt.kept, strict=True):
-                if pair is not None:
-                    layer.fill(places, *pair)
-        elif length and count > 1:
-            # All layers at once: a device that waits for the host is asked twice, not twice for each layer.
-            pairs = [layer.copy(places[0], length) for layer in self.layers]
-            mx.eval(pairs)
-            for layer, pair in zip(self.layers, pairs, strict=True):
-                if pair is not None:
-                    layer.fill(places[1:], *pair)
-        if keep and length and prompt.kept is None:
-            prompt.kept = self.copy(places[0], length)
+    def seat(self, seatings: Sequence[Seating]) -> list[list[int]]:
+        seated = [each.prompt.places[: each.rows] for each in seatings]
+        for (prompt, count, _), places in zip(seatings, seated, strict=True):
+            prompt.places = prompt.places[count:]
+            if prompt.tokens and prompt.kept is not None:
+                self._fill(places, prompt.kept)
+        alike = [
+            (places, len(each.prompt.tokens))
+            for each, places in zip(seatings, seated, strict=True)
+            if each.prompt.tokens and each.prompt.kept is None and each.rows > 1
+        ]
+        # Many layers and prompts at once: a device that waits for the host is asked a few times, not for each of them.
+        for some in _at_once(alike):
+            copies = self.gather([(places[0], 0, length) for places, length in some])
+            mx.eval(arrays_of(copies))
+            at = 0
+            for places, length in some:
+                self._fill(places[1:], Columns(Block(copies), at, at + length).layers)
+                at += length
+            del copies
+            self.evaluate()
+        for (prompt, _, keep), places in zip(seatings, seated, strict=True):
+            if keep and prompt.tokens and prompt.kept is None:
+                prompt.kept = self.copy(places[0], len(prompt.tokens))
         self.evaluate()
-        return places
+        return seated
+
+    def _fill(self, places: Sequence[int], layers: Layers) -> None:
+        for layer, pair in zip(self.layers, layers, strict=True):
+            if pair is not None:
+                layer.fill(places, *pair)
 
     def copy(self, place: int, length: int) -> list[Any]:
         kept = [layer.copy(place, length) for layer in self.layers]
         mx.eval(kept)
         return kept
 
-    def cut(self, place: int, start: int, end: int) -> Layers:
-        """The KV of some columns of a place, copied when it is evaluated: before the next write is."""
-        return [layer.cut(place, start, end) for layer in self.layers]
+    def gather(self, pieces: Sequence[tuple[int, int, int]]) -> Layers:
+        """The KV of (place, first column, column behind the last) one behind another, [heads, columns, …], copied when
+        it is evaluated: before the next write is. One copy an array, however many pieces."""
+        places = np.repeat([place for place, _, _ in pieces], [end - start for _, start, end in pieces])
+        columns = np.concatenate([np.arange(start, end) for _, start, end in pieces])
+        cells = Cells(places, columns)
+        return [layer.gather(cells) for layer in self.layers]
 
     def paste(self, prompt: Prompt, segments: Sequence[Segment]) -> None:
         """Writes what was read before into a prompt's first place, which goes on behind it. Not evaluated."""
@@ -352,6 +373,18 @@ class PaddedKV:
             mx.eval([a for a in (layer.keys, layer.values) if a is not None])
         self._free.extend(range(self.capacity, capacity))
         self.capacity, self.columns = capacity, columns
+
+
+def _at_once(prompts: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Prompts of so many tokens that their copies take little memory; one that is longer alone."""
+    some: list[tuple[list[int], int]] = []
+    for places, length in prompts:
+        if some and sum(count for _, count in some) + length > COPIED_TOKENS:
+            yield some
+            some = []
+        some.append((places, length))
+    if some:
+        yield some
 
 
 def round_up(value: int, step: int) -> int:

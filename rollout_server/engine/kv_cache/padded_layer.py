@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from rollout_server.engine.kv_cache.eight_bit import Packing
 
@@ -88,6 +89,22 @@ class KVLayout(Protocol):
     """What the forward that is being built reads and writes."""
     attend: Attend | None
     """How decode steps attend where the model's own attention is not what they use."""
+
+
+class Cells:
+    """Columns of places, int64 [cells] both. Where arrays hold them is worked out once for all that are alike."""
+
+    def __init__(self, places: np.ndarray, columns: np.ndarray) -> None:
+        self._places, self._columns = places, columns
+        self._indices: dict[tuple[int, int], mx.array] = {}
+
+    def of(self, array: mx.array) -> mx.array:
+        """[rows, heads, columns, size] → [heads, cells, size]"""
+        _, heads, columns, size = array.shape
+        if (heads, columns) not in self._indices:
+            first = (self._places * heads + np.arange(heads)[:, None]) * columns + self._columns
+            self._indices[heads, columns] = mx.array(first, dtype=mx.int64 if array.size // size > 2**31 else mx.int32)
+        return mx.take(array.reshape(-1, size), self._indices[heads, columns], axis=0)
 
 
 class PaddedLayer:
@@ -211,6 +228,12 @@ class PaddedLayer:
         if self.keys is None or self.values is None:
             return None
         return _copied(self.keys, place, start, end), _copied(self.values, place, start, end)
+
+    def gather(self, cells: Cells) -> tuple[mx.array, mx.array] | None:
+        """The KV of cells [heads, cells, …] as arrays of their own, not evaluated."""
+        if self.keys is None or self.values is None:
+            return None
+        return cells.of(self.keys), cells.of(self.values)
 
     def change(self, function: Callable[[mx.array], mx.array]) -> None:
         if self.keys is not None and self.values is not None:

@@ -1,8 +1,9 @@
 """KV of what was read before, for whoever comes with the same beginning: a radix tree of token segments.
 
 Each node holds the KV of its own tokens only, so a group's prompt is there once and every finished row is a branch of
-it. Nodes are evicted one by one, the least recently used first; a node is always more recent than what hangs on it, so
-the oldest is a leaf. Trees are apart by what their KV was computed under: another version never meets them.
+it. Rows that end together are copied together, into one block that their nodes share. Nodes are evicted one by one, the
+least recently used first; a node is always more recent than what hangs on it, so the oldest is a leaf. Trees are apart
+by what their KV was computed under: another version never meets them.
 """
 
 from __future__ import annotations
@@ -22,16 +23,56 @@ Key = tuple[Hashable, ...]
 
 
 @dataclass(slots=True, eq=False)
+class Block:
+    """KV that is copied in one go, of which several nodes may have parts: it is there until the last of them goes."""
+
+    layers: Layers = field(default_factory=list)
+    """Empty until it is copied, and when nobody needs it any more."""
+    nodes: int = 0
+    nbytes: int = 0
+    """What its nodes had of it when they came."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """The tokens of a block from `start` to before `end`."""
+
+    block: Block
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, layers: Layers, count: int) -> Columns:
+        """All `count` tokens of layers."""
+        return cls(Block(layers), 0, count)
+
+    @property
+    def layers(self) -> Layers:
+        """Views where they are a part of the block."""
+        return [
+            None if pair is None else (pair[0][:, self.start : self.end], pair[1][:, self.start : self.end])
+            for pair in self.block.layers
+        ]
+
+    def copied(self) -> Layers:
+        """Arrays of their own, not evaluated."""
+        chosen = mx.arange(self.start, self.end, dtype=mx.int32)
+        return [
+            None if pair is None else (mx.take(pair[0], chosen, axis=1), mx.take(pair[1], chosen, axis=1))
+            for pair in self.block.layers
+        ]
+
+    def part(self, start: int, end: int) -> Columns:
+        return Columns(self.block, self.start + start, self.start + end)
+
+
+@dataclass(slots=True, eq=False)
 class Node:
     tokens: tuple[int, ...]
-    layers: Layers
+    columns: Columns
     parent: Node | None
     children: dict[int, Node] = field(default_factory=dict)
     """By their first token."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in arrays_of(self.layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +105,7 @@ class PrefixCache:
         if found < least:
             return []
         self._touch(path)
-        return [Segment(node.layers, length) for node, length in path]
+        return [Segment(node.columns.layers, length) for node, length in path]
 
     def _count(self, asked: int, found: int) -> None:
         self.asked_tokens += asked
@@ -73,25 +114,26 @@ class PrefixCache:
         self.hit_tokens += found
 
     def insert(
-        self, key: Key, tokens: tuple[int, ...], copy: Callable[[int, int], Layers], ends: Sequence[int] = ()
+        self, key: Key, tokens: tuple[int, ...], copy: Callable[[int, int], Columns], ends: Sequence[int] = ()
     ) -> list[mx.array]:
-        """Adds what is not there yet; `copy(start, end)` gives the KV of these tokens, arrays of their own. A node ends
-        at each of `ends` and at the last token. Returns the arrays to evaluate; none if there is no room."""
+        """Adds what is not there yet; `copy(start, end)` gives the KV of these tokens, of a block that is no view of
+        anything and may be copied after this. A node ends at each of `ends` and at the last token. Returns the arrays
+        to evaluate, besides those of blocks that are still to be copied; none if there is no room."""
         path = self._walk(key, tokens)
         at = sum(count for _, count in path)
         if at == len(tokens) or not self._make_room((len(tokens) - at) * self._token_bytes, path):
             self._touch(path)
             return []
         new: list[mx.array] = []
-        node = path[-1][0] if path else self._roots.setdefault(key, Node((), [], None))
+        node = path[-1][0] if path else self._roots.setdefault(key, Node((), Columns.of([], 0), None))
         if path and path[-1][1] < len(node.tokens):
             node = self._split(key, node, path[-1][1], new)
         for end in sorted({end for end in (*ends, len(tokens)) if at < end <= len(tokens)}):
             child = Node(tokens[at:end], copy(at, end), node)
             node.children[tokens[at]] = child
             self._recent[child] = key
-            self.nbytes += child.nbytes
-            new += arrays_of(child.layers)
+            self._hold(child)
+            new += arrays_of(child.columns.block.layers)
             node, at = child, end
         self._touch_up(node)
         return new
@@ -106,10 +148,8 @@ class PrefixCache:
         """Forgets the trees whose keys are `gone`."""
         keys = [key for key in self._roots if gone(key)]
         for node in [node for node, key in self._recent.items() if key in keys] if keys else ():
-            self.nbytes -= node.nbytes
+            self._let_go(node.columns.block)
             del self._recent[node]
-            # A node and its children know each other: else their KV would stay until a collector looks for circles.
-            node.layers = []
         for key in keys:
             del self._roots[key]
 
@@ -146,19 +186,44 @@ class PrefixCache:
         parent = node.parent
         if parent is None:
             raise RuntimeError("The root of a prefix tree has no tokens to split.")
-        upper = Node(node.tokens[:at], [cut(pair, 0, at) for pair in node.layers], parent)
-        node.layers = [cut(pair, at, len(node.tokens)) for pair in node.layers]
+        whole = node.columns
+        upper = Node(node.tokens[:at], whole.part(0, at), parent)
+        node.columns = whole.part(at, len(node.tokens))
         node.tokens, node.parent = node.tokens[at:], upper
         upper.children[node.tokens[0]] = node
         parent.children[upper.tokens[0]] = upper
         self._recent[upper] = key
-        new += arrays_of(upper.layers) + arrays_of(node.layers)
+        if not whole.block.layers or whole.block.nodes > 1:
+            whole.block.nodes += 1
+            return upper
+        # Each half of what was one node's alone has a copy of its own: one is evicted before the other.
+        for half in (upper, node):
+            half.columns = Columns.of(half.columns.copied(), len(half.tokens))
+            self._hold(half)
+            new += arrays_of(half.columns.block.layers)
+        self._let_go(whole.block)
         return upper
+
+    def _hold(self, node: Node) -> None:
+        """Counts what a node has that came."""
+        block, nbytes = node.columns.block, len(node.tokens) * self._token_bytes
+        block.nodes += 1
+        block.nbytes += nbytes
+        self.nbytes += nbytes
+
+    def _let_go(self, block: Block) -> None:
+        """One node less has a part of it."""
+        block.nodes -= 1
+        if not block.nodes:
+            self.nbytes -= block.nbytes
+            block.nbytes = 0
+            # A node and its children know each other: else their KV would stay until a collector looks for circles.
+            block.layers = []
 
     def _make_room(self, nbytes: int, path: Sequence[tuple[Node, int]]) -> bool:
         """Evicts until so many bytes are free; never what stands on `path`. False if it cannot."""
         held = {node for node, _ in path}
-        if nbytes + sum(node.nbytes for node in held) > self.limit:
+        if nbytes + sum(block.nbytes for block in {node.columns.block for node in held}) > self.limit:
             return False
         self._touch(path)
         while self.nbytes + nbytes > self.limit:
@@ -169,7 +234,7 @@ class PrefixCache:
 
     def _evict(self) -> None:
         node, key = self._recent.popitem(last=False)
-        self.nbytes -= node.nbytes
+        self._let_go(node.columns.block)
         self.evictions += 1
         if node.parent is not None:
             del node.parent.children[node.tokens[0]]
@@ -179,12 +244,6 @@ class PrefixCache:
 
 def arrays_of(layers: Layers) -> list[mx.array]:
     return [array for pair in layers if pair is not None for array in pair]
-
-
-def cut(pair: Pair | None, start: int, end: int) -> Pair | None:
-    if pair is None:
-        return None
-    return mx.contiguous(pair[0][:, start:end]), mx.contiguous(pair[1][:, start:end])
 
 
 def common(segment: Sequence[int], tokens: Sequence[int], at: int) -> int:

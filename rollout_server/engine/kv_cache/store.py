@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -20,6 +20,14 @@ class Reading(Protocol):
     """A `Forward` that may be given what it sees of pictures; where it sees none it is called as one."""
 
     def __call__(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array: ...
+
+
+class Seating(NamedTuple):
+    """A prompt that was read, and how many rows of it sit down now; `keep` if more of them will later."""
+
+    prompt: Prompt
+    rows: int
+    keep: bool = False
 
 
 class KVStore(Protocol):
@@ -68,8 +76,8 @@ class KVStore(Protocol):
     def remember(self, places: dict[int, object]) -> None:
         """Places that are about to be left, and whose prompt each of them holds."""
 
-    def seat(self, prompt: Prompt, count: int, keep: bool) -> list[int]:
-        """Places of `count` rows that hold the prompt's KV; `keep` if more rows of it will be seated later."""
+    def seat(self, seatings: Sequence[Seating]) -> list[list[int]]:
+        """Places of the rows of each, which hold their prompt's KV."""
 
     def set_positions(self, offsets: Sequence[int | None], width: int, deltas: Sequence[int] | None = None) -> None:
         """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how

@@ -18,7 +18,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.padded_layer import Attend
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
-from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading
+from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading, Seating
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.binding import bound, modules_of
 from rollout_server.engine.model.attention.choice import UNBOUND, Agreed, ChosenAttention, by_itself, choose_attention
@@ -194,7 +194,7 @@ def _self_test(
         for prompt in prompts:
             store.begin(prompt, 1, longest)
         store.prefill(forward, [(prompt, len(prompt.tokens)) for prompt in prompts], ignore)
-        places = [store.seat(prompt, 1, False)[0] for prompt in prompts]
+        places = [place for (place,) in store.seat([Seating(prompt, 1) for prompt in prompts])]
         inputs, offsets = [0] * store.capacity, [None] * store.capacity
         for place, row in zip(places, rows, strict=True):
             inputs[place], offsets[place] = row[-1], len(row) - 1  # type: ignore[call-overload]

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from rollout_server.engine.batch.prefix_reuse import LEAST, PrefixReuse
+from rollout_server.engine.batch.prefix_reuse import LEAST, PrefixReuse, Wanted
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.kv_cache.store import Piece, Reading
+from rollout_server.engine.kv_cache.store import Piece, Reading, Seating
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
 from rollout_server.engine.scoring.reader import gather, measure
@@ -157,11 +157,18 @@ class BatchedReader:
 
     def _seat(self) -> None:
         """Sequences whose prompt was read get their own places."""
-        for joining in [joining for joining in self._joining if joining.prompt.done]:
-            keep = bool(joining.prefix.waiting)
-            places = self._rows.seat(joining.prompt, len(joining.sequences), keep)
-            if (key := joining.key) is not None and joining.prompt.tokens:
-                mx.eval(self._prefixes.keep(self._rows, places[0], key, joining.prompt.key))
+        if not (ready := [joining for joining in self._joining if joining.prompt.done]):
+            return
+        seated = self._rows.seat(
+            [Seating(each.prompt, len(each.sequences), keep=bool(each.prefix.waiting)) for each in ready]
+        )
+        wanted = [
+            Wanted(places[0], joining.key, joining.prompt.key)
+            for joining, places in zip(ready, seated, strict=True)
+            if joining.key is not None and joining.prompt.tokens
+        ]
+        mx.eval(self._prefixes.keep(self._rows, wanted))
+        for joining, places in zip(ready, seated, strict=True):
             for sequence, place in zip(joining.sequences, places, strict=True):
                 sequence.place = place
                 if joining.prompt.tokens:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import pytest
 
-from rollout_server.engine.kv_cache.prefix_tree import Layers, PrefixCache, arrays_of, common
+from rollout_server.engine.kv_cache.prefix_tree import Block, Columns, Layers, Pair, PrefixCache, arrays_of, common
 
 TOKEN_BYTES = 2 * 2 * 2 * 4
 """Two layers' keys and values, one head of two float32; the third layer has none of its own."""
@@ -23,7 +25,7 @@ def kv(tokens: tuple[int, ...], start: int, end: int) -> Layers:
 
 
 def insert(cache: PrefixCache, key: tuple[str, ...], tokens: tuple[int, ...], *ends: int) -> None:
-    mx.eval(cache.insert(key, tokens, lambda start, end: kv(tokens, start, end), ends))
+    mx.eval(cache.insert(key, tokens, lambda start, end: Columns.of(kv(tokens, start, end), end - start), ends))
 
 
 def read(cache: PrefixCache, key: tuple[str, ...], tokens: tuple[int, ...]) -> int:
@@ -122,10 +124,66 @@ def test_random_insertions_and_evictions(seed: int) -> None:
             case _:
                 insert(cache, key, tokens, chance.randrange(1, 14))
         nodes = list(cache._recent)
-        assert cache.nbytes == sum(node.nbytes for node in nodes) <= cache.limit
+        assert cache.nbytes == sum(node.columns.block.nbytes for node in nodes) <= cache.limit
         assert cache.nbytes == TOKEN_BYTES * sum(len(node.tokens) for node in nodes)
         for at, node in enumerate(nodes):
             assert all(nodes.index(child) < at for child in node.children.values()), "parents are more recent"
+
+
+class Together:
+    """A block that is copied after all its rows were inserted."""
+
+    def __init__(self) -> None:
+        self.block = Block()
+        self._pieces: list[Layers] = []
+        self._count = 0
+
+    def take(self, tokens: tuple[int, ...], start: int, end: int) -> Columns:
+        self._pieces.append(kv(tokens, start, end))
+        self._count += end - start
+        return Columns(self.block, self._count - (end - start), self._count)
+
+    def copy(self) -> None:
+        if self.block.nodes:
+            first, _, last = zip(*self._pieces, strict=True)
+            self.block.layers = [joined(first), None, joined(last)]
+
+
+def joined(pairs: Sequence[Pair]) -> Pair:
+    keys, values = zip(*pairs, strict=True)
+    return mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_are_copied_together(seed: int) -> None:
+    """Blocks that are filled after all their rows were inserted, evicted node by node: what is found is right, and what
+    is counted is what the blocks hold that somebody needs."""
+    chance = random.Random(seed)
+    cache = PrefixCache(TOKEN_BYTES)
+    cache.fit(60 * TOKEN_BYTES)
+    found = 0
+    for _ in range(300):
+        together, new = Together(), []
+        rows = [
+            tuple(chance.randrange(3) for _ in range(chance.randrange(1, 14))) for _ in range(chance.randrange(1, 5))
+        ]
+        for tokens in rows:
+            new += cache.insert(("a",), tokens, partial(together.take, tokens), (chance.randrange(1, 14),))
+        together.copy()
+        mx.eval(new)
+        for tokens in rows:
+            found += read(cache, ("a",), tokens)
+        if chance.randrange(6) == 0:
+            cache.fit(chance.randrange(100) * TOKEN_BYTES)
+        blocks = {node.columns.block for node in cache._recent}
+        assert cache.nbytes == sum(block.nbytes for block in blocks) <= cache.limit
+        assert all(block.layers and block.nodes for block in blocks)
+        assert all(sum(node.columns.block is block for node in cache._recent) == block.nodes for block in blocks)
+    assert found > 0 and cache.evictions > 0
+    held = [weakref.ref(array) for block in blocks for array in arrays_of(block.layers)]
+    del blocks, together, new
+    cache.clear()
+    assert cache.nbytes == 0 and {array() for array in held} <= {None}
 
 
 def test_common_beginnings_token_by_token() -> None:
