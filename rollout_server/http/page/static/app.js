@@ -104,9 +104,11 @@ let seen = null;
 
 /** Draws what an event changes, and nothing else: whoever looks takes time of the machine that samples. */
 function show(event) {
+  // A connection that was lost, or a tab that was hidden, goes on with what a person chose.
+  const other = event.history && ["model", "instance", "started"].some((key) => seen?.[key] !== event[key]);
   const frame = (seen = merged(seen, event));
-  if (event.history) {
-    samples.begin(frame.fields, frame.history);
+  if (event.history) samples.begin(frame.fields, frame.history);
+  if (other) {
     rollouts.begin();
     compare.begin(frame.model);
   }
