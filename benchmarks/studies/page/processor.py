@@ -10,17 +10,17 @@ NS = 1e-9
 
 
 def counted() -> bool:
-    """Whether this system counts so."""
+    """Returns whether this system counts so."""
     return Path("/proc/self/schedstat").exists()
 
 
 def of_main_thread(pid: int) -> float:
-    """Of the thread that a server's event loop runs on: its HTTP, its page, its metrics; nothing of its engine."""
+    """What the thread took that a server's event loop runs on: HTTP, the page, metrics; nothing of the engine."""
     return _seconds(Path(f"/proc/{pid}/task/{pid}"))
 
 
 def of_tree(pid: int) -> float:
-    """Of a process and all below it that live."""
+    """What a process took, and all below it that live."""
     return sum(_seconds(thread) for process in _tree(pid) for thread in _listed(Path(f"/proc/{process}/task")))
 
 
