@@ -120,6 +120,16 @@ class IncrementalText:
         self._decide(final=True)
         return self.tail(self._length - before)
 
+    def whole(self, ids: Sequence[int], *, shown: frozenset[int]) -> str:
+        """The text once all ids were pushed, which are the only ones; `shown` as at the start."""
+        if not self._bytes and shown.isdisjoint(ids):
+            at_once = self._texts.at_once(ids, behind=self._previous is not None)
+            if at_once is not None:
+                return at_once
+        self.push(ids)
+        self.finish()
+        return self.text
+
     def _read_context(self, ids: Sequence[int]) -> None:
         """Only its end can matter: all before whole characters, or before so many bytes, is complete or broken."""
         first, size = len(ids), 0
@@ -174,6 +184,13 @@ class IncrementalText:
         else:
             self._parts.append(text)
         self._length += len(text)
+
+
+def whole_text(tokenizer: PreTrainedTokenizerBase, request: RolloutRequest, ids: Sequence[int]) -> str:
+    """What `IncrementalText.of` comes to when all `ids` of a row were pushed: by one call of the tokenizer, which takes
+    a sixth of the time, wherever that is bound to say the same."""
+    found = IncrementalText.of(tokenizer, request)
+    return found.whole(ids, shown=request.shown)
 
 
 def _characters(raw: bytes, *, each_byte: bool, final: bool) -> Iterator[tuple[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,21 @@ class TokenTexts:
         if known is None:
             known = self._behind[id] = self._read(self._anchor, id)
         return known
+
+    def at_once(self, ids: Sequence[int], *, behind: bool) -> str | None:
+        """What all `ids` add but for special tokens, at the start of a text or `behind` an ordinary token. None where
+        one call of the tokenizer may say something else than what each of them adds."""
+        if not self._alone:
+            return None
+        before = self._anchor if behind else []
+        text = str(
+            self._tokenizer.decode([*before, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        shown = self._decode(before)
+        # A byte-fallback decoder takes a broken byte for a reason to break its neighbours too.
+        if not text.startswith(shown) or (self.each_byte and REPLACEMENT in text):
+            return None
+        return text[len(shown) :]
 
     @cached_property
     def _anchor(self) -> list[int]:

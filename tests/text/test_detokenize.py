@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
-from rollout_server.text.detokenize import IncrementalText, special_ids
-from rollout_server.text.token_texts import REPLACEMENT, TokenTexts, byte_level_alphabet
+from rollout_server.text.detokenize import IncrementalText, special_ids, whole_text
+from rollout_server.text.token_texts import REPLACEMENT, TokenTexts, byte_level_alphabet, texts_of
 from tests.support.tiny_tokenizers import BYTES, KINDS, byte_level, spaces
 
 WITH_BYTES = ("byte_level", "spaces", "unstripped")
@@ -288,6 +288,25 @@ def test_a_token_is_decoded_once_however_often_it_comes(kind: str, chosen: PreTr
         text = IncrementalText(counting, context=ids)  # type: ignore[arg-type]
         text.push(ids)
         assert counting.fed <= most + 2 * len(chosen) < 5000
+
+
+def test_all_at_once_is_what_the_pieces_come_to(kind: str, chosen: PreTrainedTokenizerFast) -> None:
+    """At the start of a text and behind a prompt that ends anywhere, with special tokens that are shown or not."""
+    generator, at_once = random.Random(f"whole {kind}"), 0
+    asked: dict[str, Any] = {"id": "r", "policy": PolicyAddress("base"), "seeds": (0,)}
+    asked |= {"sampling": SamplingParams(max_tokens=2)}
+    special = sorted(special_ids(chosen))
+    for _ in range(300):
+        prompt, ids = any_ids(kind, chosen, generator) or [0], any_ids(kind, chosen, generator)
+        shown = frozenset(special[:1]) if generator.random() < 0.3 else frozenset()
+        continues = generator.random() < 0.5
+        request = RolloutRequest(**asked, prompt_ids=tuple(prompt), shown=shown, continues=continues)
+        text = IncrementalText.of(chosen, request)
+        text.push(ids)
+        text.finish()
+        assert whole_text(chosen, request, ids) == text.text
+        at_once += texts_of(chosen).at_once(ids, behind=continues) is not None
+    assert (at_once > 0) == (kind != "suffixed")
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

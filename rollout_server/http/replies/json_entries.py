@@ -28,7 +28,7 @@ from rollout_server.rollout import (
 )
 from rollout_server.schemas.openai.chat import ChatRequest
 from rollout_server.schemas.rollouts import Prompt
-from rollout_server.text.detokenize import IncrementalText
+from rollout_server.text.detokenize import IncrementalText, whole_text
 
 
 def json_response(content: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
@@ -194,14 +194,14 @@ def text_ids(rollout: Rollout, *, include_stop: bool = False) -> Sequence[int]:
 def rollout_text(rollout: Rollout, tokenizer: Any, request: RolloutRequest, *, include_stop: bool = False) -> str:
     """The decoded text of a row of this request, cut before the stop string that ended it (or behind it)."""
     ids = text_ids(rollout, include_stop=include_stop)
+    stop = rollout.stop_reason
+    if rollout.finish_reason is not FinishReason.STOP or not isinstance(stop, str):
+        return whole_text(tokenizer, request, ids)
     decoder = IncrementalText.of(tokenizer, request)
     decoder.push(ids[:-1])
     before = decoder.length
     decoder.push(ids[-1:])
     decoder.finish()
-    stop = rollout.stop_reason
-    if rollout.finish_reason is not FinishReason.STOP or not isinstance(stop, str):
-        return decoder.text
     # The last token completes the string: one that stands earlier came before min_tokens and stopped nothing.
     at = decoder.text.find(stop, max(0, before - len(stop) + 1))
     if at < 0:
