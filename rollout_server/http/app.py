@@ -136,7 +136,7 @@ def create_app(config: ServerConfig, engine: EngineHandle | None = None) -> Lite
             {
                 STATE_KEY: residents.base,
                 RESIDENTS_KEY: residents,
-                FRAMES_KEY: Frames(residents.base),
+                FRAMES_KEY: {service.name: Frames(service) for service in residents.every},
                 DOOR_KEY: door,
             },
             deep_copy=False,
@@ -167,7 +167,7 @@ def residents_for(config: ServerConfig, engine: EngineHandle | None, door: Door 
     for name, handle in handles.items():
         resident = "" if name == BASE else name
         store = open_state(config, resident)
-        observer = observer_of(handle, metrics, name, keep=config.page == "on" and not resident)
+        observer = observer_of(handle, metrics, name, keep=config.page == "on")
         publisher = Publisher(handle, store, config.keep_versions, () if resident else names, observer)
         instance = store.instance if store and not resident else instance
         before = startup = Startup(config, handle, publisher, resident=resident, after=before)

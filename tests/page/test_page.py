@@ -77,6 +77,27 @@ def test_it_shades_a_rollout(page: Browser, client: RolloutClient) -> None:
     assert "12+30=" in page.text("#rollout pre")
 
 
+def test_a_chosen_rollout_stays_when_its_tab_was_hidden(page: Browser, client: RolloutClient) -> None:
+    """A hidden tab reads nothing, and one that is seen again begins with a whole frame."""
+    for prompt in ("1+2=", "3+4="):
+        client.rollouts([prompt], policy="base", n=1, max_tokens=4)
+    page.until(lambda: page.text("#rollout pre") in ("1+2=", "3+4="))
+    page.click("#rollouts li:nth-child(2)")
+    page.until(lambda: page.text("#rollout pre") == "1+2=")
+    frames = "return Number(document.documentElement.dataset.frames)"
+    hide = (
+        "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    page.run(hide, True)
+    before = page.run(frames)
+    client.rollouts(["5+6="], policy="base", n=1, max_tokens=4)
+    page.run(hide, False)
+    page.until(lambda: page.run(frames) > before and len(page.all("#rollouts li")) >= 3)
+    assert page.text("#rollout pre") == "1+2="
+    assert page.find("#rollouts li[aria-selected='true'] .what").is_displayed()
+
+
 def test_it_marks_where_the_version_changes(
     page: Browser, client: RolloutClient, server: LiveServer, push: Push
 ) -> None:

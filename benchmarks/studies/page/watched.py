@@ -1,9 +1,14 @@
-"""What being looked at costs: `python -m benchmarks.studies.page.watched [--rounds 8] [--viewers 1] [--json]`.
+"""What being looked at costs: `python -m benchmarks.studies.page.watched [--rounds 8] [--viewers 1] [--browser]`.
 
-A server process decodes 32 rows without a pause. Windows with and without viewers, which read the page's stream of
-frames as a browser does and draw nothing, are taken in turns; the figure is the median of their ratios. Where Chromium
-and selenium are, the page is also opened, and says when it had drawn its first frame. At last, what noting a row that
-has ended costs, in the process itself.
+A server process decodes 32 rows without a pause. Windows with and without viewers, which ask for what the page asks
+for and draw nothing, are taken in turns; `watched_to_unwatched` is the median of the ratios of their throughputs. What
+a machine with other work makes of that is wide, so the processor's time is measured as well: `loop_ms_per_s` is what
+the server's event loop takes of a second, watched and unwatched, however many cores there are.
+
+With `--browser` the viewer is the page in Chromium, which shares the cores with the server here, and does not where
+people look from machines of their own; `browser_ms_per_s` is what it takes. Where Chromium and selenium are, the page
+is also opened, and says when it had drawn its first frame. At last, what noting a row that has ended costs, in the
+process itself.
 """
 
 from __future__ import annotations
@@ -15,12 +20,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from benchmarks.studies.page import processor
+
+if TYPE_CHECKING:
+    from tests.page.browser import Browser
+
 ROWS, ROW_TOKENS = 32, 256
 WARM_S, SETTLE_S = 3.0, 0.5
+FOLLOW_S = 5.0
+"""How often the page asks for the newest rollout, while nobody has chosen one."""
 
 
 def main() -> None:
@@ -30,9 +42,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="windows of each kind, taken in turns")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each window")
     parser.add_argument("--viewers", type=int, default=1, help="streams that are read at once")
+    parser.add_argument("--browser", action="store_true", help="look with Chromium instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    report = run(options.rounds, options.seconds, options.viewers)
+    report = run(options.rounds, options.seconds, options.viewers, drawn=options.browser)
     print(
         json.dumps(report, indent=2)
         if options.json
@@ -40,27 +53,64 @@ def main() -> None:
     )
 
 
-def run(rounds: int, seconds: float, viewers: int) -> dict[str, Any]:
+def run(rounds: int, seconds: float, viewers: int, *, drawn: bool = False) -> dict[str, Any]:
+    from tests.page.browser import browser, missing
     from tests.support.live_server import live_server
 
-    with live_server(None) as server:
-        report: dict[str, Any] = {"viewers": viewers, "first_frame_ms": opened(server.url)}
-        with load(server.url):
-            time.sleep(WARM_S)
-            ratios, rates = [], []
-            for turn in range(rounds):
-                # Whichever comes second profits or suffers from what the machine does meanwhile: they take turns.
-                pair = {
-                    count: rate(server.url, seconds, count) for count in ((0, viewers) if turn % 2 else (viewers, 0))
-                }
-                ratios.append(pair[viewers] / pair[0])
-                rates.append(pair[0])
-    report["tokens_per_s"] = round(statistics.median(rates))
+    if drawn and (why := missing()):
+        raise SystemExit(f"error: --browser looks with Chromium. {why}.")
+    with ExitStack() as stack:
+        server = stack.enter_context(live_server(None))
+        page = stack.enter_context(browser()) if missing() is None else None
+        report: dict[str, Any] = {
+            "viewers": "Chromium" if drawn else viewers,
+            "first_frame_ms": opened(page, server.url),
+        }
+        stack.enter_context(load(server.url))
+        time.sleep(WARM_S)
+        windows = Windows(server.url, server.process.pid, seconds, page if drawn else None, viewers)
+        taken = [windows.pair(watched_first=turn % 2 == 0) for turn in range(rounds)]
+    ratios = [watched["per_s"] / unwatched["per_s"] for watched, unwatched in taken]
+    report["tokens_per_s"] = round(statistics.median(unwatched["per_s"] for _, unwatched in taken))
     report["watched_to_unwatched"] = round(statistics.median(ratios), 4)
     report["ratios"] = [round(ratio, 3) for ratio in ratios]
+    for spent in ("loop_ms_per_s", "browser_ms_per_s") if processor.counted() else ():
+        watched, unwatched = ([window[spent] for window in kind] for kind in zip(*taken, strict=True))
+        report[spent] = [round(statistics.median(kind), 2) for kind in (watched, unwatched)]
     report["noting_a_row_us"] = round(1e6 * noting(), 1)
     report["noting_share"] = round(noting() * report["tokens_per_s"] / ROW_TOKENS, 5)
     return report
+
+
+class Windows:
+    """Windows of one server under load: what it samples, and what its event loop and the browser take meanwhile."""
+
+    def __init__(self, url: str, pid: int, seconds: float, page: Browser | None, viewers: int) -> None:
+        self._url, self._pid, self._seconds, self._page, self._viewers = url, pid, seconds, page, viewers
+
+    def pair(self, *, watched_first: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """A watched window and one that is not: whichever comes second profits or suffers from what the machine does
+        meanwhile, so they take turns."""
+        found = {watched: self._window(watched=watched) for watched in (watched_first, not watched_first)}
+        return found[True], found[False]
+
+    def _window(self, *, watched: bool) -> dict[str, float]:
+        with ExitStack() as stack:
+            if watched and self._page is not None:
+                self._page.open(self._url)
+                stack.callback(self._page.driver.get, "about:blank")
+            elif watched:
+                for _ in range(self._viewers):
+                    stack.enter_context(viewer(self._url))
+            time.sleep(SETTLE_S)
+            loop, drawing, began = processor.of_main_thread(self._pid), self._drawing(), time.perf_counter()
+            per_s = sampled(self._url, self._seconds)
+            took = time.perf_counter() - began
+            loop, drawing = processor.of_main_thread(self._pid) - loop, self._drawing() - drawing
+        return {"per_s": per_s, "loop_ms_per_s": 1e3 * loop / took, "browser_ms_per_s": 1e3 * drawing / took}
+
+    def _drawing(self) -> float:
+        return 0.0 if self._page is None else processor.of_tree(self._page.driver.service.process.pid)
 
 
 @contextmanager
@@ -88,18 +138,11 @@ def load(url: str) -> Iterator[None]:
             thread.join()
 
 
-def rate(url: str, seconds: float, viewers: int) -> float:
-    """Tokens a second that are sampled while so many look."""
-    with ExitStack() as stack:
-        for _ in range(viewers):
-            stack.enter_context(viewer(url))
-        return sampled(url, seconds)
-
-
 def sampled(url: str, seconds: float) -> float:
     """Tokens a second in a window that begins when what came before it has settled."""
     time.sleep(SETTLE_S)
-    (began, before), _ = tokens(url), time.sleep(seconds)
+    began, before = tokens(url)
+    time.sleep(seconds)
     ended, after = tokens(url)
     return (after - before) / (ended - began)
 
@@ -115,10 +158,15 @@ def viewer(url: str) -> Iterator[None]:
     over = threading.Event()
 
     def look() -> None:
-        with httpx.stream("GET", f"{url}/page/events", timeout=None) as reply:
-            for _ in reply.iter_raw():
+        with httpx.Client(timeout=None) as client, client.stream("GET", f"{url}/page/events") as reply:
+            asked = float("-inf")
+            for event in events(reply):
                 if over.is_set():
                     return
+                if event.get("rollouts") and time.monotonic() - asked >= FOLLOW_S:
+                    asked, newest = time.monotonic(), event["rollouts"][0]
+                    number = newest if isinstance(newest, int) else newest["number"]
+                    httpx.get(f"{url}/page/rollouts/{number}")
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -129,17 +177,23 @@ def viewer(url: str) -> Iterator[None]:
         thread.join()
 
 
-def opened(url: str) -> float | None:
-    """Milliseconds from the navigation to the first frame that was drawn; None without a browser."""
-    from tests.page.browser import browser, missing
+def events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The frames of a stream, as they come."""
+    left = b""
+    for chunk in reply.iter_raw():
+        *whole, left = (left + chunk).split(b"\n\n")
+        yield from (json.loads(event.removeprefix(b"data: ")) for event in whole)
 
-    if missing() is not None:
+
+def opened(page: Browser | None, url: str) -> float | None:
+    """Milliseconds from the navigation to the first frame that was drawn; None without a browser."""
+    if page is None:
         return None
-    with browser() as page:
-        times = []
-        for _ in range(5):
-            page.open(url)
-            times.append(page.run("return performance.getEntriesByName('first-frame')[0].startTime"))
+    times = []
+    for _ in range(5):
+        page.open(url)
+        times.append(page.run("return performance.getEntriesByName('first-frame')[0].startTime"))
+    page.driver.get("about:blank")
     return round(statistics.median(times), 1)
 
 

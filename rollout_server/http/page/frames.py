@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from rollout_server.engine.messages.control import RowsSeen
@@ -13,17 +12,18 @@ from rollout_server.errors import RolloutError
 from rollout_server.http.observing.latest_rollouts import Kept
 from rollout_server.http.observing.observer import Sample
 from rollout_server.http.observing.version_totals import VersionTotals
+from rollout_server.http.page.differences import Frame, Piece, PolicyPieces, as_it_is
 from rollout_server.http.replies.json_entries import replica_entry, version_status
 from rollout_server.http.replies.streaming import sse_event
 from rollout_server.http.service import Service
 from rollout_server.rollout import BASE, Rollout
 
 FRAMES_KEY = "frames"
-"""Key of the application's state."""
+"""Key of the application's state: the frames of each model, by what requests call it."""
 FRAME_S = 1.0
-"""Between two frames of a stream."""
+"""Between two frames of a stream. Streams are told at the same moments, so that a frame serves all of them."""
 FRESH_S = 0.25
-"""A frame that is younger is told to further viewers as it is."""
+"""A frame that is younger is told as it is."""
 LOOK_S = 2.0
 """How long the engine's thread may take to show its rows, between two steps; then a frame shows none."""
 MOST_POLICIES = 32
@@ -32,71 +32,98 @@ MOST_VERSIONS = 32
 
 
 class Frames:
-    """Frames of one application; however many look, the engine is asked for its rows a few times a second at most."""
+    """Frames of one model. Nothing is made while nobody looks; however many look, the engine is asked for its rows once
+    a second, and once for each who begins to; and what is new since the frame before is encoded once."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._lock = asyncio.Lock()
         self._made = float("-inf")
-        self._frame: dict[str, Any] = {}
+        self._frame: Frame | None = None
+        self._event: tuple[Frame, Frame, bytes] | None = None
+        """The latest event, between which frames it stands."""
 
-    async def frame(self, *, fresh: bool = False) -> Mapping[str, Any]:
+    async def frame(self, *, fresh: bool = False) -> Frame:
         """How things stand now, or unless it has to be `fresh`, how they stood a moment ago."""
         async with self._lock:
-            if fresh or time.monotonic() - self._made >= FRESH_S:
-                self._frame = await self._make()
-                self._made = time.monotonic()
+            clock = asyncio.get_running_loop().time
+            if self._frame is None or fresh or clock() - self._made >= FRESH_S:
+                self._frame = await self._make(self._frame)
+                self._made = clock()
             return self._frame
 
     async def opening(self) -> dict[str, Any]:
-        """A frame with what went before."""
-        observer = self._service.observer
+        """A whole frame with what went before."""
+        return self._opening(await self.frame(fresh=True))
+
+    def _opening(self, frame: Frame) -> dict[str, Any]:
         return {
-            **await self.frame(fresh=True),
-            "history": list(observer.samples),
-            "moves": [move._asdict() for move in observer.moves_since(0)[1]],
+            **frame.told(Frame()),
+            "history": list(self._service.observer.samples),
             "fields": Sample._fields,
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events, a frame each, until the server is told to stop; each has the moves since the last one."""
-        stopping, observer = self._service.stopping, self._service.observer
-        told = await self.opening()
-        moved, _ = observer.moves_since(0)
+        """Server-sent events until the server is told to stop: a whole frame, then of each later one what is new."""
+        stopping, clock = self._service.stopping, asyncio.get_running_loop().time
+        seen = await self.frame(fresh=True)
+        yield sse_event(self._opening(seen))
+        tick = 0.0
         while True:
-            yield sse_event(told)
+            # A timer may be early by as much as the clock tells apart: no moment comes twice.
+            tick = max(tick, clock() // FRAME_S) + 1
             try:
-                await asyncio.wait_for(stopping.wait(), FRAME_S)
+                await asyncio.wait_for(stopping.wait(), max(0.0, tick * FRAME_S - clock()))
             except TimeoutError:
-                frame = await self.frame()
-                moved, new = observer.moves_since(moved)
-                told = {**frame, "moves": [move._asdict() for move in new]}
+                before, seen = seen, await self.frame()
+                yield self._since(before, seen)
             else:
                 return
 
-    async def _make(self) -> dict[str, Any]:
-        service = self._service
-        status, observer = service.engine.status, service.observer
-        named = [policy for policy in status.policies if policy.name != BASE]
+    def _since(self, before: Frame, frame: Frame) -> bytes:
+        """What is new, for all who saw the same frame before."""
+        if self._event is None or self._event[0] is not before or self._event[1] is not frame:
+            self._event = (before, frame, sse_event(frame.told(before)))
+        return self._event[2]
+
+    async def _make(self, before: Frame | None) -> Frame:
+        before = Frame() if before is None else before
+        parts = self._parts() | {"rows": rows_entry(await self._rows())}
+        observer = self._service.observer
+        moved, moves = observer.moves_since(0)
+        return Frame(
+            {name: as_it_is(before.parts.get(name), value) for name, value in parts.items()},
+            {one.name: self._policy(one, before.policies.get(one.name)) for one in self._named()[:MOST_POLICIES]},
+            {
+                kept.number: before.rollouts.get(kept.number) or Piece.of(kept, summary(kept))
+                for kept in observer.rollouts
+            },
+            moved,
+            moves,
+        )
+
+    def _named(self) -> Sequence[PolicyStatus]:
+        return [policy for policy in self._service.engine.status.policies if policy.name != BASE]
+
+    def _parts(self) -> dict[str, Any]:
+        service, status, config = self._service, self._service.engine.status, self._service.config
         return {
             "instance": service.instance,
             "started": service.created,
             "state": status.state,
             "fault": status.fault,
             "paused": status.paused,
-            "now": observer.sample(),
+            "now": service.observer.sample(),
             "base": self._base(),
-            "others": list(service.residents),
-            "rows": rows_entry(await self._rows()),
+            "model": service.name,
+            "models": [BASE, *service.residents],
             "replicas": [replica_entry(replica) for replica in status.replicas],
             "min_replicas": status.fewest,
-            "policies": [self._policy(policy) for policy in named[:MOST_POLICIES]],
-            "more_policies": max(0, len(named) - MOST_POLICIES),
-            "rollouts": [summary(kept) for kept in observer.rollouts],
+            "more_policies": max(0, len(self._named()) - MOST_POLICIES),
             "keys": {
-                "inference": service.config.protected,
-                "administration": service.config.protected and service.config.admin_key is not None,
-                "changes": not service.config.protected or service.config.admin_key is not None,
+                "inference": config.protected,
+                "administration": config.protected and config.admin_key is not None,
+                "changes": not config.protected or config.admin_key is not None,
             },
         }
 
@@ -128,21 +155,29 @@ class Frames:
             "totals": totals_entry(self._service.observer.versions.of(BASE, 0)),
         }
 
-    def _policy(self, policy: PolicyStatus) -> dict[str, Any]:
-        return {
+    def _policy(self, policy: PolicyStatus, before: PolicyPieces | None) -> PolicyPieces:
+        head = {
             "name": policy.name,
             "live": policy.live.number if policy.live else None,
             "last": policy.last,
             "more": max(0, len(policy.versions) - MOST_VERSIONS),
-            "versions": [self._version(policy.name, kept) for kept in policy.versions[-MOST_VERSIONS:]],
         }
+        known = {} if before is None else before.versions
+        shown = policy.versions[-MOST_VERSIONS:]
+        versions = {
+            kept.version.number: self._version(policy.name, kept, known.get(kept.version.number)) for kept in shown
+        }
+        return PolicyPieces(head, versions)
 
-    def _version(self, name: str, kept: VersionStatus) -> dict[str, Any]:
+    def _version(self, name: str, kept: VersionStatus, before: Piece | None) -> Piece:
         observer, number = self._service.observer, kept.version.number
         push, totals = observer.push_of(name, number), observer.versions.of(name, number)
         # Totals of a name that was deleted and restored may be another version's.
         own = totals if totals is not None and totals.version.digest == kept.version.digest else None
-        return {
+        stands_for = (kept, push, None if own is None else (own.tokens, own.rows))
+        if before is not None and before.stands_for == stands_for:
+            return before
+        said = {
             **version_status(kept),
             "rank": kept.rank,
             "modules": kept.modules,
@@ -150,6 +185,7 @@ class Frames:
             "timings_ms": push.timings_ms if push else None,
             "totals": totals_entry(own),
         }
+        return Piece.of(stands_for, said)
 
 
 def totals_entry(totals: VersionTotals | None) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 import { charts, Samples } from "./charts.js";
 import { Compare } from "./compare.js";
 import { Server } from "./connection.js";
-import { byId, device, say } from "./dom.js";
+import { byId, device, h, say } from "./dom.js";
+import { merged } from "./frames.js";
 import { showReplicas } from "./replicas.js";
 import { Rollouts } from "./rollouts.js";
 import { showRows } from "./rows.js";
@@ -86,12 +87,12 @@ const versions = new Versions(act);
 async function act(what, name, number, version) {
   const path = `v1/weights/${encodeURIComponent(name)}`;
   try {
-    if (what === "activate") await server.call("POST", `${path}/activate`, { version: number });
-    if (what === "pin") await server.call("PATCH", `${path}/${number}`, { pinned: !version.pinned });
+    if (what === "activate") await server.call("POST", server.of(`${path}/activate`), { version: number });
+    if (what === "pin") await server.call("PATCH", server.of(`${path}/${number}`), { pinned: !version.pinned });
     if (what === "delete") {
       const rows = version.rows_in_use ? ` ${version.rows_in_use} rows that use it run on.` : "";
       if (!(await sure(`${name}@${number} can be pushed again, but gets another number then.${rows}`))) return;
-      await server.call("DELETE", `${path}/${number}`);
+      await server.call("DELETE", server.of(`${path}/${number}`));
     }
     notice("");
   } catch (error) {
@@ -99,8 +100,18 @@ async function act(what, name, number, version) {
   }
 }
 
-function show(frame) {
-  if (frame.history) samples.begin(frame.fields, frame.history);
+let seen = null;
+
+/** Draws what an event changes, and nothing else: whoever looks takes time of the machine that samples. */
+function show(event) {
+  // A connection that was lost, or a tab that was hidden, goes on with what a person chose.
+  const other = event.history && ["model", "instance", "started"].some((key) => seen?.[key] !== event[key]);
+  const frame = (seen = merged(seen, event));
+  if (event.history) samples.begin(frame.fields, frame.history);
+  if (other) {
+    rollouts.begin();
+    compare.begin(frame.model);
+  }
   samples.add(frame.now);
   for (const picture of pictures) picture.follow(samples);
   say(byId("state"), frame.state);
@@ -108,20 +119,29 @@ function show(frame) {
   byId("state").title = frame.fault ?? "";
   byId("paused").hidden = !frame.paused;
   say(byId("paused"), `paused: ${frame.paused}`);
-  byId("others").hidden = !frame.others.length;
-  say(byId("others"), `This page shows this model alone, and not ${frame.others.join(", ")}: ask /metrics and rollout-server top about those.`);
+  offerModels(frame);
   say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${device(frame.base.device)}` : "The model is loading.");
   say(byId("instance"), `instance ${frame.instance}`);
   byId("key").hidden = !frame.keys.inference;
-  showRows(frame.rows);
-  showReplicas(frame);
+  if (event.rows) showRows(frame.rows);
+  if (event.replicas) showReplicas(frame);
   versions.show(frame);
   rollouts.show(frame);
-  compare.show(frame);
+  if (event.policies || event.base !== undefined) compare.show(frame);
   if (!document.documentElement.dataset.frames) performance.mark("first-frame");
   document.documentElement.dataset.frames = String(Number(document.documentElement.dataset.frames ?? 0) + 1);
 }
 
+/** A server of one model offers no choice. */
+function offerModels({ model, models }) {
+  const select = byId("model");
+  byId("models").hidden = models.length < 2;
+  const offered = [...select.options].map((option) => option.value);
+  if (offered.join(" ") !== models.join(" ")) select.replaceChildren(...models.map((name) => h("option", { value: name }, name)));
+  if (select.value !== model) select.value = model;
+}
+
+byId("model").addEventListener("change", () => server.show(byId("model").value));
 byId("key").addEventListener("click", () => server.askForKey("Another key for this page: an admin key also opens the buttons of versions."));
 
 let connected = null;

@@ -18,6 +18,17 @@ export class Compare {
     });
   }
 
+  /** Another model has versions of its own, whatever was chosen among those of the one before. */
+  begin(model) {
+    if (model === this.model) return;
+    this.model = model;
+    for (const side of ["left", "right"]) {
+      byId(side).replaceChildren();
+      byId(side).touched = false;
+      byId(`${side}-answers`).replaceChildren();
+    }
+  }
+
   /** Offers every version that is shown; the choice of a person stays. At first: the base, and the newest live one. A
    * model that samples nothing is not asked. */
   show(frame) {
@@ -54,7 +65,8 @@ export class Compare {
   }
 
   async side(side, signal) {
-    const model = byId(side).value;
+    const version = byId(side).value;
+    const model = called(this.model, version);
     const parent = byId(`${side}-answers`);
     parent.replaceChildren(h("p", { class: "empty" }, `${model} is sampling …`));
     const chat = byId("chat").checked && !byId("chat-field").hidden;
@@ -65,7 +77,7 @@ export class Compare {
         ? await this.server.call("POST", "v1/chat/completions", { ...sampling, messages: [{ role: "user", content: prompt }], logprobs: true }, signal)
         : await this.server.call("POST", "v1/completions", { ...sampling, prompt, logprobs: 0 }, signal);
       const found = reply.choices.map((choice) => ({ choice, tokens: chat ? chatTokens(choice) : textTokens(choice) }));
-      parent.replaceChildren(heading(model), ...found.map(answer));
+      parent.replaceChildren(heading(version, model), ...found.map(answer));
       return reply.usage.completion_tokens;
     } catch (error) {
       parent.replaceChildren();
@@ -75,8 +87,14 @@ export class Compare {
   }
 }
 
-function heading(model) {
-  const [name, number] = model.split("@");
+/** What a request calls a version of a model: those of a model beside that of --model stand behind its name. */
+function called(model, version) {
+  if (model === "base") return version;
+  return version === "base" ? model : `${model}/${version}`;
+}
+
+function heading(version, model) {
+  const [name, number] = version.split("@");
   return h("h3", {}, swatch(name, Number(number ?? 0)), model);
 }
 

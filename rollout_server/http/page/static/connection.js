@@ -8,6 +8,7 @@ export class Refused extends Error {
 }
 
 const KEY = "rollout-server-key";
+const MODEL = "rollout-server-model";
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 10_000;
 
@@ -18,6 +19,20 @@ export class Server {
   constructor(ask) {
     this.ask = ask;
     this.key = sessionStorage.getItem(KEY);
+    this.model = sessionStorage.getItem(MODEL);
+  }
+
+  /** The path as the model that is shown answers it; without a choice, that of --model does. */
+  of(path) {
+    return this.model === null ? path : `${path}?model=${encodeURIComponent(this.model)}`;
+  }
+
+  /** Shows another model from now on; null is that of --model. */
+  show(model) {
+    this.model = model;
+    if (model === null) sessionStorage.removeItem(MODEL);
+    else sessionStorage.setItem(MODEL, model);
+    this.leaving?.abort();
   }
 
   async askForKey(why) {
@@ -50,7 +65,7 @@ export class Server {
     let wait = FIRST_WAIT_MS;
     for (;;) {
       while (document.hidden) await new Promise((seen) => document.addEventListener("visibilitychange", seen, { once: true }));
-      const leaving = new AbortController();
+      const leaving = (this.leaving = new AbortController());
       const hide = () => document.hidden && leaving.abort();
       document.addEventListener("visibilitychange", hide);
       try {
@@ -61,6 +76,11 @@ export class Server {
         });
         now("closed", "The server has ended the connection.");
       } catch (error) {
+        if (error instanceof Refused && error.status === 404 && this.model !== null) {
+          // This tab showed a model of another server here.
+          this.show(null);
+          continue;
+        }
         if (error instanceof Refused && error.status === 401) {
           now("locked", error.message);
           if (await this.askForKey(error.message)) continue;
@@ -70,7 +90,7 @@ export class Server {
       } finally {
         document.removeEventListener("visibilitychange", hide);
       }
-      if (!document.hidden) {
+      if (!document.hidden && !leaving.signal.aborted) {
         await pause(wait);
         wait = Math.min(2 * wait, LONGEST_WAIT_MS);
       }
@@ -79,7 +99,7 @@ export class Server {
 
   async read(signal, told) {
     // EventSource sends no keys, so events are read from the reply's body.
-    const reply = await fetch("page/events", { headers: this.headers, signal });
+    const reply = await fetch(this.of("page/events"), { headers: this.headers, signal });
     if (!reply.ok) throw new Refused(reply.status, (await reply.json().catch(() => null))?.error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     let left = "";

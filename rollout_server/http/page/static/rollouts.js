@@ -3,10 +3,20 @@
 import { address, byId, clock, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
 import { strip, tokenText } from "./tokens.js";
 
+/** How long a rollout that nobody chose is shown before the newest takes its place: nobody reads one in a second. */
+const FOLLOW_MS = 5000;
+
 export class Rollouts {
   constructor(server, fail) {
-    Object.assign(this, { server, fail, chosen: null, shown: null, follows: true, list: byId("rollouts") });
+    Object.assign(this, { server, fail, chosen: null, shown: null, follows: true, since: -Infinity, list: byId("rollouts") });
     this.list.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  /** Another server's, or another model's, rollouts have numbers of their own. */
+  begin() {
+    Object.assign(this, { chosen: null, shown: null, follows: true, since: -Infinity });
+    this.list.replaceChildren();
+    byId("rollout").replaceChildren(h("p", { class: "empty" }, "A rollout that ends is shown here, token by token."));
   }
 
   show(frame) {
@@ -16,7 +26,8 @@ export class Rollouts {
     // The newest is followed until a person has chosen one, and again when that is gone.
     if (frame.rollouts.length && (!kept || this.follows)) {
       this.follows ||= !kept;
-      this.choose(frame.rollouts[0].number);
+      const newest = frame.rollouts[0].number;
+      if (newest !== this.chosen && performance.now() - this.since >= FOLLOW_MS) this.choose(newest);
     }
   }
 
@@ -33,7 +44,7 @@ export class Rollouts {
     );
     entry.follow = () => {
       const ago = Math.max(0, Math.round(this.frame.now[0] - rollout.ended));
-      say(when, ago < 60 ? `${ago} s ago` : clock(rollout.ended));
+      say(when, ago < 10 ? "just now" : ago < 60 ? `${Math.floor(ago / 10)}0 s ago` : clock(rollout.ended));
     };
     return entry;
   }
@@ -57,10 +68,13 @@ export class Rollouts {
     for (const entry of this.list.children) entry.setAttribute("aria-selected", String(entry.key === number));
     this.list.setAttribute("aria-activedescendant", `rollout-${number}`);
     this.chosen = number;
+    this.since = performance.now();
     if (this.shown === number || this.asking) return;
     this.asking = true;
+    const model = this.server.model;
     try {
-      const view = await this.server.call("GET", `page/rollouts/${number}`);
+      const view = await this.server.call("GET", this.server.of(`page/rollouts/${number}`));
+      if (model !== this.server.model) return;
       this.shown = number;
       byId("rollout").replaceChildren(...detail(view));
     } catch (error) {
@@ -69,7 +83,7 @@ export class Rollouts {
     } finally {
       this.asking = false;
     }
-    if (this.chosen !== number) await this.choose(this.chosen);
+    if (this.chosen !== null && this.chosen !== number) await this.choose(this.chosen);
   }
 }
 

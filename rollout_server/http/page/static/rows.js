@@ -18,17 +18,20 @@ export function showRows({ count, versions, counts, requests, rows }) {
 
 function makeCell() {
   const cell = h("span", { class: "cell" }, h("span", { class: "filled" }));
+  cell.drawn = {};
   cell.follow = ({ row, versions, requests }) => draw(cell, row, versions, requests);
   return cell;
 }
 
 function draw(cell, [version, tokens, most, preempted, request], versions, requests) {
   const [name, number] = versions[version];
-  for (const [property, value] of Object.entries({ "--chroma": null, ...coloured(name, number) })) {
+  const wanted = { "--chroma": null, ...coloured(name, number), "--done": `${Math.round((100 * tokens) / Math.max(1, most))}%` };
+  for (const [property, value] of Object.entries(wanted)) {
+    if (cell.drawn[property] === value) continue;
+    cell.drawn[property] = value;
     if (value === null) cell.style.removeProperty(property);
     else cell.style.setProperty(property, value);
   }
-  cell.style.setProperty("--done", `${Math.round((100 * tokens) / Math.max(1, most))}%`);
   cell.classList.toggle("aside", Boolean(preempted));
   cell.title = `${requests[request]}: ${tokens} of ${most} tokens, ${address(name, number)}${preempted ? ", preempted" : ""}`;
 }

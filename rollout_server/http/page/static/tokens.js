@@ -78,4 +78,11 @@ export function bar(label, parts, format) {
   return element;
 }
 
-export const strip = (values) => h("span", { class: "strip", "aria-hidden": "true" }, ...values.map((value) => h("i", { "--heat": heat(value).toFixed(2) })));
+/** Values as bands of one element's ground: a list of rollouts has too many of them for an element each. */
+export function strip(values) {
+  const at = (place) => `${((100 * place) / values.length).toFixed(2)}%`;
+  const bands = values.map((value, place) => `color-mix(in oklab, var(--fire) ${Math.round(100 * heat(value))}%, transparent) ${at(place)} ${at(place + 1)}`);
+  const element = h("span", { class: "strip", "aria-hidden": "true" });
+  if (bands.length) element.style.backgroundImage = `linear-gradient(to right, ${bands.join(", ")})`;
+  return element;
+}

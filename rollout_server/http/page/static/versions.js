@@ -12,14 +12,25 @@ export class Versions {
   constructor(act) {
     this.act = act;
     this.moves = [];
+    this.entries = new WeakMap();
+  }
+
+  /** A version with its name. One that stays as it was stays the same object, and its card as it is. */
+  named(version, name, changes) {
+    const known = this.entries.get(version);
+    if (known?.changes === changes) return known;
+    const made = { ...version, name, changes };
+    this.entries.set(version, made);
+    return made;
   }
 
   show(frame) {
     // The first frame has all moves that are kept, each later one those since the frame before.
     this.moves = frame.history ? frame.moves : [...this.moves, ...frame.moves].slice(-MOST_MOVES);
-    const versions = frame.policies.flatMap((policy) => policy.versions.map((version) => ({ ...version, name: policy.name, changes: frame.keys.changes })));
+    const versions = frame.policies.flatMap((policy) => policy.versions.map((version) => this.named(version, policy.name, frame.keys.changes)));
     versions.sort((one, other) => other.created - one.created);
-    const base = frame.base && { name: "base", version: 0, base: frame.base };
+    if (this.base?.base !== frame.base) this.base = frame.base && { name: "base", version: 0, base: frame.base };
+    const base = this.base;
     const unseen = frame.policies.reduce((sum, policy) => sum + policy.more, 0);
     say(byId("versions-count"), versions.length ? String(versions.length + unseen) : "only the base");
     const more = [unseen && `${unseen} older versions of these policies`, frame.more_policies && `${frame.more_policies} more policies`].filter(Boolean);
@@ -34,7 +45,10 @@ export class Versions {
     const [badges, facts, bars, buttons] = [h("span", { class: "badges" }), h("dl", { class: "facts" }), h("div", { class: "bars" }), h("p", { class: "actions" })];
     const title = h("h3", {}, swatch(name, number), h("span", { class: "address" }, address(name, number)), badges);
     const card = h("li", { class: "card", "data-version": address(name, number), ...coloured(name, number) }, title, facts, bars, buttons);
+    let drawn = null;
     card.follow = (now) => {
+      if (now === drawn) return;
+      drawn = now;
       badges.replaceChildren(...badgesOf(now));
       facts.replaceChildren(...factsOf(now).flatMap(([word, value, why]) => [h("dt", { title: why }, word), h("dd", {}, value)]));
       bars.replaceChildren(...barsOf(now));
@@ -65,7 +79,7 @@ export class Versions {
     const parent = byId("timeline");
     const end = frame.now[0];
     const start = Math.min(end - 60, frame.started, ...this.moves.map((move) => move.time));
-    const at = (time) => `${((100 * (Math.max(start, time) - start)) / (end - start)).toFixed(2)}%`;
+    const at = (time) => `${((100 * (Math.max(start, time) - start)) / (end - start)).toFixed(1)}%`;
     const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: this.moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
     parent.hidden = !lanes.length;
     follow(parent, lanes, (lane) => lane.name, makeLane);
@@ -75,7 +89,11 @@ export class Versions {
 function makeLane({ name }) {
   const track = h("div", { class: "track", role: "img" });
   const lane = h("div", { class: "lane" }, h("span", { class: "lane-name" }, name), track);
+  let drawn = "";
   lane.follow = ({ at, end, start, moves, pushes }) => {
+    const places = JSON.stringify([moves.map((move) => [move.number, at(move.time)]), pushes.map((push) => [push.version, at(push.created)])]);
+    if (places === drawn) return;
+    drawn = places;
     const live = moves.map((move, place) => ({ ...move, until: moves[place + 1]?.time ?? end })).filter((move) => move.number !== null);
     const spans = live.map((move) => h("span", { class: "live", title: `${address(name, move.number)} live from ${clock(move.time)} to ${clock(move.until)}`, ...coloured(name, move.number), "--from": at(move.time), "--to": at(move.until) }, String(move.number)));
     const marks = pushes.filter((push) => push.created >= start).map((push) => h("span", { class: "push", title: `${address(name, push.version)} pushed at ${clock(push.created)}`, ...coloured(name, push.version), "--from": at(push.created) }));

@@ -16,7 +16,8 @@ from rollout_server.http.page.rollout_view import rollout_view
 from rollout_server.http.replies.json_entries import json_response
 from rollout_server.http.replies.streaming import SSE, stream
 from rollout_server.http.requests.json_body import beside, no_query
-from rollout_server.http.service import ASKED, service_of
+from rollout_server.http.requests.queries import asked_resident
+from rollout_server.http.service import ASKED
 from rollout_server.quoting import quoted
 
 PRIVATE = {"cache-control": "no-store"}
@@ -37,21 +38,20 @@ class PageController(Controller):
     async def file(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
         return file_of(request, name)
 
-    @get("/page/state", before_request=no_query, guards=[may_infer], summary="One frame, with what went before")
+    @get("/page/state", guards=[may_infer], summary="One frame, with what went before")
     async def state(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return json_response(await frames_of(request).opening(), headers=PRIVATE)
 
-    @get("/page/events", before_request=no_query, guards=[may_infer], summary="A frame a second, as events")
+    @get("/page/events", guards=[may_infer], summary="A frame a second, as events")
     async def events(self, request: Request[Any, Any, Any]) -> Response[Any]:
+        frames = frames_of(request)
         if request.scope["state"].get(ASKED) == "HEAD":
             return Response(b"", media_type=SSE)  # its end would be waited for
-        return stream(frames_of(request).stream(), media_type=SSE)
+        return stream(frames.stream(), media_type=SSE)
 
-    @get(
-        "/page/rollouts/{number:int}", before_request=no_query, guards=[may_infer], summary="One rollout with its text"
-    )
+    @get("/page/rollouts/{number:int}", guards=[may_infer], summary="One rollout with its text")
     async def rollout(self, number: FromPath[int], request: Request[Any, Any, Any]) -> Response[bytes]:
-        service = service_of(request)
+        service = asked_resident(request)
         kept = service.observer.rollouts.find(number)
         if kept is None:
             raise NotFound(f"Rollout {number} is not kept any more: only the latest are.", param="number")
@@ -61,8 +61,8 @@ class PageController(Controller):
 
 
 def frames_of(request: Request[Any, Any, Any]) -> Frames:
-    """The frames of the application that this connection belongs to."""
-    frames = request.app.state[FRAMES_KEY]
+    """The frames of the model that the query names; without one of that of `--model`."""
+    frames = request.app.state[FRAMES_KEY][asked_resident(request).name]
     if not isinstance(frames, Frames):
         raise TypeError("The application was not made by create_app.")
     return frames

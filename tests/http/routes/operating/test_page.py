@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,16 @@ def test_the_page_is_small_and_names_no_other_place() -> None:
         assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "eval(" not in text, name
     index = files["index.html"].content.decode()
     assert "style=" not in index and "onclick=" not in index, "the policy forbids what stands in the markup"
+
+
+def test_nothing_on_the_page_moves_by_itself() -> None:
+    """What moves between two events is drawn 60 times a second: it took a third of a core of whoever looked, which is
+    often the machine that samples."""
+    style = assets()["page.css"].content.decode()
+    assert not [word for word in ("transition", "animation", "@keyframes") if word in style]
+    for name, asset in assets().items():
+        text = asset.content.decode()
+        assert "requestAnimationFrame" not in text and "setInterval" not in text and ".animate(" not in text, name
 
 
 def test_every_file_comes_under_a_strict_policy(client: Client) -> None:
@@ -246,12 +255,19 @@ def test_the_page_is_no_part_of_the_api_s_document(client: Client) -> None:
     assert "/v1/rollouts" in paths and not [path for path in paths if path == "/" or path.startswith("/page")]
 
 
-def test_models_beside_the_page_s_are_named_and_keep_nothing_for_it(client: Client) -> None:
-    service = replace(client.app.state["service"], residents={"judge": "one", "draft": "two"})
-    assert frame(client)["others"] == []
-    assert asyncio.run(Frames(service).opening())["others"] == ["judge", "draft"]
+def test_every_model_has_frames_and_rollouts_of_its_own(client: Client, problem: Callable[..., Any]) -> None:
+    assert (frame(client)["model"], frame(client)["models"]) == ("base", ["base"])
+    assert client.get("/page/state", params={"model": "base"}).json()["model"] == "base"
     path = str(model_directory())
-    residents = residents_for(ServerConfig(model=path, also=(("judge", path),)), None)
-    for model in residents.every:
-        model.observer.finished("a", rollout((1, 0, 3)))
-    assert [len(list(model.observer.rollouts)) for model in residents.every] == [1, 0]
+    residents = residents_for(ServerConfig(model=path, also=(("judge", path), ("draft", path))), None)
+    for rollouts, model in enumerate(residents.every):
+        for _ in range(rollouts):
+            model.observer.finished("a", rollout((1, 0, 3)))
+    told = [asyncio.run(Frames(model).opening()) for model in residents.every]
+    assert [len(said["rollouts"]) for said in told] == [0, 1, 2]
+    names = ["base", "judge", "draft"]
+    assert [json.loads(bytes(said["model"])) for said in told] == names
+    assert [json.loads(bytes(said["models"])) for said in told] == [names] * 3
+    for route in ("/page/state", "/page/events", "/page/rollouts/1"):
+        problem(client.get(route, params={"model": MARKUP}), 404, "unknown_policy", "model")
+        problem(client.get(route, params={"models": "judge"}), 400, "invalid_field", "models")
