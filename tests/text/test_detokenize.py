@@ -296,7 +296,7 @@ def test_all_at_once_is_what_the_pieces_come_to(kind: str, chosen: PreTrainedTok
     asked: dict[str, Any] = {"id": "r", "policy": PolicyAddress("base"), "seeds": (0,)}
     asked |= {"sampling": SamplingParams(max_tokens=2)}
     special = sorted(special_ids(chosen))
-    for _ in range(300):
+    for _ in range(120):
         prompt, ids = any_ids(kind, chosen, generator) or [0], any_ids(kind, chosen, generator)
         shown = frozenset(special[:1]) if generator.random() < 0.3 else frozenset()
         continues = generator.random() < 0.5

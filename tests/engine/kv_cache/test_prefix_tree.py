@@ -162,7 +162,7 @@ def test_rows_that_are_copied_together(seed: int) -> None:
     cache = PrefixCache(TOKEN_BYTES)
     cache.fit(60 * TOKEN_BYTES)
     found = 0
-    for _ in range(300):
+    for _ in range(120):
         together, new = Together(), []
         rows = [
             tuple(chance.randrange(3) for _ in range(chance.randrange(1, 14))) for _ in range(chance.randrange(1, 5))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import adapters.resident.residency
 import adapters.resident.slots
 import adapters.resident.staging
 from adapters.prepare import prepare
+from adapters.tensors import AdapterTensor
 from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
 from rollout_server.rollout import Wants
@@ -118,10 +121,9 @@ def test_a_version_refused_in_the_middle_of_its_staging_leaves_nothing(driver: D
     running = watched(driver, "p", max_tokens=200)
     driver.turn(4)
     bundle = driver.bundle(2, dora=True)
-    infinite = bundle.tensors[f"{list(bundle.spec.modules)[-1]}.lora_magnitude_vector"].array
-    infinite.flags.writeable = True
-    infinite[:] = 3e38
-    push = driver.publish("p", bundle)
+    magnitude = f"{list(bundle.spec.modules)[-1]}.lora_magnitude_vector"
+    infinite = AdapterTensor("F32", np.full_like(bundle.tensors[magnitude].array, 3e38))
+    push = driver.publish("p", replace(bundle, tensors={**bundle.tensors, magnitude: infinite}))
     with pytest.raises(AdapterMismatch, match="magnitude"):
         driver.published(push)
     assert driver.resident.slots.slots_in_use == 1

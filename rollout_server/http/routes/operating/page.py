@@ -10,6 +10,7 @@ from litestar.params import FromPath
 
 from rollout_server.errors import NotFound
 from rollout_server.http.auth import may_infer
+from rollout_server.http.openapi import ModelOperation
 from rollout_server.http.page.assets import HEADERS, INDEX, PAGE, assets
 from rollout_server.http.page.frames import FRAMES_KEY, Frames
 from rollout_server.http.page.rollout_view import rollout_view
@@ -38,18 +39,23 @@ class PageController(Controller):
     async def file(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
         return file_of(request, name)
 
-    @get("/page/state", guards=[may_infer], summary="One frame, with what went before")
+    @get("/page/state", guards=[may_infer], operation_class=ModelOperation, summary="One frame, with what went before")
     async def state(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         return json_response(await frames_of(request).opening(), headers=PRIVATE)
 
-    @get("/page/events", guards=[may_infer], summary="A frame a second, as events")
+    @get("/page/events", guards=[may_infer], operation_class=ModelOperation, summary="A frame a second, as events")
     async def events(self, request: Request[Any, Any, Any]) -> Response[Any]:
         frames = frames_of(request)
         if request.scope["state"].get(ASKED) == "HEAD":
             return Response(b"", media_type=SSE)  # its end would be waited for
         return stream(frames.stream(), media_type=SSE)
 
-    @get("/page/rollouts/{number:int}", guards=[may_infer], summary="One rollout with its text")
+    @get(
+        "/page/rollouts/{number:int}",
+        guards=[may_infer],
+        operation_class=ModelOperation,
+        summary="One rollout with its text",
+    )
     async def rollout(self, number: FromPath[int], request: Request[Any, Any, Any]) -> Response[bytes]:
         service = asked_resident(request)
         kept = service.observer.rollouts.find(number)
