@@ -104,6 +104,7 @@ def typed(shell: Terminal) -> None:
 
 
 @missing("zsh")
+@pytest.mark.long
 def test_zsh(environment: dict[str, str]) -> None:
     install("zsh", environment)
     with terminal(["zsh", "-i"], environment) as shell:
@@ -122,6 +123,7 @@ def test_bash(environment: dict[str, str]) -> None:
 
 
 @missing("fish")
+@pytest.mark.long
 def test_fish(environment: dict[str, str]) -> None:
     """It says on a line each what TAB would offer, and what that is."""
     install("fish", environment)
