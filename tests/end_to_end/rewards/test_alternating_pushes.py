@@ -43,16 +43,16 @@ def host_bytes(live: LiveServer) -> int:
     return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def device_bytes(live: LiveServer) -> dict[str, float]:
+def device_bytes(http: httpx.Client) -> dict[str, float]:
     """What the metrics say of versions, and of everything."""
-    text = httpx.get(f"{live.url}/metrics").raise_for_status().text
+    text = http.get("/metrics").raise_for_status().text
     names = {"slots": r"rollout_slot_bytes(?:{[^}]*})?", "active": r'rollout_memory_bytes{[^}]*part="active"[^}]*}'}
     return {key: sum(map(float, re.findall(rf"^{name} (\S+)$", text, re.M))) for key, name in names.items()}
 
 
-def kept(live: LiveServer) -> dict[str, list[tuple[int, int]]]:
+def kept(http: httpx.Client) -> dict[str, list[tuple[int, int]]]:
     """(Number, rows in use) of every version of every name."""
-    policies = httpx.get(f"{live.url}/v1/weights").raise_for_status().json()["policies"]
+    policies = http.get("/v1/weights").raise_for_status().json()["policies"]
     return {line["name"]: [(each["version"], each["rows_in_use"]) for each in line["versions"]] for line in policies}
 
 
@@ -63,18 +63,18 @@ def test_pushes_of_a_policy_and_of_its_reward_in_turns_leave_nothing_behind(
     pushes: int, live: LiveServer, info: ModelInfo
 ) -> None:
     sizes, host = [], []
-    with RolloutClient(live.url) as client:
+    with RolloutClient(live.url) as client, httpx.Client(base_url=live.url, trust_env=False) as http:
         for turn in range(pushes // 2):
             weights, config = tiny_models.random_adapter(info.layers, RANK, turn)
             client.push("rm", *tiny_scorers.reward_adapter(info, turn, rank=RANK))
             policy = client.push("policy", weights, config)
             batch = client.rollouts(PROMPTS, policy=policy, reward="rm", n=2, max_tokens=4, seed=turn)
             assert batch.rewards is not None and {row.reward.version.version for row in batch} == {turn + 1}
-            until(lambda: {use for line in kept(live).values() for _, use in line} == {0})
-            sizes.append(device_bytes(live))
+            until(lambda: {use for line in kept(http).values() for _, use in line} == {0})
+            sizes.append(device_bytes(http))
             host.append(host_bytes(live))
-    newest = [(number, 0) for number in range(pushes // 2 - KEPT + 1, pushes // 2 + 1)]
-    assert kept(live) == {"rm": newest, "policy": newest}
+        newest = [(number, 0) for number in range(pushes // 2 - KEPT + 1, pushes // 2 + 1)]
+        assert kept(http) == {"rm": newest, "policy": newest}
     # Whatever is made once has been made after a fifth of the pushes. Rows differ in their KV by less than a few
     # bundles; either name alone would have left a bundle for each turn since.
     settled, bundle = pushes // 10, sum(array.nbytes for array in weights.values())
