@@ -33,8 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adapters.host_memory import Scratch
-from adapters.numerics import DeltaMeasure, Grams, measure, measure_dense
+from adapters.numerics import DeltaMeasure, Grams, Scratch, measure, measure_dense
 from adapters.spec import HALVES, AdapterSpec, Mode, Parameter
 from adapters.tensors import AdapterTensor
 

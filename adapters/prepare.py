@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from adapters.bundle import NO_PARAMETERS, AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
-from adapters.host_memory import Results, Scratch, in_pieces
-from adapters.numerics import largest, squared_delta_norms
+from adapters.numerics import Results, Scratch, in_pieces, largest, squared_delta_norms
 from adapters.spec import HALVES, AdapterSpec, Mode, Parameter
 from adapters.tensors import STORAGE, AdapterTensor
 

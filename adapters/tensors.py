@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize, safe_open
 
 from adapters.errors import AdapterUnreadable, shown
-from adapters.host_memory import Scratch
+from adapters.numerics import Scratch
 
 STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Served dtypes → how numpy holds them; bf16 as its upper 16 bits."""

@@ -7,8 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.bundle import make_bundle, measured
-from adapters.host_memory import PIECE, Results, Scratch, in_pieces, joined
-from adapters.numerics import DeltaMeasure, Grams, largest, measure
+from adapters.numerics import PIECE, DeltaMeasure, Grams, Results, Scratch, in_pieces, joined, largest, measure
 from adapters.report import report
 from adapters.spec import AdapterSpec, ModuleSpec
 from adapters.tensors import AdapterTensor

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from adapters.bundle import make_bundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.formats.read import read_bundle
-from adapters.host_memory import PIECE
+from adapters.numerics import PIECE
 from adapters.prepare import LARGEST, cast, host_factors, prepare
 from adapters.resident.model_layers import adaptable_layers
 from adapters.resident.slots import AdapterSlots

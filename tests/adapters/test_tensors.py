@@ -15,7 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from adapters.errors import AdapterUnreadable
-from adapters.host_memory import Scratch
+from adapters.numerics import Scratch
 from adapters.tensors import AdapterTensor, read_safetensors
 
 Entries = dict[str, tuple[str, tuple[int, ...], bytes]]

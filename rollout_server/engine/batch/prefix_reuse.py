@@ -28,6 +28,8 @@ from rollout_server.rollout import PolicyVersion
 
 LEAST = 8
 """Fewer tokens than these are read again sooner than written from here."""
+BLOCK_TOKENS = 1024
+"""Tokens of several rows or prompts that are copied into one block; one that has more of them is a block by itself."""
 APART = 64
 """Tokens between two places of a prompt at which whole states are kept, at least: each costs a forward of its own and
 the memory of a row."""
@@ -136,25 +138,32 @@ class Wanted(NamedTuple):
 
 
 class _Gathering:
-    """Columns of places that are copied together: one copy for each array of the store, not one for each place."""
+    """Columns of places that are copied together: one copy of each array of the store for a block of them, not one for
+    each place. A block has few tokens, since one node that is used again and again keeps all of it."""
 
     def __init__(self, store: PaddedKV) -> None:
         self._store = store
-        self._pieces: list[tuple[int, int, int]] = []
-        self._block = Block()
+        self._blocks: list[tuple[Block, list[tuple[int, int, int]]]] = []
         self._count = 0
+        """Tokens of the last block."""
 
     def take(self, place: int, start: int, end: int) -> Columns:
         """Some columns of a place, which are there once `arrays` was called."""
-        self._pieces.append((place, start, end))
-        self._count += end - start
-        return Columns(self._block, self._count - (end - start), self._count)
+        count = end - start
+        if not self._blocks or self._count + count > BLOCK_TOKENS:
+            self._blocks.append((Block(), []))
+            self._count = 0
+        block, pieces = self._blocks[-1]
+        pieces.append((place, start, end))
+        self._count += count
+        return Columns(block, self._count - count, self._count)
 
     def arrays(self) -> list[mx.array]:
         """What is to be evaluated before the next write."""
-        if self._block.nodes:
-            self._block.layers = self._store.gather(self._pieces)
-        return arrays_of(self._block.layers)
+        needed = [(block, pieces) for block, pieces in self._blocks if block.nodes]
+        for block, pieces in needed:
+            block.layers = self._store.gather(pieces)
+        return [array for block, _ in needed for array in arrays_of(block.layers)]
 
 
 class Prefixes(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 from litestar import Request
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 
-from adapters.host_memory import joined
+from adapters.numerics import joined
 from rollout_server.errors import BadBody, BodyTooLarge, InvalidField, UnsupportedMedia
 from rollout_server.http.requests.json_body import chunks
 from rollout_server.quoting import quoted, shortened

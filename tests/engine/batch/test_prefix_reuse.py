@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from rollout_server.engine.batch.prefix_reuse import BLOCK_TOKENS, PrefixReuse, Wanted
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.store import Seating
 from rollout_server.engine.messages.control import PrefixCacheReset, ResetPrefixCache
 from rollout_server.engine.messages.versions import Delete
 from rollout_server.engine.model.resident import ResidentModel
@@ -177,6 +182,38 @@ def test_rows_come_first(bare_model: Models, qwen: Path) -> None:
     for one, other in zip(*ids, strict=True):
         rows = on.rollouts(one)
         assert_all_same(rows, off.rollouts(other), max(map(TINY.of_row, rows)))
+
+
+def test_places_are_copied_a_few_together() -> None:
+    """What several places hold is found again number by number, and one that is used again keeps no more than its block
+    from being evicted."""
+    draw, length = np.random.default_rng(0), BLOCK_TOKENS // 3 - 20
+    store = PaddedKV([None, None], 8)
+    held = draw.random((8, 2, 2, 2, length, 4), dtype=np.float32)
+    prompts = [
+        Prompt(
+            tuple(draw.integers(0, 9999, length).tolist()), 0, length, kept=[tuple(map(mx.array, pair)) for pair in own]
+        )
+        for own in held
+    ]
+    for prompt in prompts:
+        store.begin(prompt, 1, length)
+    places = [place for (place,) in store.seat([Seating(prompt, 1) for prompt in prompts])]
+    token_bytes = held[0, :, :, :, 0].nbytes
+    reuse = PrefixReuse(token_bytes, "base", store, on=True)
+    reuse.fit(8 * length)
+    key = ("base", False, False)
+    mx.eval(reuse.keep(store, [Wanted(place, key, each.tokens) for place, each in zip(places, prompts, strict=True)]))
+    assert reuse.cells == 8 * length
+    for own, prompt in zip(held, prompts, strict=True):
+        (found,) = reuse.find(key, prompt.tokens)
+        assert found.count == length
+        for pair, arrays in zip(found.layers, own, strict=True):
+            assert pair is not None and all(map(np.array_equal, map(np.array, pair), arrays))
+    assert reuse.find(key, prompts[0].tokens)
+    reuse.fit(BLOCK_TOKENS)
+    assert reuse.find(key, prompts[0].tokens) and reuse.cells == 3 * length
+    assert not reuse.find(key, prompts[7].tokens)
 
 
 def test_copies_hold_up_no_write(base: Driver) -> None:
