@@ -2,10 +2,11 @@
 costs the other.
 
 `python -m benchmarks.studies.gpu.residents [--base SHAPE] [--beside SHAPE] [--rows 64] [--tokens 128] [--rounds 3]`. A
-shape is tiny, as it is where none is named, 0.6B or 4B. The models are random ones of Qwen3's shapes in bfloat16, so that both are of one family. First the same requests are sent
-to each model alone, beside the other one at rest, and while the other one works: ids have to be equal, and
-log-probabilities but for the chunks that prompts were read in. Then rows are sampled by each alone and by both at once,
-in turns; rates are of sampled tokens, prefill and HTTP included. Prompts are in the prefix cache whenever it counts.
+shape is tiny, as it is where none is named, 0.6B or 4B. The models are random ones of Qwen3's shapes in bfloat16, so
+that both are of one family. First the same requests are sent to each model alone, beside the other one at rest, and
+while the other one works: ids have to be equal, and log-probabilities but for the chunks that prompts were read in.
+Then rows are sampled by each alone and by both at once, in turns; rates are of sampled tokens, prefill and HTTP
+included. Prompts are in the prefix cache whenever it counts.
 """
 
 from __future__ import annotations
