@@ -53,13 +53,22 @@ def study_of(options: argparse.Namespace, folder: Path) -> parts.Study:
     """The models are written on the CPU: this process takes no GPU."""
     mx.set_default_device(mx.cpu)
     shape = "tiny" if options.cpu else options.shape
-    halves, floats = (write_model(folder / str(dtype), shape, dtype) for dtype in (mx.bfloat16, mx.float32))
+    halves = write_model(folder / "bfloat16", shape, mx.bfloat16)
     machine = Machine((), "ring") if options.cpu else Machine(gpus_for(options.gpus, None), "nccl")
     small = {"prompts": 4, "prompt_tokens": 24, "samples": 2, "tokens": 16, "many": (1, 4), "turns": 300}
     usual = {"prompts": 32, "prompt_tokens": 256, "samples": 8, "tokens": 128, "many": (1, 32, 256), "turns": 10_000}
     sizes = (small if options.cpu else usual) | ({"turns": options.turns} if options.turns else {})
     count = 2 if options.cpu else options.gpus
-    return parts.Study(machine, shape, halves, floats, count, options.rounds, push_rank=16, **sizes)
+    return parts.Study(
+        machine,
+        shape,
+        halves,
+        lambda: write_model(folder / "float32", shape, mx.float32),
+        count,
+        options.rounds,
+        push_rank=16,
+        **sizes,
+    )
 
 
 def main() -> int:

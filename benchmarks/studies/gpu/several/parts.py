@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,12 @@ LINEAR, CLOSE = 0.95, 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One shape on one machine. `halves` and `floats` are its model in bfloat16 and in float32."""
+    """One shape on one machine. `halves` is its model in bfloat16; `floats` writes it in float32, for one part."""
 
     machine: Machine
     shape: str
     halves: Path
-    floats: Path
+    floats: Callable[[], Path]
     count: int
     """GPUs that are used together, at most."""
     rounds: int
@@ -102,7 +102,7 @@ async def replica_killed(study: Study) -> AsyncIterator[Figure]:
 
 async def exact(study: Study) -> AsyncIterator[Figure]:
     """Log-probabilities and greedy tokens of all ranks beside those of one, with and without adapters."""
-    for name, model, bound in (("float32", study.floats, CLOSE), ("bfloat16", study.halves, None)):
+    for name, model, bound in (("float32", study.floats(), CLOSE), ("bfloat16", study.halves, None)):
         found: list[dict[str, tuple[list[float], list[tuple[int, ...]]]]] = []
         for ranks in (1, study.count):
             async with study.machine.engines(model, ranks=ranks) as handle:
