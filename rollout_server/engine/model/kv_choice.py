@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -20,10 +21,11 @@ from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
 from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading, Seating
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.attention.binding import bound, modules_of
 from rollout_server.engine.model.attention.choice import UNBOUND, Agreed, ChosenAttention, by_itself, choose_attention
 from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.embedding import UNFIT
+from rollout_server.engine.model.forward.binding import bound, modules_of
+from rollout_server.engine.sampling.numerics import on_cpu
 from rollout_server.engine.sight.seen import Seen
 from rollout_server.errors import EngineUnavailable
 
@@ -55,10 +57,11 @@ def choose_store(
     time, and says so; decode steps are compiled, and attend by a kernel, only where they then pass the
     same test, on all ranks as `agreed` says. Raises `EngineUnavailable` where keys and values are to be kept in 8 bits
     and cannot be."""
-    forward: Reading = lambda tokens, caches, seen=None: module(tokens, cache=caches)  # noqa: E731
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
-    expected = [_alone(forward, module, row) for row in rows]
+    expected = [_alone(_forward_of(module), module, row) for row in rows]
+    modules = _bound_on_cpu(module, rows, expected, agreed)
+    forward = _forward_of(module, modules)
     packs = options.kv_bits is not None
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)
     if windows is not None:
@@ -69,7 +72,8 @@ def choose_store(
 
         found = _choose_padded(forward, make, test, compiles, packs=packs)
         if isinstance(found, ChosenStore):
-            return _with_attention(found, module, rows, expected, agreed, wanted=options.attention == "auto")
+            found = _with_attention(found, module, rows, expected, agreed, wanted=options.attention == "auto")
+            return found if found.attention.modules else _bound_to(found, modules)
         problem = found
     if packs:
         raise EngineUnavailable(
@@ -88,7 +92,43 @@ def choose_store(
         log.info("Prompts of this model are read one at a time (%s).", unpadded)
     ways = {"serial": fault is not None, "snapshots": lost is None, "pads": unpadded is None}
     kept = partial(MlxCacheKV, make_caches, row_cells=row_cells, **ways)
-    return ChosenStore("batch" if fault is None else "serial", cell, row_cells, lambda _: kept())
+    return _bound_to(ChosenStore("batch" if fault is None else "serial", cell, row_cells, lambda _: kept()), modules)
+
+
+def _forward_of(module: nn.Module, modules: tuple[ModuleType, ...] = ()) -> Reading:
+    def forward(tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
+        with bound(modules):
+            logits: mx.array = module(tokens, cache=caches)
+        return logits
+
+    return forward
+
+
+def _bound_to(chosen: ChosenStore, modules: tuple[ModuleType, ...]) -> ChosenStore:
+    return replace(chosen, attention=replace(chosen.attention, modules=modules))
+
+
+def _bound_on_cpu(
+    module: nn.Module, rows: Sequence[Sequence[int]], expected: Sequence[mx.array], agreed: Agreed
+) -> tuple[ModuleType, ...]:
+    """Those whose attention and gate are ours on a CPU; none on other devices, and where the model then says something
+    else than it did."""
+    if not on_cpu():
+        return ()
+    modules = modules_of(module)
+
+    def fault() -> str | None:
+        forward = _forward_of(module, modules)
+        try:
+            found = [_alone(forward, module, row) for row in rows]
+        except UNFIT as error:
+            return f"{type(error).__name__}: {error}"
+        return _gap(mx.stack(found), expected, forward(mx.array([[0]]), make_prompt_cache(module)).dtype)
+
+    if (problem := agreed(fault())) is None:
+        return modules
+    log.warning("Attention and gates of this model stay mlx's own on this CPU: %s.", problem)
+    return ()
 
 
 def _choose_padded(
@@ -129,12 +169,7 @@ def _with_attention(
     *,
     wanted: bool,
 ) -> ChosenStore:
-    modules = modules_of(module)
-
-    def forward(tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
-        with bound(modules):
-            logits: mx.array = module(tokens, cache=caches)
-        return logits
+    forward = _forward_of(module, modules_of(module))
 
     def trial(attend: Attend, *, traced: bool) -> str | None:
         store = chosen.make(len(rows), attend=attend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
@@ -17,8 +16,8 @@ from adapters.resident.cuts import Cut
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.model.attention.binding import bound
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
+from rollout_server.engine.model.forward.binding import bound
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.vision.sighted import logits_of, states_of
 from rollout_server.engine.ranks.ranks import Ranks
@@ -64,7 +63,7 @@ class ResidentModel:
     compiles: bool = False
     """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
     attention: ChosenAttention = UNBOUND
-    """How decode steps attend."""
+    """How decode steps attend, and whose names are bound in every forward."""
     adapter_kernel: DecodeKernel | None = None
     """What adds low-rank products in decode steps, where it is right and faster on this device."""
     trunk: str = ""
@@ -82,18 +81,20 @@ class ResidentModel:
 
     def forward(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → logits [B, N, V] in the model's dtype, lazily: the head runs only if they are read."""
-        if seen is not None:
+        with bound(self.attention.modules):
+            if seen is None:
+                logits: mx.array = self.module(tokens, cache=caches)
+                return logits
             states = states_of(self.module, self.trunk, tokens, caches, seen)
             return states if self.head is not None else logits_of(self.module, self.trunk, states)
-        with bound(self.attention.modules) if self.attention.modules else nullcontext():
-            logits: mx.array = self.module(tokens, cache=caches)
-        return logits
 
     def hidden(self, tokens: mx.array, caches: list[Any], seen: Seen | None = None, /) -> mx.array:
         """tokens int32 [B, N] → states after the final norm [B, N, width], in the model's dtype, lazily."""
-        if seen is not None:
-            return states_of(self.module, self.trunk, tokens, caches, seen)
-        return attrgetter(self.trunk)(self.module)(tokens, cache=caches)
+        with bound(self.attention.modules):
+            if seen is not None:
+                return states_of(self.module, self.trunk, tokens, caches, seen)
+            states: mx.array = attrgetter(self.trunk)(self.module)(tokens, cache=caches)
+        return states
 
     def make_padded(self) -> PaddedKV:
         """Empty rows with columns; only where `info.cache` is `slots`."""

@@ -1,8 +1,8 @@
 """Teacher forcing of many sequences in one forward, each in a place of its own in the rows' kind of KV store.
 
 Sequences that need values, and those that still read what stands before, go through the model apart, because only the
-former pay for the head. A turn has one forward, since each is a pass over the weights, and the kinds take turns; within
-a kind all have an equal share of the turn's tokens.
+former pay for the head. A turn has one forward, since each is a pass over the weights, and the kinds take turns; so do
+those of a kind, each with as much of itself as fits: pieces of all of them would be many, and padded to the longest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rollout_server.engine.batch.prefix_reuse import LEAST, PrefixReuse, Wanted
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prefix_tree import Key
 from rollout_server.engine.kv_cache.prompt import Prompt
+from rollout_server.engine.kv_cache.sizes import plan
 from rollout_server.engine.kv_cache.store import Piece, Reading, Seating
 from rollout_server.engine.sampling.filter_kernel import FilterKernel
 from rollout_server.engine.scoring.job import ScoredSequenceState, ScoreJob, SharedPrefix
@@ -212,16 +213,15 @@ class BatchedReader:
 
     def views(self, budget: int) -> list[View]:
         self._seat()
-        parts = self._next()
-        pieces = [part.piece(self._most(parts, budget)) for part in parts]
-        return [(piece.sight, piece.at, len(piece.tokens)) for piece in pieces]
+        return [(piece.sight, piece.at, len(piece.tokens)) for _, piece in self._next(budget)]
 
     def read(self, budget: int) -> list[ScoredSequenceState]:
         self._seat()
-        if parts := self._next():
-            kind = parts[0].kind
+        if pieces := self._next(budget):
+            kind = pieces[0][0].kind
             self._served = [*(other for other in self._served if other != kind), kind]
-            self._run(parts, self._most(parts, budget))
+            self._run(pieces)
+            self._put_behind([part.sequence or part.prompt for part, _ in pieces])
         self._seat()
         ended = [sequence for sequence in self._seated if sequence.ended]
         faulty = [sequence.place for sequence in ended if sequence.fault is not None]
@@ -232,23 +232,24 @@ class BatchedReader:
         self._leave(ended, [sequence.place for sequence in ended], faulty)
         return ended
 
-    def _next(self) -> list[_Part]:
-        """Those of one kind, which go through the model together."""
+    def _next(self, budget: int) -> list[tuple[_Part, Piece]]:
+        """What goes through the model together: parts of one kind, about `budget` tokens with what pads them."""
         kinds: dict[Hashable, list[_Part]] = {}
         for part in self._parts():
             kinds.setdefault(part.kind, []).append(part)
         # Whoever was served stands behind the others; new ones stand before those.
         self._served = [kind for kind in self._served if kind in kinds]
         kind = next((kind for kind in kinds if kind not in self._served), next(iter(self._served), None))
-        return kinds.get(kind, [])
-
-    def _most(self, parts: Sequence[_Part], budget: int) -> int:
-        """About how many inputs each part reads where all of them read `budget`."""
-        if not parts:
-            return 0
-        share, first = max(1, budget // len(parts)), parts[0].sequence
+        parts = kinds.get(kind, [])
+        first = parts[0].sequence if parts else None
         of_logits = first is not None and first.scoring and not first.of_states
-        return min(share, self._chunk // len(parts)) if of_logits else share
+        chosen = plan([part.left for part in parts], min(budget, self._chunk) if of_logits else budget)
+        return [(parts[index], parts[index].piece(count)) for index, count in chosen]
+
+    def _put_behind(self, served: Sequence[ScoredSequenceState | Prompt | None]) -> None:
+        """Whoever was read stands behind the others of its kind."""
+        self._joining.sort(key=lambda joining: joining.prompt in served)
+        self._seated.sort(key=lambda sequence: sequence in served)
 
     def _parts(self) -> Iterator[_Part]:
         for joining in self._joining:
@@ -263,21 +264,21 @@ class BatchedReader:
                 kind, sequence.place, sequence.next_input, sequence.tokens, slot, sequence.left_alike, sequence, None
             )
 
-    def _run(self, parts: Sequence[_Part], most: int) -> None:
-        """One forward over the next inputs of each part, about `most` of them."""
+    def _run(self, read: Sequence[tuple[_Part, Piece]]) -> None:
+        """One forward over the next inputs of each part."""
+        parts, pieces = [part for part, _ in read], [piece for _, piece in read]
         first = parts[0].sequence
         scoring = first is not None and first.scoring
         of_states = scoring and first is not None and first.of_states
-        pieces = [part.piece(most) for part in parts]
         out = self._rows.read(self._hidden if of_states else self._forward, pieces, self._route)
         counts = [len(piece.tokens) for piece in pieces]
         if scoring:
             sequences = [part.sequence for part in parts if part.sequence is not None]
-            read = list(zip(sequences, counts, strict=True))
+            counted = list(zip(sequences, counts, strict=True))
             if of_states:
-                gather(out, read, self._rows.arrays())
+                gather(out, counted, self._rows.arrays())
             else:
-                measure(out, read, self._rows.arrays(), self._chunk, self._filter_kernel)
+                measure(out, counted, self._rows.arrays(), self._chunk, self._filter_kernel)
         else:
             self._rows.evaluate()
         for part, count in zip(parts, counts, strict=True):

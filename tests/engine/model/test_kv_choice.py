@@ -18,6 +18,7 @@ from rollout_server.engine.model.digest import base_digest
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load import load, read_model
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.numerics import on_cpu
 from rollout_server.errors import EngineUnavailable
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
@@ -84,12 +85,13 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
 def test_ranks_compile_only_where_all_of_them_may(qwen: Path) -> None:
     """One rank's finding is that of all: others would run other forwards."""
     found: list[str | None] = []
+    stages = 3 if on_cpu() else 2  # On a CPU they first agree whose attention it is.
 
     def agreed(fault: str | None) -> str | None:
         found.append(fault)
-        return fault if len(found) == 1 else "as rank 1 found"
+        return fault if len(found) < stages else "as rank 1 found"
 
     module = read_model(qwen).module
     options = EngineOptions(str(qwen), "tiny", attention="mlx")
     chosen = choose_store(module, tiny_models.VOCAB_SIZE, options, compiles=True, agreed=agreed)
-    assert found == [None, None] and chosen.kind == "slots" and not chosen.compiles
+    assert found == [None] * stages and chosen.kind == "slots" and not chosen.compiles

@@ -96,7 +96,7 @@ def test_extras_of_several_requests_in_one_batch(base: Driver) -> None:
 def test_versions_share_a_forward(driver: Driver) -> None:
     for name, dora in (("a", False), ("b", True)):
         driver.push(name, driver.bundle(len(name) + ord(name), dora=dora))
-    sequences = prompts_of([50, 20, 35], 286)
+    sequences = prompts_of([50, 30, 35], 286)
     alone = [driver.score([s], policy=p)[0] for s, p in zip(sequences, ("a", "b", "base"), strict=True)]
     sizes: list[int] = []
     watch(driver, sizes)

@@ -16,9 +16,9 @@ from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.batch.prefix_reuse import LEAST
 from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.attention.binding import modules_of
 from rollout_server.engine.model.attention.choice import ChosenAttention
 from rollout_server.engine.model.attention.plain import attend_plainly
+from rollout_server.engine.model.forward.binding import modules_of
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.support.engine.driver import Driver

@@ -9,7 +9,9 @@ from types import ModuleType
 import mlx.core as mx
 import mlx_lm.models.llama as llama
 
-from rollout_server.engine.model.attention.binding import NAME, bound
+from rollout_server.engine.model.forward.binding import bound
+
+NAME = "scaled_dot_product_attention"
 
 
 def test_the_last_that_leaves_unbinds() -> None:

@@ -1,0 +1,1 @@
+"""What a model's forward computes by functions of ours in the place of mlx-lm's."""

@@ -1,0 +1,126 @@
+"""Attention and gate of a CPU against MLX's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.models.qwen3 as qwen3
+import numpy as np
+import pytest
+from mlx_lm.models.activations import swiglu as mlx_swiglu
+from mlx_lm.models.base import create_causal_mask
+
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.forward.binding import bound, modules_of
+from rollout_server.engine.model.forward.on_cpu import attend, swiglu
+from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.load import load
+from rollout_server.engine.sampling.numerics import on_cpu
+from tests.support import tiny_models
+
+pytestmark = pytest.mark.skipif(not on_cpu(), reason="other devices keep MLX's own")
+
+Mask = Callable[[int, int, int], mx.array | str | None]
+EPS = float(np.finfo(np.float32).eps)
+
+
+def per_row(batch: int, count: int, columns: int) -> mx.array:
+    """Rows at columns of their own, the first of which may read nothing."""
+    ends = mx.arange(batch)[:, None] * 3 + mx.arange(count)[None]
+    ends = mx.where(mx.arange(batch)[:, None] == 0, -1, ends)
+    return (mx.arange(columns) <= ends[..., None])[:, None]
+
+
+MASKS: dict[str, Mask] = {
+    "none": lambda batch, count, columns: None,
+    "causal": lambda batch, count, columns: "causal",
+    "bool [N, columns]": lambda batch, count, columns: create_causal_mask(count, columns - count),
+    "bool [B, 1, N, columns]": per_row,
+    "summand": lambda batch, count, columns: mx.where(per_row(batch, count, columns), 0.5, -1e9),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count", "columns"), [(4, 4, 1, 33), (8, 2, 7, 40), (6, 3, 17, 17), (2, 1, 1, 1)]
+)
+def test_attention_is_mlx_s(mask: str, heads: int, kv_heads: int, count: int, columns: int) -> None:
+    draw = np.random.default_rng(columns + heads)
+    shapes = (3, heads, count, 16), (3, kv_heads, columns, 16), (3, kv_heads, columns, 24)
+    queries, keys, values = (mx.array(draw.normal(size=shape).astype(np.float32)) for shape in shapes)
+    made = MASKS[mask](3, count, columns)
+    found = attend(queries, keys, values, 0.3, made)
+    assert found is not None and found.shape == (3, heads, count, 24)
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=made)
+    # A weight is off by what the exponential is, 8e-6 of those that matter least and an eps of the largest; a score of
+    # 16 products, of order 5, by a few eps. Values are of order 3.
+    assert float(mx.max(mx.abs(found - expected))) <= 3 * (16 * EPS * 5 + 4 * EPS)
+
+
+def test_what_may_not_be_read_counts_for_nothing() -> None:
+    """Exactly, whatever stands there: rows of one batch do not touch each other."""
+    draw = np.random.default_rng(0)
+    queries, keys, values = (mx.array(draw.normal(size=(1, 2, n, 8)).astype(np.float32)) for n in (1, 12, 12))
+    mask = mx.arange(12)[None] < 7
+    other = mx.where(mx.arange(12)[:, None] < 7, keys, 1e6), mx.where(mx.arange(12)[:, None] < 7, values, -1e6)
+    found, again = attend(queries, keys, values, 1.0, mask), attend(queries, *other, 1.0, mask)
+    assert found is not None and again is not None and bool(mx.array_equal(found, again))
+
+
+def test_nan_stays() -> None:
+    """What a poisoned version computes has to be seen."""
+    x = mx.ones((1, 1, 2, 8))
+    for poison in (mx.nan, mx.inf):
+        keys = mx.where(mx.arange(8) == 3, poison, x)
+        found = attend(x, keys - keys if poison == mx.inf else keys, x, 1.0, None)
+        assert found is not None and bool(mx.all(mx.isnan(found)))
+    gated = swiglu(mx.array([mx.nan, 1.0]), mx.array([1.0, mx.nan]))
+    assert gated is not None and bool(mx.all(mx.isnan(gated)))
+
+
+def test_the_gate_is_mlx_s_at_any_size() -> None:
+    draw = np.random.default_rng(1)
+    gate = np.concatenate([draw.normal(0, s, 4000) for s in (0.1, 1, 10, 60)] + [[0, -0.0, 87, -87, 1e4, -1e4]])
+    gate = gate.astype(np.float32)
+    x = draw.normal(size=gate.shape).astype(np.float32)
+    found = swiglu(mx.array(gate), mx.array(x))
+    wide = gate.astype(np.float64)
+    exact = wide * x / (1 + np.exp(-np.clip(wide, -700, None)))
+    assert found is not None
+    # 8e-6 of itself is what the exponential is off by where it matters; below 1e-30 nothing does.
+    np.testing.assert_allclose(np.array(found, dtype=np.float64), exact, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(
+        np.array(found), np.array(mlx_swiglu(mx.array(gate), mx.array(x))), rtol=1e-5, atol=1e-30
+    )
+
+
+def test_other_dtypes_and_masks_of_heads_are_left_to_mlx() -> None:
+    x = mx.ones((1, 2, 3, 4))
+    half = x.astype(mx.bfloat16)
+    assert attend(half, half, half, 1.0, None) is None and swiglu(half, half) is None
+    assert attend(x, x, x, 1.0, mx.ones((1, 2, 3, 3), dtype=mx.bool_)) is None
+
+
+def test_a_forward_computes_by_them_and_nothing_else_does(qwen: Path) -> None:
+    model = load(EngineOptions(str(qwen), "tiny"))
+    assert set(model.attention.modules) == set(modules_of(model.module)) and qwen3 in model.attention.modules
+    tokens = mx.array([[1, 2, 3, 4]])
+    own = model.module(tokens)
+    ours = model.forward(tokens, model.make_caches())
+    assert not bool(mx.array_equal(own, ours)), "the same bits would mean that nothing was bound"
+    assert float(mx.max(mx.abs(own - ours))) <= 1e-4
+    assert qwen3.swiglu is mlx_swiglu
+
+
+def test_a_model_that_it_changes_keeps_mlx_s_own(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = load(EngineOptions(str(qwen), "tiny")).module
+    monkeypatch.setattr("rollout_server.engine.model.forward.binding.swiglu", lambda gate, x: gate)
+    chosen = choose_store(module, tiny_models.VOCAB_SIZE, EngineOptions(str(qwen), "tiny"), compiles=False)
+    assert chosen.kind == "slots" and chosen.attention.modules == ()
+    assert "stay mlx's own" in caplog.text
+    with bound(chosen.attention.modules):
+        assert qwen3.swiglu is mlx_swiglu
