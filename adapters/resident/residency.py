@@ -1,5 +1,6 @@
 """Where versions are resident: low-rank ones in a slot of the stacks, merged and dense ones as a parameter set, an
-adapter with whole layers beside it in both. Engine thread only; change it only while no dispatched step is in flight.
+adapter with whole layers beside it in both. Engine thread only; change it only while no dispatched step is in flight,
+except where a version is `written_beside` it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adapters.prepare import PreparedBundle
 from adapters.resident.cuts import Cut
 from adapters.resident.parameter_sets import Build, NoRoom, ParameterSets
 from adapters.resident.slots import AdapterSlots
-from adapters.resident.staging import Staging
+from adapters.resident.staging import Staging, written_beside
 from adapters.spec import Parameter, Place
 
 BUILD_S = 0.02
@@ -102,11 +103,13 @@ class ResidentVersions:
 
     def advance(self, prepared: PreparedBundle, settle: Callable[[], None], *, dequantize: bool, at_once: bool) -> bool:
         """Does a bounded part of what `stage` will want, or all but what only `stage` can do; true when nothing of it
-        is left. One version at a time. A step may be in flight: `settle` is called before a slot is written.
+        is left. One version at a time. A step may be in flight: unless the version is `written_beside` it, `settle` is
+        called before a slot is written, and before this returns true.
 
         Raises what `stage` would, and the version begins anew."""
         if _content(prepared) in self._residents:
             return True
+        beside = not _has_set(prepared) and written_beside(self.slots.nbytes)
         work = self._take(prepared, dequantize=dequantize)
         self.sets.mount(BASE_SET)
         done = True
@@ -120,8 +123,11 @@ class ResidentVersions:
             done = self.slots.measure(work.staging, at_once=at_once)
             if done:
                 self.slots.bring(work.staging)
-                settle()
+                if not beside:
+                    settle()
                 done = self.slots.write(work.staging, None if at_once else WRITE_S)
+        if done and not beside:
+            settle()
         # Only now: what failed begins anew.
         self._work = work
         return done
@@ -143,7 +149,7 @@ class ResidentVersions:
 
     def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
         """Makes a version ready to be routed to, and returns the seconds that were spent on it in all. Evaluates what
-        was not done before, a layer at a time. No step may be in flight.
+        was not done before, a layer at a time. No step may be in flight where `advance` settles.
 
         Raises `AdapterDoesNotFit`, `QuantisedBase` unless `dequantize`, or `WeightsFull`, and has changed nothing."""
         content = _content(prepared)

@@ -1,7 +1,7 @@
 """Which versions are resident: stacked A, B and gain of every adapted layer, one slot per version, slot 0 the base.
 
-Only the engine thread may use this, and write only while no dispatched step is in flight: a write is in place because
-nothing else refers to the stacks then.
+Only the engine thread may use this. A write is in place where nothing else refers to the stacks, so it is done while no
+dispatched step is in flight; where it is `written_beside` one, it copies the stacks that the step reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adapters.resident.layers.linear import SHARE_AN_INPUT, AdaptedLinear, Share
 from adapters.resident.layers.slot_stack import ONE, SlotStack, round_rank, round_width
 from adapters.resident.model_layers import CUT_INPUTS, bare_layer, holder
 from adapters.resident.parameter_sets import SplitEmbedding
-from adapters.resident.staging import Gains, Staging, on_device
+from adapters.resident.staging import Gains, Staging, on_device, written_beside
 from adapters.spec import Place, experts_of, place_of
 
 PLACES: Mapping[Place, str] = MappingProxyType(
@@ -166,8 +166,8 @@ class AdapterSlots:
                 staging.bring(self._stacks, self._capacity, self._dtype)
 
     def write(self, staging: Staging, seconds: float | None = None) -> bool:
-        """Writes layers for about so long, or all of them; true when none is left. Evaluates what it writes. Only
-        after `measure`, and while no step is in flight."""
+        """Writes layers for about so long, or all of them; true when none is left. What it writes is evaluated, or
+        dispatched where `written_beside`. Only after `measure`, and otherwise while no step is in flight."""
         if staging.digest in self._residents:
             return True
         began = self._clock()
@@ -332,7 +332,7 @@ class AdapterSlots:
             else:
                 gain = self._gain(path, gains[path]) if path in gains else None
                 stack.write(slot, next(given), next(given), gain)
-        mx.eval([self._stacks[path].arrays() for path in paths])
+        (mx.async_eval if written_beside(self.nbytes) else mx.eval)([self._stacks[path].arrays() for path in paths])
         for path in paths:
             if path not in factors:
                 self._stacks[path].filled.pop(slot, None)

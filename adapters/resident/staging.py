@@ -22,6 +22,15 @@ from adapters.spec import MAGNITUDE
 
 WRITE_BYTES = 12 << 20
 """Written, or moved where a stack grows, before the clock is asked again."""
+BESIDE_BYTES = 1 << 30
+"""Stacks of at most this size are copied by a GPU in far less time than a decode step takes."""
+
+
+def written_beside(nbytes: int) -> bool:
+    """Returns whether versions are written into stacks of this size behind a step in flight, without waiting for it: a
+    device that waits for its host would stand still from the end of that step until the next one is built. A CPU has
+    no host to wait for."""
+    return bool(mx.default_device() != mx.cpu) and nbytes <= BESIDE_BYTES
 
 
 class Gains:

@@ -192,10 +192,10 @@ class PolicyTable:
         calls; `settle` is called before anything is written that a step in flight may read. Raises what a change may be
         refused with, and has changed nothing."""
         stages = self._stages(command)
-        if stages and isinstance(command, Publish) and not self._advance(command, settle, at_once=at_once):
-            return None
-        if stages:
-            # Slot arrays are written in place only while no dispatched step refers to them.
+        if stages and isinstance(command, Publish):
+            if not self._advance(command, settle, at_once=at_once):
+                return None
+        elif stages:
             settle()
         return self._apply(command, stages=stages)
 
@@ -225,7 +225,8 @@ class PolicyTable:
         self._count()
 
     def _apply(self, command: PolicyCommand, *, stages: bool) -> PolicyReply:
-        """Does what a command says, or raises and has changed nothing. No step may be in flight if it stages."""
+        """Does what a command says, or raises and has changed nothing. No step may be in flight if it stages, but
+        for what `ResidentVersions.advance` says."""
         self._shown = None
         with self._leaving_nothing(), as_ours(command.name):
             match command:

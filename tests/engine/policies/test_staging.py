@@ -16,6 +16,7 @@ import adapters.resident.residency
 import adapters.resident.slots
 import adapters.resident.staging
 from adapters.prepare import prepare
+from adapters.resident.staging import BESIDE_BYTES, written_beside
 from adapters.tensors import AdapterTensor
 from rollout_server.engine.messages.versions import PolicyReply
 from rollout_server.errors import AdapterMismatch, EngineFault, UnknownPolicy
@@ -28,8 +29,17 @@ from tests.support.engine.driver import Driver, prompts_of
 PROMPTS = prompts_of([12, 30], 286, seed=5)
 
 
+@pytest.fixture(params=[False, True], ids=["settled", "beside"])
+def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether low-rank versions are written behind the step in flight, as on a GPU."""
+    chosen = bool(request.param)
+    for module in (adapters.resident.residency, adapters.resident.slots):
+        monkeypatch.setattr(module, "written_beside", lambda nbytes: chosen)
+    return chosen
+
+
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that writes one layer in a turn, and multiplies with few."""
     monkeypatch.setattr(adapters.resident.residency, "WRITE_S", 0.0)
     monkeypatch.setattr(adapters.resident.staging, "WRITE_BYTES", 1)
@@ -81,6 +91,31 @@ def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwe
     expected = fresh.generate(PROMPTS, policy="q", seed=3, max_tokens=16, ignore_eos=True)
     for one, other in zip(expected, driver.rollouts(new), strict=True):
         assert_same(one, other, tolerance(driver, expected))
+
+
+@pytest.mark.usefixtures("slow")
+def test_the_step_in_flight_is_waited_for_only_where_what_it_reads_is_written(
+    driver: Driver, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: Any = driver.engine._batches
+    waits, settle = list[int](), batches.settle
+    monkeypatch.setattr(batches, "settle", lambda: (waits.append(1), settle())[1])
+    driver.push("p", driver.bundle(1))
+    running = watched(driver, "p", max_tokens=60)
+    driver.turn(4)
+    waits.clear()
+    turns_until_answered(driver, driver.publish("p", driver.bundle(2)), running)
+    assert bool(waits) != beside
+    waits.clear()
+    turns_until_answered(driver, driver.publish("p", driver.bundle(3), mode="merged"), running)
+    assert waits, "the weights of a step in flight"
+    driver.finish(running)
+
+
+def test_a_cpu_and_large_stacks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written_beside(1) == (mx.default_device() != mx.cpu)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert written_beside(BESIDE_BYTES) and not written_beside(BESIDE_BYTES + 1)
 
 
 @pytest.mark.usefixtures("slow")
