@@ -13,13 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.numerics import unless_rounding
 from adapters.placement import BASE_SET
 from adapters.prepare import PreparedBundle
+from adapters.resident.layers.expert_product import ExpertLinear
 from adapters.resident.merge import base_weight, merged_weights
 from adapters.resident.model_layers import bare_holder
 from adapters.spec import TIED_HEAD, Parameter, place_of
@@ -291,7 +292,7 @@ def _unpacked(base: nn.Module, weight: mx.array, bias: mx.array | None) -> nn.Mo
     if isinstance(base, nn.QuantizedEmbedding):
         return _embedding(weight)
     if isinstance(base, QuantizedSwitchLinear):
-        layer = SwitchLinear(1, 1, 1, bias=False)
+        layer = ExpertLinear(1, 1, 1, bias=False)
     elif isinstance(base, nn.QuantizedLinear):
         layer = nn.Linear(1, 1, bias=False)
     else:

@@ -1,12 +1,17 @@
-"""Asks whether mlx-lm's block of stacked experts gives one result for one input, however often it is asked.
+"""Asks whether a model with stacked experts gives one result for one input, however often it is asked.
 
-`python -m benchmarks.studies.expert_repeats [--repeats 200]` asks with few choices, which are taken as they come, and
-with many, which the block sorts by expert; it prints how many repeats differ from the first and by how much.
+`python -m benchmarks.studies.expert_repeats [--seconds 30] [--way mlx|ours]` runs forwards of a small gpt_oss, one by
+one and several in one evaluation, and prints how many differ from what the CPU computes, and by how much. `mlx` is
+mlx-lm's own layer, which asks MLX for a product of choices sorted by expert; `ours` is what the server uses.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
 
 from rollout_server.machine.blas import load_fast_blas
 
@@ -14,27 +19,45 @@ load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_lm.models.switch_layers import SwitchGLU  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
 
-WIDTH, HIDDEN, EXPERTS, CHOICES = 64, 96, 4, 2
-TOKENS = (20, 70, 700)
-SAME = 1e-4
+from adapters.resident.layers.expert_product import use_expert_product  # noqa: E402
+from tests.support import tiny_models  # noqa: E402
+
+SHAPES = ((2, 16), (1, 48), (4, 17), (1, 33), (2, 64), (1, 130))
+"""Rows and tokens of a forward: from 32 tokens on there are 64 choices, which mlx-lm sorts."""
+SAME = 1e-2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=200)
-    repeats = parser.parse_args().repeats
-    mx.random.seed(0)
-    block = SwitchGLU(WIDTH, HIDDEN, EXPERTS)
-    mx.eval(block.parameters())
-    for tokens in TOKENS:
-        x = mx.random.normal((1, tokens, WIDTH))
-        choices = mx.random.randint(0, EXPERTS, (1, tokens, CHOICES)).astype(mx.uint32)
-        first = np.array(block(x, choices))
-        gaps = [float(np.abs(np.array(block(x, choices)) - first).max()) for _ in range(repeats)]
-        differ = sum(gap > SAME for gap in gaps)
-        print(f"{tokens * CHOICES:5} choices: {differ} of {repeats} repeats differ, by at most {max(gaps):.2g}")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--way", choices=["mlx", "ours"], default="ours")
+    options = parser.parse_args()
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    with tempfile.TemporaryDirectory() as place:
+        model = load_model(tiny_models.build("gpt_oss", Path(place)))[0]
+    if options.way == "ours":
+        use_expert_product(model)
+    draw = np.random.default_rng(0)
+    inputs = [mx.array(draw.integers(0, model.args.vocab_size, shape)) for shape in SHAPES]
+    expected = [np.array(model.model(each)) for each in inputs]
+    mx.set_default_device(device)
+    asked, wrong = 0, Counter[str]()
+    began = time.perf_counter()
+    while time.perf_counter() - began < options.seconds:
+        found = [model.model(each) for each in inputs]
+        if asked // len(inputs) % 2:
+            mx.eval(found)
+        for each, right, shape in zip(found, expected, SHAPES, strict=True):
+            gap = float(np.abs(np.array(each) - right).max())
+            if not gap <= SAME:
+                wrong[f"{shape} by {gap:.2f}"] += 1
+        asked += len(inputs)
+    print(f"{options.way}: {wrong.total()} of {asked} forwards are wrong")
+    for what, count in wrong.most_common():
+        print(f"{count:6} {what}")
 
 
 if __name__ == "__main__":

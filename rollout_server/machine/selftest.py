@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from adapters.resident.device_check import check_adapters
+from adapters.resident.layers.expert_product import use_expert_product
 from adapters.resident.model_layers import adaptable_layers
 from rollout_server.engine.sampling.sampler_check import check_sampler
 
@@ -39,6 +40,7 @@ class _Layers(nn.Module):
         self.narrow = nn.Linear(6, 5)
         self.linear = nn.Linear(64, 52)
         self.experts = SwitchGLU(64, 96, 4)
+        use_expert_product(self)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.embed.as_linear(self.embed(tokens))

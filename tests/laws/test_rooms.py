@@ -68,7 +68,6 @@ SMALL = {
     "trainer_client/adapter/wrappers.py": "a rule of its own, said once",
     "trainer_client/data/padding.py": "one function of a batch",
     "trainer_client/verbs/json_call.py": "what all verbs share",
-    "benchmarks/studies/expert_repeats.py": "one question to one product",
     "benchmarks/studies/gpu/latency.py": "one question to a GPU",
     "benchmarks/sections/order.py": "a table",
     "benchmarks/servers/peer_server.py": "a process of its own, or its start",

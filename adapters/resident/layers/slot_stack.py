@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from adapters.kernels.decode import DecodeKernel, LowRank
+from adapters.resident.layers.expert_product import expert_product
 from adapters.spec import experts_of
 
 RANK_BUCKET = 8
@@ -282,8 +283,8 @@ class SlotStack:
         is slot × experts + expert. Only while `aimed`."""
         if self.pair is not None:
             a, b = self.pair
-            hidden = mx.gather_mm(x, a, rhs_indices=experts, sorted_indices=in_order)
-            return self._cut(mx.gather_mm(hidden, b, rhs_indices=experts, sorted_indices=in_order))
+            hidden = expert_product(x, a, experts, in_order=in_order)
+            return self._cut(expert_product(hidden, b, experts, in_order=in_order))
         a, b = self.a.flatten(0, 1), self.b.flatten(0, 1)
 
         def some(x: mx.array, stacked: mx.array) -> mx.array:

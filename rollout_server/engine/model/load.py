@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
 from adapters.resident.device_check import check_adapters, choose_kernel
+from adapters.resident.layers.expert_product import use_expert_product
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
 from rollout_server.engine.messages.options import Embedding, EngineOptions, ModelInfo
@@ -146,11 +147,6 @@ def _check_device(
         unfit = ranks.union(unfit, get_args(Place))
     for place, why in unfit.items():
         log.error("Adapters on layers of the kind %s are refused: this device computes them wrongly, %s.", place, why)
-    if mx.cuda.is_available() and any(place_of(shape) == "experts" for shape in layers.values()):
-        log.warning(
-            "This model has stacked experts: on CUDA, MLX's own product for tokens sorted by expert has given another "
-            "result once in 200 repeats (docs/figures.md). Compare rows that decide something with a second pass."
-        )
     return unfit
 
 
@@ -168,6 +164,7 @@ def _prepare(path: Path, module: nn.Module, *, on_cpu: bool) -> VisionFamily | N
     if on_cpu:
         _to_float32(module)
     _lay_out(module)
+    use_expert_product(module)
     module.eval()
     module.freeze()
     mx.eval(module.parameters())

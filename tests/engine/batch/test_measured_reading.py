@@ -14,6 +14,7 @@ import pytest
 from adapters.placement import BASE_SET
 from rollout_server.engine.batch.measured_reading import FIRST, GROWTH, cells_of, readings
 from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.sizes import padded
 from rollout_server.engine.messages.control import Stop
 from rollout_server.engine.model.resident import ResidentModel
 from tests.support.engine.driver import Driver
@@ -42,7 +43,8 @@ def test_chunks_grow_to_the_most_there_is(base: Driver, most: int) -> None:
     assert [tokens for tokens, _ in found] == sorted({tokens for tokens, _ in found})
     assert all(0 < tokens <= most and seconds > 0 for tokens, seconds in found)
     assert found[0][0] == min(most, FIRST) and all(b <= GROWTH * a for (a, _), (b, _) in itertools.pairwise(found))
-    assert max(lengths) == found[-1][0] and len(routed) == len(lengths)
+    # A GPU reads few lengths.
+    assert found[-1][0] <= max(lengths) <= padded(found[-1][0]) and len(routed) == len(lengths)
     assert stores[0].allocated_cells <= cells_of(most) + stores[0].capacity * 64
 
 

@@ -97,7 +97,7 @@ def test_rows_decode_at_every_turn_while_a_version_is_staged(driver: Driver, qwe
 def test_the_step_in_flight_is_waited_for_only_where_what_it_reads_is_written(
     driver: Driver, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches: Any = driver.engine._batches
+    batches = driver.batches
     waits, settle = list[int](), batches.settle
     monkeypatch.setattr(batches, "settle", lambda: (waits.append(1), settle())[1])
     driver.push("p", driver.bundle(1))
