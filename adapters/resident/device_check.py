@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from adapters.kernels.decode import DecodeKernel, decode_kernel
 from adapters.resident.layers.embedding import AdaptedEmbedding
+from adapters.resident.layers.expert_product import BLOCKS, ExpertLinear, in_blocks, on_cuda
 from adapters.resident.layers.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
 from adapters.resident.layers.linear import AdaptedLinear, SummedLinear
 from adapters.resident.layers.slot_stack import SlotStack
@@ -233,7 +234,7 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
     versions = _Versions.make(shape, dtype, size * shape[1] ** 0.5)
     adapted, random = AdaptedExperts(block), np.random.default_rng(shape[0])
     adapted.attach(versions.stack, layer)
-    said: str | None = None
+    said = _check_blocks(block[layer], {expert: one_of[expert][layer][0] for expert in some}, dtype)
     for length in (2, SORTED_FROM // 4):
         x = mx.array(random.standard_normal((len(ROUTES[0]), length, block[names[0]].input_dims))).astype(dtype)
         choices = np.array(some)[random.integers(0, len(some), (len(ROUTES[0]), length, 2))]
@@ -247,6 +248,21 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
                 if (fault := _difference(found[row, token, choice], expected, dtype)) is not None:
                     said = said or f"{_spoken(route, length)} {fault}"
     return said
+
+
+def _check_blocks(layer: nn.Module, weights: Mapping[int, Array], dtype: mx.Dtype) -> str | None:
+    """The product of choices in order, in blocks of every size, on the device that takes it for many tokens."""
+    if type(layer) is not ExpertLinear or not on_cuda():
+        return None
+    random = np.random.default_rng(len(weights))
+    for rows in BLOCKS:
+        chosen = np.sort(random.choice(list(weights), 2 * rows + 5)).astype(np.uint32)
+        x = mx.array(random.standard_normal((len(chosen), 1, layer.input_dims))).astype(dtype)
+        found = _plain(in_blocks(x, layer["weight"].swapaxes(-1, -2), mx.array(chosen), rows))
+        for at, expert in enumerate(chosen.tolist()):
+            if (fault := _difference(found[at, 0], weights[expert] @ _plain(x[at, 0]), dtype)) is not None:
+                return f"for choices in blocks of {rows} {fault}"
+    return None
 
 
 def _some_of(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -23,7 +23,7 @@ from adapters.prepare import PreparedBundle
 from adapters.resident.cuts import Cut
 from adapters.resident.parameter_sets import Build, NoRoom, ParameterSets
 from adapters.resident.slots import AdapterSlots
-from adapters.resident.staging import Staging, written_beside
+from adapters.resident.staging import Staging
 from adapters.spec import Parameter, Place
 
 BUILD_S = 0.02
@@ -109,8 +109,8 @@ class ResidentVersions:
         Raises what `stage` would, and the version begins anew."""
         if _content(prepared) in self._residents:
             return True
-        beside = not _has_set(prepared) and written_beside(self.slots.nbytes)
         work = self._take(prepared, dequantize=dequantize)
+        beside = work.staging is not None and work.staging.beside
         self.sets.mount(BASE_SET)
         done = True
         if work.build is not None:
@@ -149,7 +149,8 @@ class ResidentVersions:
 
     def stage(self, prepared: PreparedBundle, *, dequantize: bool) -> float:
         """Makes a version ready to be routed to, and returns the seconds that were spent on it in all. Evaluates what
-        was not done before, a layer at a time. No step may be in flight where `advance` settles.
+        was not done before, a layer at a time. No step may be in flight unless the version is
+        `written_beside` it.
 
         Raises `AdapterDoesNotFit`, `QuantisedBase` unless `dequantize`, or `WeightsFull`, and has changed nothing."""
         content = _content(prepared)

@@ -1,7 +1,7 @@
 """Which versions are resident: stacked A, B and gain of every adapted layer, one slot per version, slot 0 the base.
 
 Only the engine thread may use this. A write is in place where nothing else refers to the stacks, so it is done while no
-dispatched step is in flight; where it is `written_beside` one, it copies the stacks that the step reads.
+dispatched step is in flight; where it is `written_beside` one it copies the stacks that the step reads.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class AdapterSlots:
             self._norms_for(path, bundle).begin(path, self._weights(path), delta)
             for path, delta in version.deltas.items()
         )
-        return Staging(own_part(version, self._cuts) if self._cuts else version, Gains(version, norms))
+        own = own_part(version, self._cuts) if self._cuts else version
+        return Staging(own, Gains(version, norms), written_beside(self.nbytes_with(bundle)))
 
     def _refuse_unfit(self, bundle: AdapterBundle) -> None:
         targeted = {module.place for module in bundle.spec.modules.values()}
@@ -332,7 +333,7 @@ class AdapterSlots:
             else:
                 gain = self._gain(path, gains[path]) if path in gains else None
                 stack.write(slot, next(given), next(given), gain)
-        (mx.async_eval if written_beside(self.nbytes) else mx.eval)([self._stacks[path].arrays() for path in paths])
+        (mx.async_eval if staging.beside else mx.eval)([self._stacks[path].arrays() for path in paths])
         for path in paths:
             if path not in factors:
                 self._stacks[path].filled.pop(slot, None)

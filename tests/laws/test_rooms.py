@@ -23,7 +23,6 @@ LEAST_LINES = 50
 # Modules under 50 lines, and why each stands alone.
 SMALL = {
     "rollout_server/engine/model/attention/plain.py": "the oracle of a kernel, which stands beside it",
-    "rollout_server/engine/model/forward/on_cpu.py": "arithmetic of one device, beside what asks for it",
     "rollout_server/__main__.py": "`python -m rollout_server`",
     "rollout_server/commands/asking/sse_client.py": "shared by several commands",
     "rollout_server/commands/demo.py": "a command, named as it is typed",

@@ -57,7 +57,7 @@ class VersionSwitcher:
         row.switched = row.switched or not anew
         if not seated:
             self._preemption.preempt(row)
-        # A step in flight may still read the old version's slot: it is written again only after that was read.
+        # A step in flight may still read the old version's slot: it is written again only behind that step.
         self._policies.release(old, 1)
 
 

@@ -59,12 +59,18 @@ class _Part:
     """None where a family's prompt is read."""
     prompt: Prompt | None
 
+    @property
+    def read(self) -> ScoredSequenceState | Prompt:
+        """What it is a part of."""
+        found = self.sequence or self.prompt
+        if found is None:
+            raise RuntimeError("A part is of nothing.")
+        return found
+
     def piece(self, most: int) -> Piece:
         """About `most` of its tokens."""
-        found = self.sequence or self.prompt
-        count = min(most, self.left)
-        end = self.at + (count if found is None else found.chunk(count))
-        return Piece(self.place, self.at, self.tokens[self.at : end], self.slot, found.sight if found else None)
+        end = self.at + self.read.chunk(min(most, self.left))
+        return Piece(self.place, self.at, self.tokens[self.at : end], self.slot, self.read.sight)
 
 
 class BatchedReader:
@@ -96,6 +102,9 @@ class BatchedReader:
         self._seated: list[ScoredSequenceState] = []
         self._kept: list[SharedPrefix] = []
         """Families whose prompt's KV is kept for sequences that still wait."""
+        self._turn = 0
+        self._waiting_since: dict[ScoredSequenceState | Prompt, int] = {}
+        """The forward after which each of what is read last had a part, or came."""
         self._served: list[Hashable] = []
         """Kinds of forwards, the one that ran last at the end."""
 
@@ -221,7 +230,8 @@ class BatchedReader:
             kind = pieces[0][0].kind
             self._served = [*(other for other in self._served if other != kind), kind]
             self._run(pieces)
-            self._put_behind([part.sequence or part.prompt for part, _ in pieces])
+            self._turn += 1
+            self._waiting_since |= {part.read: self._turn for part, _ in pieces}
         self._seat()
         ended = [sequence for sequence in self._seated if sequence.ended]
         faulty = [sequence.place for sequence in ended if sequence.fault is not None]
@@ -240,16 +250,15 @@ class BatchedReader:
         # Whoever was served stands behind the others; new ones stand before those.
         self._served = [kind for kind in self._served if kind in kinds]
         kind = next((kind for kind in kinds if kind not in self._served), next(iter(self._served), None))
-        parts = kinds.get(kind, [])
+        # Whoever waits longest comes first, since its own arrival or its last turn: it always has a part.
+        self._waiting_since = {
+            part.read: self._waiting_since.get(part.read, self._turn) for parts in kinds.values() for part in parts
+        }
+        parts = sorted(kinds.get(kind, []), key=lambda part: self._waiting_since[part.read])
         first = parts[0].sequence if parts else None
         of_logits = first is not None and first.scoring and not first.of_states
         chosen = plan([part.left for part in parts], min(budget, self._chunk) if of_logits else budget)
         return [(parts[index], parts[index].piece(count)) for index, count in chosen]
-
-    def _put_behind(self, served: Sequence[ScoredSequenceState | Prompt | None]) -> None:
-        """Whoever was read stands behind the others of its kind."""
-        self._joining.sort(key=lambda joining: joining.prompt in served)
-        self._seated.sort(key=lambda sequence: sequence in served)
 
     def _parts(self) -> Iterator[_Part]:
         for joining in self._joining:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import SwitchGLU
 
+from adapters.resident import device_check
 from adapters.resident.device_check import COMPARED, TILE, check_adapters, compared_outputs
-from adapters.resident.layers import slot_stack
+from adapters.resident.layers import expert_product, slot_stack
+from adapters.resident.layers.expert_product import use_expert_product
 from adapters.resident.model_layers import adaptable_layers
 from tests.laws.grids import some_long
 
@@ -54,3 +58,27 @@ def test_a_part_that_is_wrong_is_found(wide: int, begin: int, end: int, monkeypa
     assert check_adapters(module, layers, mx.float32) == {}
     monkeypatch.setattr(slot_stack.mx, "gather_mm", spoilt(mx.gather_mm, begin, end))
     assert f"layers.0 ({wide} × 8, float32)" in check_adapters(module, layers, mx.float32)["linear"]
+
+
+def test_the_product_of_choices_in_blocks_is_compared_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of every size, however many experts there are: many tokens would need as many choices for the largest."""
+    module = nn.Sequential(SwitchGLU(16, 24, 12))
+    use_expert_product(module)
+    layers = adaptable_layers(module)
+    for part in (device_check, expert_product):
+        monkeypatch.setattr(part, "on_cuda", lambda: True)
+    assert check_adapters(module, layers, mx.float32) == {}
+    for wrong in expert_product.BLOCKS:
+        right = expert_product.in_blocks
+        spoilt = partial(_spoilt_blocks, right, wrong)
+        monkeypatch.setattr(device_check, "in_blocks", spoilt)
+        assert f"blocks of {wrong} " in check_adapters(module, layers, mx.float32)["experts"]
+    monkeypatch.setattr(device_check, "on_cuda", lambda: False)
+    assert check_adapters(module, layers, mx.float32) == {}, "it is not used there"
+
+
+def _spoilt_blocks(
+    right: Callable[..., mx.array], wrong: int, x: mx.array, stack: mx.array, experts: mx.array, rows: int
+) -> mx.array:
+    found = right(x, stack, experts, rows)
+    return found[::-1] if rows == wrong else found

@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.messages.spans import tiling_fault
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scoring import reader as score_module
-from rollout_server.engine.scoring.batched import BatchedReader
+from rollout_server.engine.scoring.batched import BatchedReader, _Part
 from rollout_server.engine.scoring.sequential import SequentialReader
 from rollout_server.errors import EngineUnavailable, NonFiniteLogits, UnknownPolicy, VersionGone
 from rollout_server.rollout import PolicyAddress, Rollout, SpanAddress, Wants
@@ -104,6 +105,23 @@ def test_versions_share_a_forward(driver: Driver) -> None:
     assert_close([driver.scored(id)[0] for id in ids], alone)
     assert max(sizes) == 3, "all three in one forward"
     assert all(v.rows_in_use == 0 for policy in driver.status.policies for v in policy.versions)
+
+
+def test_whoever_waits_longest_is_read_next(base: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many come after it, and whatever kind of part they are: newcomers stand first in the list here."""
+    reader: Any = base.reader
+    kind, fed = (False, False, None), list[list[int]]()
+    patient = Prompt((7,) * 300, 0)
+
+    def parts() -> list[_Part]:
+        newcomers = [Prompt((5,) * 700, 0) for _ in range(2)]
+        return [_Part(kind, 0, 0, each.tokens, 0, len(each.tokens), None, each) for each in (*newcomers, patient)]
+
+    monkeypatch.setattr(reader, "_parts", parts)
+    monkeypatch.setattr(reader, "_run", lambda pieces: fed.append([len(piece.tokens) for _, piece in pieces]))
+    for _ in range(8):
+        reader.read(1024)
+    assert sum(300 in lengths for lengths in fed) >= 4 and any(300 not in lengths for lengths in fed)
 
 
 def watch(driver: Driver, sizes: list[int], tokens: list[int] | None = None) -> None:

@@ -47,7 +47,7 @@ class ChosenAttention:
 
     attend: Attend | None
     modules: tuple[ModuleType, ...]
-    """Those whose names are bound meanwhile, see `forward.binding`."""
+    """Those whose names are bound in forwards, for `attend` or for what a CPU does faster: see `forward.binding`."""
     reason: str
 
 

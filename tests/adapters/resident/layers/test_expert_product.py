@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
@@ -15,6 +16,7 @@ from adapters.resident.layers.expert_product import (
     BLOCKS,
     FEW,
     ExpertLinear,
+    PackedExpertLinear,
     expert_product,
     in_blocks,
     use_expert_product,
@@ -72,7 +74,7 @@ def test_cuda_gets_no_sorted_product(each: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mx, "gather_mm", noted)
     expected = product(x, stack, experts)
     for on_cuda in (False, True):
-        monkeypatch.setattr(module, "_on_cuda", lambda on_cuda=on_cuda: on_cuda)
+        monkeypatch.setattr(module, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
         found = expert_product(x, stack, experts, in_order=True)
         assert asked.pop() is not on_cuda and not asked
         np.testing.assert_allclose(np.array(found), expected, atol=IN * 1e-6)
@@ -82,12 +84,25 @@ def test_a_block_of_experts_computes_the_same(monkeypatch: pytest.MonkeyPatch) -
     mx.random.seed(0)
     block = SwitchGLU(IN, 32, 5, bias=True)
     x = mx.random.normal((2, 70, IN))
-    for choices in (mx.random.randint(0, 5, (2, 70, 2)), mx.full((2, 70, 2), 3)):
-        expected = np.array(block(x, choices.astype(mx.uint32)))
-        use_expert_product(block)
-        assert type(block.gate_proj) is ExpertLinear
-        monkeypatch.setattr(module, "_on_cuda", lambda: True)
-        np.testing.assert_allclose(np.array(block(x, choices.astype(mx.uint32))), expected, atol=1e-5)
+    choices = [each.astype(mx.uint32) for each in (mx.random.randint(0, 5, (2, 70, 2)), mx.full((2, 70, 2), 3))]
+    packed = SwitchGLU(64, 32, 5)
+    nn.quantize(packed, group_size=32, bits=4)
+    wide = mx.random.normal((2, 70, 64))
+    expected = [np.array(block(x, each)) for each in choices]
+    unpacked = [np.array(packed(wide, each)) for each in choices]
+    for each in (block, packed):
+        use_expert_product(each)
+    assert type(block.gate_proj) is ExpertLinear and type(packed.gate_proj) is PackedExpertLinear
+    asked: list[bool] = []
+    gather_qmm = mx.gather_qmm
+    monkeypatch.setattr(mx, "gather_qmm", lambda *args, sorted_indices, **options: (
+        asked.append(sorted_indices), gather_qmm(*args, sorted_indices=sorted_indices, **options))[1])  # fmt: skip
+    for on_cuda in (False, True):
+        monkeypatch.setattr(module, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+        for each, right, right_packed in zip(choices, expected, unpacked, strict=True):
+            np.testing.assert_allclose(np.array(block(x, each)), right, atol=1e-5)
+            np.testing.assert_allclose(np.array(packed(wide, each)), right_packed, atol=1e-5)
+    assert asked == [True] * 6 + [False] * 6
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
@@ -97,7 +112,7 @@ def test_a_model_computes_the_same(family: str, tmp_path: Path, monkeypatch: pyt
     expected = np.array(model(tokens))
     use_expert_product(model)
     assert not any(type(layer) is SwitchLinear for _, layer in model.named_modules())
-    monkeypatch.setattr(module, "_on_cuda", lambda: True)
+    monkeypatch.setattr(module, "on_cuda", lambda: True)
     blocks, own = list[int](), module.in_blocks
     monkeypatch.setattr(module, "in_blocks", lambda *args: (blocks.append(1), own(*args))[1])
     assert_near(np.array(model(tokens)), expected, TINY.of_logits(expected, 40))

@@ -13,7 +13,8 @@ from mlx_lm.models.activations import swiglu as mlx_swiglu
 from mlx_lm.models.base import create_causal_mask
 
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.forward.binding import bound, modules_of
+from rollout_server.engine.model.forward import on_cpu as on_cpu_module
+from rollout_server.engine.model.forward.binding import modules_of
 from rollout_server.engine.model.forward.on_cpu import attend, swiglu
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load import load
@@ -57,6 +58,20 @@ def test_attention_is_mlx_s(mask: str, heads: int, kv_heads: int, count: int, co
     # A weight is off by what the exponential is, 8e-6 of those that matter least and an eps of the largest; a score of
     # 16 products, of order 5, by a few eps. Values are of order 3.
     assert float(mx.max(mx.abs(found - expected))) <= 3 * (16 * EPS * 5 + 4 * EPS)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scores", [1, 100, 2000])
+def test_parts_of_it_are_the_whole(mask: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, and queries of one row, one after another, so that long contexts take little memory."""
+    draw = np.random.default_rng(0)
+    shapes = (3, 4, 7, 16), (3, 2, 40, 16), (3, 2, 40, 24)
+    arrays = [mx.array(draw.normal(size=shape).astype(np.float32)) for shape in shapes]
+    whole = attend(*arrays, 0.3, MASKS[mask](3, 7, 40))
+    monkeypatch.setattr(on_cpu_module, "SCORES", scores)
+    parts = attend(*arrays, 0.3, MASKS[mask](3, 7, 40))
+    assert whole is not None and parts is not None and parts.shape == whole.shape
+    assert float(mx.max(mx.abs(whole - parts))) <= 3 * (16 * EPS * 5 + 4 * EPS)
 
 
 def test_what_may_not_be_read_counts_for_nothing() -> None:
@@ -122,5 +137,3 @@ def test_a_model_that_it_changes_keeps_mlx_s_own(
     chosen = choose_store(module, tiny_models.VOCAB_SIZE, EngineOptions(str(qwen), "tiny"), compiles=False)
     assert chosen.kind == "slots" and chosen.attention.modules == ()
     assert "stay mlx's own" in caplog.text
-    with bound(chosen.attention.modules):
-        assert qwen3.swiglu is mlx_swiglu
