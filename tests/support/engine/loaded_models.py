@@ -30,7 +30,9 @@ def loaded(options: EngineOptions) -> ResidentModel:
     first = kept[key]
     if first.eyes is not None:  # They know the module that they were made for.
         return load(options)
-    return replace(first, module=deepcopy(first.module), info=replace(first.info, id=options.model_id))
+    # Some layers hold a compiled function, as their activation, which cannot be copied and need not be.
+    shared = {id(held): held for layer in first.module.modules() for held in vars(layer).values() if callable(held)}
+    return replace(first, module=deepcopy(first.module, shared), info=replace(first.info, id=options.model_id))
 
 
 @cache
