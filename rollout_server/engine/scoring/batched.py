@@ -185,6 +185,7 @@ class BatchedReader:
                     sequence.advance(len(joining.prompt.tokens))
             self._seated += joining.sequences
             joining.prefix.joining = False
+            self._waiting_since.pop(joining.prompt, None)
             self._joining.remove(joining)
 
     def drop(self, job: ScoreJob) -> None:
@@ -198,6 +199,8 @@ class BatchedReader:
 
     def _leave(self, sequences: Sequence[ScoredSequenceState], places: Sequence[int], scrub: Sequence[int]) -> None:
         self._seated = [sequence for sequence in self._seated if sequence not in sequences]
+        for sequence in sequences:
+            self._waiting_since.pop(sequence, None)
         if not self._held:
             self._empty()
             return
@@ -210,7 +213,7 @@ class BatchedReader:
             joining.prompt.places = [moved[place] for place in joining.prompt.places]
 
     def reset(self) -> None:
-        self._joining, self._seated, self._kept = [], [], []
+        self._joining, self._seated, self._kept, self._waiting_since = [], [], [], {}
         self._empty()
 
     def _empty(self) -> None:
