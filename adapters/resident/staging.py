@@ -17,6 +17,7 @@ from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
 from adapters.prepare import LARGEST, PreparedBundle
 from adapters.resident.dora_norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
+from adapters.resident.layers.expert_product import on_cuda
 from adapters.resident.layers.slot_stack import SlotStack
 from adapters.spec import MAGNITUDE
 
@@ -30,7 +31,7 @@ def written_beside(nbytes: int) -> bool:
     """Returns whether versions are written into stacks of this size behind a step in flight, without waiting for it: a
     device that waits for its host would stand still from the end of that step until the next one is built. The stacks
     are there twice until then. Only on CUDA: others copy at a tenth of the speed, or have no host to wait for."""
-    return bool(mx.default_device() != mx.cpu and mx.cuda.is_available()) and nbytes <= BESIDE_BYTES
+    return on_cuda() and nbytes <= BESIDE_BYTES
 
 
 class Gains:
