@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.kernels.decode import DecodeKernel, decode_kernel
+from adapters.kernels.text import own_device
 from adapters.resident.layers.embedding import AdaptedEmbedding
-from adapters.resident.layers.expert_product import BLOCKS, ExpertLinear, in_blocks, on_cuda
+from adapters.resident.layers.expert_product import BLOCKS, ExpertLinear, in_blocks
 from adapters.resident.layers.experts import EXPERT_LAYERS, SORTED_FROM, AdaptedExperts
 from adapters.resident.layers.linear import AdaptedLinear, SummedLinear
 from adapters.resident.layers.slot_stack import SlotStack
@@ -252,7 +253,7 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
 
 def _check_blocks(layer: nn.Module, weights: Mapping[int, Array], dtype: mx.Dtype) -> str | None:
     """The product of choices in order, in blocks of every size, on the device that takes it for many tokens."""
-    if type(layer) is not ExpertLinear or not on_cuda():
+    if type(layer) is not ExpertLinear or own_device() != "cuda":
         return None
     random = np.random.default_rng(len(weights))
     for rows in BLOCKS:

@@ -204,7 +204,9 @@ class ResidentVersions:
         """The next forwards use this parameter set, and row i of them slots[i]."""
         if parameters != self.sets.mounted:
             self.sets.mount(parameters)
-        self.slots.route(slots)
+        wanted = tuple(slots)
+        if wanted != self.slots.routed:
+            self.slots.route(wanted)
 
     def _take(self, prepared: PreparedBundle, *, dequantize: bool) -> _Work:
         """What `advance` left of this version, or a start in which nothing is computed or written yet."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
 from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.text import own_device
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
 from adapters.resident.cuts import Cut, own_part
@@ -88,7 +89,9 @@ class AdapterSlots:
         self._norms = RowNorms()
         values = sum(math.prod((*experts_of(shape), *shape)) for shape in self._layers.values())
         self._allowance = max(values // TURNS, 1)
-        self._routed: tuple[int, ...] | None = None
+        self._device = own_device()
+        self.routed: tuple[int, ...] | None = None
+        """What the following forwards read, as `route` takes it; None is the base."""
         self._rows: mx.array | None = None
         """What all stacks read of it: the slot of each row, or that of all where a kernel is to know it."""
         self._one = mx.array([ONE], dtype=mx.uint32)
@@ -140,7 +143,7 @@ class AdapterSlots:
             for path, delta in version.deltas.items()
         )
         own = own_part(version, self._cuts) if self._cuts else version
-        return Staging(own, Gains(version, norms), written_beside(self.nbytes_with(bundle)))
+        return Staging(own, Gains(version, norms), written_beside(self.nbytes_with(bundle), self._device))
 
     def _refuse_unfit(self, bundle: AdapterBundle) -> None:
         targeted = {module.place for module in bundle.spec.modules.values()}
@@ -182,7 +185,7 @@ class AdapterSlots:
                     if seconds is not None and self._clock() - began >= seconds:
                         break
             finally:
-                self._select(self._routed)
+                self._select(self.routed)
         return staging.written
 
     def stage(self, version: AdapterBundle | PreparedBundle | Staging) -> int:
@@ -213,7 +216,7 @@ class AdapterSlots:
         resident.references -= 1
         if resident.references == 0:
             del self._residents[digest]
-            self._routed = None
+            self.routed = None
 
     def trim(self) -> None:
         """Gives back slots and ranks that the versions which are left do not need; with none left, all of them. Not
@@ -225,7 +228,7 @@ class AdapterSlots:
                 stack.rest()
                 stack.shrink(self._capacity, in_use)
         finally:
-            self._select(self._routed)
+            self._select(self.routed)
 
     def slot(self, digest: str) -> int:
         """Where a staged bundle sits. Raises `KeyError` for a digest that is not staged."""
@@ -235,14 +238,11 @@ class AdapterSlots:
         """Row i of every following forward uses slots[i]; 0 is the base. Raises `ValueError` for a free slot.
 
         Where all are equal the batch may have any size, else it must be that of `slots`."""
-        wanted = tuple(slots)
-        if wanted == self._routed:
-            return
-        free = set(wanted) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
+        free = set(slots) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
         if free:
             raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
-        self._select(wanted)
-        self._routed = wanted
+        self.routed = tuple(slots)
+        self._select(self.routed)
 
     def lent(self) -> tuple[tuple[tuple[str, str], ...], list[mx.array]]:
         """What the wrapped layers read as they are aimed now: the path and the fields of each stack that they read, and
@@ -276,7 +276,7 @@ class AdapterSlots:
         self._stacks.clear()
         self._shared.clear()
         self._residents.clear()
-        self._routed = None
+        self.routed = None
 
     def _select(self, slots: tuple[int, ...] | None) -> None:
         slots = slots or (BASE_SLOT,)

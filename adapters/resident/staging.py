@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from adapters.errors import AdapterDoesNotFit
 from adapters.faults import Fault
+from adapters.kernels.text import Device
 from adapters.prepare import LARGEST, PreparedBundle
 from adapters.resident.dora_norms import BLOCK_VALUES, AdaptedNorms, AdaptedRows
-from adapters.resident.layers.expert_product import on_cuda
 from adapters.resident.layers.slot_stack import SlotStack
 from adapters.spec import MAGNITUDE
 
@@ -27,11 +27,11 @@ BESIDE_BYTES = 1 << 30
 """Stacks of at most this size are copied by an NVIDIA GPU in far less time than a decode step takes."""
 
 
-def written_beside(nbytes: int) -> bool:
+def written_beside(nbytes: int, device: Device | None) -> bool:
     """Returns whether versions are written into stacks of this size behind a step in flight, without waiting for it: a
     device that waits for its host would stand still from the end of that step until the next one is built. The stacks
     are there twice until then. Only on CUDA: others copy at a tenth of the speed, or have no host to wait for."""
-    return on_cuda() and nbytes <= BESIDE_BYTES
+    return device == "cuda" and nbytes <= BESIDE_BYTES
 
 
 class Gains:

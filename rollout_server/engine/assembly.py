@@ -28,8 +28,8 @@ from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.messages.rollouts import Command, Event
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import PolicyCommand
-from rollout_server.engine.model.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.device import device_fault
+from rollout_server.engine.model.forward.compiled import CompiledDecode, Traces
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.warm import WarmUp
 from rollout_server.engine.policies.held_scorers import HeldScorers

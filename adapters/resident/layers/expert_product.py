@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from adapters.kernels.text import own_device
+
 FEW = 8
 """Choices an expert gets on average, below which each is multiplied separately."""
 BLOCKS = (16, 32, 64)
@@ -21,7 +23,7 @@ BLOCKS = (16, 32, 64)
 def expert_product(x: mx.array, stack: mx.array, experts: mx.array, *, in_order: bool) -> mx.array:
     """x [choices, 1, in] times stack[experts[i]] [in, out] for choice i → [choices, 1, out]; without `in_order`, what
     `mx.gather_mm` takes. `experts` are uint32 [choices], and ascend where `in_order`."""
-    if not in_order or not on_cuda():
+    if not in_order or own_device() != "cuda":
         return mx.gather_mm(x, stack, rhs_indices=experts, sorted_indices=in_order)
     each = experts.size / stack.shape[0]
     if each < FEW:
@@ -48,15 +50,11 @@ def in_blocks(x: mx.array, stack: mx.array, experts: mx.array, rows: int) -> mx.
     return found.reshape(blocks * rows, -1)[place][:, None]
 
 
-def on_cuda() -> bool:
-    return bool(mx.default_device() != mx.cpu and mx.cuda.is_available())
-
-
 class PackedExpertLinear(QuantizedSwitchLinear):
     """mlx-lm's layer of quantised stacked experts, which asks CUDA for no sorted product."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        found: mx.array = super().__call__(x, indices, sorted_indices=sorted_indices and not on_cuda())
+        found: mx.array = super().__call__(x, indices, sorted_indices=sorted_indices and own_device() != "cuda")
         return found
 
 

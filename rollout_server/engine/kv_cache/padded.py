@@ -32,7 +32,7 @@ class PaddedKV:
     """Rows with columns. `windows` holds, per layer, the sliding window in tokens or None. `coarse` has few distinct
     widths, and numbers of columns as far as there is room, for steps that are compiled for each. `packs` keeps keys and
     values in 8 bits. `attend` computes what decode steps attend to, where the model is bound to ask for it
-    (`engine/model/forward/binding`); they then have one width, however long their rows are."""
+    (`engine/model/forward/functions`); they then have one width, however long their rows are."""
 
     cuts = True
 

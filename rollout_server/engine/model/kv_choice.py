@@ -22,9 +22,9 @@ from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compa
 from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading, Seating
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.choice import UNBOUND, Agreed, ChosenAttention, by_itself, choose_attention
-from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.embedding import UNFIT
-from rollout_server.engine.model.forward.binding import bound, modules_of
+from rollout_server.engine.model.forward.compiled import CompiledDecode, Unrouted
+from rollout_server.engine.model.forward.functions import bound, modules_of
 from rollout_server.engine.sampling.numerics import on_cpu
 from rollout_server.engine.sight.seen import Seen
 from rollout_server.errors import EngineUnavailable

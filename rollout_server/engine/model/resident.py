@@ -17,7 +17,7 @@ from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
 from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.model.attention.choice import UNBOUND, ChosenAttention
-from rollout_server.engine.model.forward.binding import bound
+from rollout_server.engine.model.forward.functions import bound
 from rollout_server.engine.model.tasks.heads import Head
 from rollout_server.engine.model.vision.sighted import logits_of, states_of
 from rollout_server.engine.ranks.ranks import Ranks
@@ -61,7 +61,7 @@ class ResidentModel:
     info: ModelInfo
     make_store: Callable[[], KVStore]
     compiles: bool = False
-    """Decode steps are traced once for each shape, see `compiled.CompiledDecode`."""
+    """Decode steps are traced once for each shape, see `forward.compiled.CompiledDecode`."""
     attention: ChosenAttention = UNBOUND
     """How decode steps attend, and whose names are bound in every forward."""
     adapter_kernel: DecodeKernel | None = None

@@ -27,8 +27,8 @@ from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.sizes import ROW_BUCKETS, few_columns, few_widths, row_bucket
 from rollout_server.engine.kv_cache.store import Forward, Piece
 from rollout_server.engine.messages.options import ModelInfo
-from rollout_server.engine.model.compiled import TRACES, CompiledDecode, Traces
 from rollout_server.engine.model.embedding import UNFIT
+from rollout_server.engine.model.forward.compiled import TRACES, CompiledDecode, Traces
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.sampler import prepare, sample, uniforms, warm_sampler
 from rollout_server.rollout import SamplingParams

@@ -182,7 +182,7 @@ class PolicyTable:
 
     @property
     def routed(self) -> AdapterSlots:
-        """What adapter layers read as they are routed now, for `compiled.CompiledDecode`."""
+        """What adapter layers read as they are routed now, for `forward.compiled.CompiledDecode`."""
         return self._resident.slots
 
     # ---- versions -------------------------------------------------------------------------------------------------

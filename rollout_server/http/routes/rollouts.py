@@ -204,7 +204,8 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     id = request_id(data.id, request, kind="ro")
     seed = fresh_seed() if data.sampling.seed is None else data.sampling.seed
     constraint = constraint_of(data.sampling, service, prefix="sampling.") if data.sampling.constrained else None
-    bound, pictures = service.bound(go_on), RequestPictures(service)
+    bound, may_show = service.bound(go_on), any(prompt.messages or prompt.images for prompt in data.prompts)
+    pictures = RequestPictures(service) if may_show else None
     groups = []
     for index, prompt in enumerate(data.prompts):
         place = f"prompts[{index}]"
@@ -227,8 +228,10 @@ def plan(data: RolloutsRequest, request: Request[Any, Any, Any], service: Servic
     return Job(id, data, address, groups, scores, service, began)
 
 
-def shown_in(prompt: Prompt, pictures: RequestPictures, place: str) -> Shown:
+def shown_in(prompt: Prompt, pictures: RequestPictures | None, place: str) -> Shown:
     """The pictures of a prompt, in its messages or beside its ids."""
+    if pictures is None:
+        return NOTHING
     if prompt.images is not None:
         return pictures.beside_ids(prompt.images, f"{place}.images")
     return NOTHING if prompt.messages is None else pictures.in_messages(prompt.messages, f"{place}.messages")

@@ -66,14 +66,14 @@ def test_the_product_of_choices_in_blocks_is_compared_where_it_is_used(monkeypat
     use_expert_product(module)
     layers = adaptable_layers(module)
     for part in (device_check, expert_product):
-        monkeypatch.setattr(part, "on_cuda", lambda: True)
+        monkeypatch.setattr(part, "own_device", lambda: "cuda")
     assert check_adapters(module, layers, mx.float32) == {}
     for wrong in expert_product.BLOCKS:
         right = expert_product.in_blocks
         spoilt = partial(_spoilt_blocks, right, wrong)
         monkeypatch.setattr(device_check, "in_blocks", spoilt)
         assert f"blocks of {wrong} " in check_adapters(module, layers, mx.float32)["experts"]
-    monkeypatch.setattr(device_check, "on_cuda", lambda: False)
+    monkeypatch.setattr(device_check, "own_device", lambda: None)
     assert check_adapters(module, layers, mx.float32) == {}, "it is not used there"
 
 

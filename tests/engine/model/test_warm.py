@@ -20,7 +20,7 @@ from rollout_server.engine.kv_cache.sizes import few_columns, few_widths
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.choice import ChosenAttention
 from rollout_server.engine.model.attention.plain import attend_plainly
-from rollout_server.engine.model.forward.binding import modules_of
+from rollout_server.engine.model.forward.functions import modules_of
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.warm import USUAL_RANK, WarmUp, chunks, nothing, shapes, widths

@@ -33,7 +33,7 @@ PROMPTS = prompts_of([12, 30], 286, seed=5)
 def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether low-rank versions are written behind the step in flight, as on a GPU."""
     chosen = bool(request.param)
-    monkeypatch.setattr(adapters.resident.slots, "written_beside", lambda nbytes: chosen)
+    monkeypatch.setattr(adapters.resident.slots, "written_beside", lambda nbytes, device: chosen)
     return chosen
 
 
@@ -111,11 +111,9 @@ def test_the_step_in_flight_is_waited_for_only_where_what_it_reads_is_written(
     driver.finish(running)
 
 
-def test_a_cpu_and_large_stacks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert written_beside(1) == (mx.default_device() != mx.cpu and mx.cuda.is_available())
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    assert written_beside(BESIDE_BYTES) and not written_beside(BESIDE_BYTES + 1)
+def test_a_cpu_and_large_stacks_wait() -> None:
+    assert written_beside(BESIDE_BYTES, "cuda") and not written_beside(BESIDE_BYTES + 1, "cuda")
+    assert not written_beside(1, "metal") and not written_beside(1, None)
 
 
 @pytest.mark.usefixtures("slow")

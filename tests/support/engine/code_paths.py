@@ -18,7 +18,7 @@ from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.choice import ChosenAttention
 from rollout_server.engine.model.attention.plain import attend_plainly
-from rollout_server.engine.model.forward.binding import modules_of
+from rollout_server.engine.model.forward.functions import modules_of
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout
 from tests.support.engine.driver import Driver

@@ -19,7 +19,7 @@ from rollout_server.engine.kv_cache.store import Forward
 from rollout_server.engine.loop import Engine
 from rollout_server.engine.messages.options import PoolingKind
 from rollout_server.engine.messages.status import MemoryStatus
-from rollout_server.engine.model.compiled import Traces
+from rollout_server.engine.model.forward.compiled import Traces
 from rollout_server.engine.policies.table import PolicyTable
 from rollout_server.engine.requests.queue import RequestQueue
 from rollout_server.engine.scheduling.idle_memory import Memory

@@ -18,7 +18,7 @@ from rollout_server.engine.kv_cache.padded_layer import Attend, DecodeAttention
 from rollout_server.engine.model.attention.kernel import FILLED, LEAST_PART, geometry_of, row_kernel
 from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.embedding import UNFIT
-from rollout_server.engine.model.forward.binding import modules_of
+from rollout_server.engine.model.forward.functions import modules_of
 
 log = logging.getLogger("rollout_server.engine.model")
 
@@ -47,7 +47,7 @@ class ChosenAttention:
 
     attend: Attend | None
     modules: tuple[ModuleType, ...]
-    """Those whose names are bound in forwards, for `attend` or for what a CPU does faster: see `forward.binding`."""
+    """Those whose names are bound in forwards, for `attend` or for what a CPU does faster: see `forward.functions`."""
     reason: str
 
 

@@ -73,10 +73,10 @@ def test_cuda_gets_no_sorted_product(each: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(mx, "gather_mm", noted)
     expected = product(x, stack, experts)
-    for on_cuda in (False, True):
-        monkeypatch.setattr(module, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+    for device in (None, "cuda"):
+        monkeypatch.setattr(module, "own_device", lambda device=device: device)
         found = expert_product(x, stack, experts, in_order=True)
-        assert asked.pop() is not on_cuda and not asked
+        assert asked.pop() is (device is None) and not asked
         np.testing.assert_allclose(np.array(found), expected, atol=IN * 1e-6)
 
 
@@ -97,8 +97,8 @@ def test_a_block_of_experts_computes_the_same(monkeypatch: pytest.MonkeyPatch) -
     gather_qmm = mx.gather_qmm
     monkeypatch.setattr(mx, "gather_qmm", lambda *args, sorted_indices, **options: (
         asked.append(sorted_indices), gather_qmm(*args, sorted_indices=sorted_indices, **options))[1])  # fmt: skip
-    for on_cuda in (False, True):
-        monkeypatch.setattr(module, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+    for device in (None, "cuda"):
+        monkeypatch.setattr(module, "own_device", lambda device=device: device)
         for each, right, right_packed in zip(choices, expected, unpacked, strict=True):
             np.testing.assert_allclose(np.array(block(x, each)), right, atol=1e-5)
             np.testing.assert_allclose(np.array(packed(wide, each)), right_packed, atol=1e-5)
@@ -112,7 +112,7 @@ def test_a_model_computes_the_same(family: str, tmp_path: Path, monkeypatch: pyt
     expected = np.array(model(tokens))
     use_expert_product(model)
     assert not any(type(layer) is SwitchLinear for _, layer in model.named_modules())
-    monkeypatch.setattr(module, "on_cuda", lambda: True)
+    monkeypatch.setattr(module, "own_device", lambda: "cuda")
     blocks, own = list[int](), module.in_blocks
     monkeypatch.setattr(module, "in_blocks", lambda *args: (blocks.append(1), own(*args))[1])
     assert_near(np.array(model(tokens)), expected, TINY.of_logits(expected, 40))

@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.prompt import Prompt
-from rollout_server.engine.model.compiled import CompiledDecode, Unrouted
+from rollout_server.engine.model.forward.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.sampling.sampler import warm_sampler
 from rollout_server.rollout import Rollout
 from tests.support import tiny_models

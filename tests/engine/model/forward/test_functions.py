@@ -1,13 +1,18 @@
-"""Attention and gate of a CPU against MLX's own."""
+"""Attention and gate of a CPU against MLX's own; and models of one family share the modules of their classes, each on a
+thread of its own."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models.llama as llama
 import mlx_lm.models.qwen3 as qwen3
 import numpy as np
 import pytest
@@ -15,13 +20,13 @@ from mlx_lm.models.activations import swiglu as mlx_swiglu
 from mlx_lm.models.base import create_causal_mask
 
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.forward import on_cpu as on_cpu_module
-from rollout_server.engine.model.forward.binding import modules_of
-from rollout_server.engine.model.forward.on_cpu import attend, swiglu
+from rollout_server.engine.model.forward import functions
+from rollout_server.engine.model.forward.functions import attend, bound, modules_of, swiglu
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load import load
 from tests.support import tiny_models
 
+NAME = "scaled_dot_product_attention"
 Mask = Callable[[int, int, int], mx.array | str | None]
 EPS = float(np.finfo(np.float32).eps)
 
@@ -76,7 +81,7 @@ def test_parts_of_it_are_the_whole(mask: str, scores: int, monkeypatch: pytest.M
     shapes = (3, 4, 7, 16), (3, 2, 40, 16), (3, 2, 40, 24)
     arrays = [mx.array(draw.normal(size=shape).astype(np.float32)) for shape in shapes]
     whole = attend(*arrays, 0.3, MASKS[mask](3, 7, 40))
-    monkeypatch.setattr(on_cpu_module, "SCORES", scores)
+    monkeypatch.setattr(functions, "SCORES", scores)
     parts = attend(*arrays, 0.3, MASKS[mask](3, 7, 40))
     assert whole is not None and parts is not None and parts.shape == whole.shape
     assert float(mx.max(mx.abs(whole - parts))) <= 3 * (16 * EPS * 5 + 4 * EPS)
@@ -132,7 +137,7 @@ def test_a_forward_computes_by_them_and_nothing_else_does(qwen: Path, monkeypatc
     asked = list[str]()
     for name, function in (("attend", attend), ("swiglu", swiglu)):
         noted = partial(_noted, asked, name, function)
-        monkeypatch.setattr(f"rollout_server.engine.model.forward.binding.{name}", noted)
+        monkeypatch.setattr(f"rollout_server.engine.model.forward.functions.{name}", noted)
     tokens = mx.array([[1, 2, 3, 4]])
     own = model.module(tokens)
     assert not asked
@@ -151,7 +156,40 @@ def test_a_model_that_it_changes_keeps_mlx_s_own(
     qwen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = load(EngineOptions(str(qwen), "tiny")).module
-    monkeypatch.setattr("rollout_server.engine.model.forward.binding.swiglu", lambda gate, x: gate)
+    monkeypatch.setattr("rollout_server.engine.model.forward.functions.swiglu", lambda gate, x: gate)
     chosen = choose_store(module, tiny_models.VOCAB_SIZE, EngineOptions(str(qwen), "tiny"), compiles=False)
     assert chosen.kind == "slots" and chosen.attention.modules == ()
     assert "stay mlx's own" in caplog.text
+
+
+def test_the_last_that_leaves_unbinds() -> None:
+    own = getattr(llama, NAME)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(bound((llama,)))
+    asking = getattr(llama, NAME)
+    second.enter_context(bound((llama,)))
+    assert asking is not own and getattr(llama, NAME) is asking, "it asks once, whoever is within"
+    first.close()
+    assert getattr(llama, NAME) is asking, "another forward is under way"
+    second.close()
+    assert getattr(llama, NAME) is own
+
+
+def test_threads_find_it_bound_and_leave_it_as_it_was() -> None:
+    module = ModuleType("family")
+    own = mx.fast.scaled_dot_product_attention
+    setattr(module, NAME, own)
+    unbound = list[int]()
+
+    def forwards() -> None:
+        for turn in range(2000):
+            with bound((module,)):
+                if getattr(module, NAME) is own:
+                    unbound.append(turn)
+
+    threads = [threading.Thread(target=forwards) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not unbound and getattr(module, NAME) is own
