@@ -241,8 +241,9 @@ class AdapterSlots:
         free = set(slots) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
         if free:
             raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
-        self.routed = tuple(slots)
-        self._select(self.routed)
+        wanted = tuple(slots)
+        self._select(wanted)
+        self.routed = wanted
 
     def lent(self) -> tuple[tuple[tuple[str, str], ...], list[mx.array]]:
         """What the wrapped layers read as they are aimed now: the path and the fields of each stack that they read, and

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-import os
 import platform
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from rollout_server.machine.blas import CUDA_BUILDS, BlasChoice, load_fast_blas
 from rollout_server.machine.device_defaults import USUAL_SHAPES, Device, DeviceDefaults, choose
+from rollout_server.machine.host_memory import group_limit, physical_memory
 from rollout_server.machine.memory_shares import SHARE_OF_DEVICE
 from rollout_server.open_files import OpenFiles, raise_limit
 
@@ -192,8 +192,10 @@ def usual_defaults(device: Device) -> dict[str, DeviceDefaults]:
 
 
 def machine_memory() -> dict[str, int]:
-    """Physical memory of the machine and, on Linux, what is available of it."""
-    memory = {"physical": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    """Physical memory of the machine and, on Linux, what is available of it and what this process may have."""
+    memory = {"physical": physical_memory()}
+    if (limit := group_limit()) is not None and limit < memory["physical"]:
+        memory["limit"] = limit
     meminfo = Path("/proc/meminfo")
     if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
         memory["available"] = int(found[1]) * 1024

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import mlx.core as mx
 
 from rollout_server.machine.device_defaults import Device
+from rollout_server.machine.host_memory import host_memory
 
 FIRST_BYTES, MOST_BYTES = 4 << 20, 1 << 30
 SECONDS = 0.05
@@ -36,7 +36,7 @@ def device_memory() -> int:
             sizes.append(found["free_memory"] + own)
         if sizes:
             return min(sizes)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory()
 
 
 def measure_bandwidth(most: int = MOST_BYTES, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -1,4 +1,4 @@
-"""What fails does so by name, is reported once, and takes nothing else along."""
+"""What fails does so by name, is reported once, and takes along only what may have been computed with it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ def test_a_failing_push_is_answered_by_name_and_the_engine_goes_on(driver: Drive
     slots = driver.resident.slots
     stage = slots.stage
     slots.stage, calls = _once(RuntimeError("no memory for it"))
+    running = driver.submit([PROMPT], max_tokens=40, ignore_eos=True)
+    driver.turn(3)
     id = driver.publish("p", driver.bundle(1))
-    running = driver.submit([PROMPT], max_tokens=5, ignore_eos=True)
-    driver.finish(id, running)
+    later = driver.submit([PROMPT], max_tokens=5, ignore_eos=True)
+    driver.finish(id, running, later)
     assert calls and driver.error(id).code == "engine_fault" and "no memory for it" in driver.error(id).message
+    # It may have left a stack half written, which every row reads.
+    (row,) = driver.rollouts(running)
+    assert row.error is not None and row.error.message.startswith("Staging a version failed while this row ran")
+    assert len(driver.rollouts(later)[0].token_ids) == 5
     slots.stage = stage
     assert driver.push("p", driver.bundle(1)).version.number == 1
     assert len(driver.generate([PROMPT], policy="p", max_tokens=5, ignore_eos=True)[0].token_ids) == 5

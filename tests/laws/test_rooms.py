@@ -33,6 +33,7 @@ SMALL = {
     "rollout_server/demo/trainer/evaluation.py": "a part of the example, to be read by itself",
     "rollout_server/demo/trainer/settings.py": "a part of the example, to be read by itself",
     "rollout_server/engine/blame.py": "plain, below every room that does a part of a turn",
+    "rollout_server/machine/host_memory.py": "read before MLX is loaded, by doctor too",
     "rollout_server/engine/messages/spans.py": "a check that both sides of the border make",
     "rollout_server/engine/model/device.py": "one thing that the loop asks of the device",
     "rollout_server/engine/model/encoders/encoder.py": "what loading makes and reading uses",

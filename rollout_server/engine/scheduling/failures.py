@@ -1,4 +1,5 @@
-"""What a failure in a turn takes along: whatever was being computed, by name, and nothing else."""
+"""What a failure in a turn takes along: whatever was being computed, by name. One in the middle of staging a version
+takes all rows along: what it left in the stacks may be what they read next."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from rollout_server.errors import EngineFault, EngineUnavailable, RolloutError
 from rollout_server.text.pictures.picture import Picture
 
 log = logging.getLogger(__name__)
+
+STEP_FAILED = "The step that computed this row failed"
 
 
 class Failures:
@@ -56,7 +59,8 @@ class Failures:
             self._fail_shown(EngineFault(f"The tower could not read a picture: {type(error).__name__}: {error}"))
         else:
             log.error("A step failed; its rows fail by name and the batch is rebuilt.", exc_info=error)
-            self._fail_computed(EngineFault(f"The step that computed this row failed: {type(error).__name__}: {error}"))
+            doing = "Staging a version failed while this row ran" if self.blame.of(PolicyCommand) else STEP_FAILED
+            self._fail_computed(EngineFault(f"{doing}: {type(error).__name__}: {error}"))
             self._prefix_reuse.clear()  # A prompt that was being kept may never be there.
         self.blame.clear()
 

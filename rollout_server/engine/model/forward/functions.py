@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -31,11 +32,16 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 class _Bound(ABC):
-    """mlx-lm's function of a module, and how many forwards are within `bound`."""
+    """mlx-lm's function of a module, and the threads that are within `bound`, with how many forwards each. A model of
+    the same family on another thread may not be bound: it computes by mlx-lm's own."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
-        self.inside = 0
+        self.inside: Counter[int] = Counter()
+
+    @property
+    def here(self) -> bool:
+        return self.inside[threading.get_ident()] > 0
 
     @abstractmethod
     def __call__(self, *args: Any, **options: Any) -> mx.array: ...
@@ -54,9 +60,9 @@ class _Attention(_Bound):
     ) -> mx.array:
         """See mlx_lm.models.base."""
         found: mx.array | None = None
-        if isinstance(cache, PaddedLayer):
+        if self.here and isinstance(cache, PaddedLayer):
             found = cache.attend(queries, keys, values, scale, mask, sinks)
-        if found is None and sinks is None and not hasattr(cache, "bits") and on_cpu():
+        if found is None and self.here and sinks is None and not hasattr(cache, "bits") and on_cpu():
             found = attend(queries, keys, values, scale, mask)
         if found is None:
             found = self.own(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -66,7 +72,7 @@ class _Attention(_Bound):
 class _Gate(_Bound):
     def __call__(self, gate: mx.array, x: mx.array) -> mx.array:
         """See mlx_lm.models.activations."""
-        found = swiglu(gate, x) if on_cpu() else None
+        found = swiglu(gate, x) if self.here and on_cpu() else None
         return self.own(gate, x) if found is None else found
 
 
@@ -100,7 +106,7 @@ def _enter(module: ModuleType) -> None:
         now = getattr(module, name, None)
         if now is not None:
             asked = now if isinstance(now, _Bound) else ours(now)
-            asked.inside += 1
+            asked.inside[threading.get_ident()] += 1
             setattr(module, name, asked)
 
 
@@ -108,8 +114,8 @@ def _leave(module: ModuleType) -> None:
     for name in NAMES:
         asked = getattr(module, name, None)
         if asked is not None:
-            asked.inside -= 1
-            if not asked.inside:
+            asked.inside[threading.get_ident()] -= 1
+            if not asked.inside.total():
                 setattr(module, name, asked.own)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,29 @@ def test_the_last_that_leaves_unbinds() -> None:
     assert getattr(llama, NAME) is asking, "another forward is under way"
     second.close()
     assert getattr(llama, NAME) is own
+
+
+def test_another_thread_s_model_computes_by_mlx_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models of one family, of which one was found to be changed by our functions."""
+    asked = list[str]()
+    for name, function in (("attend", attend), ("swiglu", swiglu)):
+        noted = partial(_noted, asked, name, function)
+        monkeypatch.setattr(f"rollout_server.engine.model.forward.functions.{name}", noted)
+
+    def compute() -> None:
+        mx.set_default_stream(mx.new_stream(mx.cpu))
+        x = mx.ones((1, 2, 3, 4))
+        mx.eval(qwen3.swiglu(x, x), qwen3.scaled_dot_product_attention(x, x, x, cache=None, scale=1.0, mask=None))
+
+    def compute_bound() -> None:
+        with bound((qwen3,)):
+            compute()
+
+    with bound((qwen3,)), ThreadPoolExecutor() as other:
+        other.submit(compute).result()
+        assert not asked
+        other.submit(compute_bound).result()
+        assert asked == ["swiglu", "attend"]
 
 
 def test_threads_find_it_bound_and_leave_it_as_it_was() -> None:
