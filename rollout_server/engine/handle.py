@@ -233,7 +233,7 @@ class EngineHandle:
         return await self._answered(classify)
 
     async def _answered(self, command: ScoringCommand, *, accepted: bool = False) -> Any:
-        """What is no longer wanted is not read to its end."""
+        """Sends a scoring command and awaits its answer; a caller that is cancelled aborts it."""
         self._require_ready()
         if not accepted:
             self._require_room()

@@ -166,7 +166,7 @@ class Engine:
             self._memory.share_out()
 
     def _admit(self) -> None:
-        """Rows that stepped aside come first. When it is known who joins, the turn's budget is divided."""
+        """Preempted rows come first. When it is known who joins, the turn's budget is divided."""
         if self._preemption.resume() and not self._pause_state.paused and self._budget.admits():
             self._admission.admit()
         wanting: list[Kind] = []

@@ -21,11 +21,11 @@ ROW_TOKENS = 512
 LAUNCHES_S = 0.005
 """What a forward of a GPU costs whatever it reads: the host's part of some hundreds of operations."""
 OPERATIONS_A_BYTE = 100
-"""That a GPU computes while it reads a byte: 30 on a laptop, 200 on a server's."""
+"""Operations that a GPU performs while it reads one byte: 30 on a laptop, 200 on a server."""
 CHUNK_SHARE = 20
-"""A chunk computes so many times as long as its forward costs whatever it reads."""
+"""A chunk is long enough to compute for this many times its forward's fixed cost."""
 ROWS_SHARE = 8
-"""Rows are worth more of them until keys and values take so many times as long to read as all else of a step."""
+"""Rows are added until reading keys and values takes this many times as long as all else of a step."""
 KV_SHARE, CPU_KV_SHARE = 2, 4
 """One part in so many of what weights and versions leave: most users train on the same device, and a CPU's memory is
 the whole machine's."""

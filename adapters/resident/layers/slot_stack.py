@@ -20,7 +20,7 @@ do not, the access is misaligned, and every later call of the process fails with
 
 
 ONE = 1
-"""Where the version of all rows is among the two slots that are lent for it."""
+"""The index of the rows' slot in the view of two slots that a trace is given."""
 MOST_CHOICES = 32_768
 """The most choices of experts by tokens in one gathered product: CUDA launches at most 65,535 at a time."""
 

@@ -160,7 +160,7 @@ class Batch:
         self.joining.append(Joining(group, group.prompt, admission.count, group.admitted))
 
     def sibling(self, group: Group) -> tuple[KVStore, int] | None:
-        """Where a row has the prompt of a group."""
+        """Store and place of a row that holds this group's prompt; None if no row does."""
         places = [place for place, row in self._seats.items() if row.group is group and row.holds_prompt]
         return (self.store, places[0]) if places and self.store.cuts else None
 

@@ -1,5 +1,5 @@
 """Batches behind the face of one. Each parameter set that rows run on has its own, since a forward reads one set of
-weights; where rows of one set differ much in length it has one for each length bucket, see `lengths`.
+weights; where rows of one set differ much in length it has one for each length bucket, see `length_buckets`.
 
 A batch is made when the first group needs it. One without rows keeps its KV for the next rows of its set until another
 batch needs room or its set is gone. Batches compute one after another, and each is told of before the next one
@@ -51,7 +51,7 @@ class Batches:
         self._batches: dict[BatchKey, Batch] = {FIRST: make(BASE_SET)}
         self._steps_before = self._prefilled_before = 0
         self._turns = 0
-        self._fed_last = FIRST
+        self._read_last = FIRST
         self.preempted: list[Row] = []
         """Rows whose KV was dropped and that wait to come back, oldest first."""
 
@@ -66,7 +66,7 @@ class Batches:
 
     @property
     def rows(self) -> list[Row]:
-        """Those that stepped aside included."""
+        """Rows of all batches, preempted ones included."""
         return [row for batch in self._batches.values() for row in batch.rows] + self.preempted
 
     @property
@@ -123,7 +123,7 @@ class Batches:
 
     @property
     def sets(self) -> tuple[int, ...]:
-        """Those that have a batch."""
+        """Numbers of the parameter sets that have a batch."""
         return tuple(sorted({batch_key.parameters for batch_key in self._batches}))
 
     def classes(self, parameters: int) -> int:
@@ -202,11 +202,11 @@ class Batches:
     def prefill(self, budget: int) -> list[Row]:
         """See `Batch.prefill`. One batch at a time, in turn: each forward is a pass over the weights."""
         reading = sorted(key for key, batch in self._batches.items() if batch.reading)
-        self._fed_last = next((key for key in reading if key > self._fed_last), min(reading, default=FIRST))
-        if self._fed_last not in self._batches:
+        self._read_last = next((key for key in reading if key > self._read_last), min(reading, default=FIRST))
+        if self._read_last not in self._batches:
             return []
-        with self._blame(self._fed_last):
-            return self._batches[self._fed_last].prefill(budget)
+        with self._blame(self._read_last):
+            return self._batches[self._read_last].prefill(budget)
 
     def release(self, *, few: bool = False) -> None:
         """See `Batch.release`."""
@@ -303,7 +303,7 @@ class Batches:
                 batch.unjoin(joining)
 
     def recover(self, row: Row, batch_key: BatchKey, runs: Sequence[RecomputeRun]) -> None:
-        """Takes a row back that stepped aside; no step may be in flight."""
+        """Takes a preempted row back; no step may be in flight."""
         with self._blame(batch_key), self._blame(row):
             self.preempted.remove(row)
             self.open(batch_key, 1, row.columns_soon).recover(row, runs, self.columns(batch_key, row.columns_soon))

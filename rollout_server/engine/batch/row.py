@@ -54,7 +54,7 @@ class Group:
     ended: int = 0
     """Samples that are over; the pass under the base is made when all are."""
     finished: int = 0
-    """Those of them that stopped or reached their length, for `return_when`."""
+    """Ended samples that stopped or reached their length; `return_when` counts these."""
     withheld: list[Row] = field(default_factory=list)
     """Rows that are over and wait for values."""
     joining: int = 0

@@ -43,7 +43,7 @@ class KVStore(Protocol):
         """True if a step may be dispatched while the one before still runs, and nothing is copied that it reads."""
 
     def places(self, rows: int) -> int:
-        """That a step computes for so many rows."""
+        """How many places, padded ones included, a step of `rows` rows computes."""
 
     def cells(self, count: int, columns: int) -> int:
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
@@ -55,8 +55,8 @@ class KVStore(Protocol):
         """KV cells that exactly `rows` rows need after a step that reads `width` columns."""
 
     def may_grow_to(self, width: int, cells: int) -> None:
-        """Where the arrays have to grow for a step that reads `width` columns, they may come to fill rows × columns
-        of `cells`, so that they seldom do."""
+        """Lets arrays that have to grow for a step of `width` columns grow beyond that, up to `cells` rows × columns:
+        they are seldom copied then."""
 
     def begin(self, prompt: Prompt, count: int, columns: int) -> None:
         """Reserves room for `count` rows of a prompt; no running row will be longer than `columns`. The prompt counts

@@ -96,7 +96,7 @@ class RowSeen:
     tokens: int
     """Sampled so far."""
     most: int
-    """How many it may have."""
+    """The most tokens that this row may have."""
     preempted: bool
 
 

@@ -63,11 +63,11 @@ class PictureStatus:
     """Pictures that a tower has read. All 0 for a model that sees none."""
 
     kept: int = 0
-    """Those whose features are there still; their bytes are `MemoryStatus.kv_pictures`."""
+    """Pictures whose features are cached; their bytes are `MemoryStatus.kv_pictures`."""
     read: int = 0
-    """How often the tower read one."""
+    """Pictures that the tower has read, repeats included."""
     hits: int = 0
-    """How often the features of one were there."""
+    """Pictures whose features were in the cache."""
 
 
 GAP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

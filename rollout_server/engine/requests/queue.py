@@ -217,7 +217,7 @@ class RequestQueue:
             self.waiting_requests -= open_request.waiting_groups == 0
 
     def row_reported(self, id: str) -> OpenRequest | None:
-        """Counts a reported row; returns the ticket if that was its last."""
+        """Counts a reported row; returns the request, closed, if that was its last."""
         open_request = self.open_requests[id]
         open_request.open_rows -= 1
         return self.close(id) if open_request.open_rows == 0 else None

@@ -72,7 +72,7 @@ class AdmissionControl:
 
     def admit(self) -> None:
         """Lets groups join for as long as rows and KV memory allow."""
-        while admission := self._queue.next_admission(self._batches.size, self._berth):
+        while admission := self._queue.next_admission(self._batches.size, self._batch_with_room):
             group = admission.group
             if group.version is None and not self._take_version(group):
                 if self._queue.heads(group):
@@ -86,7 +86,7 @@ class AdmissionControl:
             if wanted and group.version is not None:
                 self._tasks.score_prompt(group, group.version)
 
-    def _berth(self, group: Group, count: int) -> BatchKey | None:
+    def _batch_with_room(self, group: Group, count: int) -> BatchKey | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         # A group that has no version yet starts on what its policy names now.
         known = group.placement if group.version is not None else self._policies.placement(group.request.policy)

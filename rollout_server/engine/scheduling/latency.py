@@ -14,10 +14,10 @@ from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, Rea
 FIRST, LEAST = 32, 8
 """Tokens: what is read while nothing is known, and what a turn that reads reads at least."""
 WORTH_A_PASS, HALF = 2 / 3, 1 / 2
-"""The pass over the weights, of what a reading costs: at most, where one fits into every turn; and where even the pass
-does not fit into the longer one of those that are paid for."""
+"""The largest share of a reading's cost that the pass over the weights may be: where every turn reads, and where turns
+are skipped for a reading that is longer than these allow, because already the pass is."""
 EVERY_TURN, SELDOM = 0.9, 1.25
-"""What reading costs, in turns that only decode: where it runs in every turn, and where turns are skipped to pay."""
+"""What a reading should cost, in turns that only decode: where every turn reads, and where turns are skipped for it."""
 MOST_OWED = 4.0
 """The most turns that are skipped for one reading that is not known to cost more. A stall adds many, and says nothing
 of the next reading."""

@@ -29,7 +29,7 @@ class Preemption:
         self._queue = queue
         self._ledger = ledger
         self.count = 0
-        """Rows that stepped aside since the start."""
+        """Preempted rows since the start."""
 
     def make_room(self) -> None:
         """Before a step: where the KV it needs is not there, prompts that are kept for samples that wait are dropped,
@@ -69,7 +69,7 @@ class Preemption:
             self._batches.may_grow_to((self._ledger.left_for("rows") - self._batches.idle_cells) * 3 // 4)
 
     def resume(self) -> bool:
-        """Lets rows that stepped aside come back, the oldest first; whether none is left."""
+        """Lets preempted rows come back, the oldest first. Returns whether none is left."""
         if any(not row.running for row in self._batches.preempted):
             self._batches.settle_and_release()
         if self._queue.crowded and not self._batches.size:
@@ -85,7 +85,7 @@ class Preemption:
                 return False
             self._batches.settle_and_release()
             if row.running:
-                self._batches.recover(row, batch_key, self._legs(row))
+                self._batches.recover(row, batch_key, self._recompute_runs(row))
         return True
 
     def preempt(self, row: Row) -> None:
@@ -112,7 +112,8 @@ class Preemption:
                 return
             row.pinned_versions.append(version)
 
-    def _legs(self, row: Row) -> list[RecomputeRun]:
+    def _recompute_runs(self, row: Row) -> list[RecomputeRun]:
+        """What of a row's tokens is read under which version, in their order."""
         if row.recomputed or not row.spans:
             return [(row.offset, row.placement, row.version)]
         group, request = row.group, row.group.request

@@ -27,9 +27,10 @@ REWARDS_SHARE = 0.125
 LEAST = 64
 """Tokens of a chunk, at least: the host has work for each one too."""
 MOST_WAITED_S = 2.0
-"""A place stands idle for so long at most, and for no longer than it takes for a pass to be that small part."""
+"""The longest that a free place waits to be filled together with others. It waits no longer either than until the pass
+over the weights is `FIXED_SHARE` of that time."""
 STALL = 2.0
-"""So many times its expected cost counts of a reading at most: a stall is nothing that rows are owed."""
+"""A reading counts at most this many times its expected cost: rows are owed nothing for a stall."""
 
 
 class ThroughputFirst:

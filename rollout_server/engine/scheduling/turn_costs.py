@@ -22,8 +22,8 @@ RECENT = 48
 OF_A_SIZE = 5
 """Measurements of one size; their median counts, so that one stall does not."""
 DOUBTED = 4.0
-"""So many times the expected cost may be a shape that is computed for the first time, or a stall. It counts only where
-as many in a row as `BELIEVED` say the same."""
+"""A forward that costs this many times what was expected may be the first of its shape, or a stall. It is ignored until
+`BELIEVED` in a row agree."""
 BELIEVED = 3
 UNDISTURBED = 5
 """Turns of so many rows that are remembered; their median counts."""

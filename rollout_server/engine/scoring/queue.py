@@ -58,7 +58,7 @@ class ScoringQueue:
 
     @property
     def kind(self) -> Literal["scoring", "rewards"]:
-        """What it is to be read, for the turn's budget: only rewards of calls, or what somebody waits for, too."""
+        """Which share of a turn it gets: `rewards` if only rewards of rollout calls are queued, else `scoring`."""
         return "rewards" if self._jobs and all(job.owner for job in self._jobs) else "scoring"
 
     @property

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from adapters.report import delta_norm
 from rollout_server.engine.messages.rollouts import RowFinished, TokensSampled
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Publish, Published, RestoredVersion
+from rollout_server.errors import RolloutError
 from rollout_server.http.observing.latest_rollouts import LatestRollouts
 from rollout_server.http.observing.row_metrics import RowMetrics
 from rollout_server.http.observing.version_totals import VersionTable
@@ -96,12 +98,19 @@ class Observer:
         self._pushes: OrderedDict[tuple[str, int], PushSeen] = OrderedDict()
         self._moved = 0
         self._live: dict[str, int | None] = {}
+        self._reading: set[asyncio.Task[None]] = set()
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
 
     def watch(self, request_id: str, events: RowEvents) -> RowEvents:
         """The same events, of which the rows that end are noted."""
-        return _Watched(request_id, events, self.finished)
+        return _Watched(request_id, events, self.finished, self._read_on)
+
+    def _read_on(self, watched: RowEvents) -> None:
+        """Reads what is left of a request that nobody reads any more: its rows end, and count."""
+        reading = asyncio.create_task(_to_its_end(watched))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
 
     def finished(self, request_id: str, rollout: Rollout) -> None:
         name = rollout.spans[-1].version.name if rollout.spans else BASE
@@ -180,11 +189,18 @@ class Observer:
 
 
 class _Watched:
-    def __init__(self, request_id: str, events: RowEvents, finished: Callable[[str, Rollout], None]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        events: RowEvents,
+        finished: Callable[[str, Rollout], None],
+        read_on: Callable[[RowEvents], None],
+    ) -> None:
         self._request_id = request_id
         self._events = events
         self._iterator = aiter(events)
         self._finished = finished
+        self._read_on = read_on
 
     def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
         return self
@@ -197,3 +213,10 @@ class _Watched:
 
     def abort(self, reason: str = "disconnect") -> None:
         self._events.abort(reason)
+        self._read_on(self)
+
+
+async def _to_its_end(events: RowEvents) -> None:
+    with suppress(RolloutError):
+        async for _ in events:
+            pass

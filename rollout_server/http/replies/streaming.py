@@ -192,10 +192,15 @@ def stream(
     headers: dict[str, str] | None = None,
 ) -> Stream:
     """A streamed reply. However it ends, the request behind it ends too."""
+
+    async def end() -> None:
+        if subscription is not None:
+            subscription.abort("disconnect")
+
     return Stream(
         _ending_in_error(lines, media_type),
         status_code=200,
         media_type=media_type,
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"} | (headers or {}),
-        background=None if subscription is None else BackgroundTask(subscription.abort, "disconnect"),
+        background=BackgroundTask(end),
     )

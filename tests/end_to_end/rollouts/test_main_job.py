@@ -143,20 +143,29 @@ def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClie
     }
 
 
-def test_leaving_ends_the_rows(server: Server) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_ends_the_rows_and_they_count(server: Server, stream: bool) -> None:
     def running() -> int:
         return int(httpx.get(f"{server.url}/health").json()["running"])
 
+    def aborted() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        rows = [line for line in lines if line.startswith("rollout_rows_total{") and 'finish_reason="aborted"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in rows)
+
     until(lambda: running() == 0)
+    before = aborted()
     body = {
         "policy": "base",
         "n": 4,
         "prompts": [{"token_ids": [1, 2]}],
         "sampling": {"max_tokens": 2000, "ignore_eos": True},
+        "stream": stream,
     }
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/rollouts", json=body, timeout=httpx.Timeout(10, read=0.4))
     until(lambda: running() == 0)
+    until(lambda: aborted() == before + 4)
 
 
 def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: Server, model: Path) -> None:

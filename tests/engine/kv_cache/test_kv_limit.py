@@ -28,7 +28,7 @@ ASK = {"ignore_eos": True}
 
 
 @pytest.mark.parametrize("apart", some_long(["classes", "sets"], "classes"))
-def test_a_group_whose_only_row_stepped_aside_holds_nobody_up(base: Driver, qwen: Path, apart: str) -> None:
+def test_a_group_whose_only_row_was_preempted_holds_nobody_up(base: Driver, qwen: Path, apart: str) -> None:
     """Its row and a copy of its prompt would never fit together, and nothing else runs."""
     driver = small(qwen, base.model, 1000) if apart == "classes" else Driver.start(qwen, prefix_cache=False)
     if apart == "classes":

@@ -152,7 +152,7 @@ def test_random_load_in_tiny_memory(base: Driver, qwen: Path) -> None:
     assert not driver.batches.preempted and driver.batches.size == 0
 
 
-def test_aborting_a_row_that_stepped_aside_returns_what_it_has(base: Driver, qwen: Path) -> None:
+def test_aborting_a_preempted_row_returns_what_it_has(base: Driver, qwen: Path) -> None:
     driver = small(qwen, base.model, 2 * 96)
     ids = [driver.submit([p], seed=1, max_tokens=100, ignore_eos=True) for p in prompts_of([20, 20, 20], 286)]
     driver.until(lambda: bool(driver.batches.preempted))

@@ -197,6 +197,6 @@ def geometry_of(step: DecodeAttention) -> Geometry:
 
 
 def row_kernel() -> RowKernel | None:
-    """That of the default device; None where there is none, as on a CPU."""
+    """The attention kernel of the default device; None on a CPU, which has none."""
     device = own_device()
     return None if device is None else RowKernel(device)
