@@ -169,13 +169,17 @@ wheel: $(READY)  ## build dist/*.whl and dist/*.tar.gz, of the version in rollou
 # $(call tool,PROGRAM,GROUP): what only one target needs is installed when it is asked for.
 tool = test -x $(BIN)/$(1) || $(ADD) $(2)
 
-sbom: $(READY)  ## what the lock brings, as CycloneDX in dist/sbom.json; installs cyclonedx-bom into .venv
+# $(call sbom,FILE,LOCKS)
+sbom = $(BIN)/python packaging/shipped.py $(2) | $(BIN)/cyclonedx-py requirements --pyproject dist/pyproject.toml \
+	--output-reproducible --of JSON -o dist/$(1) -
+
+sbom: $(READY)  ## what the server brings, as CycloneDX in dist/sbom.json and dist/sbom.cuda13.json; installs cyclonedx-bom into .venv
 	@$(call tool,cyclonedx-py,sbom)
 	@mkdir -p dist
 	@version=$$($(BIN)/python -c 'import rollout_server; print(rollout_server.__version__)') \
 		&& sed "s/^dynamic = \[\"version\"\]/version = \"$$version\"/" pyproject.toml >dist/pyproject.toml
-	$(BIN)/cyclonedx-py requirements --pyproject dist/pyproject.toml --output-reproducible --of JSON -o dist/sbom.json \
-		requirements.lock.txt
+	$(call sbom,sbom.json,requirements.lock.txt)
+	$(call sbom,sbom.cuda13.json,requirements.lock.txt requirements.cuda13.lock.txt)
 	@rm dist/pyproject.toml
 
 containers: $(READY)  ## lint the container files; installs hadolint into .venv. Building them needs docker (see each file's head)

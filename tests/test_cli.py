@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from rollout_server import __version__, config
 from rollout_server.cli import app
-from rollout_server.commands.serve import greet
+from rollout_server.commands.serve import greet, key_to_send
 
 KEY = "test-admin-key"
 
@@ -199,7 +199,7 @@ def test_help_and_push_start_without_mlx() -> None:
 
 def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Options are read before help is shown: one that does not exist would be refused."""
-    greet("http://127.0.0.1:8000", "generate", page=True, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=True, key=None)
     ready, page, *commands, curl = capsys.readouterr().out.splitlines()
     assert ready == "rollout-server is ready at http://127.0.0.1:8000"
     assert page.split() == ["page", "http://127.0.0.1:8000/"]
@@ -207,13 +207,13 @@ def test_what_serve_greets_with_can_be_typed(capsys: pytest.CaptureFixture[str])
     for line in commands:
         program, *arguments = shlex.split(line)[1:]
         assert program == "rollout-server" and run(*arguments, "--help").exit_code == 0, line
-    greet("http://127.0.0.1:8000", "generate", page=False, protected=False)
+    greet("http://127.0.0.1:8000", "generate", page=False, key=None)
     assert capsys.readouterr().out.splitlines() == [ready, *commands, curl]
 
 
 def test_the_curl_that_serve_greets_with_samples(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell runs it, which puts the key in where keys are set."""
-    greet(url, "generate", page=True, protected=True)
+    greet(url, "generate", page=True, key="ROLLOUT_API_KEY")
     curl = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1]
     for key, answered in ((KEY, '"text"'), ("another", '"unauthorized"')):
         done = subprocess.run(
@@ -224,6 +224,20 @@ def test_the_curl_that_serve_greets_with_samples(url: str, capsys: pytest.Captur
             timeout=100,
         )
         assert answered in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        ({}, None),
+        ({"api_key": "a"}, "ROLLOUT_API_KEY"),
+        ({"api_key": "a", "admin_key": "b"}, "ROLLOUT_API_KEY"),
+        ({"admin_key": "b"}, "ROLLOUT_ADMIN_KEY"),
+    ],
+)
+def test_serve_greets_with_a_key_that_it_has(keys: dict[str, str], sent: str | None) -> None:
+    """With an administrator's key alone, that one is asked for inference too."""
+    assert key_to_send(config.ServerConfig(**keys)) == sent
 
 
 def test_a_shell_can_complete_the_commands() -> None:

@@ -146,7 +146,7 @@ def _serve(given: dict[str, Any], options: Mapping[str, str]) -> None:
             return join(config)
         from rollout_server.http.server import serve as serve_http
 
-        serve_http(config, ready=partial(greet, page=config.page == "on", protected=config.protected))
+        serve_http(config, ready=partial(greet, page=config.page == "on", key=key_to_send(config)))
 
 
 def launched_elsewhere(config: ServerConfig) -> bool:
@@ -173,19 +173,26 @@ def launched_elsewhere(config: ServerConfig) -> bool:
     return False
 
 
-def greet(url: str, task: Task, *, page: bool, protected: bool) -> None:
+def key_to_send(config: ServerConfig) -> str | None:
+    """The variable that holds a key for inference; None where the server asks for none."""
+    if config.api_key is not None:
+        return "ROLLOUT_API_KEY"
+    return None if config.admin_key is None else "ROLLOUT_ADMIN_KEY"
+
+
+def greet(url: str, task: Task, *, page: bool, key: str | None) -> None:
     """Says that the server is ready, where to look, and what to try from another terminal, of what its model does.
-    Commands take keys from the environment, where the server's own is; curl has to be given one."""
+    Commands take keys from the environment, where the server's own are; curl has to be given that of `key`."""
     from rollout_server.http.server import announce
 
     announce(url)
-    key = ' -H "Authorization: Bearer $ROLLOUT_API_KEY"' if protected else ""
+    given = "" if key is None else f' -H "Authorization: Bearer ${key}"'
     command, route, asked = TRIED[task]
     lines = [f"  page    {url}/"] if page else []
     lines += [f"  {command.split()[0]:7} rollout-server {command} --url {url}"] if command else []
     lines += [
         f"  push    rollout-server push DIR --name policy --url {url}",
-        f"  curl    curl {url}{route} -H 'content-type: application/json'{key} -d '{json.dumps(asked)}'",
+        f"  curl    curl {url}{route} -H 'content-type: application/json'{given} -d '{json.dumps(asked)}'",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

@@ -185,4 +185,4 @@ def what_next(output: Path) -> Iterator[str]:
     yield "next:"
     yield f"  serve   rollout-server serve --adapter policy={shlex.quote(str(adapter))}"
     yield '  sample  rollout-server generate "12+13=" --policy policy --max-tokens 16'
-    yield "  write a loop of your own: examples/grpo_loop.py is this one in a page"
+    yield "  write a loop of your own: examples/grpo_loop.py in the repository is this one in a page"

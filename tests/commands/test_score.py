@@ -142,7 +142,7 @@ def test_a_decoder_scores_nothing(server: Server) -> None:
 
 
 def test_what_a_server_that_scores_greets_with(judge: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    greet(judge.url, "classify", page=False, protected=False)
+    greet(judge.url, "classify", page=False, key=None)
     _, said, _, curl = capsys.readouterr().out.splitlines()
     program, *words = shlex.split(said)[1:]
     done = CliRunner().invoke(app, words)
@@ -153,7 +153,7 @@ def test_what_a_server_that_scores_greets_with(judge: Server, capsys: pytest.Cap
 
 @pytest.mark.parametrize("task", ["token_classify", "embed"])
 def test_what_other_models_greet_with_can_be_typed(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    greet("http://127.0.0.1:8000", task, page=True, protected=True)
+    greet("http://127.0.0.1:8000", task, page=True, key="ROLLOUT_API_KEY")
     *_, curl = said = capsys.readouterr().out.splitlines()
     assert json.loads(shlex.split(curl)[-1])["model"] == "base" and "Bearer $ROLLOUT_API_KEY" in curl
     commands = [shlex.split(line)[2:] for line in said if " rollout-server " in line and line.startswith("  ")]

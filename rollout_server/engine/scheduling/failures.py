@@ -59,10 +59,14 @@ class Failures:
             self._fail_shown(EngineFault(f"The tower could not read a picture: {type(error).__name__}: {error}"))
         else:
             log.error("A step failed; its rows fail by name and the batch is rebuilt.", exc_info=error)
-            doing = "Staging a version failed while this row ran" if self.blame.of(PolicyCommand) else STEP_FAILED
+            doing = "Staging a version failed while this row ran" if self._staging else STEP_FAILED
             self._fail_computed(EngineFault(f"{doing}: {type(error).__name__}: {error}"))
             self._prefix_reuse.clear()  # A prompt that was being kept may never be there.
         self.blame.clear()
+
+    @property
+    def _staging(self) -> bool:
+        return any(isinstance(blamed, PolicyCommand) for blamed in self.blame)
 
     def _fail_shown(self, fault: RolloutError) -> None:
         """Whoever is being read and has such a picture. The tower runs before anything else of a forward does, so that
