@@ -106,7 +106,7 @@ def test_a_server_of_a_reward_model(tmp_path: Path) -> None:
     with server_here(directory) as live, RolloutClient(live.url) as client:
         found = client.classify(SEQUENCES)
         for probs, label, raw in zip(found.probs, found.labels, scores, strict=True):
-            np.testing.assert_allclose(probs, np.exp(raw) / np.exp(raw).sum(), atol=1e-5)
+            assert_near(probs, np.exp(raw) / np.exp(raw).sum(), TINY.of_logits(raw, max(map(len, SEQUENCES))))
             assert label == ("bad", "good")[int(np.argmax(raw))]
         for path, body in (
             ("/v1/rollouts", {"policy": "base", "prompts": [{"token_ids": [1]}]}),

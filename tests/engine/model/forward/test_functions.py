@@ -26,6 +26,7 @@ from rollout_server.engine.model.forward.functions import attend, bound, modules
 from rollout_server.engine.model.kv_choice import choose_store
 from rollout_server.engine.model.load import load
 from tests.support import tiny_models
+from tests.support.numbers.bounds import assert_near
 
 NAME = "scaled_dot_product_attention"
 Mask = Callable[[int, int, int], mx.array | str | None]
@@ -71,7 +72,7 @@ def test_attention_is_mlx_s(mask: str, heads: int, kv_heads: int, count: int, co
     expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=made)
     # A weight is off by what the exponential is, 8e-6 of those that matter least and an eps of the largest; a score of
     # 16 products, of order 5, by a few eps. Values are of order 3.
-    assert float(mx.max(mx.abs(found - expected))) <= 3 * (16 * EPS * 5 + 4 * EPS)
+    assert_near(found, expected, 3 * (16 * EPS * 5 + 4 * EPS))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -85,7 +86,7 @@ def test_parts_of_it_are_the_whole(mask: str, scores: int, monkeypatch: pytest.M
     monkeypatch.setattr(functions, "SCORES", scores)
     parts = attend(*arrays, 0.3, MASKS[mask](3, 7, 40))
     assert whole is not None and parts is not None and parts.shape == whole.shape
-    assert float(mx.max(mx.abs(whole - parts))) <= 3 * (16 * EPS * 5 + 4 * EPS)
+    assert_near(parts, whole, 3 * (16 * EPS * 5 + 4 * EPS))
 
 
 def test_what_may_not_be_read_counts_for_nothing() -> None:
@@ -144,7 +145,7 @@ def test_a_forward_computes_by_them_and_nothing_else_does(qwen: Path, monkeypatc
     assert not asked
     ours = model.forward(tokens, model.make_caches())
     assert asked == ["attend", "swiglu"] * len(model.module.layers)
-    assert float(mx.max(mx.abs(own - ours))) <= 1e-4
+    assert_near(ours, own)
     assert qwen3.swiglu is mlx_swiglu
 
 
