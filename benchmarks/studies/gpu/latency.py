@@ -24,7 +24,7 @@ def latency(held: Held) -> Iterator[Figure]:
         ("streams", "throughput", Wants(tokens_as_they_come=True)),
     ):
         driver = Driver.start(held.path(), clock=time.perf_counter, max_batch=2 * held.size.rows, prefer=prefer)
-        driver.batches.learn_costs()
+        driver.learn_costs()
         for rows in (held.size.few, held.size.rows):
             for what, ask in beside(driver, rows).items():
                 if what in BESIDE:
