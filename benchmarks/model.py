@@ -54,9 +54,9 @@ def widen_tokenizer(path: Path, size: int = VOCAB_SIZE) -> None:
     small.save(str(path))
 
 
-def random_prompts(rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """`rows` different prompts of `length` token ids."""
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, size=(rows, length)).tolist()
+def random_prompts(rows: int, length: int, seed: int = 0, vocabulary: int = VOCAB_SIZE) -> list[list[int]]:
+    """`rows` different prompts of `length` token ids below `vocabulary`."""
+    return np.random.default_rng(seed).integers(0, vocabulary, size=(rows, length)).tolist()
 
 
 def random_texts(rows: int, length: int, seed: int = 0) -> list[str]:

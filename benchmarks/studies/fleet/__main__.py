@@ -3,8 +3,9 @@
 `python -m benchmarks.studies.fleet [--rounds 5] [--replicas 2 4] [--json]`. The whole way of rows below HTTP: from
 `submit` to the last rollout, on the random model of 33 M parameters. First the engine in this process and one replica
 in turns, a ratio within each round; meanwhile the processor time of this process for a replica's rows, which is the
-controller's. Then, for each number of replicas, pushes of about 20 MB: until it is staged everywhere, and until the
-alias has moved everywhere. Then the memory of a replica that has served (PSS, Linux only).
+controller's. Two replicas of the embedded model and one, in turns on the same cores. Then, for each number of replicas,
+pushes of about 20 MB: until it is staged everywhere, and until the alias has moved everywhere. Then the memory of a
+replica that has served (PSS, Linux only).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ BLAS = load_fast_blas()
 
 from safetensors.numpy import save  # noqa: E402
 
+import rollout_server  # noqa: E402
 from adapters.formats.read import read_bundle  # noqa: E402
-from benchmarks.model import random_prompts, write_model  # noqa: E402
+from benchmarks.model import VOCAB_SIZE, random_prompts, write_model  # noqa: E402
 from rollout_server.engine.handle import EngineHandle  # noqa: E402
 from rollout_server.engine.messages.options import EngineOptions  # noqa: E402
 from rollout_server.engine.messages.rollouts import RowFinished  # noqa: E402
@@ -38,7 +40,10 @@ from rollout_server.rollout import PolicyAddress, RolloutRequest, SamplingParams
 from tests.support.tiny_models import random_adapter  # noqa: E402
 
 GROUPS, SAMPLES, PROMPT, TOKENS = 8, 8, 64, 64
-RANK = 96
+EMBEDDED = Path(rollout_server.__file__).parent / "demo" / "model"
+VOCABULARY = 286
+"""Of the embedded model, without its special tokens."""
+RANK = 64
 """The rank of the adapter that is pushed: about 20 MB on all layers of this model."""
 PUSHES = 4
 
@@ -61,7 +66,7 @@ def main() -> int:
 
 
 async def measure(model: Path, rounds: int, replicas: list[int]) -> dict[str, float]:
-    figures = await beside(model, rounds)
+    figures = await beside(model, rounds) | await two_beside_one(rounds)
     for count in replicas:
         figures |= await pushed(fleet_of(model, count), f"{count} replicas")
     return figures
@@ -104,7 +109,26 @@ async def beside(model: Path, rounds: int) -> dict[str, float]:
     return figures
 
 
-async def sampled(handle: EngineHandle, seed: int) -> int:
+async def two_beside_one(rounds: int) -> dict[str, float]:
+    """What a second replica brings where both share the cores, for a model so small that its host is the limit."""
+    one, two = await started(fleet_of(EMBEDDED, 1)), await started(fleet_of(EMBEDDED, 2))
+    rates: dict[str, list[float]] = {"one": [], "two": []}
+    for round_ in range(rounds + 1):
+        for name, handle in (("one", one), ("two", two)):
+            began = time.perf_counter()
+            tokens = await sampled(handle, round_, VOCABULARY)
+            if round_:
+                rates[name].append(tokens / (time.perf_counter() - began))
+    await asyncio.gather(one.close(), two.close())
+    return {
+        "embedded model, one replica, tok/s": statistics.median(rates["one"]),
+        "embedded model, two replicas / one": statistics.median(
+            a / b for a, b in zip(rates["two"], rates["one"], strict=True)
+        ),
+    }
+
+
+async def sampled(handle: EngineHandle, seed: int, vocabulary: int = VOCAB_SIZE) -> int:
     """Tokens of a batch of groups, from `submit` to the last row."""
     id = handle.new_id("bench")
     sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
@@ -118,7 +142,7 @@ async def sampled(handle: EngineHandle, seed: int) -> int:
             index,
             tuple(range(index * SAMPLES, (index + 1) * SAMPLES)),
         )
-        for index, prompt in enumerate(random_prompts(GROUPS, PROMPT, seed))
+        for index, prompt in enumerate(random_prompts(GROUPS, PROMPT, seed, vocabulary))
     ]
     events = handle.submit(id, groups)
     return sum([len(event.rollout.token_ids) async for event in events if isinstance(event, RowFinished)])
