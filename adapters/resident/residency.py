@@ -42,7 +42,7 @@ class _Resident:
     bundle: AdapterBundle
     """What it was made of, to be exported."""
     references: int
-    """Versions that have this content: the one count of it."""
+    """Versions that have this content: the one count of who needs it."""
     changes: Mapping[str, float]
 
 

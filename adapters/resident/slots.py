@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import mlx.core as mx
@@ -51,12 +50,6 @@ TURNS = 4
 """Steps over which the products of a thin DoRA version are spread: each then costs a batch of rows little."""
 
 
-@dataclass(slots=True)
-class _Resident:
-    slot: int
-    references: int
-
-
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
     `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused. `kernel` is what
@@ -85,7 +78,8 @@ class AdapterSlots:
         self._dtype_name = str(dtype).removeprefix("mlx.core.")
         self._capacity = FIRST_CAPACITY
         self._stacks: dict[str, SlotStack] = {}
-        self._residents: dict[str, _Resident] = {}
+        self._filled: dict[str, int] = {}
+        """The slot of each version by its digest. Whoever stages counts by whom it is needed."""
         self._norms = RowNorms()
         values = sum(math.prod((*experts_of(shape), *shape)) for shape in self._layers.values())
         self._allowance = max(values // TURNS, 1)
@@ -110,7 +104,7 @@ class AdapterSlots:
 
     def nbytes_with(self, bundle: AdapterBundle) -> int:
         """What `nbytes` would come to if this bundle were staged now; nothing is changed."""
-        if bundle.digest in self._residents:
+        if bundle.digest in self._filled:
             return self.nbytes
         capacity, in_use = self._capacity_for(self._free_slot()), self._in_use()
         total = 0
@@ -127,7 +121,7 @@ class AdapterSlots:
 
     @property
     def slots_in_use(self) -> int:
-        return len(self._residents)
+        return len(self._filled)
 
     def begin(self, version: AdapterBundle | PreparedBundle) -> Staging:
         """What `measure` and `write` take further, and `stage` completes. A bundle that was prepared elsewhere, for
@@ -160,11 +154,11 @@ class AdapterSlots:
 
         Raises `AdapterDoesNotFit`, before anything is written, where a DoRA gain is not finite."""
         with staging.timed():
-            return staging.digest in self._residents or staging.gains.measure(None if at_once else self._allowance)
+            return staging.digest in self._filled or staging.gains.measure(None if at_once else self._allowance)
 
     def bring(self, staging: Staging) -> None:
         """Has what `write` takes next copied to the device. After `measure`; a step may be in flight."""
-        if staging.digest not in self._residents:
+        if staging.digest not in self._filled:
             with staging.timed():
                 self._choose_slot(staging)
                 staging.bring(self._stacks, self._capacity, self._dtype)
@@ -172,7 +166,7 @@ class AdapterSlots:
     def write(self, staging: Staging, seconds: float | None = None) -> bool:
         """Writes layers for about so long, or all of them; true when none is left. What it writes is evaluated, or
         dispatched where `written_beside`. Only after `measure`, and otherwise while no step is in flight."""
-        if staging.digest in self._residents:
+        if staging.digest in self._filled:
             return True
         began = self._clock()
         with staging.timed():
@@ -189,34 +183,27 @@ class AdapterSlots:
         return staging.written
 
     def stage(self, version: AdapterBundle | PreparedBundle | Staging) -> int:
-        """The slot (1 and up) that holds the version, with one more reference; does what is left of its staging.
+        """The slot (1 and up) that holds the version, until it is released; does what is left of its staging.
 
         Raises `AdapterDoesNotFit`, before anything is written, where a value leaves the range of the model's dtype or
         a DoRA gain is not finite."""
         if not isinstance(version, Staging):
-            bundle = version if isinstance(version, AdapterBundle) else version.bundle
-            resident = self._residents.get(bundle.digest)
-            if resident is not None:
-                resident.references += 1
-                return resident.slot
+            digest = version.digest if isinstance(version, AdapterBundle) else version.bundle.digest
+            if digest in self._filled:
+                return self._filled[digest]
             version = self.begin(version)
         self.measure(version, at_once=True)
         self.write(version)
-        resident = self._residents.get(version.digest)
-        if resident is None:
+        if version.digest not in self._filled:
             if version.slot is None:
                 raise RuntimeError("A version was written, but into no slot.")
-            resident = self._residents[version.digest] = _Resident(version.slot, 0)
-        resident.references += 1
-        return resident.slot
+            self._filled[version.digest] = version.slot
+        return self._filled[version.digest]
 
     def release(self, digest: str) -> None:
-        """One reference less; with the last the slot is free. Raises `KeyError` for a digest that is not staged."""
-        resident = self._residents[digest]
-        resident.references -= 1
-        if resident.references == 0:
-            del self._residents[digest]
-            self.routed = None
+        """Its slot is free. Raises `KeyError` for a digest that is not staged."""
+        del self._filled[digest]
+        self.routed = None
 
     def trim(self) -> None:
         """Gives back slots and ranks that the versions which are left do not need; with none left, all of them. Not
@@ -232,13 +219,13 @@ class AdapterSlots:
 
     def slot(self, digest: str) -> int:
         """Where a staged bundle sits. Raises `KeyError` for a digest that is not staged."""
-        return self._residents[digest].slot
+        return self._filled[digest]
 
     def route(self, slots: Sequence[int]) -> None:
         """Row i of every following forward uses slots[i]; 0 is the base. Raises `ValueError` for a free slot.
 
         Where all are equal the batch may have any size, else it must be that of `slots`."""
-        free = set(slots) - {resident.slot for resident in self._residents.values()} - {BASE_SLOT}
+        free = set(slots) - self._in_use() - {BASE_SLOT}
         if free:
             raise ValueError(f"Slots {sorted(free)} hold no adapter version.")
         wanted = tuple(slots)
@@ -276,7 +263,7 @@ class AdapterSlots:
             parent[name] = bare_layer(parent[name])
         self._stacks.clear()
         self._shared.clear()
-        self._residents.clear()
+        self._filled.clear()
         self.routed = None
 
     def _select(self, slots: tuple[int, ...] | None) -> None:
@@ -315,7 +302,7 @@ class AdapterSlots:
         return (needed + 3) // 4 * 4 if 2 * needed <= self._capacity else self._capacity
 
     def _in_use(self) -> set[int]:
-        return {resident.slot for resident in self._residents.values()}
+        return set(self._filled.values())
 
     def _write(self, staging: Staging) -> None:
         """The next layers of a version, to about `WRITE_BYTES`. Those that it does not change get a clear slot."""
