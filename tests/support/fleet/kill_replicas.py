@@ -1,5 +1,6 @@
 """Kill −9 of replicas at random moments, under load and while versions are pushed: every request is answered once, no
-row ran under a version older than acknowledged before it was sent, and all rows are those of an engine that lives.
+row ran under a version older than acknowledged before it was sent, and all rows are those of an engine that lives,
+with the log-probabilities that it gives them under the version that they say they are of.
 
     python -m tests.support.fleet.kill_replicas --kills 500
 """
@@ -16,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from safetensors.numpy import save
 
 from adapters.bundle import AdapterBundle
@@ -38,6 +40,7 @@ from rollout_server.fleet.fleet import Fleet, FleetOptions
 from rollout_server.rollout import FinishReason, PolicyAddress, Rollout, RolloutRequest, SamplingParams, SpanAddress
 from tests.support import tiny_models
 from tests.support.engine.driver import recorded
+from tests.support.numbers.bounds import TINY
 
 NAME, CONTENTS, TOKENS, SAMPLES = "trained", 6, 24, 3
 PUSH_S, TOLD_EVERY = 0.3, 25
@@ -196,7 +199,11 @@ async def check(path: Path, seen: Seen) -> None:
         own = replace(asked, seeds=tuple(row.seed for row in rows))
         events = one.submit(f"c{index}", [request(own, PolicyAddress(names[digest]), f"c{index}")])
         expected = {event.rollout.seed: event.rollout async for event in events if isinstance(event, RowFinished)}
-        others.extend((row, digest) for row in rows if row.token_ids != expected[row.seed].token_ids)
+        for row in rows:
+            if row.token_ids != expected[row.seed].token_ids:
+                others.append((row, digest))
+            else:
+                scored_alike(row, expected[row.seed].logprobs)
 
     for some in batched(enumerate(groups.items()), AT_ONCE):
         async with asyncio.TaskGroup() as tasks:
@@ -211,6 +218,13 @@ async def check(path: Path, seen: Seen) -> None:
         raise AssertionError(f"samples of one group ran under several versions: {versions}")
 
 
+def scored_alike(row: Rollout, expected: Sequence[float]) -> None:
+    """Raises `AssertionError` unless these are a row's log-probabilities, under the version that it says."""
+    gap = float(np.max(np.abs(np.subtract(row.logprobs, expected))))
+    if not gap <= TINY.of_row(row):
+        raise AssertionError(f"a row of {row.spans[0].version} has log-probabilities off by {gap}")
+
+
 async def drawn_at_ties(one: EngineHandle, rows: list[tuple[Rollout, str]], names: Mapping[str, str]) -> None:
     """A row that came out otherwise was drawn where its number falls as near to the edge between two tokens as sums in
     another order move it: an engine with other rows beside it draws the other one."""
@@ -222,6 +236,8 @@ async def drawn_at_ties(one: EngineHandle, rows: list[tuple[Rollout, str]], name
     for (row, _), again in zip(rows, replayed.rows, strict=True):
         if not (again.exact or (again.margin is not None and again.margin <= CLOSE)):
             raise AssertionError(f"{row.token_ids} came of seed {row.seed}, and not at a tie: {again}")
+        if not (again.max_abs_logprob_difference or 0.0) <= TINY.of_row(row):
+            raise AssertionError(f"a row of {row.spans[0].version} has log-probabilities off: {again}")
 
 
 def batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
