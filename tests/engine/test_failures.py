@@ -43,12 +43,10 @@ def test_a_group_that_cannot_be_placed_fails_by_name(base: Driver) -> None:
 def test_a_failing_score_hurts_nobody_else(base: Driver) -> None:
     id = base.submit([PROMPT], max_tokens=40, ignore_eos=True)
     base.turn(3)
-    scorer = base.reader
-    forward = scorer._forward
-    scorer._forward, _ = _once(ValueError("bad score"))
+    base.read_by(lambda forward: _once(ValueError("bad score"))[0])
     with pytest.raises(EngineFault, match="bad score"):
         base.score([PROMPT])
-    scorer._forward = forward
+    base.read_by_itself()
     base.finish(id)
     assert len(base.rollouts(id)[0].token_ids) == 40
 

@@ -111,10 +111,9 @@ class Promises:
 
     def _check_versions(self, held: Counter[Key]) -> None:
         """References are exactly those that someone holds; what should be kept is, and nothing else."""
-        registry = self.driver.registry
         shown = {policy.name: policy for policy in self.driver.status.policies}
         counted: Counter[Key] = Counter()
-        for name, actual in registry._lines.items():
+        for name, actual in self.driver.lines.items():
             line = self.lines[name]
             counted.update({(name, v.number): v.in_use for v in (*actual.kept.values(), *actual.leaving.values())})
             assert all(version.in_use > 0 for version in actual.leaving.values())
@@ -138,10 +137,10 @@ class Promises:
 
     def _check_slots(self) -> None:
         """Slots are those of the digests that versions have, and each is counted as often as versions have it."""
-        lines = self.driver.registry._lines.values()
+        lines = self.driver.lines.values()
         kept = [v for line in lines for held in (line.kept, line.leaving) for v in held.values()]
         wanted = Counter((v.digest, v.facts.mode) for v in kept)
-        residents = self.driver.resident._residents
+        residents = self.driver.residents
         assert Counter({tuple(content): resident.references for content, resident in residents.items()}) == wanted
         assert len({resident.placement for resident in residents.values()}) == len(residents)
         assert Counter(self.driver.bundles_held) == Counter(v.digest for v in kept)

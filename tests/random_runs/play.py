@@ -134,7 +134,7 @@ class Player:
             self.change(Delete(f"end-{name}", name))
         self.settle()
         driver, resident = self.driver, self.driver.resident
-        assert not holders(self.driver) and not resident._residents and not driver.bundles_held
+        assert not holders(self.driver) and not driver.residents and not driver.bundles_held
         assert not resident.sets.numbers and resident.sets.mounted == BASE_SET
         assert (driver.batches.size, driver.requests.waiting_requests, len(driver.requests.open_requests)) == (0, 0, 0)
         assert driver.policies.slot_bytes == driver.policies.set_bytes == 0

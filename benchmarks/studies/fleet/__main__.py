@@ -42,7 +42,7 @@ from tests.support.tiny_models import random_adapter  # noqa: E402
 GROUPS, SAMPLES, PROMPT, TOKENS = 8, 8, 64, 64
 EMBEDDED = Path(rollout_server.__file__).parent / "demo" / "model"
 VOCABULARY = 286
-"""Of the embedded model, without its special tokens."""
+"""The ids of the embedded model that are no special tokens."""
 RANK = 64
 """The rank of the adapter that is pushed: about 20 MB on all layers of this model."""
 PUSHES = 4

@@ -188,7 +188,7 @@ def test_what_is_scored_and_kept_for_samples_that_wait_has_its_parts(
 ) -> None:
     id = base.ask_score(prompts_of([900], 286))
     base.turn()
-    assert base.memory_now().kv_scored == base.reader._rows.nbytes > 0
+    assert base.memory_now().kv_scored == base.scored_rows.nbytes > 0
     base.scored(id)
     assert base.memory_now().kv_scored == 0
     slow = bare_model("falcon_h1")

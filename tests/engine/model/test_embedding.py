@@ -89,15 +89,17 @@ def adapted(directory: Path, driver: Driver, seed: int) -> Any:
 
 def test_embeddings_share_a_forward_and_the_turn(base: Driver, qwen: Path) -> None:
     driver = Driver.start(qwen, base.model, prefill_tokens=48)
-    reader: Any = driver.reader
-    assert isinstance(reader, BatchedReader)
-    hidden, seen = reader._hidden, []
+    assert isinstance(driver.reader, BatchedReader)
+    seen: list[Any] = []
 
-    def noted(ids: mx.array, caches: list[Any]) -> mx.array:
-        seen.append(ids.shape)
-        return hidden(ids, caches)
+    def noting(hidden: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def noted(ids: mx.array, caches: list[Any]) -> mx.array:
+            seen.append(ids.shape)
+            return hidden(ids, caches)
 
-    reader._hidden = noted
+        return noted
+
+    driver.read_by(noting, hidden=True)
     # It is read in more turns than the rows have tokens, and they get one in each of them.
     (prompt, long) = prompts_of([20, 48 * 30], 286)
     expected = base.generate([prompt], n=2, seed=3, max_tokens=20, ignore_eos=True)

@@ -305,7 +305,7 @@ def test_rows_run_on_while_a_version_is_merged(driver: Driver, monkeypatch: pyte
     wrong = prepare(full(driver, 3), "float32", parameters=driver.model.info.weights)
     with pytest.raises(PreconditionFailed):
         driver.push("p", wrong.bundle, prepared=wrong, if_match="9")
-    assert driver.resident._work is None and driver.status.sets == 1
+    assert not driver.staging and driver.status.sets == 1
 
 
 def test_a_base_whose_weights_hold_factors_takes_no_version(model_path: Callable[[str], Path], tmp_path: Path) -> None:

@@ -126,16 +126,17 @@ def test_whoever_waits_longest_is_read_next(base: Driver, monkeypatch: pytest.Mo
 
 def watch(driver: Driver, sizes: list[int], tokens: list[int] | None = None) -> None:
     """Notes rows and padded tokens of every forward of the scorer."""
-    reader: Any = driver.reader
-    forward = reader._forward
 
-    def noted(ids: mx.array, caches: list[Any]) -> mx.array:
-        sizes.append(ids.shape[0])
-        if tokens is not None:
-            tokens.append(ids.size)
-        return forward(ids, caches)
+    def noting(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def noted(ids: mx.array, caches: list[Any]) -> mx.array:
+            sizes.append(ids.shape[0])
+            if tokens is not None:
+                tokens.append(ids.size)
+            return forward(ids, caches)
 
-    reader._forward = noted
+        return noted
+
+    driver.read_by(noting)
 
 
 def test_chunks_bound_the_logits(base: Driver, qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +200,12 @@ def test_scoring_stays_inside_the_kv_memory_of_the_rows(bare_model: Callable[[st
     while not (driver.over(rows) and driver.is_scored(id)):
         driver.turn()
         scoring: Any = driver.reader
-        held = driver.batch(0).store.nbytes + scoring._rows.nbytes
+        held = driver.batch(0).store.nbytes + driver.scored_rows.nbytes
         # One sequence at a time may always be scored.
         assert held <= limit + (alone if scoring.size <= 1 else 0)
         largest = max(largest, scoring.size)
     assert largest > 1 and len(driver.rollouts(rows)) == 10
-    assert driver.scoring.cells == 0 and scoring._rows.nbytes == 0
+    assert driver.scoring.cells == 0 and driver.scored_rows.nbytes == 0
 
 
 def test_what_was_scored_is_freed_at_once(base: Driver) -> None:
@@ -213,7 +214,7 @@ def test_what_was_scored_is_freed_at_once(base: Driver) -> None:
     gc.disable()
     try:
         base.until(lambda: base.reader.nbytes > 0)
-        held = [weakref.ref(array) for array in base.reader._rows.arrays()]
+        held = [weakref.ref(array) for array in base.scored_rows.arrays()]
         base.scored(id)
         assert held and {array() for array in held} == {None}
     finally:

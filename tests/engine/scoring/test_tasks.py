@@ -44,14 +44,16 @@ def assert_base(driver: Driver, rows: list[Rollout], times: int = 1) -> None:
 
 def watch(driver: Driver) -> list[tuple[int, int]]:
     """[rows, tokens] of every forward of the scorer."""
-    reader: Any = driver.reader
-    forward, seen = reader._forward, []
+    seen: list[Any] = []
 
-    def noted(ids: mx.array, caches: list[Any]) -> mx.array:
-        seen.append(ids.shape)
-        return forward(ids, caches)
+    def noting(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def noted(ids: mx.array, caches: list[Any]) -> mx.array:
+            seen.append(ids.shape)
+            return forward(ids, caches)
 
-    reader._forward = noted
+        return noted
+
+    driver.read_by(noting)
     return seen
 
 
@@ -77,7 +79,7 @@ def test_the_prompt_is_read_once_for_all_samples(driver: Driver) -> None:
     assert 199 + 6 * 30 <= inputs < 2 * (199 + 6 * 30), seen
     assert sum(tokens for rows, tokens in seen if rows == 1) < 2 * 199, seen
     assert max(rows for rows, _ in seen) == 6
-    driver.reader._forward = driver.model.forward  # type: ignore[attr-defined]
+    driver.read_by_itself()
     assert_base(driver, rows)
 
 
@@ -179,19 +181,17 @@ def test_rows_that_failed_have_them_for_what_they_have(driver: Driver) -> None:
 
 def test_a_pass_that_fails_fails_its_rows_by_name(driver: Driver) -> None:
     driver.push("p", driver.bundle(1))
-    reader: Any = driver.reader
-    forward = reader._forward
 
     def broken(ids: mx.array, caches: list[Any]) -> mx.array:
         raise ValueError("no base today")
 
-    reader._forward = broken
+    driver.read_by(lambda forward: broken)
     id = driver.submit(prompts_of([10], 286), n=2, policy="p", max_tokens=5, ignore_eos=True, wants=BASE_TOO)
     driver.finish(id)
     for row in driver.rollouts(id):
         assert row.error is not None and row.error.code == EngineFault.code and "no base today" in row.error.message
         assert len(row.token_ids) == 5 and row.base_logprobs is None
-    reader._forward = forward
+    driver.read_by_itself()
     rows = driver.generate(prompts_of([10], 286), policy="p", max_tokens=5, wants=BASE_TOO)
     assert_base(driver, rows)
 

@@ -167,6 +167,20 @@ class Door:
     def reader(self) -> Any:
         return self.scoring._reader
 
+    def read_by(self, around: Callable[[Callable[..., Any]], Callable[..., Any]], *, hidden: bool = False) -> None:
+        """What is scored is computed by `around(forward)` until `read_by_itself` is called; with `hidden`, what gives
+        states in the place of logits."""
+        name = "_hidden" if hidden else "_forward"
+        setattr(self.reader, name, around(getattr(self.reader, name)))
+
+    def read_by_itself(self) -> None:
+        self.reader._forward = self.model.forward
+
+    @property
+    def scored_rows(self) -> Any:
+        """Keys and values of what is being scored."""
+        return self.reader._rows
+
     def set_reader(self, reader: Any) -> None:
         self.scoring._reader = reader
 
@@ -186,6 +200,22 @@ class Door:
     @property
     def resident(self) -> ResidentVersions:
         return self.policies._resident
+
+    @property
+    def residents(self) -> dict[Any, Any]:
+        """What is on the device, by content."""
+        return self.resident._residents
+
+    @property
+    def staging(self) -> bool:
+        """True while a version is between its first and its last part."""
+        return self.resident._work is not None
+
+    @property
+    def lines(self) -> dict[str, Any]:
+        """The registry's line of each name."""
+        found: dict[str, Any] = self.registry._lines
+        return found
 
     @property
     def bundles_held(self) -> dict[str, int]:
