@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from rollout_server.engine.messages.scoring import Classified
 from tests.peers.conftest import Hold
 from tests.support import tiny_scorers
 from tests.support.engine.driver import Driver, prompts_of
@@ -65,6 +66,18 @@ def test_reward_models_and_adapters_on_them(family: str, tmp_path: Path, hold: H
         model = reference.adapted(directory, auto=auto, **options)
         push(driver, model, tmp_path / kind, kind)
         hold_all(hold, driver, model, family, kind)
+
+
+def test_adapters_on_a_classifier_keep_its_labels(tmp_path: Path) -> None:
+    """PEFT saves a head with every adapter for SEQ_CLS, and no word on its labels."""
+    auto, named = AutoModelForSequenceClassification, {"id2label": {0: "bad", 1: "good"}, "problem_type": "regression"}
+    directory = families.build("llama", tmp_path / "model", auto=auto, **named)
+    driver = Driver.start(directory)
+    push(driver, reference.adapted(directory, auto=auto, r=4, task_type="SEQ_CLS"), tmp_path / "lora", "lora")
+    for policy in ("base", "lora"):
+        driver.classify(ROWS, policy)
+    told = {(event.labels, event.activation) for event in driver.events if isinstance(event, Classified)}
+    assert told == {(("bad", "good"), "none")}
 
 
 @pytest.mark.parametrize("family", DENSE + EXPERTS)

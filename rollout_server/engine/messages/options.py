@@ -163,6 +163,11 @@ class ModelInfo:
         own: HeadTask | None = self.task if self.task in ("classify", "token_classify") else None
         return Scoring(self.embedding.width, own, whole=self.encoder)
 
+    def scores_like(self, task: HeadTask | None, labels: int) -> bool:
+        """True where a version's own head scores what the base's does: names and activation of the labels are then the
+        base's too. PEFT saves the head of every adapter on a classifier, and its files name no label."""
+        return task is not None and (task, labels) == (self.task, len(self.labels))
+
     def head_position(self, tokens: Sequence[int]) -> int:
         """Where a head is read that scores a whole sequence, as transformers does: at the rightmost token that is not
         the pad token, at the first one if all of them are; at the last one where the model has no pad token."""

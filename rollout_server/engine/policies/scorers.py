@@ -32,6 +32,7 @@ class Scorers:
     they are first asked for."""
 
     def __init__(self, info: ModelInfo, head: Head | None) -> None:
+        self._info = info
         self.base = None if head is None else Scorer(head, info.labels, info.activation)
         self._made: dict[Content, Scorer] = {}
 
@@ -43,8 +44,9 @@ class Scorers:
             head = head_of({name: mx.array(bundle.tensors[name].float32()) for name in bundle.spec.head})
             if head is None:
                 raise RuntimeError("A version was staged with a head that is none.")
-            labels = head.labels
-            self._made[content] = Scorer(head, (None,) * labels, default_activation(labels))
+            count, alike = head.labels, self._info.scores_like(bundle.spec.task, head.labels)
+            labels = self._info.labels if alike else (None,) * count
+            self._made[content] = Scorer(head, labels, self._info.activation if alike else default_activation(count))
         return self._made[content]
 
     def forget(self, contents: Sequence[Content]) -> None:

@@ -10,6 +10,7 @@ from litestar import Controller, Request, Response, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
 
+from rollout_server.engine.messages.options import ModelInfo
 from rollout_server.engine.messages.versions import VersionStatus
 from rollout_server.errors import UnknownPolicy
 from rollout_server.http.auth import may_infer
@@ -156,7 +157,7 @@ def cards(service: Service) -> list[dict[str, Any]]:
     }
     found = [{"id": name, **shared, "digest": info.digest} for name in dict.fromkeys((service.name, info.id))]
     for policy in service.policies():
-        own = {kept.version.number: shared | _gives(kept) for kept in policy.versions}
+        own = {kept.version.number: shared | _gives(kept, info) for kept in policy.versions}
         if policy.live is not None:
             card = own.get(policy.live.number, shared)
             found.append({"id": service.called(policy.name), **card, "digest": policy.live.digest})
@@ -167,6 +168,10 @@ def cards(service: Service) -> list[dict[str, Any]]:
     return found
 
 
-def _gives(kept: VersionStatus) -> dict[str, Any]:
+def _gives(kept: VersionStatus, info: ModelInfo) -> dict[str, Any]:
     """What a version with a head of its own gives; nothing where it does what the base does."""
-    return {} if kept.task is None else {"task": kept.task, "labels": [None] * kept.labels}
+    return (
+        {}
+        if kept.task is None or info.scores_like(kept.task, kept.labels)
+        else {"task": kept.task, "labels": [None] * kept.labels}
+    )

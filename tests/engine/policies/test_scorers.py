@@ -18,6 +18,7 @@ from adapters.errors import AdapterDoesNotFit
 from adapters.formats import peft, whole_tensors
 from adapters.formats.read import read_bundle
 from adapters.versions.packed import pack, unpack
+from rollout_server.engine.messages.scoring import Classified
 from rollout_server.engine.messages.versions import Delete, Export, Pin, Restore, RestoredVersion
 from rollout_server.errors import Conflict, InvalidField, VersionGone
 from tests.laws.grids import corners
@@ -199,6 +200,28 @@ def test_adapters_on_a_resident_reward_model(own: bool, tmp_path: Path) -> None:
     driver.push("rm", bundle)
     hold(driver, "rm", head)
     hold(driver, "base", {"score.weight": base["score.weight"]})
+
+
+@pytest.mark.parametrize(
+    ("labels", "task_type", "names", "activation"),
+    [
+        (2, "SEQ_CLS", ("bad", "good"), "none"),
+        (3, "SEQ_CLS", (None, None, None), "softmax"),
+        (1, "SEQ_CLS", (None,), "sigmoid"),
+        (2, "TOKEN_CLS", (None, None), "softmax"),
+    ],
+)
+def test_a_head_that_scores_what_the_base_does_keeps_its_names(
+    labels: int, task_type: str, names: tuple[str | None, ...], activation: str, tmp_path: Path
+) -> None:
+    """PEFT's files carry a trained head, and say nothing of its labels: those are the base's."""
+    named = {"id2label": {"0": "bad", "1": "good"}, "problem_type": "regression"}
+    driver = Driver.start(tiny_scorers.build("llama", tmp_path, labels=2, **named))
+    driver.push("trained", reward_bundle(driver.model.info, labels=labels, task_type=task_type))
+    id = driver.ask_classify(ROWS[:1], "trained")
+    driver.classified(id)
+    (found,) = (event for event in driver.events if isinstance(event, Classified) and event.id == id)
+    assert (found.labels, found.activation) == (names, activation)
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"task_type": "TOKEN_CLS", "labels": 2}], ids=str)

@@ -37,6 +37,16 @@ def test_the_list_of_models_says_what_each_gives(client: Client) -> None:
     assert (versions[0]["task"], versions[0]["labels"]) == ("classify", 1)
 
 
+def test_versions_that_score_what_the_base_does_are_listed_with_its_names(client: Client, engine: FakeEngine) -> None:
+    engine.task, engine.labels = "classify", ("bad", "good")
+    for name, labels in (("alike", 2), ("other", 3)):
+        facts = Facts("lora", "adapter", 2, 2, 64, "classify", labels)
+        engine.registry.publish(name, f"sha256:{name:x<64}", facts, created=1.0)
+    cards = {card["id"]: card["labels"] for card in client.get("/v1/models").json()["data"]}
+    assert cards["base"] == cards["alike"] == cards["alike@1"] == ["bad", "good"]
+    assert cards["other"] == cards["other@1"] == [None] * 3
+
+
 def test_a_reward_needs_no_name_where_only_one_model_gives_it(client: Client, engine: FakeEngine) -> None:
     reply = client.post("/get_reward", json={"query": ["a"], "prompts": ["a"], "labels": ["b"]})
     assert engine.classified[-1].policy == PolicyAddress("rm")
