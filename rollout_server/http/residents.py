@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -14,10 +14,12 @@ from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.messages.options import Task
 from rollout_server.errors import EngineUnavailable, InvalidField, UnknownPolicy
 from rollout_server.http.service import Service, resident_in, some_of
-from rollout_server.quoting import quoted
+from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE, PolicyAddress
 
 T = TypeVar("T")
+Scorer = tuple[Service, PolicyAddress]
+"""A model, and the policy of it that is asked."""
 
 RESIDENTS_KEY = "residents"
 _WHAT: Mapping[Task, str] = MappingProxyType(
@@ -61,22 +63,28 @@ class Residents:
         there = some_of([BASE, *self.also])
         raise UnknownPolicy(f"There is no model {quoted(model)} here; there are {there}.", param="model")
 
-    def scorer(self, *tasks: Task, labels: int | None = None) -> tuple[Service, PolicyAddress]:
+    def scorer(self, *tasks: Task, labels: int | None = None) -> Scorer:
         """The one model of these tasks, with so many labels if that matters, for a request that names none. Raises
         `InvalidField` unless there is just one."""
-        found = [(service, address) for service in self.every for address in service.scorers(tasks, labels)]
+        found = self._scorers(tasks, labels)
         if len(found) == 1:
             return found[0]
+        if not found and (others := self._scorers(tasks, None)):
+            raise InvalidField(
+                f"No model that is served here gives a sequence {counted(labels or 0, 'label score')}; others give "
+                f"more ({_names(others)}): ask /classify for those.",
+                param="model",
+            )
         if not found:
             raise InvalidField(
                 f"No model that is served here {_WHAT[tasks[0]]}: push an adapter with such a head (PEFT's SEQ_CLS or "
                 "TOKEN_CLS), or start a server on such a model.",
                 param="model",
             )
-        names = [service.called(address.name) for service, address in found]
-        raise InvalidField(
-            f"Several models can answer this here ({some_of(names)}): say which by model.", param="model"
-        )
+        raise InvalidField(f"Several models can answer this here ({_names(found)}): say which by model.", param="model")
+
+    def _scorers(self, tasks: Sequence[Task], labels: int | None) -> list[Scorer]:
+        return [(service, address) for service in self.every for address in service.scorers(tasks, labels)]
 
     @property
     def living(self) -> tuple[EngineHandle, ...]:
@@ -119,6 +127,10 @@ class Residents:
 
     def _about(self, service: Service, fault: str) -> str:
         return f"The model {service.name}: {fault}" if self.also else fault
+
+
+def _names(found: Sequence[Scorer]) -> str:
+    return some_of([service.called(address.name) for service, address in found])
 
 
 def residents_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Residents:

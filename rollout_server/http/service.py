@@ -232,10 +232,14 @@ class Service:
         return next((kept.task for kept in meant or policy.versions if kept.task), None) or self.info.task
 
     def scorers(self, tasks: Collection[Task], labels: int | None = None) -> list[PolicyAddress]:
-        """What is of these tasks now, with so many labels if that matters: the model itself, and live versions."""
+        """What is of these tasks now, with so many labels if it has a head and that matters: the model itself, and live
+        versions."""
         base = [(BASE, self.info.task, len(self.info.labels))]
         live = [(name, kept.task, kept.labels) for name, kept in self._live() if kept.task is not None]
-        return [PolicyAddress(name) for name, task, count in base + live if task in tasks and labels in (None, count)]
+        fit = [
+            each for each in base + live if each[1] in tasks and (each[1] not in SCORING or labels in (None, each[2]))
+        ]
+        return [PolicyAddress(name) for name, _, _ in fit]
 
     def _live(self) -> Iterator[tuple[str, VersionStatus]]:
         for policy in self.policies():

@@ -52,7 +52,7 @@ def asked_model(
     tasks: Sequence[Task] = SCORING,
     labels: int | None = None,
 ) -> Asked:
-    """Without a name the one for these tasks, with so many labels if that matters."""
+    """Without a name the one for these tasks, with so many labels if it scores any and that matters."""
     if name is None:
         service, address = residents.scorer(*tasks, labels=labels)
     else:

@@ -71,7 +71,7 @@ class PairsController(Controller):
         header_id(request)
         if data.label_token_ids is not None:
             return await token_scores(data, request, residents.of(data.model))
-        asked = asked_model(data.model, request, residents, ("classify", "embed"))
+        asked = asked_model(data.model, request, residents, ("classify", "embed"), 1)
         pairs = pairs_of(data)
         version, scores, read = await scored(data, pairs, request, asked)
         entries = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
@@ -89,7 +89,7 @@ class PairsController(Controller):
     )
     async def rerank(self, data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         header_id(request)
-        asked = asked_model(data.model, request, residents_of(request), ("classify", "embed"))
+        asked = asked_model(data.model, request, residents_of(request), ("classify", "embed"), 1)
         check_count(len(data.documents), "documents")
         query = (data.query, "query")
         pairs = [(query, (text, f"documents[{index}]")) for index, text in enumerate(data.texts)]

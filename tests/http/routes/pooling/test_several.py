@@ -64,6 +64,29 @@ def test_where_several_do_they_are_named(client: Client, engine: FakeEngine, pro
     assert client.post("/get_reward", json={"query": ["a"], "model": "other"}).status_code == 200
 
 
+PAIRS: dict[str, dict[str, Any]] = {
+    "/score": {"queries": "a", "documents": "b"},
+    "/rerank": {"query": "a", "documents": ["b"]},
+}
+
+
+@pytest.mark.parametrize("path", PAIRS)
+def test_what_has_several_labels_is_no_choice_where_only_one_can_order(
+    client: Client, engine: FakeEngine, path: str, problem: Callable[..., Any]
+) -> None:
+    facts = Facts("lora", "adapter", 2, 2, 64, "classify", 3)
+    engine.registry.publish("clf", "sha256:" + "0" * 64, facts, created=1.0)
+    reply = client.post(path, json=PAIRS[path])
+    assert reply.headers.get("x-policy") == "rm@1", reply.text
+    engine.task, engine.labels = "embed", ()
+    error = problem(client.post(path, json=PAIRS[path]), 400, "invalid_field", "model")
+    assert "(base, rm)" in error["message"], "a model of vectors has no label, and answers"
+    engine.task, engine.labels = "generate", (None,)
+    engine.registry.delete_name("rm")
+    error = problem(client.post(path, json=PAIRS[path]), 400, "invalid_field", "model")
+    assert "1 label score" in error["message"] and "(clf)" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "model"),
     [
