@@ -231,6 +231,19 @@ class Service:
         # All versions of a name have one task.
         return next((kept.task for kept in meant or policy.versions if kept.task), None) or self.info.task
 
+    def label_count(self, address: PolicyAddress) -> int | None:
+        """How many labels the model scores under this address, as far as is known before it is asked: a bare name may
+        move meanwhile. None for a version that is not there."""
+        whole = len(self.info.labels)
+        if address.name == BASE:
+            return whole
+        alias = self.alias(address) if address.follows else None
+        number, digest = (alias.number if alias else address.number), address.digest
+        for kept in self.policy(address.name).versions:
+            if kept.version.digest.startswith(digest) if digest else kept.version.number == number:
+                return whole if kept.task is None else kept.labels
+        return None
+
     def scorers(self, tasks: Collection[Task], labels: int | None = None) -> list[PolicyAddress]:
         """What is of these tasks now, with so many labels if it has a head and that matters: the model itself, and live
         versions."""

@@ -18,7 +18,7 @@ from rollout_server.http.requests.tokens.rendering import render
 from rollout_server.http.requests.tokens.truncation import bound_of, fitted, read_text
 from rollout_server.http.residents import Residents
 from rollout_server.http.service import SCORING, Service
-from rollout_server.quoting import quoted
+from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import PolicyAddress
 from rollout_server.schemas.pooling.inputs import PoolingInput
 
@@ -32,6 +32,15 @@ class Asked:
     name: str
     """As the request called it."""
     task: Task
+
+    def require_one_label(self, why: str, labels: int | None = None) -> None:
+        """Raises `InvalidField`, which ends with `why`, unless the model scores one label. `labels` is how many it did
+        score; without it the number is the one that is known before anything is read."""
+        count = self.service.label_count(self.address) if labels is None else labels
+        if count not in (None, 1):
+            raise InvalidField(
+                f"model {quoted(self.name)} scores {counted(count or 0, 'label')}, and {why}.", param="model"
+            )
 
     def require(self, *tasks: Task) -> None:
         """Raises `InvalidField` unless the model's task is one of these."""

@@ -23,7 +23,7 @@ from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model
 from rollout_server.http.service import Service, header_id
-from rollout_server.quoting import counted, quoted
+from rollout_server.quoting import counted
 from rollout_server.rollout import BASE, PolicyAddress, PolicyVersion
 from rollout_server.schemas.pooling.inputs import ScoringRequest
 from rollout_server.schemas.pooling.pairs import (
@@ -36,6 +36,7 @@ from rollout_server.schemas.pooling.pairs import (
 
 MOST_DOCUMENTS = 4096
 """In one request: more are a data set, to be sent in parts."""
+NO_ORDER = "only one can be an order: ask /classify"
 Pair = tuple[tuple[str, str], tuple[str, str]]
 """Two texts, each with its place in the request."""
 Ids = tuple[int, ...]
@@ -151,15 +152,11 @@ async def scored(
     service = asked.service
     weight = len(await request.body())
     if asked.task == "classify":
+        asked.require_one_label(NO_ORDER)
         read = await beside_client(request, weight, lambda go_on: joined(data, pairs, service, go_on))
         sequences, types = [ids for ids, _ in read], [kinds for _, kinds in read]
         found = await labelled(request, service, asked.address, sequences, types=types)
-        if len(found.labels) != 1:
-            raise InvalidField(
-                f"model {quoted(asked.name)} scores {counted(len(found.labels), 'label')}, and only one can be an "
-                "order: ask /classify.",
-                param="model",
-            )
+        asked.require_one_label(NO_ORDER, len(found.labels))
         return found.version, [float(scores[0, 0]) for scores in found.probabilities(data.activates)], sequences
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     sequences = await beside_client(request, weight, lambda go_on: alone(data, texts, service, go_on))

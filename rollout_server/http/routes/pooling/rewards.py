@@ -26,7 +26,7 @@ from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelle
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
 from rollout_server.http.routes.pooling.steps import SentText, step_positions
 from rollout_server.http.service import Service, header_id
-from rollout_server.quoting import counted, quoted
+from rollout_server.quoting import quoted
 from rollout_server.rollout import BASE
 from rollout_server.schemas.pooling.rewards import (
     GetRewardReply,
@@ -38,6 +38,7 @@ from rollout_server.schemas.pooling.rewards import (
 from rollout_server.text.long_texts import Bound
 from rollout_server.text.pictures.picture import Picture
 
+NO_REWARD = "a reward is one number"
 Ids = tuple[int, ...]
 
 
@@ -111,17 +112,14 @@ class RewardsController(Controller):
     )
     async def get_reward(self, data: JSONBody[GetRewardRequest], request: Request[Any, Any, Any]) -> Response[bytes]:
         asked = scoring_model(data.model, request, residents_of(request), ("classify",), 1)
+        asked.require_one_label(NO_REWARD)
         service = asked.service
         header_id(request)
         sequences = await beside_client(
             request, len(await request.body()), lambda go_on: read_texts(data.query, service, go_on)
         )
         found = await labelled(request, service, asked.address, sequences)
-        if len(found.labels) != 1:
-            raise InvalidField(
-                f"model {quoted(asked.name)} scores {counted(len(found.labels), 'label')}, and a reward is one number.",
-                param="model",
-            )
+        asked.require_one_label(NO_REWARD, len(found.labels))
         content = {"rewards": [float(scores[0, 0]) for scores in found.scores]}
         return json_response(content, headers=policy_headers([found.version]))
 

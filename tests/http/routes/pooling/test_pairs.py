@@ -171,5 +171,6 @@ def test_several_labels_are_no_order(client: Client, engine: FakeEngine, problem
     engine.labels = (None, None)
     for response in (rerank(client), score(client, queries="a", documents="b")):
         assert "2 labels" in problem(response, 400, "invalid_field", "model")["message"]
+    assert not engine.classified, "what is known before is said before"
     engine.task = "token_classify"
     problem(rerank(client), 400, "invalid_field", "model")

@@ -192,6 +192,10 @@ def test_refusals_by_name(client: Client, engine: FakeEngine, problem: Callable[
     problem(client.post("/get_reward", json={"query": []}), 400, "invalid_field", "query")
     engine.labels = (None, None)
     problem(client.post("/get_reward", json={"query": ["a"]}), 400, "invalid_field", "model")
+    before = len(engine.classified)
+    body = {"query": ["a"], "model": "base"}
+    assert "2 labels" in problem(client.post("/get_reward", json=body), 400, "invalid_field", "model")["message"]
+    assert len(engine.classified) == before, "what is known before is said before"
     engine.task = "token_classify"
     problem(rewards(client), 400, "invalid_field", "steps")
     problem(client.post("/get_reward", json={"query": ["a"]}), 400, "invalid_field", "model")

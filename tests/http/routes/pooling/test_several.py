@@ -87,6 +87,25 @@ def test_what_has_several_labels_is_no_choice_where_only_one_can_order(
     assert "1 label score" in error["message"] and "(clf)" in error["message"]
 
 
+@pytest.mark.parametrize("path", PAIRS)
+def test_labels_are_those_of_the_version_that_is_named(
+    client: Client, engine: FakeEngine, path: str, problem: Callable[..., Any]
+) -> None:
+    """A name's versions may score different numbers of labels; which one is meant is known before anything is read."""
+    digests = [f"sha256:{each * 64}" for each in "01"]
+    for digest, labels in zip(digests, (1, 3), strict=True):
+        facts = Facts("lora", "adapter", 2, 2, 64, "classify", labels)
+        engine.registry.publish("clf", digest, facts, created=1.0)
+    for address in ("clf@1", f"clf@{digests[0]}"):
+        assert client.post(path, json={**PAIRS[path], "model": address}).status_code == 200
+    read = len(engine.classified)
+    for address in ("clf", "clf@2", f"clf@{digests[1][:20]}"):
+        error = problem(client.post(path, json={**PAIRS[path], "model": address}), 400, "invalid_field", "model")
+        assert f"'{address}' scores 3 labels" in error["message"]
+    assert len(engine.classified) == read
+    problem(client.post(path, json={**PAIRS[path], "model": "clf@9"}), 404, "unknown_policy", "model")
+
+
 @pytest.mark.parametrize(
     ("path", "model"),
     [
