@@ -16,7 +16,7 @@ from rollout_server.commands.terminal.command_options import Json, Url, one_sent
 from rollout_server.commands.terminal.completing import policies
 
 if TYPE_CHECKING:
-    from trainer_client import Rewards, RolloutClient
+    from trainer_client import PolicyRef, Rewards, RolloutClient
 
 SHOWN = 60
 """Characters of a text that stand beside its score."""
@@ -60,10 +60,7 @@ def score(
             if query is not None:
                 return rank(client, query, asked, policy, json_output=json_output)
             activation: Literal["none", "model"] = "model" if probabilities else "none"
-            found = [
-                client.rewards(asked[part], model=policy, steps=steps_in(where, part), activation=activation)
-                for part in (slice(at, at + AT_ONCE) for at in range(0, len(asked), AT_ONCE))
-            ]
+            found = list(in_parts(client, asked, policy, where, activation))
         if json_output:
             return print_json(as_json(found))
         for text, (row, own) in zip(asked, numbers(found), strict=True):
@@ -116,6 +113,23 @@ def steps_in(steps: dict[str, Any] | None, part: slice) -> dict[str, Any] | None
     """Those of one request's sequences."""
     positions = (steps or {}).get("positions")
     return {**(steps or {}), "positions": positions[part]} if isinstance(positions, list) else steps
+
+
+def in_parts(
+    client: RolloutClient,
+    asked: list[Any],
+    policy: str | None,
+    steps: dict[str, Any] | None,
+    activation: Literal["none", "model"],
+) -> Iterator[Rewards]:
+    """The replies of as many requests as it takes. The version that gave the first gives all: scores of two versions
+    are not of one kind, and one of them is told."""
+    model: str | PolicyRef | None = policy
+    for at in range(0, len(asked), AT_ONCE):
+        part = slice(at, at + AT_ONCE)
+        found = client.rewards(asked[part], model=model, steps=steps_in(steps, part), activation=activation)
+        yield found
+        model = found.version
 
 
 def rank(client: RolloutClient, query: str, texts: list[Any], policy: str | None, *, json_output: bool) -> None:

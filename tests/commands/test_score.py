@@ -14,10 +14,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rollout_server.cli import app
+from rollout_server.commands.score import AT_ONCE, in_parts
 from rollout_server.commands.serve import greet
-from rollout_server.engine.messages.options import Task
+from rollout_server.engine.messages.options import EngineOptions, Task
+from rollout_server.engine.model.load import load as load_model
 from tests.support import tiny_scorers
 from tests.support.live_server import Server, server_here
+from trainer_client import RolloutClient
 
 TEXTS = ["the cat", "a dog sat", "he \x1b[31mran"]
 
@@ -68,6 +71,23 @@ def test_texts_in_the_order_of_a_query(judge: Server) -> None:
     assert [entry["index"] for entry in found["results"]] == [entry["index"] for entry in reply["results"]]
     first = score(*TEXTS, "--query", "who sat", "--url", judge.url).stdout.splitlines()[0]
     assert float(first.split("\t")[0]) == pytest.approx(reply["results"][0]["relevance_score"], rel=1e-5)
+
+
+def test_one_version_scores_all_requests_of_a_command(judge: Server, tmp_path: Path) -> None:
+    """What is pushed between two of them scores nothing of it, for one version is told."""
+    info = load_model(EngineOptions(str(tiny_scorers.build("llama", tmp_path)), "tiny")).info
+    asked = [[5, 6, 7]] * (AT_ONCE + 1)
+    with RolloutClient(judge.url) as client:
+        first = client.push("moving", *tiny_scorers.reward_adapter(info, 1))
+        parts = in_parts(client, asked, "moving", None, "none")
+        one = next(parts)
+        assert client.push("moving", *tiny_scorers.reward_adapter(info, 2)).version == first.version + 1
+        (other,) = parts
+        assert one.version.digest == other.version.digest == first.digest
+        assert other.values == pytest.approx(one.values[:1], rel=1e-5)
+        assert client.rewards(asked[:1], model="moving").values != pytest.approx(one.values[:1], rel=1e-5)
+        client.delete_policy("moving")
+        assert len(list(in_parts(client, asked, None, None, "none"))) == 2, "of a model that never moves"
 
 
 @pytest.fixture(scope="module")
