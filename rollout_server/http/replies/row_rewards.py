@@ -75,6 +75,11 @@ class RewardedRows:
         """None: there are no more."""
         self._work = asyncio.create_task(self._run())
 
+    @property
+    def labels(self) -> int:
+        """How many the reward model scores."""
+        return len(self._scorer.labels)
+
     def __aiter__(self) -> AsyncIterator[TokensSampled | RowFinished]:
         return self
 

@@ -60,8 +60,9 @@ def binary_response(content: bytes) -> Response[bytes]:
     return Response(content=content, status_code=200, media_type=SAFETENSORS)
 
 
-def rollouts_file(content: Mapping[str, Any]) -> bytes:
-    """The reply of `/v1/rollouts` (its JSON content) as a file."""
+def rollouts_file(content: Mapping[str, Any], labels: int = 0) -> bytes:
+    """The reply of `/v1/rollouts` (its JSON content) as a file; `labels` is how many the reward model scores, which no
+    row says where all rewards failed."""
     rows: Entries = content["rollouts"]
     written: dict[int, dict[str, Any]] = {}
 
@@ -77,7 +78,7 @@ def rollouts_file(content: Mapping[str, Any]) -> bytes:
     arrays["finish_reason"] = np.array([FINISH_REASONS.index(row["finish_reason"]) for row in rows], np.uint8)
     prompt_ids = _add_prompts(arrays, rows, write_out)
     policies = _add_spans(arrays, rows, write_out)
-    reward_model = _add_rewards(arrays, rows, write_out)
+    reward_model = _add_rewards(arrays, rows, labels, write_out)
     for index, row in enumerate(rows):
         for field in row.keys() - PLACED:
             if row[field] is not None:
@@ -242,14 +243,14 @@ def _add_spans(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], No
     return policies
 
 
-def _add_rewards(arrays: Arrays, rows: Entries, write_out: Callable[[int, str], None]) -> dict[str, Any]:
+def _add_rewards(arrays: Arrays, rows: Entries, labels: int, write_out: Callable[[int, str], None]) -> dict[str, Any]:
     """`reward` f32[R] and `reward_scores` f32[R, L], NaN for none; returns what gave them, by its field. A row without
     says why where it is written out."""
     rewards = [row["reward"] for row in rows]
     if not any(rewards):
         return {}
     scores = [reward.get("scores") if reward else None for reward in rewards]
-    labels = max((len(own) for own in scores if own is not None), default=0)
+    labels = max((len(own) for own in scores if own is not None), default=labels)
     models = [reward["model"] for reward in rewards if reward and "model" in reward]
     for index, reward in enumerate(rewards):
         if not reward or "error" in reward or reward["model"] != models[0]:

@@ -120,12 +120,14 @@ class RolloutsController(Controller):
         job = await beside_client(request, weight, lambda go_on: plan(data, request, service, go_on))
         deadline = None if data.timeout_s is None else job.began + data.timeout_s
         with renamed({"max_tokens": MAX_TOKENS}):
-            subscription = service.observer.watch(job.id, await submitted(job, deadline))
+            events = await submitted(job, deadline)
+            subscription = service.observer.watch(job.id, events)
             if data.stream:
                 first = await opening(request, subscription)
                 return stream(lines(job, first, subscription), media_type=NDJSON, subscription=subscription)
             rollouts = await collect(request, subscription, job.groups)
-        return await beside(weight_of(rollouts), lambda: reply(job, rollouts, binary=binary))
+        labels = events.labels if isinstance(events, RewardedRows) else 0
+        return await beside(weight_of(rollouts), lambda: reply(job, rollouts, binary=binary, labels=labels))
 
 
 async def submitted(job: Job, deadline: float | None) -> RowEvents:
@@ -151,8 +153,8 @@ async def submitted(job: Job, deadline: float | None) -> RowEvents:
     return RewardedRows(events, scorer, reading, Patience(options.timeout_s, deadline), service.metrics)
 
 
-def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[bytes]:
-    """All rows at once."""
+def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool, labels: int) -> Response[bytes]:
+    """All rows at once; `labels` is how many the reward model scores, 0 where none was asked for."""
     service = job.service
     content = {
         "id": job.id,
@@ -164,7 +166,7 @@ def reply(job: Job, rollouts: Sequence[Rollout], *, binary: bool) -> Response[by
         "usage": usage(rollouts, job.prompt_tokens),
         "timings_ms": {"total": round(1e3 * (time.monotonic() - job.began), 3)},
     }
-    return binary_response(rollouts_file(content)) if binary else json_response(content)
+    return binary_response(rollouts_file(content, labels)) if binary else json_response(content)
 
 
 async def lines(

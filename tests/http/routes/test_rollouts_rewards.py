@@ -164,7 +164,11 @@ def test_a_reward_that_fails_costs_no_rollout(client: Client, engine: FakeEngine
             assert row["finish_reason"] == "length"
             assert row["reward"]["error"]["code"] == "engine_fault"
     assert np.isnan(load(ask(client, headers=BINARY).content)["reward"]).all()
-    assert 'rollout_reward_seconds_count{outcome="failed"} 5.0' in client.get("/metrics").text
+    for labels in (1, 3):
+        engine.labels = (None,) * labels
+        scores = load(ask(client, n=2, headers=BINARY).content)["reward_scores"]
+        assert scores.shape == (2, labels) and np.isnan(scores).all()
+    assert 'rollout_reward_seconds_count{outcome="failed"} 9.0' in client.get("/metrics").text
 
 
 def test_rewards_are_counted(client: Client) -> None:
