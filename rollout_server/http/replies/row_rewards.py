@@ -133,8 +133,7 @@ class RewardedRows:
             why = f"The reward of this row failed by {type(error).__name__}; the server's log says where."
             reward = _none(EngineFault.code, why)
         else:
-            late = _none("timeout", f"The reward was not there {limit} seconds after the row had ended.")
-            reward = late if scores is None else RowReward(scores, self._scorer.version)
+            reward = _late(limit or 0.0) if scores is None else RowReward(scores, self._scorer.version)
         self._metrics.reward(self._patience.clock() - began, scored=reward.error is None)
         return reward
 
@@ -164,3 +163,7 @@ class RewardedRows:
 
 def _none(code: str, message: str) -> RowReward:
     return RowReward(error=RowError(code, message))
+
+
+def _late(limit_s: float) -> RowReward:
+    return _none("timeout", f"The reward was not there {round(limit_s, 2):.12g} seconds after the row had ended.")

@@ -170,6 +170,24 @@ def test_a_late_reward_costs_the_reward_alone(
     play(test, Call(timeout_s, deadline))
 
 
+@pytest.mark.parametrize(
+    ("timeout_s", "deadline", "says"), [(None, 2.0, "1.67"), (3.0, None, "3"), (0.25, 2.0, "0.25"), (None, 0.2, "0")]
+)
+def test_how_long_was_waited_is_told_in_hundredths(
+    play: Any, timeout_s: float | None, deadline: float | None, says: str
+) -> None:
+    async def test(call: Call, rows: RewardedRows) -> None:
+        call.now = 1 / 3
+        put(call, row(0), None)
+        await settled()
+        await call.pass_to(9.0)
+        ((_, reward),) = await rest(rows)
+        assert reward.error is not None
+        assert reward.error.message == f"The reward was not there {says} seconds after the row had ended."
+
+    play(test, Call(timeout_s, deadline))
+
+
 def test_a_row_that_ends_after_the_deadline_is_not_waited_for(play: Any) -> None:
     async def test(call: Call, rows: RewardedRows) -> None:
         call.now = 5.0
