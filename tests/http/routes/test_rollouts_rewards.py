@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -169,6 +170,28 @@ def test_a_reward_that_fails_costs_no_rollout(client: Client, engine: FakeEngine
         scores = load(ask(client, n=2, headers=BINARY).content)["reward_scores"]
         assert scores.shape == (2, labels) and np.isnan(scores).all()
     assert 'rollout_reward_seconds_count{outcome="failed"} 9.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("reward", "fields", "says"),
+    [({"timeout_s": 0.05}, {}, "not there 0.05 seconds"), ({}, {"timeout_s": 0.2}, "seconds after the row had ended")],
+)
+def test_a_reward_that_never_comes_is_waited_for_as_long_as_the_request_says(
+    client: Client, engine: FakeEngine, reward: Any, fields: Any, says: str
+) -> None:
+    """From the end of a row on, or until the request is over: rows come back in either case."""
+
+    async def never(classify: Any) -> Any:
+        await asyncio.sleep(10.0)  # A server that waits on has another error, and no test that hangs.
+        raise EngineFault("Nobody was to wait for this: a test.")
+
+    engine.classify = never  # type: ignore[method-assign]
+    for stream in (False, True):
+        reply = ask(client, n=2, reward={"model": "rm", **reward}, stream=stream, **fields)
+        rows = [json.loads(line) for line in reply.text.splitlines()[:-1]] if stream else reply.json()["rollouts"]
+        assert [(row["finish_reason"], row["reward"]["error"]["code"]) for row in rows] == [("length", "timeout")] * 2
+        assert all(says in row["reward"]["error"]["message"] for row in rows)
+        assert engine.held == [], "it was let go"
 
 
 def test_rewards_are_counted(client: Client) -> None:
