@@ -59,6 +59,14 @@ def render(
     return list(ids)
 
 
+def rendered(chat: Chat, tokenizer: Any, *, param: str, expand: Callable[[str], str] | None = None) -> str:
+    """The text that `render` made tokens of, for messages that it has accepted."""
+    inside = f"{param}." if param else ""
+    rows = _rows(chat, tokenizer, inside, f"{inside}messages")
+    text = str(_apply(chat, tokenizer, rows, chat.tools, tokenize=False))
+    return text if expand is None else expand(text)
+
+
 def opens_thinking(chat: ChatRequest, tokenizer: Any, format: ReplyFormat) -> bool:
     """Returns whether the prompt ends inside of reasoning: by what the template writes behind the last message, where
     no mark is of the messages' own making. A message of the assistant that is to be continued is the reply's own

@@ -15,6 +15,7 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.replies.json_entries import json_response, policy_headers
 from rollout_server.http.replies.streaming import beside_client
 from rollout_server.http.requests.json_body import StrictJson, beside, read_json
+from rollout_server.http.requests.tokens.rendering import rendered
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import embedded, envelope, labelled, unit_vectors, usage_of
 from rollout_server.http.routes.pooling.inputs import Asked, asked_model, read_inputs, scoring_model
@@ -124,6 +125,9 @@ def places_of(data: PoolingRequest, sequences: Sequence[tuple[int, ...]], servic
     """The tokens that are scored: the steps, or without them all."""
     if data.steps is None:
         return [tuple(range(len(ids))) for ids in sequences]
+    if data.messages is not None and data.steps.text is not None:
+        text = rendered(data, service.tokenizer, param="")
+        return step_positions(data.steps, sequences, [SentText(text, special=False)], service)
     inputs: list[Any] = data.input if isinstance(data.input, list) else [data.input]
     if len(inputs) != len(sequences):  # Token ids of one sequence.
         inputs = [None] * len(sequences)

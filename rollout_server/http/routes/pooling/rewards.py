@@ -20,7 +20,7 @@ from rollout_server.http.requests.json_body import StrictJson, beside, read_json
 from rollout_server.http.requests.sampling import check_rows
 from rollout_server.http.requests.tokens.pictures import RequestPictures, Shown, picture_weight
 from rollout_server.http.requests.tokens.prompts import encode, some
-from rollout_server.http.requests.tokens.rendering import render
+from rollout_server.http.requests.tokens.rendering import render, rendered
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.pooling.answers import Labelled, Scores, labelled, usage_of
 from rollout_server.http.routes.pooling.inputs import asked_model, scoring_model
@@ -36,7 +36,6 @@ from rollout_server.schemas.pooling.rewards import (
     SequenceToReward,
 )
 from rollout_server.text.long_texts import Bound
-from rollout_server.text.pictures.picture import Picture
 
 NO_REWARD = "a reward is one number"
 Ids = tuple[int, ...]
@@ -74,15 +73,16 @@ class RewardsController(Controller):
         if not whole and data.steps is None:
             raise InvalidField(f"model {quoted(asked.name)} scores tokens: say by steps which of them.", param="steps")
         weight = len(await request.body()) + sum(picture_weight(each.messages, each.images) for each in data.sequences)
-        sequences, pictures = await beside_client(
+        sequences, shown = await beside_client(
             request, weight, lambda go_on: read_sequences(data.sequences, service, go_on)
         )
-        steps = await beside_client(request, weight, lambda _: steps_of(data, sequences, service))
+        steps = await beside_client(request, weight, lambda _: steps_of(data, sequences, shown, service))
         ends = [end_of(ids, service, data.label_token_ids is not None) for ids in sequences]
         places = [
             tuple(sorted({*(steps[index] if steps else ()), *((ends[index],) if whole else ())}))
             for index in range(len(sequences))
         ]
+        pictures = [each.pictures for each in shown]
         found = await labelled(
             request, service, asked.address, sequences, places, data.label_token_ids or (), pictures=pictures
         )
@@ -124,11 +124,19 @@ class RewardsController(Controller):
         return json_response(content, headers=policy_headers([found.version]))
 
 
-def steps_of(data: RewardsRequest, sequences: Sequence[Ids], service: Service) -> list[Ids] | None:
+def steps_of(
+    data: RewardsRequest, sequences: Sequence[Ids], shown: Sequence[Shown], service: Service
+) -> list[Ids] | None:
     """Where the steps of each sequence are; None where none are asked for."""
     if data.steps is None:
         return None
-    sent = [None if each.text is None else SentText(each.text, each.add_special_tokens) for each in data.sequences]
+    sent: list[SentText | None] = [None] * len(sequences)
+    for index, each in enumerate(data.sequences if data.steps.text is not None else ()):
+        if each.text is not None:
+            sent[index] = SentText(each.text, each.add_special_tokens)
+        elif each.messages is not None:
+            place, expand = f"sequences[{index}]", shown[index].expand
+            sent[index] = SentText(rendered(each, service.tokenizer, param=place, expand=expand), special=False)
     return step_positions(data.steps, sequences, sent, service)
 
 
@@ -167,19 +175,19 @@ def _rows(scores: Scores, rows: list[int]) -> list[list[float]]:
 
 def read_sequences(
     sequences: Sequence[SequenceToReward], service: Service, go_on: GoOn
-) -> tuple[list[Ids], list[tuple[Picture, ...]]]:
+) -> tuple[list[Ids], list[Shown]]:
     """Token ids and pictures of every sequence, checked; what is wrong is named by its place."""
     check_rows([len(sequences)], service.config.max_rows_per_request, ["sequences"])
     bound = service.bound(go_on)
-    found, pictures, shown_here = [], [], RequestPictures(service)
+    found, every, shown_here = [], [], RequestPictures(service)
     for index, sequence in enumerate(sequences):
         place = f"sequences[{index}]"
         beside_them = shown_here.beside_ids(sequence.images, f"{place}.images")
         shown = beside_them if sequence.images else shown_here.in_messages(sequence.messages, f"{place}.messages")
         found.append(tuple(_ids(sequence, place, service, bound, shown)))
-        pictures.append(shown.pictures)
+        every.append(shown)
         bound.check_ids(found[-1], place)
-    return found, pictures
+    return found, every
 
 
 def _ids(sequence: SequenceToReward, place: str, service: Service, bound: Bound, shown: Shown) -> list[int]:

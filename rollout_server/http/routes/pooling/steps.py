@@ -17,7 +17,7 @@ from rollout_server.schemas.pooling.inputs import Steps
 
 @dataclass(frozen=True, slots=True)
 class SentText:
-    """A sequence that came as text."""
+    """A sequence that came as text, or as messages, which a chat template made a text of."""
 
     text: str
     special: bool
@@ -27,7 +27,7 @@ class SentText:
 def step_positions(
     steps: Steps, sequences: Sequence[Sequence[int]], sent: Sequence[SentText | None], service: Service
 ) -> list[tuple[int, ...]]:
-    """Places in each sequence, ascending; `sent` is None for those that did not come as text. Raises `InvalidField` for
+    """Places in each sequence, ascending; `sent` is None for those that came as token ids. Raises `InvalidField` for
     what cannot be a place of it, and for a text of which no token can be told."""
     if steps.positions is not None:
         return _given(steps.positions, sequences)

@@ -98,6 +98,25 @@ def test_a_mark_is_found_whatever_its_tokens_have_merged_with(
     assert engine.classified[-1].positions == (tuple(expected),)
 
 
+@pytest.mark.parametrize(("text", "mark"), STEPS_IN_TEXT)
+@pytest.mark.parametrize("path", ["/v1/rewards", "/pooling"])
+def test_a_mark_is_found_in_messages_as_they_were_rendered(
+    client: Client, engine: FakeEngine, tokenizer: Any, path: str, text: str, mark: str
+) -> None:
+    """At the tokens at which it is found in the rendered text, sent as text."""
+    engine.task = "token_classify"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text}{text}"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    plain = {"text": whole} if path == "/v1/rewards" else {"input": whole}
+    found = []
+    for given in ({"messages": messages}, {**plain, "add_special_tokens": False}):
+        field = {"sequences": [given]} if path == "/v1/rewards" else given
+        client.post(path, json={"model": "base", "steps": {"text": mark}, **field}).raise_for_status()
+        found.append((engine.classified[-1].sequences, engine.classified[-1].positions))
+    assert found[0] == found[1]
+    assert len(found[0][1][0]) > 1
+
+
 def test_a_mark_that_ids_hold_within_other_tokens_is_refused(
     client: Client, engine: FakeEngine, tokenizer: Any, problem: Callable[..., Any]
 ) -> None:
