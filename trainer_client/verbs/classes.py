@@ -100,19 +100,43 @@ def classify(
     model: Addressed | None = None,
     activation: bool | None = None,
     truncate_prompt_tokens: int | None = None,
+    add_special_tokens: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Call[Classes]:
-    """Classes of a text, texts, token ids or lists of token ids; `activation` False leaves the scores as they are."""
-    body = {"input": inputs, **_model(model)}
-    body |= without_none(use_activation=activation, truncate_prompt_tokens=truncate_prompt_tokens)
+    """Classes of texts or token ids, or of one conversation.
+
+    inputs                  a text, texts, token ids, lists of token ids, or the messages of one conversation
+    model                   the one that scores, if not given
+    activation              False leaves the scores as the head gives them
+    truncate_prompt_tokens  only so many of the last tokens are read, with -1 what the context holds
+    add_special_tokens      False for texts that have theirs already, as a chat template writes them
+    chat_template_kwargs    variables of the chat template that renders messages"""
+    what = "messages" if not isinstance(inputs, str) and len(inputs) and isinstance(inputs[0], Mapping) else "input"
+    body = {what: inputs, **_model(model)}
+    body |= without_none(
+        use_activation=activation,
+        truncate_prompt_tokens=truncate_prompt_tokens,
+        add_special_tokens=add_special_tokens,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     return post("/classify", body, _parse_classes, idempotent=True)
 
 
 def rerank(
-    query: str, documents: Sequence[str], *, model: Addressed | None = None, top_n: int | None = None
+    query: str,
+    documents: Sequence[str],
+    *,
+    model: Addressed | None = None,
+    top_n: int | None = None,
+    activation: bool | None = None,
+    truncate_prompt_tokens: int | None = None,
 ) -> Call[tuple[Ranked, ...]]:
-    """Documents in the order in which they answer a query, the best first; with `top_n` only so many."""
+    """Documents in the order in which they answer a query, the best first; with `top_n` only so many. `activation`
+    False gives scores as the head does, and `truncate_prompt_tokens` reads so many of a pair's tokens, -1 what the
+    context holds."""
     body = {"query": query, "documents": list(documents), "return_documents": False, **_model(model)}
-    return post("/rerank", body | without_none(top_n=top_n), _parse_ranked, idempotent=True)
+    body |= without_none(top_n=top_n, use_activation=activation, truncate_prompt_tokens=truncate_prompt_tokens)
+    return post("/rerank", body, _parse_ranked, idempotent=True)
 
 
 def _model(model: Addressed | None) -> dict[str, Any]:

@@ -95,6 +95,20 @@ def test_classes_and_ranks() -> None:
     assert ranked == (classes.Ranked(index=1, score=0.5),)
 
 
+def test_what_classes_and_ranks_can_be_asked_with() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    call = classes.classify(messages, chat_template_kwargs={"shout": True})
+    ClassifyRequest.model_validate_json(bytes(call.body))
+    assert body(call) == {"messages": messages, "chat_template_kwargs": {"shout": True}}
+    call = classes.classify(["<|user|>hi"], add_special_tokens=False)
+    ClassifyRequest.model_validate_json(bytes(call.body))
+    assert body(call) == {"input": ["<|user|>hi"], "add_special_tokens": False}
+    call = classes.rerank("q", ["a"], activation=False, truncate_prompt_tokens=64)
+    RerankRequest.model_validate_json(bytes(call.body))
+    assert (body(call)["use_activation"], body(call)["truncate_prompt_tokens"]) == (False, 64)
+    assert "use_activation" not in body(classes.rerank("q", ["a"]))
+
+
 def test_a_reply_that_is_none_is_named() -> None:
     with pytest.raises(BadReply, match="labels"):
         classes.rewards(["a"]).parse(contract.reply({"rewards": []}))
