@@ -7,6 +7,7 @@ client makes up becomes a label.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate, chain
@@ -39,6 +40,10 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"}
 STATES = ("starting", "ready", "stopping", "dead")
 REPLICA_STATES = ("joining", "restoring", "live", "draining", "fenced", "dead")
 PAUSES = ("wait", "keep", "abort")
+
+OUTCOMES = ("scored", "failed")
+MOST_REWARD_MODELS = 64
+"""Names of reward models that are told: a trainer may push each under a name of its own."""
 
 
 class Metrics:
@@ -74,10 +79,12 @@ class Metrics:
         self._rewards = Histogram(
             "rollout_reward_seconds",
             "Seconds from the end of a row until its reward was there, or had failed.",
-            ("outcome",),
+            ("reward_model", "outcome"),
             buckets=REQUEST_BUCKETS,
             registry=self._registry,
         )
+        self._reward_models: OrderedDict[str, None] = OrderedDict()
+        """Names whose rewards are told, the one that was used last behind the others."""
 
     def request(self, method: str, route: str | None, status: int, seconds: float, refused: str | None = None) -> None:
         """`route` is the template of the path, None where there is no such route; `refused` the code of an error."""
@@ -92,9 +99,19 @@ class Metrics:
             self._pushes.labels(model, phase).observe(milliseconds / 1e3)
         self._push_bytes.labels(model).inc(nbytes)
 
-    def reward(self, seconds: float, *, scored: bool) -> None:
-        """Counts the reward of a row that has ended, or its failure."""
-        self._rewards.labels("scored" if scored else "failed").observe(seconds)
+    def reward(self, seconds: float, model: str, *, scored: bool) -> None:
+        """Counts the reward of a row that has ended, or its failure; `model` is the name of what was to score it, which
+        has to be there. The name that was used longest ago makes room for a new one."""
+        if model not in self._reward_models:
+            for outcome in OUTCOMES:
+                self._rewards.labels(model, outcome)
+        self._reward_models[model] = None
+        self._reward_models.move_to_end(model)
+        while len(self._reward_models) > MOST_REWARD_MODELS:
+            gone, _ = self._reward_models.popitem(last=False)
+            for outcome in OUTCOMES:
+                self._rewards.remove(gone, outcome)
+        self._rewards.labels(model, OUTCOMES[0] if scored else OUTCOMES[1]).observe(seconds)
 
     def text(self, name_of: NameOf = lambda model: model) -> bytes:
         """All of it, and what vLLM has too under vLLM's names; `name_of` says what requests call a model."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from rollout_server.http.metrics import MOST_REWARD_MODELS, Metrics
 from tests.support.http.fake_engine import FakeEngine
 
 Client = TestClient[Any]
@@ -87,3 +89,17 @@ def test_requests_are_counted_by_route_and_status(client: Client, engine: FakeEn
     assert count("none", "404") == 3
     labels = {text for _, pairs in samples for _, text in pairs}
     assert "BREW" not in labels and not any("secret" in text or "nobody" in text for text in labels)
+
+
+def test_as_many_reward_models_are_told_as_there_is_room_for(engine: FakeEngine) -> None:
+    """The one that was used longest ago is told no more; whoever comes back begins anew."""
+    metrics = Metrics({"base": engine})  # type: ignore[dict-item]
+    for number in range(MOST_REWARD_MODELS + 1):
+        metrics.reward(1.0, f"rm-{number}", scored=True)
+        metrics.reward(1.0, "kept", scored=number % 2 == 0)
+    text = metrics.text().decode()
+    told = set(re.findall(r'reward_model="([^"]*)"', text))
+    assert told == {"kept", *(f"rm-{number}" for number in range(2, MOST_REWARD_MODELS + 1))}
+    assert 'rollout_reward_seconds_count{outcome="scored",reward_model="kept"} 33.0' in text
+    metrics.reward(1.0, "rm-0", scored=False)
+    assert 'rollout_reward_seconds_count{outcome="failed",reward_model="rm-0"} 1.0' in metrics.text().decode()

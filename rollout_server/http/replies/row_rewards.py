@@ -134,7 +134,8 @@ class RewardedRows:
             reward = _none(EngineFault.code, why)
         else:
             reward = _late(limit or 0.0) if scores is None else RowReward(scores, self._scorer.version)
-        self._metrics.reward(self._patience.clock() - began, scored=reward.error is None)
+        took, model = self._patience.clock() - began, self._scorer.version.called
+        self._metrics.reward(took, model, scored=reward.error is None)
         return reward
 
     async def _scores(self, rollout: Rollout) -> tuple[float, ...]:

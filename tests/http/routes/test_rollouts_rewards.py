@@ -169,7 +169,7 @@ def test_a_reward_that_fails_costs_no_rollout(client: Client, engine: FakeEngine
         engine.labels = (None,) * labels
         scores = load(ask(client, n=2, headers=BINARY).content)["reward_scores"]
         assert scores.shape == (2, labels) and np.isnan(scores).all()
-    assert 'rollout_reward_seconds_count{outcome="failed"} 9.0' in client.get("/metrics").text
+    assert 'rollout_reward_seconds_count{outcome="failed",reward_model="rm"} 9.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,21 @@ def test_a_reward_that_never_comes_is_waited_for_as_long_as_the_request_says(
         assert engine.held == [], "it was let go"
 
 
-def test_rewards_are_counted(client: Client) -> None:
-    ask(client, n=3)
-    assert 'rollout_reward_seconds_count{outcome="scored"} 3.0' in client.get("/metrics").text
+def test_rewards_are_counted_by_what_gave_them(client: Client, engine: FakeEngine) -> None:
+    engine.registry.publish("other", "sha256:" + "0" * 64, Facts("lora", "adapter", 2, 2, 64, "classify", 1), created=1)
+    for model in ("rm", "rm@1", f"other@sha256:{'0' * 12}"):
+        ask(client, n=3, reward={"model": model})
+    ask(client, reward={"model": "nobody"})
+    lines = [line for line in client.get("/metrics").text.splitlines() if "rollout_reward_seconds_count" in line]
+    assert sorted(lines) == [
+        f'rollout_reward_seconds_count{{outcome="{outcome}",reward_model="{model}"}} {count}'
+        for outcome, model, count in (
+            ("failed", "other", 0.0),
+            ("failed", "rm", 0.0),
+            ("scored", "other", 3.0),
+            ("scored", "rm", 6.0),
+        )
+    ]
 
 
 def test_what_is_wrong_with_a_reward_is_said_before_anything_runs(
