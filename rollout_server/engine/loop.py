@@ -283,11 +283,10 @@ class Engine:
         try:
             match command:
                 case Submit():
-                    self._requests.submit(command)
-                    for group in command.groups:
+                    for group in self._requests.submit(command).groups:
                         # A name that is being pushed may not be there yet.
                         if not self._changes:
-                            self._policies.check(group.policy)
+                            self._policies.check(group.address)
                 case Score() | Replay() | Embed() | Classify():
                     if not self._pause_state.holds(command):
                         self._tasks.read(command)

@@ -23,7 +23,7 @@ from rollout_server.errors import EngineUnavailable, NeverAdmitted, ReplicaLost,
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import Attempt, ReplicaState, Work
 from rollout_server.fleet.versions import FleetVersions
-from rollout_server.rollout import BASE, FinishReason, OnUpdate, PolicyAddress, PolicyVersion, Rollout, RolloutRequest
+from rollout_server.rollout import BASE, FinishReason, OnUpdate, PolicyVersion, Rollout, RolloutRequest
 
 PAUSE = "pause"
 """The stop reason of rows that a pause ends."""
@@ -167,7 +167,7 @@ class FleetRequests:
             return
         request, id = group.request, str(attempt.number)
         left = None if request.return_when is None else max(1, request.return_when - group.finished)
-        pinned = attempt.pinned is not None and request.policy.name != BASE
+        begins_on = None if attempt.pinned is None or request.policy.name == BASE else attempt.pinned[1]
         opened, _ = self._groups[attempt.work]
         part = replace(
             request,
@@ -175,11 +175,10 @@ class FleetRequests:
             n=len(attempt.samples),
             seeds=tuple(request.seeds[sample] for sample in attempt.samples),
             return_when=None if left is None else min(left, len(attempt.samples)),
-            policy=PolicyAddress(*attempt.pinned) if pinned and attempt.pinned else request.policy,
-            min_version=None if pinned else request.min_version,
+            min_version=request.min_version if begins_on is None else None,
         )
         seconds = None if opened.deadline is None else max(0.0, opened.deadline - self._clock())
-        self._send(attempt.replica, Submit(id, (part,), seconds))
+        self._send(attempt.replica, Submit(id, (part,), seconds, begins_on))
 
     def lose(self, work: Work, samples: tuple[int, ...], reason: str) -> None:
         """Samples that no replica will report."""

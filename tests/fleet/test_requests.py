@@ -2,45 +2,93 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from safetensors.numpy import save
+
+from adapters.formats.read import read_bundle
 from rollout_server.engine.messages.control import Abort, RowSeen
 from rollout_server.engine.messages.rollouts import Admitted, Event, RequestDone, RowFinished, Submit
+from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.fleet.ledger.ledger import Ledger
-from rollout_server.fleet.ledger.records import Dispatch, Lose
+from rollout_server.fleet.ledger.records import Dispatch, Flip, Lose, Settle, Stage
 from rollout_server.fleet.requests import FleetRequests
 from rollout_server.fleet.versions import FleetVersions
-from rollout_server.rollout import FinishReason, PolicyAddress, PolicyVersion, RolloutRequest, SamplingParams
+from rollout_server.rollout import FinishReason, OnUpdate, PolicyAddress, PolicyVersion, RolloutRequest, SamplingParams
+from tests.support import tiny_models
 
+LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
 BASE = PolicyVersion("base", 0, "sha256:0")
 
 
-class Asked:
-    """Requests of a fleet of one replica, which has room for one group of two."""
+def trained(number: int) -> PolicyVersion:
+    return PolicyVersion("trained", number, f"sha256:{number}")
 
-    def __init__(self) -> None:
-        self.posted, self.sent, self.ledger = list[Event](), list[Any](), Ledger()
-        versions = FleetVersions(self.ledger, self.send, self.act, 8, 1, lambda: 0.0)
-        versions.base = BASE
-        self.requests = FleetRequests(self.ledger, versions, self.posted.extend, self.send, lambda: 0.0)
-        self.ledger.join("one", 2, 0.0)
+
+class Asked:
+    """Requests of a fleet whose replicas have room for one group of two each, and make every change at once."""
+
+    def __init__(self, *replicas: str) -> None:
+        self.now, self.posted, self.sent, self.ledger = 0.0, list[Event](), list[Any](), Ledger()
+        self.versions = FleetVersions(self.ledger, self.send, self.act, 8, 1, lambda: self.now)
+        self.versions.base = BASE
+        self.requests = FleetRequests(self.ledger, self.versions, self.posted.extend, self.send, lambda: self.now)
+        for id in replicas or ("one",):
+            self.ledger.join(id, 2, 0.0)
 
     def send(self, id: str, message: Any) -> None:
         self.sent.append(message)
 
     def act(self) -> None:
-        for action in self.ledger.take():
-            match action:
-                case Dispatch(attempt):
-                    self.requests.dispatch(attempt)
-                case Lose(work, samples, reason):
-                    self.requests.lose(work, samples, reason)
+        while actions := self.ledger.take():
+            for action in actions:
+                match action:
+                    case Dispatch(attempt):
+                        self.requests.dispatch(attempt)
+                    case Lose(work, samples, reason):
+                        self.requests.lose(work, samples, reason)
+                    case Stage(id, version):
+                        told = PolicyVersion(*version, f"sha256:{version[1]}")
+                        self.versions.staged_on(id, version, Published("s", told, False, False, 1.0, 0.0))
+                    case Flip(id, version):
+                        self.ledger.flipped(id, version)
+                    case Settle(change):
+                        self.versions.settled(change)
 
-    def submit(self, id: str, groups: int) -> None:
-        sampling, address = SamplingParams(max_tokens=4), PolicyAddress("base")
-        asked = (RolloutRequest(id, (1, index), sampling, address, 2, index, (7, 8)) for index in range(groups))
+    def push(self, seed: int) -> None:
+        """Publishes what differs with `seed`; bytes that a name had before are its version of then."""
+        tensors, config = tiny_models.random_adapter(LAYERS, 2, seed)
+        publish = Publish("p", "trained", read_bundle(save(tensors), config, layers=LAYERS))
+        asyncio.run(self.versions.change(publish))
+
+    def back_to(self, number: int) -> None:
+        """Moves the alias to an older version."""
+        asyncio.run(self.versions.change(Activate("a", "trained", number)))
+
+    def submit(self, id: str, groups: int, policy: str = "base", **more: Any) -> None:
+        sampling, address = SamplingParams(max_tokens=4), PolicyAddress.parse(policy)
+        asked = (RolloutRequest(id, (1, at), sampling, address, 2, at, (7, 8), **more) for at in range(groups))
         self.requests.submit(Submit(id, tuple(asked)))
+        self.act()
+
+    def newest(self) -> Submit:
+        """What a replica was sent last of work."""
+        return next(message for message in reversed(self.sent) if isinstance(message, Submit))
+
+    def admit(self, number: int) -> Submit:
+        """What was sent last is admitted under a version of the trained policy."""
+        told = self.newest()
+        self.requests.event(int(told.id), Admitted(told.id, 0, trained(number)))
+        return told
+
+    def dies(self, submit: Submit) -> None:
+        """The replica ends that has this."""
+        attempt = self.ledger.attempt(int(submit.id))
+        assert attempt is not None
+        self.ledger.lost(attempt.replica)
         self.act()
 
     def rows(self, id: str) -> list[tuple[int, int, FinishReason, Any]]:
@@ -82,3 +130,17 @@ def test_a_row_that_is_looked_at_is_told_as_its_request_knows_it() -> None:
     seen = RowSeen(asked.sent[-1].id, 0, 0, BASE, 3, 4, preempted=False)
     assert asked.requests.seen(seen) == replace(seen, id="a", sample_index=1)
     assert asked.requests.seen(replace(seen, id=first.id)) is None, "nobody listens to the dead"
+
+
+@pytest.mark.parametrize("on_update", list(OnUpdate))
+def test_a_row_that_is_drawn_again_begins_on_its_version_and_follows_its_name(on_update: OnUpdate) -> None:
+    asked = Asked("one", "two")
+    asked.push(1)
+    asked.submit("a", 1, "trained", on_update=on_update, min_version=1)
+    first = asked.admit(1)
+    assert first.begins_on is None and first.groups[0].min_version == 1
+    asked.dies(first)
+    again = asked.newest()
+    assert again.id != first.id and again.begins_on == 1
+    (group,) = again.groups
+    assert group.policy.follows and group.on_update is on_update and group.min_version is None

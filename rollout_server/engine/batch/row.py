@@ -16,6 +16,7 @@ from rollout_server.rollout import (
     CARRIED,
     RECOMPUTED,
     FinishReason,
+    PolicyAddress,
     PolicyVersion,
     Rollout,
     RolloutRequest,
@@ -38,6 +39,8 @@ class Group:
     request: RolloutRequest
     sight: Sight | None = None
     """Where its pictures stand; None without any."""
+    begins_on: int | None = None
+    """The version that it begins on where it is drawn again, whatever its policy has come to name."""
     arrived: float = field(default_factory=time.monotonic)
     version: PolicyVersion | None = None
     placement: Placement = BASE_PLACEMENT
@@ -70,6 +73,12 @@ class Group:
     @property
     def waiting(self) -> int:
         return self.request.n - self.admitted
+
+    @property
+    def address(self) -> PolicyAddress:
+        """The version that it begins on; what its rows follow from there is the request's policy."""
+        policy = self.request.policy
+        return policy if self.begins_on is None else PolicyAddress(policy.name, self.begins_on)
 
     @property
     def columns_soon(self) -> int:

@@ -44,6 +44,8 @@ class Submit:
     groups: tuple[RolloutRequest, ...]
     deadline: float | None = None
     """time.monotonic() at which what is left ends as `aborted` with stop_reason `timeout`."""
+    begins_on: int | None = None
+    """The version that groups begin on which are drawn again; None for what their policy names at their turn."""
 
 
 Command = (

@@ -72,7 +72,9 @@ class RequestQueue:
         self._prompt_cells = prompt_cells
 
     def submit(self, submit: Submit) -> OpenRequest:
-        groups = tuple(Group(each, self._see(each.given_ids, each.pictures)) for each in submit.groups)
+        groups = tuple(
+            Group(each, self._see(each.given_ids, each.pictures), submit.begins_on) for each in submit.groups
+        )
         rows = sum(group.request.n for group in groups)
         streams = any(group.request.wants.tokens_as_they_come for group in groups)
         open_request = OpenRequest(submit.id, groups, frozenset(groups), rows, submit.deadline, len(groups), streams)

@@ -89,7 +89,7 @@ class AdmissionControl:
     def _batch_with_room(self, group: Group, count: int) -> BatchKey | None:
         """The batch in which so many samples of a group could start; None where KV memory has no room for them."""
         # A group that has no version yet starts on what its policy names now.
-        known = group.placement if group.version is not None else self._policies.placement(group.request.policy)
+        known = group.placement if group.version is not None else self._policies.placement(group.address)
         batch_key = self._batches.key_for(known.parameters, count, len(group.request.given_ids))
         cells = self._batches.cells(batch_key, count, group.columns_soon)
         return batch_key if self._ledger.fits(wanted=True, rows=cells) else None
@@ -123,7 +123,7 @@ class AdmissionControl:
         has failed or is held for a version, or heads the queue until a change that came before it is done."""
         request = group.request
         try:
-            group.version, group.placement = self._policies.acquire(request.policy, request.n, request.min_version)
+            group.version, group.placement = self._policies.acquire(group.address, request.n, request.min_version)
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
                 self._queue.hold_for_version(group, self._clock() + request.wait_s)

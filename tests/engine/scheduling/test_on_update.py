@@ -113,3 +113,23 @@ def test_samples_that_start_late_follow_too(driver: Driver, qwen: Path) -> None:
     assert {row.finish_reason for row in small.rollouts(end)} == {FinishReason.SUPERSEDED}
     small.turn(3)
     assert all(v.rows_in_use == 0 for v in small.status.policies[0].versions)
+
+
+def test_a_row_that_is_drawn_again_begins_on_its_version_and_follows_the_name_from_there(driver: Driver) -> None:
+    """It is drawn again because its replica ended, and what it asked for of later versions holds all the same."""
+    driver.push("p", driver.bundle(1))
+    first = driver.submit([PROMPT], policy="p", seed=1, max_tokens=20, ignore_eos=True)
+    driver.finish(first)
+    driver.push("p", driver.bundle(2))
+    stay = driver.submit([PROMPT], policy="p", seed=1, max_tokens=20, ignore_eos=True, begins_on=1)
+    end = driver.submit([PROMPT], policy="p", max_tokens=20, ignore_eos=True, on_update="abort", begins_on=1)
+    driver.finish(stay, end)
+    assert driver.rollouts(stay)[0].token_ids == driver.rollouts(first)[0].token_ids
+    assert spans(driver.rollouts(stay)[0]) == [(1, 0, 20, None)]
+    assert driver.rollouts(end)[0].finish_reason is FinishReason.SUPERSEDED
+    move = driver.submit([PROMPT], policy="p", max_tokens=20, ignore_eos=True, on_update="switch", begins_on=2)
+    driver.turn(7)
+    driver.push("p", driver.bundle(3))
+    driver.finish(move)
+    (one, start, cut, _), (two, again, last, kv) = spans(driver.rollouts(move)[0])
+    assert (one, start, two, last, kv) == (2, 0, 3, 20, "carried") and 0 < cut == again < 20

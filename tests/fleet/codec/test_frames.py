@@ -135,6 +135,7 @@ def bundle(seed: int = 0, width: int = 6) -> AdapterBundle:
 
 EXAMPLES: tuple[Any, ...] = (
     rollouts.Submit("r", (GROUP, replace(GROUP, sampling=SamplingParams(max_tokens=4))), 12.5),
+    rollouts.Submit("again", (GROUP,), 12.5, 7),
     rollouts.Submit("v", (replace(GROUP, pictures=(PICTURE,)),), None),
     scoring.Score("s", ADDRESS, ((1, 2), ()), (1, 0), 0.5, True, 3, ((SpanAddress(ADDRESS, 0, 1),), None), True),
     scoring.Replay("y", (RECORDED, replace(RECORDED, pictures=(PICTURE,)))),

@@ -140,6 +140,7 @@ class Driver(Door):
         prefix: Prefix = NO_PREFIX,
         return_when: int | None = None,
         pictures: Sequence[tuple[Picture, ...]] = (),
+        begins_on: int | None = None,
         **sampling: Any,
     ) -> str:
         """Sends one request of a group for each prompt; returns its id."""
@@ -166,7 +167,7 @@ class Driver(Door):
             )
             for index, prompt in enumerate(prompts)
         )
-        self.send(Submit(id, groups, deadline))
+        self.send(Submit(id, groups, deadline, begins_on))
         return id
 
     def over(self, id: str) -> bool:
