@@ -184,15 +184,18 @@ class FleetRequests:
         """Samples that no replica will report."""
         opened, group = self._groups[work]
         work.missing.difference_update(samples)
-        if group.ended == "timeout" and work.admitted is None and not opened.reported:
+        if samples and group.ended == "timeout" and work.admitted is None and not opened.reported:
             group.error, group.rowless = self._never_admitted(), samples
         elif group.ended is not None:
             self._report(opened, group, self._unsampled(group, samples, reason=group.ended))
-        else:
-            error = ReplicaLost(f"The row was lost: {reason}.")
-            opened.error = opened.error or error
-            self._report(opened, group, self._unsampled(group, samples, error=error))
+        elif samples:
+            self._report_lost(opened, group, samples, reason)
         self._close_group(opened, group)
+
+    def _report_lost(self, opened: OpenRequest, group: OpenGroup, samples: tuple[int, ...], reason: str) -> None:
+        error = ReplicaLost(f"The row was lost: {reason}.")
+        opened.error = opened.error or error
+        self._report(opened, group, self._unsampled(group, samples, error=error))
 
     def _never_admitted(self) -> RolloutError:
         if not self._ledger.in_state(ReplicaState.LIVE):
@@ -218,7 +221,10 @@ class FleetRequests:
                 self._stream(opened, group, attempt, event)
             case RowFinished(rollout=rollout):
                 sample = attempt.samples[rollout.sample_index]
-                if self._ledger.row(number, sample):
+                fewer = rollout.sampled < group.streamed[sample]
+                if fewer and rollout.finish_reason is FinishReason.SUPERSEDED:
+                    self._lose_seen(opened, group, attempt, sample)
+                elif self._ledger.row(number, sample):
                     spans = self._versions.spans_labelled(rollout.spans)
                     told = replace(rollout, sample_index=sample, sampling=group.request.sampling, spans=spans)
                     self._report(opened, group, [told])
@@ -235,14 +241,24 @@ class FleetRequests:
                 self._close_group(opened, group)
 
     def _stream(self, opened: OpenRequest, group: OpenGroup, attempt: Attempt, event: TokensSampled) -> None:
-        """A row that is drawn again says once more what was handed on already."""
+        """A row that is drawn again says once more what was handed on already, which has to be of the same version."""
         sample = attempt.samples[event.sample_index]
         at = group.seen[attempt.number, sample] = group.seen[attempt.number, sample] + len(event.token_ids)
-        if at > group.streamed[sample] and sample in attempt.missing:
+        shown = group.work.shown.get(sample, set())
+        if at <= group.streamed[sample] and event.version.number not in shown:
+            self._lose_seen(opened, group, attempt, sample)
+        elif at > group.streamed[sample] and sample in attempt.missing:
             group.streamed[sample] = at
-            group.work.shown = True
+            group.work.shown[sample] = shown | {event.version.number}
             version = self._versions.labelled(event.version)
             self._post([replace(event, id=opened.id, sample_index=sample, version=version)])
+
+    def _lose_seen(self, opened: OpenRequest, group: OpenGroup, attempt: Attempt, sample: int) -> None:
+        """A row that is drawn again does not begin with what was handed on of it."""
+        if self._ledger.row(attempt.number, sample):
+            self._report_lost(opened, group, (sample,), "its name moved on before it had been drawn again")
+            if not attempt.missing:
+                self._send(attempt.replica, Abort((str(attempt.number),), "elsewhere"))
 
     # ---- reports ----------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,32 @@ import pytest
 from safetensors.numpy import save
 
 from adapters.formats.read import read_bundle
+from adapters.placement import BASE_PLACEMENT
+from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.control import Abort, RowSeen
-from rollout_server.engine.messages.rollouts import Admitted, Event, RequestDone, RowFinished, Submit
+from rollout_server.engine.messages.rollouts import (
+    Admitted,
+    Event,
+    RequestDone,
+    RequestFailed,
+    RowFinished,
+    Submit,
+    TokensSampled,
+)
 from rollout_server.engine.messages.versions import Activate, Publish, Published
 from rollout_server.fleet.ledger.ledger import Ledger
 from rollout_server.fleet.ledger.records import Dispatch, Flip, Lose, Settle, Stage
 from rollout_server.fleet.requests import FleetRequests
 from rollout_server.fleet.versions import FleetVersions
-from rollout_server.rollout import FinishReason, OnUpdate, PolicyAddress, PolicyVersion, RolloutRequest, SamplingParams
+from rollout_server.rollout import (
+    FinishReason,
+    OnUpdate,
+    PolicyAddress,
+    PolicyVersion,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+)
 from tests.support import tiny_models
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
@@ -68,9 +86,9 @@ class Asked:
         """Moves the alias to an older version."""
         asyncio.run(self.versions.change(Activate("a", "trained", number)))
 
-    def submit(self, id: str, groups: int, policy: str = "base", **more: Any) -> None:
-        sampling, address = SamplingParams(max_tokens=4), PolicyAddress.parse(policy)
-        asked = (RolloutRequest(id, (1, at), sampling, address, 2, at, (7, 8), **more) for at in range(groups))
+    def submit(self, id: str, groups: int, policy: str = "base", n: int = 2, **more: Any) -> None:
+        sampling, address, seeds = SamplingParams(max_tokens=4), PolicyAddress.parse(policy), (7, 8)[:n]
+        asked = (RolloutRequest(id, (1, at), sampling, address, n, at, seeds, **more) for at in range(groups))
         self.requests.submit(Submit(id, tuple(asked)))
         self.act()
 
@@ -83,6 +101,28 @@ class Asked:
         told = self.newest()
         self.requests.event(int(told.id), Admitted(told.id, 0, trained(number)))
         return told
+
+    def says(self, submit: Submit, version: int, *tokens: int) -> None:
+        """The first row has these tokens, one after another."""
+        at = PolicyVersion("trained", version, f"sha256:{version}")
+        for token in tokens:
+            self.requests.event(int(submit.id), TokensSampled(submit.id, 0, 0, at, (token,), (0.0,), (0.0,)))
+        self.act()
+
+    def over(self, submit: Submit, *rollouts: Rollout) -> None:
+        for rollout in rollouts:
+            self.requests.event(int(submit.id), RowFinished(submit.id, rollout))
+        self.requests.event(int(submit.id), RequestDone(submit.id))
+        self.act()
+
+    def is_lost(self, id: str) -> bool:
+        """Its only row was lost, and that is all that was said of it."""
+        last = self.posted[-1]
+        lost = isinstance(last, RequestFailed) and (last.id, last.error.code) == (id, "replica_lost")
+        return lost and self.rows(id) == [(0, 0, FinishReason.ERROR, None)]
+
+    def streamed(self) -> list[int]:
+        return [id for event in self.posted if isinstance(event, TokensSampled) for id in event.token_ids]
 
     def dies(self, submit: Submit) -> None:
         """The replica ends that has this."""
@@ -144,3 +184,70 @@ def test_a_row_that_is_drawn_again_begins_on_its_version_and_follows_its_name(on
     assert again.id != first.id and again.begins_on == 1
     (group,) = again.groups
     assert group.policy.follows and group.on_update is on_update and group.min_version is None
+
+
+def one_row(asked: Asked, **more: Any) -> Submit:
+    asked.push(1)
+    asked.submit("a", 1, "trained", n=1, **more)
+    return asked.admit(1)
+
+
+def test_a_request_whose_rows_have_come_ends_also_where_its_replica_did_not_say_so_any_more() -> None:
+    asked = Asked("one", "two")
+    first = one_row(asked)
+    row = Row(Group(first.groups[0]), 0, 7, trained(1), BASE_PLACEMENT, None)
+    row.end(FinishReason.LENGTH, None)
+    asked.requests.event(int(first.id), RowFinished(first.id, row.rollout()))
+    asked.dies(first)
+    assert asked.newest() is first and asked.posted[-1] == RequestDone("a")
+
+
+def test_tokens_that_are_drawn_again_are_handed_on_once() -> None:
+    asked = Asked("one", "two")
+    first = one_row(asked)
+    asked.says(first, 1, 11, 12)
+    asked.dies(first)
+    again = asked.admit(1)
+    asked.says(again, 1, 11, 12, 13)
+    assert asked.streamed() == [11, 12, 13]
+
+
+def test_a_streamed_row_that_has_gone_there_and_back_is_lost_with_its_replica() -> None:
+    asked = Asked("one", "two")
+    first = one_row(asked, on_update=OnUpdate.SWITCH)
+    asked.says(first, 1, 11)
+    asked.push(2)
+    asked.says(first, 2, 22)
+    asked.back_to(1)
+    asked.dies(first)
+    assert asked.newest() is first and asked.is_lost("a")
+
+
+@pytest.mark.parametrize("told", [(), (11,)])
+def test_a_streamed_row_whose_name_moves_while_it_is_drawn_again_is_lost(told: tuple[int, ...]) -> None:
+    """Whoever read its tokens would have those of one version followed by others that were never behind them."""
+    asked = Asked("one", "two")
+    first = one_row(asked, on_update=OnUpdate.SWITCH)
+    asked.says(first, 1, 11, 12)
+    asked.dies(first)
+    again = asked.admit(1)
+    asked.says(again, 1, *told)
+    asked.push(2)
+    asked.says(again, 2, 22, 23, 24, 25)
+    assert asked.streamed() == [11, 12] and len(asked.rows("a")) == 1
+    assert asked.sent[-1] == Abort((again.id,), "elsewhere")
+    asked.over(again)
+    assert asked.is_lost("a")
+
+
+def test_a_row_that_was_superseded_before_it_was_where_it_had_been_is_lost() -> None:
+    asked = Asked("one", "two")
+    first = one_row(asked, on_update=OnUpdate.ABORT)
+    asked.says(first, 1, 11, 12)
+    asked.dies(first)
+    again = asked.admit(1)
+    (request,) = again.groups
+    row = Row(Group(request), 0, 7, trained(1), BASE_PLACEMENT, None)
+    row.end(FinishReason.SUPERSEDED, "trained@2")
+    asked.over(again, row.rollout())
+    assert asked.is_lost("a")

@@ -268,8 +268,7 @@ class Ledger:
         """Nothing more of it is wanted. What runs is told so, and reports what it has."""
         if work in self.waiting:
             del self.waiting[work]
-            self._actions.append(Lose(work, tuple(sorted(work.missing)), "aborted"))
-            work.missing.clear()
+            self._lose(work, work.missing, "aborted")
         elif work.attempt is not None:
             self._actions.append(Cancel(work.attempt.replica, work.attempt.number))
 
@@ -325,17 +324,18 @@ class Ledger:
         back: list[Work] = []
         for attempt in attempts:
             work = attempt.work
-            if not work.missing:
-                continue
             work.deaths += not self.replicas[attempt.replica].leaves
+            # What a switch row began on is of no use where its name has moved: it begins anew, as if it had not.
             moved = work.admitted is not None and self.live.get(work.name) not in (None, work.admitted[1])
-            if work.deaths >= MOST_DEATHS:
-                self._lose(work, f"{work.deaths} replicas ended while they computed this row")
-            elif work.switches and moved and work.shown:
-                self._lose(work, "its replica ended after the row had gone over to another version")
-            else:
-                if work.switches and moved:
-                    work.admitted = None
+            if work.switches and moved:
+                work.admitted = None
+            again = set() if work.admitted is None else {work.admitted[1]}
+            gone_over = {sample for sample in work.missing if work.shown.get(sample, again) != again}
+            if work.deaths >= MOST_DEATHS or not work.missing:
+                self._lose(work, work.missing, f"{work.deaths} replicas ended while they computed this row")
+            elif gone_over:
+                self._lose(work, gone_over, "its replica ended after the row had gone over to another version")
+            if work.missing:
                 back.append(work)
         self._wait_first(back)
 
@@ -345,9 +345,9 @@ class Ledger:
             self.waiting[work] = None
             self.waiting.move_to_end(work, last=False)
 
-    def _lose(self, work: Work, reason: str) -> None:
-        self._actions.append(Lose(work, tuple(sorted(work.missing)), reason))
-        work.missing.clear()
+    def _lose(self, work: Work, samples: set[int], reason: str) -> None:
+        self._actions.append(Lose(work, tuple(sorted(samples)), reason))
+        work.missing = work.missing - samples
 
     def _dispatch(self) -> None:
         """First come, first served: what does not fit yet lets nothing pass."""

@@ -82,8 +82,8 @@ class Work:
     attempt: Attempt | None = None
     deaths: int = 0
     """Replicas that ended while they had it."""
-    shown: bool = False
-    """Tokens of rows that have not ended were handed on already."""
+    shown: dict[int, set[int]] = field(default_factory=dict)
+    """Samples whose tokens were handed on before they ended, with the numbers of the versions that those are of."""
 
     def __post_init__(self) -> None:
         self.missing = set(range(self.samples))
@@ -178,7 +178,8 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Lose:
-    """These samples cannot be had: replicas ended under them once too often, or they cannot be drawn again."""
+    """These samples cannot be had: replicas ended under them once too often, or they cannot be drawn again. None are
+    named of a group whose rows have all come, and whose replica ended before it had said so."""
 
     work: Work
     samples: tuple[int, ...]

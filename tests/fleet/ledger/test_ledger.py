@@ -179,13 +179,41 @@ def test_rows_that_have_gone_over_to_another_version_begin_anew_unless_somebody_
     ledger.submit(work(switches=True))
     (attempt,) = dispatched(ledger)
     ledger.admitted(attempt.number, ("trained", 1))
-    attempt.work.shown = shown
+    attempt.work.shown = {0: {1}, 1: {1}} if shown else {}
     assert push(ledger, 2)
     ledger.lost(attempt.replica)
     actions = ledger.take()
     assert any(isinstance(action, Lose) for action in actions) == lost
     again = [action.attempt.pinned for action in actions if isinstance(action, Dispatch)]
     assert again == ([] if lost else [None])
+
+
+def test_a_row_somebody_saw_under_two_versions_is_lost_alone_though_its_name_came_back() -> None:
+    ledger = fleet()
+    assert push(ledger, 1)
+    ledger.submit(work(samples=3, switches=True))
+    (attempt,) = dispatched(ledger)
+    ledger.admitted(attempt.number, ("trained", 1))
+    assert push(ledger, 2)
+    attempt.work.shown = {0: {1, 2}, 1: {1}}
+    for id in ("r0", "r1"):
+        ledger.flip(("trained", 1), 0.0)
+        ledger.flipped(id, ("trained", 1))
+    ledger.take()
+    ledger.lost(attempt.replica)
+    lost, again = ledger.take()
+    assert isinstance(lost, Lose) and lost.samples == (0,) and "gone over" in lost.reason
+    assert isinstance(again, Dispatch) and (again.attempt.samples, again.attempt.pinned) == ((1, 2), ("trained", 1))
+
+
+def test_a_group_whose_rows_have_all_come_is_over_where_its_replica_ends_before_it_says_so() -> None:
+    ledger = fleet()
+    ledger.submit(work(samples=1))
+    (attempt,) = dispatched(ledger)
+    assert ledger.row(attempt.number, 0)
+    ledger.lost(attempt.replica)
+    (told,) = ledger.take()
+    assert isinstance(told, Lose) and (told.work, told.samples) == (attempt.work, ())
 
 
 def test_a_newcomer_is_brought_even_before_it_gets_rows() -> None:

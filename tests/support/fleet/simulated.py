@@ -216,8 +216,8 @@ class Fleet:
                     case End(replica):
                         if engine := self._engines.get(replica):
                             self._end(engine)
-                    case Lose():
-                        self.outcome.lost += 1
+                    case Lose(_, samples):
+                        self.outcome.lost += bool(samples)
                     case Settle(change):
                         self._settling.pop(change)()
 
