@@ -127,11 +127,9 @@ class Ledger:
     def tick(self, now: float) -> None:
         """Fences who is late, ends who is silent."""
         silent = [replica for replica in self.in_state(*KEPT_EVEN) if now - replica.heard_at > self._silent_s]
-        # Where nobody has done it yet, all may be busy: then only whoever is silent is taken out.
-        late = [c for c in self._changes.values() if c.deadline <= now and len(c.waiting) < c.asked]
-        out = {replica.id for replica in silent}.union(*(change.waiting for change in late))
-        if out:
-            self.fence(*sorted(out))
+        self.fence(*sorted(replica.id for replica in silent))
+        late = [change for change in self._changes.values() if change.deadline <= now and self._done_by_any(change)]
+        self.fence(*sorted(set[str]().union(*(change.waiting for change in late))))
         for replica in silent:
             self._actions.append(End(replica.id, f"its engine did not answer for {self._silent_s:g} s"))
             replica.heard_at = now
@@ -176,7 +174,7 @@ class Ledger:
 
     def _begin(self, phase: Phase, version: Version, deadline: float) -> int:
         asked = {replica.id for replica in self._asked(phase)}
-        change = Change(next(self._numbers), phase, version, deadline, len(asked), asked)
+        change = Change(next(self._numbers), phase, version, deadline, asked)
         self._changes[change.number] = change
         for replica in self.in_state(*KEPT_EVEN):
             self._even(replica)
@@ -236,6 +234,10 @@ class Ledger:
             if not change.waiting:
                 del self._changes[change.number]
                 self._actions.append(Settle(change.number))
+
+    def _done_by_any(self, change: Change) -> bool:
+        """Returns whether some replica that serves has done it. Where none has, all may be busy, and nobody is late."""
+        return any(self._has(replica, change) for replica in self.in_state(ReplicaState.LIVE))
 
     def _has(self, replica: Replica, change: Change) -> bool:
         if change.phase == "stage":

@@ -120,8 +120,6 @@ class Change:
     phase: Phase
     version: Version
     deadline: float
-    asked: int
-    """How many replicas it waited for at first."""
     waiting: set[str]
 
 

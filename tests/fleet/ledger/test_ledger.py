@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rollout_server.fleet.ledger.ledger import FLIP_S, MOST_DEATHS, SILENT_S, Ledger
+from rollout_server.fleet.ledger.ledger import FLIP_S, MOST_DEATHS, SILENT_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import (
     Action,
     Attempt,
@@ -142,6 +142,24 @@ def test_where_all_are_busy_a_push_waits() -> None:
     assert not taken(ledger, Settle)
     ledger.tick(SILENT_S + 1)
     assert len(taken(ledger, End)) == 2, "they do not answer either"
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("goes", ["dies", "is silent"])
+def test_whoever_is_left_is_not_late_because_another_one_is_gone(goes: str, staged: bool) -> None:
+    """Nobody who could serve has done it, whether or not the one that is gone had."""
+    ledger = fleet()
+    ledger.stage(("trained", 1), 0, 0.0)
+    if staged:
+        ledger.staged("r0", ("trained", 1))
+    ledger.heard("r1", STAGE_S)
+    if goes == "dies":
+        ledger.lost("r0")
+        ledger.remove("r0")
+    ledger.tick(STAGE_S + 1.0)
+    assert ledger.replicas["r1"].state is ReplicaState.LIVE and not taken(ledger, Settle)
+    ledger.staged("r1", ("trained", 1))
+    assert taken(ledger, Settle)
 
 
 def test_lost_rows_go_elsewhere_alone_under_their_version() -> None:
