@@ -354,7 +354,9 @@ class Fleet:
                         self._versions.flip_on(id, version)
                     case Drop(id, version):
                         self._versions.drop_on(id, version)
-                    case End(id, reason):
+                    case End(id, reason, anew=anew):
+                        if anew:
+                            self._roster.leave(id, again=True)
                         self._roster.end(id, reason)
                     case Lose(work, samples, reason):
                         self._requests.lose(work, samples, reason)

@@ -26,6 +26,10 @@ SCENES: dict[str, tuple[str, ...]] = {
         "test_whoever_is_slow_to_stage_is_fenced_and_the_push_goes_on",
         "test_whoever_does_not_answer_a_flip_is_fenced_before_the_push_is_told",
     ),
+    "no replica stages a version, or moves an alias": (
+        "test_a_push_that_no_replica_can_make_is_refused_and_later_ones_are_not_held_up",
+        "test_what_no_replica_does_is_given_up_and_they_are_started_anew",
+    ),
     "fewer than `--min-replicas` are left before an alias has moved": (
         "test_where_too_few_have_staged_it_the_alias_does_not_move",
         "test_with_fewer_replicas_than_there_have_to_be_versions_do_not_change",

@@ -16,7 +16,7 @@ from adapters.formats.read import read_bundle
 from adapters.tensors import AdapterTensor
 from rollout_server.engine.messages.versions import Publish, Published
 from rollout_server.errors import BodyTooLarge, Conflict, EngineUnavailable, RolloutError
-from rollout_server.fleet.ledger.ledger import FLIP_S, STAGE_S, Ledger
+from rollout_server.fleet.ledger.ledger import FLIP_S, GIVE_UP_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import Drop, Flip, ReplicaState, Settle, Stage
 from rollout_server.fleet.versions import FleetVersions
 from rollout_server.fleet.wire import FlipAlias, StageVersion
@@ -142,6 +142,32 @@ def test_where_too_few_have_staged_it_the_alias_does_not_move() -> None:
             await fleet.answer("slow")
             await fleet.answer("quick")
         assert (await again).version.number == 1 and fleet.states == BOTH
+
+    played(scene())
+
+
+def test_a_push_that_no_replica_can_make_is_refused_and_later_ones_are_not_held_up() -> None:
+    async def scene() -> None:
+        fleet = Two(fewest=1)
+        pushing, later = fleet.push(), fleet.push(label="later")
+        await fleet.passes(STAGE_S + GIVE_UP_S - 1.0)
+        assert not pushing.done() and fleet.states == BOTH
+        await fleet.passes(2.0)
+        with pytest.raises(EngineUnavailable, match="0 replicas are live"):
+            await pushing
+        assert fleet.versions.snapshot() == ()
+        with pytest.raises(EngineUnavailable):
+            await later
+        # They are started anew.
+        for id in ("quick", "slow"):
+            fleet.ledger.lost(id)
+            fleet.ledger.remove(id)
+            fleet.ledger.join(id, 8, fleet.now)
+        pushing = fleet.push()
+        for _ in range(2):
+            await fleet.answer("slow")
+            await fleet.answer("quick")
+        assert (await pushing).version.number == 1
 
     played(scene())
 

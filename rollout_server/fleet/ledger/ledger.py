@@ -39,6 +39,8 @@ from rollout_server.fleet.ledger.records import (
 STAGE_S, FLIP_S = 20.0, 2.0
 """How long a replica may take to stage a version, besides the time for its bytes, and to move an alias."""
 STAGE_BYTES_A_S = 20e6
+GIVE_UP_S = 300.0
+"""A change that no replica has made by so long after its deadline is given up, and those that still try are ended."""
 SILENT_S = 10.0
 """A replica whose engine was not heard of for so long is ended."""
 MOST_DEATHS = 3
@@ -125,7 +127,7 @@ class Ledger:
         del self.replicas[id]
 
     def tick(self, now: float) -> None:
-        """Fences who is late, ends who is silent."""
+        """Fences who is late, ends who is silent or makes no headway."""
         silent = [replica for replica in self.in_state(*KEPT_EVEN) if now - replica.heard_at > self._silent_s]
         self.fence(*sorted(replica.id for replica in silent))
         late = [change for change in self._changes.values() if change.deadline <= now and self._done_by_any(change)]
@@ -133,19 +135,21 @@ class Ledger:
         for replica in silent:
             self._actions.append(End(replica.id, f"its engine did not answer for {self._silent_s:g} s"))
             replica.heard_at = now
+        for change in [change for change in self._changes.values() if change.deadline + GIVE_UP_S <= now]:
+            self._give_up(change)
 
     # ---- versions ---------------------------------------------------------------------------------------------------
 
     def stage(self, version: Version, nbytes: int, now: float) -> int:
         """Has every replica stage a version; a `Settle` with the number that is returned says that it is there."""
         self.kept.add(version)
-        return self._begin("stage", version, now + STAGE_S + nbytes / STAGE_BYTES_A_S)
+        return self._begin("stage", version, now, STAGE_S + nbytes / STAGE_BYTES_A_S)
 
     def flip(self, version: Version, now: float) -> int:
         """Has every replica move an alias; `Settle` as for `stage`. Who comes late is even before it gets rows."""
         self.kept.add(version)
         self.live[version[0]] = version[1]
-        return self._begin("flip", version, now + FLIP_S)
+        return self._begin("flip", version, now, FLIP_S)
 
     def drop(self, versions: Iterable[Version]) -> None:
         """Versions that nobody keeps, or that were refused: everywhere they are freed."""
@@ -172,9 +176,9 @@ class Ledger:
         replica.moves[version[0]] = max(0, replica.moves[version[0]] - 1)
         self._done(replica)
 
-    def _begin(self, phase: Phase, version: Version, deadline: float) -> int:
+    def _begin(self, phase: Phase, version: Version, now: float, seconds: float) -> int:
         asked = {replica.id for replica in self._asked(phase)}
-        change = Change(next(self._numbers), phase, version, deadline, asked)
+        change = Change(next(self._numbers), phase, version, now, seconds, asked)
         self._changes[change.number] = change
         for replica in self.in_state(*KEPT_EVEN):
             self._even(replica)
@@ -216,7 +220,8 @@ class Ledger:
         self._settle()
 
     def _restored(self, replica: Replica) -> None:
-        if replica.state in (ReplicaState.RESTORING, ReplicaState.FENCED) and self._may_serve(replica):
+        waits = replica.state in (ReplicaState.RESTORING, ReplicaState.FENCED) and not replica.leaves
+        if waits and self._may_serve(replica):
             replica.state = ReplicaState.LIVE
             self._dispatch()
 
@@ -238,6 +243,15 @@ class Ledger:
     def _done_by_any(self, change: Change) -> bool:
         """Returns whether some replica that serves has done it. Where none has, all may be busy, and nobody is late."""
         return any(self._has(replica, change) for replica in self.in_state(ReplicaState.LIVE))
+
+    def _give_up(self, change: Change) -> None:
+        """Whoever is live answers, so that it is no silent engine that it waits for."""
+        (name, number), within_s = change.version, change.seconds + GIVE_UP_S
+        does = "staged" if change.phase == "stage" else "moved its alias to"
+        for id in sorted(change.waiting):
+            self.leaves(id)
+            self._actions.append(End(id, f"it has not {does} {name}@{number} in {within_s:.0f} s", anew=True))
+        self.fence(*sorted(change.waiting))
 
     def _has(self, replica: Replica, change: Change) -> bool:
         if change.phase == "stage":

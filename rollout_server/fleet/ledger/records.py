@@ -119,8 +119,14 @@ class Change:
     number: int
     phase: Phase
     version: Version
-    deadline: float
+    began: float
+    seconds: float
+    """How long it may take."""
     waiting: set[str]
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.seconds
 
 
 # ---- actions --------------------------------------------------------------------------------------------------------
@@ -167,11 +173,13 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End the replica's process, and start another in its place unless it was `drained`."""
+    """End the replica's process, and start another in its place unless it was `drained`. One that joined comes back as
+    it is unless it is to be started `anew`."""
 
     replica: str
     reason: str
     drained: bool = False
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,8 @@ class ReplicaEngine:
         return self._engine.grammars.compile(grammar, "grammar")
 
     def stop(self) -> None:
-        """Ends the engine; blocks until it has said its last."""
-        self._versions.shutdown()
+        """Ends the engine; blocks until it has said its last. Nobody waits for versions that are not ready yet."""
+        self._versions.shutdown(wait=False, cancel_futures=True)
         self._engine.put(Stop())
         self._engine.join(STOP_S)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rollout_server.fleet.ledger.ledger import FLIP_S, MOST_DEATHS, SILENT_S, STAGE_S, Ledger
+from rollout_server.fleet.ledger.ledger import FLIP_S, GIVE_UP_S, MOST_DEATHS, SILENT_S, STAGE_S, Ledger
 from rollout_server.fleet.ledger.records import (
     Action,
     Attempt,
@@ -142,6 +142,27 @@ def test_where_all_are_busy_a_push_waits() -> None:
     assert not taken(ledger, Settle)
     ledger.tick(SILENT_S + 1)
     assert len(taken(ledger, End)) == 2, "they do not answer either"
+
+
+def test_what_no_replica_does_is_given_up_and_they_are_started_anew() -> None:
+    """Their engines answer all the while: it is what makes versions ready beside them that hangs."""
+    ledger = fleet()
+    ledger.submit(work())
+    (attempt,) = dispatched(ledger)
+    change = ledger.stage(("trained", 1), 0, 0.0)
+    ledger.take()
+    for id in ledger.replicas:
+        ledger.heard(id, STAGE_S + GIVE_UP_S)
+    ledger.tick(STAGE_S + GIVE_UP_S - 1.0)
+    assert not ledger.take() and len(ledger.in_state(ReplicaState.LIVE)) == 2
+    ledger.tick(STAGE_S + GIVE_UP_S)
+    actions = ledger.take()
+    ended = [action for action in actions if isinstance(action, End)]
+    assert [(end.replica, end.anew) for end in ended] == [("r0", True), ("r1", True)]
+    assert ended[0].reason == "it has not staged trained@1 in 320 s"
+    assert Settle(change) in actions and not ledger.in_state(ReplicaState.LIVE), "whoever pushed is told"
+    ledger.lost(attempt.replica)
+    assert attempt.work.deaths == 0, "its rows have not ended it"
 
 
 @pytest.mark.parametrize("staged", [False, True])
