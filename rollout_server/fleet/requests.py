@@ -12,6 +12,7 @@ from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.control import Abort, RowSeen
 from rollout_server.engine.messages.rollouts import (
     Admitted,
+    AwaitsVersion,
     Event,
     RequestDone,
     RequestFailed,
@@ -44,6 +45,8 @@ class OpenGroup:
     rowless: tuple[int, ...] = ()
     held: PolicyVersion | None = None
     """The version that is kept for it."""
+    waits_until: float | None = None
+    """When its `wait_s` is over, once it has begun to wait for a version, wherever it goes on waiting."""
     streamed: Counter[int] = field(default_factory=Counter)
     """Tokens of each sample that were handed on."""
     seen: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -176,6 +179,7 @@ class FleetRequests:
             seeds=tuple(request.seeds[sample] for sample in attempt.samples),
             return_when=None if left is None else min(left, len(attempt.samples)),
             min_version=request.min_version if begins_on is None else None,
+            wait_s=request.wait_s if group.waits_until is None else max(0.0, group.waits_until - self._clock()),
         )
         seconds = None if opened.deadline is None else max(0.0, opened.deadline - self._clock())
         self._send(attempt.replica, Submit(id, (part,), seconds, begins_on))
@@ -217,6 +221,9 @@ class FleetRequests:
                 self._ledger.admitted(number, (version.name, version.number))
                 if group.held is None and self._versions.hold(version, len(attempt.missing)):
                     group.held = version
+            case AwaitsVersion():
+                if group.waits_until is None:
+                    group.waits_until = self._clock() + (group.request.wait_s or 0.0)
             case TokensSampled():
                 self._stream(opened, group, attempt, event)
             case RowFinished(rollout=rollout):

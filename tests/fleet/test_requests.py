@@ -15,6 +15,7 @@ from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.control import Abort, RowSeen
 from rollout_server.engine.messages.rollouts import (
     Admitted,
+    AwaitsVersion,
     Event,
     RequestDone,
     RequestFailed,
@@ -251,3 +252,23 @@ def test_a_row_that_was_superseded_before_it_was_where_it_had_been_is_lost() -> 
     row.end(FinishReason.SUPERSEDED, "trained@2")
     asked.over(again, row.rollout())
     assert asked.is_lost("a")
+
+
+def test_a_group_that_waits_for_a_version_waits_no_longer_because_it_went_elsewhere() -> None:
+    asked = Asked("one", "two")
+    asked.push(1)
+    asked.submit("a", 1, "trained", min_version=2, wait_s=60.0)
+    waited = []
+    for seconds in (30.0, 29.0, 10.0):
+        told = asked.newest()
+        waited.append(told.groups[0].wait_s)
+        if seconds < 30.0:
+            # It may have been in its queue before, behind others: its turn had not come.
+            asked.requests.event(int(told.id), AwaitsVersion(told.id, 0))
+        asked.now += seconds
+        attempt = asked.ledger.attempt(int(told.id))
+        assert attempt is not None
+        asked.ledger.fence(attempt.replica)
+        asked.ledger.staged(attempt.replica, ("trained", 1))
+        asked.act()
+    assert waited == [60.0, 60.0, 31.0] and asked.newest().groups[0].wait_s == 21.0

@@ -98,6 +98,15 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitsVersion:
+    """A group whose turn has come begins to wait for a version, for its `wait_s` (only where
+    `EngineOptions.tell_admissions`)."""
+
+    id: str
+    prompt_index: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDone:
     """Terminal: every row of the request was reported."""
 
@@ -116,6 +125,7 @@ Event = (
     TokensSampled
     | RowFinished
     | Admitted
+    | AwaitsVersion
     | RequestDone
     | RequestFailed
     | Scored

@@ -8,6 +8,7 @@ from rollout_server.engine.batch.joining import Joining
 from rollout_server.engine.batch.row import Group, Row
 from rollout_server.engine.messages.rollouts import (
     Admitted,
+    AwaitsVersion,
     Event,
     RequestDone,
     RequestFailed,
@@ -62,6 +63,11 @@ class Reports:
         """The group has left the queue for the first time."""
         if self._tell_admissions:
             self.add(Admitted(group.request.id, group.request.prompt_index, version))
+
+    def awaits_version(self, group: Group) -> None:
+        """The group begins to wait for a version that is to be pushed."""
+        if self._tell_admissions:
+            self.add(AwaitsVersion(group.request.id, group.request.prompt_index))
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 

@@ -127,6 +127,7 @@ class AdmissionControl:
         except RolloutError as error:
             if isinstance(error, StalePolicy) and error.retryable and request.wait_s:
                 self._queue.hold_for_version(group, self._clock() + request.wait_s)
+                self._reports.awaits_version(group)
             elif not any(change.name == request.policy.name for change in self._changes):
                 self._reports.fail_group(group, error)
             return False

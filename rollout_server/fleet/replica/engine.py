@@ -17,7 +17,15 @@ from adapters.prepare import prepare
 from rollout_server.adapter_errors import from_adapters
 from rollout_server.engine.messages.control import Abort, Pause, Ping, Resume, Stop
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.messages.rollouts import Admitted, Event, RequestFailed, RowFinished, Submit, TokensSampled
+from rollout_server.engine.messages.rollouts import (
+    Admitted,
+    AwaitsVersion,
+    Event,
+    RequestFailed,
+    RowFinished,
+    Submit,
+    TokensSampled,
+)
 from rollout_server.engine.messages.scoring import HoldScorer, LetScorerGo, ScoringCommand
 from rollout_server.engine.messages.status import EngineStatus
 from rollout_server.engine.messages.versions import Delete, Publish, Published
@@ -42,6 +50,8 @@ from rollout_server.grammar import Constraint, Grammar
 
 log = logging.getLogger("rollout_server.fleet")
 
+ON_THE_WAY = (Admitted, AwaitsVersion, TokensSampled, RowFinished)
+"""What is said of a request that goes on."""
 STOP_S = 60.0
 """An engine that is told to stop has so long to end its step."""
 
@@ -199,7 +209,7 @@ class ReplicaEngine:
         for event in told:
             if isinstance(event, Published) and event.id.startswith("/stage/"):
                 self._told[event.version.name, event.version.number] = event
-        ends = [event.id for event in told if not isinstance(event, Admitted | TokensSampled | RowFinished)]
+        ends = [event.id for event in told if not isinstance(event, ON_THE_WAY)]
         # The status first: whoever is told of an end can see it. What is kept of versions is the controller's to tell.
         before = [replace(self.status, policies=())] if ends else []
         if told:

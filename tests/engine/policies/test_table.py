@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollout_server.engine.messages.rollouts import Admitted
+from rollout_server.engine.messages.rollouts import Admitted, AwaitsVersion
 from rollout_server.engine.messages.versions import Delete, Export, Pin, Restore, RestoredVersion
 from rollout_server.errors import (
     Conflict,
@@ -302,9 +302,15 @@ def test_a_replica_follows_numbers_keeps_what_it_is_not_told_to_free_and_tells_o
     follower.finish(id)
     admitted = [event for event in follower.events if isinstance(event, Admitted)]
     assert [(a.id, a.prompt_index, a.version.number) for a in admitted] == [(id, 0, 3), (id, 1, 3)]
+    waiting = follower.submit(PROMPTS, policy="p", min_version=4, wait_s=60.0)
+    follower.turn(3)
+    awaits = [event for event in follower.events if isinstance(event, AwaitsVersion)]
+    assert [(a.id, a.prompt_index) for a in awaits] == [(waiting, 0), (waiting, 1)]
     assert [kept.version.number for kept in follower.status.policies[0].versions] == [1, 3, 9]
     follower.change(Delete("", "p", 1))
     assert [kept.version.number for kept in follower.status.policies[0].versions] == [3, 9]
     driver.push("p", driver.bundle(1))
     driver.generate(PROMPTS, policy="p", max_tokens=3)
-    assert not any(isinstance(event, Admitted) for event in driver.events), "nobody asked for it"
+    driver.submit(PROMPTS, policy="p", min_version=4, wait_s=60.0)
+    driver.turn(3)
+    assert not any(isinstance(event, Admitted | AwaitsVersion) for event in driver.events), "nobody asked for it"

@@ -159,6 +159,7 @@ EXAMPLES: tuple[Any, ...] = (
     rollouts.TokensSampled("r", 0, 1, VERSION, (5,), (-0.5,), (-0.25,), (((5, -0.5), (6, -1.0)),)),
     rollouts.RowFinished("r", ROLLOUT),
     rollouts.Admitted("r", 3, VERSION),
+    rollouts.AwaitsVersion("r", 3),
     rollouts.RequestDone("r"),
     scoring.Scored("s", VERSION, 0.5, (SCORED,)),
     scoring.Replayed("y", (scoring.ReplayedRow(None, 0.25, None),)),
