@@ -25,9 +25,20 @@ class Terms:
         if unlike := list(self._unlike(info, installed)):
             raise Conflict(
                 f"Replica {id} is not taken: {', '.join(unlike)}. Start it with the model, the options and the "
-                "versions of the others."
+                f"versions of the others.{self._way_on(info)}"
             )
         self._first = self._first or info
+
+    def _way_on(self, info: ModelInfo) -> str:
+        """What to do where only the first replica said which context the fleet has, which may be there no more."""
+        first = self._first
+        if self._context is not None or not self.base or first is None or info.max_model_len == first.max_model_len:
+            return ""
+        return (
+            " The first replica said that context, and it holds until the controller ends: start this one with "
+            f"--context-length {first.max_model_len}, or the controller anew with the --context-length that all shall "
+            "have."
+        )
 
     def _unlike(self, info: ModelInfo, installed: Mapping[str, str]) -> Iterator[str]:
         first = self._first or info

@@ -61,6 +61,22 @@ def test_the_first_that_joins_is_compared_with_what_the_controller_has() -> None
         terms("sha256:1", kv_bits=8).check("one", INFO, libraries())
 
 
+def test_whoever_is_refused_for_its_context_is_told_how_to_go_on() -> None:
+    """The first replica may have gone since: prompts were measured by its context, so that it holds all the same."""
+    fleet = terms("sha256:1")
+    fleet.check("one", INFO, libraries())
+    with pytest.raises(Conflict, match="its context is 512, and the fleet's is 2048") as refused:
+        fleet.check("two", replace(INFO, max_model_len=512), libraries())
+    assert refused.value.message.endswith(
+        "The first replica said that context, and it holds until the controller ends: start this one with "
+        "--context-length 2048, or the controller anew with the --context-length that all shall have."
+    )
+    told = terms("sha256:1", context_length=2048)
+    with pytest.raises(Conflict) as refused:
+        told.check("two", replace(INFO, max_model_len=512), libraries())
+    assert "The first replica" not in refused.value.message
+
+
 def test_what_a_row_may_take_is_what_has_room_wherever_it_goes() -> None:
     """More memory holds fewer tokens where each takes more."""
     wide = replace(INFO, kv_memory=2 * INFO.kv_memory, kv_bytes_per_token=4 * INFO.kv_bytes_per_token)
