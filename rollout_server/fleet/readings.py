@@ -192,6 +192,8 @@ class FleetReadings:
             self.paused = order
         elif isinstance(order, Resume):
             self.paused = None
+        elif isinstance(order, ResetPrefixCache | Release):
+            self._ledger.forget_prefixes()
         live = {replica.id for replica in self._ledger.in_state(ReplicaState.LIVE)}
         for replica in self._ledger.replicas:
             self._send(replica, order)

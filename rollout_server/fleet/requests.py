@@ -106,6 +106,7 @@ class FleetRequests:
                 request.policy.name,
                 request.given_ids,
                 request.n,
+                None if request.policy.follows else self._versions.pinned(request.policy).number,
                 waits=request.min_version is not None and request.wait_s is not None,
                 switches=request.on_update is OnUpdate.SWITCH,
             )

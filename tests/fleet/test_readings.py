@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from rollout_server.engine.messages.control import Release, ResetPrefixCache
 from rollout_server.engine.messages.rollouts import Event, RequestFailed
 from rollout_server.engine.messages.scoring import Classify, HoldScorer, LetScorerGo, Score, ScorerHeld
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.ledger.ledger import MOST_DEATHS, Ledger
-from rollout_server.fleet.ledger.records import End
+from rollout_server.fleet.ledger.prefixes import hashes
+from rollout_server.fleet.ledger.records import End, Work
 from rollout_server.fleet.readings import FleetReadings
 from rollout_server.rollout import PolicyAddress, PolicyVersion
 
@@ -116,3 +120,14 @@ def test_replicas_that_are_started_anew_one_by_one_are_no_reason_to_give_a_readi
         readings.lost("a")
         ledger.remove("a")
     assert posted == [] and len(sent) == MOST_DEATHS + 1
+
+
+@pytest.mark.parametrize("order", [ResetPrefixCache("o"), Release("o")])
+def test_prompts_are_sent_after_no_kv_that_was_freed_by_order(order: ResetPrefixCache | Release) -> None:
+    ledger, prompt = Ledger(), tuple(range(64))
+    ledger.join("a", 8, 0.0)
+    ledger.submit(Work(0, "base", prompt, 1))
+    blocks = hashes(("base", 0), prompt)
+    assert ledger.replicas["a"].prefixes.length(blocks) == 64
+    readings_of([], [], ledger).order(order)
+    assert ledger.replicas["a"].prefixes.length(blocks) == 0

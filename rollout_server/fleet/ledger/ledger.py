@@ -273,6 +273,11 @@ class Ledger:
             self.replicas[id].readings.discard(reading)
             self._drained(self.replicas[id])
 
+    def forget_prefixes(self) -> None:
+        """Replicas are told to free the KV of what they have read."""
+        for replica in self.replicas.values():
+            replica.prefixes.clear()
+
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def submit(self, *works: Work) -> None:
@@ -368,14 +373,22 @@ class Ledger:
     def _dispatch(self) -> None:
         """First come, first served: what does not fit yet lets nothing pass."""
         live = self.in_state(ReplicaState.LIVE)
-        while self.waiting and (replica := place(next(iter(self.waiting)), live)):
-            work, _ = self.waiting.popitem(last=False)
+        while self.waiting:
+            work = next(iter(self.waiting))
+            if (replica := place(work, self._meant(work), live)) is None:
+                return
+            del self.waiting[work]
             attempt = Attempt(
                 next(self._numbers), replica.id, work, tuple(sorted(work.missing)), pinned=self._pin(work)
             )
             work.attempt = self._attempts[attempt.number] = replica.attempts[attempt.number] = attempt
             self._count(attempt, work.counted)
             self._actions.append(Dispatch(attempt))
+
+    def _meant(self, work: Work) -> Version:
+        """What it would begin on now."""
+        number = work.number if work.number is not None else self.live.get(work.name, 0)
+        return work.admitted or (work.name, number)
 
     def _pin(self, work: Work) -> Version | None:
         return work.admitted

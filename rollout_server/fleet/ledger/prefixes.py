@@ -36,16 +36,17 @@ class KnownPrefixes:
         return found
 
     def clear(self) -> None:
+        """Forgets all, since the KV is gone."""
         self._known.clear()
 
 
-def hashes(policy: str, prompt: Sequence[int]) -> list[int]:
-    """One for each whole block of a prompt under a policy."""
-    return list(_chained(policy, prompt))
+def hashes(version: tuple[str, int], prompt: Sequence[int]) -> list[int]:
+    """One for each whole block of a prompt under a version."""
+    return list(_chained(version, prompt))
 
 
-def _chained(policy: str, prompt: Sequence[int]) -> Iterator[int]:
-    before = hash(policy)
+def _chained(version: tuple[str, int], prompt: Sequence[int]) -> Iterator[int]:
+    before = hash(version)
     for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
         before = hash((before, tuple(prompt[start : start + BLOCK])))
         yield before

@@ -71,6 +71,8 @@ class Work:
     """The policy's."""
     prompt: tuple[int, ...]
     samples: int
+    number: int | None = None
+    """The version that its address names; None where it follows the name."""
     waits: bool = False
     """It may wait for a version to be pushed, so that it holds up nobody meanwhile."""
     switches: bool = False

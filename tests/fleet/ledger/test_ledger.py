@@ -86,6 +86,28 @@ def test_a_prompt_follows_its_beginning_unless_that_replica_has_much_more_to_do(
     assert dispatched(ledger)[0].replica == "r0", "another policy has KV of its own"
 
 
+def test_a_prompt_follows_its_beginning_no_further_than_its_kv() -> None:
+    """KV is of one version, and gone once somebody has it freed."""
+    ledger = fleet(room=100)
+    turn = tuple(range(100))
+
+    def goes(key: int, number: int | None = None) -> str:
+        ledger.submit(Work(key, "trained", (*turn, key), 1, number=number))
+        return dispatched(ledger)[0].replica
+
+    assert push(ledger, 1)
+    ledger.submit(Work(0, "trained", (7,), 1))
+    dispatched(ledger)
+    assert goes(1) == "r1" and goes(2) == "r1"
+    assert push(ledger, 2)
+    assert goes(3) == "r0", "one row there, and two here"
+    assert goes(4) == "r0" and goes(5) == "r0", "it was read there under version 2"
+    assert goes(6, number=1) == "r1" and goes(7, number=1) == "r1" and goes(8, number=1) == "r1"
+    assert goes(9, number=2) == "r0" and goes(10) == "r0"
+    ledger.forget_prefixes()
+    assert goes(11) == "r1", "six rows there, and five here"
+
+
 def test_a_late_replica_gets_no_rows_before_it_has_moved_its_alias_there_and_back() -> None:
     """Where the alias went to a version and back, a replica that has done neither looks as if it had done both."""
     ledger = fleet()
