@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -156,4 +157,26 @@ def test_a_key_is_asked_for_and_what_it_does_not_open_stays_shut(chromium: Brows
     assert "may-change" not in page.driver.page_source
     complaints = page.complaints()
     assert complaints and all("401" in text or "403" in text for text in complaints)
+    page.run("sessionStorage.clear()")
+
+
+def test_whoever_gives_no_key_is_not_asked_again_and_may_give_one_later(chromium: Browser, locked: LiveServer) -> None:
+    page = chromium
+    page.resize(1280, 900)
+    page.driver.get(locked.url)
+    opened = "return document.getElementById('key-dialog').open"
+    page.until(lambda: page.run(opened))
+    page.click("#key-cancel")
+    page.until(lambda: not page.run(opened))
+    # It had asked again after half a second.
+    time.sleep(2)
+    assert not page.run(opened)
+    assert page.text("#state") == "locked" and "needs a key" in page.text("#notice-text")
+    page.click("#theme"), page.click("#theme"), page.click("#theme")
+    page.click("#give-key")
+    give(page, "may-infer")
+    page.find("[data-version='locked@2']")
+    page.until(lambda: page.text("#state") == "ready")
+    assert not page.find("#notice").is_displayed()
+    assert all("401" in text for text in page.complaints())
     page.run("sessionStorage.clear()")

@@ -15,12 +15,20 @@ const THEME = "rollout-server-theme";
 const NOTICE_MS = 8000;
 
 let hiding = 0;
+let standing = "";
 
-function notice(text, { stays = false } = {}) {
+/** Says something for a while, over what is said for as long as it is so. */
+function notice(text) {
   clearTimeout(hiding);
-  byId("notice").hidden = !text;
-  say(byId("notice"), text);
-  if (text && !stays) hiding = setTimeout(() => notice(""), NOTICE_MS);
+  const said = text || standing;
+  byId("notice").hidden = !said;
+  say(byId("notice-text"), said);
+  if (text) hiding = setTimeout(() => notice(""), NOTICE_MS);
+}
+
+function stand(text) {
+  standing = text;
+  notice("");
 }
 
 const fail = (error) => notice(error.message);
@@ -143,15 +151,17 @@ function offerModels({ model, models }) {
 
 byId("model").addEventListener("change", () => server.show(byId("model").value));
 byId("key").addEventListener("click", () => server.askForKey("Another key for this page: an admin key also opens the buttons of versions."));
+byId("give-key").addEventListener("click", () => server.askForKey("An inference key opens what this page shows, an admin key also the buttons of versions."));
 
-let connected = null;
+const LOST = { locked: "locked", closed: "no connection" };
+
 server.follow(show, (state, why) => {
+  byId("give-key").hidden = state !== "locked";
   if (state === "open") {
-    if (connected === false) notice("");
-  } else {
-    say(byId("state"), state === "locked" ? "locked" : "no connection");
-    byId("state").className = "pill bad";
-    notice(why, { stays: true });
+    if (standing) stand("");
+    return;
   }
-  connected = state === "open";
+  say(byId("state"), LOST[state]);
+  byId("state").className = "pill bad";
+  stand(state === "locked" ? `This page needs a key. ${why}` : why);
 });

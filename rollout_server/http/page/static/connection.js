@@ -40,6 +40,7 @@ export class Server {
     if (key === null) return false;
     this.key = key;
     sessionStorage.setItem(KEY, key);
+    this.given?.();
     return true;
   }
 
@@ -83,7 +84,10 @@ export class Server {
         }
         if (error instanceof Refused && error.status === 401) {
           now("locked", error.message);
-          if (await this.askForKey(error.message)) continue;
+          const given = new Promise((done) => (this.given = done));
+          // Whoever gives none now is not asked again, and may give one later.
+          if (!(await this.askForKey(error.message))) await given;
+          continue;
         } else if (!leaving.signal.aborted) {
           now("closed", error instanceof Refused ? error.message : "The server does not answer.");
         }
