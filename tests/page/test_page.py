@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from tests.page.browser import Browser
-from tests.support.live_server import LiveServer, until
+from tests.support.live_server import LiveServer, live_server, until
 from trainer_client import PublishedVersion, RolloutBatch, RolloutClient
 
 Push = Callable[..., PublishedVersion]
@@ -96,6 +98,26 @@ def test_a_chosen_rollout_stays_when_its_tab_was_hidden(page: Browser, client: R
     page.until(lambda: page.run(frames) > before and len(page.all("#rollouts li")) >= 3)
     assert page.text("#rollout pre") == "1+2="
     assert page.find("#rollouts li[aria-selected='true'] .what").is_displayed()
+
+
+def test_a_server_that_goes_silent_is_said_to_be_and_found_again(chromium: Browser) -> None:
+    """Its connections stay open, and nothing comes: whoever looks at the numbers would take them for new ones."""
+    with live_server(None) as stopped:
+        chromium.resize(1280, 900)
+        chromium.open(stopped.url)
+        assert chromium.text("#state") == "ready"
+        stopped.process.send_signal(signal.SIGSTOP)
+        try:
+            chromium.until(lambda: chromium.text("#state") == "silent")
+            said = chromium.text("#notice-text")
+            assert "said nothing" in said and re.search(r"What is shown is of \d+:\d\d:\d\d", said)
+        finally:
+            stopped.process.send_signal(signal.SIGCONT)
+        chromium.until(lambda: chromium.text("#state") == "ready")
+        assert not chromium.find("#notice").is_displayed()
+        assert chromium.complaints() == []
+        # It would complain of a server that has gone.
+        chromium.driver.get("about:blank")
 
 
 def test_it_marks_where_the_version_changes(

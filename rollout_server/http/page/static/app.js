@@ -3,7 +3,7 @@
 import { charts, Samples } from "./charts.js";
 import { Compare } from "./compare.js";
 import { Server } from "./connection.js";
-import { byId, device, h, say } from "./dom.js";
+import { byId, clock, device, h, say } from "./dom.js";
 import { merged } from "./frames.js";
 import { showReplicas } from "./replicas.js";
 import { Rollouts } from "./rollouts.js";
@@ -153,7 +153,7 @@ byId("model").addEventListener("change", () => server.show(byId("model").value))
 byId("key").addEventListener("click", () => server.askForKey("Another key for this page: an admin key also opens the buttons of versions."));
 byId("give-key").addEventListener("click", () => server.askForKey("An inference key opens what this page shows, an admin key also the buttons of versions."));
 
-const LOST = { locked: "locked", closed: "no connection" };
+const LOST = { locked: "locked", closed: "no connection", silent: "silent" };
 
 server.follow(show, (state, why) => {
   byId("give-key").hidden = state !== "locked";
@@ -163,5 +163,6 @@ server.follow(show, (state, why) => {
   }
   say(byId("state"), LOST[state]);
   byId("state").className = "pill bad";
-  stand(state === "locked" ? `This page needs a key. ${why}` : why);
+  const old = seen ? ` What is shown is of ${clock(seen.now[0])}.` : "";
+  stand((state === "locked" ? `This page needs a key. ${why}` : why) + old);
 });

@@ -7,10 +7,14 @@ export class Refused extends Error {
   }
 }
 
+class Silent extends Error {}
+
 const KEY = "rollout-server-key";
 const MODEL = "rollout-server-model";
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 10_000;
+/** A frame is due each second, and up to two later where the engine is slow to show its rows. */
+const SILENT_MS = 5000;
 
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
@@ -70,7 +74,7 @@ export class Server {
       const hide = () => document.hidden && leaving.abort();
       document.addEventListener("visibilitychange", hide);
       try {
-        await this.read(leaving.signal, (frame) => {
+        await this.read(leaving, (frame) => {
           wait = FIRST_WAIT_MS;
           now("open");
           told(frame);
@@ -88,31 +92,42 @@ export class Server {
           // Whoever gives none now is not asked again, and may give one later.
           if (!(await this.askForKey(error.message))) await given;
           continue;
+        } else if (leaving.signal.reason instanceof Silent) {
+          now("silent", `The server has said nothing for ${SILENT_MS / 1000} s. Connecting again.`);
         } else if (!leaving.signal.aborted) {
           now("closed", error instanceof Refused ? error.message : "The server does not answer.");
         }
       } finally {
         document.removeEventListener("visibilitychange", hide);
       }
-      if (!document.hidden && !leaving.signal.aborted) {
+      if (!document.hidden && (!leaving.signal.aborted || leaving.signal.reason instanceof Silent)) {
         await pause(wait);
         wait = Math.min(2 * wait, LONGEST_WAIT_MS);
       }
     }
   }
 
-  async read(signal, told) {
-    // EventSource sends no keys, so events are read from the reply's body.
-    const reply = await fetch(this.of("page/events"), { headers: this.headers, signal });
-    if (!reply.ok) throw new Refused(reply.status, (await reply.json().catch(() => null))?.error);
-    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-    let left = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) return;
-      const events = (left + value).split("\n\n");
-      left = events.pop();
-      for (const event of events) if (event.startsWith("data: ")) told(JSON.parse(event.slice(6)));
+  /** Reads the stream to its end, and leaves one in which nothing comes for a while. */
+  async read(leaving, told) {
+    const watch = () => setTimeout(() => leaving.abort(new Silent()), SILENT_MS);
+    let watching = watch();
+    try {
+      // EventSource sends no keys, so events are read from the reply's body.
+      const reply = await fetch(this.of("page/events"), { headers: this.headers, signal: leaving.signal });
+      if (!reply.ok) throw new Refused(reply.status, (await reply.json().catch(() => null))?.error);
+      const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+      let left = "";
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) return;
+        clearTimeout(watching);
+        watching = watch();
+        const events = (left + value).split("\n\n");
+        left = events.pop();
+        for (const event of events) if (event.startsWith("data: ")) told(JSON.parse(event.slice(6)));
+      }
+    } finally {
+      clearTimeout(watching);
     }
   }
 }
