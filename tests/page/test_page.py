@@ -245,6 +245,24 @@ def test_what_is_not_shown_is_counted(page: Browser, push: Push) -> None:
     assert found == ["and 599 more", "many@1 · 600", "600 rows: 600 on many@1."]
 
 
+def test_rows_that_are_not_known_are_not_shown_as_none(page: Browser) -> None:
+    look = (
+        "[text('rows-count'), text('rows-old'), document.getElementById('rows').ariaLabel,"
+        "document.querySelectorAll('#rows .cell').length,"
+        "getComputedStyle(document.getElementById('rows'), '::after').content]"
+    )
+    none = "const none = { count: 0, versions: [], counts: [], requests: [], rows: [] }"
+    busy, unknown = "the engine is busy", "The engine is busy: its rows are not known."
+    late = "The engine has not shown its rows within 2 s."
+    found = shown(page, none, "showRows(none); showRows(null)", look)
+    assert found == [busy, late, unknown, 0, '"It is not known which rows run."']
+    rows = "const rows = { count: 1, versions: [['a', 1]], counts: [1], requests: ['r'], rows: [[0, 1, 2, 0, 0]] }"
+    found = shown(page, rows, "showRows(rows); showRows(null)", look)
+    assert found == [busy, f"{late} These are what it showed last.", unknown, 1, "none"]
+    found = shown(page, none, "showRows(null); showRows(none)", look)
+    assert found == ["none is running", None, "No row is running.", 0, '"No row is running."']
+
+
 def test_a_model_that_samples_nothing_is_not_asked_to(page: Browser) -> None:
     look = "document.getElementById('compare-section').hidden"
     assert shown(page, "", "compare(frame)", look) is False

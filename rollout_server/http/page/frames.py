@@ -25,7 +25,9 @@ FRAME_S = 1.0
 FRESH_S = 0.25
 """A frame that is younger is told as it is."""
 LOOK_S = 2.0
-"""How long the engine's thread may take to show its rows, between two steps; then a frame shows none."""
+"""How long the engine's thread may take to show its rows, between two steps; then a frame says that they are not
+known."""
+NO_ROWS = RowsSeen("none", (), 0, ())
 MOST_POLICIES = 32
 MOST_VERSIONS = 32
 """How many of a policy are shown; the newest."""
@@ -88,7 +90,7 @@ class Frames:
 
     async def _make(self, before: Frame | None) -> Frame:
         before = Frame() if before is None else before
-        parts = self._parts() | {"rows": rows_entry(await self._rows())}
+        parts = self._parts() | {"rows": await self._rows()}
         observer = self._service.observer
         moved, moves = observer.moves_since(0)
         return Frame(
@@ -127,14 +129,14 @@ class Frames:
             },
         }
 
-    async def _rows(self) -> RowsSeen | None:
-        """The rows; an engine at rest is left alone."""
+    async def _rows(self) -> dict[str, Any] | None:
+        """The rows, or None where an engine that has some did not show them in time; one at rest is left alone."""
         status = self._service.engine.status
         if status.state != "ready" or not status.running + status.preempted:
-            return None
+            return rows_entry(NO_ROWS)
         try:
             async with asyncio.timeout(LOOK_S):
-                return await self._service.engine.rows()
+                return rows_entry(await self._service.engine.rows())
         except (TimeoutError, RolloutError):
             return None
 
@@ -204,11 +206,9 @@ def totals_entry(totals: VersionTotals | None) -> dict[str, Any] | None:
     }
 
 
-def rows_entry(seen: RowsSeen | None) -> dict[str, Any]:
+def rows_entry(seen: RowsSeen) -> dict[str, Any]:
     """Rows as `[version, tokens, most, preempted, request]`, where the first and the last are places in lists. `counts`
     are of all rows by version, `count` of all, those included that are not among `rows`."""
-    if seen is None:
-        return {"count": 0, "versions": [], "counts": [], "requests": [], "rows": []}
     versions = [(version.name, version.number) for version, _ in seen.by_version]
     requests = list(dict.fromkeys(row.id for row in seen.rows))
     at = {version: place for place, version in enumerate(versions)}

@@ -366,6 +366,8 @@ class FakeEngine(FakeVersions):
         return tuple(Span(self._found(span.address), span.start, span.end, span.kv) for span in spans)
 
     async def rows(self) -> RowsSeen:
+        if not self.answers:
+            await asyncio.Event().wait()
         counts = tuple(Counter(row.version for row in self.seen).items())
         return RowsSeen("rows", tuple(self.seen[:3]), len(self.seen), counts)
 

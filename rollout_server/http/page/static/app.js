@@ -131,7 +131,7 @@ function show(event) {
   say(byId("base"), frame.base ? `${frame.base.id} · ${frame.base.dtype} · ${device(frame.base.device)}` : "The model is loading.");
   say(byId("instance"), `instance ${frame.instance}`);
   byId("key").hidden = !frame.keys.inference;
-  if (event.rows) showRows(frame.rows);
+  if (event.rows !== undefined) showRows(frame.rows);
   if (event.replicas) showReplicas(frame);
   versions.show(frame);
   rollouts.show(frame);

@@ -2,8 +2,19 @@
 
 import { address, byId, coloured, follow, h, say, swatch } from "./dom.js";
 
-export function showRows({ count, versions, counts, requests, rows }) {
+/** Shows the rows; null where the engine has not shown them in time: then the last ones stay, and are said to be old. */
+export function showRows(seen) {
   const parent = byId("rows");
+  parent.classList.toggle("old", seen === null);
+  byId("rows-old").hidden = seen !== null;
+  if (seen === null) {
+    parent.classList.toggle("none", !parent.children.length);
+    say(byId("rows-count"), "the engine is busy");
+    say(byId("rows-old"), `The engine has not shown its rows within 2 s.${parent.children.length ? " These are what it showed last." : ""}`);
+    parent.setAttribute("aria-label", "The engine is busy: its rows are not known.");
+    return;
+  }
+  const { count, versions, counts, requests, rows } = seen;
   const items = rows.map((row, place) => ({ row, place, versions, requests }));
   follow(parent, items, (item) => item.place, makeCell);
   const words = versions.map(([name, number], at) => `${counts[at]} on ${address(name, number)}`);

@@ -172,6 +172,17 @@ def test_rows_are_told_by_version(client: Client, engine: FakeEngine) -> None:
     }
 
 
+def test_rows_that_an_engine_does_not_show_in_time_are_not_known(client: Client, engine: FakeEngine) -> None:
+    """None would run for all that the page could say of an engine in a long step."""
+    version = PolicyVersion("policy", 1, "sha256:" + "c" * 64)
+    engine.seen = [RowSeen("one", 0, 0, version, 5, 10, preempted=False)]
+    assert frame(client)["rows"]["count"] == 1
+    engine.answers = False
+    assert frame(client)["rows"] is None
+    engine.answers = True
+    assert frame(client)["rows"]["count"] == 1
+
+
 def test_a_rollout_is_shown_as_it_was_sent(client: Client, engine: FakeEngine) -> None:
     """Of every route that samples: what the page shows is what the reply said."""
     engine.script = lambda request, sample: Row([60, 300, 61], FinishReason.STOP, 61)
