@@ -263,6 +263,35 @@ def test_rows_that_are_not_known_are_not_shown_as_none(page: Browser) -> None:
     assert found == ["none is running", None, "No row is running.", 0, '"No row is running."']
 
 
+def test_versions_of_a_long_run_can_be_told_apart(page: Browser, push: Push) -> None:
+    """A day of pushes: over all of it a version would be narrower than a pixel."""
+    push("days", 1)
+    day = (
+        "const now = frame.now[0]; frame.started = now - 86400;"
+        "frame.policies = frame.policies.filter((policy) => policy.name === 'days');"
+        "const moves = (name, count) => Array.from({ length: count }, (_, at) =>"
+        " ({ name, number: at + 1, time: now - 86400 * (1 - at / count) }));"
+    )
+    look = (
+        "[document.getElementById('timeline-shows')?.textContent,"
+        "[...document.querySelectorAll('#timeline .live')].map((e) => e.getBoundingClientRect().width),"
+        "document.querySelector('#timeline .track').ariaLabel]"
+    )
+    show = "new Versions().show(frame)"
+    said, widths, label = shown(page, f"{day} frame.moves = moves('days', 480)", show, look)
+    assert said.startswith("Which version was live: the last 64 changes, since ")
+    assert len(widths) in (64, 65) and min(widths[-64:]) > 8
+    assert "version 480 from" in label and "version 400 from" not in label
+    change = f"{day} frame.moves = moves('days', 20)"
+    said, widths, _ = shown(page, change, show, look)
+    assert said == "Which version was live, since the server started" and len(widths) == 20
+    _, widths, label = shown(page, f"{day} frame.moves = moves('other', 512)", show, look)
+    assert len(widths) == 1 and "version 1 since before that" in label, "what is not kept is not what was not"
+    both = f"{day} frame.moves = [...moves('other', 511), {{ name: 'days', number: 1, time: now - 60 }}]"
+    _, widths, label = shown(page, both, show, look)
+    assert len(widths) == 2 and "at first it is not known, version 1 from" in label
+
+
 def test_a_model_that_samples_nothing_is_not_asked_to(page: Browser) -> None:
     look = "document.getElementById('compare-section').hidden"
     assert shown(page, "", "compare(frame)", look) is False

@@ -66,6 +66,13 @@ export function fixed(value, digits = 3) {
 export const milliseconds = (value) => (value < 1 ? `${value.toFixed(2)} ms` : value < 1000 ? `${value.toFixed(1)} ms` : `${(value / 1000).toFixed(2)} s`);
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
 
+/** The time of day, and of another day its date too. */
+export function moment(seconds) {
+  const day = (date) => date.toLocaleDateString([], { month: "short", day: "numeric" });
+  const then = new Date(seconds * 1000);
+  return day(then) === day(new Date()) ? clock(seconds) : `${day(then)}, ${clock(seconds)}`;
+}
+
 /** MLX's word for a device is `Device(gpu, 0)`. */
 export const device = (name) => name.replace(/^Device\((\w+), \d+\)$/, "$1");
 

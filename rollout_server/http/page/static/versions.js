@@ -1,9 +1,9 @@
-// Versions: when which was live, what each is, what it has sampled, and what can be done with it.
+// Versions: what each is, what it has sampled, and what can be done with it.
 
 import { address, byId, bytes, clock, coloured, count, device as deviceName, fixed, follow, h, milliseconds, say, swatch } from "./dom.js";
+import { Timeline } from "./timeline.js";
 import { bar } from "./tokens.js";
 
-const MOST_MOVES = 512;
 const PHASES = ["receive", "validate", "stage", "persist", "activate"];
 const ENDS = ["stop", "length", "superseded", "aborted", "error"];
 
@@ -11,7 +11,7 @@ export class Versions {
   /** `act(what, name, number, kept)` does what a button says, and returns when it is done. */
   constructor(act) {
     this.act = act;
-    this.moves = [];
+    this.timeline = new Timeline();
     this.entries = new WeakMap();
   }
 
@@ -25,8 +25,6 @@ export class Versions {
   }
 
   show(frame) {
-    // The first frame has all moves that are kept, each later one those since the frame before.
-    this.moves = frame.history ? frame.moves : [...this.moves, ...frame.moves].slice(-MOST_MOVES);
     const versions = frame.policies.flatMap((policy) => policy.versions.map((version) => this.named(version, policy.name, frame.keys.changes)));
     versions.sort((one, other) => other.created - one.created);
     if (this.base?.base !== frame.base) this.base = frame.base && { name: "base", version: 0, base: frame.base };
@@ -37,7 +35,7 @@ export class Versions {
     byId("versions-more").hidden = !more.length;
     say(byId("versions-more"), `and ${more.join(", and ")}`);
     follow(byId("versions"), base ? [...versions, base] : versions, (version) => address(version.name, version.version) + version.digest, (version) => this.card(version));
-    this.timeline(frame, versions);
+    this.timeline.show(frame, versions);
   }
 
   card(version) {
@@ -73,34 +71,6 @@ export class Versions {
     };
     return element;
   }
-
-  /** A lane for each name: which version it pointed to from when to when, and a mark for each push. */
-  timeline(frame, versions) {
-    const parent = byId("timeline");
-    const end = frame.now[0];
-    const start = Math.min(end - 60, frame.started, ...this.moves.map((move) => move.time));
-    const at = (time) => `${((100 * (Math.max(start, time) - start)) / (end - start)).toFixed(1)}%`;
-    const lanes = frame.policies.map((policy) => ({ name: policy.name, at, end, start, moves: this.moves.filter((move) => move.name === policy.name), pushes: versions.filter((version) => version.name === policy.name) }));
-    parent.hidden = !lanes.length;
-    follow(parent, lanes, (lane) => lane.name, makeLane);
-  }
-}
-
-function makeLane({ name }) {
-  const track = h("div", { class: "track", role: "img" });
-  const lane = h("div", { class: "lane" }, h("span", { class: "lane-name" }, name), track);
-  let drawn = "";
-  lane.follow = ({ at, end, start, moves, pushes }) => {
-    const places = JSON.stringify([moves.map((move) => [move.number, at(move.time)]), pushes.map((push) => [push.version, at(push.created)])]);
-    if (places === drawn) return;
-    drawn = places;
-    const live = moves.map((move, place) => ({ ...move, until: moves[place + 1]?.time ?? end })).filter((move) => move.number !== null);
-    const spans = live.map((move) => h("span", { class: "live", title: `${address(name, move.number)} live from ${clock(move.time)} to ${clock(move.until)}`, ...coloured(name, move.number), "--from": at(move.time), "--to": at(move.until) }, String(move.number)));
-    const marks = pushes.filter((push) => push.created >= start).map((push) => h("span", { class: "push", title: `${address(name, push.version)} pushed at ${clock(push.created)}`, ...coloured(name, push.version), "--from": at(push.created) }));
-    track.replaceChildren(...spans, ...marks);
-    track.setAttribute("aria-label", `${name}: ${live.map((move) => `version ${move.number} from ${clock(move.time)}`).join(", ") || "nothing was live"}.`);
-  };
-  return lane;
 }
 
 function badgesOf(version) {
