@@ -24,11 +24,13 @@ ON_HUES = (".live", ".mark")
 
 
 DRAWN = (
-    "const drawn = (colour) => { const context = new OffscreenCanvas(1, 1).getContext('2d');"
-    "context.fillStyle = colour; context.fillRect(0, 0, 1, 1);"
-    "return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3)})`; };"
+    "const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});"
+    "const paint = (colour, share) => {"
+    "context.globalAlpha = share; context.fillStyle = colour; context.fillRect(0, 0, 1, 1); };"
+    "const seen = () => `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;"
 )
-"""The browser's own red, green and blue of any colour."""
+"""The browser's own red, green and blue of colours that lie over each other."""
+HEATS = [0, 0.25, 0.5, 0.75, 1]
 
 
 def channels(colour: str) -> list[float]:
@@ -43,12 +45,12 @@ def luminance(colour: str) -> float:
 
 
 def contrast(page: Browser, selector: str) -> float:
-    """Between a text and the nearest ground below it that is not transparent."""
+    """Between a text and everything that lies below it, as opaque as each is."""
     text, ground = page.run(
-        f"{DRAWN} let e = document.querySelector(arguments[0]); const text = getComputedStyle(e).color;"
-        "const clear = (e) => /^rgba\\(.*, 0\\)$/.test(getComputedStyle(e).backgroundColor);"
-        "while (e.parentElement && clear(e)) e = e.parentElement;"
-        "return [drawn(text), drawn(getComputedStyle(e).backgroundColor)]",
+        f"{DRAWN} const found = document.querySelector(arguments[0]); const all = []; let share = 1;"
+        "for (let e = found; e; e = e.parentElement) all.unshift(getComputedStyle(e));"
+        "for (const style of all) paint(style.backgroundColor, (share *= Number(style.opacity)));"
+        "const ground = seen(); paint(all.at(-1).color, share); return [seen(), ground]",
         selector,
     )
     one, other = sorted((luminance(text), luminance(ground)))
@@ -65,6 +67,16 @@ def test_text_is_readable_in_both_themes(page: Browser, push: Push, scheme: str)
         for text in ON_HUES:
             page.run("document.querySelector(arguments[0]).style.setProperty('--hue', arguments[1])", text, hue)
             assert contrast(page, text) >= READABLE, (text, hue)
+    page.driver.execute_async_script(
+        "const [heats, done] = arguments; import('/page/files/tokens.js').then(({ tokenText }) => {"
+        "const token = (heat, given) => ({ text: 'a', logprob: -6 * heat, values: {}, version: ['themes', 1], given });"
+        "const tokens = heats.flatMap((heat) => [token(heat, false), token(heat, true)]);"
+        "const text = tokenText(tokens, 'all heats'); text.id = 'heats'; document.querySelector('main').append(text);"
+        "}).then(done)",
+        HEATS,
+    )
+    tokens = {at: contrast(page, f"#heats [data-at='{at}']") for at in range(2 * len(HEATS))}
+    assert min(tokens.values()) >= READABLE, tokens
     assert {text: contrast(page, text) >= READABLE for text in TEXTS} == dict.fromkeys(TEXTS, True)
     assert (luminance(page.run("return getComputedStyle(document.body).backgroundColor")) > 0.5) == (scheme == "light")
 
