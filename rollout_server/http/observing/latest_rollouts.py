@@ -69,11 +69,14 @@ class LatestRollouts:
         return next((kept for kept in self._kept if kept.number == number), None)
 
     def add(self, request_id: str, rollout: Rollout) -> None:
+        """Keeps a rollout; one that is larger than all room is counted, and nothing makes room for it."""
         self._count += 1
         if rollout.top_logprobs is not None or rollout.prompt_logprobs is not None:
             rollout = replace(rollout, top_logprobs=None, prompt_logprobs=None)
         kept = Kept(self._count, request_id, self._clock(), rollout)
+        if kept.nbytes > self._most_bytes:
+            return
         self._kept.append(kept)
         self._nbytes += kept.nbytes
-        while self._kept and (len(self._kept) > self._most or self._nbytes > self._most_bytes):
+        while len(self._kept) > self._most or self._nbytes > self._most_bytes:
             self._nbytes -= self._kept.popleft().nbytes

@@ -34,8 +34,17 @@ def test_bytes_are_bounded_whatever_the_rows_length() -> None:
         latest.add("r", rollout(100))
         assert latest.nbytes <= 3 * one
     assert len(list(latest)) == 3
-    latest.add("r", rollout(10_000))
-    assert not list(latest) and latest.nbytes == 0, "one that is larger than all room is not kept"
+
+
+def test_nothing_makes_room_for_one_that_is_larger_than_all_of_it() -> None:
+    one = 32 * (2 + 5 * 100)
+    latest = LatestRollouts(most_bytes=3 * one)
+    for _ in range(3):
+        latest.add("r", rollout(100))
+    latest.add("long", rollout(10_000))
+    assert [kept.number for kept in latest] == [3, 2, 1] and latest.nbytes == 3 * one
+    latest.add("r", rollout(100))
+    assert [kept.number for kept in latest] == [5, 3, 2], "it was counted"
 
 
 def test_what_is_large_and_never_shown_is_let_go() -> None:
