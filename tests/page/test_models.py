@@ -73,6 +73,25 @@ def test_a_model_is_chosen_and_everything_shown_is_its(page: Browser) -> None:
     page.until(lambda: cards(page) == {"base", "mine@1"})
 
 
+def test_a_rollout_that_comes_after_another_model_was_chosen_leaves_that_ones_room(page: Browser) -> None:
+    """The reply of the model before is held back until the other's list is there."""
+    page.until(lambda: page.text("#rollout pre") == "1+1=")
+    page.run(
+        "const real = window.fetch; window.held = true;"
+        "window.fetch = async (path, options) => {"
+        " if (String(path).startsWith('page/rollouts/') && window.held) {"
+        " window.held = null; await new Promise((go) => (window.release = go)); }"
+        " return real(path, options); };"
+    )
+    page.click("#rollouts li:nth-child(2)")
+    page.until(lambda: page.run("return window.held === null"))
+    choose(page, "judge")
+    page.until(lambda: "own@2" in page.text("#rollouts"))
+    page.run("window.release()")
+    page.until(lambda: page.text("#rollout pre") == MARKUP)
+    assert page.find("#rollouts li[aria-selected='true']").is_displayed()
+
+
 def test_buttons_and_samples_are_of_the_chosen_model(page: Browser, served: LiveServer) -> None:
     choose(page, "judge")
     page.click("[data-version='own@1'] button[aria-label='Activate own@1']")

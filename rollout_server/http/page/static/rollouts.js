@@ -8,13 +8,13 @@ const FOLLOW_MS = 5000;
 
 export class Rollouts {
   constructor(server, fail) {
-    Object.assign(this, { server, fail, chosen: null, shown: null, follows: true, since: -Infinity, list: byId("rollouts") });
+    Object.assign(this, { server, fail, begun: 0, chosen: null, shown: null, follows: true, since: -Infinity, list: byId("rollouts") });
     this.list.addEventListener("keydown", (event) => this.key(event));
   }
 
   /** Another server's, or another model's, rollouts have numbers of their own. */
   begin() {
-    Object.assign(this, { chosen: null, shown: null, follows: true, since: -Infinity });
+    Object.assign(this, { begun: this.begun + 1, chosen: null, shown: null, follows: true, since: -Infinity });
     this.list.replaceChildren();
     byId("rollout").replaceChildren(h("p", { class: "empty" }, "A rollout that ends is shown here, token by token."));
   }
@@ -71,19 +71,21 @@ export class Rollouts {
     this.since = performance.now();
     if (this.shown === number || this.asking) return;
     this.asking = true;
-    const model = this.server.model;
+    const list = this.begun;
     try {
-      const view = await this.server.call("GET", this.server.of(`page/rollouts/${number}`));
-      if (model !== this.server.model) return;
-      this.shown = number;
-      byId("rollout").replaceChildren(...detail(view));
+      const view = await this.server.call("GET", `page/rollouts/${number}?model=${encodeURIComponent(this.frame.model)}`);
+      if (list === this.begun) {
+        this.shown = number;
+        byId("rollout").replaceChildren(...detail(view));
+      }
     } catch (error) {
       // It may have made room for later ones while it was asked for.
       if (error.status !== 404) this.fail(error);
     } finally {
       this.asking = false;
     }
-    if (this.chosen !== null && this.chosen !== number) await this.choose(this.chosen);
+    // Another may have been chosen in the meantime, also of another model under the same number.
+    if (this.chosen !== null && (this.chosen !== number || list !== this.begun)) await this.choose(this.chosen);
   }
 }
 
