@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,26 @@ def test_a_chosen_rollout_stays_when_its_tab_was_hidden(page: Browser, client: R
     page.until(lambda: page.run(frames) > before and len(page.all("#rollouts li")) >= 3)
     assert page.text("#rollout pre") == "1+2="
     assert page.find("#rollouts li[aria-selected='true'] .what").is_displayed()
+
+
+def test_a_chosen_rollout_stays_until_the_newest_is_followed_again(page: Browser, client: RolloutClient) -> None:
+    """Whichever was chosen: also the newest, and one that has made room for later ones."""
+    client.rollouts(["9+1="], policy="base", n=1, max_tokens=4)
+    page.until(lambda: page.text("#rollout pre") == "9+1=")
+    assert not page.find("#follow").is_displayed()
+    page.click("#rollouts li:first-child")
+    assert page.find("#follow").is_displayed()
+    chosen = page.find("#rollouts li[aria-selected='true']").get_attribute("id")
+    client.rollouts(["9+2="], policy="base", n=40, max_tokens=4)
+    page.until(lambda: not page.all(f"#{chosen}"))
+    # As long as one that nobody chose is shown.
+    time.sleep(5.5)
+    assert page.text("#rollout pre") == "9+1="
+    page.click("#follow")
+    page.until(lambda: page.text("#rollout pre") == "9+2=")
+    assert not page.find("#follow").is_displayed()
+    client.rollouts(["9+3="], policy="base", n=1, max_tokens=4)
+    page.until(lambda: page.text("#rollout pre") == "9+3=")
 
 
 def test_a_server_that_goes_silent_is_said_to_be_and_found_again(chromium: Browser) -> None:

@@ -10,6 +10,7 @@ export class Rollouts {
   constructor(server, fail) {
     Object.assign(this, { server, fail, begun: 0, chosen: null, shown: null, follows: true, since: -Infinity, list: byId("rollouts") });
     this.list.addEventListener("keydown", (event) => this.key(event));
+    byId("follow").addEventListener("click", () => this.goOn());
   }
 
   /** Another server's, or another model's, rollouts have numbers of their own. */
@@ -22,13 +23,17 @@ export class Rollouts {
   show(frame) {
     this.frame = frame;
     follow(this.list, frame.rollouts, (rollout) => rollout.number, (rollout) => this.entry(rollout));
-    const kept = frame.rollouts.some((rollout) => rollout.number === this.chosen);
-    // The newest is followed until a person has chosen one, and again when that is gone.
-    if (frame.rollouts.length && (!kept || this.follows)) {
-      this.follows ||= !kept;
-      const newest = frame.rollouts[0].number;
-      if (newest !== this.chosen && performance.now() - this.since >= FOLLOW_MS) this.choose(newest);
-    }
+    byId("picked").hidden = this.follows;
+    // What a person has chosen stays, also when it has made room in the list: somebody may be reading it.
+    const newest = frame.rollouts[0]?.number ?? null;
+    if (this.follows && newest !== this.chosen && newest !== null && performance.now() - this.since >= FOLLOW_MS) this.choose(newest);
+  }
+
+  /** Follows the newest again. */
+  goOn() {
+    Object.assign(this, { follows: true, since: -Infinity });
+    this.list.focus();
+    this.show(this.frame);
   }
 
   entry(rollout) {
@@ -60,7 +65,8 @@ export class Rollouts {
   }
 
   pick(number) {
-    this.follows = number === this.frame.rollouts[0]?.number;
+    this.follows = false;
+    byId("picked").hidden = false;
     this.choose(number);
   }
 
