@@ -18,6 +18,7 @@ from trainer_client import PublishedVersion, RolloutBatch, RolloutClient
 
 Push = Callable[..., PublishedVersion]
 MARKUP = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
+UNHARMED = "return [document.images.length, document.scripts.length, window.hacked ?? null]"
 MOST_NATS = 6
 
 
@@ -194,7 +195,29 @@ def test_what_clients_sent_is_text(page: Browser, client: RolloutClient, server:
     page.until(lambda: page.text("#rollout .request") == "<b>bold<b>")
     assert page.text("#rollout pre") == MARKUP
     page.until(lambda: label in page.text(card("hostile@1")))
-    assert page.run("return [document.images.length, document.scripts.length, window.hacked ?? null]") == [1, 1, None]
+    assert page.run(UNHARMED) == [1, 1, None]
+
+
+def test_what_models_say_is_text(page: Browser, client: RolloutClient, server: LiveServer) -> None:
+    """A grammar has them say markup, in a rollout and in the box that asks two versions."""
+    said = {"structured_outputs": {"choice": [MARKUP]}}
+    body = {"policy": "base", "prompts": [{"text": "1+1="}], "sampling": {"max_tokens": 200, **said}}
+    assert httpx.post(f"{server.url}/v1/rollouts", json=body).status_code == 200
+    sampled = "return [...document.querySelectorAll(`${arguments[0]} .token`)].map((e) => e.textContent).join('')"
+    page.until(lambda: MARKUP in page.run(sampled, "#rollout"))
+    page.run(
+        "const real = window.fetch; window.fetch = (path, options) => real(path, options?.method === 'POST'"
+        " ? { ...options, body: JSON.stringify({ ...JSON.parse(options.body), ...arguments[0] }) } : options)",
+        said,
+    )
+    page.find("#prompt").send_keys("1+1=")
+    page.run("document.getElementById('n').value = 1; document.getElementById('max-tokens').value = 200")
+    for chat in (False, True):
+        page.run("document.getElementById('chat').checked = arguments[0]", chat)
+        page.run("for (const side of ['left', 'right']) document.getElementById(`${side}-answers`).replaceChildren()")
+        page.click("#ask")
+        page.until(lambda: MARKUP in page.run(sampled, "#left-answers") and page.run(sampled, "#right-answers"))
+    assert page.run(UNHARMED) == [1, 1, None]
 
 
 def test_no_script_can_be_added(page: Browser) -> None:
@@ -210,17 +233,31 @@ def test_no_script_can_be_added(page: Browser) -> None:
     assert all("TrustedHTML" in text or "TrustedScript" in text for text in page.complaints())
 
 
-def test_two_versions_answer_side_by_side(page: Browser, push: Push) -> None:
-    push("asked", 3)
-    page.until(lambda: "asked@1" in page.text("#right"))
-    page.run("document.getElementById('left').value = 'asked@1'; document.getElementById('right').value = 'asked@1'")
+def test_two_versions_answer_side_by_side(page: Browser, client: RolloutClient, push: Push) -> None:
+    """Each says what it says elsewhere: greedily, so that nothing is left to chance."""
+    push("asked", 3), push("asked", 4)
+    page.until(lambda: "asked@2" in page.text("#right"))
+    page.run("document.getElementById('left').value = 'asked@1'; document.getElementById('right').value = 'asked@2'")
     page.find("#prompt").send_keys("12+30=")
     page.run("document.getElementById('temperature').value = 0; document.getElementById('n').value = 2")
     page.click("#ask")
     page.until(lambda: len(page.all(".answer")) == 4)
-    left, right = (page.text(f"#{side}-answers .tokens") for side in ("left", "right"))
-    assert left == right != "", "the same version draws the same greedy tokens"
-    assert page.text("#left-answers h3") == "asked@1" and "tokens in" in page.text("#asked")
+    versions = dict(zip(("left", "right"), ("asked@1", "asked@2"), strict=True))
+    surprises = {
+        side: page.run(
+            "return [...document.querySelector(arguments[0]).querySelectorAll('.token')]"
+            ".map((token) => Number(token.style.getPropertyValue('--heat')))",
+            f"#{side}-answers .tokens",
+        )
+        for side in versions
+    }
+    assert surprises["left"] != surprises["right"], "they are two versions"
+    for side, version in versions.items():
+        batch = client.rollouts(["12+30="], policy=version, n=1, max_tokens=48, temperature=0.0)
+        expected = [min(1, -value / MOST_NATS) for value in batch.logprobs.tolist()]
+        assert surprises[side] == pytest.approx(expected, abs=6e-4)
+        assert page.text(f"#{side}-answers h3") == version
+    assert "tokens in" in page.text("#asked")
     page.run("document.getElementById('n').value = 1; document.getElementById('chat').checked = true")
     page.click("#ask")
     page.until(lambda: len(page.all(".answer")) == 2)
@@ -264,6 +301,23 @@ def test_what_is_not_shown_is_counted(page: Browser, push: Push) -> None:
     look = "[text('rows-more'), text('rows-legend'), document.getElementById('rows').ariaLabel]"
     found = shown(page, rows, "showRows(rows)", look)
     assert found == ["and 599 more", "many@1 · 600", "600 rows: 600 on many@1."]
+
+
+def test_rows_have_the_colours_of_their_versions(page: Browser) -> None:
+    """Those of the legend and of the versions' cards; no two versions here share one."""
+    rows = (
+        "const rows = { count: 4, versions: [['a', 1], ['a', 2], ['b', 1], ['base', 0]], counts: [1, 1, 1, 1],"
+        "requests: ['r'], rows: [0, 1, 2, 3, 0].map((version) => [version, 1, 2, 0, 0]) };"
+        "const colours = (of) => [...document.querySelectorAll(of)].map((e) => getComputedStyle(e).backgroundColor)"
+    )
+    cells, legend, card = shown(
+        page,
+        rows,
+        "showRows(rows)",
+        "[colours('#rows .filled'), colours('#rows-legend .swatch'), colours(\"[data-version='base'] .swatch\")]",
+    )
+    assert len(set(cells)) == 4 and cells[4] == cells[0]
+    assert legend == cells[:4] and card == [cells[3]]
 
 
 def test_rows_that_are_not_known_are_not_shown_as_none(page: Browser) -> None:

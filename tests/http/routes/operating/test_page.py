@@ -79,7 +79,10 @@ def test_page_off_serves_none(engine: FakeEngine) -> None:
     with TestClient(create_app(ServerConfig(page="off"), engine)) as client:  # type: ignore[arg-type]
         for path in ("/", "/page/state", "/page/events", "/page/files/app.js", "/page/rollouts/1"):
             assert client.get(path).status_code == 404, path
-        client.post("/v1/rollouts", json={"policy": "base", "prompts": [{"token_ids": [1, 2]}]})
+        sampled = client.post("/v1/rollouts", json={"policy": "base", "prompts": [{"token_ids": [1, 2]}]})
+        observer = client.app.state["service"].observer
+        assert sampled.status_code == 200 and observer.versions.of("base", 0).rows == 1, "it was seen"
+        assert not list(observer.rollouts), "and not kept"
 
 
 def test_a_key_opens_what_the_page_shows_and_nothing_else_does(engine: FakeEngine, problem: Callable[..., Any]) -> None:
