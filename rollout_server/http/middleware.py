@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable
 from typing import cast
@@ -22,7 +23,9 @@ from rollout_server.http.auth import check_host
 from rollout_server.http.problems import REFUSED, body_of, headers_of, row_of
 from rollout_server.http.service import ARRIVED, ASKED
 from rollout_server.http.sockets.connection import CROWDED, too_many
+from rollout_server.logs import REQUEST_ID
 from rollout_server.quoting import shortened
+from rollout_server.schemas.fields import ID
 
 log = logging.getLogger("rollout_server.access")
 
@@ -51,7 +54,7 @@ async def courteous(
     method = scope["method"]
     inner = cast("HTTPScope", {**scope, "method": "GET"}) if method == "HEAD" else scope
     state = inner.setdefault("state", {})
-    state |= {ARRIVED: time.monotonic(), ASKED: method}
+    state |= {ARRIVED: time.monotonic(), ASKED: method, REQUEST_ID: _id_of(scope)}
     logs.about(state)
     try:
         await app(inner, cast("Receive", exchange.receive), exchange.send)
@@ -67,6 +70,13 @@ async def courteous(
             **({} if refused is None else {"code": refused}),
         }
         log.info("%(method)s %(path)s %(status)s %(ms)s ms", fields, extra={"fields": fields})
+
+
+def _id_of(scope: HTTPScope) -> str:
+    """What lines about the request call it: `X-Request-Id` if that can be an id, else a fresh one. A route whose body
+    or reply has an id puts that in its place."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1").strip()
+    return given if ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
 
 
 class _Exchange:

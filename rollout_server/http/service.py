@@ -300,6 +300,13 @@ def service_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Service:
     return service
 
 
+def line_about(request: Request[Any, Any, Any], name: str, number: int | None = None) -> None:
+    """Lines about the request say this policy from now on, and this version of it where one is known; what can be no
+    name is not said."""
+    if NAME_PATTERN.fullmatch(name):
+        request.scope["state"] |= {POLICY: name} if number is None else {POLICY: name, VERSION: number}
+
+
 def header_id(request: Request[Any, Any, Any]) -> str | None:
     """`X-Request-Id`, if it is there and can be one; proxies pass on an empty one where there is none."""
     header = request.headers.get("x-request-id", "").strip()

@@ -15,6 +15,8 @@ MAX_SEED = MAX_COUNT = 2**53 - 1
 UNSUPPORTED = "unsupported_field"
 """Type of the validation error for what the contract knows and this server does not serve yet."""
 ID_RULE = "1 to 128 printable ASCII characters without spaces and slashes"
+ID_LETTER, ID_LENGTH = "[!-.0-~]", 128
+ID = re.compile(f"{ID_LETTER}{{1,{ID_LENGTH}}}")
 
 
 def unsupported(field: str | int, what: str) -> PydanticCustomError:
@@ -103,7 +105,7 @@ def _named_tokens(value: dict[str, float]) -> dict[str, float]:
 LogitBias = Annotated[dict[str, float], AfterValidator(_named_tokens)]
 """Token id in decimal → what is added to its logit, -100 to 100."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[!-.0-~]+$")]
+RequestId = Annotated[str, Field(min_length=1, max_length=ID_LENGTH, pattern=f"^{ID_LETTER}+$")]
 """Printable ASCII without spaces and slashes."""
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Whole = Annotated[int, Field(ge=0, le=MAX_COUNT)]

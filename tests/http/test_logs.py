@@ -8,11 +8,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from litestar.routes import HTTPRoute
 from litestar.testing import TestClient
 
 from rollout_server import logs
 from rollout_server.config import ServerConfig
 from rollout_server.http.app import create_app
+from rollout_server.schemas.fields import ID
 from tests.support.http.fake_engine import FakeEngine
 
 
@@ -66,10 +68,56 @@ def test_a_line_says_which_request_policy_and_version(client: TestClient[Any], e
     assert (first["request_id"], first["policy"], first["version"], first["status"]) == ("mine", "policy", 3, 200)
     assert (pinned["request_id"], pinned["version"]) == ("other", 2)
     assert (refused["status"], refused["code"]) == (404, "unknown_policy")
-    assert not {"request_id", "policy", "version", "code"} & models.keys(), "nothing is left of the one before"
+    assert not {"policy", "version", "code"} & models.keys(), "nothing is left of the one before"
+    assert models["request_id"] not in ("mine", "other")
     logs.configure("text", stream=stream)
     client.post("/v1/rollouts", json=body)
     assert stream.getvalue().endswith("[request_id=mine policy=policy version=3]\n")
+
+
+def test_every_line_says_which_request(client: TestClient[Any]) -> None:
+    """Whatever the route and the answer, and where no route answers."""
+    routes = [route for route in client.app.routes if isinstance(route, HTTPRoute)]
+    asked = [(method, route.path_format) for route in routes for method in sorted(route.methods - {"OPTIONS"})]
+    # The stream of the page would be waited for.
+    asked = [(method if path != "/page/events" else "HEAD", path) for method, path in asked]
+    asked += [("GET", "/nowhere"), ("DELETE", "/health"), ("GET", "/v1/models?x=1"), ("OPTIONS", "/v1/weights")]
+    assert {("POST", f"/v1/{name}") for name in ("weights", "logprobs", "embeddings", "replay", "rewards")} <= {*asked}
+    found: list[dict[str, Any]] = []
+    for headers in ({}, {"x-request-id": "mine"}, {"x-request-id": "no id, but words"}):
+        stream = io.StringIO()
+        logs.configure("json", stream=stream)
+        for method, path in asked:
+            client.request(method, path, headers=headers, json={} if method in ("POST", "PATCH") else None)
+        lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+        lines = [line for line in lines if line["logger"] == "rollout_server.access"]
+        assert [line["method"] for line in lines] == [method for method, _ in asked]
+        found += lines
+    fresh, given, other = (found[at : at + len(asked)] for at in range(0, len(found), len(asked)))
+    assert {line["request_id"] for line in given} == {"mine"}
+    for lines in (fresh, other):
+        ids = [line["request_id"] for line in lines]
+        assert len({*ids}) == len(asked) and all(ID.fullmatch(id) for id in ids)
+
+
+def test_lines_about_versions_say_which(
+    client: TestClient[Any], push: Callable[..., Any], adapter: Callable[..., bytes]
+) -> None:
+    stream = io.StringIO()
+    logs.configure("json", stream=stream)
+    push("policy"), push("policy", weights=adapter(1)), push("policy", weights=adapter(1))
+    push("policy", weights=b"no weights")
+    client.post("/v1/weights/policy/activate", json={"version": 1})
+    client.patch("/v1/weights/policy/2", json={"pinned": True})
+    client.get("/v1/weights/policy/2/export")
+    client.delete("/v1/weights/policy/2")
+    client.get("/v1/weights/policy")
+    client.delete("/v1/weights/policy")
+    client.get("/v1/weights/a%0aforged")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    said = [(line.get("policy"), line.get("version")) for line in lines if line["logger"] == "rollout_server.access"]
+    versions = (1, 2, 2, None, 1, 2, 2, 2, None, None)
+    assert said == [*[("policy", number) for number in versions], (None, None)]
 
 
 def test_neither_texts_nor_keys_are_logged(engine: FakeEngine) -> None:

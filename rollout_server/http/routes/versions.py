@@ -23,7 +23,7 @@ from rollout_server.http.replies.json_entries import json_response, version_stat
 from rollout_server.http.requests.json_body import SAFETENSORS, StrictJson, read_body
 from rollout_server.http.requests.queries import asked_resident, read_query
 from rollout_server.http.residents import residents_of
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, line_about
 from rollout_server.rollout import PolicyVersion
 from rollout_server.schemas.weights import DeleteReply, PinReply, PinRequest
 
@@ -49,6 +49,7 @@ class VersionController(Controller):
     async def pin(
         self, name: FromPath[str], version: FromPath[int], data: JSONBody[PinRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
+        line_about(request, name, version)
         service = asked_resident(request)
         unconditional(request)
         pinned = await service.publisher.pin(Pin(service.engine.new_id("pin"), name, version, data.pinned))
@@ -87,6 +88,7 @@ class VersionController(Controller):
     async def export(
         self, name: FromPath[str], version: FromPath[int], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
+        line_about(request, name, version)
         service, format = asked_export(request)
         service.require_restored()
         exported = await service.engine.export(Export(service.engine.new_id("export"), name, version))
@@ -96,6 +98,7 @@ class VersionController(Controller):
 
 
 async def deletion(request: Request[Any, Any, Any], name: str, number: int | None) -> dict[str, Any]:
+    line_about(request, name, number)
     service = asked_resident(request)
     unconditional(request)
     deleted = await service.publisher.delete(Delete(service.engine.new_id("delete"), name, number))

@@ -30,7 +30,7 @@ from rollout_server.http.requests.queries import asked_resident
 from rollout_server.http.requests.uploads import Upload, read_upload
 from rollout_server.http.residents import residents_of
 from rollout_server.http.routes.versions import deletion
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, line_about
 from rollout_server.quoting import quoted
 from rollout_server.schemas.weights import (
     ActivateReply,
@@ -75,6 +75,7 @@ class WeightsController(Controller):
         service = residents.named(options.model)
         info = service.info
         service.publisher.check_name(options.name)
+        line_about(request, options.name)
         prepared, report = await asyncio.to_thread(read, upload, info)
         bundle = prepared.bundle
         validated = time.perf_counter()
@@ -91,6 +92,7 @@ class WeightsController(Controller):
             before=(("receive", began, received), ("validate", received, validated)),
         )
         published = await service.publisher.publish(publish)
+        line_about(request, options.name, published.version.number)
         reply = push_reply(published, bundle, completed(report, bundle, published.changes), service)
         reply["timings_ms"] = timings_of(publish, published)
         return json_response(reply, status_code=200 if published.unchanged else 201)
@@ -117,6 +119,7 @@ class WeightsController(Controller):
         },
     )
     async def one(self, name: FromPath[str], request: Request[Any, Any, Any]) -> Response[bytes]:
+        line_about(request, name)
         return json_response(one_policy(asked_resident(request), name))
 
     @delete(
@@ -152,6 +155,7 @@ class AliasController(Controller):
         self, name: FromPath[str], data: JSONBody[ActivateRequest], request: Request[Any, Any, Any]
     ) -> Response[bytes]:
         service = asked_resident(request)
+        line_about(request, name, data.version)
         command = Activate(service.engine.new_id("activate"), name, data.version, if_match(request))
         # What the engine does not find is the version, if the name has any.
         known = any(policy.name == name for policy in service.policies())

@@ -25,7 +25,7 @@ from rollout_server.http.openapi import failures
 from rollout_server.http.problems import renamed
 from rollout_server.http.requests.json_body import StrictJson, read_json
 from rollout_server.http.residents import residents_of
-from rollout_server.http.service import Service
+from rollout_server.http.service import Service, line_about
 from rollout_server.quoting import quoted
 from rollout_server.schemas.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from rollout_server.versions.adapter_directory import CONFIG_NAME, WEIGHT_NAMES, read_adapter_directory
@@ -63,6 +63,7 @@ class LoraDoorsController(Controller):
         folder, name = adapter_folder(service), service.own_part(data.lora_name, "lora_name")
         with renamed(LORA_WORDS):
             service.publisher.check_name(name)
+            line_about(request, name)
             if not data.load_inplace and has_versions(service, name):
                 raise InvalidField(
                     f"The lora adapter {quoted(data.lora_name)} has already been loaded. If you want to load the "
@@ -80,7 +81,8 @@ class LoraDoorsController(Controller):
                 mode=prepared.mode,
                 before=(("validate", began, validated),),
             )
-            await service.publisher.publish(publish)
+            published = await service.publisher.publish(publish)
+            line_about(request, name, published.version.number)
         return Response(
             f"Success: LoRA adapter '{data.lora_name}' added successfully.", status_code=200, media_type=MediaType.TEXT
         )
@@ -103,6 +105,7 @@ class LoraDoorsController(Controller):
         service = residents_of(request).of(data.lora_name)
         adapter_folder(service)
         name = service.own_part(data.lora_name, "lora_name")
+        line_about(request, name)
         if not has_versions(service, name):
             raise NotFound(f"The lora adapter {quoted(data.lora_name)} cannot be found.", param="lora_name")
         with renamed(LORA_WORDS):
