@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from tests.support.live_server import LiveServer, live_server
 from trainer_client import PublishedVersion, RolloutClient
 
 Push = Callable[..., PublishedVersion]
-TAB = "\ue004"
+TAB, HOME, LEFT, RIGHT = "\ue004", "\ue011", "\ue012", "\ue014"
 READABLE = 4.5
 """WCAG's least contrast of text."""
 TEXTS = ("body", ".facts dt", ".facts dd", ".unit", "h2", ".pill", "button", ".badge", ".live", ".mark")
@@ -110,6 +111,7 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
     page: Browser, client: RolloutClient, push: Push
 ) -> None:
     push("keys", 1), push("keys", 2)
+    plot = "Throughput over time: the arrow keys tell the values"
     client.rollouts(["1+1="], policy="keys", n=1, max_tokens=4)
     page.until(lambda: page.all("#rollout .token"))
     page.until(lambda: "live" in page.text("[data-version='keys@2'] .badges"))
@@ -119,20 +121,60 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
         page.driver.switch_to.active_element.send_keys(TAB)
         at, outline = page.run(
             "const e = document.activeElement;"
-            "return [e.id || e.ariaLabel || e.className || e.tagName, getComputedStyle(e).outlineStyle]"
+            "const lane = e.className === 'track' && `track ${e.ariaLabel.split(':')[0]}`;"
+            "return [lane || e.id || e.ariaLabel || e.className || e.tagName, getComputedStyle(e).outlineStyle]"
         )
         if at in ("BODY", "HTML") or (seen and at == seen[0]):
             break
         seen.append(at)
         unseen += [at] if outline == "none" else []
-    wanted = ["skip", "theme", "Activate keys@1", "Delete keys@1", "rollouts", "prompt", "left", "right", "n", "ask"]
+    wanted = ["skip", "theme", plot, "rows", "track keys", "Activate keys@1", "Delete keys@1", "rollouts"]
+    wanted += ["prompt", "left", "right", "n", "ask"]
     assert [name for name in seen if name in wanted] == wanted
     assert unseen == [], "focus is seen"
+    page.run("scrollTo(0, 0)")  # the head of the page stays where it is seen
     tops = page.run(
         "return arguments[0].map((id) => document.getElementById(id).getBoundingClientRect().top)",
-        ["theme", "rollouts", "prompt", "left", "ask"],
+        ["theme", "rows", "timeline", "rollouts", "prompt", "left", "ask"],
     )
     assert tops == sorted(tops), "the order of tabs is the order of the page"
+
+
+def test_the_arrow_keys_tell_what_pointing_at_a_picture_does(page: Browser, client: RolloutClient, push: Push) -> None:
+    pushed = [push("arrows", seed).version for seed in (1, 2)]
+    found: list[object] = []
+    body = {"policy": "arrows", "n": 3, "max_tokens": 1800, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: found.append(client.rollouts(["1+1="], **body)))
+    thread.start()
+    page.until(lambda: len(page.all("#rows .cell")) == 3)
+    page.find("#rows").send_keys(RIGHT, RIGHT)
+    assert re.fullmatch(r"\S+: \d+ of 1800 tokens, arrows@2", page.text("#rows-said"))
+    place = "return [...document.querySelectorAll('#rows .cell')].findIndex((e) => e.matches('.current'))"
+    assert page.run(place) == 1
+    thread.join()
+    page.run("document.activeElement.blur()")
+    assert page.text("#rows-said") == ""
+    page.until(lambda: page.run("return document.querySelectorAll('.track').length"))
+    tracks = page.run("return [...document.querySelectorAll('.track')]")
+    track = next(track for track in tracks if track.get_attribute("aria-label").startswith("arrows:"))
+    track.send_keys(HOME)
+    said = [page.text("#timeline-said")]
+    for _ in range(3):
+        track.send_keys(RIGHT)
+        said.append(page.text("#timeline-said"))
+    kinds = sorted(re.sub(r" (at|from) .*", "", text) for text in said)
+    assert kinds == sorted(f"arrows@{number} {what}" for number in pushed for what in ("live", "pushed"))
+    plot = page.find(".plot")
+    plot.send_keys(LEFT)
+    newest = page.text(".tile .said")
+    plot.send_keys(LEFT)
+    before = page.text(".tile .said")
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d · sampled [\d.]+( k)?", text) for text in (newest, before))
+    assert newest != before
+    frames = "return Number(document.documentElement.dataset.frames)"
+    seen = page.run(frames)
+    page.until(lambda: page.run(frames) > seen + 1)
+    assert page.text(".tile .said") == before, "it stays while frames come"
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import { byId, clock, device, h, say } from "./dom.js";
 import { merged } from "./frames.js";
 import { showReplicas } from "./replicas.js";
 import { Rollouts } from "./rollouts.js";
-import { showRows } from "./rows.js";
+import { showRows, walkRows } from "./rows.js";
 import { Versions } from "./versions.js";
 
 const THEMES = ["system", "light", "dark"];
@@ -91,6 +91,7 @@ const pictures = charts(byId("tiles"));
 const rollouts = new Rollouts(server, fail);
 const compare = new Compare(server, fail);
 const versions = new Versions(act);
+walkRows();
 
 async function act(what, name, number, version) {
   const path = `v1/weights/${encodeURIComponent(name)}`;

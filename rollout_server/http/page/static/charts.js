@@ -1,6 +1,7 @@
 // The three charts of what happens over time, from the samples that the server keeps one of a second.
 
 import { bytes, clock, count, h, say, svg } from "./dom.js";
+import { walk } from "./keys.js";
 
 const WIDTH = 600;
 const HEIGHT = 120;
@@ -61,18 +62,24 @@ class Chart {
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: HEIGHT, x1: -1, x2: -1 });
     this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" }, this.area, ...this.paths, this.cursor);
     this.most = h("span", { class: "most" });
-    this.said = h("p", { class: "said" });
+    this.said = h("p", { class: "said", "aria-live": "off" });
+    this.plot = h("div", { class: "plot", role: "group", "aria-label": `${title} over time: the arrow keys tell the values` }, this.most, this.picture);
     const keys = series.length > 1 ? series.map((one, at) => h("span", { class: `key key-${at}` }, one.name)) : [];
     this.element = h(
       "figure",
       { class: "tile" },
       h("figcaption", {}, h("span", { class: "title" }, title), ...keys),
       h("p", { class: "number" }, this.value, " ", this.counts),
-      h("div", { class: "plot" }, this.most, this.picture),
+      this.plot,
       this.said,
     );
     this.picture.addEventListener("pointermove", (event) => this.point(event));
     this.picture.addEventListener("pointerleave", () => this.leave());
+    const tell = (time) => {
+      this.said.setAttribute("aria-live", "polite");
+      this.tell(time);
+    };
+    walk(this.plot, () => this.times ?? [], tell, () => this.leave(), { last: true });
   }
 
   follow(samples) {
@@ -89,7 +96,8 @@ class Chart {
     say(this.value, this.format(now));
     say(this.most, this.format(top));
     this.picture.setAttribute("aria-label", `${this.title}: ${this.format(now)} now, ${this.format(peak)} at most.`);
-    this.leave();
+    if (this.times.includes(this.told)) this.tell(this.told);
+    else this.leave();
   }
 
   point(event) {
@@ -98,12 +106,18 @@ class Chart {
     if (!count) return;
     const share = (event.clientX - box.left) / box.width;
     const at = Math.max(0, Math.min(count - 1, Math.round(share * (this.places - 1)) - (this.places - count)));
+    this.tell(this.times[at]);
+  }
+
+  /** Tells the values of one moment, until another is pointed at or none. */
+  tell(time) {
+    this.told = time;
+    const at = this.times.indexOf(time);
     const x = this.place(at);
     this.cursor.setAttribute("x1", x);
     this.cursor.setAttribute("x2", x);
-    this.over = true;
     const parts = this.series.map((one, index) => `${one.name} ${this.format(this.values[index][at])}`);
-    say(this.said, `${clock(this.times[at])} · ${parts.join(" · ")}`);
+    say(this.said, `${clock(time)} · ${parts.join(" · ")}`);
   }
 
   /** The newest sample is at the right edge. */
@@ -116,6 +130,8 @@ class Chart {
   }
 
   leave() {
+    this.told = null;
+    this.said.setAttribute("aria-live", "off");
     this.cursor.setAttribute("x1", -1);
     this.cursor.setAttribute("x2", -1);
     const parts = this.series.map((one, at) => `${one.name} ${this.format(this.values?.[at].at(-1) ?? 0)}`);

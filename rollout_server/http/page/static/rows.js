@@ -1,6 +1,7 @@
 // The rows that run, a cell each: its colour is the version that samples its next token, its height how far it is.
 
 import { address, byId, coloured, follow, h, say, swatch } from "./dom.js";
+import { walk } from "./keys.js";
 
 /** Shows the rows; null where the engine has not shown them in time: then the last ones stay, and are said to be old. */
 export function showRows(seen) {
@@ -25,6 +26,23 @@ export function showRows(seen) {
   say(byId("rows-more"), `and ${count - rows.length} more`);
   const legend = versions.map(([name, number], at) => ({ name, number, rows: counts[at] }));
   follow(byId("rows-legend"), legend, (item) => address(item.name, item.number), makeEntry);
+}
+
+/** Lets the arrow keys tell what each cell is. */
+export function walkRows() {
+  const parent = byId("rows");
+  const mark = (chosen) => {
+    for (const cell of parent.children) cell.classList.toggle("current", cell === chosen);
+  };
+  const tell = (place) => {
+    mark(parent.children[place]);
+    say(byId("rows-said"), parent.children[place].title);
+  };
+  const leave = () => {
+    mark(null);
+    say(byId("rows-said"), "");
+  };
+  walk(parent, () => [...parent.children].map((_, place) => place), tell, leave);
 }
 
 function makeCell() {

@@ -1,6 +1,7 @@
 // When which version was live: a lane for each name, over as much time as its versions can be told apart in.
 
 import { address, byId, coloured, follow, h, moment, say } from "./dom.js";
+import { walk } from "./keys.js";
 
 /** As many moves as the server keeps of all names. */
 const MOST_MOVES = 512;
@@ -45,19 +46,31 @@ function words(name, { number, known, from, to }) {
 }
 
 function makeLane({ name }) {
-  const track = h("div", { class: "track", role: "img" });
+  const track = h("div", { class: "track", role: "group" });
   const lane = h("div", { class: "lane" }, h("span", { class: "lane-name" }, name), track);
   let drawn = "";
+  let told = null;
+  const tell = (key) => {
+    told = key;
+    for (const entry of track.children) entry.classList.toggle("current", entry.key === told);
+    say(byId("timeline-said"), [...track.children].find((entry) => entry.key === told)?.title ?? "");
+  };
+  walk(track, () => [...track.children].map((entry) => entry.key), tell, () => tell(null), { last: true });
   lane.follow = ({ at, spans, pushes }) => {
     const places = JSON.stringify([spans.map((span) => [span.number, at(span.from), at(span.to)]), pushes.map((push) => [push.version, at(push.created)])]);
     if (places === drawn) return;
     drawn = places;
     const bars = spans.map((span) => {
       const colours = span.known ? coloured(name, span.number) : {};
-      return h("span", { class: span.known ? "live" : "live unknown", title: words(name, span), ...colours, "--from": at(span.from), "--to": at(span.to) }, span.known ? String(span.number) : "?");
+      const bar = h("span", { class: span.known ? "live" : "live unknown", title: words(name, span), ...colours, "--from": at(span.from), "--to": at(span.to) }, span.known ? String(span.number) : "?");
+      return Object.assign(bar, { key: `live ${span.from}`, time: span.from ?? -Infinity });
     });
-    const marks = pushes.map((push) => h("span", { class: "push", title: `${address(name, push.version)} pushed at ${moment(push.created)}`, ...coloured(name, push.version), "--from": at(push.created) }));
-    track.replaceChildren(...bars, ...marks);
+    const marks = pushes.map((push) => {
+      const mark = h("span", { class: "push", title: `${address(name, push.version)} pushed at ${moment(push.created)}`, ...coloured(name, push.version), "--from": at(push.created) });
+      return Object.assign(mark, { key: `push ${push.version}`, time: push.created });
+    });
+    track.replaceChildren(...[...bars, ...marks].sort((one, other) => one.time - other.time));
+    if (told !== null) tell(told);
     const said = spans.map((span) => (span.known ? `version ${span.number} ${span.from === null ? "since before that" : `from ${moment(span.from)}`}` : "at first it is not known"));
     track.setAttribute("aria-label", `${name}: ${said.join(", ") || "nothing was live"}.`);
   };
