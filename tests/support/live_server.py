@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rollout_server.config import ServerConfig
@@ -152,3 +153,10 @@ def until(reached: object, within_s: float = PATIENCE_S) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")
+
+
+def rows_ended(url: str, reason: str) -> float:
+    """Rows that have ended so since the start, as the server's metrics count them."""
+    lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
+    counts = (line for line in lines if line.startswith("rollout_rows_total{") and f'finish_reason="{reason}"' in line)
+    return sum(float(line.rpartition(" ")[2]) for line in counts)

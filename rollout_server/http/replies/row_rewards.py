@@ -73,6 +73,8 @@ class RewardedRows:
         self._metrics = metrics
         self._ready: asyncio.Queue[TokensSampled | RowFinished | None] = asyncio.Queue()
         """None: there are no more."""
+        self._left = False
+        self._finishing: set[asyncio.Task[None]] = set()
         self._work = asyncio.create_task(self._run())
 
     @property
@@ -93,9 +95,11 @@ class RewardedRows:
         raise StopAsyncIteration
 
     def abort(self, reason: str = "disconnect") -> None:
-        """Ends the request, and whatever is being scored for it."""
+        """Ends the request, and whatever is being scored for it. Its rows still come, without a reward."""
+        self._left = True
         self._events.abort(reason)
-        self._work.cancel()
+        for finishing in self._finishing:
+            finishing.cancel()
         self._scorer.let_go()
 
     async def _run(self) -> RolloutError | None:
@@ -106,7 +110,7 @@ class RewardedRows:
                 try:
                     async for event in self._events:
                         if isinstance(event, RowFinished):
-                            rows.create_task(self._finish(event))
+                            self._follow(rows.create_task(self._finish(event)))
                         else:
                             self._ready.put_nowait(event)
                 except RolloutError as error:
@@ -116,8 +120,17 @@ class RewardedRows:
             self._ready.put_nowait(None)
         return fault
 
+    def _follow(self, finishing: asyncio.Task[None]) -> None:
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
+
     async def _finish(self, event: RowFinished) -> None:
-        reward = await self._reward(event.rollout)
+        try:
+            reward = NOBODY_WAITS if self._left else await self._reward(event.rollout)
+        except asyncio.CancelledError:
+            if not self._left:
+                raise
+            reward = NOBODY_WAITS
         self._ready.put_nowait(replace(event, rollout=replace(event.rollout, reward=reward)))
 
     async def _reward(self, rollout: Rollout) -> RowReward:
@@ -164,6 +177,9 @@ class RewardedRows:
 
 def _none(code: str, message: str) -> RowReward:
     return RowReward(error=RowError(code, message))
+
+
+NOBODY_WAITS = _none("not_scored", "Nobody waits any more for the reward of this row.")
 
 
 def _late(limit_s: float) -> RowReward:

@@ -15,7 +15,7 @@ import pytest
 from rollout_server.engine.messages.options import EngineOptions, ModelInfo
 from rollout_server.engine.model.load import load as load_model
 from tests.support import tiny_models, tiny_scorers
-from tests.support.live_server import Server, server_here, until
+from tests.support.live_server import Server, rows_ended, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near
 from trainer_client import RolloutBatch, RolloutClient, ServerError
 
@@ -130,10 +130,12 @@ def test_who_leaves_or_is_ended_leaves_nothing_behind(client: RolloutClient, liv
     }
     short = {"token_ids": [3], "max_tokens": 2}
     streamed = {**body, "prompts": [short, *body["prompts"]], "stream": True}
+    before = rows_ended(live.url, "aborted")
     with httpx.stream("POST", f"{live.url}/v1/rollouts", json=streamed, timeout=60) as reply:
         first = json.loads(next(reply.iter_lines()))
         assert first["reward"]["value"] is not None
     until(lambda: set(in_use(live).values()) == {0})
+    until(lambda: rows_ended(live.url, "aborted") == before + len(PROMPTS) * body["n"])
     found: list[Any] = []
     asking = threading.Thread(
         target=lambda: found.append(httpx.post(f"{live.url}/v1/rollouts", json=body, timeout=120).json())

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support import tiny_models
-from tests.support.live_server import Server, assert_drawn_again, server_here, until
+from tests.support.live_server import Server, assert_drawn_again, rows_ended, server_here, until
 from tests.support.numbers.bounds import TINY, assert_near, relative
 from trainer_client import AsyncRolloutClient, Retry, RolloutBatch, RolloutClient
 from trainer_client.errors import QueueFull, ServerError
@@ -148,13 +148,8 @@ def test_leaving_ends_the_rows_and_they_count(server: Server, stream: bool) -> N
     def running() -> int:
         return int(httpx.get(f"{server.url}/health").json()["running"])
 
-    def aborted() -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-        rows = [line for line in lines if line.startswith("rollout_rows_total{") and 'finish_reason="aborted"' in line]
-        return sum(float(line.rpartition(" ")[2]) for line in rows)
-
     until(lambda: running() == 0)
-    before = aborted()
+    before = rows_ended(server.url, "aborted")
     body = {
         "policy": "base",
         "n": 4,
@@ -165,7 +160,7 @@ def test_leaving_ends_the_rows_and_they_count(server: Server, stream: bool) -> N
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/rollouts", json=body, timeout=httpx.Timeout(10, read=0.4))
     until(lambda: running() == 0)
-    until(lambda: aborted() == before + 4)
+    until(lambda: rows_ended(server.url, "aborted") == before + 4)
 
 
 def test_256_clients_mixed_prompts_and_versions_while_pushes_come(server: Server, model: Path) -> None:
