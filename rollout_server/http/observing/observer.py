@@ -116,10 +116,10 @@ class Observer:
         name = rollout.spans[-1].version.name if rollout.spans else BASE
         policies = self._status().policies
         live = next((policy.live for policy in policies if policy.name == name), None)
-        newest = live.number if live else 0
-        self.versions.add(rollout, newest)
-        oldest = min((span.version.number for span in rollout.spans), default=newest)
-        self._metrics.ended(self._model, rollout, max(0, newest - oldest))
+        now = live.number if live else 0
+        self.versions.add(rollout, now)
+        oldest = min((span.version.number for span in rollout.spans), default=now)
+        self._metrics.ended(self._model, rollout, max(0, now - oldest))
         if self._keep and rollout.sampled:
             self.rollouts.add(request_id, rollout)
 
