@@ -68,6 +68,14 @@ def test_reward_models_and_adapters_on_them(family: str, tmp_path: Path, hold: H
         hold_all(hold, driver, model, family, kind)
 
 
+def test_a_family_that_has_its_output_within_its_body(tmp_path: Path, hold: Hold) -> None:
+    auto = AutoModelForSequenceClassification
+    rope = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "rope_parameters": rope}
+    directory = families.build("gpt_neox", tmp_path, auto=auto, num_labels=1, **sizes)
+    hold_all(hold, Driver.start(directory, prefill_tokens=24), families.load(directory, auto), "gpt_neox")
+
+
 def test_adapters_on_a_classifier_keep_its_labels(tmp_path: Path) -> None:
     """PEFT saves a head with every adapter for SEQ_CLS, and no word on its labels."""
     auto, named = AutoModelForSequenceClassification, {"id2label": {0: "bad", 1: "good"}, "problem_type": "regression"}

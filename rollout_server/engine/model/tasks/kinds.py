@@ -178,15 +178,25 @@ def without_output(classes: Callable[[dict[str, Any]], tuple[Any, Any]]) -> Call
                 kept = {name: array for name, array in weights.items() if not is_head(name)}
                 # The family's own may look for its output layer, so that it goes last.
                 kept = super().sanitize(kept) if hasattr(family, "sanitize") else kept
-                *above, _ = _trunk(self).split(".")
+                place = _trunk(self)
+                *above, _ = place.split(".")
                 owner: nn.Module = attrgetter(".".join(above))(self) if above else self
                 gone = [name for name in OUTPUT_LAYERS if owner.pop(name, None) is not None]
-                prefixes = tuple(".".join([*above, name, ""]) for name in {*gone, "lm_head"})
-                return {name: array for name, array in kept.items() if not name.startswith(prefixes)}
+                prefixes = {".".join([*above, name, ""]) for name in (*gone, "lm_head")}
+                prefixes |= {f"{place}.{name}." for name in _passing_on(attrgetter(place)(self))}
+                return {name: array for name, array in kept.items() if not name.startswith(tuple(prefixes))}
 
         return Body, arguments
 
     return chosen
+
+
+def _passing_on(trunk: nn.Module) -> list[str]:
+    """The output layers that a family has within the part that is read (gpt_neox), which pass hidden states on now."""
+    found = [name for name in OUTPUT_LAYERS if isinstance(trunk.get(name), nn.Linear | nn.Identity)]
+    for name in found:
+        trunk[name] = nn.Identity()
+    return found
 
 
 def _trunk(module: nn.Module) -> str:
