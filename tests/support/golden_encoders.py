@@ -51,13 +51,29 @@ def with_template(directory: Path) -> Path:
     return directory
 
 
+def with_roberta_template(directory: Path) -> Path:
+    """As published RoBERTa has it: two special tokens between the texts of a pair, and no types."""
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    first, last = ((name, tokenizer.token_to_id(name)) for name in ("<|user|>", "<|end|>"))
+    tokenizer.post_processor = processors.RobertaProcessing(last, first, add_prefix_space=False)
+    tokenizer.save(str(path))
+    return directory
+
+
 def cross_encoder(directory: Path) -> Path:
-    """A model with one label that reads pairs: the first label of a golden one."""
-    copied("bert/classify", directory, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    """A model with one label that reads pairs, and their types."""
+    return with_template(one_label(directory, "bert"))
+
+
+def one_label(directory: Path, family: str) -> Path:
+    """The first label of a golden classifier."""
+    copied(f"{family}/classify", directory, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
     tensors = load_file(directory / "model.safetensors")
-    head = {name: array[:1] for name, array in tensors.items() if name.startswith("classifier.")}
+    last = "classifier.out_proj." if family == "roberta" else "classifier."
+    head = {name: array[:1] for name, array in tensors.items() if name.startswith(last)}
     save_file({**tensors, **head}, directory / "model.safetensors")
-    return with_template(directory)
+    return directory
 
 
 def opened(checkpoint: str, directory: Path, **changed: Any) -> EncoderModel:
