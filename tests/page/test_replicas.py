@@ -27,7 +27,7 @@ def test_it_shows_the_replicas_of_a_fleet_and_what_becomes_of_them(chromium: Bro
         chromium.resize(1280, 900)
         chromium.open(fleet.url)
         chromium.until(lambda: len(chromium.all("[data-replica] .badge.on")) == 2)
-        assert chromium.text("#replicas-count") == "2 of 2 live, at least 1 have to be"
+        assert chromium.text("#replicas-count") == "2 of 2 live, at least 1 must be live"
         client.push("policy", *tiny_models.random_adapter(tiny_models.linear_layers(model_directory()), 4, 1))
         lost = client.fleet()[0]
         shown = f"[data-replica='{lost.id}']"

@@ -9,7 +9,7 @@ export function showReplicas(frame) {
   const replicas = frame.replicas ?? [];
   byId("replicas-section").hidden = !replicas.length;
   const live = replicas.filter((replica) => replica.state === "live").length;
-  say(byId("replicas-count"), `${live} of ${replicas.length} live, at least ${frame.min_replicas} have to be`);
+  say(byId("replicas-count"), `${live} of ${replicas.length} live, at least ${frame.min_replicas} must be live`);
   follow(byId("replicas"), replicas, (replica) => replica.id, (replica) => card(replica, frame));
 }
 
