@@ -2,7 +2,8 @@
 
 The commands and the code are those of docs/quick-start.md, read from the page: in a copy of the repository, with an
 empty home and none of this environment but what says where packages come from. Another port is used where 8000 is
-taken. Each step is checked: the completions change, and the page shows both versions.
+taken. Each step is checked: the completions change, and the page shows both versions. Where there is a browser, as
+`make test-page` has one, it looks at the page; else what the page would draw is read.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 from tests.docs.pages import ROOT, Block, page_of
+from tests.page.browser import browser, missing
 
 QUICK_START = ROOT / "docs" / "quick-start.md"
 PORT = 8000
 KEPT = re.compile(r"(PIP|UV|SSL)_\w+|LANG|\w+_proxy|\w+_PROXY")
 """Variables of this environment that an install may need; no other is passed on."""
 START_S, INSTALL_S, COMMAND_S = 300, 1800, 600
+LOOK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def first_steps(newcomer: Newcomer) -> list[Step]:
         if after == before:
             raise SystemExit(f"The completions are what they were: {after}.")
         with newcomer.timed("page") as said:
-            said.append(f"shows {', '.join(shown(newcomer.port))}")
+            said.append(shown(f"http://127.0.0.1:{newcomer.port}"))
     return newcomer.steps
 
 
@@ -169,17 +172,35 @@ def texts(reply: str) -> list[str]:
     return [choice["text"] for choice in json.loads(reply)["choices"]]
 
 
-def shown(port: int) -> list[str]:
-    """The versions on the page: its file comes, and so does what it draws."""
-    with urlopen(f"http://127.0.0.1:{port}/") as page:
-        if "text/html" not in page.headers["content-type"]:
-            raise SystemExit("There is no page at /.")
-    with urlopen(f"http://127.0.0.1:{port}/page/state") as state:
-        frame: dict[str, Any] = json.load(state)
-    found = [f"{policy['name']}@{version['version']}" for policy in frame["policies"] for version in policy["versions"]]
+def shown(url: str, patience_s: float = LOOK_S) -> str:
+    """Which versions the page shows, and to whom; ends the process where it does not show both."""
+    why = missing()
+    found = seen(url, patience_s) if why is None else told(url)
     if not {"policy@1", "policy@2"} <= set(found):
         raise SystemExit(f"The page shows {found}, not both versions.")
-    return found
+    versions = ", ".join(found)
+    return f"shows {versions}" if why is None else f"would show {versions}; nobody looked, for {why}"
+
+
+def seen(url: str, patience_s: float) -> list[str]:
+    """What a browser has on the page once its cards are there, or by the end of its patience."""
+    cards = "return [...document.querySelectorAll('[data-version]')].map((card) => card.dataset.version)"
+    end = time.monotonic() + patience_s
+    with browser() as page:
+        page.driver.get(url)
+        while not (found := page.run(cards)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return [str(version) for version in found if version != "base"]
+
+
+def told(url: str) -> list[str]:
+    """What the page would draw: its file comes, and so does a frame."""
+    with urlopen(f"{url}/") as page:
+        if "text/html" not in page.headers["content-type"]:
+            raise SystemExit("There is no page at /.")
+    with urlopen(f"{url}/page/state") as state:
+        frame: dict[str, Any] = json.load(state)
+    return [f"{policy['name']}@{version['version']}" for policy in frame["policies"] for version in policy["versions"]]
 
 
 def copy_of_the_repository(clone: Path) -> None:
