@@ -34,6 +34,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.attempts: list[Attempt] = []
         self.told: dict[tuple[int, int], int] = {}
         self.all: list[Work] = []
+        self.began: dict[Work, Version] = {}
         self.flips: dict[int, Version] = {}
         for index in range(3):
             self.join(f"r{index}")
@@ -50,6 +51,8 @@ class AnyOrder(RuleBasedStateMachine):
                     replica = self.ledger.replicas[attempt.replica]
                     assert replica.state is ReplicaState.LIVE
                     assert replica.live.get("trained", 0) >= self.acknowledged
+                    if attempt.work in self.began and not attempt.work.switches:
+                        assert attempt.pinned == self.began[attempt.work], "all of a group is of one version"
                     self.attempts.append(attempt)
                 case Stage(id) | Flip(id) | Drop(id):
                     self.sent[id].append(action)
@@ -106,7 +109,10 @@ class AnyOrder(RuleBasedStateMachine):
         if self.attempts:
             attempt = data.draw(st.sampled_from(self.attempts))
             live = self.ledger.replicas[attempt.replica].live.get("trained", 0)
-            self.ledger.admitted(attempt.number, attempt.pinned or ("trained", live))
+            version = attempt.pinned or ("trained", live)
+            if self.ledger.attempt(attempt.number) is attempt:
+                self.began.setdefault(attempt.work, version)
+            self.ledger.admitted(attempt.number, version)
 
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:

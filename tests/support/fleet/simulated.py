@@ -58,6 +58,8 @@ class Engine:
 class Outcome:
     groups: int = 0
     stale: int = 0
+    mixed: int = 0
+    """Groups with samples of more than one version."""
     twice: int = 0
     unanswered: int = 0
     lost: int = 0
@@ -81,6 +83,8 @@ class Fleet:
         self._acknowledged = [(0.0, 0)]
         self._works: list[Work] = []
         self._delivered: dict[tuple[int, int], int] = {}
+        self._began: dict[Work, float] = {}
+        """When each group was first admitted, by an attempt that was listened to."""
         self._settling: dict[int, Callable[[], None]] = {}
         self._answered, self._to_send, self._version = 0, groups, 0
         self._rate, self._die, self._cut = 40.0 * replicas / 8, die, cut
@@ -96,6 +100,10 @@ class Fleet:
             event()
             self._act()
         self.outcome.unanswered = sum(bool(work.missing) for work in self._works)
+        versions: dict[int, set[int]] = {}
+        for (work, _), version in self._delivered.items():
+            versions.setdefault(work, set()).add(version)
+        self.outcome.mixed = sum(len(of) > 1 for of in versions.values())
         return self.outcome
 
     @property
@@ -253,13 +261,18 @@ class Fleet:
             attempt = engine.queue.popleft()
             version = attempt.pinned[1] if attempt.pinned else engine.alias
             engine.running[attempt.number] = (attempt, version, self.now)
-            self._tell(engine, lambda a=attempt, v=version: self.ledger.admitted(a.number, (NAME, v)))  # type: ignore[misc]
+            self._tell(engine, lambda a=attempt, v=version, at=self.now: self._admitted(a, v, at))  # type: ignore[misc]
             last = 0.0
             for sample in attempt.samples:
                 seconds = self.random.expovariate(1 / 0.4)
                 last = max(last, seconds)
                 self._alive(engine, seconds, lambda a=attempt, s=sample: self._finish(engine, a, s))  # type: ignore[misc]
             self._alive(engine, last + 1e-6, lambda a=attempt: self._over_with(engine, a))  # type: ignore[misc]
+
+    def _admitted(self, attempt: Attempt, version: int, at: float) -> None:
+        if self.ledger.attempt(attempt.number) is not None:
+            self._began.setdefault(attempt.work, at)
+        self.ledger.admitted(attempt.number, (NAME, version))
 
     def _finish(self, engine: Engine, attempt: Attempt, sample: int) -> None:
         if attempt.number not in engine.running:
@@ -279,9 +292,9 @@ class Fleet:
         self.outcome.twice += key in self._delivered
         self._delivered[key] = version
         self.outcome.redrawn += attempt.pinned is not None
-        promised = max(number for at, number in self._acknowledged if at <= admitted_at)
-        # What is drawn again is what was admitted before, and keeps its version.
-        self.outcome.stale += version < promised and attempt.pinned is None
+        # What is drawn again was admitted before, and keeps the version that it had then.
+        began = admitted_at if attempt.pinned is None else self._began[attempt.work]
+        self.outcome.stale += version < max(number for at, number in self._acknowledged if at <= began)
 
 
 def main() -> None:
@@ -294,9 +307,9 @@ def main() -> None:
     took = sorted(outcome.pushes)
     middle, most = took[len(took) // 2], took[int(len(took) * 0.95)]
     sys.stdout.write(
-        f"{outcome.groups} groups, {outcome.stale} stale, {outcome.unanswered} unanswered, {outcome.twice} twice, "
-        f"{outcome.lost} given up, {outcome.redrawn} samples drawn again, {len(took)} pushes of {middle:.2f} s "
-        f"(p95 {most:.2f} s)\n"
+        f"{outcome.groups} groups, {outcome.stale} stale, {outcome.mixed} mixed, {outcome.unanswered} unanswered, "
+        f"{outcome.twice} twice, {outcome.lost} given up, {outcome.redrawn} samples drawn again, "
+        f"{len(took)} pushes of {middle:.2f} s (p95 {most:.2f} s)\n"
     )
 
 
