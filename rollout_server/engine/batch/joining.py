@@ -21,7 +21,7 @@ class BatchKey(NamedTuple):
 
 
 FIRST = BatchKey(BASE_SET)
-Age = tuple[float, int, int]
+Age = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ class RowSink(Protocol):
 
 
 def age_of(group: Group, sample: int) -> Age:
-    return group.arrived, group.request.prompt_index, sample
+    return group.number, sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,8 @@ class Group:
     request: RolloutRequest
     sight: Sight | None = None
     """Where its pictures stand; None without any."""
+    number: int = 0
+    """Its place among all groups, in the order in which they came: ranks agree on that, and not on a time."""
     begins_on: int | None = None
     """The version that it begins on where it is drawn again, whatever its policy has come to name."""
     arrived: float = field(default_factory=time.monotonic)

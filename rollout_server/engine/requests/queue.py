@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import time
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rollout_server.engine.batch.joining import Admission, BatchKey
@@ -35,7 +35,6 @@ class OpenRequest:
     produced: bool = False
     """Some row has at least one token, so the reply is a list of rows and not an error."""
     error: RolloutError | None = None
-    arrived: float = field(default_factory=time.monotonic)
 
     def timed_out(self, now: float) -> bool:
         return self.deadline is not None and self.deadline <= now
@@ -63,6 +62,7 @@ class RequestQueue:
         """Open requests of which somebody reads the tokens as they come."""
         self.crowded = False
         """The group at the head of the queue waits for KV memory."""
+        self._numbers = itertools.count()
         self._waiting: deque[Group] = deque()
         self._deadlines: list[tuple[float, str]] = []
         """(Deadline, id) of requests that have one, the soonest first."""
@@ -73,7 +73,8 @@ class RequestQueue:
 
     def submit(self, submit: Submit) -> OpenRequest:
         groups = tuple(
-            Group(each, self._see(each.given_ids, each.pictures), submit.begins_on) for each in submit.groups
+            Group(each, self._see(each.given_ids, each.pictures), next(self._numbers), submit.begins_on)
+            for each in submit.groups
         )
         rows = sum(group.request.n for group in groups)
         streams = any(group.request.wants.tokens_as_they_come for group in groups)
@@ -162,7 +163,7 @@ class RequestQueue:
         for group in back:
             del self._held_for_version[group]
         if back:
-            self._waiting = deque(sorted([*self._waiting, *back], key=lambda group: group.arrived))
+            self._waiting = deque(sorted([*self._waiting, *back], key=lambda group: group.number))
 
     def impatient(self, now: float) -> list[Group]:
         """Groups that have waited long enough for their version."""

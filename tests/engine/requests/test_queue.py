@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rollout_server.engine.batch.joining import BatchKey
+from rollout_server.engine.batch.joining import BatchKey, age_of
 from rollout_server.engine.batch.row import Group
 from rollout_server.engine.messages.rollouts import Submit
 from rollout_server.engine.requests.queue import RequestQueue
@@ -59,6 +59,22 @@ def test_an_id_that_was_taken_again_has_the_time_of_its_new_request() -> None:
     queue.close("a")
     queue.submit(submitted("a"))
     assert queue.overdue(10.0) == []
+
+
+def test_groups_begin_in_the_order_in_which_they_came_whatever_clocks_say() -> None:
+    """Ranks of one engine have clocks of their own, and have to begin with the same group."""
+    queue = RequestQueue(8)
+    groups = [group for id in "abc" for group in queue.submit(submitted(id)).groups]
+    for group in groups:
+        group.arrived = 5.0
+    queue.hold_for_version(groups[0], 1.0)
+    queue.bring_back(lambda group: True)
+    begun = []
+    while admission := queue.next_admission(0, lambda group, count: BatchKey(0)):
+        queue.admitted(admission)
+        begun.append(admission.group)
+    assert begun == groups
+    assert sorted(groups, key=lambda group: age_of(group, 0)) == groups
 
 
 def test_samples_that_wait_are_counted_through_all_that_becomes_of_them() -> None:
