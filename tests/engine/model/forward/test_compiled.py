@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from rollout_server.engine.kv_cache.padded import PaddedKV
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(
     mx.default_device() == mx.cpu and not shutil.which("g++"), reason="MLX compiles for the CPU with g++"
 )
 
+TOP_P = 0.9
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [21, 22, 23, 24, 25, 26, 27, 28]]
 
 
@@ -34,7 +36,7 @@ def rollouts(driver: Driver) -> list[Rollout]:
     driver.push("a", driver.bundle(1, rank=4))
     driver.push("b", driver.bundle(2, rank=12, dora=True))
     ids = [
-        driver.submit(PROMPTS, policy=name, n=2, seed=3, max_tokens=length, top_p=0.9, presence_penalty=0.5)
+        driver.submit(PROMPTS, policy=name, n=2, seed=3, max_tokens=length, top_p=TOP_P, presence_penalty=0.5)
         for name, length in (("base", 40), ("a", 30), ("b", 35))
     ]
     driver.turn(9)
@@ -53,9 +55,16 @@ def test_compiled_steps_give_what_plain_ones_give(path: Path) -> None:
     assert driver.model.compiles
     compiled = rollouts(driver)
     assert [row.token_ids for row in compiled] == [row.token_ids for row in plain]
+    compared = 0
     for mine, theirs in zip(compiled, plain, strict=True):
-        assert_near(mine.logprobs, theirs.logprobs, TINY.of_row(theirs))
-        assert_near(mine.sampling_logprobs, theirs.sampling_logprobs, TINY.of_row(theirs))
+        within = TINY.of_row(theirs)
+        assert_near(mine.logprobs, theirs.logprobs, within)
+        # Where what is kept comes to top-p but for rounding, one of them keeps a token more.
+        kept = np.exp([mine.log_kept_mass, theirs.log_kept_mass]).min(axis=0)
+        same = np.abs(kept - TOP_P) > within
+        assert_near(np.array(mine.sampling_logprobs)[same], np.array(theirs.sampling_logprobs)[same], within)
+        compared += np.count_nonzero(same)
+    assert compared > 0.9 * sum(len(row.token_ids) for row in plain), "a token at the edge weighs some thousandths"
 
 
 def test_a_compiled_step_writes_in_place(path: Path) -> None:
