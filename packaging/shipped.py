@@ -1,5 +1,5 @@
-"""Prints the part of lock files that a user of the server gets: what it depends on, extras included, and no tool that
-only its tests and checks need. `make sbom` lists it.
+"""Prints the part of lock files that a user of the server gets: what it depends on, with the demo's extra, and no tool
+that only its tests and checks need. `make sbom` lists it.
 
     python packaging/shipped.py requirements.lock.txt [requirements.cuda13.lock.txt]
 
@@ -19,13 +19,23 @@ SHIPPED = {None, "cuda13"}
 
 
 def shipped(*locks: str) -> list[str]:
-    """The entries of these locks that ship, by name."""
-    entries = {match["name"]: match[0] for lock in locks for match in ENTRY.finditer(lock)}
+    """The entries of these locks that ship, by name. What a later lock has takes the place of an earlier one's, with
+    what only that one needed."""
+    read = [{match["name"]: match[0] for match in ENTRY.finditer(lock)} for lock in locks]
+    entries = {name: entry for lock in read for name, entry in lock.items()}
+    needed_by = {
+        name: {
+            parent
+            for lock in read
+            for parent in _parents(lock.get(name, ""))
+            if lock.get(parent) == entries.get(parent)
+        }
+        for name in entries
+    }
     found = {name for name, entry in entries.items() if any(m["group"] in SHIPPED for m in ROOTS.finditer(entry))}
     left = set(found)
     while left:
-        parents = left
-        left = {name for name, entry in entries.items() if name not in found and parents & set(_parents(entry))}
+        left = {name for name, parents in needed_by.items() if name not in found and parents & left}
         found |= left
     return [entries[name] for name in sorted(found)]
 

@@ -192,7 +192,12 @@ class FleetRequests:
         if samples and group.ended == "timeout" and work.admitted is None and not opened.reported:
             group.error, group.rowless = self._never_admitted(), samples
         elif group.ended is not None:
-            self._report(opened, group, self._unsampled(group, samples, reason=group.ended))
+            # Nobody can say any more what was handed on of a row.
+            seen = tuple(sample for sample in samples if group.streamed[sample])
+            unseen = tuple(sample for sample in samples if not group.streamed[sample])
+            self._report(opened, group, self._unsampled(group, unseen, reason=group.ended))
+            if seen:
+                self._report_lost(opened, group, seen, "its request ended before it had been drawn again")
         elif samples:
             self._report_lost(opened, group, samples, reason)
         self._close_group(opened, group)
@@ -230,7 +235,7 @@ class FleetRequests:
             case RowFinished(rollout=rollout):
                 sample = attempt.samples[rollout.sample_index]
                 fewer = rollout.sampled < group.streamed[sample]
-                if fewer and rollout.finish_reason is FinishReason.SUPERSEDED:
+                if fewer and rollout.finish_reason is not FinishReason.ERROR:
                     self._lose_seen(opened, group, attempt, sample)
                 elif self._ledger.row(number, sample):
                     spans = self._versions.spans_labelled(rollout.spans)
@@ -264,7 +269,9 @@ class FleetRequests:
     def _lose_seen(self, opened: OpenRequest, group: OpenGroup, attempt: Attempt, sample: int) -> None:
         """A row that is drawn again does not begin with what was handed on of it."""
         if self._ledger.row(attempt.number, sample):
-            self._report_lost(opened, group, (sample,), "its name moved on before it had been drawn again")
+            self._report_lost(
+                opened, group, (sample,), "its name moved on, or its request ended, before it had been drawn again"
+            )
             if not attempt.missing:
                 self._send(attempt.replica, Abort((str(attempt.number),), "elsewhere"))
 

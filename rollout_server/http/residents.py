@@ -18,7 +18,7 @@ from rollout_server.quoting import counted, quoted
 from rollout_server.rollout import BASE, PolicyAddress
 
 T = TypeVar("T")
-Scorer = tuple[Service, PolicyAddress]
+Asked = tuple[Service, PolicyAddress]
 """A model, and the policy of it that is asked."""
 
 RESIDENTS_KEY = "residents"
@@ -63,7 +63,7 @@ class Residents:
         there = some_of([BASE, *self.also])
         raise UnknownPolicy(f"There is no model {quoted(model)} here; there are {there}.", param="model")
 
-    def scorer(self, *tasks: Task, labels: int | None = None) -> Scorer:
+    def scorer(self, *tasks: Task, labels: int | None = None) -> Asked:
         """The one model of these tasks, with so many labels if that matters, for a request that names none. Raises
         `InvalidField` unless there is just one."""
         found = self._scorers(tasks, labels)
@@ -83,7 +83,7 @@ class Residents:
             )
         raise InvalidField(f"Several models can answer this here ({_names(found)}): say which by model.", param="model")
 
-    def _scorers(self, tasks: Sequence[Task], labels: int | None) -> list[Scorer]:
+    def _scorers(self, tasks: Sequence[Task], labels: int | None) -> list[Asked]:
         return [(service, address) for service in self.every for address in service.scorers(tasks, labels)]
 
     @property
@@ -129,7 +129,7 @@ class Residents:
         return f"The model {service.name}: {fault}" if self.also else fault
 
 
-def _names(found: Sequence[Scorer]) -> str:
+def _names(found: Sequence[Asked]) -> str:
     return some_of([service.called(address.name) for service, address in found])
 
 

@@ -249,16 +249,16 @@ class Ledger:
         (name, number), within_s = change.version, change.seconds + GIVE_UP_S
         does = "staged" if change.phase == "stage" else "moved its alias to"
         for id in sorted(change.waiting):
+            drained = self.replicas[id].leaves  # Such a one is not wanted back.
             self.leaves(id)
-            self._actions.append(End(id, f"it has not {does} {name}@{number} in {within_s:.0f} s", anew=True))
+            self._actions.append(End(id, f"it has not {does} {name}@{number} in {within_s:.0f} s", anew=not drained))
         self.fence(*sorted(change.waiting))
 
     def _has(self, replica: Replica, change: Change) -> bool:
         if change.phase == "stage":
             return change.version in replica.held or change.version not in self.kept
         name, number = change.version
-        # A name may have moved on since, or be gone.
-        at = self.live.get(name)
+        at = self.live.get(name)  # It may have moved on since, or be gone.
         return at is None or self._is_at(replica, name, at) or (number != at and replica.live.get(name) == number)
 
     # ---- readings ---------------------------------------------------------------------------------------------------
@@ -355,7 +355,9 @@ class Ledger:
             if work.deaths >= MOST_DEATHS or not work.missing:
                 self._lose(work, work.missing, f"{work.deaths} replicas ended while they computed this row")
             elif gone_over:
-                self._lose(work, gone_over, "its replica ended after the row had gone over to another version")
+                self._lose(
+                    work, gone_over, "its replica ended after its name had moved on, and tokens of it were handed on"
+                )
             if work.missing:
                 back.append(work)
         self._wait_first(back)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from rollout_server.errors import EngineEnded, EngineFault, EngineUnavailable
 from rollout_server.fleet.codec.values import described
 from rollout_server.fleet.ledger.records import Version
 from rollout_server.fleet.ranks.lead import LeadEngine
+from rollout_server.fleet.replica.calls import CallsInOrder
 from rollout_server.fleet.wire import (
     AGAIN,
     VERSIONS,
@@ -67,7 +68,7 @@ class ReplicaEngine:
         self._staged: dict[Version, Publish] = {}
         self._told: dict[Version, Published] = {}
         """What the engine said of versions that it has staged."""
-        self._versions = ThreadPoolExecutor(1, "versions")
+        self._versions = CallsInOrder("versions")
         self._open: set[str] = set()
         """What is not answered yet."""
         self._scorers: set[str] = set()
@@ -102,7 +103,7 @@ class ReplicaEngine:
 
     def stop(self) -> None:
         """Ends the engine; blocks until it has said its last. Nobody waits for versions that are not ready yet."""
-        self._versions.shutdown(wait=False, cancel_futures=True)
+        self._versions.stop()
         self._engine.put(Stop())
         self._engine.join(STOP_S)
 

@@ -74,7 +74,7 @@ class RewardedRows:
         self._ready: asyncio.Queue[TokensSampled | RowFinished | None] = asyncio.Queue()
         """None: there are no more."""
         self._left = False
-        self._finishing: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[RowReward]] = set()
         self._work = asyncio.create_task(self._run())
 
     @property
@@ -98,8 +98,8 @@ class RewardedRows:
         """Ends the request, and whatever is being scored for it. Its rows still come, without a reward."""
         self._left = True
         self._events.abort(reason)
-        for finishing in self._finishing:
-            finishing.cancel()
+        for asking in self._asking:
+            asking.cancel()
         self._scorer.let_go()
 
     async def _run(self) -> RolloutError | None:
@@ -110,7 +110,7 @@ class RewardedRows:
                 try:
                     async for event in self._events:
                         if isinstance(event, RowFinished):
-                            self._follow(rows.create_task(self._finish(event)))
+                            rows.create_task(self._finish(event))
                         else:
                             self._ready.put_nowait(event)
                 except RolloutError as error:
@@ -120,17 +120,18 @@ class RewardedRows:
             self._ready.put_nowait(None)
         return fault
 
-    def _follow(self, finishing: asyncio.Task[None]) -> None:
-        self._finishing.add(finishing)
-        finishing.add_done_callback(self._finishing.discard)
-
     async def _finish(self, event: RowFinished) -> None:
-        try:
-            reward = NOBODY_WAITS if self._left else await self._reward(event.rollout)
-        except asyncio.CancelledError:
-            if not self._left:
-                raise
-            reward = NOBODY_WAITS
+        reward = NOBODY_WAITS
+        if not self._left:
+            # A task of its own: a row whose reward nobody waits for any more still comes.
+            asking = asyncio.create_task(self._reward(event.rollout))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            try:
+                reward = await asking
+            except asyncio.CancelledError:
+                if not self._left:
+                    raise
         self._ready.put_nowait(replace(event, rollout=replace(event.rollout, reward=reward)))
 
     async def _reward(self, rollout: Rollout) -> RowReward:

@@ -166,6 +166,21 @@ def test_where_all_are_busy_a_push_waits() -> None:
     assert len(taken(ledger, End)) == 2, "they do not answer either"
 
 
+def test_one_that_was_drained_is_given_up_and_stays_away() -> None:
+    ledger = fleet()
+    ledger.submit(work())
+    (attempt,) = dispatched(ledger)
+    ledger.admitted(attempt.number, ("base", 0))
+    ledger.stage(("trained", 1), 0, 0.0)
+    ledger.drain(attempt.replica)
+    ledger.take()
+    for id in ledger.replicas:
+        ledger.heard(id, STAGE_S + GIVE_UP_S)
+    ledger.tick(STAGE_S + GIVE_UP_S)
+    ended = [action for action in ledger.take() if isinstance(action, End)]
+    assert {end.replica: end.anew for end in ended} == {id: id != attempt.replica for id in ledger.replicas}
+
+
 def test_what_no_replica_does_is_given_up_and_they_are_started_anew() -> None:
     """Their engines answer all the while: it is what makes versions ready beside them that hangs."""
     ledger = fleet()
@@ -263,7 +278,7 @@ def test_a_row_somebody_saw_under_two_versions_is_lost_alone_though_its_name_cam
     ledger.take()
     ledger.lost(attempt.replica)
     lost, again = ledger.take()
-    assert isinstance(lost, Lose) and lost.samples == (0,) and "gone over" in lost.reason
+    assert isinstance(lost, Lose) and lost.samples == (0,) and "moved on" in lost.reason
     assert isinstance(again, Dispatch) and (again.attempt.samples, again.attempt.pinned) == ((1, 2), ("trained", 1))
 
 

@@ -249,9 +249,12 @@ def test_an_end_from_outside_ends_what_is_being_scored(play: Any) -> None:
     async def test(call: Call, rows: RewardedRows) -> None:
         put(call, row(0))
         await settled()
+        put(call, row(1))
         rows.abort("disconnect")
         await settled()
         assert call.asked[10].cancelled()
+        put(call, row(2), None)
+        assert codes(await rest(rows)) == dict.fromkeys(range(3), "not_scored")
         rows.abort("disconnect")
 
     call = play(test, Call(timeout_s=9.0))

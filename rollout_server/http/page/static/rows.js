@@ -3,6 +3,9 @@
 import { address, byId, coloured, follow, h, say, swatch } from "./dom.js";
 import { walk } from "./keys.js";
 
+/** The place of the cell that is told of, if one is. */
+let told = null;
+
 /** Shows the rows; null where the engine has not shown them in time: then the last ones stay, and are said to be old. */
 export function showRows(seen) {
   const parent = byId("rows");
@@ -18,6 +21,7 @@ export function showRows(seen) {
   const { count, versions, counts, requests, rows } = seen;
   const items = rows.map((row, place) => ({ row, place, versions, requests }));
   follow(parent, items, (item) => item.place, makeCell);
+  if (told !== null) tellOf(Math.min(told, rows.length - 1));
   const words = versions.map(([name, number], at) => `${counts[at]} on ${address(name, number)}`);
   parent.setAttribute("aria-label", rows.length ? `${count} rows: ${words.join(", ")}.` : "No row is running.");
   parent.classList.toggle("none", !rows.length);
@@ -31,18 +35,14 @@ export function showRows(seen) {
 /** Lets the arrow keys tell what each cell is. */
 export function walkRows() {
   const parent = byId("rows");
-  const mark = (chosen) => {
-    for (const cell of parent.children) cell.classList.toggle("current", cell === chosen);
-  };
-  const tell = (place) => {
-    mark(parent.children[place]);
-    say(byId("rows-said"), parent.children[place].title);
-  };
-  const leave = () => {
-    mark(null);
-    say(byId("rows-said"), "");
-  };
-  walk(parent, () => [...parent.children].map((_, place) => place), tell, leave);
+  walk(parent, () => [...parent.children].map((_, place) => place), tellOf, () => tellOf(null));
+}
+
+function tellOf(place) {
+  const cells = byId("rows").children;
+  told = cells.length ? place : null;
+  for (const cell of cells) cell.classList.toggle("current", cell === cells[told]);
+  say(byId("rows-said"), cells[told]?.title ?? "");
 }
 
 function makeCell() {

@@ -34,15 +34,16 @@ export class Timeline {
  * `number` where that is not known. */
 function spansOf(policy, every, end) {
   const moves = every.filter((move) => move.name === policy.name);
-  const spans = moves.map((move, place) => ({ number: move.number, known: true, from: move.time, to: moves[place + 1]?.time ?? end }));
-  if (!moves.length) spans.push({ number: policy.live, known: true, from: null, to: end });
+  const spans = moves.map((move, place) => ({ number: move.number, known: true, from: move.time, to: moves[place + 1]?.time ?? end, open: place === moves.length - 1 }));
+  if (!moves.length) spans.push({ number: policy.live, known: true, from: null, to: end, open: true });
   else if (every.length >= MOST_MOVES) spans.unshift({ number: null, known: false, from: null, to: moves[0].time });
   return spans.filter((span) => span.number !== null || !span.known);
 }
 
-function words(name, { number, known, from, to }) {
+function words(name, { number, known, from, to, open }) {
   if (!known) return `what ${name} was until ${moment(to)} is not kept`;
-  return `${address(name, number)} live ${from === null ? "before the first change that is kept, and" : `from ${moment(from)}`} to ${moment(to)}`;
+  const since = from === null ? "since before the first change that is kept" : `from ${moment(from)}`;
+  return `${address(name, number)} live ${since} ${open ? "until now" : `to ${moment(to)}`}`;
 }
 
 function makeLane({ name }) {
@@ -71,7 +72,7 @@ function makeLane({ name }) {
     });
     track.replaceChildren(...[...bars, ...marks].sort((one, other) => one.time - other.time));
     if (told !== null) tell(told);
-    const said = spans.map((span) => (span.known ? `version ${span.number} ${span.from === null ? "since before that" : `from ${moment(span.from)}`}` : "at first it is not known"));
+    const said = spans.map((span) => (span.known ? `version ${span.number} ${span.from === null ? "since before the first change that is kept" : `from ${moment(span.from)}`}` : "at first it is not known"));
     track.setAttribute("aria-label", `${name}: ${said.join(", ") || "nothing was live"}.`);
   };
   return lane;
