@@ -55,6 +55,7 @@ SCENES: dict[str, tuple[str, ...]] = {
     "the server is killed": (
         "test_replicas_join_are_filled_and_outlive_their_controller",
         "test_a_controller_that_was_killed_between_record_and_flip_serves_what_it_recorded",
+        "test_a_fleet_s_controller_killed_where_a_record_was_written_serves_what_it_acknowledged",
     ),
     "a second server is started on one state directory": (
         "test_replicas_join_are_filled_and_outlive_their_controller",

@@ -1,7 +1,8 @@
 """Kill −9 at random moments while a trainer pushes: after each restart the live version is one that was acknowledged,
-or was being acknowledged, and its weights are the ones that were pushed.
+or was being acknowledged, and its weights are the ones that were pushed. Every third moment is that at which a record
+has just been written: aliases have not moved then, which takes a fleet the longer the more replicas it has.
 
-    python -m tests.support.kill_nine --kills 200
+    python -m tests.support.kill_nine --kills 200 [--replicas 2]
 """
 
 from __future__ import annotations
@@ -65,13 +66,15 @@ class Trainer:
                 self.told.set()
 
 
-def run(model: Path, state: Path, kills: int, seed: int = 0, longest_s: float = 0.6) -> Trainer:
+def run(model: Path, state: Path, kills: int, seed: int = 0, longest_s: float = 0.6, replicas: int = 1) -> Trainer:
     """Raises `AssertionError` with what was wrong after a restart. Returns what the trainer saw."""
     moments = random.Random(seed)
+    options = ["--state-dir", str(state), "--keep-versions", "3"]
+    options += ["--replicas", str(replicas)] if replicas > 1 else []
     trainer = Trainer(model)
     instances: set[str | None] = set()
     for kill in range(kills + 1):
-        with live_server(model, "--state-dir", str(state), "--keep-versions", "3") as server:
+        with live_server(model, *options) as server:
             if kill:
                 instances.add(check(server, trainer))
             if kill == kills:
@@ -81,13 +84,27 @@ def run(model: Path, state: Path, kills: int, seed: int = 0, longest_s: float = 
             pusher.start()
             if kill % 2:  # However slow the machine is, some kills come after a push.
                 trainer.told.wait(PATIENCE_S)
-            time.sleep(moments.uniform(0.0, longest_s))
+            if kill % 3 == 2:
+                wait_for_record(state)
+            else:
+                time.sleep(moments.uniform(0.0, longest_s))
             server.process.kill()
             server.process.wait()
             pusher.join()
     if len(instances - {None}) > 1:
         raise AssertionError(f"the instance changed over restarts: {instances}")
     return trainer
+
+
+def wait_for_record(state: Path) -> None:
+    """Until the name's record is written once more."""
+
+    def written() -> int:
+        return max((path.stat().st_mtime_ns for path in state.glob("policies/*.json")), default=0)
+
+    before, end = written(), time.monotonic() + PATIENCE_S
+    while written() == before and time.monotonic() < end:
+        pass
 
 
 def check(server: LiveServer, trainer: Trainer) -> str | None:
@@ -136,10 +153,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replicas", type=int, default=1)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.build("qwen3", Path(folder) / "tiny")
-        trainer = run(model, Path(folder) / "state", given.kills, given.seed)
+        trainer = run(model, Path(folder) / "state", given.kills, given.seed, replicas=given.replicas)
     sys.stdout.write(f"{given.kills} kills, {trainer.pushes} acknowledged pushes, nothing lost, nothing torn\n")
 
 

@@ -25,6 +25,15 @@ def test_killed_at_random_moments_it_serves_what_it_acknowledged(model: Path, tm
 
 
 @pytest.mark.long
+def test_a_fleet_s_controller_killed_where_a_record_was_written_serves_what_it_acknowledged(
+    model: Path, tmp_path: Path
+) -> None:
+    """Its replicas end with it; a record is written before aliases move."""
+    trainer = kill_nine.run(model, tmp_path / "state", kills=6, replicas=2)
+    assert trainer.pushes >= 3, "kills came while it was pushing"
+
+
+@pytest.mark.long
 def test_pushes_leave_no_file_behind(model: Path, tmp_path: Path) -> None:
     """Of 24 pushes with three kept, rows decoding meanwhile, the directory holds three files of weights."""
     state, layers = tmp_path / "state", tiny_models.linear_layers(model)
