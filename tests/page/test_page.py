@@ -361,7 +361,9 @@ def test_versions_of_a_long_run_can_be_told_apart(page: Browser, push: Push) -> 
     said, widths, _ = shown(page, change, show, look)
     assert said == "Which version was live, since the server started" and len(widths) == 20
     _, widths, label = shown(page, f"{day} frame.moves = moves('other', 512)", show, look)
-    assert len(widths) == 1 and "version 1 since before the first change" in label, "what is not kept is not what was not"
+    assert len(widths) == 1 and "version 1 since before the first change" in label, (
+        "what is not kept is not what was not"
+    )
     both = f"{day} frame.moves = [...moves('other', 511), {{ name: 'days', number: 1, time: now - 60 }}]"
     _, widths, label = shown(page, both, show, look)
     assert len(widths) == 2 and "at first it is not known, version 1 from" in label
