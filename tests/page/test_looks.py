@@ -151,7 +151,10 @@ def test_the_arrow_keys_tell_what_pointing_at_a_picture_does(page: Browser, clie
     assert re.fullmatch(r"\S+: \d+ of 1800 tokens, arrows@2", page.text("#rows-said"))
     place = "return [...document.querySelectorAll('#rows .cell')].findIndex((e) => e.matches('.current'))"
     assert page.run(place) == 1
+    before = page.text("#rows-said")
+    page.until(lambda: page.text("#rows-said") != before)  # It tells what the row is now.
     thread.join()
+    page.until(lambda: page.text("#rows-said") == "")  # A row that is over is not told of.
     page.run("document.activeElement.blur()")
     assert page.text("#rows-said") == ""
     page.until(lambda: page.run("return document.querySelectorAll('.track').length"))
