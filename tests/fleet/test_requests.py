@@ -241,17 +241,20 @@ def test_a_streamed_row_whose_name_moves_while_it_is_drawn_again_is_lost(told: t
     assert asked.is_lost("a")
 
 
-def test_a_row_that_was_superseded_before_it_was_where_it_had_been_is_lost() -> None:
+@pytest.mark.parametrize(
+    ("reason", "why"), [(FinishReason.SUPERSEDED, "trained@2"), (FinishReason.ABORTED, "aborted")], ids=str
+)
+def test_a_row_that_ends_before_it_was_where_it_had_been_is_lost(reason: FinishReason, why: str) -> None:
+    """Fewer tokens than its reader has would contradict what was streamed."""
     asked = Asked("one", "two")
     first = one_row(asked, on_update=OnUpdate.ABORT)
     asked.says(first, 1, 11, 12)
     asked.dies(first)
     again = asked.admit(1)
-    (request,) = again.groups
-    row = Row(Group(request), 0, 7, trained(1), BASE_PLACEMENT, None)
-    row.end(FinishReason.SUPERSEDED, "trained@2")
+    row = Row(Group(again.groups[0]), 0, 7, trained(1), BASE_PLACEMENT, None)
+    row.end(reason, why)
     asked.over(again, row.rollout())
-    assert asked.is_lost("a")
+    assert asked.streamed() == [11, 12] and asked.is_lost("a")
 
 
 def test_a_group_that_waits_for_a_version_waits_no_longer_because_it_went_elsewhere() -> None:
@@ -272,19 +275,6 @@ def test_a_group_that_waits_for_a_version_waits_no_longer_because_it_went_elsewh
         asked.ledger.staged(attempt.replica, ("trained", 1))
         asked.act()
     assert waited == [60.0, 60.0, 31.0] and asked.newest().groups[0].wait_s == 21.0
-
-
-def test_a_streamed_row_that_is_aborted_before_it_was_where_it_had_been_is_lost() -> None:
-    """Fewer tokens than its reader has would contradict what was streamed."""
-    asked = Asked("one", "two")
-    first = one_row(asked)
-    asked.says(first, 1, 11, 12)
-    asked.dies(first)
-    again = asked.admit(1)
-    row = Row(Group(again.groups[0]), 0, 7, trained(1), BASE_PLACEMENT, None)
-    row.end(FinishReason.ABORTED, "aborted")
-    asked.over(again, row.rollout())
-    assert asked.streamed() == [11, 12] and asked.is_lost("a")
 
 
 def test_a_streamed_row_whose_request_is_aborted_while_nobody_draws_it_is_lost() -> None:
