@@ -35,7 +35,8 @@ def test_a_slow_device_is_measured_once() -> None:
 def test_measuring_leaves_nothing_in_memory() -> None:
     before = mx.get_active_memory()
     measure_bandwidth(1 << 22)
-    assert mx.get_active_memory() == before and mx.get_cache_memory() == 0
+    # What other tests left behind may be freed meanwhile.
+    assert mx.get_active_memory() <= before and mx.get_cache_memory() == 0
 
 
 def test_this_device_is_described() -> None:

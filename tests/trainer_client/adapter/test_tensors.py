@@ -73,7 +73,8 @@ def test_an_mlx_array_is_sent_from_its_own_memory(dtype: mx.Dtype) -> None:
     before = mx.get_active_memory()
     tensors = [host_tensor("x", array) for _ in range(2)]
     assert np.shares_memory(tensors[0].array, tensors[1].array)
-    assert mx.get_active_memory() == before
+    # What other tests left behind may be freed meanwhile.
+    assert mx.get_active_memory() <= before
 
 
 def test_the_config_travels_in_the_metadata(tmp_path: Path) -> None:
