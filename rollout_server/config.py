@@ -184,7 +184,7 @@ class ServerConfig(BaseSettings):
     prefer: Literal["throughput", "latency"] = "throughput"
     """What a turn is planned for: that all rows are done soonest, or that none waits long for its next token."""
     attention: Literal["auto", "mlx"] = "auto"
-    """Whose attention decode steps may use: what is right and fastest on this device, or MLX's own alone."""
+    """Whose attention and gates forwards may use: what is right and fastest on this device, or MLX's own alone."""
     warm: Literal["on", "off"] = "on"
     """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
     memory: Size | None = None

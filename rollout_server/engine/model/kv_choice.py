@@ -60,7 +60,7 @@ def choose_store(
     make_caches = lambda: make_prompt_cache(module)  # noqa: E731
     rows = [[(7 * i + 3 * length) % vocabulary for i in range(length)] for length in SELF_TEST_LENGTHS]
     expected = [_alone(_forward_of(module), module, row) for row in rows]
-    modules = _bound_on_cpu(module, rows, expected, agreed)
+    modules = _bound_on_cpu(module, rows, expected, agreed) if options.attention == "auto" else ()
     forward = _forward_of(module, modules)
     packs = options.kv_bits is not None
     problem, windows = "the state of some layers is not columns of keys and values", _windows(module)

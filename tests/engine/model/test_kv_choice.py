@@ -85,7 +85,7 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
 def test_ranks_compile_only_where_all_of_them_may(qwen: Path) -> None:
     """One rank's finding is that of all: others would run other forwards."""
     found: list[str | None] = []
-    stages = 3 if on_cpu() else 2  # On a CPU they first agree whose attention it is.
+    stages = 2  # MLX's attention was asked for: nothing is to be agreed on of ours.
 
     def agreed(fault: str | None) -> str | None:
         found.append(fault)
@@ -95,3 +95,11 @@ def test_ranks_compile_only_where_all_of_them_may(qwen: Path) -> None:
     options = EngineOptions(str(qwen), "tiny", attention="mlx")
     chosen = choose_store(module, tiny_models.VOCAB_SIZE, options, compiles=True, agreed=agreed)
     assert found == [None] * stages and chosen.kind == "slots" and not chosen.compiles
+
+
+@pytest.mark.parametrize("attention", ["auto", "mlx"])
+def test_a_cpu_computes_by_functions_of_its_own_unless_those_of_mlx_were_asked_for(attention: str, qwen: Path) -> None:
+    chosen = load(EngineOptions(str(qwen), "tiny", attention=attention)).attention
+    if on_cpu():
+        assert bool(chosen.modules) == (attention == "auto")
+    assert attention == "auto" or (not chosen.modules and chosen.attend is None)
