@@ -17,7 +17,7 @@ from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.laws.grids import some_long
 from tests.support.engine.door import broken_steps, wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
-from tests.support.numbers.bounds import TINY, assert_near
+from tests.support.numbers.bounds import TINY, Network, assert_near
 
 MIXED = [*range(1, 30, 3), 40, 1, 100, 64, 130, 31, 32, 33, 65, 90, 50, 70, 45, 80, 2, 12, 120, 63, 96, 3, 37, 5]
 SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_sliding", "gpt_oss"]
@@ -25,13 +25,13 @@ SLOTS = ["qwen3", "llama", "qwen2", "phi3", "qwen3_moe", "gemma3_text", "llama_s
 JOINED = ["mamba2", "granitemoehybrid", "falcon_h1", "xlstm", "lstm"]
 
 
-def tolerance(driver: Driver, rows: Sequence[Rollout]) -> float:
+def tolerance(driver: Driver, rows: Sequence[Rollout], network: Network = TINY) -> float:
     """Of the rows' log-probabilities: float32 products of other shapes are summed in another order."""
     driver.policies.route(0, [0])
     model = driver.model
     tokens = list(rows[0].prompt_ids + rows[0].token_ids)
     logits = model.forward(mx.array([tokens], dtype=mx.int32), model.make_caches())
-    return TINY.of_logits(logits, max(len(row.prompt_ids) + len(row.token_ids) for row in rows))
+    return network.of_logits(logits, max(len(row.prompt_ids) + len(row.token_ids) for row in rows))
 
 
 def assert_same(one: Rollout, other: Rollout, within: float) -> None:

@@ -4,36 +4,68 @@ log-probabilities are the scorer's, whichever way it took. What is plain is ther
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.attention.kernel import RowKernel
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.rollout import Rollout, Wants
 from tests.engine.batch.test_batch import MIXED, assert_same, assert_scored, tolerance
 from tests.laws.grids import some_long
+from tests.support import tiny_models
 from tests.support.engine.code_paths import (
     Classes,
     Compiled,
     OwnColumns,
     OwnColumnsCompiled,
+    OwnColumnsCompiledPreempted,
+    OwnColumnsCompiledPrefixHit,
+    OwnColumnsPreempted,
+    OwnColumnsPrefixHit,
     Preempted,
     PrefixHit,
     Settled,
     Way,
 )
 from tests.support.engine.driver import Driver, prompts_of
+from tests.support.engine.loaded_models import loaded
+from tests.support.numbers.bounds import TINY
+from tests.support.numbers.host_kernels import host_compiler
 
-CACHES = {"qwen3": "slots", "gemma3_text": "slots", "granitemoehybrid": "batch", "gemma2": "serial"}
+CACHES = dict.fromkeys(["qwen3", "gemma3_text", "llama_sliding", "gpt_oss"], "slots")
+CACHES |= {"granitemoehybrid": "batch", "gemma2": "serial"}
+GPU_WAYS = (OwnColumnsPreempted, OwnColumnsPrefixHit, OwnColumnsCompiledPreempted, OwnColumnsCompiledPrefixHit)
 WAYS: list[tuple[str, type[Way]]] = [
     *(("qwen3", way) for way in (Compiled, OwnColumns, OwnColumnsCompiled, Settled, Preempted, PrefixHit, Classes)),
     *(("gemma3_text", way) for way in (OwnColumns, Preempted, PrefixHit)),
     *(("granitemoehybrid", way) for way in (Settled, Preempted)),
     ("gemma2", Settled),
+    *(("qwen3", way) for way in GPU_WAYS),
+    *(("gpt_oss", way) for way in (OwnColumns, OwnColumnsCompiled, *GPU_WAYS)),
+    *(("gemma3_text", way) for way in (OwnColumnsCompiled, *GPU_WAYS)),
+    *(("llama_sliding", way) for way in (OwnColumns, OwnColumnsCompiled, *GPU_WAYS)),
 ]
 ASKED = {"max_tokens": 8, "ignore_eos": True}
+KERNEL_WAYS: list[tuple[str, type[OwnColumns]]] = [
+    (family, way) for family in ("gpt_oss", "llama_sliding") for way in (OwnColumnsPreempted, OwnColumnsPrefixHit)
+]
+KERNEL_IDS = [f"{family}-{way.__name__}" for family, way in KERNEL_WAYS]
+WIDE_HEADS = 64
+WIDE = replace(TINY, width=tiny_models.SHARED["num_attention_heads"] * WIDE_HEADS)
 
 IDS = [f"{family}-{way.__name__}" for family, way in WAYS]
+GPU_SHORT: list[tuple[str, type[Way]]] = [
+    ("qwen3", OwnColumnsPreempted),
+    ("qwen3", OwnColumnsPrefixHit),
+    ("gpt_oss", OwnColumns),
+    ("gpt_oss", OwnColumnsPrefixHit),
+    ("llama_sliding", OwnColumnsPreempted),
+]
+"""Those of a GPU that `make test` runs: windows, sinks, what is preempted and what is found again."""
 SCORED = WAYS[:7:2]
 """Those whose log-probabilities `make test` compares with the scorer's."""
 
@@ -55,7 +87,7 @@ def alone(
     return rows
 
 
-@pytest.mark.parametrize(("family", "way"), some_long(WAYS, *WAYS[:9], WAYS[11]), ids=IDS)
+@pytest.mark.parametrize(("family", "way"), some_long(WAYS, *WAYS[:9], WAYS[11], *GPU_SHORT), ids=IDS)
 def test_rows_of_mixed_lengths_equal_each_alone(
     family: str,
     way: type[Way],
@@ -72,7 +104,7 @@ def test_rows_of_mixed_lengths_equal_each_alone(
         assert_same(one, other, within)
 
 
-@pytest.mark.parametrize(("family", "way"), some_long(WAYS, *SCORED), ids=IDS)
+@pytest.mark.parametrize(("family", "way"), some_long(WAYS, *SCORED, *GPU_SHORT), ids=IDS)
 def test_every_logprob_equals_the_scorer(
     family: str, way: type[Way], bare_model: Callable[[str], ResidentModel], model_path: Callable[[str], Path]
 ) -> None:
@@ -90,3 +122,37 @@ def test_every_logprob_equals_the_scorer(
     within = tolerance(driver, rows)
     for row, score in zip(rows, scored, strict=True):
         assert_scored(row, score, within)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, ResidentModel, list[Rollout]]]:
+    """Models with heads of a size that the kernel is written for, and rows of each alone under MLX's own attention."""
+    folder = tmp_path_factory.mktemp("wide")
+
+    @cache
+    def made(family: str) -> tuple[Path, ResidentModel, list[Rollout]]:
+        path = tiny_models.build(family, folder / family, head_dim=WIDE_HEADS)
+        model = loaded(EngineOptions(str(path), family, max_batch=16))
+        driver = Driver.start(path, model, prefix_cache=False)
+        prompts = prompts_of(MIXED[7:16], model.info.vocab_size)
+        return path, model, [driver.generate([p], seed=3 + i, **ASKED)[0] for i, p in enumerate(prompts)]
+
+    return made
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "way"), KERNEL_WAYS, ids=KERNEL_IDS)
+def test_the_kernel_itself_gives_every_row_as_it_is_alone(
+    family: str,
+    way: type[OwnColumns],
+    wide: Callable[[str], tuple[Path, ResidentModel, list[Rollout]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Its text for CUDA by the processor: it writes into the arrays in place, as the plain operations do not."""
+    model_path, model, expected = wide(family)
+    path = way(RowKernel("cuda", host_compiler(tmp_path_factory)))
+    driver = path.start(model_path, model)
+    found = path.generate(driver, [row.prompt_ids for row in expected], seeds=[[row.seed] for row in expected], **ASKED)
+    within = tolerance(driver, expected, WIDE)
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other, within)

@@ -16,22 +16,32 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.kv_cache.eight_bit import Packing
+from rollout_server.engine.kv_cache.padded_layer import Attend, DecodeAttention
 from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.attention.kernel import RowKernel
+from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.errors import EngineUnavailable
 from rollout_server.rollout import Rollout
 from tests.engine.scheduling.test_preemption import watched
 from tests.laws.grids import some_long
 from tests.support import tiny_models
+from tests.support.engine.code_paths import with_own_columns
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.engine.loaded_models import loaded
+from tests.support.numbers.host_kernels import host_compiler
 
 DEMO = Path(__file__).parents[3] / "rollout_server" / "demo" / "model"
 CLOSE = 3e-4
 """Between two paths of the trained model, where 5e-5 was seen."""
 PROMPTS = prompts_of([20, 44, 9], 384, seed=3)
 ASKED: dict[str, Any] = {"n": 2, "seed": 4, "max_tokens": 20, "ignore_eos": True}
+EnginePath = Callable[[ResidentModel], list[Rollout]]
+
+needs_compiler = pytest.mark.skipif(
+    mx.default_device() == mx.cpu and not shutil.which("g++"), reason="MLX compiles for the CPU with g++"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +57,12 @@ def expected(demo: ResidentModel) -> list[Rollout]:
 
 
 @pytest.fixture(scope="module")
-def sharp(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Driver, Driver]]:
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Driver, Driver]]:
     """Random models whose attention is so choosy that 8 bits show; in 8 bits and as they are."""
     folder = tmp_path_factory.mktemp("sharp")
 
-    def drivers(family: str) -> tuple[Driver, Driver]:
-        path = tiny_models.build(family, folder / family, head_dim=32)
+    def drivers(family: str, head_dim: int = 32) -> tuple[Driver, Driver]:
+        path = tiny_models.build(family, folder / f"{family}-{head_dim}", head_dim=head_dim)
         return Driver.start(path, kv_bits=8), Driver.start(path)
 
     return drivers
@@ -163,7 +173,7 @@ def test_a_step_writes_in_place(demo: ResidentModel) -> None:
 
 @pytest.mark.parametrize("family", some_long(["qwen3", "llama_sliding"], "qwen3"))
 def test_it_computes_what_mlx_lm_computes_with_its_packed_cache(
-    family: str, sharp: Callable[[str], tuple[Driver, Driver]]
+    family: str, sharp: Callable[..., tuple[Driver, Driver]]
 ) -> None:
     """And so a prompt reads its own tokens in 8 bits, however it is cut into chunks."""
     driver, full = sharp(family)
@@ -226,9 +236,41 @@ def in_classes(model: ResidentModel) -> list[Rollout]:
 
 
 def compiled(model: ResidentModel) -> list[Rollout]:
-    driver = Driver.start(DEMO, kv_bits=8, compile_decode=True)
-    assert driver.model.compiles and driver.model.info.kv_bits == 8
-    return driver.generate(PROMPTS, **ASKED)
+    return Driver.start(DEMO, traced()).generate(PROMPTS, **ASKED)
+
+
+def traced() -> ResidentModel:
+    """The same model, whose decode steps are traced."""
+    model = loaded(EngineOptions(str(DEMO), "demo", kv_bits=8, compile_decode=True))
+    assert model.compiles and model.info.kv_bits == 8
+    return model
+
+
+def attending(groups: set[int], by: Attend = attend_plainly) -> Attend:
+    """`groups` gets those of the steps, 0 for numbers that are not packed."""
+
+    def attend(step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
+        groups.add(step.group)
+        return by(step)
+
+    return attend
+
+
+def on_own_columns(path: EnginePath, *, compiles: bool = False) -> EnginePath:
+    """The same path where every row reads its own columns."""
+
+    def rows(model: ResidentModel) -> list[Rollout]:
+        groups: set[int] = set()
+        found = path(with_own_columns(traced() if compiles else model, attending(groups)))
+        assert groups == {32}
+        return found
+
+    rows.__name__ = f"{path.__name__}_on_own_columns{'_compiled' * compiles}"
+    return rows
+
+
+def together(model: ResidentModel) -> list[Rollout]:
+    return Driver.start(DEMO, model).generate(PROMPTS, **ASKED)
 
 
 @pytest.mark.parametrize(
@@ -239,21 +281,33 @@ def compiled(model: ResidentModel) -> list[Rollout]:
         stepping_aside,
         pytest.param(found_again, marks=pytest.mark.long),
         in_classes,
-        pytest.param(
-            compiled,
-            marks=pytest.mark.skipif(
-                mx.default_device() == mx.cpu and not shutil.which("g++"), reason="MLX compiles for the CPU with g++"
-            ),
-        ),
+        pytest.param(compiled, marks=needs_compiler),
+        *map(on_own_columns, (together, stepping_aside)),
+        pytest.param(on_own_columns(found_again), marks=pytest.mark.long),
+        pytest.param(on_own_columns(together, compiles=True), marks=[needs_compiler, pytest.mark.long]),
     ],
     ids=lambda path: path.__name__,
 )
-def test_every_path_gives_the_same_rows(
-    path: Callable[[ResidentModel], list[Rollout]], demo: ResidentModel, expected: list[Rollout]
-) -> None:
+def test_every_path_gives_the_same_rows(path: EnginePath, demo: ResidentModel, expected: list[Rollout]) -> None:
     rows = path(demo)
     assert [row.token_ids for row in rows] == [row.token_ids for row in expected]
     assert gaps(rows, [row.logprobs for row in expected]).max() < CLOSE
+
+
+@pytest.mark.parametrize("by", some_long(["plainly", "by the kernel"], "plainly"))
+@pytest.mark.parametrize("family", ["gpt_oss", "llama_sliding"])
+def test_own_columns_are_read_within_windows_and_beside_sinks(
+    family: str, by: str, sharp: Callable[..., tuple[Driver, Driver]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    driver, full = sharp(family, 64)
+    groups: set[int] = set()
+    kernel = attend_plainly if by == "plainly" else RowKernel("cuda", host_compiler(tmp_path_factory))
+    own = Driver.start(Path(family), with_own_columns(driver.model, attending(groups, kernel)))
+    rows = own.generate(prompts_of([70, 9], 286), n=2, max_tokens=40, ignore_eos=True)
+    assert groups == {64}
+    effect = gaps(rows, score(full, rows)).mean()
+    assert effect > 1e-3
+    assert gaps(rows, score(driver, rows)).mean() < effect / 20
 
 
 def test_what_was_sampled_is_scored_and_drawn_again_the_same(demo: ResidentModel, expected: list[Rollout]) -> None:
@@ -282,7 +336,7 @@ def test_a_row_that_switches_takes_its_words_along() -> None:
 
 def test_its_effect_on_log_probabilities_is_small(
     demo: ResidentModel,
-    sharp: Callable[[str], tuple[Driver, Driver]],
+    sharp: Callable[..., tuple[Driver, Driver]],
     record_property: Callable[[str, object], None],
 ) -> None:
     packed, full = sharp("qwen3")

@@ -14,7 +14,7 @@ import pytest
 
 from rollout_server.engine.batch.length_buckets import StepCosts
 from rollout_server.engine.batch.prefix_reuse import LEAST
-from rollout_server.engine.kv_cache.padded_layer import DecodeAttention
+from rollout_server.engine.kv_cache.padded_layer import Attend, DecodeAttention
 from rollout_server.engine.messages.options import EngineOptions
 from rollout_server.engine.model.attention.choice import ChosenAttention
 from rollout_server.engine.model.attention.plain import attend_plainly
@@ -75,24 +75,31 @@ class Compiled(Way):
         return self._traces > 0
 
 
-class OwnColumns(Way):
-    """Steps attend as the cache says, each row to its own columns, and are dispatched before the last one was read."""
+def with_own_columns(model: ResidentModel, attend: Attend = attend_plainly) -> ResidentModel:
+    """The model as a device serves it that has a kernel, with `attend` in the kernel's place."""
+    assert isinstance(model.make_store, partial)
+    attention = ChosenAttention(attend, modules_of(model.module), "a test")
+    return replace(model, make_store=partial(model.make_store, attend=attend), attention=attention)
 
-    def __init__(self) -> None:
+
+class OwnColumns(Way):
+    """Steps attend as the cache says, each row to its own columns, and are dispatched before the last one was read.
+    `attend` computes it."""
+
+    def __init__(self, attend: Attend = attend_plainly) -> None:
+        super().__init__()
+        self._attend_by = attend
         self._attended = 0
 
     def _attend(self, step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
         self._attended += 1
-        return attend_plainly(step)
+        return self._attend_by(step)
 
     def start(self, path: Path, model: ResidentModel) -> Driver:
-        assert isinstance(model.make_store, partial)
-        attention = ChosenAttention(self._attend, modules_of(model.module), "a test")
-        make_store = partial(model.make_store, attend=self._attend)
-        return super().start(path, replace(model, make_store=make_store, attention=attention))
+        return super().start(path, with_own_columns(model, self._attend))
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
-        return self._attended > 0
+        return self._attended > 0 and super().taken(driver, rows)
 
 
 class OwnColumnsCompiled(OwnColumns):
@@ -156,3 +163,17 @@ class Classes(Way):
 
     def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
         return self._most > 1
+
+
+class OwnColumnsPreempted(OwnColumns, Preempted):
+    """As on a GPU whose memory is full."""
+
+
+class OwnColumnsPrefixHit(OwnColumns, PrefixHit):
+    """As on a GPU that has read a prompt before."""
+
+
+class OwnColumnsCompiledPreempted(OwnColumnsCompiled, Preempted): ...
+
+
+class OwnColumnsCompiledPrefixHit(OwnColumnsCompiled, PrefixHit): ...
