@@ -2,7 +2,8 @@
 
 Every part asks one question and prints one line a figure, beside what is asked of it, with the seconds since the
 start. All figures are in DIR/gpu.json after each of them; a part that fails is named there, and the next one runs.
-`--shape tiny` runs every part on a small model, on a CPU too: it says whether the study works, and nothing else.
+`--shape tiny` runs parts on a small model, on a CPU too but for `launches` and `low-rank`, which are about kernels: it
+says whether the study works, and nothing else.
 `--trace` keeps the servers' timelines in DIR.
 """
 

@@ -14,6 +14,10 @@ from benchmarks.contenders.steady import SLACK, SteadyRows
 from benchmarks.measure import Contender, Load
 from benchmarks.studies.gpu.figures import Figure, in_turns, over
 from benchmarks.studies.gpu.held import Held
+from rollout_server.engine.kv_cache.sizes import row_bucket
+from rollout_server.engine.messages.options import KV_BUCKET
+from rollout_server.machine.device_defaults import HEADROOM, in_words
+from rollout_server.machine.this_device import device_memory
 from rollout_server.rollout import PolicyAddress
 
 EIGHT = 8
@@ -66,15 +70,17 @@ def bandwidth(held: Held) -> Iterator[Figure]:
 
 
 def step_at(held: Held, shape: str, rows: int, columns: int) -> Iterator[Figure]:
-    size = held.size
-    engine = held.engine(size.many if shape == size.shape else rows, shape)
-    name = f"{shape}, {rows} rows × {columns} columns"
-    info = engine.handle.info
-    needed, there = rows * (columns + SLACK * size.steps) * info.kv_bytes_per_token, info.kv_memory
+    size, most = held.size, held.size.many if shape == held.size.shape else rows
+    name, prompt = f"{shape}, {rows} rows × {columns} columns", columns - held.size.steps // 2
+    info = held.engine(most, shape).handle.info
+    needed = cells(rows, prompt, size.steps) * info.kv_bytes_per_token
+    there = room_beside(info.weight_bytes, device_memory())
     if needed > there:
-        yield Figure(f"{name}: not run, its KV does not fit: needed / there", "", (needed / there,))
+        why = f"its KV takes {in_words(needed)} and the device has {in_words(max(there, 0))} for it"
+        yield Figure(f"{name}: not run, {why}", "needed / there", (needed / max(there, 1),))
         return
-    prompts = held.prompts(-(-rows // EIGHT), columns - size.steps // 2)
+    engine = held.engine(most, shape, needed)
+    prompts = held.prompts(-(-rows // EIGHT), prompt)
     steady = SteadyRows(engine, prompts, rows, size.steps)
     rates = in_turns({name: rate(steady)}, held.rounds)[name]
     asked = 18.0 if (rows, columns) == (size.rows, size.asked_columns[0]) else None
@@ -83,6 +89,18 @@ def step_at(held: Held, shape: str, rows: int, columns: int) -> Iterator[Figure]
     asked = 0.45 if (rows, columns) == (size.rows, size.asked_columns[1]) else None
     shares = tuple(read * each / rows / held.bandwidth() for each in rates)
     yield Figure(f"{name}: share of {held.bandwidth() / 1e12:.2f} TB/s", "", shares, asked)
+
+
+def cells(rows: int, prompt: int, steps: int) -> int:
+    """Columns over all rows that `SteadyRows` come to fill, and the spare one of each, as arrays have them."""
+    columns = prompt + SLACK * (steps + 1) + 1
+    return row_bucket(rows, rows) * -(-columns // KV_BUCKET) * KV_BUCKET
+
+
+def room_beside(weights: int, memory: int) -> int:
+    """Bytes for KV beside the weights and what the server leaves to the activations and to the logits of a step; while
+    arrays grow the copy of one layer stands there."""
+    return memory - weights - 2 * (memory // HEADROOM)
 
 
 def adapters(held: Held) -> Iterator[Figure]:

@@ -86,14 +86,20 @@ class Held:
 
     # ---- on the device --------------------------------------------------------------------------------------------
 
-    def engine(self, rows: int, shape: str = "") -> Engine:
-        """With room for so many rows; another one is closed first."""
-        key = (shape or self.size.shape, rows)
-        if self._engine is None or self._engine[0] != key:
-            self.free()
-            engine = self._stack.enter_context(Engine(self.path(key[0]), rows, prefix_cache=False))
-            self._engine = (key, engine)
-        return self._engine[1]
+    def engine(self, rows: int, shape: str = "", kv_memory: int = 0) -> Engine:
+        """With room for so many rows and at least so many bytes of their KV: what a server takes where that is enough.
+        Another one is closed first."""
+        shape = shape or self.size.shape
+        held = self._engine
+        engine = held[1] if held is not None and held[0] == (shape, rows) else self.start(rows, shape)
+        return self.start(rows, shape, kv_memory) if kv_memory > engine.handle.info.kv_memory else engine
+
+    def start(self, rows: int, shape: str, kv_memory: int | None = None) -> Engine:
+        """A new one, with so many bytes of KV; None: what a server takes."""
+        self.free()
+        engine = self._stack.enter_context(Engine(self.path(shape), rows, prefix_cache=False, kv_memory=kv_memory))
+        self._engine = ((shape, rows), engine)
+        return engine
 
     def policy(self, engine: Engine, seed: int, *, dora: bool = False) -> PolicyAddress:
         """An adapter of its own, published on this engine once."""
