@@ -186,7 +186,7 @@ class ServerConfig(BaseSettings):
     attention: Literal["auto", "mlx"] = "auto"
     """Whose attention and gates forwards may use: what is right and fastest on this device, or MLX's own alone."""
     warm: Literal["on", "off"] = "on"
-    """Run the shapes of a first batch before the server says that it is ready, on a GPU."""
+    """Run shapes of a first batch before the server says that it is ready, on a GPU, as far as 30 s allow."""
     memory: Size | None = None
     """Device memory of weights, versions, keys and values of all models together; `None`: half of the device where
     there are several, and of one what `kv_memory` and `weights_memory` say."""

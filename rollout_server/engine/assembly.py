@@ -128,8 +128,8 @@ def warmed(
     *,
     on: bool,
 ) -> None:
-    """Runs the shapes of a first batch, if that is `on`, where steps are traced or kernels made. The only thing that
-    anybody may send meanwhile is that the engine shall stop."""
+    """Runs shapes of a first batch as far as `WARM_S` allow, if that is `on`, where steps are traced or kernels made.
+    The only thing that anybody may send meanwhile is that the engine shall stop."""
     if on and model.head is None and (model.compiles or mx.default_device() != mx.cpu):
         warm_up = WarmUp(model, policies.routed, policies.router(BASE_SET), traces, cells, policies.limit, clock)
         warm_up.run(lambda: not mailbox.empty())

@@ -25,7 +25,10 @@ Prefer = Annotated[
 Attention = Annotated[
     str | None, option("The attention found right and fastest here, or MLX's own.", "auto", metavar="auto|mlx")
 ]
-Warm = Annotated[str | None, option("Run a first batch's shapes before serving, on a GPU.", "on", metavar="on|off")]
+Warm = Annotated[
+    str | None,
+    option("Run a first batch's shapes before serving, on a GPU; none begins after 30 s.", "on", metavar="on|off"),
+]
 KvMemory = Annotated[str | None, option("Memory for keys and values, as 512MB or 2GiB.", metavar="SIZE")]
 KvBits = Annotated[int | None, option("8 keeps keys and values in 8 bits, which log-probabilities show.")]
 PrefixCache = Annotated[

@@ -76,7 +76,8 @@ class EngineOptions:
     compile_decode: bool | None = None
     """Trace decode steps; None: where the device is no CPU."""
     warm: bool = True
-    """Run the shapes of a first batch before the engine says that it is ready, where steps are compiled."""
+    """Run shapes of a first batch before the engine says that it is ready, where steps are compiled, as far as 30 s
+    allow."""
     kv_bits: int | None = None
     """8 keeps keys and values in so many bits; None as the model computes them."""
     trace: str | None = None

@@ -2,7 +2,8 @@
 traced, and every kernel is made when it is first used.
 
 A trainer's batch is full at first and its rows grow, then they end and the batch shrinks by halves. Shapes are run in
-the order in which such batches come to them, from the middle outwards, within a bounded time.
+the order in which such batches come to them, from the middle outwards, for as long as the time lasts: a forward that
+has begun is not cut short, and shapes that are left are compiled when rows come to them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from rollout_server.rollout import SamplingParams
 log = logging.getLogger("rollout_server.engine.model")
 
 WARM_S = 30.0
+"""After which no forward is begun. The one that runs then is finished, with all that it compiles."""
 SAID_EVERY_S = 5.0
 USUAL_ROWS, USUAL_COLUMNS = 256, 416
 """The batch whose steps are run first."""
@@ -75,20 +77,26 @@ class WarmUp:
         """Chunks, the tokens of each, and the slot."""
 
     def run(self, interrupted: Callable[[], bool] = lambda: False, seconds: float = WARM_S) -> int:
-        """Runs shapes until all were, the time is over, or somebody has `interrupted`; returns how many were. What goes
-        wrong is logged, and left to the rows that meet it."""
+        """Runs shapes until all were; begins no forward once `seconds` are over, `MOST_TRACES` steps are traced, or
+        somebody has `interrupted`. Returns how many shapes were run. The log says which are left; what goes wrong is
+        logged too, and left to the rows that meet it."""
         info, began = self._model.info, self._clock()
         warm_sampler(info.vocab_size, self._model.dtype, min(8, info.max_batch), self._model.filter_kernel)
         if info.cache != "slots":
             return 0
         planned = shapes(info.max_batch, info.max_model_len, self._cells)
-        log.info("Running %d shapes of a first batch, for at most %.0f s (--warm off does not).", len(planned), seconds)
-        done, said = 0, began
+        log.info(
+            "Running %d shapes of a first batch; no forward of them begins after %.0f s (--warm off runs none).",
+            len(planned),
+            seconds,
+        )
+        done, said, over = 0, began, ""
         try:
             with self._slots_to_run() as aimed, closing(self._units(planned, aimed)) as units:
                 for done in units:
                     now = self._clock()
-                    if interrupted() or now - began >= seconds or self._traces.made >= MOST_TRACES:
+                    over = self._over(now - began, seconds)
+                    if over or interrupted():
                         break
                     if now - said >= SAID_EVERY_S:
                         said = now
@@ -99,7 +107,19 @@ class WarmUp:
             self._route([BASE_SLOT])
             mx.clear_cache()
         log.info("Ran %d of %d shapes in %.1f s.", done, len(planned), self._clock() - began)
+        if over and (left := planned[done:]):
+            log.warning(
+                "No more were run, since %s. Rows that come to one of the others wait until it is compiled: %s.",
+                over,
+                in_words(left),
+            )
         return done
+
+    def _over(self, now: float, seconds: float) -> str:
+        """Why no other forward begins, a half sentence; empty where one may. `now` is seconds since the first."""
+        if now >= seconds:
+            return f"{seconds:.0f} s are over"
+        return f"{MOST_TRACES} steps are traced" if self._traces.made >= MOST_TRACES else ""
 
     @contextmanager
     def _slots_to_run(self) -> Iterator[tuple[int, ...]]:
@@ -174,6 +194,14 @@ def shapes(max_rows: int, context: int, cells: int) -> list[tuple[int, int]]:
         return not halved, abs(math.log2(shape[0] / USUAL_ROWS)) + abs(math.log2(shape[1] / USUAL_COLUMNS)), shape
 
     return sorted([(r, c) for r in rows for c in columns if r * c <= cells], key=order)
+
+
+def in_words(left: Sequence[tuple[int, int]]) -> str:
+    """(rows, columns) by their rows."""
+    found: dict[int, list[str]] = {}
+    for rows, columns in sorted(left):
+        found.setdefault(rows, []).append(str(columns))
+    return "; ".join(f"{rows} rows × {', '.join(columns)} columns" for rows, columns in found.items())
 
 
 def widths(columns: int, *, every: bool) -> list[int]:

@@ -7,8 +7,6 @@ import gc
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,14 +16,12 @@ from mlx.utils import tree_flatten
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.kv_cache.sizes import few_columns, few_widths
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.attention.choice import ChosenAttention
-from rollout_server.engine.model.attention.plain import attend_plainly
-from rollout_server.engine.model.forward.functions import modules_of
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.warm import USUAL_RANK, WarmUp, chunks, nothing, shapes, widths
 from rollout_server.rollout import Rollout
 from tests.support import tiny_models
+from tests.support.engine.code_paths import with_own_columns
 from tests.support.engine.driver import Driver
 
 needs_compiler = pytest.mark.skipif(
@@ -96,10 +92,7 @@ def test_after_a_warm_up_the_first_batch_traces_nothing(driver: Driver) -> None:
 
 @needs_compiler
 def test_where_each_row_reads_its_own_columns_an_array_is_one_shape(path: Path, model: ResidentModel) -> None:
-    assert isinstance(model.make_store, partial)
-    attention = ChosenAttention(attend_plainly, modules_of(model.module), "a test")
-    own = replace(model, make_store=partial(model.make_store, attend=attend_plainly), attention=attention)
-    driver = Driver.start(path, own, max_batch=4, prefill_tokens=256)
+    driver = Driver.start(path, with_own_columns(model), max_batch=4, prefill_tokens=256)
     # Three numbers of rows, one of columns, with a version and without.
     assert traced(driver, lambda: warm_up(driver).run()) == 3 * 2
     assert traced(driver, lambda: a_batch(driver, "base", 1, longest=70)) == 0
@@ -147,7 +140,27 @@ def test_a_warm_up_is_bounded_in_time_and_says_how_far_it_is(driver: Driver, cap
         assert warm_up(driver).run(seconds=0.0) == 0
     said = [record.getMessage() for record in caplog.records]
     assert "0 of 3 shapes in 6 s" in said and "1 of 3 shapes in 54 s" in said
+    # A forward that begins in time is finished after it.
     assert "Ran 1 of 3 shapes in 63.0 s." in said
+    others = "1 rows × 160 columns; 2 rows × 160 columns"
+    why = "No more were run, since {} s are over. Rows that come to one of the others wait until it is compiled: {}."
+    stopped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert stopped == [why.format(60, others), why.format(0, f"{others}; 4 rows × 160 columns")]
+
+
+@needs_compiler
+def test_a_warm_up_that_ran_everything_says_nothing_of_what_is_left(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    with caplog.at_level("INFO"):
+        assert warm_up(driver, clock=clock).run(seconds=60.0) == 3
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @needs_compiler
@@ -198,7 +211,8 @@ def test_a_server_is_ready_when_it_is_warm(
     with caplog.at_level("INFO"):
         said = asyncio.run(run())
     runs = warm and (compiles or mx.default_device() != mx.cpu)
-    assert ("Running 1 shapes of a first batch, for at most 30 s (--warm off does not)." in said) == runs
+    begun = "Running 1 shapes of a first batch; no forward of them begins after 30 s (--warm off runs none)."
+    assert (begun in said) == runs
     assert any(line.startswith("Ran 1 of 1 shapes in ") for line in said) == runs
 
 
