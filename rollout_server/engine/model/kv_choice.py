@@ -21,7 +21,14 @@ from rollout_server.engine.kv_cache.prompt import Prompt
 from rollout_server.engine.kv_cache.snapshots import Snapshots, arrays_of, compact
 from rollout_server.engine.kv_cache.store import Forward, KVStore, Reading, Seating
 from rollout_server.engine.messages.options import EngineOptions
-from rollout_server.engine.model.attention.choice import UNBOUND, Agreed, ChosenAttention, by_itself, choose_attention
+from rollout_server.engine.model.attention.choice import (
+    UNBOUND,
+    Agreed,
+    Choice,
+    ChosenAttention,
+    by_itself,
+    choose_attention,
+)
 from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.engine.model.forward.compiled import CompiledDecode, Unrouted
 from rollout_server.engine.model.forward.functions import bound, modules_of
@@ -51,7 +58,13 @@ class ChosenStore:
 
 
 def choose_store(
-    module: nn.Module, vocabulary: int, options: EngineOptions, *, compiles: bool, agreed: Agreed = by_itself
+    module: nn.Module,
+    vocabulary: int,
+    options: EngineOptions,
+    *,
+    compiles: bool,
+    agreed: Agreed = by_itself,
+    choose: Choice = choose_attention,
 ) -> ChosenStore:
     """The first kind of cache under which rows of different lengths equal themselves alone. Falls back to one row at a
     time, and says so; decode steps are compiled, and attend by a kernel, only where they then pass the
@@ -72,7 +85,8 @@ def choose_store(
 
         found = _choose_padded(forward, make, test, compiles, packs=packs)
         if isinstance(found, ChosenStore):
-            found = _with_attention(found, module, rows, expected, agreed, wanted=options.attention == "auto")
+            choose_own = partial(choose, wanted=options.attention == "auto", agreed=agreed)
+            found = _with_attention(found, module, rows, expected, choose_own)
             return found if found.attention.modules else _bound_to(found, modules)
         problem = found
     if packs:
@@ -165,9 +179,7 @@ def _with_attention(
     module: nn.Module,
     rows: Sequence[Sequence[int]],
     expected: Sequence[mx.array],
-    agreed: Agreed,
-    *,
-    wanted: bool,
+    choose: Callable[..., ChosenAttention],
 ) -> ChosenStore:
     forward = _forward_of(module, modules_of(module))
 
@@ -177,7 +189,7 @@ def _with_attention(
         decode = CompiledDecode(forward, store, Unrouted()) if traced and isinstance(store, PaddedKV) else None
         return _self_test(forward, store, rows, expected, decode)
 
-    found = choose_attention(module, trial, wanted=wanted, agreed=agreed)
+    found = choose(module, trial)
     return replace(chosen, make=partial(chosen.make, attend=found.attend), attention=found)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,13 +14,26 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from rollout_server.engine.kv_cache.padded import PaddedKV
+from rollout_server.engine.kv_cache.padded_layer import Attend, DecodeAttention
 from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model.attention.choice import (
+    TESTED_COLUMNS,
+    UNBOUND,
+    Agreed,
+    ChosenAttention,
+    Trial,
+    proven,
+)
+from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.digest import base_digest
-from rollout_server.engine.model.kv_choice import choose_store
+from rollout_server.engine.model.forward.functions import modules_of
+from rollout_server.engine.model.kv_choice import ChosenStore, choose_store
 from rollout_server.engine.model.load import load, read_model
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.sampling.numerics import on_cpu
 from rollout_server.errors import EngineUnavailable
+from tests.engine.model.attention.test_choice import FASTER, Clock
 from tests.support import tiny_models
 from tests.support.engine.driver import Driver, prompts_of
 from tests.support.numbers.bounds import TINY, assert_near
@@ -103,3 +117,52 @@ def test_a_cpu_computes_by_functions_of_its_own_unless_those_of_mlx_were_asked_f
     if on_cpu():
         assert bool(chosen.modules) == (attention == "auto")
     assert attention == "auto" or (not chosen.modules and chosen.attend is None)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """One layer with a window and one without, with heads of a size that kernels are written for."""
+    return read_model(
+        tiny_models.build("gemma3_text", tmp_path_factory.mktemp("windowed") / "model", head_dim=64)
+    ).module
+
+
+def chosen_with(kernel: Attend, module: nn.Module, attention: Any = "auto") -> tuple[ChosenStore, list[bool]]:
+    """What is chosen where this device had such a kernel, and whether it was asked for one."""
+    clock, asked = Clock(), []
+
+    def choose(module: nn.Module, trial: Trial, *, wanted: bool, agreed: Agreed) -> ChosenAttention:
+        asked.append(wanted)
+        return proven(clock.counting(kernel, FASTER), module, trial, agreed, clock) if wanted else UNBOUND
+
+    options = EngineOptions("nowhere", "tiny", attention=attention)
+    return choose_store(module, tiny_models.VOCAB_SIZE, options, compiles=False, choose=choose), asked
+
+
+def test_rows_attend_by_a_kernel_under_which_the_model_is_what_it_was(windowed: nn.Module) -> None:
+    windows: set[int | None] = set()
+
+    def noting(step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
+        windows.add(step.window)
+        return attend_plainly(step)
+
+    chosen, asked = chosen_with(noting, windowed)
+    store = chosen.make(4)
+    assert asked == [True] and windows == {16, None}
+    assert chosen.attention.attend is not None and chosen.attention.modules == modules_of(windowed)
+    assert isinstance(store, PaddedKV) and store.attend is chosen.attention.attend
+
+
+def test_and_by_the_model_s_own_attention_under_any_other(
+    windowed: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong_in_few_columns(step: DecodeAttention) -> tuple[mx.array, mx.array, mx.array]:
+        found, keys, values = attend_plainly(step)
+        return found[:, ::-1] if step.keys.shape[2] < TESTED_COLUMNS else found, keys, values
+
+    chosen, asked = chosen_with(wrong_in_few_columns, windowed)
+    store = chosen.make(4)
+    assert asked == [True] and "keep mlx's own attention: under the kernel row " in caplog.text
+    assert chosen.kind == "slots" and chosen.attention.attend is None
+    assert isinstance(store, PaddedKV) and store.attend is None
+    assert chosen_with(attend_plainly, windowed, "mlx")[1] == [False]

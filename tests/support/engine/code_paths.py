@@ -78,7 +78,7 @@ class Compiled(Way):
 def with_own_columns(model: ResidentModel, attend: Attend = attend_plainly) -> ResidentModel:
     """The model as a device serves it that has a kernel, with `attend` in the kernel's place."""
     assert isinstance(model.make_store, partial)
-    attention = ChosenAttention(attend, modules_of(model.module), "a test")
+    attention = ChosenAttention(attend, modules_of(model.module))
     return replace(model, make_store=partial(model.make_store, attend=attend), attention=attention)
 
 
