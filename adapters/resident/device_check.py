@@ -7,8 +7,6 @@ it: the bound lies between the two, for each dtype.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,6 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.kernels.decode import DecodeKernel, decode_kernel
 from adapters.kernels.text import own_device
 from adapters.resident.layers.embedding import AdaptedEmbedding
 from adapters.resident.layers.expert_product import BLOCKS, ExpertLinear, in_blocks
@@ -28,8 +25,6 @@ from adapters.resident.layers.slot_stack import SlotStack
 from adapters.resident.model_layers import CUT_INPUTS, bare_layer, holder
 from adapters.spec import TIED_HEAD, ExpertsShape, Place, TiedEmbeddingShape, experts_of, place_of
 
-log = logging.getLogger("rollout_server.engine.model")
-
 RANKS = (3, 8)
 """Ranks of the two versions that are tried: one is narrower than the stack that holds it, and one is as wide."""
 ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
@@ -37,9 +32,6 @@ ROUTES = ((0, 1, 2), (1, 1, 1), (2, 2, 2))
 LENGTHS = (1, 5, 130)
 """Tokens a row: a decode step, a short chunk and a longer one, since kernels are chosen by it."""
 TRIED_ROUTES = tuple((route, length) for length in LENGTHS for route in ROUTES)
-DECODED = tuple((route, 1) for route in (*ROUTES, (0, 1, 2) * 44, (1,) * 131, (2,) * 64, (2, 0, 2, 1) * 32))
-"""What a kernel for decode steps is tried with: rows of one version and of several, few and many of them."""
-TIMED_ROWS, TIMED_AT_ONCE = 64, 50
 TRIED = 4
 """How many experts are tried, of however many there are."""
 COMPARED = 4096
@@ -64,7 +56,7 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
     faults: dict[Place, str] = {}
     tried: set[tuple[Any, ...]] = set()
     for path, shape in layers.items():
-        place, layer = place_of(shape), _layer_at(model, layers, path)
+        place, layer = place_of(shape), layer_at(model, layers, path)
         kind = (place, *shape, *experts_of(shape), type(layer), layer.get("bits"), layer.get("mode"), "bias" in layer)
         if kind in tried:
             continue
@@ -78,50 +70,7 @@ def check_adapters(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtyp
     return faults
 
 
-def choose_kernel(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: mx.Dtype) -> DecodeKernel | None:
-    """A kernel for the linear layers of a bare `model`, where it gives on all their shapes what plain products give and
-    takes less time than they do on this device."""
-    kernel = decode_kernel()
-    paths = {shape: path for path, shape in layers.items() if place_of(shape) == "linear"}
-    linear = [(shape, path, _layer_at(model, layers, path)) for shape, path in paths.items()]
-    if kernel is None or not linear:
-        return None
-    try:
-        for shape, path, layer in linear:
-            if (fault := _check(layer, shape, dtype, kernel, DECODED)) is not None:
-                log.warning("Adapters keep to plain products: by the kernel, in %s, %s.", path, fault)
-                return None
-        shape, _, layer = linear[0]
-        return kernel if _is_faster(kernel, layer, shape, dtype) else None
-    except (RuntimeError, ValueError) as error:
-        log.warning("Adapters keep to plain products: the kernel ends in %s: %s.", type(error).__name__, error)
-        return None
-
-
-def _is_faster(kernel: DecodeKernel, layer: Any, shape: tuple[int, int], dtype: mx.Dtype) -> bool:
-    stack = _Versions.make(shape, dtype, 1.0).stack
-    stack.select(2)
-    x = mx.zeros((TIMED_ROWS, 1, shape[1]), dtype)
-    adapted = AdaptedLinear(layer, stack)
-    plainly = _seconds(adapted, x)
-    stack.kernel = kernel
-    stack.select(2)
-    by_kernel = _seconds(adapted, x)
-    log.info("An adapted layer takes %.3f ms by the kernel, %.3f by plain products.", by_kernel * 1e3, plainly * 1e3)
-    return by_kernel < plainly
-
-
-def _seconds(layer: Callable[[mx.array], mx.array], x: mx.array) -> float:
-    """One of many at once, since one alone is mostly waited for; the fastest of some tries, after one that compiles."""
-    taken = []
-    for _ in range(4):
-        began = time.perf_counter()
-        mx.eval([layer(x) for _ in range(TIMED_AT_ONCE)])
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:]) / TIMED_AT_ONCE
-
-
-def _layer_at(model: nn.Module, layers: Mapping[str, tuple[int, int]], path: str) -> nn.Module:
+def layer_at(model: nn.Module, layers: Mapping[str, tuple[int, int]], path: str) -> nn.Module:
     if path == TIED_HEAD and path in layers and place_of(layers[path]) == "tied_head":
         path = next(other for other, shape in layers.items() if isinstance(shape, TiedEmbeddingShape))
     parent, name = holder(model, path)
@@ -129,7 +78,7 @@ def _layer_at(model: nn.Module, layers: Mapping[str, tuple[int, int]], path: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Versions:
+class Versions:
     """A stack with two versions in it, and in float64 what it holds: A, B and gain of every slot, slot 0 the base."""
 
     stack: SlotStack
@@ -138,65 +87,59 @@ class _Versions:
     gain: tuple[Array, ...]
 
     @classmethod
-    def make(cls, shape: tuple[int, int], dtype: mx.Dtype, strength: float) -> _Versions:
+    def make(cls, shape: tuple[int, int], dtype: mx.Dtype, strength: float, ranks: tuple[int, ...] = RANKS) -> Versions:
         """`strength` is the size of what the layer itself gives for inputs of size one: neither drowns the other."""
         (out, width), experts = shape, experts_of(shape)
-        random, stack = np.random.default_rng(out + width), SlotStack(len(RANKS) + 1, 0, shape, dtype)
-        stack.reserve(len(RANKS) + 1, max(RANKS))
+        random, stack = np.random.default_rng(out + width), SlotStack(len(ranks) + 1, 0, shape, dtype)
+        stack.reserve(len(ranks) + 1, max(ranks))
         a, b, gains = [np.zeros((*experts, 1, width))], [np.zeros((*experts, 1, out))], [np.ones(out)]
-        for slot, rank in enumerate(RANKS, 1):
+        for slot, rank in enumerate(ranks, 1):
             down = mx.array(random.standard_normal((*experts, rank, width)) * width**-0.5).astype(dtype)
             up = mx.array(random.standard_normal((*experts, rank, out)) * strength * rank**-0.5).astype(dtype)
             gain = None if experts or slot == 1 else mx.array(random.uniform(0.5, 1.5, out)).astype(dtype)
             stack.write(slot, down, up, gain)
-            a.append(_plain(down))
-            b.append(_plain(up))
-            gains.append(np.ones(out) if gain is None else _plain(gain))
+            a.append(in_float64(down))
+            b.append(in_float64(up))
+            gains.append(np.ones(out) if gain is None else in_float64(gain))
         mx.eval(stack.arrays())
         return cls(stack, tuple(a), tuple(b), tuple(gains))
 
-    def aim(self, route: tuple[int, ...]) -> None:
+    def aim(self, route: tuple[int, ...], rows: mx.array | None = None) -> None:
+        """Each row at the slot that the route names; `rows` says the same, where stacks are to share it."""
         if len(set(route)) == 1:
-            self.stack.select(route[0])
+            self.stack.select(route[0], rows)
         else:
-            self.stack.aim_rows(frozenset(route), mx.array(route, dtype=mx.uint32))
+            self.stack.aim_rows(frozenset(route), mx.array(route, dtype=mx.uint32) if rows is None else rows)
 
 
-def _check(
-    layer: nn.Module,
-    shape: tuple[int, int],
-    dtype: mx.Dtype,
-    kernel: DecodeKernel | None = None,
-    tried: tuple[tuple[tuple[int, ...], int], ...] = TRIED_ROUTES,
-) -> str | None:
-    """A linear layer, an embedding or the head that shares its weight, which gives base(x) without an adapter. `tried`
-    are slots of the rows, and how many tokens each has. Says what was wrong first."""
+def _check(layer: nn.Module, shape: tuple[int, int], dtype: mx.Dtype) -> str | None:
+    """A linear layer, an embedding or the head that shares its weight, which gives base(x) without an adapter. Says
+    what was wrong first."""
     place, random = place_of(shape), np.random.default_rng(shape[0])
     table = place in ("embedding", "tied_embedding")
     base: Callable[[mx.array], mx.array] = layer.as_linear if place == "tied_head" else layer
     some = compared_outputs(shape[0])
-    bias = _plain(layer["bias"])[some] if "bias" in layer else np.zeros(len(some))
+    bias = in_float64(layer["bias"])[some] if "bias" in layer else np.zeros(len(some))
     # Every rank tries the same numbers, and their products are summed.
     ranks = layer.group.size() if isinstance(layer, CUT_INPUTS) else 1
     given: tuple[mx.array, Array] | None = None
-    versions: _Versions | None = None
+    versions: Versions | None = None
     said: str | None = None
-    for route, length in tried:
+    for route, length in TRIED_ROUTES:
         rows = len(route), length
         if given is None or given[0].shape[:2] != rows:
             drawn = random.integers(0, shape[1], rows) if table else random.standard_normal((*rows, shape[1]))
             x = mx.array(drawn).astype(mx.int32 if table else dtype)
-            given = x, _plain(base(x)[..., mx.array(some)]) - bias
+            given = x, in_float64(base(x)[..., mx.array(some)]) - bias
         x, plain = given
-        versions = versions or _Versions.make(shape, dtype, _size(plain))
-        versions.stack.kernel = kernel
+        versions = versions or Versions.make(shape, dtype, size_of(plain))
         adapted = _adapted(layer, versions.stack, place)
         versions.aim(route)
-        found = _plain(adapted(x)[..., mx.array(some)])
+        found = in_float64(adapted(x)[..., mx.array(some)])
         for row, slot in enumerate(route):
-            inner = versions.a[slot].T[np.array(x[row])] if table else ranks * _plain(x[row]) @ versions.a[slot].T
+            inner = versions.a[slot].T[np.array(x[row])] if table else ranks * in_float64(x[row]) @ versions.a[slot].T
             expected = versions.gain[slot][some] * (plain[row] + inner @ versions.b[slot][:, some]) + bias
-            if (fault := _difference(found[row], expected, dtype)) is not None:
+            if (fault := difference(found[row], expected, dtype)) is not None:
                 said = said or f"{_spoken(route, length)} {fault}"
     return said
 
@@ -231,8 +174,8 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
     names = EXPERT_LAYERS[type(block)]
     some = sorted({round(i * (shape.experts - 1) / (TRIED - 1)) for i in range(TRIED)})
     one_of = {expert: {name: _expert(block[name], expert) for name in names} for expert in some}
-    size = _size(np.stack([one_of[expert][layer][0] for expert in some]))
-    versions = _Versions.make(shape, dtype, size * shape[1] ** 0.5)
+    size = size_of(np.stack([one_of[expert][layer][0] for expert in some]))
+    versions = Versions.make(shape, dtype, size * shape[1] ** 0.5)
     adapted, random = AdaptedExperts(block), np.random.default_rng(shape[0])
     adapted.attach(versions.stack, layer)
     said = _check_blocks(block[layer], {expert: one_of[expert][layer][0] for expert in some}, dtype)
@@ -241,12 +184,12 @@ def _check_experts(model: nn.Module, path: str, shape: tuple[int, int], dtype: m
         choices = np.array(some)[random.integers(0, len(some), (len(ROUTES[0]), length, 2))]
         for route in ROUTES:
             versions.aim(route)
-            found = _plain(adapted(x, mx.array(choices.astype(np.uint32))))
+            found = in_float64(adapted(x, mx.array(choices.astype(np.uint32))))
             for row, token, choice in _some_of(choices.shape):
                 expert, slot = int(choices[row, token, choice]), route[row]
                 low = versions.a[slot][expert], versions.b[slot][expert]
-                expected = _one_token(block, one_of[expert], layer, low, _plain(x[row, token]))
-                if (fault := _difference(found[row, token, choice], expected, dtype)) is not None:
+                expected = _one_token(block, one_of[expert], layer, low, in_float64(x[row, token]))
+                if (fault := difference(found[row, token, choice], expected, dtype)) is not None:
                     said = said or f"{_spoken(route, length)} {fault}"
     return said
 
@@ -259,9 +202,9 @@ def _check_blocks(layer: nn.Module, weights: Mapping[int, Array], dtype: mx.Dtyp
     for rows in BLOCKS:
         chosen = np.sort(random.choice(list(weights), 2 * rows + 5)).astype(np.uint32)
         x = mx.array(random.standard_normal((len(chosen), 1, layer.input_dims))).astype(dtype)
-        found = _plain(in_blocks(x, layer["weight"].swapaxes(-1, -2), mx.array(chosen), rows))
+        found = in_float64(in_blocks(x, layer["weight"].swapaxes(-1, -2), mx.array(chosen), rows))
         for at, expert in enumerate(chosen.tolist()):
-            if (fault := _difference(found[at, 0], weights[expert] @ _plain(x[at, 0]), dtype)) is not None:
+            if (fault := difference(found[at, 0], weights[expert] @ in_float64(x[at, 0]), dtype)) is not None:
                 return f"for choices in blocks of {rows} {fault}"
     return None
 
@@ -286,7 +229,7 @@ def _one_token(
         return mx.array(x.astype(np.float32))
 
     *into, back = EXPERT_LAYERS[type(block)]
-    return layer(back, _plain(block.activation(*(single(layer(name, x)) for name in into))))
+    return layer(back, in_float64(block.activation(*(single(layer(name, x)) for name in into))))
 
 
 def _expert(layer: Any, expert: int) -> tuple[Array, Array]:
@@ -304,10 +247,10 @@ def _expert(layer: Any, expert: int) -> tuple[Array, Array]:
             None if scale is None else scale[expert],
             dtype=mx.float32,
         )
-    return _plain(weight), _plain(layer["bias"][expert]) if "bias" in layer else np.zeros(weight.shape[0])
+    return in_float64(weight), in_float64(layer["bias"][expert]) if "bias" in layer else np.zeros(weight.shape[0])
 
 
-def _difference(found: Array, expected: Array, dtype: mx.Dtype) -> str | None:
+def difference(found: Array, expected: Array, dtype: mx.Dtype) -> str | None:
     """What is wrong with outputs [..., out], token by token; None if they are within `BOUND`."""
     gap = np.linalg.norm(found - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
     worst = float(np.max(gap)) if np.isfinite(gap).all() else float("nan")
@@ -321,11 +264,11 @@ def _spoken(route: tuple[int, ...], length: int) -> str:
     return f"the output for {rows}, {length} {'token' if length == 1 else 'tokens'} each,"
 
 
-def _plain(values: mx.array) -> Array:
+def in_float64(values: mx.array) -> Array:
     return np.array(values.astype(mx.float32), dtype=np.float64)
 
 
-def _size(values: Array) -> float:
+def size_of(values: Array) -> float:
     """Root mean square; one where all is zero."""
     return float(np.sqrt(np.mean(values**2))) or 1.0
 

@@ -53,7 +53,7 @@ TURNS = 4
 class AdapterSlots:
     """`layers` is parameter path → (out, in) of every adaptable layer of `model`; `dtype` that of its activations.
     `unfit` is what `device_check.check_adapters` found: versions that target such layers are refused. `kernel` is what
-    `device_check.choose_kernel` found for linear layers, and `cuts` are those of layers that are cut over ranks.
+    `kernel_choice.choose_kernel` found for linear layers, and `cuts` are those of layers that are cut over ranks.
 
     Layers are wrapped when the first version that targets them is staged; the rest of the model stays as it was.
     """

@@ -17,7 +17,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
 
-from adapters.resident.device_check import check_adapters, choose_kernel
+from adapters.resident.device_check import check_adapters
+from adapters.resident.kernel_choice import choose_kernel
 from adapters.resident.layers.expert_product import use_expert_product
 from adapters.resident.model_layers import adaptable_layers, replaceable_parameters
 from adapters.spec import Place, place_of
