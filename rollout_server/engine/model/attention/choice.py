@@ -19,6 +19,7 @@ from rollout_server.engine.model.attention.kernel import FILLED, LEAST_PART, geo
 from rollout_server.engine.model.attention.plain import attend_plainly
 from rollout_server.engine.model.embedding import UNFIT
 from rollout_server.engine.model.forward.functions import modules_of
+from rollout_server.machine.this_device import device_memory
 
 log = logging.getLogger("rollout_server.engine.model")
 
@@ -28,8 +29,9 @@ Agreed = Callable[[str | None], str | None]
 TESTED_COLUMNS = 4 * LEAST_PART
 BEYOND = LEAST_PART
 """Columns that the longest row goes on behind a window."""
-MOST_NUMBERS = 2**28
-"""Numbers of keys in one trial, and as many of values: half a gigabyte each in half precision."""
+MOST_NUMBERS, SHARE = 2**28, 128
+"""Numbers of keys in one trial, and as many of values: half a gigabyte each in half precision, drawn in float32 before.
+Of a device with less memory one number for so many bytes of it: a trial then takes a tenth of the memory at most."""
 AT_ONCE = 2**26
 """Products of queries and keys that plain operations have in memory at once, unless one row's are more."""
 TIMED_ROWS, TIMED_COLUMNS = 64, 512
@@ -107,6 +109,7 @@ def _why_not(kernel: Attend, trial: Trial, agreed: Agreed, clock: Callable[[], f
     def alike() -> str | None:
         faults = (_compare(kernel, step) for step in steps.values())
         fault = next((fault for fault in faults if fault is not None), None)
+        mx.clear_cache()  # Nothing else needs arrays as large as those of a wide window.
         return None if fault is None else f"the kernel computes something else here, {fault}"
 
     def runs() -> str | None:
@@ -130,7 +133,7 @@ def _found(stage: Callable[[], str | None]) -> str | None:
 def _compare(kernel: Attend, like: DecodeAttention) -> str | None:
     """What the kernel makes of rows of odd lengths, with one free place among them, and NaN in every column that no row
     may read, against plain operations."""
-    for places, columns in trials_of(like):
+    for places, columns in trials_of(like, min(MOST_NUMBERS, device_memory() // SHARE)):
         step = _made(like, places, columns)
         rows = mx.arange(len(places))
         # Before the kernel writes into what both read.
@@ -150,12 +153,12 @@ def _compare(kernel: Attend, like: DecodeAttention) -> str | None:
     return None
 
 
-def trials_of(like: DecodeAttention) -> Iterator[tuple[list[int], int]]:
+def trials_of(like: DecodeAttention, most: int = MOST_NUMBERS) -> Iterator[tuple[list[int], int]]:
     """For each trial the column of every row's new token, and how many columns there are. So few rows that several
     blocks read one, and then so many that one block does.
 
     Rows end on both sides of a window's border, wherever that is. Of those that reach behind a wide one no trial has
-    more than `MOST_NUMBERS`, but for a single row: one block reads such a row only where so many fit."""
+    more than `most` numbers of keys, but for a single row: one block reads such a row only where so many fit."""
     geometry, window = geometry_of(like), like.window or 0
     filled = FILLED // (2 * geometry.kv_heads * geometry.chunks) + 1
     borders = [column for column in (window - 1, window, window + 1) if window and column >= 0]
@@ -166,7 +169,7 @@ def trials_of(like: DecodeAttention) -> Iterator[tuple[list[int], int]]:
     yield ends, columns
     if wide:
         ends_behind = [*borders, reach, reach + 1]
-        fit = MOST_NUMBERS // (geometry.kv_heads * (reach + 2) * geometry.width)
+        fit = most // (geometry.kv_heads * (reach + 2) * geometry.width)
         yield [reach], reach + 2
         for some in [ends_behind] if fit >= len(ends_behind) else [[end] for end in ends_behind]:
             yield some, reach + 2
