@@ -41,7 +41,8 @@ def with_lora() -> Any:
 def ask(client: RolloutClient, count: int, **options: Any) -> tuple[RolloutBatch, np.ndarray]:
     """Rollouts of so many problems, and for each row whether it is the sum in plain digits, and ends there."""
     asked = [(random.randrange(100), random.randrange(100)) for _ in range(count)]
-    batch = client.rollouts([f"{a}+{b}=" for a, b in asked], max_tokens=16, temperature=1.0, **options)
+    prompts, seed = [f"{a}+{b}=" for a, b in asked], random.getrandbits(48)
+    batch = client.rollouts(prompts, max_tokens=16, temperature=1.0, seed=seed, **options)
     right = [row.finish_reason == "stop" and row.text == str(sum(asked[row.prompt_index])) for row in batch]
     return batch, np.array(right, np.float32)
 
@@ -90,6 +91,8 @@ parser.add_argument("--url", default="http://127.0.0.1:8000")
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--plot")
 options = parser.parse_args()
+random.seed(0)
+mx.random.seed(0)
 client = RolloutClient(options.url)
 judging, teacher = RewardModel(), optim.Adam(1e-3, bias_correction=True)
 for step in range(30):

@@ -74,7 +74,8 @@ def train(url: str, directory: Path, steps: int) -> list[float]:
         for step in range(steps):
             version = client.push("writer", dict(tree_flatten(model.parameters())), {"kind": "full"}, label=f"{step}")
             prompts = [{"token_ids": [random.randrange(END)]} for _ in range(32)]
-            batch = client.rollouts(prompts, policy="writer", n=4, max_tokens=12, ignore_eos=True)
+            seed = random.getrandbits(48)
+            batch = client.rollouts(prompts, policy="writer", n=4, max_tokens=12, seed=seed, ignore_eos=True)
             batch.assert_synced(version)
             padded = batch.padded(prompt_padding="right")
             ids, mask = mx.array(padded["input_ids"]), mx.array(padded["loss_mask"])[:, 1:]

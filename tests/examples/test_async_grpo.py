@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,10 +11,9 @@ import numpy as np
 import pytest
 
 from examples.async_grpo import CAP, Trainer, loss, train
+from tests.examples.as_written import run_example
 from tests.support.live_server import Server
 from trainer_client import RolloutClient, truncated_importance_weights
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.long
@@ -63,10 +60,9 @@ def test_both_loops_begin_with_the_same_weights() -> None:
 
 @pytest.mark.long
 def test_the_example_says_when_each_loop_is_there(live: Server, tmp_path: Path) -> None:
-    command = [sys.executable, "examples/async_grpo.py", "--url", live.url, "--steps", "2", "--prompts", "2"]
+    command = ["examples/async_grpo.py", "--url", live.url, "--steps", "2", "--prompts", "2"]
     command += ["--accuracy", "0.1", "--plot", str(tmp_path / "rewards.png")]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    ran = run_example(*command)
     assert ran.returncode == 0, ran.stderr
     steps = re.findall(r"staleness (\d)  step +(\d+) +[\d.]+ s  reward [\d.]+  (\d) behind", ran.stdout)
     assert [step[:2] for step in steps] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.examples.as_written import run_example
 from tests.support.live_server import live_server
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str) -> str:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    ran = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment
-    )
+    ran = run_example(*command, timeout_s=900)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.examples.as_written import run_example
 from tests.support.live_server import Server
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_policy_learns_what_the_reward_model_was_taught(live: Server, tmp_path: Path) -> None:
     plot = tmp_path / "curves.png"
-    command = [sys.executable, "examples/grpo_reward_model.py", "--url", live.url, "--steps", "8", "--plot", str(plot)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    ran = run_example("examples/grpo_reward_model.py", "--url", live.url, "--steps", "8", "--plot", str(plot))
     assert ran.returncode == 0, ran.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ran.stdout)]
     steps = [tuple(map(float, own)) for own in re.findall(r"reward ([\d.]+)  right ([\d.]+)", ran.stdout)]

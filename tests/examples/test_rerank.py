@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.examples.as_written import run_example
 from tests.support.live_server import LiveServer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_trained_reranker_puts_right_answers_first(live: LiveServer) -> None:
-    command = [sys.executable, "examples/rerank.py", "--url", live.url, "--steps", "40", "--questions", "40"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    ran = run_example("examples/rerank.py", "--url", live.url, "--steps", "40", "--questions", "40")
     assert ran.returncode == 0, ran.stderr
     before, after = re.findall(r"trained  first ([\d.]+)  mean reciprocal rank ([\d.]+)", ran.stdout)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ran.stdout)]

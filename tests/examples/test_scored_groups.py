@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.clients.atropos_groups import MASKED_ID, MASKED_LOGPROB, scored_groups
+from tests.examples.as_written import run_example
 from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutBatch, RolloutClient, continued, rejoined
 
-ROOT = Path(__file__).parents[2]
 RETURNS = ("sampling_logprobs", "base_logprobs")
 
 
@@ -57,9 +54,7 @@ def test_what_cannot_be_learned_from_is_left_out(live: Server) -> None:
 
 
 def test_the_example_runs_as_written(live: Server) -> None:
-    command = [sys.executable, "examples/clients/atropos_groups.py", "--url", live.url]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
+    ran = run_example("examples/clients/atropos_groups.py", "--url", live.url, timeout_s=100)
     assert ran.returncode == 0, ran.stderr
     groups = [json.loads(line) for line in ran.stdout.splitlines()]
     assert groups and all(len(group["tokens"]) == 8 and 0 < sum(group["scores"]) < 8 for group in groups)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,12 @@ from transformers import AutoTokenizer
 
 import rollout_server.demo
 from examples.tool_conversation import tool_ids
+from tests.examples.as_written import run_example
 from tests.support import tiny_models
 from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutClient, continued
 
-ROOT = Path(__file__).parents[2]
 DEMO = Path(rollout_server.demo.__file__).parent / "model"
 QUESTION = [{"role": "user", "content": "17+25="}]
 TOOL = ("42+1=", "30+2=")
@@ -92,15 +90,7 @@ def test_chat_and_rollouts_read_what_transformers_renders(live: Server, tokenize
 
 @pytest.mark.long
 def test_the_example_runs_as_written(live: Server) -> None:
-    command = [sys.executable, "examples/tool_conversation.py", "--url", live.url]
-    ran = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
-    )
+    ran = run_example("examples/tool_conversation.py", "--url", live.url, timeout_s=100)
     assert ran.returncode == 0, ran.stderr
     counts = re.findall(r"^(?:stop|length): (\d+) of (\d+) tokens", ran.stdout, flags=re.MULTILINE)
     assert len(counts) == 4 and all(0 < int(sampled) <= int(tokens) for sampled, tokens in counts)

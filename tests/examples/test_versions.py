@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,20 +12,18 @@ import pytest
 
 from examples.compare_versions import Distance, distance
 from rollout_server.demo.run import model_directory
+from tests.examples.as_written import run_example
 from tests.support import tiny_models
 from tests.support.live_server import Server
 from tests.support.numbers.bounds import EMBEDDED
 from trainer_client import RolloutClient
 
-ROOT = Path(__file__).parents[2]
 READ = r"(\S+) reads what (\S+) wrote: (\d+) tokens, gap (\S+) on average, (\S+) at most; KL (\S+) ± (\S+) nats a row"
 PROMPTS = ["12+34=", "7+8="]
 
 
 def run(example: str, live: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"examples/{example}.py", *arguments, "--url", live.url]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    return run_example(f"examples/{example}.py", *arguments, "--url", live.url)
 
 
 @pytest.fixture(scope="module")
