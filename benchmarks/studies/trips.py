@@ -35,8 +35,9 @@ PACKAGES = ("rollout_server", "adapters")
 TURN, STEP = ("loop.py", "turn"), ("batch.py", "step")
 WATCHING = ("rollout_server/http/observing/", "rollout_server/http/metrics.py")
 """What is told of a request for metrics and the page alone."""
-REST_S = 0.5
-"""After which the rows of a request have left their places."""
+REST, TAKEN = ("loop.py", "_rest"), ("loop.py", "_apply")
+"""What a turn calls that finds nothing to do, and what it calls when it was given something meanwhile."""
+POLL_S, PATIENCE_S = 0.05, 120.0
 
 
 @dataclass
@@ -93,6 +94,18 @@ class Follower:
         if self.whole is not None:
             self.whole.calls[file, code.co_qualname] += 1
 
+    def rest(self, client: TestClient[Any]) -> None:
+        """Waits until the engine has found nothing more to do and nothing has come since, and the event loop has done
+        what it was left. Raises `TimeoutError`."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            called = {(Path(file).name, name.rpartition(".")[2]) for file, name in list(self.turns[-1].calls)}
+            if REST in called and TAKEN not in called:
+                client.get("/v1/models").raise_for_status()  # Its turn is behind theirs.
+                return
+            time.sleep(POLL_S)
+        raise TimeoutError("the engine does not come to rest")
+
     @contextmanager
     def following(self) -> Iterator[Trip]:
         self.whole = trip = Trip()
@@ -122,7 +135,7 @@ def main() -> None:
         while client.get("/ready").status_code != 200:
             time.sleep(0.1)
         client.post("/v1/rollouts", json=body).raise_for_status()  # Lazy imports and first uses.
-        time.sleep(REST_S)
+        follower.rest(client)
         with follower.following() as rollout:
             client.post("/v1/rollouts", json=body).raise_for_status()
         begun = len(follower.turns), len(follower.steps)
@@ -131,7 +144,7 @@ def main() -> None:
         turns, steps = follower.turns[begun[0] :], follower.steps[begun[1] :]
         turn, step = commonest(turns), commonest(steps)
         tensors, config = adapter()
-        time.sleep(REST_S)
+        follower.rest(client)
         upload = {"config": ("adapter_config.json", json.dumps(config)), "weights": ("weights", save(tensors))}
         with follower.following() as push:
             client.post("/v1/weights", data={"name": "policy"}, files=upload).raise_for_status()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,16 @@ def test_readings_pauses_and_aborts(started: SideBySide) -> None:
 
 def test_a_deadline_ends_what_runs_and_what_never_began(started: SideBySide) -> None:
     async def late() -> None:
-        now = asyncio.get_running_loop().time()
-        found = await rows(started.fleet, groups("x", max_tokens=2000), deadline=now + 1.0)
+        clock, found = asyncio.get_running_loop().time, list[Rollout]()
+        for patience in (0.3, 1, 3, 9):  # A busy machine may take longer than the first until all of them run.
+            with suppress(NeverAdmitted):
+                found = await rows(started.fleet, groups("x", max_tokens=2000), deadline=clock() + patience)
+            if found and all(row.token_ids for row in found):
+                break
         assert {(row.finish_reason, row.stop_reason) for row in found} == {(FinishReason.ABORTED, "timeout")}
         await started.fleet.pause("wait")
         with pytest.raises(NeverAdmitted):
-            await rows(started.fleet, groups("x"), deadline=now + 1.2)
+            await rows(started.fleet, groups("x"), deadline=clock() + 0.2)
         await started.fleet.resume()
 
     started.run(late())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import IO
 
 from rollout_server.engine.messages.options import EngineOptions, RankOptions
@@ -16,14 +18,38 @@ LOOPBACK = "127.0.0.1"
 HOSTFILE = "/dev/stdin"
 """Where a rank of this machine finds the addresses of all: nothing is left behind, and there is no name to guess."""
 
+HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT, BELOW, TRIED = 10_000, 8_192, 256
+"""The lowest port that is taken, how far below the handed out ones the others lie, and how many are tried."""
 
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
+
+def free_ports(count: int, handed_out: Path = HANDED_OUT) -> list[int]:
+    """Ports of loopback that nobody listens on now. Ranks listen on them seconds later: where Linux says which ports it
+    gives to whoever names none, they are lower ones, so that it does not give them away meanwhile."""
     with ExitStack() as open_sockets:
-        found = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for each in found:
-            each.bind((LOOPBACK, 0))
-        return [each.getsockname()[1] for each in found]
+        found: list[int] = []
+        for port in [*_named_by_nobody(handed_out), *[0] * count]:
+            if len(found) == count:
+                break
+            each = open_sockets.enter_context(socket.socket())
+            try:
+                each.bind((LOOPBACK, port))
+            except OSError:
+                if not port:
+                    raise
+                continue  # Somebody has it.
+            found.append(each.getsockname()[1])
+        return found
+
+
+def _named_by_nobody(handed_out: Path) -> list[int]:
+    """Some ports below those that Linux hands out, by chance: other engines that start now look for theirs."""
+    try:
+        lowest = int(handed_out.read_text(encoding="utf-8").split()[0])
+    except OSError:
+        return []
+    below = range(max(FIRST_PORT, lowest - BELOW), lowest)
+    return random.SystemRandom().sample(below, min(TRIED, len(below)))
 
 
 def of_rank(rank: int, ranks: RankOptions) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rollout_server.engine.ranks.digest import TurnDigest
 from rollout_server.errors import EngineUnavailable
 from rollout_server.fleet.codec.frames import next_frame
 from rollout_server.fleet.ranks.decisions import DECISION, OTHER, SAME, Teller
-from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, Member, Team, ending
+from rollout_server.fleet.ranks.team import ALIVE, FAILED, LONG_TURN, WATCH_S, Member, Team, ending
 from rollout_server.fleet.ranks.words import rank_codec, uncompiled
 from tests.support.live_server import until
 
@@ -40,7 +40,13 @@ class Watched:
         return self.fell[0]
 
 
-def watched(process: subprocess.Popen[bytes] | None = None, silent_s: float = 60.0, load_s: float = 60.0) -> Watched:
+def watched(
+    process: subprocess.Popen[bytes] | None = None,
+    silent_s: float = 60.0,
+    load_s: float = 60.0,
+    teller: Teller | None = None,
+) -> Watched:
+    """With a `teller`, turns have begun before anybody watches."""
     near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     fell: list[str] = []
@@ -51,6 +57,8 @@ def watched(process: subprocess.Popen[bytes] | None = None, silent_s: float = 60
         RankOptions(2, silent_s=silent_s, load_s=load_s),
         fell.append,
     )
+    if teller is not None:
+        team.lead(teller)
     team.start()
     return Watched(team, far[0], far[1], messages, fell)
 
@@ -115,9 +123,9 @@ def test_ranks_that_never_finish_loading_end_the_engine_though_all_look_alive() 
 
 
 def test_a_model_that_is_loaded_may_serve_for_longer_than_it_may_load() -> None:
-    other = watched(load_s=0.2)
-    other.team.lead(Teller([], TurnDigest()))
-    time.sleep(0.8)
+    # Whoever looks finds it loaded, and the time for loading over.
+    other = watched(load_s=0.0, teller=Teller([], TurnDigest()))
+    time.sleep(3 * WATCH_S)
     other.team.close()
     assert other.fell == []
 
