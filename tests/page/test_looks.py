@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
 from rollout_server.demo.run import model_directory
 from tests.page.browser import Browser
 from tests.support import tiny_models
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import LiveServer, live_server, until
 from trainer_client import PublishedVersion, RolloutClient
 
 Push = Callable[..., PublishedVersion]
@@ -140,18 +141,26 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
     assert tops == sorted(tops), "the order of tabs is the order of the page"
 
 
-def test_the_arrow_keys_tell_what_pointing_at_a_picture_does(page: Browser, client: RolloutClient, push: Push) -> None:
+def test_the_arrow_keys_tell_what_pointing_at_a_picture_does(
+    page: Browser, server: LiveServer, client: RolloutClient, push: Push
+) -> None:
     pushed = [push("arrows", seed).version for seed in (1, 2)]
     found: list[object] = []
     body = {"policy": "arrows", "n": 3, "max_tokens": 1800, "ignore_eos": True}
     thread = threading.Thread(target=lambda: found.append(client.rollouts(["1+1="], **body)))
     thread.start()
-    page.until(lambda: len(page.all("#rows .cell")) == 3)
-    page.find("#rows").send_keys(RIGHT, RIGHT)
-    assert re.fullmatch(r"\S+: \d+ of 1800 tokens, arrows@2", page.text("#rows-said"))
-    place = "return [...document.querySelectorAll('#rows .cell')].findIndex((e) => e.matches('.current'))"
-    assert page.run(place) == 1
-    before = page.text("#rows-said")
+    # The page shows them once a second, and a fast machine may be done by then.
+    until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 3)
+    client.pause("keep")
+    try:
+        page.until(lambda: len(page.all("#rows .cell")) == 3)
+        page.find("#rows").send_keys(RIGHT, RIGHT)
+        assert re.fullmatch(r"\S+: \d+ of 1800 tokens, arrows@2", page.text("#rows-said"))
+        place = "return [...document.querySelectorAll('#rows .cell')].findIndex((e) => e.matches('.current'))"
+        assert page.run(place) == 1
+        before = page.text("#rows-said")
+    finally:
+        client.resume()
     page.until(lambda: page.text("#rows-said") != before)  # It tells what the row is now.
     thread.join()
     page.until(lambda: page.text("#rows-said") == "")  # A row that is over is not told of.

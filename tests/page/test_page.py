@@ -153,12 +153,21 @@ def test_it_marks_where_the_version_changes(
             client.rollouts(["1+1="], policy="moves", n=4, max_tokens=1500, on_update="switch", ignore_eos=True)
         )
 
+    def health() -> Any:
+        return httpx.get(f"{server.url}/health").json()
+
+    before = health()["tokens"]
     thread = threading.Thread(target=sample)
     thread.start()
-    until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 4)
-    page.until(lambda: len(page.all("#rows .cell")) == 4)
-    assert "4 on moves@1" in page.find("#rows").get_attribute("aria-label")
-    push("moves", 2)
+    # Each has tokens of the first version; the page shows them once a second, and a fast machine may be done by then.
+    until(lambda: (said := health())["running"] == 4 and said["tokens"] >= before + 4)
+    client.pause("keep")
+    try:
+        page.until(lambda: len(page.all("#rows .cell")) == 4)
+        assert "4 on moves@1" in page.find("#rows").get_attribute("aria-label")
+        push("moves", 2)
+    finally:
+        client.resume()
     thread.join()
     assert {span.version for span in found[0].spans[0]} == {1, 2}
     page.until(lambda: page.text("#rollout .mark") == "moves@2")

@@ -123,7 +123,7 @@ def test_echo_gives_the_scorer_s_numbers(server: Server, client: RolloutClient) 
 
 def test_a_push_moves_or_ends_running_rows_that_asked_for_it(client: RolloutClient, model: Path) -> None:
     client.push("moving", *adapter(model, 11))
-    options: dict[str, Any] = {"policy": "moving", "max_tokens": 800, "ignore_eos": True, "seed": 1}
+    options: dict[str, Any] = {"policy": "moving", "max_tokens": 1900, "ignore_eos": True, "seed": 1}
 
     def long(on_update: str) -> RolloutBatch:
         with RolloutClient(client._connection.url) as own:
