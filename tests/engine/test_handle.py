@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,23 +88,24 @@ def test_refused_at_the_door(qwen: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_leaves_nobody_waiting(qwen: Path) -> None:
     async def run() -> None:
-        handle = EngineHandle(EngineOptions(str(qwen), "tiny"))
+        handle = EngineHandle(EngineOptions(str(qwen), "tiny", resident="dying"))
         handle.start()
         await handle.wait_ready()
         running = handle.submit("a", [renamed(group(1500), "a")])
+        turn = Engine.turn
 
-        def dying(self: Engine) -> None:
-            raise MemoryError("no memory left")
+        def last(self: Engine) -> None:
+            if threading.current_thread().name == "engine dying":
+                raise MemoryError("no memory left")
+            turn(self)
 
-        original, Engine.turn = Engine.turn, dying  # type: ignore[method-assign]
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "turn", last)
             with pytest.raises(EngineUnavailable, match="no memory left"):
                 async for _ in running:
                     pass
             with pytest.raises(EngineUnavailable, match="no memory left"):
                 await handle.score(Score("s", PolicyAddress("base"), ((1, 2),), (0,)))
-        finally:
-            Engine.turn = original  # type: ignore[method-assign]
         assert handle.status.state == "dead" and "no memory left" in (handle.status.fault or "")
         assert not await handle.ping(1)
         with pytest.raises(EngineUnavailable, match="no memory left"):

@@ -37,7 +37,7 @@ def drawn(client: RolloutClient, policy: str) -> list[list[int]]:
 
 def pushed_to(url: str, client: RolloutClient, model: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Both engines have the last two of three versions. Rows of the base and of the newest."""
-    assert states(client) == ["live", "live"]
+    until(lambda: states(client) == ["live", "live"])
     base = drawn(client, "base")
     for step in (1, 2, 3):
         pushed = client.push("policy", *adapter(model, step), label=f"step-{step}")
@@ -48,9 +48,12 @@ def pushed_to(url: str, client: RolloutClient, model: Path) -> tuple[list[list[i
         (2, "step-2", {"staged": 2, "of": 2}),
         (3, "step-3", {"staged": 2, "of": 2}),
     ]
-    metrics = httpx.get(f"{url}/metrics").text
-    assert 'rollout_replica_state{model="base",replica="local-1",state="live"} 1.0' in metrics
-    assert 'rollout_replica_versions{model="base",replica="local-0"} 2.0' in metrics
+    told = [
+        'rollout_replica_state{model="base",replica="local-1",state="live"} 1.0',
+        'rollout_replica_versions{model="base",replica="local-0"} 2.0',
+    ]
+    # One that is starved counts as silent for a while.
+    until(lambda: (metrics := httpx.get(f"{url}/metrics").text) and all(line in metrics for line in told))
     return base, trained
 
 

@@ -19,7 +19,7 @@ from trainer_client import RolloutClient
 pytestmark = pytest.mark.long
 
 PAIR, NEAR, FAR = "rollouts", "10.213.77.1", "10.213.77.2"
-SILENT = ("ROLLOUT_REPLICA_TIMEOUT_S", "6")
+SILENT = ("ROLLOUT_REPLICA_TIMEOUT_S", "10")
 
 
 def ip(*words: str) -> None:

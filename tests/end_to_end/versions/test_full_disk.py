@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,15 +16,19 @@ from tests.support.live_server import LiveServer, live_server
 from trainer_client import Retry, RolloutClient, TrainerClientError
 
 pytestmark = pytest.mark.long  # Two or three servers each, which are killed.
-KB = 140
+PAGE = os.sysconf("SC_PAGE_SIZE")
+PUSHES, WEIGHTS, OTHERS = 2, 56_000, 7
+"""What fits on the disk: so many versions, the bytes of one at most, and pages of the reserve, of the base's record and
+of a name's with the one that takes its place."""
+PAGES = PUSHES * -(-WEIGHTS // PAGE) + OTHERS
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Of 140 kB."""
+    """Of 140 kB, where a page has 4 kB: a file takes whole pages."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={KB}k", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={PAGES * PAGE}", "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("only root may mount a small disk")
     try:
@@ -65,7 +70,7 @@ def test_what_frees_room_needs_none(disk: Path) -> None:
     state = disk / "state"
     with live_server(None, "--state-dir", str(state)) as server, client_of(server) as client:
         pushed = push_until_full(client)
-        assert pushed >= 2
+        assert pushed >= PUSHES
         fill(disk)
         client.pin("p", 2)
         client.pin("p", 2, pinned=False)
