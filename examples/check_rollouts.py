@@ -9,7 +9,7 @@ Needs numpy and httpx only. `trainer_logprobs` would come from the trainer's own
 from trainer_client import RolloutClient
 
 client = RolloutClient("http://127.0.0.1:8000")
-batch = client.rollouts(["12+34=", "7+8="], n=4, max_tokens=16, temperature=0.8, top_p=0.95)
+batch = client.rollouts(["12+34=", "7+8="], n=4, max_tokens=16, temperature=0.8, top_p=0.95, seed=1)
 
 for index, found in enumerate(client.replay(batch)):
     said = "exact" if found.exact else f"differs at token {found.first_difference}, margin {found.margin}"
