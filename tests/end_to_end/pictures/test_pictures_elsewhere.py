@@ -43,8 +43,9 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(seeing: Path) -> list[tuple[list[int], np.ndarray]]:
-    """Ids and log-probabilities of a server that has this model and no other."""
-    with server_here(seeing, tensor_parallel=None) as server, RolloutClient(server.url) as client:
+    """Ids and log-probabilities of a server that has this model and no other, in its own process as beside another:
+    replicas would be given prompts one by one, in batches of another shape."""
+    with server_here(seeing, tensor_parallel=None, replicas=1) as server, RolloutClient(server.url) as client:
         return [(row.token_ids.tolist(), row.logprobs) for row in client.rollouts(PROMPTS, **ASKED)]
 
 
