@@ -21,7 +21,7 @@ from tests.http.test_stopping import Server, fake_server
 from tests.support.http.raw import Reply, ask, connect
 from tests.support.live_server import until
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
