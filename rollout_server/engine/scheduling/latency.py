@@ -7,8 +7,6 @@ turn and nothing in the next ones. When nothing decodes, all of `most` is read.
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from collections.abc import Collection, Mapping
 
 from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, ReadingCosts
@@ -18,12 +16,8 @@ FIRST, LEAST = 32, 8
 WORTH_A_PASS, HALF = 2 / 3, 1 / 2
 """The largest share of a reading's cost that the pass over the weights may be: where every turn reads, and where turns
 are skipped for a reading that is longer than these allow, because already the pass is."""
-EVERY_TURN, SELDOM = 0.95, 1.25
-"""What a reading should cost, in turns that only decode: where every turn reads, with what such a turn costs beside the
-reading and the step, and where turns are skipped for it."""
-BESIDE, LATEST = 0.05, 9
-"""What that is taken to be at first, in turns that only decode: the step in flight is waited for, and rows are copied.
-The median of so many readings counts, so that a few stalls do not."""
+EVERY_TURN, SELDOM = 0.9, 1.25
+"""What a reading should cost, in turns that only decode: where every turn reads, and where turns are skipped for it."""
 MOST_OWED = 4.0
 """The most turns that are skipped for one reading that is not known to cost more. A stall adds many, and says nothing
 of the next reading."""
@@ -39,8 +33,6 @@ class LatencyFirst:
         self._most = most
         self._owed = 0.0
         """Turns to leave out."""
-        self._beside = {kind: deque([BESIDE] * (LATEST // 2), maxlen=LATEST) for kind in costs}
-        """What turns that read this cost beside the reading and the step, in turns that only decode."""
         self._since = 0
         """Turns that read, since one only decoded."""
         self._served: Kind | None = None
@@ -72,8 +64,7 @@ class LatencyFirst:
         costs, self._pays = self._costs[kind], False
         if not costs.known or not usual:
             return FIRST
-        beside = min(statistics.median(self._beside[kind]), HALF)
-        fits = costs.within((EVERY_TURN - beside) * usual)
+        fits = costs.within(EVERY_TURN * usual)
         if fits >= max(LEAST, costs.filling(WORTH_A_PASS)):
             return min(fits, self._most)
         self._pays = True
@@ -93,7 +84,6 @@ class LatencyFirst:
         if not load.usual:
             return
         added = max(0.0, seconds / load.usual - 1.0)
-        self._beside[reading.kind].append(max(0.0, added - reading.seconds / load.usual))
         if added > 1.0 or self._pays:
             expected = self._costs[reading.kind].of(reading.tokens) / load.usual
             self._owed += min(added, max(MOST_OWED, expected))

@@ -65,21 +65,6 @@ def test_the_measure_is_the_undisturbed_turn_not_the_one_beside_reading() -> Non
     assert all(seconds <= 0.101 for _, seconds in found)
 
 
-@pytest.mark.parametrize("share", [0.15, 0.3])
-def test_what_a_turn_costs_beside_its_reading_is_left_for_it(share: float) -> None:
-    """Copies, and waiting for the step in flight: texts to embed cost a seventh of a turn on one processor."""
-    clock, step, cost = TurnClock(beside=share * 0.05), 0.05, linear(0.0005)
-    budget = latency(clock)
-    clock.turns(budget, step, cost, "scoring")
-    found = clock.turns(budget, step, cost, "scoring")
-    assert statistics.median(seconds for _, seconds in found) <= 2 * step
-    assert statistics.median(tokens for tokens, _ in found) >= 0.9 * (1 - share) * 100
-    # What else is read has costs of its own.
-    clock.beside = 0.0
-    clock.turns(budget, step, cost, "prefill")
-    assert max(tokens for tokens, _ in clock.turns(budget, step, cost, "prefill")) >= 90
-
-
 def test_one_slow_turn_decides_nothing() -> None:
     clock, cost = TurnClock(), linear(0.001)
     budget = latency(clock)
