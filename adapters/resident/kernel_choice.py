@@ -164,6 +164,9 @@ def _is_faster(
         for tried in (None, kernel):
             versions.stack.kernel = tried
             versions.aim(route)
+            if tried is not None and not adapted.takes(x):
+                log.info("Adapters keep to plain products: the kernel takes no layer of this size and dtype.")
+                return False
             taken.append(1e3 * _seconds(adapted, x, clock))
         plainly, by_kernel = taken
         faster = by_kernel < plainly

@@ -201,7 +201,7 @@ def in_words(left: Sequence[tuple[int, int]]) -> str:
     found: dict[int, list[str]] = {}
     for rows, columns in sorted(left):
         found.setdefault(rows, []).append(str(columns))
-    return "; ".join(f"{rows} rows × {', '.join(columns)} columns" for rows, columns in found.items())
+    return "; ".join(f"{rows} row{'s' * (rows > 1)} × {', '.join(columns)} columns" for rows, columns in found.items())
 
 
 def widths(columns: int, *, every: bool) -> list[int]:

@@ -19,8 +19,8 @@ HOSTFILE = "/dev/stdin"
 """Where a rank of this machine finds the addresses of all: nothing is left behind, and there is no name to guess."""
 
 HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
-FIRST_PORT, BELOW, TRIED = 10_000, 8_192, 256
-"""The lowest port that is taken, how far below the handed out ones the others lie, and how many are tried."""
+FIRST_PORT, TRIED = 10_000, 256
+"""The lowest port that is taken, and how many are tried."""
 
 
 def free_ports(count: int, handed_out: Path = HANDED_OUT) -> list[int]:
@@ -48,7 +48,7 @@ def _named_by_nobody(handed_out: Path) -> list[int]:
         lowest = int(handed_out.read_text(encoding="utf-8").split()[0])
     except OSError:
         return []
-    below = range(max(FIRST_PORT, lowest - BELOW), lowest)
+    below = range(min(FIRST_PORT, lowest), lowest)
     return random.SystemRandom().sample(below, min(TRIED, len(below)))
 
 

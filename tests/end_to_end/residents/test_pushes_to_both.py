@@ -15,8 +15,9 @@ from tests.support import tiny_models, tiny_scorers
 from tests.support.live_server import live_server
 from trainer_client import RolloutClient
 
-PUSHES, KEPT, KINDS, EVERY = 200, 3, 2, 5
-"""Pushes to each name, versions kept of it, LoRA and DoRA in turns, and pushes from one batch to the next."""
+PUSHES, KEPT, KINDS, EVERY, FEW = 200, 3, 2, 5, 4
+"""Pushes to each name, versions kept of it, LoRA and DoRA in turns, pushes from one batch to the
+next, and bundles that may have come to more: a status is as old as a turn, in which a version may be staged or go."""
 
 PERIOD = KINDS * EVERY
 """Pushes after which versions of the same kinds are resident and a batch was as long ago."""
@@ -65,4 +66,4 @@ def test_pushes_to_both_leave_nothing_behind(tmp_path: Path) -> None:
         assert len(client.policy("p").versions) == len(client.policy("other/judge").versions) == KEPT
     # Versions that stay behind, under either name, would leave a bundle each time.
     bundle, settled = sum(array.nbytes for array in rewards[0][0].values()), held[PUSHES // 2 :: PERIOD]
-    assert settled[-1] - settled[0] < (len(settled) - 1) * PERIOD * bundle / 2, settled
+    assert settled[-1] - settled[0] < FEW * bundle, settled

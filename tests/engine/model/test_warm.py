@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from rollout_server.engine.handle import EngineHandle
 from rollout_server.engine.kv_cache.sizes import few_columns, few_widths
 from rollout_server.engine.messages.options import EngineOptions
+from rollout_server.engine.model import warm
 from rollout_server.engine.model.load import load
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.model.warm import USUAL_RANK, WarmUp, chunks, nothing, shapes, widths
@@ -142,10 +143,20 @@ def test_a_warm_up_is_bounded_in_time_and_says_how_far_it_is(driver: Driver, cap
     assert "0 of 3 shapes in 6 s" in said and "1 of 3 shapes in 54 s" in said
     # A forward that begins in time is finished after it.
     assert "Ran 1 of 3 shapes in 63.0 s." in said
-    others = "1 rows × 160 columns; 2 rows × 160 columns"
+    others = "1 row × 160 columns; 2 rows × 160 columns"
     why = "No more were run, since {} s are over. Rows that come to one of the others wait until it is compiled: {}."
     stopped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert stopped == [why.format(60, others), why.format(0, f"{others}; 4 rows × 160 columns")]
+
+
+@needs_compiler
+def test_a_warm_up_is_bounded_in_traces(
+    driver: Driver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = driver.traces(driver.batch(0)).made + 1
+    monkeypatch.setattr(warm, "MOST_TRACES", most)
+    assert warm_up(driver).run() < 3
+    assert f"No more were run, since {most} steps are traced." in caplog.text
 
 
 @needs_compiler

@@ -103,8 +103,19 @@ class OwnColumns(Way):
 
 
 class OwnColumnsCompiled(OwnColumns):
+    def __init__(self, attend: Attend = attend_plainly) -> None:
+        super().__init__(attend)
+        self._traces = 0
+
     def start(self, path: Path, model: ResidentModel) -> Driver:
         return super().start(path, compiled(path))
+
+    def after_turn(self, driver: Driver) -> None:
+        super().after_turn(driver)
+        self._traces = max(self._traces, driver.traces(driver.batch(0)).made)
+
+    def taken(self, driver: Driver, rows: Sequence[Rollout]) -> bool:
+        return self._traces > 0 and super().taken(driver, rows)
 
 
 class Settled(Way):
