@@ -1,7 +1,7 @@
 """What prefix reuse saves over five turns, what it costs where nothing is ever hit, and what prompts cost rows.
 
 `python -m benchmarks.sections.engine.turns [--rounds 5] [--json]`. Two engines, with and without, in one process and in
-turns; medians.
+turns; medians. `--rows 15 16 17` says instead what so many running rows wait for a token, with prompts and without.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -81,9 +81,9 @@ class Side:
         rows = self._runner.run(self._rows(prompts, SAMPLES, LENGTH))
         return sum(len(row.token_ids) for row in rows) / (time.perf_counter() - began)
 
-    def disturb(self, draw: np.random.Generator, vocabulary: int) -> tuple[float, float]:
+    def disturb(self, draw: np.random.Generator, vocabulary: int, rows: int = ROWS) -> tuple[float, float]:
         """Median milliseconds between two tokens of running rows, undisturbed and while long prompts are read."""
-        short = draw.integers(0, vocabulary, (ROWS, 20)).tolist()
+        short = draw.integers(0, vocabulary, (rows, 20)).tolist()
         long = draw.integers(0, vocabulary, (3, LONG)).tolist()
         return self._runner.run(self._watch(short, long))
 
@@ -145,14 +145,34 @@ def main() -> int:
         prog="python -m benchmarks.sections.engine.turns", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, taken in turns")
+    parser.add_argument("--rows", type=int, nargs="+", default=[], help="so many running rows beside prompts, alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if min([options.rounds, *options.rows]) < 1:
+        parser.error("--rounds and --rows must be at least 1")
     blas = load_fast_blas()  # Before anything imports mlx.
+    if options.rows:
+        measure_rows(options.rounds, options.rows)
+        return 0
     report = {"blas": blas.name, "rounds": options.rounds, **measure(options.rounds)}
     print(json.dumps(report, indent=2) if options.json else "\n".join(lines(report)))
     return 0
+
+
+def measure_rows(rounds: int, counts: Sequence[int]) -> None:
+    """Prints what these numbers of running rows wait for a token, undisturbed and beside prompts, in turns."""
+    from benchmarks.model import VOCAB_SIZE, write_model
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        asyncio.Runner() as runner,
+        Side(write_model(Path(folder) / "qwen3-33m"), runner, on=True) as side,
+    ):
+        for number in range(rounds + 1):
+            for rows in counts:
+                alone, beside = side.disturb(np.random.default_rng([number, rows]), VOCAB_SIZE, rows)
+                if number:  # The one before the first warms up.
+                    print(f"{rows} rows: {alone:.1f} ms, beside prompts {beside:.1f}, {beside / alone:.2f} times")
 
 
 def measure(rounds: int) -> dict[str, Any]:

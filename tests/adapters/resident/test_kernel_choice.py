@@ -100,6 +100,12 @@ def test_a_kernel_that_is_right_and_faster_is_taken(said: Callable[[], str]) -> 
     assert texts == {(layers, rank, gains) for layers in (1, 2, 3) for rank in (8, 16) for gains in (False, True)}
 
 
+def test_one_that_takes_no_such_layer_is_not_timed_against_itself(said: Callable[[], str]) -> None:
+    """Six float32 numbers are no whole vectors of four."""
+    assert tried(Plainly(), {"q_proj": (16, 6)}) is None
+    assert said() == "Adapters keep to plain products: the kernel takes no layer of this size and dtype."
+
+
 @pytest.mark.parametrize(
     "slow, where",
     [

@@ -31,7 +31,7 @@ BEYOND = LEAST_PART
 """Columns that the longest row goes on behind a window."""
 MOST_NUMBERS, SHARE = 2**28, 128
 """Numbers of keys in one trial, and as many of values: half a gigabyte each in half precision, drawn in float32 before.
-Of a device with less memory one number for so many bytes of it, but for a single row: a trial then takes an eighth."""
+Where the device has less memory, one number for so many bytes of it, a single row apart: an eighth of the memory."""
 AT_ONCE = 2**26
 """Products of queries and keys that plain operations have in memory at once, unless one row's are more."""
 TIMED_ROWS, TIMED_COLUMNS = 64, 512
