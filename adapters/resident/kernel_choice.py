@@ -15,7 +15,11 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.kernels.decode import DecodeKernel, decode_kernel
+from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRankKernel
+from adapters.kernels.matrix import MatrixKernel
+from adapters.kernels.numbers import device_numbers
+from adapters.kernels.text import own_device
 from adapters.resident.device_check import (
     ROUTES,
     Array,
@@ -32,7 +36,7 @@ from adapters.spec import place_of
 log = logging.getLogger("rollout_server.engine.model")
 
 NARROW, USUAL = (3, 8), (11, 16)
-"""Ranks of the two versions that are tried. The kernel reads them in tiles of 8 or of 16, which is another text."""
+"""Ranks of the two versions that are tried. Threads read them in tiles of 8 or of 16, which is another text."""
 ALONE = (*ROUTES, (0, 1, 2) * 44, (1,) * 131, (2,) * 64, (2, 0, 2, 1) * 32)
 """Slots of the rows of decode steps: rows of one version and of several, few and many of them."""
 TOGETHER = (*ROUTES, (2, 0, 2, 1) * 32)
@@ -43,20 +47,35 @@ TIMED_AT_ONCE = 50
 TRIES = 3
 
 
-def choose_kernel(model: nn.Module, layers: Mapping[str, tuple[int, int]], dtype: mx.Dtype) -> DecodeKernel | None:
-    """The kernel for the linear layers of a bare `model` on this device, where it is `proven`; None on a CPU, which has
-    none."""
-    kernel = decode_kernel()
-    return None if kernel is None else proven(kernel, model, layers, dtype)
+def choose_kernel(
+    model: nn.Module,
+    layers: Mapping[str, tuple[int, int]],
+    dtype: mx.Dtype,
+    tries: Sequence[LowRankKernel] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> LowRankKernel | None:
+    """The first kernel for the linear layers of a bare `model` that is `proven`, of `tries` or of those for this
+    device; None where none is, and on a CPU, which has none."""
+    some = kernels() if tries is None else tries
+    return next((kernel for kernel in some if proven(kernel, model, layers, dtype, clock) is not None), None)
+
+
+def kernels() -> list[LowRankKernel]:
+    """Those for the default device. The first takes the least time where it is one that the device can run."""
+    device = own_device()
+    if device is None:
+        return []
+    by_threads = DecodeKernel(device)
+    return [MatrixKernel(device), by_threads] if device == "cuda" else [by_threads]
 
 
 def proven(
-    kernel: DecodeKernel,
+    kernel: LowRankKernel,
     model: nn.Module,
     layers: Mapping[str, tuple[int, int]],
     dtype: mx.Dtype,
     clock: Callable[[], float] = time.perf_counter,
-) -> DecodeKernel | None:
+) -> LowRankKernel | None:
     """The kernel, if all that it is asked here comes out right and sooner. One that fails ends no start. `layers` is
     what `adaptable_layers` finds in the model, `dtype` that of its activations; `clock` is in seconds."""
     groups = groups_of(model, layers)
@@ -68,12 +87,12 @@ def proven(
             for ranks in (NARROW, USUAL):
                 fault = _fault(kernel, several, [layers[path] for path in paths], dtype, ranks)
                 if fault is not None:
-                    log.warning("Adapters keep to plain products: by the kernel, in %s, %s.", " + ".join(paths), fault)
+                    log.warning("Adapters do not go by %s: in %s, %s.", kernel.name, " + ".join(paths), fault)
                     return None
         path = groups[0][0]
         return kernel if _is_faster(kernel, layer_at(model, layers, path), layers[path], dtype, clock) else None
     except (RuntimeError, ValueError) as error:
-        log.warning("Adapters keep to plain products: the kernel ends in %s: %s.", type(error).__name__, error)
+        log.warning("Adapters do not go by %s: that ends in %s: %s.", kernel.name, type(error).__name__, error)
         return None
 
 
@@ -133,7 +152,7 @@ class _Tried:
 
 
 def _fault(
-    kernel: DecodeKernel,
+    kernel: LowRankKernel,
     layers: Sequence[nn.Module],
     shapes: Sequence[tuple[int, int]],
     dtype: mx.Dtype,
@@ -144,7 +163,7 @@ def _fault(
     tried = [_Tried.make(layer, shape, dtype, ranks, shared) for layer, shape in zip(layers, shapes, strict=True)]
     for route in ALONE if len(layers) == 1 else TOGETHER:
         x = mx.array(random.standard_normal((len(route), 1, shapes[0][1]))).astype(dtype)
-        rows = mx.array(route if len(set(route)) > 1 else route[:1], dtype=mx.uint32)
+        rows = device_numbers(route if len(set(route)) > 1 else route[:1], mx.uint32)
         for each in tried:
             each.versions.stack.kernel = kernel
             each.versions.aim(route, rows)
@@ -156,7 +175,7 @@ def _fault(
 
 
 def _is_faster(
-    kernel: DecodeKernel, layer: nn.Module, shape: tuple[int, int], dtype: mx.Dtype, clock: Callable[[], float]
+    kernel: LowRankKernel, layer: nn.Module, shape: tuple[int, int], dtype: mx.Dtype, clock: Callable[[], float]
 ) -> bool:
     for ranks, route in TIMED:
         versions, x = Versions.make(shape, dtype, 1.0, ranks), mx.zeros((len(route), 1, shape[1]), dtype)
@@ -165,15 +184,15 @@ def _is_faster(
             versions.stack.kernel = tried
             versions.aim(route)
             if tried is not None and not adapted.takes(x):
-                log.info("Adapters keep to plain products: the kernel takes no layer of this size and dtype.")
+                log.info("Adapters do not go by %s, which take no such layer in this dtype.", kernel.name)
                 return False
             taken.append(1e3 * _seconds(adapted, x, clock))
         plainly, by_kernel = taken
         faster = by_kernel < plainly
         log.info(
-            "Adapters %s: for %d %s of ranks up to %d a layer takes %.3f ms by the kernel, %.3f by plain products.",
-            "may go by the kernel" if faster else "keep to plain products", len(route), _spoken(route), max(ranks),
-            by_kernel, plainly,
+            "Adapters %s by %s: for %d %s of ranks up to %d a layer takes %.3f ms by these, %.3f by plain products.",
+            "may go" if faster else "do not go", kernel.name, len(route), _spoken(route), max(ranks), by_kernel,
+            plainly,
         )  # fmt: skip
         if not faster:
             return False

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from adapters.bundle import AdapterBundle, Content
 from adapters.errors import AdapterDoesNotFit, QuantisedBase, WeightsFull
-from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRankKernel
 from adapters.placement import BASE_SET, BASE_SLOT, Placement
 from adapters.prepare import PreparedBundle
 from adapters.resident.cuts import Cut
@@ -86,7 +86,7 @@ class ResidentVersions:
         dtype: mx.Dtype,
         limit: int | None = None,
         unfit: Mapping[Place, str] = MappingProxyType({}),
-        kernel: DecodeKernel | None = None,
+        kernel: LowRankKernel | None = None,
         clock: Callable[[], float] = time.monotonic,
         cuts: Mapping[str, Cut] = MappingProxyType({}),
     ) -> None:

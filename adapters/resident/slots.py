@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from adapters.bundle import AdapterBundle
 from adapters.errors import AdapterDoesNotFit
-from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRankKernel
+from adapters.kernels.numbers import device_numbers
 from adapters.kernels.text import own_device
 from adapters.placement import BASE_SLOT
 from adapters.prepare import PreparedBundle, cast, prepare
@@ -64,7 +65,7 @@ class AdapterSlots:
         layers: Mapping[str, tuple[int, int]],
         dtype: mx.Dtype,
         unfit: Mapping[Place, str] = MappingProxyType({}),
-        kernel: DecodeKernel | None = None,
+        kernel: LowRankKernel | None = None,
         clock: Callable[[], float] = time.monotonic,
         cuts: Mapping[str, Cut] = MappingProxyType({}),
     ) -> None:
@@ -88,7 +89,7 @@ class AdapterSlots:
         """What the following forwards read, as `route` takes it; None is the base."""
         self._rows: mx.array | None = None
         """What all stacks read of it: the slot of each row, or that of all where a kernel is to know it."""
-        self._one = mx.array([ONE], dtype=mx.uint32)
+        self._one = device_numbers([ONE], mx.uint32)
         self._shared: dict[tuple[str, tuple[str, ...]], SharedInput] = {}
         """By block and the names of its layers that are given the same array."""
 
@@ -272,11 +273,11 @@ class AdapterSlots:
         if len(distinct) == 1:
             (slot,) = distinct
             # One array for all layers: a device pays for each that comes from the host.
-            self._rows = None if self._kernel is None else mx.array([slot], dtype=mx.uint32)
+            self._rows = None if self._kernel is None else device_numbers([slot], mx.uint32)
             for stack in self._stacks.values():
                 stack.select(slot, self._rows)
             return
-        self._rows = mx.array(slots, dtype=mx.uint32)
+        self._rows = device_numbers(slots, mx.uint32)
         for stack in self._stacks.values():
             stack.aim_rows(distinct, self._rows)
 

@@ -21,6 +21,7 @@ LOADER = "rollout_server.engine.model.load"
 # The file that holds a module which has no test of its own name, chosen by reading and by which lines it runs.
 ELSEWHERE = {
     "adapters/bundle.py": "tests/trainer_client/adapter/test_digest.py",
+    "adapters/kernels/low_rank.py": "tests/adapters/kernels/test_decode.py",
     "adapters/resident/layers/slot_stack.py": "tests/adapters/resident/layers/test_linear.py",
     "adapters/resident/model_layers.py": "tests/adapters/resident/test_parameter_sets.py",
     "adapters/resident/residency.py": "tests/engine/policies/test_parameter_sets.py",

@@ -22,6 +22,7 @@ LEAST_LINES = 50
 
 # Modules under 50 lines, and why each stands alone.
 SMALL = {
+    "adapters/kernels/numbers.py": "what the engine gives kernels too, and no part of their text",
     "rollout_server/engine/model/attention/plain.py": "the oracle of a kernel, which stands beside it",
     "rollout_server/__main__.py": "`python -m rollout_server`",
     "rollout_server/commands/asking/sse_client.py": "shared by several commands",

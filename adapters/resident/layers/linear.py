@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from adapters.kernels.decode import LowRank
+from adapters.kernels.low_rank import LowRank
 from adapters.resident.layers.slot_stack import SlotStack
 
 SHARE_AN_INPUT = (

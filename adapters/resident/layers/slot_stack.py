@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from adapters.kernels.decode import DecodeKernel, LowRank
+from adapters.kernels.low_rank import LowRank, LowRankKernel
+from adapters.kernels.numbers import device_numbers
 from adapters.resident.layers.expert_product import expert_product
 from adapters.spec import experts_of
 
@@ -59,7 +60,7 @@ class SlotStack:
     )
 
     def __init__(
-        self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype, kernel: DecodeKernel | None = None
+        self, slots: int, rank: int, layer: tuple[int, int], dtype: mx.Dtype, kernel: LowRankKernel | None = None
     ) -> None:
         out, width = layer
         self.a = mx.zeros((slots, *experts_of(layer), rank, width), dtype)
@@ -176,7 +177,7 @@ class SlotStack:
             self.slot = slot
             self.scales = self.gain is not None and slot in self.gained
             if self.kernel is not None:
-                self.rows = mx.array([slot], dtype=mx.uint32) if number is None else number
+                self.rows = device_numbers([slot], mx.uint32) if number is None else number
 
     def aim_rows(self, slots: frozenset[int], rows: mx.array) -> None:
         """Row i uses slot rows[i]; `slots` is the set of them."""
@@ -251,7 +252,7 @@ class SlotStack:
         """Returns whether the kernel adds its products for x [rows, …, in]. Only while `aimed`."""
         if self.kernel is None or self.rows is None or self.rows.size not in (1, x.shape[0]):
             return False
-        return self.kernel.takes(x, self.a.shape[-1], self.a.shape[-2], self.a.dtype)
+        return self.kernel.takes(x, (self.out, self.a.shape[-1]), self.a.shape[-2], self.a.dtype)
 
     def low_rank(self, y: mx.array, bias: mx.array | None) -> LowRank:
         """What it brings to a launch of the kernel, for a layer's y. A bias only where it `scales`."""

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from adapters.kernels.numbers import device_numbers
 from rollout_server.engine.kv_cache.padded_layer import Attend, Cells, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Block, Columns, Layers, Segment, arrays_of
 from rollout_server.engine.kv_cache.prompt import Prompt
@@ -266,7 +267,7 @@ class PaddedKV:
         self._grow_columns(width + 1)
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
-        offset = mx.array([spare if value is None else value for value in offsets], dtype=mx.int32)
+        offset = device_numbers([spare if value is None else value for value in offsets], mx.int32)
         rotary = None if deltas is None else offset + mx.array(list(deltas), dtype=mx.int32)
         self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)), rotary)
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRankKernel
 from adapters.resident.cuts import Cut
 from rollout_server.engine.kv_cache.padded import PaddedKV
 from rollout_server.engine.kv_cache.store import KVStore
@@ -39,7 +39,7 @@ class VersionedModel(Protocol):
     def info(self) -> ModelInfo: ...
 
     @property
-    def adapter_kernel(self) -> DecodeKernel | None: ...
+    def adapter_kernel(self) -> LowRankKernel | None: ...
 
     @property
     def head(self) -> Head | None: ...
@@ -64,7 +64,7 @@ class ResidentModel:
     """Decode steps are traced once for each shape, see `forward.compiled.CompiledDecode`."""
     attention: ChosenAttention = UNBOUND
     """How decode steps attend, and whose names are bound in every forward."""
-    adapter_kernel: DecodeKernel | None = None
+    adapter_kernel: LowRankKernel | None = None
     """What adds low-rank products in decode steps, where it is right and faster on this device."""
     trunk: str = ""
     """Path of the part of `module` that gives hidden states; empty if none does."""

@@ -10,7 +10,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters.kernels.decode import MOST_RANK, DecodeKernel, Geometry, LowRank, decode_kernel
+from adapters.kernels.decode import DecodeKernel, Geometry, decode_kernel
+from adapters.kernels.low_rank import MOST_RANK, LowRank
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
 from tests.laws.grids import corners, some_long
@@ -143,8 +144,8 @@ def test_a_row_does_not_depend_on_the_others(kernel: DecodeKernel) -> None:
 def test_what_it_is_not_written_for_goes_the_plain_way() -> None:
     kernel = DecodeKernel("cuda")
     one_token, two_tokens = mx.zeros((4, 1, 64)), mx.zeros((4, 2, 64))
-    assert kernel.takes(one_token, 64, 16, mx.float32)
-    assert not kernel.takes(two_tokens, 64, 16, mx.float32), "prompts are read by plain products"
-    assert not kernel.takes(one_token, 64, 136, mx.float32), "ranks beyond its shared memory"
-    assert not kernel.takes(mx.zeros((4, 1, 66)), 66, 16, mx.float32), "rows that are no multiple of 16 bytes"
-    assert not kernel.takes(one_token.astype(mx.bfloat16), 64, 16, mx.float32), "another dtype than the stack's"
+    assert kernel.takes(one_token, (48, 64), 16, mx.float32)
+    assert not kernel.takes(two_tokens, (48, 64), 16, mx.float32), "prompts are read by plain products"
+    assert not kernel.takes(one_token, (48, 64), 136, mx.float32), "ranks beyond its shared memory"
+    assert not kernel.takes(mx.zeros((4, 1, 66)), (48, 66), 16, mx.float32), "rows that are no multiple of 16 bytes"
+    assert not kernel.takes(one_token.astype(mx.bfloat16), (48, 64), 16, mx.float32), "another dtype than the stack's"

@@ -12,9 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from adapters.kernels.decode import DecodeKernel, decode_kernel
-from adapters.kernels.text import Device, Launch
-from adapters.resident.kernel_choice import choose_kernel, groups_of, proven
+from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRankKernel
+from adapters.kernels.matrix import MatrixKernel
+from adapters.kernels.text import Device, Launch, own_device
+from adapters.resident.kernel_choice import choose_kernel, groups_of, kernels, proven
 
 LAYERS = {"down_proj": (16, 40), "gate_proj": (40, 16), "k_proj": (24, 16), "q_proj": (48, 16), "up_proj": (40, 16)}
 LAYERS |= {"v_proj": (24, 16)}
@@ -74,7 +76,7 @@ def low_rank(given: dict[str, mx.array], rows: mx.array, layer: int) -> mx.array
     return found + given[f"bias{layer}"] if f"bias{layer}" in given else found
 
 
-def tried(made: Plainly, layers: dict[str, tuple[int, int]] = LAYERS) -> DecodeKernel | None:
+def tried(made: Plainly, layers: dict[str, tuple[int, int]] = LAYERS) -> LowRankKernel | None:
     return proven(DecodeKernel("cuda", made), a_block(layers), layers, mx.float32, made.clock)
 
 
@@ -93,8 +95,8 @@ def test_a_kernel_that_is_right_and_faster_is_taken(said: Callable[[], str]) -> 
 
     assert tried(Plainly(noted)) is not None
     assert said() == (
-        "Adapters may go by the kernel: for 64 rows of several versions of ranks up to 16 a layer takes 10.000 ms by "
-        "the kernel, 20.000 by plain products."
+        "Adapters may go by threads: for 64 rows of several versions of ranks up to 16 a layer takes 10.000 ms by "
+        "these, 20.000 by plain products."
     )
     texts = {(asked.layers, asked.rank, asked.gains) for asked in seen}
     assert texts == {(layers, rank, gains) for layers in (1, 2, 3) for rank in (8, 16) for gains in (False, True)}
@@ -103,7 +105,7 @@ def test_a_kernel_that_is_right_and_faster_is_taken(said: Callable[[], str]) -> 
 def test_one_that_takes_no_such_layer_is_not_timed_against_itself(said: Callable[[], str]) -> None:
     """Six float32 numbers are no whole vectors of four."""
     assert tried(Plainly(), {"q_proj": (16, 6)}) is None
-    assert said() == "Adapters keep to plain products: the kernel takes no layer of this size and dtype."
+    assert said() == "Adapters do not go by threads, which take no such layer in this dtype."
 
 
 @pytest.mark.parametrize(
@@ -117,8 +119,7 @@ def test_one_that_takes_no_such_layer_is_not_timed_against_itself(said: Callable
 def test_one_that_is_slower_anywhere_is_not(slow: Callable[[Asked], bool], where: str, said: Callable[[], str]) -> None:
     assert tried(Plainly(lambda asked: 0.01 if slow(asked) else -0.01)) is None
     assert said() == (
-        f"Adapters keep to plain products: for 64 {where} a layer takes 30.000 ms by the kernel, 20.000 by plain "
-        "products."
+        f"Adapters do not go by threads: for 64 {where} a layer takes 30.000 ms by these, 20.000 by plain products."
     )
 
 
@@ -136,7 +137,7 @@ def test_one_that_is_slower_anywhere_is_not(slow: Callable[[Asked], bool], where
 )
 def test_one_that_is_wrong_is_not_used(spoilt: Callable[[Asked], bool], where: str, said: Callable[[], str]) -> None:
     assert tried(Plainly(spoilt=spoilt)) is None
-    assert said().startswith(f"Adapters keep to plain products: by the kernel, {where}")
+    assert said().startswith(f"Adapters do not go by threads: {where}")
 
 
 def test_one_that_cannot_be_compiled_ends_no_start(said: Callable[[], str]) -> None:
@@ -144,7 +145,7 @@ def test_one_that_cannot_be_compiled_ends_no_start(said: Callable[[], str]) -> N
         raise RuntimeError("identifier is undefined")
 
     assert tried(Plainly(failing)) is None
-    assert said() == "Adapters keep to plain products: the kernel ends in RuntimeError: identifier is undefined."
+    assert said() == "Adapters do not go by threads: that ends in RuntimeError: identifier is undefined."
 
 
 def test_every_kind_of_launch_is_tried_once() -> None:
@@ -166,12 +167,28 @@ def test_every_kind_of_launch_is_tried_once() -> None:
 
 def test_where_there_is_nothing_to_add_or_no_gpu_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
     assert tried(Plainly(), {}) is None
-    if decode_kernel() is None:
+    if own_device() is None:
         assert choose_kernel(a_block(LAYERS), LAYERS, mx.float32) is None
     assert not caplog.messages
 
 
-@pytest.mark.skipif(decode_kernel() is None, reason="needs a GPU")
+@pytest.mark.parametrize(
+    "first, why", [(MatrixKernel, "matrix units, which take no such"), (DecodeKernel, "threads: in down_proj")]
+)
+def test_where_the_first_takes_no_such_layer_or_is_wrong_the_next_is_tried(
+    first: type[MatrixKernel | DecodeKernel], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Matrix units take no float32."""
+    caplog.set_level(logging.INFO, logger="rollout_server.engine.model")
+    right = Plainly()
+    tries: list[LowRankKernel] = [first("cuda", Plainly(spoilt=lambda asked: True)), DecodeKernel("cuda", right)]
+    assert choose_kernel(a_block(LAYERS), LAYERS, mx.float32, tries, right.clock) is tries[1]
+    assert caplog.messages[0].startswith(f"Adapters do not go by {why}")
+    assert caplog.messages[-1].startswith("Adapters may go by threads")
+
+
+@pytest.mark.skipif(own_device() is None, reason="needs a GPU")
 def test_this_gpu_uses_it() -> None:
     layers = {"k_proj": (1024, 4096), "o_proj": (4096, 4096), "q_proj": (4096, 4096), "v_proj": (1024, 4096)}
-    assert choose_kernel(a_block(layers, mx.bfloat16), layers, mx.bfloat16) is not None
+    found = choose_kernel(a_block(layers, mx.bfloat16), layers, mx.bfloat16)
+    assert found is not None and found.name == kernels()[0].name

@@ -27,6 +27,10 @@ struct Thread {
   unsigned shuffles = 0;
 };
 
+struct Exchange {
+  unsigned words[2][LANES][WORDS];
+};
+
 struct Meeting {
   unsigned wanted;
   std::vector<unsigned> waiting;
@@ -35,6 +39,7 @@ struct Meeting {
 struct Block {
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
+  std::vector<Exchange> exchanges;
   Meeting all;
   std::vector<unsigned> ready;
   unsigned ended = 0;
@@ -91,6 +96,7 @@ void run_block(unsigned threads, char* stacks, std::minstd_rand& random) {
   own.threads.resize(threads);
   own.all.wanted = threads;
   for (unsigned first = 0; first < threads; first += LANES) own.warps.push_back({std::min(LANES, threads - first), {}});
+  own.exchanges.resize(own.warps.size());
   for (unsigned number = 0; number < threads; number++) {
     ucontext_t& start = own.threads[number].start;
     getcontext(&start);
@@ -124,6 +130,15 @@ float shuffle_xor(float value, unsigned mask) {
   block->threads[now].given[turn] = value;
   meet(block->warps[now / LANES]);
   return block->threads[now - lane + other].given[turn];
+}
+
+const unsigned (*give_words(const unsigned* words))[WORDS] {
+  if (block->warps[now / LANES].wanted != LANES) fail("multiplies matrices by a warp that is not whole");
+  // Two places in turn, as above.
+  unsigned (*given)[WORDS] = block->exchanges[now / LANES].words[block->threads[now].shuffles++ % 2];
+  std::copy(words, words + WORDS, given[now % LANES]);
+  meet(block->warps[now / LANES]);
+  return given;
 }
 
 // What the compiler's checks call. Their own library would end the process.

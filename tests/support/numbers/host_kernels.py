@@ -47,6 +47,15 @@ AROUND = """
 {header}
 #undef SHARED
 #define SHARED SHARED_MEMORY
+#ifdef MULTIPLY
+#undef MULTIPLY
+#define MULTIPLY(sums, a0, a1, a2, a3, b0, b1) \
+  {{ const unsigned own[WORDS] = {{a0, a1, a2, a3, b0, b1}}; multiply<T>(sums, own); }}
+#endif
+#ifdef READ
+#undef READ
+#define READ(into, from) into = *(const uint4*)(from)
+#endif
 static void whole({parameters}) {{
 {template}
 {source}

@@ -12,6 +12,10 @@ extern uint3 this_thread, this_block, all_blocks;
 void meet_block();
 // The value that the lane whose number differs by `mask` gives to the same call.
 float shuffle_xor(float value, unsigned mask);
+constexpr unsigned WORDS = 6;
+// Gives the lane's words to its warp, and returns those of lane 0, behind which are those of the others. They stay until
+// the warp has given the next ones.
+const unsigned (*give_words(const unsigned* words))[WORDS];
 
 template <typename To, typename From>
 static inline To same_bits(From from) {

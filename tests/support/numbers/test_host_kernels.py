@@ -20,6 +20,15 @@ from tests.laws.grids import some_long
 from tests.support.numbers.host_kernels import TEXTS, HostCompiler, host_compiler
 
 THREADS = 64
+PRODUCT = """
+  const int lane = threadIdx.x, group = lane / 4, quarter = lane % 4;
+  const unsigned* a = (const unsigned*)left;
+  const unsigned* b = (const unsigned*)right;
+  float sums[4] = {0, 0, 0, 0};
+  MULTIPLY(sums, a[group * 8 + quarter], a[(group + 8) * 8 + quarter], a[group * 8 + quarter + 4],
+           a[(group + 8) * 8 + quarter + 4], b[group * 8 + quarter], b[group * 8 + quarter + 4]);
+  for (int j = 0; j < 4; ++j) out[(group + j / 2 * 8) * 8 + quarter * 2 + j % 2] = sums[j];
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,22 @@ def test_threads_meet_and_lanes_exchange(run: Callable[[str], mx.array]) -> None
     """)
     tids = range(THREADS)
     assert out.tolist() == [(63 - tid ^ 5) + tid % 16 for tid in tids]
+
+
+def test_a_warp_multiplies_matrices_as_the_instruction_says(compiler: HostCompiler) -> None:
+    """Each of its lanes has the numbers and gets the sums that the PTX ISA gives it."""
+    left, right = (mx.random.normal(shape).astype(mx.bfloat16) for shape in ((16, 16), (8, 16)))
+    kernel = compiler("cuda", "product", ["left", "right"], ["out"], PRODUCT, macros("cuda") + "#define MULTIPLY")
+    (out,) = kernel(
+        inputs=[left, right],
+        template=[("T", mx.bfloat16)],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(16, 8)],
+        output_dtypes=[mx.float32],
+    )
+    expected = left.astype(mx.float32) @ right.astype(mx.float32).T
+    assert mx.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from adapters.kernels.decode import DecodeKernel, LowRank
+from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.low_rank import LowRank
+from adapters.kernels.matrix import MatrixKernel
 from adapters.kernels.text import Compiler
 from rollout_server.engine.model.attention.kernel import RowKernel
 from tests.engine.model.attention.test_kernel import a_step
@@ -44,7 +46,9 @@ def add_products_of_several_layers(compiler: Compiler) -> None:
             base(x.astype(mx.float32)).astype(dtype), mx.zeros((2, 8, 64), dtype), mx.zeros((2, 8, 96), dtype),
             mx.ones((2, 96)), mx.zeros(96),
         )  # fmt: skip
-        DecodeKernel("cuda", compiler)(x, mx.array([1], dtype=mx.uint32), [layer] * 3)
+        for kind in (DecodeKernel, MatrixKernel):
+            if (kernel := kind("cuda", compiler)).takes(x, (96, 64), 8, dtype):
+                kernel(x, mx.array([1], dtype=mx.uint32), [layer] * 3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How long the adapters' kernel takes for the layers of one block, by how a launch is shared out over threads.
+"""How long the adapters' kernels take for the layers of one block, by how a launch is shared out.
 
 By the device's own clock, since a launch costs the host about as much. Every way is compared with plain products.
 """
@@ -10,24 +10,31 @@ from functools import partial
 
 import mlx.core as mx
 
-from adapters.kernels.decode import DecodeKernel, Geometry, LowRank
-from adapters.kernels.text import own_device
+from adapters.kernels.decode import DecodeKernel, Geometry
+from adapters.kernels.low_rank import LowRank, LowRankKernel
+from adapters.kernels.matrix import MatrixKernel, Share
+from adapters.kernels.numbers import device_numbers
+from adapters.kernels.text import Device, own_device
 from benchmarks.studies.gpu.figures import Figure
 from benchmarks.studies.gpu.held import Held
 from benchmarks.studies.gpu.kernels.launches import kernels_of
 from benchmarks.studies.gpu.shapes import COMMON, SHAPES
 
 RANK, REPEATS = 16, 20
-WAYS = [
-    Geometry(parts, rows, columns)
-    for rows, parts, columns in [
-        *((4, 4, columns) for columns in (2, 4, 8)),
-        *((4, 8, columns) for columns in (1, 2, 4)),
-        *((4, 2, columns) for columns in (4, 8)),
-        *((2, 8, columns) for columns in (4, 8)),
-        *((8, 2, columns) for columns in (4, 8)),
-    ]
-]
+THREADS = [Geometry(4, 4, 4), Geometry(8, 4, 2), Geometry(4, 4, 2)]
+SHARES = [Share(8, 256, 2), Share(8, 128, 2), Share(8, 256, 4), Share(16, 128, 2), Share(4, 256, 4)]
+
+
+def ways(device: Device) -> dict[str, LowRankKernel]:
+    """Kernels by what they are called here."""
+    found: dict[str, LowRankKernel] = {
+        f"threads {way.parts}/{way.rows}/{way.columns}": DecodeKernel(device, geometry=way) for way in THREADS
+    }
+    if device == "cuda":
+        found |= {
+            f"matrix units {way.warps}/{way.blocks}/{way.steps}": MatrixKernel(device, share=way) for way in SHARES
+        }
+    return found
 
 
 def low_rank(held: Held) -> Iterator[Figure]:
@@ -35,15 +42,15 @@ def low_rank(held: Held) -> Iterator[Figure]:
     device = own_device()
     if device is None:
         raise RuntimeError("There is no kernel for a CPU.")
+    kernels = ways(device)
     for name, (width, outs) in groups(held.size.shape).items():
         x = mx.random.normal((held.size.rows, width)).astype(mx.bfloat16)
         layers = [a_layer(held.size.rows, width, out) for out in outs]
-        rows = mx.array([1], dtype=mx.uint32)
-        mx.eval(x, rows, *((layer.y, layer.a, layer.b) for layer in layers))
+        rows, few_bytes = device_numbers([1], mx.uint32), mx.array([1], dtype=mx.uint32)
+        mx.eval(x, rows, few_bytes, *((layer.y, layer.a, layer.b) for layer in layers))
         expected = [plainly(x, layer) for layer in layers]
-        for way in WAYS:
-            kernel = DecodeKernel(device, geometry=way)
-            label = f"{name} ({width} to {' + '.join(map(str, outs))}), {way.parts}/{way.rows}/{way.columns}"
+        for way, kernel in kernels.items():
+            label = f"{name} ({width} to {' + '.join(map(str, outs))}), {way}"
             try:
                 found = kernel(x, rows, layers)
                 mx.eval(found)
@@ -51,10 +58,15 @@ def low_rank(held: Held) -> Iterator[Figure]:
                 yield Figure(f"{label}: {' '.join(str(error).split())[:60]}", "µs", (float("inf"),))
                 continue
             gaps = [mx.max(mx.abs(a.astype(mx.float32) - b)) for a, b in zip(found, expected, strict=True)]
-            seen = kernels_of(partial(launched, partial(kernel, x, rows, layers)))
-            mine = [each for each in seen if "low_rank" in each[0]]
-            yield Figure(label, "µs", (sum(each[1] for each in mine) / sum(each[2] for each in mine),))
+            yield Figure(label, "µs", (microseconds(partial(kernel, x, rows, layers)),))
+            yield Figure(f"{label}, the slot in 4 bytes", "µs", (microseconds(partial(kernel, x, few_bytes, layers)),))
             yield Figure(f"{label}: from plain products", "", (max(float(gap) for gap in gaps),))
+
+
+def microseconds(kernel: Callable[[], list[mx.array]]) -> float:
+    """What the device takes for one of many launches."""
+    mine = [each for each in kernels_of(partial(launched, kernel)) if "low_rank" in each[0]]
+    return sum(each[1] for each in mine) / sum(each[2] for each in mine)
 
 
 def launched(kernel: Callable[[], list[mx.array]]) -> None:

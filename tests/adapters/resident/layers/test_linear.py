@@ -187,5 +187,5 @@ class Refusing(DecodeKernel):
     def __init__(self) -> None:
         super().__init__("cuda")
 
-    def takes(self, x: mx.array, width: int, rank: int, dtype: mx.Dtype) -> bool:
+    def takes(self, x: mx.array, shape: tuple[int, int], rank: int, dtype: mx.Dtype) -> bool:
         return False
