@@ -1,7 +1,8 @@
 """What prefix reuse saves over five turns, what it costs where nothing is ever hit, and what prompts cost rows.
 
 `python -m benchmarks.sections.engine.turns [--rounds 5] [--json]`. Two engines, with and without, in one process and in
-turns; medians. `--rows 15 16 17` says instead what so many running rows wait for a token, with prompts and without.
+turns; medians. `--rows 15 16 17` says instead what so many running rows wait for a token, with prompts and without;
+`--samples 4` asks for so many of each prompt.
 """
 
 from __future__ import annotations
@@ -81,13 +82,16 @@ class Side:
         rows = self._runner.run(self._rows(prompts, SAMPLES, LENGTH))
         return sum(len(row.token_ids) for row in rows) / (time.perf_counter() - began)
 
-    def disturb(self, draw: np.random.Generator, vocabulary: int, rows: int = ROWS) -> tuple[float, float]:
-        """Median milliseconds between two tokens of running rows, undisturbed and while long prompts are read."""
+    def disturb(
+        self, draw: np.random.Generator, vocabulary: int, rows: int = ROWS, samples: int = 1
+    ) -> tuple[float, float]:
+        """Median milliseconds between two tokens of running rows, undisturbed and while long prompts are read, each for
+        so many samples of one token."""
         short = draw.integers(0, vocabulary, (rows, 20)).tolist()
         long = draw.integers(0, vocabulary, (3, LONG)).tolist()
-        return self._runner.run(self._watch(short, long))
+        return self._runner.run(self._watch(short, long, samples))
 
-    async def _watch(self, short: list[list[int]], long: list[list[int]]) -> tuple[float, float]:
+    async def _watch(self, short: list[list[int]], long: list[list[int]], samples: int) -> tuple[float, float]:
         from rollout_server.engine.messages.rollouts import TokensSampled
 
         times: list[float] = []
@@ -98,7 +102,7 @@ class Side:
                 continue
             times.append(time.perf_counter())
             if len(times) == 40:
-                reading = asyncio.create_task(self._read(long))
+                reading = asyncio.create_task(self._read(long, samples))
             if reading is not None and reading.done():
                 events.abort()
         if reading is None:
@@ -109,10 +113,10 @@ class Side:
         beside = [gap for at, gap in gaps if began < at < ended]
         return statistics.median(alone), statistics.median(beside)
 
-    async def _read(self, prompts: list[list[int]]) -> list[float]:
+    async def _read(self, prompts: list[list[int]], samples: int) -> list[float]:
         began = time.perf_counter()
         for prompt in prompts:
-            await self._rows([prompt], 1, 1)
+            await self._rows([prompt], samples, 1)
         return [began, time.perf_counter()]
 
     async def _rows(self, prompts: list[list[int]], n: int, length: int) -> list[Rollout]:
@@ -146,21 +150,23 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, taken in turns")
     parser.add_argument("--rows", type=int, nargs="+", default=[], help="so many running rows beside prompts, alone")
+    parser.add_argument("--samples", type=int, default=1, help="of each prompt, with --rows")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, progress on stderr")
     options = parser.parse_args()
-    if min([options.rounds, *options.rows]) < 1:
-        parser.error("--rounds and --rows must be at least 1")
+    if min([options.rounds, options.samples, *options.rows]) < 1:
+        parser.error("--rounds, --rows and --samples must be at least 1")
     blas = load_fast_blas()  # Before anything imports mlx.
     if options.rows:
-        measure_rows(options.rounds, options.rows)
+        measure_rows(options.rounds, options.rows, options.samples)
         return 0
     report = {"blas": blas.name, "rounds": options.rounds, **measure(options.rounds)}
     print(json.dumps(report, indent=2) if options.json else "\n".join(lines(report)))
     return 0
 
 
-def measure_rows(rounds: int, counts: Sequence[int]) -> None:
-    """Prints what these numbers of running rows wait for a token, undisturbed and beside prompts, in turns."""
+def measure_rows(rounds: int, counts: Sequence[int], samples: int) -> None:
+    """Prints what these numbers of running rows wait for a token, undisturbed and beside prompts of so many samples, in
+    turns."""
     from benchmarks.model import VOCAB_SIZE, write_model
 
     with (
@@ -170,7 +176,7 @@ def measure_rows(rounds: int, counts: Sequence[int]) -> None:
     ):
         for number in range(rounds + 1):
             for rows in counts:
-                alone, beside = side.disturb(np.random.default_rng([number, rows]), VOCAB_SIZE, rows)
+                alone, beside = side.disturb(np.random.default_rng([number, rows]), VOCAB_SIZE, rows, samples)
                 if number:  # The one before the first warms up.
                     print(f"{rows} rows: {alone:.1f} ms, beside prompts {beside:.1f}, {beside / alone:.2f} times")
 

@@ -90,8 +90,9 @@ class StepResult:
 class Decoder:
     """Seats are rows by place; whoever changes them, or the number of places, calls `seats_changed`.
 
-    `forward` computes the logits of one token of every place, `route(slots)` tells the adapter layers which slot each
-    place uses. `eos` are the model's end tokens. All `ranks` take the ids that rank 0 draws."""
+    `forward` computes the logits of one token of each of the first places, up to those that the last row needs, and
+    `route(slots)` tells the adapter layers which slot each of them uses. `eos` are the model's end tokens. All `ranks`
+    take the ids that rank 0 draws."""
 
     def __init__(
         self,
@@ -115,6 +116,7 @@ class Decoder:
         self._filter_kernel = filter_kernel
         self._dispatched: DispatchedStep | None = None
         self._copies: list[mx.array] = []
+        self._places = 0
         # Made again when rows come, go or move.
         self._arrays: SamplerArrays | None = None
         self._inputs: StepInputs | None = None
@@ -149,7 +151,7 @@ class Decoder:
         with self._timeline.part("step") as part:
             pending = self._build(seats)
             if pending is not None and self._inputs is not None:
-                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._store.capacity)
+                part.note(rows=len(pending.rows), width=self._inputs.width, places=self._places)
                 if self._inputs.masked:
                     return self._step_masked(pending)
             following = None if pending is None else self._draw(pending, None)
@@ -172,7 +174,7 @@ class Decoder:
         result = self._read()
         mx.async_eval(pending.logits, self._store.pending())
         touched = result.record(self._eos) if result else []
-        mask, failed = self._masks.of(pending.rows, self._store.capacity)
+        mask, failed = self._masks.of(pending.rows, self._places)
         self._dispatched = self._draw(pending, mask)
         mx.async_eval(self._dispatched.sampled.arrays())
         return touched + [row for row in failed if row not in touched]
@@ -186,15 +188,18 @@ class Decoder:
         rows = tuple([(place, row) for place, row in seats.items() if row.wants_step])
         if not rows:
             return None
-        size = self._store.capacity
         if self._arrays is None:
-            self._arrays = self._prepare(seats, size)
+            # A prompt that is being read makes no step of those that run any wider.
+            self._places = self._store.step_places(max(seats))
+            self._arrays = self._prepare(seats, self._places)
+        size = self._places
         if self._inputs is None or self._inputs.rows != rows:
             self._inputs = StepInputs(rows, size)
         inputs = self._inputs
         self._store.set_positions(inputs.offsets, inputs.width, inputs.deltas)
         self._route(inputs.slots())
-        ids = self._dispatched.sampled.ids if self._dispatched is not None else inputs_of(seats, size)
+        # With a step in flight rows leave, and none joins: it may have computed more places, and never fewer.
+        ids = self._dispatched.sampled.ids[:size] if self._dispatched is not None else inputs_of(seats, size)
         logits = self._forward(ids[:, None], self._store.layers)[:, -1]
         draws = mx.array(uniforms(inputs.seeds, inputs.positions))
         bans = self._arrays.bans

@@ -66,6 +66,9 @@ class MlxCacheKV:
     def cells_after_step(self, width: int) -> int:
         return self.cells(0, width)
 
+    def step_places(self, last: int) -> int:
+        return self.capacity  # only rows that sit have one
+
     def minimum_cells(self, rows: int, width: int) -> int:
         return rows * (width + JOINED_KV_SPARE + self._row_cells)
 

@@ -76,6 +76,12 @@ class PaddedKV:
     def cells_after_step(self, width: int) -> int:
         return self.capacity * self._grown(width + 1)
 
+    def step_places(self, last: int) -> int:
+        # Where shapes are traced or have kernels, another one costs more than the places that it leaves out.
+        if self._coarse or self.attend is not None:
+            return self.capacity
+        return min(self.capacity, row_bucket(last + 1, self._max_rows))
+
     def minimum_cells(self, rows: int, width: int) -> int:
         return self.places(rows) * round_up(width + 1, COLUMN_BUCKET) if rows else 0
 
@@ -272,9 +278,9 @@ class PaddedKV:
         self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)), rotary)
 
     def decode_window(self, offset: mx.array, width: int, rotary: mx.array | None = None) -> Window:
-        """Every place in order, one new token each at its column `offset` int32 [capacity], turned by `rotary` where
-        that is another number."""
-        return Window(None, mx.arange(self.capacity, dtype=mx.int32), offset, offset[:, None], width, rotary)
+        """The first places in order, one new token each at its column `offset` int32 [places], turned by `rotary`
+        where that is another number."""
+        return Window(None, mx.arange(offset.size, dtype=mx.int32), offset, offset[:, None], width, rotary)
 
     def _width(self, needed: int) -> int:
         return few_widths(needed) if self._coarse else round_up(needed, COLUMN_BUCKET)

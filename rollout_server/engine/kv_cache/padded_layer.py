@@ -16,7 +16,7 @@ from rollout_server.engine.kv_cache.eight_bit import Packing
 @dataclass(slots=True, eq=False)
 class Window:
     """Addresses of one forward, shared by all layers. `offset` int32 [B] is each row's first new column, `columns`
-    int32 [B, N] all of them; `rows` int32 [B] the places, or None for every place in order."""
+    int32 [B, N] all of them; `rows` int32 [B] the places, or None for the first B of them in order."""
 
     rows: mx.array | None
     places: mx.array
@@ -182,8 +182,7 @@ class PaddedLayer:
         window = self._layout.window
         if self.keys is None or self.values is None:
             raise RuntimeError("A layer reads a KV cache that no layer has written.")
-        keys = picked(self.keys, window.rows, window.width)
-        values = picked(self.values, window.rows, window.width)
+        keys, values = picked(self.keys, window), picked(self.values, window)
         if self._packings is not None:
             return self._packings[0].unpack(keys), self._packings[1].unpack(values)
         return keys, values
@@ -260,11 +259,12 @@ class _Pending:
     fetched_values: mx.array
 
 
-def picked(array: mx.array, rows: mx.array | None, width: int) -> mx.array:
-    """The first `width` columns of some rows, or of all. On a CPU whole rows are copied at the speed of memory, and
-    parts of them number by number."""
+def picked(array: mx.array, window: Window) -> mx.array:
+    """The first `width` columns of the window's rows. On a CPU whole rows are copied at the speed of memory, and parts
+    of them number by number."""
+    rows, width = window.rows, window.width
     if rows is None:
-        return array[:, :, :width]
+        return array[: window.places.size, :, :width]
     if rows.size == 1 or array.shape[2] <= 2 * width:
         return mx.take(array, rows, axis=0)[:, :, :width]
     return mx.take(array[:, :, :width], rows, axis=0)

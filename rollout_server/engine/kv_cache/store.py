@@ -45,6 +45,10 @@ class KVStore(Protocol):
     def places(self, rows: int) -> int:
         """How many places, padded ones included, a step of `rows` rows computes."""
 
+    def step_places(self, last: int) -> int:
+        """How many places, from the first on, a decode step computes whose last row sits at place `last`. Those that
+        are reserved behind it for prompts on their way are left out where that is worth while."""
+
     def cells(self, count: int, columns: int) -> int:
         """Rows × columns that the cache may fill once `count` more rows joined and none is longer than `columns`."""
 
@@ -80,9 +84,9 @@ class KVStore(Protocol):
         """Places of the rows of each, which hold their prompt's KV."""
 
     def set_positions(self, offsets: Sequence[int | None], width: int, deltas: Sequence[int] | None = None) -> None:
-        """Sets where the next decode step writes (column `offsets[place]`; None: the place takes no part) and how
-        many columns it reads. `deltas` are added to the columns for what turns queries and keys; None where all are 0,
-        as they are without pictures."""
+        """Sets where the next decode step, of so many of the first places, writes (column `offsets[place]`; None: the
+        place takes no part) and how many columns it reads. `deltas` are added to the columns for what turns queries
+        and keys; None where all are 0, as they are without pictures."""
 
     def pending(self) -> list[Any]:
         """Arrays that a step changes without its tokens depending on them; evaluated together with the tokens."""

@@ -7,6 +7,8 @@ turn and nothing in the next ones. When nothing decodes, all of `most` is read.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Collection, Mapping
 
 from rollout_server.engine.scheduling.turn_costs import Kind, Load, Reading, ReadingCosts
@@ -17,7 +19,12 @@ WORTH_A_PASS, HALF = 2 / 3, 1 / 2
 """The largest share of a reading's cost that the pass over the weights may be: where every turn reads, and where turns
 are skipped for a reading that is longer than these allow, because already the pass is."""
 EVERY_TURN, SELDOM = 0.9, 1.25
-"""What a reading should cost, in turns that only decode: where every turn reads, and where turns are skipped for it."""
+"""What a reading should cost, in turns that only decode: where every turn reads, and where turns are skipped for it.
+For each that costs more than one, at least so many are skipped: fewer turns are long than are not, so that the median
+is one that is not."""
+LATEST, MOST_BESIDE = 9, 0.5
+"""Readings of which the median says what such a turn costs beside what was expected, and the most that this is taken to
+be, in turns that only decode: the next step is built while none runs, and caches hold other things."""
 MOST_OWED = 4.0
 """The most turns that are skipped for one reading that is not known to cost more. A stall adds many, and says nothing
 of the next reading."""
@@ -33,6 +40,7 @@ class LatencyFirst:
         self._most = most
         self._owed = 0.0
         """Turns to leave out."""
+        self._beside: dict[Kind, deque[float]] = {kind: deque(maxlen=LATEST) for kind in costs}
         self._since = 0
         """Turns that read, since one only decoded."""
         self._served: Kind | None = None
@@ -64,7 +72,8 @@ class LatencyFirst:
         costs, self._pays = self._costs[kind], False
         if not costs.known or not usual:
             return FIRST
-        fits = costs.within(EVERY_TURN * usual)
+        beside = statistics.median(self._beside[kind]) if self._beside[kind] else 0.0
+        fits = costs.within((EVERY_TURN - min(max(0.0, beside), MOST_BESIDE)) * usual)
         if fits >= max(LEAST, costs.filling(WORTH_A_PASS)):
             return min(fits, self._most)
         self._pays = True
@@ -84,6 +93,7 @@ class LatencyFirst:
         if not load.usual:
             return
         added = max(0.0, seconds / load.usual - 1.0)
+        expected = self._costs[reading.kind].of(reading.tokens) / load.usual
+        self._beside[reading.kind].append(added - expected)
         if added > 1.0 or self._pays:
-            expected = self._costs[reading.kind].of(reading.tokens) / load.usual
-            self._owed += min(added, max(MOST_OWED, expected))
+            self._owed += max(SELDOM, min(added, max(MOST_OWED, expected)))

@@ -61,7 +61,7 @@ class TurnBudget:
         self._began = 0.0
         self._reading: Reading | None = None
         """What this turn reads, the last where nothing decodes and both kinds read."""
-        self._stepped = True
+        self._wanted = self._stepped = False
         self.tokens = 0
         """Read since it was made."""
 
@@ -77,7 +77,8 @@ class TurnBudget:
         for their prompt to be read, `idle` more could join."""
         self._rule = self._latency if streamed or self._prefer == "latency" else self._throughput
         self._load = Load(rows, self._undisturbed.of(rows), joining, idle)
-        self._began, self._reading, self._stepped, self._shares = self._clock(), None, True, {}
+        self._began, self._reading, self._shares = self._clock(), None, {}
+        self._wanted = self._stepped = False
 
     def admits(self) -> bool:
         """Returns whether rows may join in this turn."""
@@ -85,7 +86,7 @@ class TurnBudget:
 
     def divide(self, wanting: Collection[Kind], joining: int = 0) -> None:
         """Decides who may read in this turn, of those who have something to read, now that it is known who joins."""
-        self._load = replace(self._load, joining=joining)
+        self._load, self._wanted = replace(self._load, joining=joining), bool(wanting)
         self._shares = self._rule.divide(self._load, wanting)
 
     def share(self, kind: Kind) -> int:
@@ -130,7 +131,7 @@ class TurnBudget:
             return
         seconds = self._clock() - self._began
         if self._reading is None and self._stepped:
-            self._undisturbed.learn(self._load.rows, seconds)
+            self._undisturbed.learn(self._load.rows, seconds, quiet=not self._wanted)
         if self._load.usual is None:
             self._load = replace(self._load, usual=self._undisturbed.of(self._load.rows))
         self._rule.end(self._load, self._reading, seconds)

@@ -25,8 +25,12 @@ DOUBTED = 4.0
 """A forward that costs this many times what was expected may be the first of its shape, or a stall. It is ignored until
 `BELIEVED` in a row agree."""
 BELIEVED = 3
-UNDISTURBED = 5
-"""Turns of so many rows that are remembered; their median counts."""
+UNDISTURBED, COUNTS = 9, 1
+"""Turns of so many rows that are remembered, and which of them counts, in the order of their length: much makes one
+longer, such as other processes, and little makes one shorter."""
+DEARER = 1.1
+"""A turn that only decodes may take so many times as long between turns that read, which leave other things in the
+caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +157,29 @@ class UndisturbedTurns:
     """Seconds of turns that only decode, by their rows, since more of them take longer."""
 
     def __init__(self) -> None:
-        self._turns: dict[int, deque[float]] = {}
-        self._latest = 0
+        self._quiet: dict[int, deque[float]] = {}
+        self._between: dict[int, deque[float]] = {}
+        """Since the last quiet one of as many rows."""
 
-    def learn(self, rows: int, seconds: float) -> None:
-        self._latest = row_bucket(rows, ROW_BUCKETS[-1])
-        self._turns.setdefault(self._latest, deque(maxlen=UNDISTURBED)).append(seconds)
+    def learn(self, rows: int, seconds: float, *, quiet: bool) -> None:
+        """`quiet`: nothing waited to be read."""
+        bucket = row_bucket(rows, ROW_BUCKETS[-1])
+        if quiet:
+            self._between.pop(bucket, None)
+        turns = self._quiet if quiet else self._between
+        turns.setdefault(bucket, deque(maxlen=UNDISTURBED)).append(seconds)
 
     def of(self, rows: int) -> float | None:
-        """The median of the last ones with as many rows, or else of the latest; None before there was one."""
-        turns = self._turns.get(row_bucket(rows, ROW_BUCKETS[-1])) or self._turns.get(self._latest)
-        return statistics.median(turns) if turns else None
+        """What as many rows take, or else fewer, who take no longer; None before there was a turn of either. Quiet
+        turns say it for as long as those since then agree: rows grow, and others come in their place."""
+        bucket = row_bucket(rows, ROW_BUCKETS[-1])
+        known = max((each for each in {*self._quiet, *self._between} if each <= bucket), default=None)
+        if known is None:
+            return None
+        found = [_counting(turns[known]) for turns in (self._quiet, self._between) if known in turns]
+        return found[0] if len(found) == 1 else min(found[1], max(found[0], found[1] / DEARER))
+
+
+def _counting(turns: Iterable[float]) -> float:
+    ordered = sorted(turns)
+    return ordered[min(COUNTS, (len(ordered) - 1) // 2)]

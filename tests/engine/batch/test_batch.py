@@ -10,8 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from rollout_server.engine.kv_cache.sizes import row_bucket
 from rollout_server.engine.messages.scoring import ScoredSequence
 from rollout_server.engine.model.resident import ResidentModel
+from rollout_server.engine.sampling.numerics import on_cpu
+from rollout_server.engine.scheduling.latency import FIRST
 from rollout_server.errors import EngineFault
 from rollout_server.rollout import FinishReason, Rollout, Wants
 from tests.laws.grids import some_long
@@ -347,3 +350,35 @@ def test_rows_go_on_in_more_places_while_a_long_prompt_is_read(qwen: Path, base:
     for one, other in zip(alone, driver.rollouts(first), strict=True):
         assert other.error is None
         assert_same(one, other, tolerance(driver, [one]))
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(2, 3), (16, 1), (16, 8)])
+def test_a_prompt_that_is_read_makes_no_step_wider(
+    rows: int, samples: int, bare_model: Callable[[str], ResidentModel], qwen: Path
+) -> None:
+    """On a CPU each place costs time: 17 rows step in 24 of them, and 16 in 16 while the seventeenth is being read, and
+    again when it has left, also where the step in flight still computes it."""
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=32, prefer="latency")
+    batch = driver.batch(0)
+    places = [0]
+    wrap_forwards(batch, lambda forward: lambda *given: places.append(given[0].shape[0]) or forward(*given))
+    stay = driver.submit(prompts_of([5, 6, 7] * 6, 286)[:rows], seed=1, max_tokens=60, ignore_eos=True)
+    driver.until(lambda: len(batch.rows) == rows)
+    join = driver.submit(prompts_of([330], 286, seed=5), seed=2, n=samples, max_tokens=4, ignore_eos=True)
+    driver.turn()
+    reserved = batch.store.capacity
+    assert reserved == row_bucket(rows + samples, 32) > rows and driver.batches.joining
+    narrow = rows if on_cpu() else reserved  # Elsewhere each width is compiled.
+    beside = []
+    while driver.batches.joining:
+        beside.append(places[-1])
+        driver.turn()
+    assert beside == [narrow] * len(beside) and len(beside) >= 330 // FIRST - 1
+    assert places[-1] == reserved
+    driver.until(lambda: driver.over(join))
+    driver.turn(3)
+    assert places[-1] <= narrow and len(batch.rows) == rows
+    driver.finish(stay)
+    for row in [*driver.rollouts(stay), *driver.rollouts(join)]:
+        (alone,) = driver.generate([row.prompt_ids], seeds=[[row.seed]], max_tokens=len(row.token_ids), ignore_eos=True)
+        assert_same(alone, row, tolerance(driver, [alone]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import pytest
 
-from rollout_server.engine.scheduling.latency import LEAST
+from rollout_server.engine.scheduling.latency import EVERY_TURN, FIRST, FIRST_LOOK, LEAST, SELDOM
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from tests.support.engine.turn_clock import Cost, TurnClock, linear
 
@@ -63,6 +64,58 @@ def test_the_measure_is_the_undisturbed_turn_not_the_one_beside_reading() -> Non
     budget = latency(clock)
     found = clock.turns(budget, 0.05, linear(0.001, fixed=0.015), "prefill", count=160)[80:]
     assert all(seconds <= 0.101 for _, seconds in found)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3])
+def test_what_a_turn_costs_beside_its_reading_is_left_for_it(share: float) -> None:
+    """The next step is built while none runs: a twentieth of a turn on two processors, a seventh on one. Else every
+    second turn would be left out for one that is a little too long."""
+    clock, step, cost = TurnClock(beside=share * 0.05), 0.05, linear(0.0005)
+    budget = latency(clock)
+    clock.turns(budget, step, cost, "scoring")
+    found = clock.turns(budget, step, cost, "scoring")
+    assert max(seconds for _, seconds in found) <= 2 * step
+    fits = round((EVERY_TURN - share) * step / 0.0005)
+    assert statistics.median(tokens for tokens, _ in found) >= fits - 1, "whole tokens"
+    # What else is read has costs of its own.
+    clock.beside = 0.0
+    clock.turns(budget, step, cost, "prefill")
+    assert (
+        max(tokens for tokens, _ in clock.turns(budget, step, cost, "prefill")) >= round(EVERY_TURN * step / 0.0005) - 1
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fixed", [0.0, 0.2, 0.5, 0.6, 0.7, 1.0])
+@pytest.mark.parametrize("beside", [0.0, 0.08])
+def test_fewer_turns_are_long_than_are_not(beside: float, fixed: float, seed: int) -> None:
+    """By a clock that wavers, steps that take longer between readings, and any cost of a pass: for each turn that takes
+    more than two undisturbed ones at least `SELDOM` are left out, so that they are fewer than half at any border."""
+    noise, clock = np.random.default_rng(seed), TurnClock()
+    budget, quiet, found = latency(clock), [], []
+    for _ in range(20):
+        quiet.append(noise.uniform(1.0, 1.1))
+        clock.turn(budget, quiet[-1], linear(0.0))
+    usual = statistics.median(quiet)
+    clock.beside = beside
+    for _ in range(400):
+        began, cost = clock.now, linear(0.016 * noise.uniform(0.95, 1.15), fixed * noise.uniform(0.95, 1.15))
+        clock.turn(budget, noise.uniform(1.0, 1.1) * 1.05, cost, "prefill")
+        found.append(clock.now - began)
+    late = sum(seconds > 2 * usual for seconds in found)
+    assert late <= len(found) / (1 + SELDOM) + 1
+    assert statistics.median(found) <= 2 * usual
+
+
+def test_what_many_rows_take_is_no_measure_for_few() -> None:
+    clock, cost = TurnClock(), linear(0.001)
+    budget = latency(clock)
+    for _ in range(3):
+        clock.turn(budget, 0.1, cost, rows=32)
+    for _ in range(60):
+        clock.turn(budget, 0.1, cost, "prefill", rows=32)
+    found = [clock.turn(budget, 0.03, cost, "prefill", rows=4).get("prefill", 0) for _ in range(40)]
+    assert max(found) <= FIRST and 0 in found[: FIRST_LOOK + 1]
 
 
 def test_one_slow_turn_decides_nothing() -> None:

@@ -16,7 +16,7 @@ from rollout_server.engine.scheduling.turn_budget import TurnBudget
 from rollout_server.rollout import Wants
 from tests.support.engine.door import wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
-from tests.support.engine.turn_clock import TurnClock
+from tests.support.engine.turn_clock import TurnClock, linear
 from tests.support.numbers.bounds import TINY, assert_near
 
 
@@ -27,6 +27,18 @@ def test_everything_may_be_read_when_nothing_decodes() -> None:
     assert (budget.share("prefill"), budget.share("scoring")) == (512, 0)
     budget.divide(["prefill", "scoring"])
     assert (budget.share("prefill"), budget.share("scoring")) == (256, 256)
+
+
+def test_a_turn_in_which_no_row_steps_is_no_undisturbed_one() -> None:
+    """As where all rows are aborted: it is over at once, and would be taken for what they take."""
+    clock, cost = TurnClock(), linear(0.001)
+    budget = TurnBudget(512, clock, prefer="latency")
+    clock.turns(budget, 0.05, cost, "prefill")
+    usual = max(tokens for tokens, _ in clock.turns(budget, 0.05, cost, "prefill"))
+    for _ in range(9):
+        budget.begin(rows=8)
+        budget.end()
+    assert max(tokens for tokens, _ in clock.turns(budget, 0.05, cost, "prefill", count=9)) == usual
 
 
 def test_sizes_are_those_that_were_planned() -> None:

@@ -7,7 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from rollout_server.engine.scheduling.turn_costs import BELIEVED, RECENT, ReadingCosts, UndisturbedTurns
+from rollout_server.engine.scheduling.turn_costs import (
+    BELIEVED,
+    DEARER,
+    RECENT,
+    UNDISTURBED,
+    ReadingCosts,
+    UndisturbedTurns,
+)
 from tests.support.engine.turn_clock import Cost, linear
 
 SIZES = (8, 33, 128, 512, 20, 300, 64, 512)
@@ -116,6 +123,28 @@ def test_undisturbed_turns_are_those_of_as_many_rows() -> None:
     turns = UndisturbedTurns()
     assert turns.of(8) is None
     for rows, seconds in ((8, 1.0), (8, 30.0), (8, 1.2), (64, 5.0)):
-        turns.learn(rows, seconds)
+        turns.learn(rows, seconds, quiet=True)
     assert turns.of(8) == turns.of(7) == 1.2 and turns.of(64) == 5.0
-    assert turns.of(32) == 5.0, "those of the latest"
+    assert turns.of(32) == 1.2, "those of fewer rows, who take no longer"
+    assert turns.of(4) is None, "more rows say nothing of fewer"
+
+
+def test_quiet_turns_count_for_as_long_as_those_between_readings_agree() -> None:
+    turns = UndisturbedTurns()
+    turns.learn(8, 1.0, quiet=True)
+    for between, found in ((1.05, 1.0), (0.9, 0.9), (1.05, 1.0)):
+        turns.learn(8, between, quiet=False)
+        assert turns.of(8) == found
+    for _ in range(UNDISTURBED):
+        turns.learn(8, 2.2, quiet=False)
+    assert turns.of(8) == pytest.approx(2.2 / DEARER), "the rows have grown"
+    for _ in range(UNDISTURBED):
+        turns.learn(8, 3.0, quiet=True)
+    assert turns.of(8) == 3.0, "what was between readings before is of no account"
+
+
+def test_one_that_was_over_early_and_those_that_took_long_say_nothing() -> None:
+    turns = UndisturbedTurns()
+    for seconds in (1.0, 1.1, 1.0, 1.3, 9.0, 1.2, 0.1, 4.0, 1.0):
+        turns.learn(8, seconds, quiet=True)
+    assert turns.of(8) == 1.0

@@ -19,6 +19,8 @@ def linear(seconds: float, fixed: float = 0.0) -> Cost:
 @dataclass
 class TurnClock:
     now: float = 0.0
+    beside: float = 0.0
+    """Seconds that a turn which reads takes beside the reading and the step."""
 
     def __call__(self) -> float:
         return self.now
@@ -40,6 +42,7 @@ class TurnClock:
         for kind in wanting:
             if share := budget.share(kind):
                 budget.measure(kind, lambda kind=kind, share=share: self._read(read, kind, share, cost))  # type: ignore[misc]
+        self.now += self.beside if read else 0.0
         if budget.steps(rows=rows, joining=joining):
             self.now += step
         budget.end()
