@@ -149,7 +149,8 @@ class Decoder:
         """Builds the next step, reads the one in flight and dispatches the next, before or after it was read; returns
         the rows that got a token."""
         with self._timeline.part("step") as part:
-            pending = self._build(seats)
+            with self._timeline.part("build"):
+                pending = self._build(seats)
             if pending is not None and self._inputs is not None:
                 part.note(rows=len(pending.rows), width=self._inputs.width, places=self._places)
                 if self._inputs.masked:
@@ -166,7 +167,8 @@ class Decoder:
 
     def _dispatch(self, step: DispatchedStep | None) -> None:
         if step is not None:
-            mx.async_eval(step.sampled.arrays(), self._store.pending())
+            with self._timeline.part("hand over"):
+                mx.async_eval(step.sampled.arrays(), self._store.pending())
             self._dispatched = step
 
     def _step_masked(self, pending: PendingStep) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from adapters.kernels.numbers import device_numbers
+from adapters.kernels.numbers import LEAST
 from rollout_server.engine.kv_cache.padded_layer import Attend, Cells, PaddedLayer, Window
 from rollout_server.engine.kv_cache.prefix_tree import Block, Columns, Layers, Segment, arrays_of
 from rollout_server.engine.kv_cache.prompt import Prompt
@@ -273,7 +273,9 @@ class PaddedKV:
         self._grow_columns(width + 1)
         # A place without a row writes into the last column, which no row ever fills.
         spare = self.columns - 1
-        offset = device_numbers([spare if value is None else value for value in offsets], mx.int32)
+        columns = [spare if value is None else value for value in offsets]
+        # At least so many numbers, or kernels would wait for them: `adapters.kernels.numbers`.
+        offset = mx.array(columns + [spare] * (LEAST - len(columns)), dtype=mx.int32)[: len(columns)]
         rotary = None if deltas is None else offset + mx.array(list(deltas), dtype=mx.int32)
         self.window = self.decode_window(offset, spare if self.attend else min(spare, self._width(width)), rotary)
 

@@ -55,7 +55,9 @@ def test_a_server_records_its_turns_and_pushes(model: Path, tmp_path: Path) -> N
     turns = spans(events, "turns")
     whole = [event for event in turns if event["name"] == "turn"]
     parts = [event for event in turns if event["name"] not in ("turn", "load", "warm")]
-    assert {"take", "apply", "change versions", "read", "score", "step", "settle"} <= {part["name"] for part in parts}
+    assert {"take", "apply", "change versions", "read", "score", "step", "build", "hand over", "settle"} <= {
+        part["name"] for part in parts
+    }
     assert all(sum(inside(part, turn) for turn in whole) == 1 for part in parts)
     assert all(one["ts"] + one["dur"] <= other["ts"] + ROUNDING_US for one, other in itertools.pairwise(whole))
 
