@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters.kernels.low_rank import MOST_RANK, LowRankKernel
-from adapters.kernels.text import INDICES, NUMBERS, Compiler, Device, compile_kernel, constants, macros, own_device
+from adapters.kernels.text import INDICES, NUMBERS, Compiler, Device, compile_kernel, constants, macros
 
 TILES = (16, 8)
 """Ranks that a warp reads at once: the first that divides all of a launch."""
@@ -194,9 +194,3 @@ class DecodeKernel(LowRankKernel):
         )  # fmt: skip
         body = BODY.safe_substitute(INDICES[self.device], scale=scale)
         return given + body, macros(self.device) + NUMBERS[dtype] + BLOCKS_OF
-
-
-def decode_kernel() -> DecodeKernel | None:
-    """That of the default device; None where there is none, as on a CPU."""
-    device = own_device()
-    return None if device is None else DecodeKernel(device)

@@ -256,7 +256,7 @@ class Share:
     """How a launch is shared out."""
 
     warps: int = 8
-    """Those of a block, an even number, share the inputs of its rows."""
+    """Those of a block, 2, 4, 8 or 16, share the inputs of its rows."""
     blocks: int = 256
     """Blocks that a launch has about, where it has that many: two for each multiprocessor of an H200."""
     steps: int = 2

@@ -143,6 +143,7 @@ class Engine:
         if not (self._computing or self._requests.pressing or self._requests.open_requests):
             self._batches.keep(self._policies.sets)
             return
+        flying = self._batches.flying
         self._admission.begin_turn(self._budget, paused=self._pause_state.paused)
         self._admission.call_back()
         if self._pause_state.frozen:
@@ -161,7 +162,7 @@ class Engine:
             self._preemption.make_room()
         with part("decode"):
             self._step()
-        self._budget.end()
+        self._budget.end(whole=flying and self._batches.flying)
         with part("share out"):
             self._memory.share_out()
 

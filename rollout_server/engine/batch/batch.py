@@ -140,6 +140,10 @@ class Batch:
         return bool(self._seats or self._recovering.open) or self._decoder.in_flight
 
     @property
+    def in_flight(self) -> bool:
+        return self._decoder.in_flight
+
+    @property
     def steps(self) -> int:
         return self._decoder.steps
 

@@ -355,6 +355,12 @@ class Batches:
 
     # ---- stepping -------------------------------------------------------------------------------------------------
 
+    @property
+    def flying(self) -> bool:
+        """True if rows sit, and a step of theirs is in flight in every batch that has some."""
+        seated = [batch for batch in self._batches.values() if batch.rows]
+        return bool(seated) and all(batch.in_flight for batch in seated)
+
     def step(self) -> None:
         """One step of every batch that has rows."""
         for batch_key, batch in list(self._batches.items()):

@@ -39,7 +39,7 @@ class LatencyFirst:
         self._costs = costs
         self._most = most
         self._owed = 0.0
-        """Turns to leave out."""
+        """Seconds of turns to leave out: what a turn takes may have been learnt wrongly when they came to be owed."""
         self._beside: dict[Kind, deque[float]] = {kind: deque(maxlen=LATEST) for kind in costs}
         self._since = 0
         """Turns that read, since one only decoded."""
@@ -63,8 +63,8 @@ class LatencyFirst:
         return {self._served: max(1, min(self._most, int(self._chunk(self._served, load.usual))))}
 
     def _leaves_out(self, load: Load) -> bool:
-        if self._owed >= 1.0:
-            self._owed -= 1.0
+        if load.usual and self._owed >= load.usual:
+            self._owed -= load.usual
             return True
         return load.usual != 0 and self._since >= (FIRST_LOOK if load.usual is None else LOOK_EVERY)
 
@@ -93,7 +93,12 @@ class LatencyFirst:
         if not load.usual:
             return
         added = max(0.0, seconds / load.usual - 1.0)
-        expected = self._costs[reading.kind].of(reading.tokens) / load.usual
-        self._beside[reading.kind].append(added - expected)
-        if added > 1.0 or self._pays:
-            self._owed += max(SELDOM, min(added, max(MOST_OWED, expected)))
+        expected = 0.0
+        if reading.tokens:
+            expected = self._costs[reading.kind].of(reading.tokens) / load.usual
+            self._beside[reading.kind].append(added - expected)
+        owed = min(added, max(MOST_OWED, expected))
+        if added > 1.0:
+            self._owed += max(SELDOM, owed) * load.usual
+        elif self._pays:
+            self._owed += owed * load.usual

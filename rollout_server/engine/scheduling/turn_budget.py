@@ -125,12 +125,14 @@ class TurnBudget:
         self._stepped = self._rule.steps(replace(self._load, rows=rows, joining=joining), self._reading)
         return self._stepped
 
-    def end(self) -> None:
-        """The turn is over."""
+    def end(self, *, whole: bool = True) -> None:
+        """The turn is over. `whole`: a step was in flight when it began, and one is now. Where the first was not there
+        nothing was waited for, and where the last is not its time is in this turn too: neither says what a step takes.
+        """
         if not self._load.rows:
             return
         seconds = self._clock() - self._began
-        if self._reading is None and self._stepped:
+        if self._reading is None and self._stepped and whole:
             self._undisturbed.learn(self._load.rows, seconds, quiet=not self._wanted)
         if self._load.usual is None:
             self._load = replace(self._load, usual=self._undisturbed.of(self._load.rows))

@@ -27,7 +27,7 @@ DOUBTED = 4.0
 BELIEVED = 3
 UNDISTURBED, COUNTS = 9, 1
 """Turns of so many rows that are remembered, and which of them counts, in the order of their length: much makes one
-longer, such as other processes, and little makes one shorter."""
+longer, such as other processes, and a turn with a whole step in it is hardly ever shorter."""
 DEARER = 1.1
 """A turn that only decodes may take so many times as long between turns that read, which leave other things in the
 caches."""
@@ -170,7 +170,7 @@ class UndisturbedTurns:
         turns.setdefault(bucket, deque(maxlen=UNDISTURBED)).append(seconds)
 
     def of(self, rows: int) -> float | None:
-        """What as many rows take, or else fewer, who take no longer; None before there was a turn of either. Quiet
+        """What as many rows take, or else fewer, who seldom take longer; None before there was a turn of either. Quiet
         turns say it for as long as those since then agree: rows grow, and others come in their place."""
         bucket = row_bucket(rows, ROW_BUCKETS[-1])
         known = max((each for each in {*self._quiet, *self._between} if each <= bucket), default=None)

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters.kernels.decode import DecodeKernel, Geometry, decode_kernel
+from adapters.kernels.decode import DecodeKernel, Geometry
 from adapters.kernels.low_rank import MOST_RANK, LowRank
+from adapters.kernels.text import own_device
 from adapters.resident.layers.linear import AdaptedLinear
 from adapters.resident.layers.slot_stack import SlotStack
 from tests.laws.grids import corners, some_long
@@ -28,10 +29,10 @@ RANKS = {1: 4, 2: 16, 3: 11}
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecodeKernel:
     if request.param in TEXTS:
         return DecodeKernel(TEXTS[request.param], host_compiler(tmp_path_factory))
-    found = decode_kernel()
-    if found is None:
+    device = own_device()
+    if device is None:
         pytest.skip("There is no GPU.")
-    return found
+    return DecodeKernel(device)
 
 
 def a_stack(shape: tuple[int, int], dtype: mx.Dtype, *, gains: bool, ranks: Mapping[int, int] = RANKS) -> SlotStack:

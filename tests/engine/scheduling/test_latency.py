@@ -7,8 +7,17 @@ import statistics
 import numpy as np
 import pytest
 
-from rollout_server.engine.scheduling.latency import EVERY_TURN, FIRST, FIRST_LOOK, LEAST, SELDOM
+from rollout_server.engine.scheduling.latency import (
+    EVERY_TURN,
+    FIRST,
+    FIRST_LOOK,
+    LEAST,
+    LOOK_EVERY,
+    MOST_OWED,
+    SELDOM,
+)
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.engine.scheduling.turn_costs import UNDISTURBED
 from tests.support.engine.turn_clock import Cost, TurnClock, linear
 
 
@@ -192,3 +201,46 @@ def test_a_stall_while_reading_is_forgotten(stall: float) -> None:
     usual = max(tokens for tokens, _ in before[-9:])
     assert max(tokens for tokens, _ in after[6:]) == pytest.approx(usual, rel=0.1)
     assert [tokens for tokens, _ in after].count(0) <= 8
+
+
+def test_turns_that_waited_for_no_step_are_no_measure() -> None:
+    """Where a row leaves, the step in flight is read at the end of the turn, and the next one waits for none."""
+    clock, step, cost = TurnClock(), 0.2, linear(0.002, fixed=0.2)
+    budget = latency(clock)
+    pattern = ((step, True), (step, True), (2 * step, False), (0.01 * step, False))
+    for _ in range(8):
+        for seconds, whole in pattern:
+            clock.turn(budget, seconds, cost, whole=whole)
+    read = [bool(clock.turn(budget, seconds, cost, "prefill", whole=whole)) for seconds, whole in 25 * pattern]
+    # A reading takes a pass of one step and little more, and what two steps at once add is owed too.
+    assert sum(read) >= len(read) / (1 + 2 * SELDOM + 1 / LOOK_EVERY)
+
+
+def test_what_was_owed_by_a_wrong_measure_is_paid_in_seconds() -> None:
+    """A turn is taken to be a hundredth of what it is while one reading is owed, and then known."""
+    clock, cost = TurnClock(), linear(0.001, fixed=0.1)
+    budget = latency(clock)
+    for step in (0.001, 0.001, 0.1):
+        clock.turn(budget, step, cost, *([] if step < 0.1 else ["prefill"]))
+    for _ in range(UNDISTURBED):
+        clock.turn(budget, 0.1, cost)
+    left_out = next(number for number in range(100) if clock.turn(budget, 0.1, cost, "prefill"))
+    assert left_out <= 2 * MOST_OWED
+
+
+def test_a_reading_without_tokens_owes_nothing() -> None:
+    """Prompts that were there already only sit down: prefix hits, siblings, prompts of one token."""
+    clock, cost = TurnClock(), linear(0.001, fixed=0.05)
+    budget = latency(clock)
+    clock.turns(budget, 0.05, cost, "prefill")
+    sat = 0
+    for _ in range(90):
+        budget.begin(rows=8)
+        budget.divide(["prefill"])
+        if budget.share("prefill"):
+            budget.measure("prefill", lambda: 0)
+            sat += 1
+        budget.steps(rows=8, joining=0)
+        clock.now += 0.05
+        budget.end()
+    assert sat >= 90 * LOOK_EVERY // (LOOK_EVERY + 1) - MOST_OWED

@@ -13,6 +13,7 @@ from rollout_server.engine.kv_cache.sizes import padded, plan, planned
 from rollout_server.engine.model.resident import ResidentModel
 from rollout_server.engine.scheduling.latency import FIRST
 from rollout_server.engine.scheduling.turn_budget import TurnBudget
+from rollout_server.engine.scheduling.turn_costs import UndisturbedTurns
 from rollout_server.rollout import Wants
 from tests.support.engine.door import wrap_forwards
 from tests.support.engine.driver import Driver, prompts_of
@@ -109,6 +110,38 @@ def test_rows_decode_while_a_long_prompt_is_read(
     driver.finish(first)
     alone = Driver.start(qwen, bare_model("qwen3")).generate([short], n=4, max_tokens=36, ignore_eos=True)
     assert [row.token_ids for row in driver.rollouts(first)] == [row.token_ids for row in alone]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mamba2"])
+def test_a_turn_says_what_a_step_takes_where_one_was_in_flight_before_and_after(
+    family: str,
+    bare_model: Callable[[str], ResidentModel],
+    model_path: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that leave, and places that move, have the step in flight read before the turn is over."""
+    driver = Driver.start(model_path(family), bare_model(family), max_batch=8, prefer="latency")
+    before: list[bool] = []
+    learnt: list[tuple[bool, bool]] = []
+    begin, learn = TurnBudget.begin, UndisturbedTurns.learn
+
+    def begun(budget: TurnBudget, **asked: Any) -> None:
+        before.append(driver.batches.flying)
+        begin(budget, **asked)
+
+    def noted(turns: UndisturbedTurns, rows: int, seconds: float, *, quiet: bool) -> None:
+        learnt.append((before[-1], driver.batches.flying))
+        learn(turns, rows, seconds, quiet=quiet)
+
+    monkeypatch.setattr(TurnBudget, "begin", begun)
+    monkeypatch.setattr(UndisturbedTurns, "learn", noted)
+    ids = [
+        driver.submit([prompt], max_tokens=6 * at, ignore_eos=True)
+        for at, prompt in enumerate(prompts_of([9] * 6, 286), 1)
+    ]
+    driver.finish(*ids)
+    assert set(learnt) == {(True, True)}
+    assert before.count(False) > 1, "some turns began without a step in flight, besides the first"
 
 
 def test_streams_count_for_as_long_as_their_rows_run(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:

@@ -34,8 +34,10 @@ class TurnClock:
         rows: int = 8,
         joining: int = 0,
         streamed: bool = False,
+        whole: bool = True,
     ) -> dict[Kind, int]:
-        """One turn whose step takes so long, and reading n tokens cost(n); what each kind read."""
+        """One turn whose step takes so long, and reading n tokens cost(n); what each kind read. `whole` as in
+        `TurnBudget.end`."""
         budget.begin(rows=rows, joining=joining, streamed=streamed)
         budget.divide(wanting, joining)
         read: dict[Kind, int] = {}
@@ -45,7 +47,7 @@ class TurnClock:
         self.now += self.beside if read else 0.0
         if budget.steps(rows=rows, joining=joining):
             self.now += step
-        budget.end()
+        budget.end(whole=whole)
         return read
 
     def _read(self, read: dict[Kind, int], kind: Kind, share: int, cost: Cost) -> int:

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from adapters.kernels.decode import DecodeKernel, decode_kernel
+from adapters.kernels.decode import DecodeKernel
+from adapters.kernels.text import own_device
 from adapters.resident.layers.linear import AdaptedLinear, SharedInput
 from adapters.resident.layers.slot_stack import ONE, SlotStack
 from tests.laws.grids import corners, some_long
@@ -38,10 +39,10 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param in TEXTS:
         found = Counted(TEXTS[request.param], host_compiler(tmp_path_factory))
     else:
-        own = decode_kernel()
-        if own is None:
+        device = own_device()
+        if device is None:
             pytest.skip("There is no GPU.")
-        found = Counted(own.device)
+        found = Counted(device)
     found.launches = []
     return found
 
