@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from adapters.kernels.text import CONSTANT, Compiler, Device, Launch, compile_kernel
+from adapters.kernels.text import CONSTANT, Compiler, Device, Launch, compile_kernel, constants
 
 MOST_RANK = 128
 """The inner products of a block's rows lie in shared memory, which is laid out when a kernel is compiled."""
@@ -30,7 +30,7 @@ NEXT_LAYER = string.Template("""
     b = b$this;
     out = out$this;
     $optional
-    outs = y${this}_shape[1], rank = a${this}_shape[1], stride = b${this}_shape[2];
+    outs = y${this}_shape[LAST], rank = a${this}_shape[1], stride = b${this}_shape[2];
   }
 """)
 """Which of the layers the outputs of this block belong to."""
@@ -70,7 +70,7 @@ class LowRankKernel(ABC):
 
     def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
         self.device, self.compiler = device, compiler
-        self._kernels: dict[tuple[int, int, str, tuple[str, ...]], Launch] = {}
+        self._kernels: dict[tuple[int, int, int, str, tuple[str, ...]], Launch] = {}
 
     @property
     @abstractmethod
@@ -111,23 +111,25 @@ class LowRankKernel(ABC):
         each row or one for all; slot 0 adds nothing."""
         count, dtype = x.shape[0], layers[0].y.dtype
         tile = self.tile([layer.a.shape[1] for layer in layers])
-        kind = (len(layers), tile, str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
+        kind = (len(layers), tile, x.ndim, str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
         if kind not in self._kernels:
             self._kernels[kind] = self._make(*kind)
         widths = [layer.y.shape[-1] for layer in layers]
-        arrays = [[layer.y.reshape(count, -1), layer.a, layer.b, *layer.optional.values()] for layer in layers]
+        # As they are, since a host that hands over a step pays for every reshape in it.
+        arrays = [[layer.y, layer.a, layer.b, *layer.optional.values()] for layer in layers]
         across, down = self.blocks(count, widths)
-        outputs = self._kernels[kind](
-            inputs=[x.reshape(count, -1), rows, *(array for several in arrays for array in several)],
-            template=[("T", dtype)],
-            grid=(across * self.threads, down, 1),
-            threadgroup=(self.threads, 1, 1),
-            output_shapes=[(count, out) for out in widths],
-            output_dtypes=[dtype] * len(layers),
-        )
-        return [output.reshape(layer.y.shape) for output, layer in zip(outputs, layers, strict=True)]
+        return [
+            *self._kernels[kind](
+                inputs=[x, rows, *(array for several in arrays for array in several)],
+                template=[("T", dtype)],
+                grid=(across * self.threads, down, 1),
+                threadgroup=(self.threads, 1, 1),
+                output_shapes=[layer.y.shape for layer in layers],
+                output_dtypes=[dtype] * len(layers),
+            )
+        ]
 
-    def _make(self, layers: int, tile: int, dtype: str, optional: tuple[str, ...]) -> Launch:
+    def _make(self, layers: int, tile: int, dimensions: int, dtype: str, optional: tuple[str, ...]) -> Launch:
         def of_layer(layer: int, kind: str = "") -> str:
             return " ".join(f"{kind}{name} = {name}{layer};" for name in optional)
 
@@ -139,7 +141,8 @@ class LowRankKernel(ABC):
             f"low_rank_{layers}_{dtype}",
             ["x", "rows", *(f"{name}{layer}" for layer in range(layers) for name in names)],
             [f"out{layer}" for layer in range(layers)],
-            string.Template(body).safe_substitute(optional=of_layer(0, "auto "), chosen="".join(chosen)),
+            constants(LAST=dimensions - 1)
+            + string.Template(body).safe_substitute(optional=of_layer(0, "auto "), chosen="".join(chosen)),
             header,
         )
 

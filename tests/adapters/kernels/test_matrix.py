@@ -3,13 +3,17 @@ by the processor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from adapters.kernels.decode import DecodeKernel
 from adapters.kernels.low_rank import MOST_RANK, LowRank
 from adapters.kernels.matrix import MatrixKernel, Share
-from adapters.kernels.text import own_device
+from adapters.kernels.text import Device, Launch, own_device
 from tests.adapters.kernels.test_decode import a_stack, assert_as_one_by_one
 from tests.laws.grids import corners, some_long
 from tests.support.numbers.host_kernels import host_compiler
@@ -103,3 +107,27 @@ def test_what_it_is_not_written_for_goes_another_way() -> None:
     assert not kernel.takes(x, (49, 64), 16, mx.bfloat16), "two outputs of a thread would be of two rows"
     assert not kernel.takes(mx.zeros((4, 2, 64), mx.bfloat16), (48, 64), 16, mx.bfloat16), "prompts"
     assert not kernel.takes(x, (48, 64), MOST_RANK + 8, mx.bfloat16), "ranks beyond its shared memory"
+
+
+@pytest.mark.parametrize("kind", [MatrixKernel, DecodeKernel])
+def test_a_launch_is_all_that_it_costs(kind: type[MatrixKernel | DecodeKernel]) -> None:
+    """No array is reshaped before or behind it: the host would hand over eighteen more operations for each block."""
+    seen: list[Sequence[mx.array]] = []
+
+    def compiler(device: Device, name: str, inputs: Sequence[str], outputs: Sequence[str], *text: str) -> Launch:
+        def launch(*, inputs: Sequence[mx.array], output_shapes: Sequence[tuple[int, ...]], **_: Any) -> list[mx.array]:
+            seen.extend([inputs, given := [mx.zeros(shape) for shape in output_shapes]])
+            return given
+
+        return launch
+
+    x, rows = mx.zeros((3, 1, 64), mx.bfloat16), mx.array([1], dtype=mx.uint32)
+    layers = [
+        LowRank(*(mx.zeros(shape, mx.bfloat16) for shape in ((3, 1, out), (2, 8, 64), (2, 8, out)))) for out in (48, 16)
+    ]
+    found = kind("cuda", compiler)(x, rows, layers)
+    inputs, outputs = seen
+    expected = [x, rows, *(array for layer in layers for array in (layer.y, layer.a, layer.b))]
+    assert all(one is other for one, other in zip(inputs, expected, strict=True))
+    assert all(one is other for one, other in zip(found, outputs, strict=True))
+    assert [output.shape for output in found] == [layer.y.shape for layer in layers]

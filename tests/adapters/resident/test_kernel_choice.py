@@ -70,9 +70,9 @@ class Plainly:
 
 def low_rank(given: dict[str, mx.array], rows: mx.array, layer: int) -> mx.array:
     x, y, a, b = (given[name] for name in ("x", f"y{layer}", f"a{layer}", f"b{layer}"))
-    found = y + ((x[:, None] @ a[rows].swapaxes(1, 2)) @ b[rows])[:, 0, : y.shape[1]]
+    found = y + ((x @ a[rows].swapaxes(1, 2)) @ b[rows])[..., : y.shape[-1]]
     if f"gain{layer}" in given:
-        found = found * given[f"gain{layer}"][rows]
+        found = found * given[f"gain{layer}"][rows][:, None]
     return found + given[f"bias{layer}"] if f"bias{layer}" in given else found
 
 
