@@ -37,7 +37,7 @@ class Geometry:
 BODY = string.Template(
     """
   const int tid = $thread, lane = tid % 32, warp = tid / 32;
-  const int count = x_shape[0], width = x_shape[LAST];
+  const int count = x_shape[0], width = x_shape[2];
   const int first = $block_y * ROWS;
   const bool one = rows_shape[0] == 1;
   int block = $block_x, layer = 0;
@@ -46,7 +46,7 @@ BODY = string.Template(
   auto b = b0;
   auto out = out0;
   $optional
-  int outs = y0_shape[LAST], rank = a0_shape[1], stride = b0_shape[2];
+  int outs = y0_shape[2], rank = a0_shape[1], stride = b0_shape[2];
   $chosen
   SHARED float inner[PARTS][MOST_RANK][ROWS];
 

@@ -3,7 +3,7 @@ to what linear layers gave, for one token a row.
 
 On a GPU the two thin products and their sum cost a decode step more in launches than in reading or computing, and
 layers that read the same input share one: of a layer's attention and MLP there are four in the place of twenty-one. On
-an H200 a step of 256 rows pays some 16 µs on the host for each, which is why the product with A, which every block of
+an H200 a step of 256 rows pays some 10 µs on the host for each, which is why the product with A, which every block of
 outputs computes again, is not a launch of its own. Every row says which slot it uses, so that one version, many and the
 base are the same launch; what a row gets does not depend on the others, nor on which layers share the launch.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from adapters.kernels.text import CONSTANT, Compiler, Device, Launch, compile_kernel, constants
+from adapters.kernels.text import CONSTANT, Compiler, Device, Launch, compile_kernel
 
 MOST_RANK = 128
 """The inner products of a block's rows lie in shared memory, which is laid out when a kernel is compiled."""
@@ -30,7 +30,7 @@ NEXT_LAYER = string.Template("""
     b = b$this;
     out = out$this;
     $optional
-    outs = y${this}_shape[LAST], rank = a${this}_shape[1], stride = b${this}_shape[2];
+    outs = y${this}_shape[2], rank = a${this}_shape[1], stride = b${this}_shape[2];
   }
 """)
 """Which of the layers the outputs of this block belong to."""
@@ -70,7 +70,7 @@ class LowRankKernel(ABC):
 
     def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
         self.device, self.compiler = device, compiler
-        self._kernels: dict[tuple[int, int, int, str, tuple[str, ...]], Launch] = {}
+        self._kernels: dict[tuple[int, int, str, tuple[str, ...]], Launch] = {}
 
     @property
     @abstractmethod
@@ -111,25 +111,25 @@ class LowRankKernel(ABC):
         each row or one for all; slot 0 adds nothing."""
         count, dtype = x.shape[0], layers[0].y.dtype
         tile = self.tile([layer.a.shape[1] for layer in layers])
-        kind = (len(layers), tile, x.ndim, str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
+        kind = (len(layers), tile, str(dtype).removeprefix("mlx.core."), tuple(layers[0].optional))
         if kind not in self._kernels:
             self._kernels[kind] = self._make(*kind)
         widths = [layer.y.shape[-1] for layer in layers]
-        # As they are, since a host that hands over a step pays for every reshape in it.
-        arrays = [[layer.y, layer.a, layer.b, *layer.optional.values()] for layer in layers]
+        arrays = [[_by_row(layer.y), layer.a, layer.b, *layer.optional.values()] for layer in layers]
         across, down = self.blocks(count, widths)
-        return [
-            *self._kernels[kind](
-                inputs=[x, rows, *(array for several in arrays for array in several)],
-                template=[("T", dtype)],
-                grid=(across * self.threads, down, 1),
-                threadgroup=(self.threads, 1, 1),
-                output_shapes=[layer.y.shape for layer in layers],
-                output_dtypes=[dtype] * len(layers),
-            )
-        ]
+        outputs = self._kernels[kind](
+            inputs=[_by_row(x), rows, *(array for several in arrays for array in several)],
+            template=[("T", dtype)],
+            grid=(across * self.threads, down, 1),
+            threadgroup=(self.threads, 1, 1),
+            output_shapes=[(count, 1, out) for out in widths],
+            output_dtypes=[dtype] * len(layers),
+        )
+        if x.ndim == 3:
+            return [*outputs]
+        return [output.reshape(layer.y.shape) for output, layer in zip(outputs, layers, strict=True)]
 
-    def _make(self, layers: int, tile: int, dimensions: int, dtype: str, optional: tuple[str, ...]) -> Launch:
+    def _make(self, layers: int, tile: int, dtype: str, optional: tuple[str, ...]) -> Launch:
         def of_layer(layer: int, kind: str = "") -> str:
             return " ".join(f"{kind}{name} = {name}{layer};" for name in optional)
 
@@ -141,8 +141,7 @@ class LowRankKernel(ABC):
             f"low_rank_{layers}_{dtype}",
             ["x", "rows", *(f"{name}{layer}" for layer in range(layers) for name in names)],
             [f"out{layer}" for layer in range(layers)],
-            constants(LAST=dimensions - 1)
-            + string.Template(body).safe_substitute(optional=of_layer(0, "auto "), chosen="".join(chosen)),
+            string.Template(body).safe_substitute(optional=of_layer(0, "auto "), chosen="".join(chosen)),
             header,
         )
 
@@ -150,3 +149,8 @@ class LowRankKernel(ABC):
 def numbers_at_once(dtype: mx.Dtype) -> int:
     """Numbers in 16 bytes, which one lane reads at once."""
     return 16 // dtype.size
+
+
+def _by_row(array: mx.array) -> mx.array:
+    """[rows, 1, numbers], which it mostly is already: the host would pay for a reshape in every step."""
+    return array if array.ndim == 3 else array.reshape(array.shape[0], 1, -1)

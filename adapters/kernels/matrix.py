@@ -55,7 +55,7 @@ BODY = string.Template(
     """
   struct alignas(4) Pair { T left, right; };
   const int tid = $thread, lane = tid % 32, warp = tid / 32, group = lane / 4, quarter = lane % 4;
-  const int count = x_shape[0], width = x_shape[LAST];
+  const int count = x_shape[0], width = x_shape[2];
   const int first = $block_y * ROWS;
   // Sets of columns that a block computes, so that there are about as many blocks as a GPU has at a time.
   const int sets = $sets, tiles = (count + ROWS - 1) / ROWS;
@@ -66,7 +66,7 @@ BODY = string.Template(
   auto b = b0;
   auto out = out0;
   $optional
-  int outs = y0_shape[LAST], rank = a0_shape[1], stride = b0_shape[2];
+  int outs = y0_shape[2], rank = a0_shape[1], stride = b0_shape[2];
   $chosen
   // Ranks are read 16 at a time. Where a layer has eight less, those of A are read twice, and nothing of B is added.
   SHARED int slot_of[ROWS];
@@ -293,7 +293,7 @@ class MatrixKernel(LowRankKernel):
             WARPS=share.warps, BLOCKS=share.blocks, STEPS=share.steps, OWN=ROWS * COLUMNS // 64 // share.warps,
             ROWS=ROWS, COLUMNS=COLUMNS, RANKS=tile, MOST_RANK=MOST_RANK,
         )  # fmt: skip
-        sets = " + ".join(f"(y{layer}_shape[LAST] + COLUMNS - 1) / COLUMNS" for layer in range(layers))
+        sets = " + ".join(f"(y{layer}_shape[2] + COLUMNS - 1) / COLUMNS" for layer in range(layers))
         body = BODY.safe_substitute(INDICES[self.device], scale=scale, sets=sets)
         instruction = INSTRUCTION.substitute(kind={"bfloat16": "bf16", "float16": "f16"}[dtype], two=TWO[dtype])
         return given + body, macros(self.device) + instruction

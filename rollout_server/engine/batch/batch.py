@@ -140,6 +140,11 @@ class Batch:
         return bool(self._seats or self._recovering.open) or self._decoder.in_flight
 
     @property
+    def seated(self) -> bool:
+        """True if rows sit."""
+        return bool(self._seats)
+
+    @property
     def in_flight(self) -> bool:
         return self._decoder.in_flight
 

@@ -358,7 +358,7 @@ class Batches:
     @property
     def flying(self) -> bool:
         """True if rows sit, and a step of theirs is in flight in every batch that has some."""
-        seated = [batch for batch in self._batches.values() if batch.rows]
+        seated = [batch for batch in self._batches.values() if batch.seated]
         return bool(seated) and all(batch.in_flight for batch in seated)
 
     def step(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -167,18 +168,21 @@ class Decoder:
 
     def _dispatch(self, step: DispatchedStep | None) -> None:
         if step is not None:
-            with self._timeline.part("hand over"):
-                mx.async_eval(step.sampled.arrays(), self._store.pending())
+            self._hand_over(step.sampled.arrays(), self._store.pending())
             self._dispatched = step
+
+    def _hand_over(self, *arrays: Any) -> None:
+        with self._timeline.part("hand over"):
+            mx.async_eval(*arrays)
 
     def _step_masked(self, pending: PendingStep) -> list[Row]:
         """Masks need the tokens in flight, and the forward does not: it runs while they are computed."""
         result = self._read()
-        mx.async_eval(pending.logits, self._store.pending())
+        self._hand_over(pending.logits, self._store.pending())
         touched = result.record(self._eos) if result else []
         mask, failed = self._masks.of(pending.rows, self._places)
         self._dispatched = self._draw(pending, mask)
-        mx.async_eval(self._dispatched.sampled.arrays())
+        self._hand_over(self._dispatched.sampled.arrays())
         return touched + [row for row in failed if row not in touched]
 
     def settle(self) -> list[Row]:

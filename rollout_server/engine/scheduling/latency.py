@@ -26,8 +26,8 @@ LATEST, MOST_BESIDE = 9, 0.5
 """Readings of which the median says what such a turn costs beside what was expected, and the most that this is taken to
 be, in turns that only decode: the next step is built while none runs, and caches hold other things."""
 MOST_OWED = 4.0
-"""The most turns that are skipped for one reading that is not known to cost more. A stall adds many, and says nothing
-of the next reading."""
+"""The most turns that are skipped for one reading that is not known to cost more, as long as one takes what it was
+taken to. A stall adds many, and says nothing of the next reading."""
 LOOK_EVERY, FIRST_LOOK = 8, 2
 """How many turns read between two that only decode, which show what a turn costs undisturbed; and before the first."""
 
@@ -38,8 +38,9 @@ class LatencyFirst:
     def __init__(self, costs: Mapping[Kind, ReadingCosts], most: int) -> None:
         self._costs = costs
         self._most = most
-        self._owed = 0.0
-        """Seconds of turns to leave out: what a turn takes may have been learnt wrongly when they came to be owed."""
+        self._owed, self._owed_seconds = 0.0, 0.0
+        """Turns to leave out, and seconds of them. It is over with whichever is paid first: what a turn takes may have
+        been learnt too short when they came to be owed, or too long."""
         self._beside: dict[Kind, deque[float]] = {kind: deque(maxlen=LATEST) for kind in costs}
         self._since = 0
         """Turns that read, since one only decoded."""
@@ -54,7 +55,7 @@ class LatencyFirst:
     def divide(self, load: Load, wanting: Collection[Kind]) -> dict[Kind, int]:
         """Tokens that each kind may read in this turn, of those that have something to read."""
         if not load.rows:
-            self._owed = 0.0
+            self._owed = self._owed_seconds = 0.0
             return {kind: max(1, self._most // len(wanting)) for kind in wanting}
         if not wanting or self._leaves_out(load):
             return {}
@@ -63,8 +64,9 @@ class LatencyFirst:
         return {self._served: max(1, min(self._most, int(self._chunk(self._served, load.usual))))}
 
     def _leaves_out(self, load: Load) -> bool:
-        if load.usual and self._owed >= load.usual:
-            self._owed -= load.usual
+        if load.usual and self._owed >= 1.0 and self._owed_seconds >= load.usual:
+            self._owed -= 1.0
+            self._owed_seconds -= load.usual
             return True
         return load.usual != 0 and self._since >= (FIRST_LOOK if load.usual is None else LOOK_EVERY)
 
@@ -99,6 +101,10 @@ class LatencyFirst:
             self._beside[reading.kind].append(added - expected)
         owed = min(added, max(MOST_OWED, expected))
         if added > 1.0:
-            self._owed += max(SELDOM, owed) * load.usual
-        elif self._pays:
-            self._owed += owed * load.usual
+            self._owe(max(SELDOM, owed), load.usual)
+        elif self._pays and reading.tokens:
+            self._owe(owed, load.usual)
+
+    def _owe(self, turns: float, usual: float) -> None:
+        self._owed = min(self._owed, self._owed_seconds / usual) + turns
+        self._owed_seconds = self._owed * usual

@@ -1,4 +1,4 @@
-"""The kernel for adapters in decode steps against plain products: on this machine's GPU where it has one, and its text
+"""The kernel for adapters by threads against plain products: on this machine's GPU where it has one, and its text
 for CUDA and Metal by the processor."""
 
 from __future__ import annotations

@@ -131,3 +131,15 @@ def test_a_launch_is_all_that_it_costs(kind: type[MatrixKernel | DecodeKernel]) 
     assert all(one is other for one, other in zip(inputs, expected, strict=True))
     assert all(one is other for one, other in zip(found, outputs, strict=True))
     assert [output.shape for output in found] == [layer.y.shape for layer in layers]
+
+
+@pytest.mark.parametrize("shape", [(5, 72), (5, 1, 1, 72)], ids=str)
+def test_rows_may_come_in_any_dimensions(kernel: MatrixKernel, shape: tuple[int, ...]) -> None:
+    """By the text that was tried at load, which knows [rows, 1, numbers]."""
+    stack, rows = a_stack((514, 72), mx.bfloat16, gains=True), mx.array([1, 2, 0, 3, 3], dtype=mx.uint32)
+    x = mx.random.normal((5, 1, 72)).astype(mx.bfloat16)
+    y = mx.random.normal((5, 1, 514)).astype(mx.bfloat16)
+    (expected,) = kernel(x, rows, [LowRank(y, stack.a, stack.b, stack.gain)])
+    other = LowRank(y.reshape(*shape[:-1], 514), stack.a, stack.b, stack.gain)
+    (found,) = kernel(x.reshape(shape), rows, [other])
+    assert found.shape == other.y.shape and mx.array_equal(found.reshape(expected.shape), expected)

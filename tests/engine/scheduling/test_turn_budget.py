@@ -144,6 +144,20 @@ def test_a_turn_says_what_a_step_takes_where_one_was_in_flight_before_and_after(
     assert before.count(False) > 1, "some turns began without a step in flight, besides the first"
 
 
+def test_rows_fly_while_every_batch_that_seats_some_has_a_step_in_flight(
+    bare_model: Callable[[str], ResidentModel], qwen: Path
+) -> None:
+    driver = Driver.start(qwen, bare_model("qwen3"), max_batch=8)
+    assert not driver.batches.flying, "nobody sits"
+    id = driver.submit(prompts_of([9], 286), n=2, max_tokens=9, ignore_eos=True)
+    driver.turn(3)
+    assert driver.batches.flying
+    driver.batches.settle()
+    assert driver.batches.rows and not driver.batches.flying
+    driver.finish(id)
+    assert not driver.batches.flying
+
+
 def test_streams_count_for_as_long_as_their_rows_run(bare_model: Callable[[str], ResidentModel], qwen: Path) -> None:
     driver = Driver.start(qwen, bare_model("qwen3"), max_batch=2)
     wants, (one, other) = Wants(tokens_as_they_come=True), prompts_of([20, 30], 286)
