@@ -173,12 +173,8 @@ class DecodeKernel(LowRankKernel):
     name = "threads"
 
     def __init__(self, device: Device, compiler: Compiler = compile_kernel, geometry: Geometry = Geometry()) -> None:
-        super().__init__(device, compiler)
+        super().__init__(device, compiler, 32 * geometry.warps)
         self.geometry = geometry
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.geometry.warps
 
     def blocks(self, rows: int, widths: Sequence[int]) -> tuple[int, int]:
         return sum(-(-out // self.geometry.outputs) for out in widths), -(-rows // self.geometry.rows)

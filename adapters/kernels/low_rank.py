@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from adapters.kernels.text import CONSTANT, Compiler, Device, Launch, compile_kernel
+from adapters.kernels.text import CONSTANT, Compiler, Device, Launch
 
 MOST_RANK = 128
 """The inner products of a block's rows lie in shared memory, which is laid out when a kernel is compiled."""
@@ -68,14 +68,10 @@ class LowRankKernel(ABC):
     name: str
     """What the log calls it."""
 
-    def __init__(self, device: Device, compiler: Compiler = compile_kernel) -> None:
-        self.device, self.compiler = device, compiler
+    def __init__(self, device: Device, compiler: Compiler, threads: int) -> None:
+        """`threads` are those of a block."""
+        self.device, self.compiler, self.threads = device, compiler, threads
         self._kernels: dict[tuple[int, int, str, tuple[str, ...]], Launch] = {}
-
-    @property
-    @abstractmethod
-    def threads(self) -> int:
-        """Threads of a block."""
 
     @abstractmethod
     def blocks(self, rows: int, widths: Sequence[int]) -> tuple[int, int]:

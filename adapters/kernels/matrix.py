@@ -1,8 +1,8 @@
 """The low-rank products of adapters in a decode step by the matrix units of a GPU for CUDA, in half precision.
 
 A block has 16 rows, of which one instruction multiplies 16 inputs by 8 ranks, so that A is read once for all of them
-where warps of threads alone read it once for two. What a block reads first, of x, A, B and what the layer gave, is all
-asked for before any of it is waited for: such a launch mostly waits.
+where warps of threads alone read it once for two. Behind the slots, reads of x, A and B are asked for several at a
+time, before the first of them is waited for, and what the layer gave before all of them: such a launch mostly waits.
 """
 
 from __future__ import annotations
@@ -269,12 +269,8 @@ class MatrixKernel(LowRankKernel):
     name = "matrix units"
 
     def __init__(self, device: Device, compiler: Compiler = compile_kernel, share: Share = Share()) -> None:
-        super().__init__(device, compiler)
+        super().__init__(device, compiler, 32 * share.warps)
         self.share = share
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.share.warps
 
     def takes(self, x: mx.array, shape: tuple[int, int], rank: int, dtype: mx.Dtype) -> bool:
         return super().takes(x, shape, rank, dtype) and shape[0] % 2 == 0 and dtype in (mx.bfloat16, mx.float16)

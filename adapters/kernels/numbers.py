@@ -8,7 +8,7 @@ import mlx.core as mx
 
 LEAST = 4
 """MLX for CUDA (0.32.4) keeps arrays of up to 8 bytes in memory that the host shares. Every launch that reads one waits
-for it: the adapters' kernels took 15 to 27 µs with a slot in 4 bytes, and 6 to 11 with the same in 16 (H200)."""
+for it: the adapters' kernels took 15 to 26 µs with a slot in 4 bytes, and 6 to 17 with the same in 16 (H200)."""
 
 
 def device_numbers(values: Sequence[int], dtype: mx.Dtype) -> mx.array:

@@ -27,7 +27,7 @@ from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.studies.gpu import decoding, latency, peers, serving  # noqa: E402
 from benchmarks.studies.gpu.figures import Figure, Report  # noqa: E402
 from benchmarks.studies.gpu.held import Held  # noqa: E402
-from benchmarks.studies.gpu.kernels import launches, low_rank  # noqa: E402
+from benchmarks.studies.gpu.kernels import host, launches, low_rank  # noqa: E402
 from benchmarks.studies.gpu.shapes import SIZES  # noqa: E402
 
 PARTS: dict[str, tuple[str, Callable[[Held], Iterable[Figure]]]] = {
@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[str, Callable[[Held], Iterable[Figure]]]] = {
     "adapters": ("What do adapters cost a step?", decoding.adapters),
     "launches": ("What does the device do in a step of one LoRA?", launches.launches),
     "low-rank": ("How is a launch of the adapters' kernel best shared out over threads?", low_rank.low_rank),
+    "host": ("What does one operation cost the host?", host.host),
     "top-p": ("What does a filter by row cost a step?", decoding.top_p),
     "widths": ("How long is a step by rows and columns?", decoding.widths),
     "bandwidth": ("How much of the bandwidth does a larger model take?", decoding.bandwidth),

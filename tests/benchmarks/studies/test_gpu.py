@@ -18,6 +18,7 @@ from benchmarks.studies.gpu.shapes import SIZES
 UNITS = {
     "decode": ["tok/s", "tok/s", "tok/s", ""] * 2,
     "adapters": ["tok/s"] * 4 + [""] * 3,
+    "host": ["µs"] * 4,
     "top-p": ["tok/s", "tok/s", ""],
     "widths": ["ms", ""] * 4,
     "bandwidth": ["ms", ""],
